@@ -1,0 +1,55 @@
+# Every target runs commands that a person could type. `make help` lists them.
+
+# The first of these found, unless the caller names one: make setup PYTHON=python3.12
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do command -v $$name && break; done)
+UV := .venv/bin/uv
+COMPILE := $(UV) pip compile --quiet --no-annotate --no-emit-index-url --custom-compile-command "make lock" --python-version 3.11
+# What `make lock` may change: nothing that still fits, or with UPGRADE=--upgrade everything.
+UPGRADE ?=
+# Further words for pytest: make test ARGS="-k schema"
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lint format test demo docs lock clean
+
+help:  ## list these targets
+	@sed -nE 's/^([a-z]+):[^#]*## (.*)/\1\t\2/p' Makefile | expand -t 10
+
+setup: .venv/.stamp  ## make .venv with every dependency, by hash, and the commands `train` and `serve`
+
+lint: setup  ## ruff, the formatter, spelling and types; changes nothing
+	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/codespell && .venv/bin/mypy
+
+format: setup  ## mend what ruff can mend, and lay out the code
+	.venv/bin/ruff check --fix . && .venv/bin/ruff format .
+
+test: setup  ## run the tests; no network, no GPU, no Docker
+	.venv/bin/python -m pytest $(ARGS)
+
+demo: setup  ## train on small synthetic pictures, serve, and ask for captions never seen: out/demo/report.html
+	.venv/bin/python -m training.demo --out out/demo
+
+docs: setup  ## write the generated tables of README.md again
+	.venv/bin/python tests/test_readme.py
+
+lock: $(UV)  ## compile requirements/*.txt again (newest versions: make lock UPGRADE=--upgrade)
+	$(COMPILE) $(UPGRADE) --universal --all-extras -c requirements/pins.in pyproject.toml -o requirements/versions.txt
+	$(COMPILE) --generate-hashes --universal --extra train --extra serve --extra dev -c requirements/versions.txt pyproject.toml -o requirements/dev.txt
+	$(COMPILE) --generate-hashes --python-platform x86_64-manylinux_2_28 --extra train --extra serve -c requirements/versions.txt pyproject.toml -o requirements/image.txt
+	$(COMPILE) --generate-hashes --universal --extra infra --extra dev --extra infra-dev -c requirements/versions.txt pyproject.toml -o requirements/infra.txt
+	$(COMPILE) --generate-hashes --universal requirements/uv.in -o requirements/uv.txt
+
+clean:  ## remove .venv, out/ and every cache
+	rm -rf .venv out build *.egg-info .mypy_cache .pytest_cache .ruff_cache && find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(UV): requirements/uv.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "needs Python 3.11 or later; name one: make setup PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' || { echo "$(PYTHON) cannot make virtual environments; on Debian and Ubuntu: sudo apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --require-hashes -r requirements/uv.txt
+	@touch $@
+
+.venv/.stamp: $(UV) pyproject.toml requirements/dev.txt
+	$(UV) pip sync --python .venv --require-hashes --build-constraints requirements/dev.txt --compile-bytecode requirements/uv.txt requirements/dev.txt
+	$(UV) pip install --python .venv --no-deps --no-build-isolation --editable .
+	@touch $@

@@ -1,0 +1,238 @@
+"""An artefact: the servable directory that `train` writes and `serve` reads.
+
+    dvae/ transformer/ clip/     config.json + weights.safetensors each
+    tokenizer/tokenizer.json
+    manifest.json                what it is, how it came about, and the sha256 of every other file
+
+No pickle, no symlink. The manifest is written last and covers everything: a directory without it,
+or with a file that does not match, is not an artefact.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tarfile
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from dalle.clip import Clip, ClipConfig
+from dalle.dvae import DiscreteVAE, DVAEConfig
+from dalle.errors import ArtefactError
+from dalle.tokenizer import CaptionTokenizer
+from dalle.transformer import Dalle, TransformerConfig
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+CONFIG = "config.json"
+WEIGHTS = "weights.safetensors"
+
+ModelName = Literal["dvae", "transformer", "clip"]
+ComponentName = Literal["dvae", "transformer", "clip", "tokenizer"]
+
+_MODELS: dict[ModelName, tuple[type[nn.Module], type]] = {
+    "dvae": (DiscreteVAE, DVAEConfig),
+    "transformer": (Dalle, TransformerConfig),
+    "clip": (Clip, ClipConfig),
+}
+
+
+class StageRecord(BaseModel):
+    """One training run that made a component of the artefact."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    stage: ModelName
+    job_name: str
+    finished_at: str
+    """ISO 8601, UTC."""
+    steps: int
+    is_finished: bool
+    """False when the job was stopped before its budget was spent."""
+    wall_seconds: float
+    cpu_seconds: float
+    hyperparameters: dict[str, Any]
+    metrics: dict[str, float]
+    dataset_fingerprint: str
+    dataset_counts: dict[str, int]
+
+
+class Manifest(BaseModel):
+    """`manifest.json`."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    format_version: int = FORMAT_VERSION
+    library_version: str = ""
+    git_revision: str = ""
+    licence: str = ""
+    stages: list[StageRecord] = []
+    """Oldest first."""
+    files: dict[str, str] = {}
+    """Path within the artefact -> sha256."""
+
+
+@dataclass
+class Artefact:
+    """The models of one artefact; a component that it does not have is None."""
+
+    dvae: DiscreteVAE | None = None
+    transformer: Dalle | None = None
+    clip: Clip | None = None
+    tokenizer: CaptionTokenizer | None = None
+    manifest: Manifest = field(default_factory=Manifest)
+
+    def components(self) -> list[ComponentName]:
+        """Names of those that are there."""
+        names: tuple[ComponentName, ...] = ("dvae", "transformer", "clip", "tokenizer")
+        return [name for name in names if getattr(self, name) is not None]
+
+
+def save(directory: Path, artefact: Artefact, *, git_revision: str = "") -> Manifest:
+    """Write an artefact into `directory`, which may hold an older one; returns its manifest.
+
+    Each component is complete under a temporary name before it takes its place, and the old
+    manifest goes first: an interrupted save leaves a directory that `load` refuses.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    staging = directory / ".staging"
+    shutil.rmtree(staging, ignore_errors=True)
+    components = artefact.components()
+    for name in components:
+        (staging / name).mkdir(parents=True)
+        if name == "tokenizer":
+            assert artefact.tokenizer is not None
+            artefact.tokenizer.save(staging / name)
+        else:
+            _save_model(staging / name, getattr(artefact, name))
+    manifest = artefact.manifest.model_copy(
+        update={
+            "format_version": FORMAT_VERSION,
+            "library_version": metadata.version("dalle-sagemaker"),
+            "git_revision": git_revision,
+            "files": {path: _sha256(staging / path) for path in _files(staging)},
+        }
+    )
+    (staging / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+
+    (directory / MANIFEST).unlink(missing_ok=True)
+    for old in ("dvae", "transformer", "clip", "tokenizer"):
+        shutil.rmtree(directory / old, ignore_errors=True)
+    for name in components:
+        os.replace(staging / name, directory / name)
+    os.replace(staging / MANIFEST, directory / MANIFEST)
+    staging.rmdir()
+    return manifest
+
+
+def load(directory: Path, device: torch.device | str = "cpu") -> Artefact:
+    """Read an artefact, all hashes checked, models in evaluation mode and without gradients.
+
+    Raises ArtefactError naming the file that is missing, damaged, unexpected or of another format.
+    """
+    manifest = read_manifest(directory)
+    _check_files(directory, manifest)
+    artefact = Artefact(manifest=manifest)
+    if (directory / "tokenizer").is_dir():
+        artefact.tokenizer = CaptionTokenizer.load(directory / "tokenizer")
+    for name in _MODELS:
+        if (directory / name).is_dir():
+            setattr(artefact, name, _load_model(directory / name, name, device))
+    return artefact
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest alone, nothing checked against it."""
+    path = directory / MANIFEST
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtefactError(
+            f"{directory} is not an artefact: {MANIFEST} is missing (was its writing interrupted?)"
+        ) from None
+    except ValueError as error:
+        raise ArtefactError(f"{path} is not JSON: {error}") from error
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version != FORMAT_VERSION:
+        raise ArtefactError(f"{path}: format_version must be {FORMAT_VERSION}, got {version!r}")
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        raise ArtefactError(f"{path} is not a manifest: {error}") from error
+
+
+def locate(channel: Path, scratch: Path) -> Path:
+    """The artefact in a channel: the directory itself, or a model.tar.gz in it.
+
+    An archive is unpacked into `scratch`; entries that leave it, links and devices are refused.
+    """
+    if (channel / MANIFEST).is_file():
+        return channel
+    archives = sorted(channel.glob("*.tar.gz"))
+    if len(archives) != 1:
+        found = [path.name for path in sorted(channel.iterdir())][:5]
+        raise ArtefactError(
+            f"{channel} must hold {MANIFEST} or exactly one model.tar.gz, found {found}"
+        )
+    scratch.mkdir(parents=True, exist_ok=True)
+    try:
+        with tarfile.open(archives[0], "r:gz") as archive:
+            for member in archive:
+                if not (member.isfile() or member.isdir()):
+                    raise ArtefactError(f"{archives[0].name}: {member.name} is not a plain file")
+                archive.extract(member, scratch, filter="data")
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise ArtefactError(f"{archives[0]} cannot be unpacked: {error}") from error
+    return scratch
+
+
+def _save_model(directory: Path, model: nn.Module) -> None:
+    config = json.dumps(asdict(model.config), indent=1)  # type: ignore[call-overload]
+    (directory / CONFIG).write_text(config, encoding="utf-8")
+    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, directory / WEIGHTS)
+
+
+def _load_model(directory: Path, name: ModelName, device: torch.device | str) -> nn.Module:
+    model_class, config_class = _MODELS[name]
+    try:
+        config: Any = TypeAdapter(config_class).validate_json((directory / CONFIG).read_bytes())
+        model = model_class(config)
+        model.load_state_dict(load_file(directory / WEIGHTS), assign=True)
+    except (ValueError, RuntimeError, SafetensorError, OSError) as error:
+        raise ArtefactError(f"{directory} cannot be loaded as {name}: {error}") from error
+    return model.eval().requires_grad_(False).to(device)
+
+
+def _files(directory: Path) -> list[str]:
+    """Paths of all files under it, relative and sorted."""
+    paths = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(path.relative_to(directory).as_posix() for path in paths)
+
+
+def _check_files(directory: Path, manifest: Manifest) -> None:
+    for name in manifest.files:
+        path = directory / name
+        if path.is_symlink() or not path.is_file():
+            raise ArtefactError(f"{path} is missing, but {MANIFEST} lists it")
+        if _sha256(path) != manifest.files[name]:
+            raise ArtefactError(f"{path} does not match its sha256 in {MANIFEST}: it was changed")
+    for component in ("dvae", "transformer", "clip", "tokenizer"):
+        for name in _files(directory / component):
+            if f"{component}/{name}" not in manifest.files:
+                raise ArtefactError(f"{directory / component / name} is not in {MANIFEST}")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,232 @@
+"""CLIP: how well does a caption fit an image? A thin layer over clip-anytorch's own model class.
+
+Ours takes images in [0, 1] of any size and text tokens with 0 as padding, and gives unit vectors;
+`clip_score` is their cosine. Two kinds of weights fit in:
+
+- trained from scratch on the job's pairs, with the artefact's tokenizer;
+- an OpenAI checkpoint file (ViT or ResNet), which brings its own byte-pair encoding.
+
+Letters: B batch, T text length, E embedding size.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dalle.errors import ArtefactError
+from dalle.tokenizer import CaptionTokenizer
+
+with warnings.catch_warnings():
+    # It asks pkg_resources for torch's version; setuptools warns about that once a process.
+    warnings.simplefilter("ignore")
+    from clip.model import CLIP
+
+# Of the images that OpenAI's models were trained on (openai/CLIP, clip.py).
+_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_STD = (0.26862954, 0.26130258, 0.27577711)
+_MAX_LOGIT_SCALE = math.log(100)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipConfig:
+    """Everything that rebuilds a `Clip`; names in OpenAI's order and sense."""
+
+    embed_size: int
+    """E: width of the common space."""
+    image_size: int
+    """Side that images are resized to."""
+    vision_layers: int | tuple[int, int, int, int]
+    """Layers of the vision transformer; four numbers mean a modified ResNet."""
+    vision_width: int
+    """Channels of the image encoder."""
+    patch_size: int | None
+    """Side of a patch in pixels; none for a ResNet."""
+    text_vocab_size: int
+    """Ids that the text encoder knows, its end mark included."""
+    text_length: int
+    """Text tokens it reads, its start and end marks included."""
+    text_width: int
+    """Channels of the text encoder."""
+    text_heads: int
+    """Its attention heads."""
+    text_layers: int
+    """Its layers."""
+    tokenizer: Literal["artefact", "openai"] = "artefact"
+    """Whose text tokens it reads: the artefact's tokenizer, or CLIP's own byte pairs."""
+
+
+@dataclass(frozen=True)
+class ClipLoss:
+    """Scalars of one training step."""
+
+    total: Tensor
+    accuracy: Tensor
+    """Share of images whose own caption scores best in the batch."""
+
+
+class Clip(nn.Module):
+    """Image and text encoder with a common space."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = CLIP(
+            embed_dim=config.embed_size,
+            image_resolution=config.image_size,
+            vision_layers=config.vision_layers,
+            vision_width=config.vision_width,
+            vision_patch_size=config.patch_size,
+            context_length=config.text_length,
+            vocab_size=config.text_vocab_size,
+            transformer_width=config.text_width,
+            transformer_heads=config.text_heads,
+            transformer_layers=config.text_layers,
+        )
+        self.register_buffer("mean", torch.tensor(_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(_STD).view(3, 1, 1), persistent=False)
+
+    @classmethod
+    def from_openai(cls, path: Path) -> Clip:
+        """Load a checkpoint file as OpenAI published it (TorchScript archive or state dict)."""
+        state = _read_openai_state(path)
+        model = cls(_openai_config(state))
+        model.model.load_state_dict({name: value.float() for name, value in state.items()})
+        return model.eval()
+
+    def loss(self, images: Tensor, text_tokens: Tensor) -> ClipLoss:
+        """Symmetric cross-entropy over the batch's pairs (Radford et al. 2021, figure 3).
+
+        images: [B, 3, H, W] in [0, 1]; text_tokens: [B, T] of the artefact's tokenizer. Captions
+        that are equal within the batch count as one another's positives.
+        """
+        image_features = self.encode_image(images)
+        text_features = self.encode_text(text_tokens)
+        scale = self.model.logit_scale.clamp(max=_MAX_LOGIT_SCALE).exp()
+        logits = scale * image_features @ text_features.T
+        same = (text_tokens[:, None] == text_tokens[None]).all(dim=-1).float()
+        targets = same / same.sum(dim=1, keepdim=True)
+        total = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+        best = logits.argmax(dim=1)
+        return ClipLoss(total, same.gather(1, best[:, None]).mean())
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W] in [0, 1], square, any size -> unit vectors [B, E]."""
+        size = self.config.image_size
+        if images.shape[-1] != size:
+            images = F.interpolate(
+                images, size=(size, size), mode="bicubic", antialias=True, align_corners=False
+            ).clamp(0, 1)
+        features: Tensor = self.model.encode_image((images - self.mean) / self.std)
+        return F.normalize(features, dim=-1)
+
+    def encode_text(self, text_tokens: Tensor) -> Tensor:
+        """text_tokens [B, T] of the artefact's tokenizer, 0 = padding -> unit vectors [B, E]."""
+        assert self.config.tokenizer == "artefact", "use encode_captions with OpenAI's weights"
+        # The model reads a caption's vector at its highest id: an end mark above all others.
+        end = self.config.text_vocab_size - 1
+        lengths = (text_tokens != 0).sum(dim=1, keepdim=True)
+        closed = F.pad(text_tokens, (0, 1)).scatter(1, lengths, end)
+        features: Tensor = self.model.encode_text(closed)
+        return F.normalize(features, dim=-1)
+
+    def encode_captions(
+        self, captions: Sequence[str], tokenizer: CaptionTokenizer | None
+    ) -> Tensor:
+        """Captions -> unit vectors [B, E], whichever tokenizer these weights read.
+
+        A caption too long for OpenAI's 77 tokens is cut, as it was in their training.
+        """
+        device = self.mean.device
+        if self.config.tokenizer == "artefact":
+            if tokenizer is None:
+                raise ArtefactError("this CLIP reads the artefact's tokenizer, which is missing")
+            return self.encode_text(tokenizer.encode(captions).to(device))
+        tokens = _openai_tokens(captions, self.config.text_length).to(device)
+        features: Tensor = self.model.encode_text(tokens)
+        return F.normalize(features, dim=-1)
+
+
+@cache
+def _openai_tokenizer() -> Any:
+    from clip.simple_tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer()
+
+
+def _openai_tokens(captions: Sequence[str], text_length: int) -> Tensor:
+    """[B, text_length] int64 of OpenAI's ids: start mark, words, end mark, zeros."""
+    tokenizer = _openai_tokenizer()
+    start, end = tokenizer.encoder["<|startoftext|>"], tokenizer.encoder["<|endoftext|>"]
+    tokens = torch.zeros(len(captions), text_length, dtype=torch.int64)
+    for row, caption in enumerate(captions):
+        ids = [start, *tokenizer.encode(caption)[: text_length - 2], end]
+        tokens[row, : len(ids)] = torch.tensor(ids)
+    return tokens
+
+
+def _read_openai_state(path: Path) -> dict[str, Tensor]:
+    try:
+        archive = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
+        state: dict[str, Tensor] = archive.state_dict()
+    except RuntimeError:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ArtefactError(
+                f"{path.name} is not an OpenAI CLIP checkpoint (TorchScript archive or state dict)"
+            ) from error
+    # Three numbers that the archive keeps beside its weights.
+    for name in ("input_resolution", "context_length", "vocab_size"):
+        state.pop(name, None)
+    missing = {"text_projection", "logit_scale", "token_embedding.weight"} - state.keys()
+    if missing:
+        raise ArtefactError(f"{path.name} is not an OpenAI CLIP: it lacks {sorted(missing)}")
+    return state
+
+
+def _openai_config(state: dict[str, Tensor]) -> ClipConfig:
+    """Sizes from the shapes of the weights; every published model is covered."""
+
+    def count(prefix: str) -> int:
+        depth = prefix.count(".") + 1
+        return len({name.split(".")[depth] for name in state if name.startswith(prefix + ".")})
+
+    vision_layers: int | tuple[int, int, int, int]
+    if "visual.proj" in state:
+        vision_width, _, patch_size, _ = state["visual.conv1.weight"].shape
+        vision_layers = count("visual.transformer.resblocks")
+        positions = state["visual.positional_embedding"].shape[0] - 1
+        image_size = math.isqrt(positions) * patch_size
+    else:
+        first, second, third, fourth = (count(f"visual.layer{i}") for i in (1, 2, 3, 4))
+        vision_layers, patch_size = (first, second, third, fourth), None
+        vision_width = state["visual.layer1.0.conv1.weight"].shape[0]
+        positions = state["visual.attnpool.positional_embedding"].shape[0] - 1
+        image_size = math.isqrt(positions) * 32
+    text_width = state["ln_final.weight"].shape[0]
+    return ClipConfig(
+        embed_size=state["text_projection"].shape[1],
+        image_size=image_size,
+        vision_layers=vision_layers,
+        vision_width=vision_width,
+        patch_size=patch_size,
+        text_vocab_size=state["token_embedding.weight"].shape[0],
+        text_length=state["positional_embedding"].shape[0],
+        text_width=text_width,
+        text_heads=text_width // 64,
+        text_layers=count("transformer.resblocks"),
+        tokenizer="openai",
+    )

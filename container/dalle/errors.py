@@ -1,0 +1,129 @@
+"""The errors of both commands, sorted by who must act. Standard library only.
+
+    DalleError                       root of everything raised on purpose    500  internal_error
+    ├── UserError                    whoever wrote the job or the request    400  bad_request
+    │   ├── JobError                 a file of the job's contract is wrong   400  bad_job
+    │   │   ├── HyperparameterError  one is unknown, mistyped, out of range  400  bad_hyperparameter
+    │   │   └── ChannelError         one is missing, empty or unexpected     400  bad_channel
+    │   ├── DataError                an image or a caption cannot be used    400  bad_data
+    │   │   └── CaptionTooLong       more text tokens than the model reads   422  caption_too_long
+    │   ├── ArtefactError            a model is missing, damaged or foreign  422  bad_artefact
+    │   ├── CheckpointError          a checkpoint belongs to another run     409  bad_checkpoint
+    │   └── DivergenceError          the loss stopped being a number         422  diverged
+    └── PlatformError                the machine or service underneath       503  platform_error
+        ├── DiskFullError            nothing more can be written             507  disk_full
+        └── DeviceError              the device asked for is not usable      503  device_error
+
+    (then: the HTTP status and the stable word that `serve` answers with)
+
+Everything else that is raised (`AssertionError`, `KeyError`, …) is a mistake in this code and is
+reported with its traceback. A message names the thing, the value it had, and what would be right.
+
+`field` is the hyperparameter or request field at fault, where one can be named.
+"""
+
+from __future__ import annotations
+
+
+class DalleError(Exception):
+    """Root of all errors raised on purpose; raise one of its children.
+
+    status and code are the class's own unless they are given for one error.
+    """
+
+    status: int = 500
+    code: str = "internal_error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        field: str | None = None,
+        status: int | None = None,
+        code: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.field = field
+        if status is not None:
+            self.status = status
+        if code is not None:
+            self.code = code
+
+
+class UserError(DalleError):
+    """Whoever wrote the job or the request must change something."""
+
+    status = 400
+    code = "bad_request"
+
+
+class JobError(UserError):
+    """A file, variable or value of the training job's contract is wrong."""
+
+    code = "bad_job"
+
+
+class HyperparameterError(JobError):
+    """One or more hyperparameters are unknown, mistyped or out of range; all are in the message."""
+
+    code = "bad_hyperparameter"
+
+
+class ChannelError(JobError):
+    """A channel is missing, empty or not one that the job reads."""
+
+    code = "bad_channel"
+
+
+class DataError(UserError):
+    """An image or a caption cannot be used."""
+
+    code = "bad_data"
+
+
+class CaptionTooLong(DataError):  # noqa: N818 - reads as what happened
+    """A caption has more text tokens than the model reads."""
+
+    status = 422
+    code = "caption_too_long"
+
+
+class ArtefactError(UserError):
+    """A trained model's file or component is missing, damaged or of another version."""
+
+    status = 422
+    code = "bad_artefact"
+
+
+class CheckpointError(UserError):
+    """The checkpoint directory holds the state of a run with other settings or other data."""
+
+    status = 409
+    code = "bad_checkpoint"
+
+
+class DivergenceError(UserError):
+    """The loss or the gradient is not a finite number any more."""
+
+    status = 422
+    code = "diverged"
+
+
+class PlatformError(DalleError):
+    """The machine or the service underneath must be changed or tried again."""
+
+    status = 503
+    code = "platform_error"
+
+
+class DiskFullError(PlatformError):
+    """The disk has no room for what must be written."""
+
+    status = 507
+    code = "disk_full"
+
+
+class DeviceError(PlatformError):
+    """The device asked for is absent or does not work."""
+
+    code = "device_error"

@@ -1,0 +1,231 @@
+"""Image files and payloads in, uint8 arrays out, and back. Knows nothing of torch, files or HTTP.
+
+    decode_image(bytes) -> PIL RGB      any photograph or drawing, made safe and plain
+    to_square(PIL RGB, size) -> [H, W, 3]
+    encode_image([H, W, 3], format) -> bytes
+    contact_sheet(rows of [H, W, 3]) -> [H', W', 3]
+
+Both commands decode what strangers made: `train` reads a channel's files, `serve` a request's
+payloads. So the size is read from the header and checked before any pixel is decoded.
+
+Letters: H height, W width.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from dalle.errors import DataError
+
+Pixels = NDArray[np.uint8]  # [H, W, 3], RGB, 0 to 255
+ImageFormat = Literal["png", "jpeg", "webp"]
+
+MAX_PIXELS = 40_000_000  # width x height; decoded as RGBA this is 160 MB, which any host can spare
+
+# Only formats whose decoders are self-contained and well trodden; never one that starts a program
+# (EPS) or follows references. The signatures tell a damaged image from something else.
+_SIGNATURES: dict[str, tuple[bytes, ...]] = {
+    "PNG": (b"\x89PNG\r\n\x1a\n",),
+    "JPEG": (b"\xff\xd8\xff",),
+    "WEBP": (b"RIFF",),
+    "GIF": (b"GIF87a", b"GIF89a"),
+    "BMP": (b"BM",),
+}
+_ENCODER_OPTIONS: dict[str, dict[str, int]] = {
+    "png": {},
+    "jpeg": {"quality": 92, "subsampling": 0},  # full colour resolution: the pictures are small
+    "webp": {"quality": 92},
+}
+
+
+class ImageFault(StrEnum):
+    """Why a file or payload cannot be used as an image; the texts are shown in logs and reports."""
+
+    UNREADABLE = "unreadable file"  # for those who read the bytes; never raised here
+    EMPTY = "empty image file"
+    FOREIGN = "not an image"
+    GIANT = "image over the pixel limit"
+    DAMAGED = "truncated or damaged image"
+
+
+class ImageError(DataError):
+    """A file or payload cannot be used as an image, for the reason in `fault`."""
+
+    code = "bad_image"
+
+    def __init__(self, message: str, fault: ImageFault) -> None:
+        super().__init__(message)
+        self.fault = fault
+
+
+def decode_image(data: bytes, *, what: str, min_side: int | None = None) -> Image.Image:
+    """Decode an image to plain RGB: upright, eight bits a channel, transparency put on white.
+
+    data: a whole PNG, JPEG, WebP, GIF or BMP file. Of an animation the first frame is taken.
+    what: names the image in errors, such as `train/0017.png` or `prime_image`.
+    min_side: what the caller needs of the shorter side. A JPEG that has more is then decoded at
+        1/2, 1/4 or 1/8 of its size, several times faster; other formats always come whole.
+    Returns a fully loaded image of mode RGB. Raises `ImageError` for no bytes, for something that
+    is not an image, for one of more than `MAX_PIXELS` pixels (from the header, without decoding)
+    and for one that is truncated or damaged.
+    """
+    if not data:
+        raise ImageError(f"{what} has no bytes; give a whole image file", ImageFault.EMPTY)
+    with _quiet_pillow():
+        image = _open(data, what)
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise _giant(what, f"{width} x {height} = {width * height:,} pixels")
+        try:
+            if min_side is not None:
+                image.draft(None, (min_side, min_side))
+            image.load()
+            return _to_rgb(_upright(image))
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow's decoders raise whatever their parsers stumble on
+            raise _damaged(what, error) from error
+
+
+def to_square(image: Image.Image, size: int) -> Pixels:
+    """The centre square of an RGB image at `size` x `size` pixels; antialiased when it shrinks.
+
+    Returns a writable uint8 array [size, size, 3]. An image of that size already is unchanged.
+    """
+    if image.mode != "RGB":
+        raise ValueError(f"to_square takes an RGB image, got mode {image.mode}")
+    if image.size != (size, size):
+        width, height = image.size
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        image = image.resize(
+            (size, size),
+            Image.Resampling.BICUBIC,
+            box=(left, top, left + side, top + side),
+            reducing_gap=3.0,  # photographs are first halved by whole factors: several times faster
+        )
+    return np.array(image, dtype=np.uint8)
+
+
+def encode_image(pixels: Pixels, format: ImageFormat) -> bytes:
+    """Encode a uint8 array [H, W, 3] as a PNG (exact), JPEG or WebP (quality 92) file."""
+    if format not in _ENCODER_OPTIONS:
+        raise ValueError(f"format must be one of {', '.join(_ENCODER_OPTIONS)}, got {format!r}")
+    _check_pixels(pixels)
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(
+        file, format=format.upper(), **_ENCODER_OPTIONS[format]
+    )
+    return file.getvalue()
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[Pixels]], *, padding: int = 2, scale: int = 1, background: int = 255
+) -> Pixels:
+    """Lay images of one size out in rows, from the left, with `padding` pixels around each.
+
+    scale: every pixel becomes a square of scale x scale, so that tiny pictures can be looked at.
+    background: grey value, 0 to 255, of the padding and of the places that short rows leave empty.
+    Returns a uint8 array [rows * (scale*H + padding) + padding, columns * (…) + padding, 3].
+    """
+    shapes = {image.shape for row in rows for image in row}
+    if len(shapes) != 1:
+        raise ValueError(f"contact_sheet takes images of one size, got {sorted(shapes) or 'none'}")
+    if scale < 1 or padding < 0:
+        raise ValueError(f"scale must be >= 1 and padding >= 0, got {scale} and {padding}")
+    height, width = (scale * extent for extent in shapes.pop()[:2])
+    columns = max(len(row) for row in rows)
+    sheet = np.full(
+        (len(rows) * (height + padding) + padding, columns * (width + padding) + padding, 3),
+        background,
+        dtype=np.uint8,
+    )
+    for row_number, row in enumerate(rows):
+        top = padding + row_number * (height + padding)
+        for column, image in enumerate(row):
+            _check_pixels(image)
+            left = padding + column * (width + padding)
+            enlarged = image.repeat(scale, axis=0).repeat(scale, axis=1)
+            sheet[top : top + height, left : left + width] = enlarged
+    return sheet
+
+
+def _open(data: bytes, what: str) -> Image.Image:
+    """Parse the header only."""
+    try:
+        return Image.open(io.BytesIO(data), formats=tuple(_SIGNATURES))
+    except MemoryError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise _giant(what, f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels") from error
+    except Exception as error:
+        signatures = [sign for signs in _SIGNATURES.values() for sign in signs]
+        if data.startswith(tuple(signatures)):
+            raise _damaged(what, error) from error
+        raise ImageError(
+            f"{what} is not an image: it begins with {data[:16]!r}; "
+            f"give a {', '.join(_SIGNATURES)} file",
+            ImageFault.FOREIGN,
+        ) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn the image as its EXIF data say; where those are unreadable, the pixels still count."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
+    except Exception:
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        # Sixteen-bit greys: Pillow's own conversion would clip everything above 255 to white.
+        grey = np.asarray(image).astype(np.int64).clip(0, 65_535)
+        return Image.fromarray(((grey * 255 + 32_767) // 65_535).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _giant(what: str, size: str) -> ImageError:
+    return ImageError(
+        f"{what} has {size}; the limit is {MAX_PIXELS:,}: make it smaller first", ImageFault.GIANT
+    )
+
+
+def _damaged(what: str, error: Exception) -> ImageError:
+    return ImageError(
+        f"{what} is truncated or damaged ({error}); copy or export it again", ImageFault.DAMAGED
+    )
+
+
+def _check_pixels(pixels: Pixels) -> None:
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise ValueError(
+            f"an image must be a uint8 array [H, W, 3], got {pixels.dtype} {list(pixels.shape)}"
+        )
+
+
+@contextmanager
+def _quiet_pillow() -> Iterator[None]:
+    """Silence Pillow's own warnings (big images, odd EXIF data): refusals say all there is to say.
+
+    The filter names Pillow alone. Warning filters are shared by all threads up to Python 3.13, so
+    two threads may restore them in the wrong order; what could then stay behind is only this one.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\b")
+        yield

@@ -1,0 +1,159 @@
+"""Captions <-> text tokens, by the `tokenizers` library; one `tokenizer.json` holds it all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+
+from dalle.errors import ArtefactError, CaptionTooLong
+
+TokenizerKind = Literal["word", "bpe", "clip"]
+
+PADDING = "[PAD]"  # id 0: fills a caption up to the text length, and so also ends it
+UNKNOWN = "[UNK]"  # id 1: a word that no training caption had (kind "word" only)
+FILE_NAME = "tokenizer.json"
+
+
+class CaptionTokenizer:
+    """Captions as `text_length` ids each.
+
+    kind "word" has an id for every word of the training captions: the best choice for a small,
+    closed vocabulary. "bpe" learns byte-pair merges and can write anything. "clip" is OpenAI's
+    CLIP byte-pair encoding, 49,408 entries, which need no training.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, text_length: int) -> None:
+        self._tokenizer = tokenizer
+        self.text_length = text_length
+
+    @classmethod
+    def train(
+        cls,
+        captions: Iterable[str],
+        *,
+        kind: TokenizerKind = "word",
+        vocab_size: int = 16384,
+        text_length: int | None = None,
+    ) -> CaptionTokenizer:
+        """Learn the vocabulary from captions.
+
+        vocab_size: the most ids to give out. text_length: tokens per caption; the longest
+        caption's unless given.
+        """
+        captions = list(captions)
+        special = [PADDING, UNKNOWN]
+        match kind:
+            case "word":
+                tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
+                tokenizer.normalizer = _lower()
+                tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+                word_trainer = trainers.WordLevelTrainer(
+                    vocab_size=vocab_size, special_tokens=special, show_progress=False
+                )
+                tokenizer.train_from_iterator(captions, word_trainer)
+            case "bpe":
+                tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
+                tokenizer.normalizer = _lower()
+                tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+                tokenizer.decoder = decoders.ByteLevel()
+                pair_trainer = trainers.BpeTrainer(
+                    vocab_size=vocab_size,
+                    special_tokens=special,
+                    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                    show_progress=False,
+                )
+                tokenizer.train_from_iterator(captions, pair_trainer)
+            case "clip":
+                tokenizer = _clip_tokenizer()
+        if text_length is None:
+            encodings = tokenizer.encode_batch(captions)
+            text_length = max((len(encoding.ids) for encoding in encodings), default=1) or 1
+        return cls(tokenizer, text_length)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, padding included."""
+        return int(self._tokenizer.get_vocab_size())
+
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """Captions -> text tokens [B, text_length] int64, 0 behind the last word.
+
+        Raises CaptionTooLong for the first caption that does not fit.
+        """
+        text_tokens = torch.zeros(len(captions), self.text_length, dtype=torch.int64)
+        for row, encoding in enumerate(self._tokenizer.encode_batch(list(captions))):
+            count = len(encoding.ids)
+            if count > self.text_length:
+                raise CaptionTooLong(
+                    f"caption must be at most {self.text_length} tokens long, got {count}: "
+                    f"{captions[row][:80]!r}",
+                    field="caption",
+                )
+            text_tokens[row, :count] = torch.tensor(encoding.ids, dtype=torch.int64)
+        return text_tokens
+
+    def decode(self, text_tokens: Tensor) -> list[str]:
+        """Text tokens [B, .] -> captions; each ends at its first padding."""
+        captions = []
+        for ids in text_tokens.tolist():
+            end = ids.index(0) if 0 in ids else len(ids)
+            captions.append(self._tokenizer.decode(ids[:end], skip_special_tokens=True).strip())
+        return captions
+
+    def save(self, directory: Path) -> None:
+        """Write `tokenizer.json`: the library's own file with our text length beside it."""
+        content = json.loads(self._tokenizer.to_str())
+        content["text_length"] = self.text_length
+        text = json.dumps(content, ensure_ascii=False, indent=1)
+        (directory / FILE_NAME).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, directory: Path) -> CaptionTokenizer:
+        """Read what `save` wrote; ArtefactError when it is something else."""
+        path = directory / FILE_NAME
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            text_length = int(content.pop("text_length"))
+            return cls(Tokenizer.from_str(json.dumps(content)), text_length)
+        # The library raises bare Exception for a file it cannot read.
+        except Exception as error:
+            raise ArtefactError(f"{path} is not a caption tokenizer: {error}") from error
+
+
+def _lower() -> normalizers.Normalizer:
+    return normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+
+
+def _clip_tokenizer() -> Tokenizer:
+    """OpenAI's byte-pair encoding with every id moved up by one: id 0 is padding here.
+
+    The original has no padding of its own; its id 0 is "!" (openai/CLIP, simple_tokenizer.py).
+    """
+    from clip.simple_tokenizer import SimpleTokenizer
+
+    original = SimpleTokenizer()
+    vocabulary = {PADDING: 0} | {token: index + 1 for token, index in original.encoder.items()}
+    merges = list(original.bpe_ranks)
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>", fuse_unk=False)
+    )
+    spaces = normalizers.Replace(Regex(r"\s+"), " ")
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), spaces, normalizers.Strip(), normalizers.Lowercase()]
+    )
+    words = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(words), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    # Undoes the byte alphabet, and the mark that ends a word becomes a space.
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("</w>", " ")])
+    return tokenizer

@@ -1,0 +1,115 @@
+"""The command `serve`: answer SageMaker's endpoint protocol from a trained artefact.
+
+Reads the environment, sets up logging, binds the port, loads the model, serves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dalle.contract import DEFAULT_ROOT, Paths
+from dalle.errors import UserError
+from inference.settings import OURS, PLATFORMS, Settings, read_port, read_settings
+
+if TYPE_CHECKING:
+    from inference.generator import Generator
+
+logger = logging.getLogger("inference")
+
+_VERSIONS_OF = ("torch", "numpy", "pydantic", "flask", "gunicorn")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serve until stopped.
+
+    Exit status: 0 after SIGTERM, 2 for what can be refused before the port is bound, 4 when the
+    model cannot be loaded, 1 for anything else.
+    """
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(
+        level=logging.INFO,
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    logger.info("serve %s", _versions())
+    try:
+        settings = read_settings(os.environ)
+        port = read_port(os.environ, options.port)
+        model = Paths(options.root).model
+        if not model.is_dir():
+            raise UserError(
+                f"{model} is not a directory; --root must be the directory that holds `model`, "
+                "where `train` left its artefact"
+            )
+    except UserError as error:
+        logger.error("%s", error)
+        return 2
+
+    from inference.server import Server
+
+    server = Server(lambda: _load(model, settings), settings, host=options.host, port=port)
+    server.run()  # gunicorn leaves by SystemExit, in this process and in the worker's
+    return 0
+
+
+def _load(model: Path, settings: Settings) -> Generator:
+    """In the model's thread: import torch, choose threads and device, load the artefact."""
+    from inference.cpus import usable_cpus
+    from inference.generator import Generator
+
+    return Generator.load(
+        model,
+        settings.device,
+        threads=settings.threads or usable_cpus(),
+        chunk_size=settings.chunk_size,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    lines = ["environment variables:"]
+    for variable in (*OURS, *PLATFORMS):
+        default = f" (default {variable.default})" if variable.default else ""
+        lines.append(f"  {variable.name}\n      {variable.description}{default}")
+    parser = argparse.ArgumentParser(
+        prog="serve",
+        description="Answer SageMaker's endpoint protocol: GET /ping, POST /invocations, "
+        "GET /execution-parameters, /metrics and /openapi.json.",
+        epilog="\n".join(lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--root",
+        type=Path,
+        default=DEFAULT_ROOT,
+        help="directory that holds `model`, the artefact to serve (default %(default)s)",
+    )
+    parser.add_argument(
+        "--host",
+        default="0.0.0.0",  # noqa: S104 - the platform calls from outside the container
+        help="address to listen on (default %(default)s, as the platform demands)",
+    )
+    parser.add_argument(
+        "--port", type=int, default=None, help="port to listen on, 0 for a free one (default 8080)"
+    )
+    return parser
+
+
+def _versions() -> str:
+    found = [f"python={platform.python_version()}"]
+    for name in ("dalle-sagemaker", *_VERSIONS_OF):
+        try:
+            found.append(f"{name}={version(name)}")
+        except PackageNotFoundError:
+            found.append(f"{name}=not-installed")
+    return " ".join(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

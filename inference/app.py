@@ -1,0 +1,229 @@
+"""HTTP in, HTTP out: the only module that knows Flask. No model code, no globals.
+
+GET  /ping                   503 loading or stopping, 200 ready, 500 dead
+POST /invocations            schema -> scheduler -> render
+GET  /execution-parameters   for batch transform
+GET  /metrics                Prometheus text
+GET  /openapi.json           the schema
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from flask import Flask, Response, g, jsonify, request
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+
+from dalle.errors import DalleError, UserError
+from inference import openapi, schema
+from inference.answers import Answer, Waiter
+from inference.control import Cancelled
+from inference.media import BodyKind, body_kind, negotiate
+from inference.metrics import Metrics
+from inference.render import CUSTOM_ATTRIBUTES, render_error
+from inference.replies import ErrorDetail, ErrorReply
+from inference.scheduler import Busy, Scheduler, State
+from inference.settings import MEGABYTE, Settings
+
+logger = logging.getLogger(__name__)
+
+_PING_STATUS = {State.LOADING: 503, State.READY: 200, State.STOPPING: 503, State.DEAD: 500}
+_MAX_ATTRIBUTES = 1024  # characters, by the platform's contract
+
+
+def create_app(scheduler: Scheduler, settings: Settings) -> Flask:
+    """The WSGI application around a scheduler, which may still be loading."""
+    app = Flask("inference")
+    app.config["MAX_CONTENT_LENGTH"] = settings.limits.max_request_bytes
+    app.json.sort_keys = False  # type: ignore[attr-defined]  # the default provider has it
+    metrics = Metrics(
+        queue_depth=lambda: scheduler.queue_depth,
+        is_ready=lambda: scheduler.state is State.READY,
+    )
+    # Beyond these, requests are refused unread, so that threads remain for pings.
+    places = threading.BoundedSemaphore(settings.max_invocations)
+    document = openapi.document(settings.limits)
+
+    @app.get("/ping")
+    def ping() -> tuple[Response, int]:
+        state = scheduler.state
+        body = {"status": str(state)}
+        if state is State.DEAD and scheduler.cause:
+            body["cause"] = scheduler.cause
+        return jsonify(body), _PING_STATUS[state]
+
+    @app.get("/execution-parameters")
+    def execution_parameters() -> dict[str, Any]:
+        # One line a request gives each its own deadline; two at once keep the device busy while
+        # the last reply is sent.
+        return {
+            "MaxConcurrentTransforms": 2,
+            "BatchStrategy": "SINGLE_RECORD",
+            "MaxPayloadInMB": min(50, max(1, settings.limits.max_request_bytes // MEGABYTE)),
+        }
+
+    @app.get("/metrics")
+    def prometheus() -> Response:
+        return Response(metrics.render(), content_type=metrics.content_type)
+
+    @app.get("/openapi.json")
+    def openapi_document() -> dict[str, Any]:
+        return document
+
+    @app.post("/invocations")
+    def invocations() -> Response:
+        g.arrival = time.monotonic()
+        _check_attributes()
+        if not places.acquire(blocking=False):
+            raise Busy(
+                f"{settings.max_invocations} requests are being answered, which is all that may",
+                code="queue_full",
+                status=429,
+                retry_after=1,
+            )
+        try:
+            answer = answer_invocation()
+        except BaseException:
+            places.release()
+            raise
+        response = Response(answer.body, mimetype=answer.media_type, headers=answer.headers)
+        response.call_on_close(places.release)
+        return response
+
+    def answer_invocation() -> Answer:
+        # Headers, then state, then body, then work: each is cheaper than the next.
+        kind = body_kind(request.headers.get("Content-Type"))
+        accept = negotiate(request.headers.get("Accept"))
+        if request.content_encoding not in (None, "", "identity"):
+            raise UserError(
+                f"Content-Encoding {request.content_encoding!r} is not read; send the body plain",
+                field="Content-Encoding",
+                status=415,
+                code="unsupported_media_type",
+            )
+        scheduler.engine()
+        body = _read_body()
+        waiter = Waiter(
+            scheduler,
+            settings.limits,
+            metrics,
+            arrival=g.arrival,
+            gone=_watch(request.environ.get("gunicorn.socket")),
+            on_error=_log_error,
+        )
+        if kind is BodyKind.JSON_LINES:
+            return waiter.answer_lines(schema.split_lines(body), accept)
+        parsed = schema.parse_request(
+            body, request.headers.get("Content-Type"), limits=settings.limits
+        )
+        return waiter.answer_one(parsed, accept)
+
+    @app.after_request
+    def echo_attributes(response: Response) -> Response:
+        attributes = request.headers.get(CUSTOM_ATTRIBUTES)
+        if attributes is not None and _is_passable(attributes):
+            response.headers[CUSTOM_ATTRIBUTES] = attributes
+        if "arrival" in g:
+            arrival, status = g.arrival, response.status_code
+            response.call_on_close(lambda: finish(status, arrival))
+        return response
+
+    def finish(status: int, arrival: float) -> None:
+        seconds = time.monotonic() - arrival
+        metrics.count_invocation(status, seconds)
+        logger.info("invocation_status=%d; invocation_seconds=%.3f;", status, seconds)
+
+    @app.errorhandler(RequestEntityTooLarge)
+    def too_large(error: RequestEntityTooLarge) -> tuple[Response, int]:
+        return any_error(schema.too_large(settings.limits))
+
+    @app.errorhandler(HTTPException)
+    def http_error(error: HTTPException) -> tuple[Response, int]:
+        status = error.code or 500
+        code = (error.name or "error").lower().replace(" ", "_")
+        detail = ErrorDetail(
+            code=code, message=f"{request.method} {request.path}: {error.name}", field=None
+        )
+        return _error_response(detail), status
+
+    @app.errorhandler(Exception)
+    def any_error(error: Exception) -> tuple[Response, int]:
+        _log_error(error)
+        status, detail = render_error(error)
+        response = _error_response(detail)
+        if isinstance(error, Busy) and error.retry_after is not None:
+            response.headers["Retry-After"] = str(error.retry_after)
+        return response, status
+
+    return app
+
+
+def _read_body() -> bytes:
+    try:
+        body = request.get_data(cache=False)
+    except OSError as error:  # the socket's own timeout, or a client that went away
+        raise UserError(
+            "the body did not arrive in time", status=408, code="request_timeout"
+        ) from error
+    expected = request.content_length
+    if expected is not None and len(body) < expected:
+        raise UserError(
+            f"the body ended after {len(body):,} of {expected:,} bytes", code="malformed_body"
+        )
+    return body
+
+
+def _check_attributes() -> None:
+    attributes = request.headers.get(CUSTOM_ATTRIBUTES)
+    if attributes is not None and not _is_passable(attributes):
+        raise UserError(
+            f"{CUSTOM_ATTRIBUTES} must be at most {_MAX_ATTRIBUTES:,} visible ASCII characters, "
+            f"got {len(attributes):,} characters",
+            field=CUSTOM_ATTRIBUTES,
+            code="bad_custom_attributes",
+        )
+
+
+def _is_passable(attributes: str) -> bool:
+    is_visible = attributes.isascii() and attributes.isprintable()
+    return len(attributes) <= _MAX_ATTRIBUTES and is_visible
+
+
+def _watch(connection: socket.socket | None) -> Callable[[], bool]:
+    """A question to ask while waiting: has the client closed its end of the connection?"""
+    if connection is None:
+        return lambda: False
+    poller = select.poll()
+    poller.register(connection, select.POLLIN)
+
+    def is_gone() -> bool:
+        try:
+            if not poller.poll(0):
+                return False
+            return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    return is_gone
+
+
+def _log_error(error: Exception) -> None:
+    if isinstance(error, Cancelled):
+        logger.info("cancelled: %s", error)
+    elif isinstance(error, DalleError):
+        logger.info("refused: status=%d; code=%s; %s", error.status, error.code, error)
+    else:
+        logger.error("internal error", exc_info=error)
+
+
+def _error_response(detail: ErrorDetail) -> Response:
+    body = ErrorReply(error=detail).model_dump_json()
+    return Response(body, mimetype="application/json")

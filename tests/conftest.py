@@ -1,0 +1,109 @@
+"""Fixtures that several test files share: directories laid out as SageMaker lays out /opt/ml."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    """Leave out what needs a GPU where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+RESOURCE_CONFIG = {
+    "platform": {
+        "current_group_name": "homogeneousCluster",
+        "current_host": "algo-1",
+        "current_instance_type": "ml.g5.xlarge",
+        "hosts": ["algo-1"],
+        "instance_groups": [
+            {
+                "hosts": ["algo-1"],
+                "instance_group_name": "homogeneousCluster",
+                "instance_type": "ml.g5.xlarge",
+            }
+        ],
+        "network_interface_name": "eth0",
+        "topology": None,
+    },
+    "local": {
+        "current_host": "algo-1",
+        "hosts": ["algo-1"],
+        "network_interface_name": "ethwe",
+        "current_instance_type": "local_cpu",
+    },
+}
+CHANNEL_CONFIG = {
+    "platform": {
+        "ContentType": "application/x-image",
+        "TrainingInputMode": "File",
+        "S3DistributionType": "FullyReplicated",
+        "RecordWrapperType": "None",
+    },
+    "local": {"TrainingInputMode": "File"},
+}
+
+
+class OptMl:
+    """A tree under a temporary directory. shape: `platform`, `local` (the SDK's local mode), or
+    `empty` (a hand-run container: no config files at all)."""
+
+    def __init__(self, root: Path, shape: str) -> None:
+        self.root = root
+        self.shape = shape
+        self.channels: dict[str, dict[str, str]] = {}
+        for name in ("input/data", "model", "output/data"):
+            (root / name).mkdir(parents=True)
+        if shape != "empty":
+            self.write("resourceconfig", RESOURCE_CONFIG[shape])
+            self.write("inputdataconfig", {})
+            self.write("hyperparameters", {})
+
+    def write(self, name: str, value: object) -> Path:
+        """input/config/<name>.json; a text is written as it is, anything else as JSON."""
+        path = self.root / "input" / "config" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+        return path
+
+    def set_hyperparameters(self, **values: object) -> None:
+        """As the SDK does it: texts as they are, everything else as JSON in a text."""
+        texts = {n: v if isinstance(v, str) else json.dumps(v) for n, v in values.items()}
+        self.write("hyperparameters", texts)
+
+    def add_channel(self, name: str) -> Path:
+        """The new channel's directory, described in inputdataconfig.json where there is one."""
+        directory = self.root / "input" / "data" / name
+        directory.mkdir()
+        if self.shape != "empty":
+            self.channels[name] = CHANNEL_CONFIG[self.shape]
+            self.write("inputdataconfig", self.channels)
+        return directory
+
+    @property
+    def failure(self) -> str:
+        """What the platform would show as FailureReason."""
+        return (self.root / "output" / "failure").read_text(encoding="utf-8")[:1024]
+
+
+@pytest.fixture
+def make_opt_ml(tmp_path):
+    """A function: shape -> a new tree of that shape."""
+
+    def make(shape: str = "platform") -> OptMl:
+        return OptMl(tmp_path / f"ml-{shape}", shape)
+
+    return make
+
+
+@pytest.fixture
+def opt_ml(make_opt_ml):
+    """A tree as the platform lays it out, without channels or hyperparameters yet."""
+    return make_opt_ml("platform")

@@ -1,0 +1,137 @@
+"""training.checkpoints: atomic files, the newest kept, foreign ones refused."""
+
+import pickle
+import random
+import resource
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from dalle.errors import CheckpointError, DiskFullError, PlatformError
+from training.checkpoints import Checkpoints, random_state, seed_everything, set_random_state
+
+IDENTITY = {"width": 8, "kinds": ["full"], "data": "abc"}
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    return Checkpoints(tmp_path / "dvae", identity=IDENTITY, kept=2)
+
+
+def state_of(step):
+    return {"step": step, "weights": torch.full((4,), float(step))}
+
+
+def names(checkpoints):
+    return sorted(path.name for path in checkpoints.directory.iterdir())
+
+
+def test_what_was_saved_is_loaded(checkpoints):
+    checkpoints.save(3, state_of(3))
+    loaded = checkpoints.load_newest()
+    assert loaded["step"] == 3
+    assert torch.equal(loaded["weights"], torch.full((4,), 3.0))
+
+
+def test_an_empty_or_missing_directory_is_a_fresh_start(checkpoints):
+    assert checkpoints.load_newest() is None
+    checkpoints.directory.mkdir()
+    assert checkpoints.load_newest() is None
+
+
+def test_only_the_newest_are_kept(checkpoints):
+    for step in (9, 10, 11, 100):
+        checkpoints.save(step, state_of(step))
+    assert names(checkpoints) == ["step-000000011.pt", "step-000000100.pt"]
+    assert checkpoints.load_newest()["step"] == 100
+
+
+def test_a_half_written_file_is_ignored_and_removed(checkpoints):
+    checkpoints.save(1, state_of(1))
+    (checkpoints.directory / "step-000000002.pt.tmp").write_bytes(b"half")
+    assert checkpoints.load_newest()["step"] == 1
+    assert names(checkpoints) == ["step-000000001.pt"]
+
+
+def test_a_damaged_file_is_skipped_for_the_one_before(checkpoints, caplog):
+    checkpoints.save(1, state_of(1))
+    newest = checkpoints.save(2, state_of(2))
+    newest.write_bytes(newest.read_bytes()[:-200])
+    assert checkpoints.load_newest()["step"] == 1
+    assert "skipping the damaged checkpoint" in caplog.text
+
+
+def test_foreign_files_are_left_alone(checkpoints):
+    checkpoints.save(1, state_of(1))
+    (checkpoints.directory / "notes.txt").write_text("mine")
+    checkpoints.save(2, state_of(2))
+    checkpoints.save(3, state_of(3))
+    assert "notes.txt" in names(checkpoints)
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_the_difference_named(checkpoints):
+    checkpoints.save(1, state_of(1))
+    other = Checkpoints(checkpoints.directory, identity={**IDENTITY, "width": 16, "seed": 1})
+    with pytest.raises(CheckpointError) as caught:
+        other.load_newest()
+    assert "width was 8, this job has 16" in str(caught.value)
+    assert "seed was None, this job has 1" in str(caught.value)
+    assert "kinds" not in str(caught.value)
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(checkpoints):
+    checkpoints.save(1, state_of(1))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # the nearest to a small disk
+    try:
+        with pytest.raises(DiskFullError, match="the one before it is kept"):
+            checkpoints.save(2, {"weights": torch.zeros(1_000_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert names(checkpoints) == ["step-000000001.pt"]
+    assert checkpoints.load_newest()["step"] == 1
+
+
+def test_a_directory_that_cannot_be_written_is_the_platforms_fault(tmp_path):
+    (tmp_path / "dvae").write_text("a file")
+    with pytest.raises(PlatformError, match="cannot write the checkpoint"):
+        Checkpoints(tmp_path / "dvae", identity={}).save(1, state_of(1))
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("code in a checkpoint was run",))
+
+
+def test_code_in_a_checkpoint_is_never_run(checkpoints, capsys):
+    path = checkpoints.save(1, state_of(1))
+    with zipfile.ZipFile(path) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in contents.items():
+            archive.writestr(name, pickle.dumps(Evil()) if name.endswith("data.pkl") else data)
+    assert checkpoints.load_newest() is None
+    assert capsys.readouterr().out == ""
+
+
+def draw():
+    return random.random(), np.random.rand(), np.random.randn(), torch.rand(1).item()
+
+
+def test_random_numbers_go_on_where_they_were_saved(checkpoints):
+    seed_everything(7)
+    np.random.randn()  # leaves a second normal number in the generator
+    checkpoints.save(1, {"random": random_state()})
+    expected = [draw() for _ in range(3)]
+    seed_everything(8)
+    set_random_state(checkpoints.load_newest()["random"])
+    assert [draw() for _ in range(3)] == expected
+
+
+def test_the_same_seed_gives_the_same_numbers():
+    seed_everything(7)
+    first = draw()
+    seed_everything(7)
+    assert draw() == first

@@ -1,0 +1,168 @@
+"""training.worker: which stages a job trains, in order, and what a stop or a restart keeps."""
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dalle.contract import prepare_outputs, read_job
+from dalle.errors import ArtefactError, DeviceError
+from training import worker
+from training.hyperparameters import parse
+
+
+class TinyBatches:
+    num_per_epoch = 3
+
+    def batch(self, step):
+        return torch.randn(4, 2, generator=torch.Generator().manual_seed(step))
+
+
+class TinyStage:
+    def __init__(self, name, before_step):
+        self.name = name
+        self.batches = TinyBatches()
+        torch.manual_seed(5)
+        self.model = nn.Linear(2, 2)
+        self.before_step = before_step
+
+    def loss(self, batch, progress):
+        self.before_step(self.name, progress)
+        return F.mse_loss(self.model(batch), batch), {}
+
+    def validate(self):
+        return {}
+
+    def identity(self):
+        return {"stage": self.name}
+
+
+class TinyWorkshop:
+    """Notes what is asked of it."""
+
+    def __init__(self, present=(), before_step=lambda name, progress: None):
+        self.present = present
+        self.before_step = before_step
+        self.calls = []
+        self.results = {}
+
+    def open(self, job, hyperparameters, device, stop):
+        self.calls.append(("open", device.type))
+        return self
+
+    def build(self, name):
+        self.calls.append(("build", name))
+        return TinyStage(name, self.before_step)
+
+    def keep(self, stage, result):
+        assert not stage.model.training
+        self.calls.append(("keep", stage.name))
+        self.results[stage.name] = result
+
+    def finish(self):
+        self.calls.append(("finish",))
+
+
+@pytest.fixture
+def run(opt_ml):
+    """A function that runs a job on the CPU; calls share the checkpoints, as restarts do."""
+    opt_ml.add_channel("train")
+
+    def run(workshop, raw, stop=None):
+        job = read_job(opt_ml.root, {"DALLE_DEVICE": "cpu"})
+        prepare_outputs(job.paths)
+        settings = parse({"max_steps": "4", "log_every": "2", **raw})
+        worker.run(job, settings, stop or threading.Event(), workshop.open)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("stage", "present", "expected"),
+    [
+        ("all", [], ["dvae", "transformer", "clip"]),
+        ("all", ["clip"], ["dvae", "transformer"]),
+        ("all", ["dvae", "transformer"], ["clip"]),
+        ("dvae", [], ["dvae"]),
+        ("dvae", ["dvae"], ["dvae"]),
+        ("transformer", ["dvae"], ["transformer"]),
+        ("clip", [], ["clip"]),
+        ("clip", ["dvae", "transformer", "clip"], ["clip"]),
+    ],
+)
+def test_a_job_trains_what_is_asked_for_in_order(stage, present, expected):
+    assert worker.stages_to_train(stage, present) == expected
+
+
+@pytest.mark.parametrize(
+    ("stage", "present", "says"),
+    [
+        ("all", ["dvae", "transformer", "clip"], "set stage to the one to train anew"),
+        ("all", ["transformer"], "a transformer without the dvae"),
+        ("transformer", ["clip"], "stage=transformer needs a trained dvae"),
+        ("dvae", ["dvae", "transformer"], "leave out the channel `artefact`"),
+    ],
+)
+def test_a_stage_that_cannot_be_trained_is_refused(stage, present, says):
+    with pytest.raises(ArtefactError, match=says):
+        worker.stages_to_train(stage, present)
+
+
+def test_each_stage_is_built_trained_and_kept_before_the_next(run, opt_ml):
+    workshop = TinyWorkshop(present=["clip"])
+    run(workshop, {})
+    assert workshop.calls == [
+        ("open", "cpu"),
+        ("build", "dvae"),
+        ("keep", "dvae"),
+        ("build", "transformer"),
+        ("keep", "transformer"),
+        ("finish",),
+    ]
+    assert all(result.is_finished for result in workshop.results.values())
+    checkpoints = (opt_ml.root / "checkpoints").rglob("*.pt")
+    assert {path.parent.name for path in checkpoints} == {"dvae", "transformer"}
+    assert (opt_ml.root / "output/data/metrics.jsonl").read_text().count("\n") == 4
+
+
+def test_after_a_stop_what_there_is_is_kept_and_a_restart_goes_on_from_it(run):
+    stop = threading.Event()
+
+    def stop_in_the_second_stage(name, progress):
+        if name == "transformer" and progress >= 0.25:
+            stop.set()
+
+    stopped = TinyWorkshop(before_step=stop_in_the_second_stage)
+    run(stopped, {}, stop)
+    assert stopped.calls[-2:] == [("keep", "transformer"), ("finish",)]
+    assert [r.is_finished for r in stopped.results.values()] == [True, False]
+
+    steps = []
+    restarted = TinyWorkshop(before_step=lambda name, progress: steps.append((name, progress)))
+    run(restarted, {})
+    assert list(restarted.results) == ["dvae", "transformer", "clip"]
+    assert steps[:2] == [("transformer", 0.5), ("transformer", 0.75)]
+    assert {name for name, _ in steps} == {"transformer", "clip"}, "the dvae was finished"
+
+
+def test_a_stop_while_a_stage_is_prepared_ends_the_job_in_order(run):
+    workshop = TinyWorkshop()
+    workshop.build = lambda name: None
+    run(workshop, {})
+    assert workshop.calls == [("open", "cpu"), ("finish",)]
+
+
+def test_a_setting_without_effect_is_warned_of(run, caplog):
+    run(TinyWorkshop(), {"stage": "clip", "dvae_width": "32", "clip_text_width": "32"})
+    assert "hyperparameter dvae_width has no effect" in caplog.text
+    assert "clip_text_width" not in caplog.text
+
+
+def test_too_little_device_memory_says_what_to_set(run):
+    def fail(name, progress):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(DeviceError, match="set a smaller batch_size"):
+        run(TinyWorkshop(before_step=fail), {})

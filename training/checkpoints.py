@@ -1,0 +1,203 @@
+"""Resumable training state in one directory: written atomically, the newest few kept.
+
+On SageMaker the directory is /opt/ml/checkpoints, copied to S3 while the job runs and copied back
+before a restart. Each stage has its own sub-directory. Knows files and their completeness, not
+what is in them; never unpickles anything but tensors and plain values.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import random
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+import torch
+
+from dalle.errors import CheckpointError, DiskFullError, PlatformError
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+NAME = re.compile(r"step-(\d{9})\.pt")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Checkpoints:
+    """The checkpoints of one stage.
+
+    identity: plain values that decide what the run computes (settings, seed, data fingerprint);
+    a checkpoint with another identity is refused. kept: how many of the newest stay.
+    """
+
+    def __init__(self, directory: Path, *, identity: Mapping[str, Any], kept: int = 2) -> None:
+        if kept < 1:
+            raise ValueError(f"kept must be at least 1, got {kept}")
+        self.directory = directory
+        self._identity = dict(identity)
+        self._kept = kept
+
+    def save(self, step: int, state: Mapping[str, Any]) -> Path:
+        """Write the state after `step` steps, then remove what is older than the newest `kept`.
+
+        Raises DiskFullError, or PlatformError for other trouble with the disk; whatever was
+        there before is untouched then.
+        """
+        path = self.directory / f"step-{step:09d}.pt"
+        temporary = path.with_suffix(".pt.tmp")
+        content = {"format": FORMAT, "identity": self._identity, "step": step, "state": dict(state)}
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            _write_durably(temporary, content)
+            os.replace(temporary, path)
+            _sync_directory(self.directory)
+        except OSError as error:
+            with suppress(OSError):
+                temporary.unlink()
+            raise _disk_error(path, error) from error
+        for old in self._complete()[self._kept :]:
+            old.unlink(missing_ok=True)
+        return path
+
+    def load_newest(self) -> dict[str, Any] | None:
+        """The state of the newest readable checkpoint, on the CPU; None when there is none.
+
+        Half-written files are removed; a damaged one is skipped with a warning.
+        Raises CheckpointError, naming what differs, when it is another run's.
+        """
+        for leftover in self.directory.glob("*.tmp"):
+            logger.warning("removing %s, which was never finished", leftover)
+            leftover.unlink(missing_ok=True)
+        for path in self._complete():
+            content = _read(path)
+            if content is not None:
+                self._require_same_run(path, content)
+                logger.info("resuming from %s", path)
+                state: dict[str, Any] = content["state"]
+                return state
+        return None
+
+    def _complete(self) -> list[Path]:
+        """Finished checkpoints, newest first."""
+        if not self.directory.is_dir():
+            return []
+        paths = [path for path in self.directory.iterdir() if NAME.fullmatch(path.name)]
+        return sorted(paths, reverse=True)
+
+    def _require_same_run(self, path: Path, content: Mapping[str, Any]) -> None:
+        if content["format"] != FORMAT:
+            raise CheckpointError(
+                f"{path} has checkpoint format {content['format']}, this version reads {FORMAT}; "
+                "start with an empty checkpoint directory"
+            )
+        theirs, ours = content["identity"], self._identity
+        differences = [
+            f"{name} was {theirs.get(name)!r}, this job has {ours.get(name)!r}"
+            for name in sorted({*theirs, *ours})
+            if theirs.get(name) != ours.get(name)
+        ]
+        if differences:
+            raise CheckpointError(
+                f"{path} belongs to another run: {'; '.join(differences)}. "
+                "Give every run its own checkpoint directory, or set the values back"
+            )
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every random generator in the process, as plain values and tensors."""
+    version, numbers, gauss = random.getstate()
+    numpy_state = np.random.get_state(legacy=True)
+    assert isinstance(numpy_state, tuple)  # the form that legacy=True asks for
+    name, keys, position, has_gauss, cached = numpy_state
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Put every random generator back to where `random_state` found it."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    for index, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(cuda_state, index)
+
+
+def seed_everything(seed: int) -> None:
+    """Start every random generator of the process from one number in [0, 2**32)."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+class _RememberingFile:
+    """A binary file that keeps the error it met: torch reports only that writing failed."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("wb")
+        self.error: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _write_durably(path: Path, content: Mapping[str, Any]) -> None:
+    """torch.save, then down to the disk. Raises OSError, never torch's own errors for one."""
+    target = _RememberingFile(path)
+    try:
+        with target.file:
+            torch.save(dict(content), cast(IO[bytes], target))
+            target.file.flush()
+            os.fsync(target.file.fileno())
+    except (OSError, RuntimeError):
+        if target.error is not None:
+            raise target.error from None
+        raise
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make the rename itself survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _disk_error(path: Path, error: OSError) -> PlatformError:
+    if error.errno in DISK_FULL:
+        return DiskFullError(
+            f"no room to write the checkpoint {path} ({error.strerror}); the one before it is "
+            "kept. Give the job a larger volume or keep fewer checkpoints (checkpoints_kept)"
+        )
+    return PlatformError(f"cannot write the checkpoint {path}: {error.strerror or error}")
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's reader raises many kinds for a damaged file
+        logger.warning("skipping the damaged checkpoint %s: %s", path, str(error).split("\n")[0])
+        return None
+    if not isinstance(content, dict) or not {"format", "identity", "state"} <= content.keys():
+        logger.warning("skipping %s, which is not a checkpoint of `train`", path)
+        return None
+    return content

@@ -1,0 +1,191 @@
+"""Batches of a data set: step -> images, captions and text tokens. Knows nothing of models.
+
+    batches = Batches(dataset, batch_size=64, seed=7, tokenizer=tokenizer)
+    batch = batches.batch(step)          # any step, in any order; quick in ascending order
+
+Letters: B pairs of this rank, H = W = image_size, T text length, C captions of the data set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from training.data.loader import ImageLoader
+from training.data.memory import MAX_DECODED_BYTES, InMemory, decode_if_small
+from training.data.order import Last, Order
+from training.data.pairs import Dataset
+
+ENCODE_CHUNK = 4096
+
+
+class TextEncoder(Protocol):
+    """What batches need of `dalle.tokenizer.CaptionTokenizer`."""
+
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """Captions -> text tokens [len(captions), T] int64."""
+        ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's pairs of one step.
+
+    images: [B, 3, H, W] float32 in [0, 1]. captions: B of them, each pair's caption of the epoch.
+    indices: [B] int64, the pairs' numbers in `Batches.dataset`.
+    text_tokens: [B, T] int64, None when no tokenizer was given.
+    """
+
+    images: Tensor
+    captions: list[str]
+    indices: Tensor
+    text_tokens: Tensor | None
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on a device."""
+        return Batch(
+            self.images.to(device, non_blocking=True),
+            self.captions,
+            self.indices.to(device, non_blocking=True),
+            None if self.text_tokens is None else self.text_tokens.to(device, non_blocking=True),
+        )
+
+
+class Batches:
+    """The batches of one rank, a pure function of (data set, seed, step).
+
+    dataset: the data set the batches' `indices` count in. A small one is decoded into memory here
+    (see `decode_if_small`), and what cannot be decoded leaves it; a larger one is decoded by
+    worker processes, and the next usable pair stands in for what cannot be.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        batch_size: int,
+        seed: int,
+        tokenizer: TextEncoder | None = None,
+        shuffle: bool = True,
+        last: Last = "drop",
+        rank: int = 0,
+        world_size: int = 1,
+        max_decoded_bytes: int = MAX_DECODED_BYTES,
+        num_workers: int | None = None,
+    ) -> None:
+        """See `Order` for batch_size, shuffle, last, rank and world_size.
+
+        tokenizer: all captions are encoded here, so that one that is too long stops the job
+            before it begins; the tokens take 4 * T bytes a caption.
+        max_decoded_bytes: how large a data set may be, as uint8, to be held in memory.
+        num_workers: processes that decode a larger one; None chooses (see `loader_settings`).
+        Raises `DataError` when too many images are unusable, and what the tokenizer raises.
+        """
+        self.dataset = decode_if_small(dataset, max_decoded_bytes)
+        self.order = Order(
+            num_pairs=len(self.dataset),
+            batch_size=batch_size,
+            seed=seed,
+            shuffle=shuffle,
+            last=last,
+            rank=rank,
+            world_size=world_size,
+        )
+        self._loader = (
+            None
+            if isinstance(self.dataset, InMemory)
+            else ImageLoader(self.dataset, self.order, num_workers)
+        )
+        self._text_tokens = None if tokenizer is None else _encode_all(self.dataset, tokenizer)
+        self._epoch = -1
+        self._permutation: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._caption_draws: NDArray[np.uint64] = np.empty(0, dtype=np.uint64)
+
+    @property
+    def num_per_epoch(self) -> int:
+        """Batches in an epoch, the same on every rank, at least 1."""
+        return self.order.num_per_epoch
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step, counted from 0 through all epochs."""
+        if step < 0:
+            raise ValueError(f"step must not be negative, got {step}")
+        self._enter_epoch(self.order.epoch(step))
+        if isinstance(self.dataset, InMemory):
+            numbers = self.order.indices(step, self._permutation)
+            images = self.dataset.images[torch.from_numpy(numbers)]
+        else:
+            assert self._loader is not None
+            decoded = self._loader.images(step)
+            numbers, images = decoded.indices, decoded.images
+        captions, text_tokens = self._texts(numbers)
+        return Batch(
+            images.to(torch.float32).div_(255), captions, torch.from_numpy(numbers), text_tokens
+        )
+
+    def close(self) -> None:
+        """End the worker processes, if there are any."""
+        if self._loader is not None:
+            self._loader.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _enter_epoch(self, epoch: int) -> None:
+        if epoch != self._epoch:
+            self._permutation = self.order.permutation(epoch)
+            self._caption_draws = self.order.caption_draws(epoch)
+            self._epoch = epoch
+
+    def _texts(self, numbers: NDArray[np.int64]) -> tuple[list[str], Tensor | None]:
+        captions: list[str] = []
+        rows: list[int] = []
+        for index in numbers.tolist():
+            choices = self.dataset.captions(index)
+            choice = int(self._caption_draws[index]) % len(choices)
+            captions.append(choices[choice])
+            if self._text_tokens is not None:
+                rows.append(int(self._text_tokens.first_rows[index]) + choice)
+        if self._text_tokens is None:
+            return captions, None
+        return captions, self._text_tokens.tokens[rows].to(torch.int64)
+
+
+@dataclass(frozen=True)
+class _EncodedCaptions:
+    """tokens: [C, T] int32, a pair's captions in adjacent rows; first_rows: [M], their first."""
+
+    tokens: Tensor
+    first_rows: NDArray[np.int64]
+
+
+def _encode_all(dataset: Dataset, tokenizer: TextEncoder) -> _EncodedCaptions:
+    counts = [len(dataset.captions(index)) for index in range(len(dataset))]
+    captions = [caption for index in range(len(dataset)) for caption in dataset.captions(index)]
+    starts = tqdm(
+        range(0, len(captions), ENCODE_CHUNK),
+        f"encoding captions of {dataset.channel}",
+        disable=None,
+        delay=0.5,
+    )
+    chunks = [
+        tokenizer.encode(captions[start : start + ENCODE_CHUNK]).to(torch.int32) for start in starts
+    ]
+    first_rows = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
+    return _EncodedCaptions(torch.cat(chunks), first_rows)

@@ -1,0 +1,178 @@
+"""What a data set is, what was left out of it and why. Knows nothing of where pairs come from.
+
+A pair is an image with one or more captions. A source of pairs (an image-text folder today)
+implements `Dataset`; batches, reports and evaluation see nothing else of it.
+
+Letters: M pairs in a data set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from enum import StrEnum
+from typing import Protocol
+
+from dalle.errors import DataError
+from dalle.images import ImageError, ImageFault, Pixels
+
+log = logging.getLogger(__name__)
+
+EXAMPLES_PER_REASON = 3
+DEFAULT_MAX_BAD_SHARE = 0.1
+
+
+class SkipReason(StrEnum):
+    """Why something in a channel is not a pair; the texts are shown in logs and reports."""
+
+    CAPTION_WITHOUT_IMAGE = "caption without image"
+    IMAGE_WITHOUT_CAPTION = "image without caption"
+    SECOND_IMAGE = "second image of one name"
+    EMPTY_IMAGE = ImageFault.EMPTY.value
+    NOT_AN_IMAGE = ImageFault.FOREIGN.value
+    GIANT_IMAGE = ImageFault.GIANT.value
+    DAMAGED_IMAGE = ImageFault.DAMAGED.value
+    NOT_UTF8 = "caption file not UTF-8"
+    EMPTY_CAPTION = "caption file without text"
+    GIANT_CAPTION = "caption file over 1 MiB"
+    OUTSIDE = "link that leaves the channel"
+    UNREADABLE = ImageFault.UNREADABLE.value
+    IGNORED = "ignored file"  # hidden, foreign or a folder marker: nobody's mistake, never bad
+
+    @staticmethod
+    def of(error: ImageError) -> SkipReason:
+        return SkipReason(error.fault.value)
+
+
+class Skips:
+    """Counts what was left out of one channel, by reason, and keeps a few names of each.
+
+    The first few of each reason are logged as warnings, the others only counted.
+    counts: all reasons seen, `IGNORED` included. examples: at most `EXAMPLES_PER_REASON` a reason.
+    """
+
+    def __init__(self, channel: str) -> None:
+        self.channel = channel
+        self.counts: Counter[SkipReason] = Counter()
+        self.examples: dict[SkipReason, list[str]] = {}
+        self._damaged: set[str] = set()
+
+    @property
+    def num_bad(self) -> int:
+        """How many were meant to be pairs, but are none."""
+        return self.counts.total() - self.counts[SkipReason.IGNORED]
+
+    @property
+    def num_damaged(self) -> int:
+        """How many of them were only found out when their image was decoded."""
+        return len(self._damaged)
+
+    def add(self, reason: SkipReason, name: str, detail: str = "") -> None:
+        """Count one. detail: the full message, when the reason alone does not say enough."""
+        self.counts[reason] += 1
+        if self.counts[reason] > EXAMPLES_PER_REASON:
+            return
+        self.examples.setdefault(reason, []).append(printable(name))
+        if reason is SkipReason.IGNORED:
+            log.debug("%s: ignored %s", self.channel, printable(name))
+        else:
+            message = detail or f"{name}: {reason}"
+            log.warning("%s: skipped %s", self.channel, printable(message))
+
+    def add_damaged(self, reason: SkipReason, name: str, detail: str) -> None:
+        """Count an image that failed when it was decoded, once however often it is met."""
+        if name not in self._damaged:
+            self._damaged.add(name)
+            self.add(reason, name, detail)
+
+    def check_share(self, num_good: int, max_bad_share: float) -> None:
+        """Raise `DataError` when more than `max_bad_share` (0 to 1) of the pairs are bad."""
+        total = num_good + self.num_bad
+        if total and self.num_bad > max_bad_share * total:
+            raise DataError(
+                f"{self.channel}: {self.num_bad:,} of {total:,} pairs cannot be used, more than "
+                f"max_bad_share {max_bad_share:g} allows: {self.describe()}",
+                field="max_bad_share",
+            )
+
+    def describe(self) -> str:
+        """`2 truncated or damaged image (a.png, b.png), 1 caption without image (c.txt)`."""
+        return ", ".join(
+            f"{count:,} {reason} ({', '.join(self.examples[reason])}"
+            f"{', …' if count > EXAMPLES_PER_REASON else ''})"
+            for reason, count in self.counts.most_common()
+            if reason is not SkipReason.IGNORED
+        )
+
+    def as_dict(self) -> dict[str, int]:
+        """Reason -> count, most frequent first, for manifests and reports."""
+        return {reason.value: count for reason, count in self.counts.most_common()}
+
+
+def printable(name: str) -> str:
+    """A file's name for people; bytes of it that are no UTF-8 are written as escapes."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+class Dataset(Protocol):
+    """M image-caption pairs, by number. Holds still: the same number is always the same pair.
+
+    channel: the name that messages use. image_size: side of the square images, in pixels.
+    fingerprint: 64 hexadecimal digits, see `fingerprint`. skips: what was left out, so far.
+    max_bad_share: how much of it may turn out to be bad before work stops with a `DataError`.
+    """
+
+    @property
+    def channel(self) -> str: ...
+    @property
+    def image_size(self) -> int: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def skips(self) -> Skips: ...
+    @property
+    def max_bad_share(self) -> float: ...
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """The pair's name for people, such as a file's path within the channel."""
+        ...
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The pair's captions, at least one, none of them empty."""
+        ...
+
+    def image(self, index: int) -> Pixels:
+        """The pair's image as uint8 [image_size, image_size, 3]. Raises `ImageError`."""
+        ...
+
+
+def fingerprint(pairs: Iterable[tuple[str, int, tuple[str, ...]]]) -> str:
+    """Identify a data set cheaply: sha256 over (name, image bytes' count, captions), by name.
+
+    Image contents are not read: an image replaced by another of exactly the same length in bytes
+    is not noticed. Order, folder location, times and owners of the files make no difference.
+    """
+    digest = hashlib.sha256()
+    for name, num_bytes, captions in sorted(pairs):
+        # Lengths first, so that no two different data sets join to the same text.
+        for text in (name, str(num_bytes), *captions):
+            encoded = text.encode("utf-8", "surrogateescape")
+            digest.update(b"%d:" % len(encoded) + encoded)
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+def describe(dataset: Dataset) -> dict[str, object]:
+    """Counts and fingerprint of a data set, as plain JSON values for manifests and checkpoints."""
+    return {
+        "channel": dataset.channel,
+        "fingerprint": dataset.fingerprint,
+        "image_size": dataset.image_size,
+        "pairs": len(dataset),
+        "captions": sum(len(dataset.captions(index)) for index in range(len(dataset))),
+        "skipped": dataset.skips.as_dict(),
+    }

@@ -1,0 +1,138 @@
+"""One training step's arithmetic on one device, in plain torch: precision, backward, update.
+
+Knows a model's parameters and nothing of data, time or files. The loop calls `compute`,
+`backward` and `step` of whatever engine it is given, so that another can stand beside this one.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+
+from dalle.errors import DeviceError, HyperparameterError
+from training.hyperparameter_fields import FitHyperparameters
+from training.optimiser import OptimiserPair
+
+logger = logging.getLogger(__name__)
+
+AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Engine(Protocol):
+    """What the training loop needs to turn a loss into better weights."""
+
+    def compute(self) -> AbstractContextManager[Any]:
+        """The context in which the forward pass and the loss are computed."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a scalar loss."""
+        ...
+
+    def step(self, step: int, progress: float) -> float:
+        """Update the weights, forget the gradients, return the schedule's share in [0, 1]."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class TorchEngine:
+    """The default engine: one process, one device.
+
+    Raises HyperparameterError for a precision that the device does not have.
+    """
+
+    def __init__(
+        self, model: nn.Module, hyperparameters: FitHyperparameters, device: torch.device
+    ) -> None:
+        precision = hyperparameters.precision
+        if precision == "fp16" and device.type == "cpu":
+            raise HyperparameterError(
+                "precision=fp16 needs a GPU; on this CPU it must be fp32 or bf16",
+                field="precision",
+            )
+        self._model = model
+        self._device = device
+        self._autocast_type = AUTOCAST_TYPES.get(precision)
+        self._clipping = hyperparameters.gradient_clipping
+        self._optimisers = OptimiserPair(
+            model,
+            learning_rate=hyperparameters.learning_rate,
+            muon_learning_rate=hyperparameters.muon_learning_rate,
+            weight_decay=hyperparameters.weight_decay,
+            warmup_steps=hyperparameters.warmup_steps,
+        )
+        # Small fp16 gradients vanish unless the loss is scaled up first; bf16 has fp32's range.
+        self._scaler = GradScaler(device.type, enabled=precision == "fp16")
+
+    def compute(self) -> AbstractContextManager[Any]:
+        if self._autocast_type is None:
+            return nullcontext()
+        return torch.autocast(self._device.type, dtype=self._autocast_type)
+
+    def backward(self, loss: Tensor) -> None:
+        torch.autograd.backward(self._scaler.scale(loss))
+
+    def step(self, step: int, progress: float) -> float:
+        share = self._optimisers.schedule(step, progress)
+        is_finite = True
+        if self._scaler.is_enabled():
+            for optimiser in self._optimisers.optimisers:
+                self._scaler.unscale_(optimiser)
+            # Too large a scale overflows now and then: leave out the step in both optimisers
+            # alike. The scaler by itself would decide for each alone.
+            is_finite = bool(torch.isfinite(self._clip_gradients()))
+        elif self._clipping:
+            self._clip_gradients()
+        if is_finite:
+            for optimiser in self._optimisers.optimisers:
+                self._scaler.step(optimiser)
+        self._scaler.update()
+        self._optimisers.zero_grad()
+        return share
+
+    def _clip_gradients(self) -> Tensor:
+        """Scale the gradients down to the norm that is allowed; returns the norm before."""
+        largest = self._clipping or float("inf")
+        return nn.utils.clip_grad_norm_(self._model.parameters(), largest)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "optimisers": self._optimisers.state_dict(),
+            "loss_scaling": self._scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._optimisers.load_state_dict(state["optimisers"])
+        if self._scaler.is_enabled():
+            self._scaler.load_state_dict(state["loss_scaling"])
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device to train on; `wanted` is auto, cpu or cuda. Logs the choice and its reason.
+
+    Raises DeviceError when cuda is asked for and there is none.
+    """
+    has_cuda = torch.cuda.is_available()
+    if wanted == "cuda" and not has_cuda:
+        raise DeviceError(f"DALLE_DEVICE=cuda, but {_why_no_cuda()}; choose a GPU instance or auto")
+    if wanted == "cpu" or not has_cuda:
+        reason = "DALLE_DEVICE=cpu" if wanted == "cpu" else _why_no_cuda()
+        logger.info("training on the CPU with %d threads: %s", torch.get_num_threads(), reason)
+        return torch.device("cpu")
+    device = torch.device("cuda", 0)
+    logger.info("training on %s", torch.cuda.get_device_name(device))
+    return device
+
+
+def _why_no_cuda() -> str:
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    return f"torch {torch.__version__} sees no CUDA device (no GPU, or no driver for it)"

@@ -1,0 +1,244 @@
+"""Hyperparameters: flat text in, typed models out, or one error that names every problem.
+
+Names are flat on the platform. A plain name (`learning_rate`) sets every stage that has the field;
+a prefixed one (`dvae_learning_rate`) sets one stage and wins. The fields themselves are in
+training.hyperparameter_fields. Needs no torch, so that a wrong job fails within a second.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from dalle.contract import parse_value
+from dalle.errors import HyperparameterError
+from training.hyperparameter_fields import (
+    BUDGETS,
+    STAGE_FIELDS,
+    Hyperparameters,
+    JobHyperparameters,
+    StageHyperparameters,
+    StageName,
+)
+
+__all__ = [
+    "Hyperparameters",
+    "StageHyperparameters",
+    "StageName",
+    "parse",
+    "render_table",
+    "without_effect",
+]
+
+IGNORED_PREFIX = "sagemaker_"
+IGNORED_NAMES = frozenset({"_tuning_objective_metric"})
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Where a flat name goes; stage None is the job itself."""
+
+    stage: StageName | None
+    name: str
+    field: FieldInfo
+
+
+def parse(raw: Mapping[str, str]) -> Hyperparameters:
+    """The job's hyperparameters from the platform's name -> text.
+
+    Names of the platform's own (`sagemaker_…`, `_tuning_objective_metric`) are ignored.
+    Raises HyperparameterError with one line for every unknown name and every wrong value.
+    """
+    given = {
+        name: text
+        for name, text in raw.items()
+        if not name.startswith(IGNORED_PREFIX) and name not in IGNORED_NAMES
+    }
+    targets = _targets()
+    problems: list[str] = []
+    job: dict[str, Any] = {}
+    stages: dict[StageName, dict[str, Any]] = {stage: {} for stage in STAGE_FIELDS}
+    # Plain names first, so that prefixed ones overwrite what they set.
+    for name in sorted(given, key=lambda name: (_is_prefixed(name, targets), name)):
+        if name not in targets:
+            problems.append(_unknown(name, targets))
+            continue
+        try:
+            value = _typed(given[name], targets[name][0].field)
+        except (ValidationError, ValueError):
+            wanted = _describe(targets[name][0].field)
+            problems.append(f"{name} must be {wanted}, got {_shortened(given[name])!r}")
+            continue
+        for target in targets[name]:
+            if target.stage is None:
+                job[target.name] = value
+                continue
+            settings = stages[target.stage]
+            if target.name in BUDGETS and _is_prefixed(name, targets):
+                _forget_plain_budgets(settings, target.stage, given)
+            settings[target.name] = value
+    problems += _double_budgets(stages)
+    if problems:
+        raise HyperparameterError(_summary(problems))
+    return Hyperparameters.model_validate({**job, **stages, "given": frozenset(given)})
+
+
+def without_effect(hyperparameters: Hyperparameters, trained: Collection[StageName]) -> list[str]:
+    """Names that the job's author set for stages that this job does not train."""
+    targets = _targets()
+    return sorted(
+        name
+        for name in hyperparameters.given
+        if not any(t.stage is None or t.stage in trained for t in targets[name])
+    )
+
+
+def render_table() -> str:
+    """All hyperparameters as a Markdown table: name, value, default, meaning."""
+    lines = ["| name | value | default | meaning |", "|---|---|---|---|"]
+    for name, targets in _targets().items():
+        if _is_prefixed(name, {name: targets}):
+            continue
+        field = targets[0].field
+        stages = [target.stage for target in targets if target.stage is not None]
+        scope = f" ({', '.join(stages)})" if 0 < len(stages) < len(STAGE_FIELDS) else ""
+        meaning = f"{field.description}{scope}"
+        cells = (f"`{name}`", _describe(field), _describe_default(targets), meaning)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def _targets() -> dict[str, list[_Target]]:
+    """Flat name -> the fields it sets; plain names of the job, then of stages, then prefixed."""
+    plain: dict[str, list[_Target]] = {
+        name: [_Target(None, name, field)]
+        for name, field in JobHyperparameters.model_fields.items()
+    }
+    prefixed: dict[str, list[_Target]] = {}
+    common = StageHyperparameters.model_fields
+    for stage, model in STAGE_FIELDS.items():
+        fields = model.model_fields
+        for name in [*common, *(name for name in fields if name not in common)]:
+            target = _Target(stage, name, fields[name])
+            plain.setdefault(name, []).append(target)
+            prefixed[f"{stage}_{name}"] = [target]
+    return plain | prefixed
+
+
+def _is_prefixed(name: str, targets: Mapping[str, list[_Target]]) -> bool:
+    return name in targets and targets[name][0].name != name
+
+
+def _forget_plain_budgets(
+    settings: dict[str, Any], stage: StageName, given: Mapping[str, str]
+) -> None:
+    """A stage's own budget replaces one of another kind that was given for all stages."""
+    for budget in BUDGETS:
+        if f"{stage}_{budget}" not in given:
+            settings.pop(budget, None)
+
+
+def _double_budgets(stages: Mapping[StageName, Mapping[str, Any]]) -> list[str]:
+    """One problem per pair of budgets that were given together, naming the stages they meet in."""
+    clashes: defaultdict[str, list[str]] = defaultdict(list)
+    for stage, settings in stages.items():
+        budgets = [budget for budget in BUDGETS if settings.get(budget) is not None]
+        if len(budgets) > 1:
+            clashes[" and ".join(budgets)].append(stage)
+    return [
+        f"{budgets} are given together for {', '.join(names)}; give one of them"
+        for budgets, names in clashes.items()
+    ]
+
+
+def _typed(text: str, field: FieldInfo) -> Any:
+    """The value of one text. Raises ValidationError or ValueError when it is not right."""
+    value = parse_value(text)
+    kind = _without_none(field.annotation)
+    if kind is str or (get_origin(kind) is Literal and isinstance(get_args(kind)[0], str)):
+        value = value if isinstance(value, str) else text.strip()
+    elif get_origin(kind) is tuple and isinstance(value, str):
+        value = [part.strip() for part in value.split(",")]
+    elif isinstance(value, bool) and kind is not bool:
+        raise ValueError("a truth value is not a number")
+    return TypeAdapter(field.rebuild_annotation()).validate_python(value)
+
+
+def _unknown(name: str, targets: Mapping[str, Any]) -> str:
+    nearest = difflib.get_close_matches(name, targets, n=1)
+    if nearest:
+        return f"{name} is unknown; did you mean {nearest[0]}?"
+    return f"{name} is unknown; `train --list-hyperparameters` shows the known ones"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 60 else text[:59] + "…"
+
+
+def _summary(problems: list[str]) -> str:
+    if len(problems) == 1:
+        return f"hyperparameter {problems[0]}"
+    return "\n- ".join([f"{len(problems)} hyperparameters are wrong:", *problems])
+
+
+def _without_none(annotation: Any) -> Any:
+    """The type inside `X | None`, without its `Annotated` constraints."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        (annotation,) = (kind for kind in get_args(annotation) if kind is not type(None))
+    return annotation.__origin__ if hasattr(annotation, "__metadata__") else annotation
+
+
+def _describe(field: FieldInfo) -> str:
+    """A field's type and range in words, as they follow "must be"."""
+    kind = _without_none(field.annotation)
+    limits = _limits(field)
+    if get_origin(kind) is Literal:
+        words = [str(word) for word in get_args(kind)]
+        return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+    if get_origin(kind) is tuple:
+        return "a list of " + ", ".join(get_args(get_args(kind)[0]))
+    if kind is str:
+        return f"a text of at most {limits['max_length']} characters"
+    if kind is bool:
+        return "true or false"
+    assert kind in (int, float), f"no words for {kind}"
+    noun = "a whole number" if kind is int else "a number"
+    lowest = f"above {limits['gt']:,}" if "gt" in limits else f"from {limits['ge']:,}"
+    highest = f"below {limits['lt']:,}" if "lt" in limits else f"to {limits['le']:,}"
+    return f"{noun} {lowest} {highest}"
+
+
+def _limits(field: FieldInfo) -> dict[str, Any]:
+    """gt, ge, lt, le and max_length, wherever the annotation carries them."""
+    metadata = list(field.metadata)
+    for part in (field.annotation, *get_args(field.annotation)):
+        for item in getattr(part, "__metadata__", ()):
+            metadata.extend(item.metadata if isinstance(item, FieldInfo) else [item])
+    names = ("gt", "ge", "lt", "le", "max_length")
+    return {name: getattr(m, name) for m in metadata for name in names if hasattr(m, name)}
+
+
+def _describe_default(targets: list[_Target]) -> str:
+    defaults = [_default_words(target) for target in targets]
+    if len(set(defaults)) == 1:
+        return defaults[0]
+    return ", ".join(
+        f"{target.stage} {default}" for target, default in zip(targets, defaults, strict=True)
+    )
+
+
+def _default_words(target: _Target) -> str:
+    default = target.field.default
+    if default is None:
+        overrides = (
+            target.stage is not None and target.name not in StageHyperparameters.model_fields
+        )
+        return "of the size" if overrides else "—"
+    return f"`{default}`" if default != "" else "—"

@@ -1,0 +1,328 @@
+"""fit(): the one training loop. Knows steps, time and checkpoints; not models, images or captions.
+
+Order of data and all random numbers are functions of the seed and the step, so that a run resumed
+at step k has the same losses from there on as one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dalle.errors import DivergenceError
+from training.averaging import WeightAverage
+from training.budget import Budget
+from training.checkpoints import Checkpoints, random_state, seed_everything, set_random_state
+from training.engine import Engine
+from training.hyperparameter_fields import Hyperparameters, StageName
+from training.metrics import Metrics, Progress
+
+logger = logging.getLogger(__name__)
+
+
+class Batches(Protocol):
+    """Training batches in an order that is a function of the seed and the step alone."""
+
+    @property
+    def num_per_epoch(self) -> int:
+        """Batches in one pass over the pairs, at least 1."""
+        ...
+
+    def batch(self, step: int) -> Any:
+        """The batch of one step, counted from 0 over all epochs, wherever the stage wants it."""
+        ...
+
+
+class Stage(Protocol):
+    """One model to train: what the loop needs of dvae, transformer and clip alike."""
+
+    @property
+    def name(self) -> StageName: ...
+
+    @property
+    def model(self) -> nn.Module:
+        """On the device already. `muon_parameters()` names its hidden matrices, if it has it."""
+        ...
+
+    @property
+    def batches(self) -> Batches: ...
+
+    def loss(self, batch: Any, progress: float) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The scalar to minimise, and detached scalars to report beside it.
+
+        progress: share of the budget done, in [0, 1). Runs inside the engine's autocast, with
+        the model in training mode. The loop reports the first as `loss`.
+        """
+        ...
+
+    def validate(self) -> Mapping[str, float]:
+        """Numbers to report, `validation_loss` among them; may be empty.
+
+        Runs in evaluation mode without gradients, with the averaged weights when there are any.
+        Random numbers drawn here do not disturb training.
+        """
+        ...
+
+    def identity(self) -> Mapping[str, Any]:
+        """Plain values that decide what is computed beyond the hyperparameters.
+
+        The model's config, the data's fingerprint, the hashes of frozen models. A checkpoint with
+        other values is refused.
+        """
+        ...
+
+
+class Stop(Protocol):
+    """Asked for by SIGTERM; threading.Event is one."""
+
+    def is_set(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How a stage's training ended.
+
+    step: steps in all, those before an interruption included; seconds and cpu_seconds likewise.
+    is_finished: the budget is spent; otherwise a stop was asked for.
+    validation: the last numbers of `validate`.
+    """
+
+    step: int
+    seconds: float
+    cpu_seconds: float
+    is_finished: bool
+    validation: dict[str, float]
+
+
+def fit(
+    stage: Stage,
+    hyperparameters: Hyperparameters,
+    *,
+    engine: Engine,
+    checkpoints: Checkpoints,
+    metrics: Metrics,
+    stop: Stop,
+    clock: Callable[[], float] = time.monotonic,
+) -> FitResult:
+    """Train a stage's model until its budget is spent or a stop is asked for.
+
+    Resumes from the newest checkpoint. Leaves the weights to be saved in the model: the averaged
+    ones when ema_decay is set. Raises DivergenceError naming the step, CheckpointError when the
+    checkpoints are another run's, DiskFullError.
+    """
+    return _Fit(stage, hyperparameters, engine, checkpoints, metrics, clock).run(stop)
+
+
+class _Fit:
+    """One call of `fit`: what it was given, and how far it is."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        hyperparameters: Hyperparameters,
+        engine: Engine,
+        checkpoints: Checkpoints,
+        metrics: Metrics,
+        clock: Callable[[], float],
+    ) -> None:
+        settings = hyperparameters.of(stage.name)
+        self.stage = stage
+        self.hyperparameters = hyperparameters
+        self.settings = settings
+        self.engine = engine
+        self.checkpoints = checkpoints
+        self.metrics = metrics
+        self.clock = clock
+        self.budget = Budget.of(settings, stage.batches.num_per_epoch)
+        self.average = (
+            WeightAverage(stage.model, settings.ema_decay) if settings.ema_decay else None
+        )
+        self.is_on_cpu = next(stage.model.parameters()).device.type == "cpu"
+        self.step = 0
+        self.seconds_before = 0.0
+        self.cpu_seconds_before = 0.0
+        self.started = clock()
+        self.cpu_started = time.process_time()
+        self.saved_step = 0
+        self.saved_at = self.started
+        self.validation: dict[str, float] = {}
+        # Scalars of the steps since the last report, still on the device.
+        self.pending: list[dict[str, Tensor]] = []
+        self.reported: dict[str, float] = {}
+        self.reported_at = (0, 0.0)
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on this stage by this run and the ones it resumes."""
+        return self.seconds_before + self.clock() - self.started
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Likewise, of all threads of this process."""
+        return self.cpu_seconds_before + time.process_time() - self.cpu_started
+
+    @property
+    def progress(self) -> float:
+        return self.budget.progress(self.step, self.seconds)
+
+    def run(self, stop: Stop) -> FitResult:
+        seed_everything(self.hyperparameters.seed)
+        self._resume()
+        self.stage.model.train()
+        bar = Progress(
+            self.stage.name,
+            total=self.budget.total,
+            done=self.budget.done(self.step, self.seconds),
+            unit=self.budget.unit,
+        )
+        progress = self.progress
+        try:
+            while progress < 1 and not stop.is_set():
+                share = self._train_one_step(progress)
+                before, progress = progress, self.progress
+                if self.step % self.hyperparameters.log_every == 0 or progress >= 1:
+                    self._report(share)
+                if self._validation_is_due(before, progress):
+                    self._validate()
+                if self.clock() - self.saved_at >= 60 * self.hyperparameters.checkpoint_minutes:
+                    self._save()
+                bar.show(self.budget.done(self.step, self.seconds), self.reported)
+        finally:
+            bar.close()
+        self._save()
+        if self.average is not None:
+            self.average.copy_to(self.stage.model)
+        self.stage.model.eval()
+        return FitResult(self.step, self.seconds, self.cpu_seconds, progress >= 1, self.validation)
+
+    def _train_one_step(self, progress: float) -> float:
+        """Returns the schedule's share of the full learning rate."""
+        batch = self.stage.batches.batch(self.step)
+        with self.engine.compute():
+            loss, scalars = self.stage.loss(batch, progress)
+        self.pending.append({"loss": loss.detach(), **scalars})
+        if self.is_on_cpu:  # elsewhere a look at the number waits for the device: once per report
+            self._require_finite_losses(newest=1)
+        self.engine.backward(loss)
+        share = self.engine.step(self.step, progress)
+        self.step += 1
+        if self.average is not None:
+            self.average.update(self.stage.model, self.step)
+        return share
+
+    def _require_finite_losses(self, newest: int | None = None) -> None:
+        """Look at the pending losses, or the newest few. Raises DivergenceError."""
+        first = 0 if newest is None else len(self.pending) - newest
+        losses = torch.stack([scalars["loss"] for scalars in self.pending[first:]]).float()
+        wrong = losses.isfinite().logical_not().nonzero()
+        if len(wrong):
+            index = int(wrong[0])
+            # Pending are consecutive steps, the first of them the one after the last report.
+            step = self.reported_at[0] + first + index + 1
+            raise DivergenceError(
+                f"the loss of stage {self.stage.name} is {losses[index].item()} at step {step}; "
+                f"try a smaller learning_rate (now {self.settings.learning_rate}), "
+                f"more warmup_steps (now {self.settings.warmup_steps}) or "
+                f"another precision (now {self.settings.precision})"
+            )
+
+    def _report(self, share: float) -> None:
+        """Means since the last report, to the log and the files."""
+        self._require_finite_losses()
+        seconds = self.seconds
+        last_step, last_seconds = self.reported_at
+        self.reported = {
+            name: torch.stack([scalars[name].float() for scalars in self.pending]).mean().item()
+            for name in self.pending[0]
+        }
+        num_samples = (self.step - last_step) * self.settings.batch_size
+        speed = num_samples / max(seconds - last_seconds, 1e-9)
+        self.metrics.report(
+            self.stage.name,
+            self.step,
+            seconds,
+            {
+                **self.reported,
+                "learning_rate": share * self.settings.learning_rate,
+                "samples_per_second": speed,
+                "epoch": self.step / self.stage.batches.num_per_epoch,
+            },
+        )
+        self.pending.clear()
+        self.reported_at = (self.step, seconds)
+
+    def _validation_is_due(self, before: float, now: float) -> bool:
+        """At every n-th part of the budget; the end of it is the last."""
+        parts = self.hyperparameters.num_validations
+        return int(now * parts) > int(before * parts)
+
+    def _validate(self) -> None:
+        model = self.stage.model
+        state = random_state()
+        averaged = self.average.applied_to(model) if self.average is not None else nullcontext()
+        model.eval()
+        with torch.no_grad(), averaged:
+            self.validation = dict(self.stage.validate())
+        model.train()
+        set_random_state(state)
+        if self.validation:
+            self.metrics.report(self.stage.name, self.step, self.seconds, self.validation)
+
+    def _save(self) -> None:
+        """Write a checkpoint, unless the newest one is of this very step."""
+        if self.step == self.saved_step:
+            return
+        if self.pending:
+            self._require_finite_losses()
+        num_per_epoch = self.stage.batches.num_per_epoch
+        state = {
+            "stage": self.stage.name,
+            "step": self.step,
+            "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
+            # The order of the data is a function of these; the loader itself needs the step alone.
+            "data": {"seed": self.hyperparameters.seed, "epoch": self.step // num_per_epoch},
+            "model": self.stage.model.state_dict(),
+            "engine": self.engine.state_dict(),
+            "average": None if self.average is None else self.average.state(),
+            "random": random_state(),
+            "validation": self.validation,
+            "pending": self.pending,
+            "reported_at": list(self.reported_at),
+            "records": self.metrics.records(self.stage.name),
+        }
+        self.checkpoints.save(self.step, state)
+        self.saved_step = self.step
+        self.saved_at = self.clock()
+
+    def _resume(self) -> None:
+        """Go back to the newest checkpoint; leaves everything as it is when there is none."""
+        state = self.checkpoints.load_newest()
+        if state is None:
+            return
+        model = self.stage.model
+        device = next(model.parameters()).device
+        model.load_state_dict(state["model"])
+        self.engine.load_state_dict(state["engine"])
+        if self.average is not None:
+            self.average.load_state(state["average"])
+        self.step = self.saved_step = state["step"]
+        self.seconds_before = state["seconds"]
+        self.cpu_seconds_before = state["cpu_seconds"]
+        self.validation = state["validation"]
+        self.pending = [
+            {name: value.to(device) for name, value in scalars.items()}
+            for scalars in state["pending"]
+        ]
+        step, seconds = state["reported_at"]
+        self.reported_at = (step, seconds)
+        self.metrics.restore(self.stage.name, state["records"])
+        set_random_state(state["random"])
+        logger.info("%s continues at step %d", self.stage.name, self.step)

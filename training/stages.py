@@ -1,0 +1,176 @@
+"""The three models as the training loop sees them: their batches, loss and validation.
+
+Knows the models and their batches; knows nothing of jobs, files or checkpoints.
+Letters: B batch, N image-token positions, M codebooks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dalle.clip import Clip
+from dalle.dvae import DiscreteVAE
+from dalle.transformer import Dalle
+from training.data.batches import Batch, Batches
+from training.data.memory import InMemory
+from training.hyperparameter_fields import StageName
+
+_ENCODE_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class StageData:
+    """What every stage trains and validates on.
+
+    validation: a fixed set of batches in a fixed order, None without held-out pairs.
+    """
+
+    train: Batches
+    validation: Batches | None
+    device: torch.device
+
+    def batch(self, batch: Batch) -> Batch:
+        """A batch on the stage's device."""
+        return batch.to(self.device)
+
+    def validation_batches(self) -> Iterator[Batch]:
+        if self.validation is not None:
+            for step in range(self.validation.num_per_epoch):
+                yield self.batch(self.validation.batch(step))
+
+    def identity(self) -> dict[str, Any]:
+        return {"data": self.train.dataset.fingerprint}
+
+
+class DVAEStage:
+    """Learns to draw an image from its own tokens."""
+
+    name: StageName = "dvae"
+
+    def __init__(self, model: DiscreteVAE, data: StageData) -> None:
+        self.model: DiscreteVAE = model
+        self.data = data
+        self.batches = data.train
+
+    def loss(self, batch: Batch, progress: float) -> tuple[Tensor, Mapping[str, Tensor]]:
+        loss = self.model.loss(self.data.batch(batch).images, progress)
+        return loss.total, {
+            "reconstruction_loss": loss.reconstruction.detach(),
+            "codebook_perplexity": self.model.quantiser.perplexity().mean(),
+            "dead_codes": self.model.quantiser.dead().sum(),
+        }
+
+    def validate(self) -> Mapping[str, float]:
+        losses = [
+            self.model.reconstruction_loss(batch.images) for batch in self.data.validation_batches()
+        ]
+        return {"validation_loss": _mean(losses)} if losses else {}
+
+    def identity(self) -> Mapping[str, Any]:
+        return self.data.identity() | {"dvae_config": asdict(self.model.config)}
+
+
+class TransformerStage:
+    """Learns the image tokens of a frozen dVAE, and the caption's own, one after another."""
+
+    name: StageName = "transformer"
+
+    def __init__(self, model: Dalle, dvae: DiscreteVAE, data: StageData) -> None:
+        self.model: Dalle = model
+        self.dvae = dvae
+        self.data = data
+        self.batches = data.train
+        self._table: Tensor | None = None
+        if isinstance(data.train.dataset, InMemory):
+            # The dVAE is frozen: what fits into memory is encoded once, not once an epoch.
+            self._table = _encode_all(dvae, data.train.dataset, data.device)
+
+    def loss(self, batch: Batch, progress: float) -> tuple[Tensor, Mapping[str, Tensor]]:
+        batch = self.data.batch(batch)
+        assert batch.text_tokens is not None
+        image_tokens = (
+            self.dvae.encode(batch.images)
+            if self._table is None
+            else self._table[batch.indices].long()
+        )
+        loss = self.model.loss(batch.text_tokens, image_tokens)
+        return loss.total, {"image_loss": loss.image.detach(), "text_loss": loss.text.detach()}
+
+    def validate(self) -> Mapping[str, float]:
+        losses = []
+        for batch in self.data.validation_batches():
+            assert batch.text_tokens is not None
+            losses.append(self.model.loss(batch.text_tokens, self.dvae.encode(batch.images)))
+        if not losses:
+            return {}
+        return {
+            "validation_loss": _mean([loss.total for loss in losses]),
+            "validation_image_loss": _mean([loss.image for loss in losses]),
+            "validation_text_loss": _mean([loss.text for loss in losses]),
+        }
+
+    def identity(self) -> Mapping[str, Any]:
+        return self.data.identity() | {
+            "transformer_config": asdict(self.model.config),
+            "dvae_weights": weights_hash(self.dvae),
+        }
+
+
+class ClipStage:
+    """Learns which caption belongs to which image."""
+
+    name: StageName = "clip"
+
+    def __init__(self, model: Clip, data: StageData) -> None:
+        self.model: Clip = model
+        self.data = data
+        self.batches = data.train
+
+    def loss(self, batch: Batch, progress: float) -> tuple[Tensor, Mapping[str, Tensor]]:
+        batch = self.data.batch(batch)
+        assert batch.text_tokens is not None
+        loss = self.model.loss(batch.images, batch.text_tokens)
+        return loss.total, {"accuracy": loss.accuracy.detach()}
+
+    def validate(self) -> Mapping[str, float]:
+        losses = []
+        for batch in self.data.validation_batches():
+            assert batch.text_tokens is not None
+            losses.append(self.model.loss(batch.images, batch.text_tokens))
+        if not losses:
+            return {}
+        return {
+            "validation_loss": _mean([loss.total for loss in losses]),
+            "validation_accuracy": _mean([loss.accuracy for loss in losses]),
+        }
+
+    def identity(self) -> Mapping[str, Any]:
+        return self.data.identity() | {"clip_config": asdict(self.model.config)}
+
+
+def weights_hash(model: nn.Module) -> str:
+    """sha256 over a model's weights: two models with the same one compute the same."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _encode_all(dvae: DiscreteVAE, dataset: InMemory, device: torch.device) -> Tensor:
+    """Image tokens of every pair, [pairs, N, M] int32."""
+    chunks = [
+        dvae.encode(images.to(device).float() / 255).int()
+        for images in dataset.images.split(_ENCODE_CHUNK)
+    ]
+    return torch.cat(chunks)
+
+
+def _mean(values: list[Tensor]) -> float:
+    return float(torch.stack(values).mean())
