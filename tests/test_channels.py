@@ -12,7 +12,7 @@ def add_filled(tree, name):
 
 
 def test_every_known_channel_is_accepted(opt_ml):
-    for name in ("train", "validation", "artefact", "clip", "legacy"):
+    for name in ("train", "validation", "artefact", "clip"):
         add_filled(opt_ml, name)
     channels.check(read_job(opt_ml.root, {}))
 
@@ -28,7 +28,7 @@ def test_the_channel_train_is_required(make_opt_ml, shape):
     ("name", "says"),
     [
         ("artifact", "did you mean artefact?"),
-        ("zzz", "known are train, validation, artefact, clip, legacy"),
+        ("zzz", "known are train, validation, artefact, clip"),
     ],
 )
 def test_an_unexpected_channel_is_named(opt_ml, name, says):

@@ -112,9 +112,9 @@ def _checked(root: Path) -> tuple[Job, Hyperparameters]:
 
 def _run(job: Job, settings: Hyperparameters, stop: threading.Event) -> None:
     # Imported here: torch takes seconds, which a job that cannot run need not wait for.
-    from training import stages, worker
+    from training import worker, workshop
 
-    worker.run(job, settings, stop, stages.open_workshop)
+    worker.run(job, settings, stop, workshop.open_workshop)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from dalle.contract import Channel, Job
 from dalle.errors import ChannelError
 
 REQUIRED = "train"
-CHANNELS = (REQUIRED, "validation", "artefact", "clip", "legacy")
+CHANNELS = (REQUIRED, "validation", "artefact", "clip")
 INPUT_MODES = ("File", "FastFile")
 
 

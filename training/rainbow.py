@@ -2,7 +2,8 @@
 
     python -m training.rainbow --out data/rainbow
 
-writes an image-text folder with `train/` (30 % of the captions) and `validation/` (the rest).
+writes an image-text folder with `train/` (30 % of the captions) and `validation/` (the rest), and
+`attributes.json`, which says for each caption what its words mean (see `training.evaluate`).
 
 The pictures follow the notebook `rainbow_dalle.ipynb` of lucidrains/DALLE-pytorch: every
 combination of scale, fill, ditherer, colour, shape and rotation. Two things differ on purpose:
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -70,9 +72,7 @@ SHAPES: dict[str, Callable[[], list[Points]]] = {
         _polygon((0, -1), (_H, 0.5), (-_H, 0.5)),
         _polygon((0, 1), (_H, -0.5), (-_H, -0.5)),
     ],
-    "hexagon": lambda: [
-        _polygon((0, -1), (_H, -0.5), (_H, 0.5), (0, 1), (-_H, 0.5), (-_H, -0.5))
-    ],
+    "hexagon": lambda: [_polygon((0, -1), (_H, -0.5), (_H, 0.5), (0, 1), (-_H, 0.5), (-_H, -0.5))],
     "crescent": lambda: [
         _arc(0, 0, 1, -np.pi / 2, np.pi / 2),
         _arc(-np.sqrt(3), 0, 2, -np.pi / 6, np.pi / 6),
@@ -199,7 +199,7 @@ def _palette(colour: str) -> NDArray[np.uint8]:
 
 
 def write_folder(out: Path, seed: int = 0) -> dict[str, int]:
-    """Write `train/` and `validation/` under `out`; returns the number of pairs in each."""
+    """Write both folders and `attributes.json`; returns the number of pairs in each folder."""
     everything = samples()
     in_training = split(len(everything), seed)
     for folder in ("train", "validation"):
@@ -208,6 +208,8 @@ def write_folder(out: Path, seed: int = 0) -> dict[str, int]:
         stem = out / ("train" if train else "validation") / sample.caption.replace(" ", "_")
         Image.fromarray(sample.picture()).save(stem.with_suffix(".png"))
         stem.with_suffix(".txt").write_text(sample.caption + "\n", encoding="utf-8")
+    attributes = {sample.caption: sample.attributes for sample in everything}
+    (out / "attributes.json").write_text(json.dumps(attributes, indent=0), encoding="utf-8")
     return {"train": int(in_training.sum()), "validation": int((~in_training).sum())}
 
 

@@ -167,7 +167,7 @@ def _encode_all(dvae: DiscreteVAE, dataset: InMemory, device: torch.device) -> T
     """Image tokens of every pair, [pairs, N, M] int32."""
     chunks = [
         dvae.encode(images.to(device).float() / 255).int()
-        for images in dataset.images.split(_ENCODE_CHUNK)
+        for images in torch.split(dataset.images, _ENCODE_CHUNK)
     ]
     return torch.cat(chunks)
 

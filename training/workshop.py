@@ -7,16 +7,13 @@ checkpoints in `training.worker`.
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 import tempfile
-from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from dalle import artefact as artefacts
 from dalle.artefact import Artefact, StageRecord
@@ -24,16 +21,15 @@ from dalle.clip import Clip, ClipConfig
 from dalle.contract import Job
 from dalle.dvae import DiscreteVAE, DVAEConfig
 from dalle.errors import ArtefactError, HyperparameterError
-from dalle.images import Pixels
 from dalle.sizes import CLIP_SIZES, DVAE_SIZES, TRANSFORMER_SIZES
 from dalle.tokenizer import CaptionTokenizer
 from dalle.transformer import Dalle, TransformerConfig
 from training import pictures
 from training.data.batches import Batches
 from training.data.folder import ImageTextFolder, open_folder
-from training.data.memory import decode_if_small
+from training.data.memory import decode_if_small, to_planes
 from training.data.pairs import Dataset
-from training.data.pairs import describe as describe_dataset
+from training.data.subset import Subset
 from training.hyperparameter_fields import Hyperparameters, StageHyperparameters, StageName
 from training.loop import FitResult, Stage, Stop
 from training.report import DatasetSummary, Report, StageSummary, read_curves, write_report
@@ -41,9 +37,18 @@ from training.stages import ClipStage, DVAEStage, StageData, TransformerStage
 
 logger = logging.getLogger(__name__)
 
-VALIDATION_PAIRS = 512  # looked at in each validation, the first of the channel
+VALIDATION_PAIRS = 512  # looked at in each validation
 REPORT_CAPTIONS = 8
 REPORT_CANDIDATES = 16
+
+Config = TypeVar("Config", DVAEConfig, TransformerConfig, ClipConfig)
+
+
+def open_workshop(
+    job: Job, hyperparameters: Hyperparameters, device: torch.device, stop: Stop
+) -> Workshop:
+    """Read the job's channels; see `Workshop`. Raises DataError, ArtefactError."""
+    return Workshop(job, hyperparameters, device, stop)
 
 
 class Workshop:
@@ -57,13 +62,12 @@ class Workshop:
         self._device = device
         self._stop = stop
         self._artefact = _read_inputs(job, device)
-        self._artefact.manifest.licence = (
-            hyperparameters.licence or self._artefact.manifest.licence
-        )
+        self._artefact.manifest.licence = hyperparameters.licence or self._artefact.manifest.licence
         self._train = decode_if_small(self._open("train"))
         self._validation: Dataset | None = None
         if "validation" in job.channels:
-            self._validation = decode_if_small(_First(self._open("validation"), VALIDATION_PAIRS))
+            held_out = Subset(self._open("validation"), VALIDATION_PAIRS)
+            self._validation = decode_if_small(held_out)
 
     @property
     def present(self) -> set[StageName]:
@@ -118,9 +122,7 @@ class Workshop:
             logger.warning("stopped before there was a model to write")
             return
         artefacts.save(self._job.paths.model, self._artefact, git_revision=self._job.git_revision)
-        logger.info(
-            "wrote %s to %s", ", ".join(self._artefact.components()), self._job.paths.model
-        )
+        logger.info("wrote %s to %s", ", ".join(self._artefact.components()), self._job.paths.model)
         if not self._stop.is_set():
             path = self._job.paths.output_data / "report.html"
             write_report(self._report(), path)
@@ -224,7 +226,9 @@ class Workshop:
                 for record in artefact.manifest.stages
             ],
             curves=read_curves(metrics),
-            codebooks=[] if artefact.dvae is None else pictures.codebook_usage(artefact.dvae, images),
+            codebooks=[]
+            if artefact.dvae is None
+            else pictures.codebook_usage(artefact.dvae, images),
             reconstructions=None
             if artefact.dvae is None
             else pictures.reconstructions(artefact.dvae, images[:16]),
@@ -244,5 +248,40 @@ class Workshop:
             if artefact.clip is None
             else pictures.retrieval(artefact, images, captions),
             datasets=[DatasetSummary.of(each) for each in datasets],
-            hyperparameters={name: value for name, value in self._job.hyperparameters.items()},
+            hyperparameters=self._job.hyperparameters,
         )
+
+
+def _read_inputs(job: Job, device: torch.device) -> Artefact:
+    """The artefact of the channels `artefact` and `clip`; an empty one without them."""
+    artefact = Artefact()
+    if "artefact" in job.channels:
+        with tempfile.TemporaryDirectory() as scratch:
+            directory = artefacts.locate(job.channels["artefact"].directory, Path(scratch))
+            artefact = artefacts.load(directory, device)
+    if "clip" in job.channels:
+        if artefact.clip is not None:
+            raise ArtefactError("the channels artefact and clip both bring a CLIP; leave one out")
+        directory = job.channels["clip"].directory
+        files = sorted(path for path in directory.iterdir() if path.suffix in (".pt", ".pth"))
+        if len(files) != 1:
+            raise ArtefactError(
+                f"the channel clip must hold one OpenAI checkpoint (.pt), found "
+                f"{[path.name for path in files]}"
+            )
+        artefact.clip = Clip.from_openai(files[0]).requires_grad_(False).to(device)
+    return artefact
+
+
+def _config(stage: StageName, kind: type[Config], values: dict[str, Any]) -> Config:
+    """A config object, its refusals told in terms of the stage's hyperparameters."""
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise HyperparameterError(f"{stage}: {error}") from error
+
+
+def _images(dataset: Dataset, most: int) -> Tensor:
+    """The first images of a data set, uint8 [B, 3, S, S]."""
+    count = min(len(dataset), most)
+    return torch.stack([to_planes(dataset.image(index)) for index in range(count)])

@@ -123,6 +123,7 @@ class Job:
     hosts: sorted as text, so that every host counts alike (algo-10 before algo-2).
     network_interface_name: None where the platform did not say; never guess one.
     device: `auto`, `cpu` or `cuda` (from DALLE_DEVICE).
+    git_revision: of this code, as the image was built (from DALLE_GIT_REVISION), or "".
     """
 
     paths: Paths
@@ -133,6 +134,7 @@ class Job:
     network_interface_name: str | None
     job_name: str
     device: str
+    git_revision: str
 
     @property
     def rank(self) -> int:
@@ -162,6 +164,7 @@ def read_job(root: Path = DEFAULT_ROOT, environment: Mapping[str, str] | None = 
         network_interface_name=interface,
         job_name=environment.get("TRAINING_JOB_NAME") or DEFAULT_JOB_NAME,
         device=device,
+        git_revision=environment.get("DALLE_GIT_REVISION", ""),
     )
 
 

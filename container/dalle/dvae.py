@@ -167,7 +167,9 @@ class SplitEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """[B, 3, S, S] in [0, 1] -> M of [B, C, G, G], the first of the colours"""
-        patches = F.pixel_unshuffle(images, self.patch_size).unflatten(1, (3, -1))  # [B, 3, P, G, G]
+        unshuffled = F.pixel_unshuffle(images, self.patch_size)
+        B, _, G, _ = unshuffled.shape
+        patches = unshuffled.reshape(B, 3, -1, G, G)
         light = torch.einsum("bcpij,c->bpij", patches, self.luminance)
         darkest, lightest = light.argmin(dim=1, keepdim=True), light.argmax(dim=1, keepdim=True)
         low, high = light.gather(1, darkest), light.gather(1, lightest)

@@ -71,7 +71,9 @@ class Quantiser(nn.Module):
 
     def perplexity(self) -> Tensor:
         """How many codes are in use, by the entropy of their shares: [M], each in [1, V]."""
-        entropy: Tensor = torch.special.entr(self.usage).sum(dim=1)
+        # A revived code's share is a loan: the shares then add up to more than 1.
+        shares = self.usage / self.usage.sum(dim=1, keepdim=True)
+        entropy: Tensor = torch.special.entr(shares).sum(dim=1)
         return entropy.exp()
 
     def dead(self) -> Tensor:

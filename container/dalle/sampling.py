@@ -173,11 +173,14 @@ def choose(logits: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor
     """
     if options.temperature == 0.0:
         return logits.argmax(dim=-1)
-    logits = logits / options.temperature
+    # Counted from the greatest, so that a temperature close to 0 overflows to -inf, never to NaN.
+    logits = logits.double()
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / options.temperature
     if options.top_k is not None and options.top_k < logits.shape[-1]:
-        least = logits.topk(options.top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    probabilities = logits.softmax(dim=-1, dtype=torch.float64)
+        # By index and not by value: of equal logits, too, no more than k stay.
+        kept = logits.topk(options.top_k, dim=-1).indices
+        logits = torch.full_like(logits, -torch.inf).scatter(1, kept, logits.gather(1, kept))
+    probabilities = logits.softmax(dim=-1)
     if options.top_p is not None and options.top_p < 1.0:
         ordered, order = probabilities.sort(dim=-1, descending=True)
         # A token stays while the sum before it has not reached top_p: the first always does.
@@ -192,5 +195,7 @@ def choose(logits: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor
 def _uniforms(seed: int, candidate: int, stream: int, count: int) -> np.ndarray:
     """[count] float32 in [0, 1), a function of its arguments alone: Philox is counter-based
     (Salmon et al. 2011), so no candidate's numbers depend on another's."""
-    key = np.random.SeedSequence([seed, candidate, stream]).generate_state(2, np.uint64)
+    # As one list of numbers, (2**32, 0, 0) would be the same entropy as (0, 1, 0).
+    sequence = np.random.SeedSequence(seed, spawn_key=(candidate, stream))
+    key = sequence.generate_state(2, np.uint64)
     return np.random.Generator(np.random.Philox(key=key)).random(count, dtype=np.float32)

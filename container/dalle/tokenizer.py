@@ -30,6 +30,8 @@ class CaptionTokenizer:
 
     def __init__(self, tokenizer: Tokenizer, text_length: int) -> None:
         self._tokenizer = tokenizer
+        # A caption that spells "[PAD]" means those letters, not our padding.
+        tokenizer.encode_special_tokens = True
         self.text_length = text_length
 
     @classmethod

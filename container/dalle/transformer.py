@@ -160,8 +160,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cache: KeyValueCache | None, layer: int) -> Tensor:
         """x [B, n, W] -> the same; with a cache, x follows what it holds."""
-        x = x + self.attention(x, cache, layer)
-        return x + self.feed_forward(x)
+        attended: Tensor = x + self.attention(x, cache, layer)
+        added: Tensor = self.feed_forward(attended)
+        return attended + added
 
 
 class CodeHead(nn.Module):
