@@ -1,10 +1,19 @@
-"""Fixtures that several test files share: directories laid out as SageMaker lays out /opt/ml."""
+"""Fixtures that several test files share: directories laid out as SageMaker lays out /opt/ml, and
+tiny models with random weights."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
+
+from dalle import artefact as artefacts
+from dalle import sizes
+from dalle.clip import Clip, ClipConfig
+from dalle.dvae import DiscreteVAE, DVAEConfig
+from dalle.tokenizer import CaptionTokenizer
+from dalle.transformer import Dalle, TransformerConfig
+from training import rainbow
 
 torch.set_num_threads(1)
 
@@ -107,3 +116,59 @@ def make_opt_ml(tmp_path):
 def opt_ml(make_opt_ml):
     """A tree as the platform lays it out, without channels or hyperparameters yet."""
     return make_opt_ml("platform")
+
+
+@pytest.fixture(scope="session")
+def make_dalle():
+    """A function: config fields -> a tiny transformer in evaluation mode, without gradients. Its
+    weights are random and large, so that every input sways every output that may see it."""
+
+    def make(**fields: object) -> Dalle:
+        tokens = {"text_vocab_size": 11, "text_length": 5, "grid_size": 4, "codebook_size": 7}
+        shape = {"num_codebooks": 2, "width": 16, "num_layers": 2, "num_heads": 2}
+        model = Dalle(TransformerConfig(**(tokens | shape | fields))).requires_grad_(False)
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            parameter.normal_(std=0.5, generator=generator)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_models() -> artefacts.Artefact:
+    """All four components, untrained: captions of the rainbow words in 8 text tokens, pictures of
+    16 pixels as a grid of 4x4 positions. Shared by the session: not to be changed."""
+    captions = [sample.caption for sample in rainbow.samples()]
+    tokenizer = CaptionTokenizer.train(captions, kind="word", text_length=8)
+    torch.manual_seed(0)
+    dvae = DiscreteVAE(DVAEConfig(**sizes.DVAE_SIZES["tiny"]))
+    transformer = Dalle(
+        TransformerConfig(
+            text_vocab_size=tokenizer.vocab_size,
+            text_length=tokenizer.text_length,
+            grid_size=dvae.config.grid_size,
+            codebook_size=dvae.config.codebook_size,
+            num_codebooks=dvae.config.num_codebooks,
+            **sizes.TRANSFORMER_SIZES["tiny"],
+        )
+    )
+    clip = Clip(
+        ClipConfig(
+            image_size=dvae.config.image_size,
+            text_vocab_size=tokenizer.vocab_size + 1,
+            text_length=tokenizer.text_length + 1,
+            **sizes.CLIP_SIZES["tiny"],
+        )
+    )
+    models = (model.eval().requires_grad_(False) for model in (dvae, transformer, clip))
+    return artefacts.Artefact(*models, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_artefact(tiny_models, tmp_path_factory) -> Path:
+    """The directory of an artefact with the tiny models. Shared by the session: copy it to change
+    it."""
+    directory = tmp_path_factory.mktemp("artefact")
+    artefacts.save(directory, tiny_models)
+    return directory

@@ -127,6 +127,11 @@ class DVAEHyperparameters(StageHyperparameters):
     quantiser: Literal["gumbel", "vq"] | None = Field(
         default=None, description="Gumbel-softmax relaxation, or nearest neighbour."
     )
+    colour_split: bool | None = Field(
+        default=None,
+        description="First codebook for a patch's end colours, the others for its pattern; "
+        "for pictures of few flat colours.",
+    )
     width: Width | None = Field(default=None, description="Width of the model's layers.")
     num_blocks: Layers | None = Field(default=None, description="Residual blocks per resolution.")
     patch_size: int | None = Field(
@@ -150,6 +155,9 @@ class DVAEHyperparameters(StageHyperparameters):
     kl_weight: float | None = Field(
         default=None, ge=0, le=1_000, description="Weight of the KL to a uniform code, gumbel only."
     )
+    commitment_weight: float | None = Field(
+        default=None, ge=0, le=100, description="Weight of the distance to the code, vq only."
+    )
 
 
 class TransformerHyperparameters(StageHyperparameters):
@@ -158,9 +166,6 @@ class TransformerHyperparameters(StageHyperparameters):
     width: Width | None = Field(default=None, description="Width of the model's layers.")
     num_layers: Layers | None = Field(default=None, description="Layers of the model.")
     num_heads: Heads | None = Field(default=None, description="Attention heads per layer.")
-    head_width: Heads | None = Field(
-        default=None, description="Width of one head; width / num_heads unless given."
-    )
     attention_kinds: tuple[AttentionKind, ...] | None = Field(
         default=None, min_length=1, description="Attention by layer, repeated in turn."
     )
@@ -182,11 +187,11 @@ class TransformerHyperparameters(StageHyperparameters):
     layer_scale: float | None = Field(
         default=None, gt=0, le=1, description="Start value of a learned factor on each branch."
     )
-    token_shift: bool | None = Field(
-        default=None, description="Half of a branch's channels come from the neighbours before it."
+    target_position: bool | None = Field(
+        default=None, description="Tell each input the position that it is to predict."
     )
     dropout: Dropout | None = Field(
-        default=None, description="Share of activations dropped in training."
+        default=None, description="Share of channels dropped in training."
     )
     caption_dropout: Dropout | None = Field(
         default=None,
@@ -197,9 +202,6 @@ class TransformerHyperparameters(StageHyperparameters):
     )
     token_noise: Dropout | None = Field(
         default=None, description="Share of input image tokens replaced at random in training."
-    )
-    label_smoothing: Dropout | None = Field(
-        default=None, description="Share of the target spread evenly over all tokens."
     )
     text_loss_weight: float | None = Field(
         default=None, ge=0, le=100, description="Weight of the text loss beside the image loss."

@@ -208,8 +208,8 @@ def write_folder(out: Path, seed: int = 0) -> dict[str, int]:
         stem = out / ("train" if train else "validation") / sample.caption.replace(" ", "_")
         Image.fromarray(sample.picture()).save(stem.with_suffix(".png"))
         stem.with_suffix(".txt").write_text(sample.caption + "\n", encoding="utf-8")
-    attributes = {sample.caption: sample.attributes for sample in everything}
-    (out / "attributes.json").write_text(json.dumps(attributes, indent=0), encoding="utf-8")
+    lines = [f"{json.dumps(each.caption)}: {json.dumps(each.attributes)}" for each in everything]
+    (out / "attributes.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
     return {"train": int(in_training.sum()), "validation": int((~in_training).sum())}
 
 

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import tarfile
+import zlib
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -118,7 +119,7 @@ def save(directory: Path, artefact: Artefact, *, git_revision: str = "") -> Mani
     manifest = artefact.manifest.model_copy(
         update={
             "format_version": FORMAT_VERSION,
-            "library_version": metadata.version("dalle-sagemaker"),
+            "library_version": _library_version(),
             "git_revision": git_revision,
             "files": {path: _sha256(staging / path) for path in _files(staging)},
         }
@@ -156,7 +157,7 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ArtefactError(
             f"{directory} is not an artefact: {MANIFEST} is missing (was its writing interrupted?)"
         ) from None
@@ -191,9 +192,17 @@ def locate(channel: Path, scratch: Path) -> Path:
                 if not (member.isfile() or member.isdir()):
                     raise ArtefactError(f"{archives[0].name}: {member.name} is not a plain file")
                 archive.extract(member, scratch, filter="data")
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise ArtefactError(f"{archives[0]} cannot be unpacked: {error}") from error
     return scratch
+
+
+def _library_version() -> str:
+    """Empty when run from a source tree that nobody installed: no reason to lose what is trained."""
+    try:
+        return metadata.version("dalle-sagemaker")
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def _save_model(directory: Path, model: nn.Module) -> None:
@@ -209,7 +218,14 @@ def _load_model(directory: Path, name: ModelName, device: torch.device | str) ->
         config: Any = TypeAdapter(config_class).validate_json((directory / CONFIG).read_bytes())
         model = model_class(config)
         model.load_state_dict(load_file(directory / WEIGHTS), assign=True)
-    except (ValueError, RuntimeError, SafetensorError, OSError) as error:
+    except (
+        ValueError,
+        RuntimeError,
+        ArithmeticError,  # a width or a number of heads of 0
+        AssertionError,
+        SafetensorError,
+        OSError,
+    ) as error:
         raise ArtefactError(f"{directory} cannot be loaded as {name}: {error}") from error
     return model.eval().requires_grad_(False).to(device)
 

@@ -102,9 +102,20 @@ class Clip(nn.Module):
     def from_openai(cls, path: Path) -> Clip:
         """Load a checkpoint file as OpenAI published it (TorchScript archive or state dict)."""
         state = _read_openai_state(path)
-        model = cls(_openai_config(state))
-        model.model.load_state_dict({name: value.float() for name, value in state.items()})
+        try:
+            model = cls(_openai_config(state))
+            model.model.load_state_dict({name: value.float() for name, value in state.items()})
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, ValueError) as error:
+            raise ArtefactError(f"{path.name} is not an OpenAI CLIP: {error}") from error
         return model.eval()
+
+    def muon_parameters(self) -> list[nn.Parameter]:
+        """The matrices of both transformers; everything else is for AdamW."""
+        return [
+            parameter
+            for name, parameter in self.model.named_parameters()
+            if ".resblocks." in name and parameter.ndim == 2
+        ]
 
     def loss(self, images: Tensor, text_tokens: Tensor) -> ClipLoss:
         """Symmetric cross-entropy over the batch's pairs (Radford et al. 2021, figure 3).
@@ -181,9 +192,10 @@ def _read_openai_state(path: Path) -> dict[str, Tensor]:
     try:
         archive = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
         state: dict[str, Tensor] = archive.state_dict()
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
+            state = dict(state)
         except Exception as error:
             raise ArtefactError(
                 f"{path.name} is not an OpenAI CLIP checkpoint (TorchScript archive or state dict)"
