@@ -161,14 +161,15 @@ def tiny_models() -> artefacts.Artefact:
             **sizes.CLIP_SIZES["tiny"],
         )
     )
-    models = (model.eval().requires_grad_(False) for model in (dvae, transformer, clip))
-    return artefacts.Artefact(*models, tokenizer)
+    for model in (dvae, transformer, clip):
+        model.eval().requires_grad_(False)
+    return artefacts.Artefact(dvae, transformer, clip, tokenizer)
 
 
 @pytest.fixture(scope="session")
 def tiny_artefact(tiny_models, tmp_path_factory) -> Path:
     """The directory of an artefact with the tiny models. Shared by the session: copy it to change
     it."""
-    directory = tmp_path_factory.mktemp("artefact")
+    directory: Path = tmp_path_factory.mktemp("artefact")
     artefacts.save(directory, tiny_models)
     return directory

@@ -23,9 +23,7 @@ CONFIGS = {
     "gumbel": replace(TINY, quantiser="gumbel", kl_weight=0.01),
     "vq": replace(TINY, quantiser="vq"),
     "colour_split": replace(TINY, quantiser="vq", num_codebooks=3, colour_split=True),
-    "paper": replace(
-        TINY, patch_size=1, num_downsamples=3, num_codebooks=1, encoder_kernel_size=3
-    ),
+    "paper": replace(TINY, patch_size=1, num_downsamples=3, num_codebooks=1, encoder_kernel_size=3),
 }
 
 
@@ -122,7 +120,7 @@ def test_a_pattern_has_the_same_tokens_in_every_colour():
     assert len(painted[0][..., 1:].unique()) > 4, "patterns differ"
     for other in painted[1:]:
         assert (other[..., 1:] == painted[0][..., 1:]).all()
-        assert (other[..., 0] != painted[0][..., 0]).any()
+    assert len(torch.stack(painted)[..., 0].unique()) > 1, "colours differ"
 
 
 def test_a_colour_has_the_same_token_in_every_pattern():

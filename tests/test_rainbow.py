@@ -1,5 +1,7 @@
 """The rainbow data set: all its captions, its split, its folder, and that every colour dithers."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,7 +14,7 @@ def samples():
     return rainbow.samples()
 
 
-def pick(samples, **attributes: str) -> rainbow.Sample:
+def pick(samples: list[rainbow.Sample], **attributes: str) -> rainbow.Sample:
     """The sample with these attributes, the others at their first."""
     wanted = {name: values[0] for name, values in rainbow.ATTRIBUTES.items()} | attributes
     (found,) = (sample for sample in samples if sample.attributes == wanted)
@@ -103,7 +105,13 @@ def test_shapes_differ(samples):
 def test_the_folder_holds_a_picture_and_a_caption_for_every_sample(samples, tmp_path):
     counts = rainbow.write_folder(tmp_path, seed=3)
     assert counts == {"train": 2765, "validation": 6451}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["train", "validation"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "attributes.json",
+        "train",
+        "validation",
+    ]
+    attributes = json.loads((tmp_path / "attributes.json").read_text())
+    assert attributes == {sample.caption: sample.attributes for sample in samples}
     in_training = rainbow.split(9216, 3)
     names = {
         folder: {path.name for path in (tmp_path / folder).iterdir()}

@@ -27,7 +27,7 @@ GREEDY = SamplingOptions(temperature=0.0)
 
 
 @pytest.fixture(scope="module")
-def model(make_dalle) -> Dalle:
+def model(make_dalle):
     return make_dalle(attention_kinds=("axial_row", "full"))
 
 
@@ -199,13 +199,16 @@ def test_primed_positions_are_not_counted_in_the_likelihood(model):
     assert sample(model, prime_tokens=sampled.image_tokens[0]).log_likelihood.tolist() == [0.0] * 3
 
 
-def test_each_position_is_reported(model):
+@pytest.mark.parametrize("primed", [0, 4])
+def test_each_position_is_reported(primed, model):
     steps: list[int] = []
-    sample(model, on_step=lambda done: steps.append(done) or True)
-    assert steps == list(range(1, N + 1))
-    steps.clear()
-    sample(model, prime_tokens=torch.zeros(4, M).long(), on_step=lambda d: steps.append(d) or True)
-    assert steps == list(range(5, N + 1))
+
+    def note(done: int) -> bool:
+        steps.append(done)
+        return True
+
+    sample(model, prime_tokens=torch.zeros(primed, M).long() if primed else None, on_step=note)
+    assert steps == list(range(primed + 1, N + 1))
 
 
 def test_whoever_is_told_of_a_step_can_stop_it(model):

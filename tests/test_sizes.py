@@ -1,5 +1,8 @@
 """The named sizes: each builds its config, and the two large ones are what they are called."""
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -49,9 +52,7 @@ def test_every_model_has_every_size():
     ("size", "num_layers", "num_heads", "width", "parameters"),
     [("dalle-1.3b", 24, 32, 2048, 1.3e9), ("dalle-12b", 64, 62, 3968, 12e9)],
 )
-def test_the_large_ones_are_as_large_as_their_names(
-    size, num_layers, num_heads, width, parameters
-):
+def test_the_large_ones_are_as_large_as_their_names(size, num_layers, num_heads, width, parameters):
     with torch.device("meta"):
         model = Dalle(config_of(size))
     config = model.config
@@ -73,8 +74,6 @@ def test_the_12b_looks_along_columns_every_fourth_layer_and_ends_with_a_window()
 
 
 def test_the_sizes_need_no_torch():
-    import subprocess
-    import sys
-
-    code = "import sys; import dalle.sizes; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": "container"})
+    code = "import sys, dalle.sizes; sys.exit('torch' in sys.modules)"
+    container = Path(sizes.__file__).parents[1]
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(container)})

@@ -111,7 +111,7 @@ def test_prefill_and_steps_arrive_where_the_whole_sequence_does(kinds, primed, m
 
 def test_regularisation_acts_in_training_only(make_dalle):
     plain, dropped = (
-        make_dalle(**{name: share for name in ("dropout", "caption_dropout", "token_noise")})
+        make_dalle(**dict.fromkeys(("dropout", "caption_dropout", "token_noise"), share))
         for share in (0.0, 0.9)
     )
     pairs = draw_pairs()
@@ -185,9 +185,21 @@ def test_the_positions_codes_are_known_to_the_next_position_only(make_dalle):
     text_tokens, image_tokens = draw_pairs(1)
     swapped = image_tokens.clone()
     swapped[:, [0, 1]] = swapped[:, [1, 0]]
-    hidden, other = (model._hidden(text_tokens, each[:, :-1])[1] for each in (image_tokens, swapped))
+    hidden, other = (
+        model._hidden(text_tokens, each[:, :-1])[1] for each in (image_tokens, swapped)
+    )
     torch.testing.assert_close(hidden[:, 0], other[:, 0])
     assert (hidden[:, 2:] - other[:, 2:]).abs().max() > 1e-4
+
+
+def test_each_input_is_told_the_position_that_it_predicts(make_dalle):
+    model = make_dalle()
+    text_tokens, image_tokens = draw_pairs(1)
+    _, before = model._hidden(text_tokens, image_tokens[:, :-1])
+    model.target_row_position[1] += 1  # of positions 4 to 7
+    _, after = model._hidden(text_tokens, image_tokens[:, :-1])
+    assert (after[:, :4] == before[:, :4]).all()
+    assert (after[:, 4:] != before[:, 4:]).any(dim=-1).all()
 
 
 def test_muon_has_the_blocks_matrices_and_nothing_else(make_dalle):
@@ -231,7 +243,5 @@ def test_dropout_takes_whole_channels_and_keeps_the_mean():
 def test_relu2_is_the_square_of_relu():
     layer = FeedForward(4, 2, "relu2")
     x = torch.randn(1, 3, 4)
-    expected = F.linear(
-        F.relu(layer.expand(x)) ** 2, layer.contract.weight, layer.contract.bias
-    )
+    expected = F.linear(F.relu(layer.expand(x)) ** 2, layer.contract.weight, layer.contract.bias)
     torch.testing.assert_close(layer(x), expected)

@@ -13,6 +13,11 @@ attribute. Nothing here knows what the words are.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from dalle.threads import wait_passively
+
+    wait_passively()  # before torch is imported
+
 import argparse
 import json
 import logging
@@ -38,7 +43,7 @@ from training.pictures import draw, reconstruct, require
 from training.report_content import CaptionAccuracy
 
 GREEDY, SINGLE = "greedy", "single sample"
-ALL, NOVEL = "all held-out captions", "held-out captions whose picture is not in training"
+ALL, NOVEL = "held-out captions", "held-out captions whose picture is not in training"
 NUMBERS_APART = 1 << 20  # between the candidate numbers of two captions, so that all draws differ
 BLOCK_BYTES = 256 << 20  # of generated pictures that wait for their nearest neighbours
 
@@ -62,6 +67,7 @@ class Evaluation:
     """What an artefact can do with held-out captions.
 
     num_pictures: classes, of which num_training_pictures occur in training.
+    num_held_out: captions there are; fewer are scored when a limit was given.
     reconstruction: share of held-out pictures that the dVAE leaves nearest to themselves.
     scores: scope (all, novel) -> method -> score; a scope without captions is left out.
     seconds: method -> wall time.
@@ -69,6 +75,7 @@ class Evaluation:
 
     num_pictures: int
     num_training_pictures: int
+    num_held_out: int
     num_candidates: int
     seed: int
     reconstruction: float
@@ -77,9 +84,11 @@ class Evaluation:
 
     def accuracies(self) -> list[CaptionAccuracy]:
         """The same for a report."""
+        num_scored = next(iter(self.scores[ALL].values())).num_captions
+        which = "all" if num_scored == self.num_held_out else "a sample of"
         return [
             CaptionAccuracy(
-                scope=scope,
+                scope=f"{which} {scope}",
                 num_captions=next(iter(methods.values())).num_captions,
                 overall={method: score.right for method, score in methods.items()},
                 per_attribute=_by_attribute(methods),
@@ -139,6 +148,7 @@ def evaluate(
     return Evaluation(
         num_pictures=len(truth),
         num_training_pictures=sum(truth.in_training),
+        num_held_out=len(truth.held_out),
         num_candidates=num_candidates,
         seed=seed,
         reconstruction=reconstruction,
@@ -226,12 +236,12 @@ def render_table(evaluation: Evaluation) -> str:
         f"them in training; reconstructed and still nearest to itself: "
         f"{evaluation.reconstruction:.3f}"
     ]
-    for scope, methods in evaluation.scores.items():
+    for accuracy, methods in zip(evaluation.accuracies(), evaluation.scores.values(), strict=True):
         scores = list(methods.values())
         rows = [("right", [each.right for each in scores])]
-        rows += [(f"  {n}", list(each.values())) for n, each in _by_attribute(methods).items()]
+        rows += [(f"  {n}", list(each.values())) for n, each in accuracy.per_attribute.items()]
         rows.append(("another caption's training picture", [each.memorised for each in scores]))
-        lines = [f"{scope} ({scores[0].num_captions:,})", _row("", methods)]
+        lines = [f"{accuracy.scope} ({accuracy.num_captions:,})", _row("", methods)]
         lines += [_row(label, [f"{share:.3f}" for share in shares]) for label, shares in rows]
         blocks.append("\n".join(lines))
     times = ", ".join(f"{name} {each:.1f} s" for name, each in evaluation.seconds.items())

@@ -198,7 +198,7 @@ def locate(channel: Path, scratch: Path) -> Path:
 
 
 def _library_version() -> str:
-    """Empty when run from a source tree that nobody installed: no reason to lose what is trained."""
+    """Empty in a source tree that nobody installed: no reason to lose what has been trained."""
     try:
         return metadata.version("dalle-sagemaker")
     except metadata.PackageNotFoundError:

@@ -190,7 +190,10 @@ def _openai_tokens(captions: Sequence[str], text_length: int) -> Tensor:
 
 def _read_openai_state(path: Path) -> dict[str, Tensor]:
     try:
-        archive = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
+        with warnings.catch_warnings():
+            # torch.export, which is to follow TorchScript, cannot read what OpenAI published.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            archive = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
         state: dict[str, Tensor] = archive.state_dict()
     except (RuntimeError, ValueError):
         try:

@@ -97,6 +97,21 @@ class DVAELoss:
     """The quantiser's own terms: KL divergence or commitment."""
 
 
+class PositionNorm(nn.Module):
+    """RMS over the channels of each position apart, with learned gains; [B, C, H, W] -> the same.
+
+    Not GroupNorm: statistics over all positions would let the rest of the image into a code that
+    is to be a function of its own patch.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(width, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x.square().mean(dim=1, keepdim=True) + 1e-6).rsqrt() * self.gain
+
+
 class ResidualBlock(nn.Module):
     """x + a pointwise network of its norm and its neighbours'; [B, C, H, W] -> the same.
 
@@ -106,7 +121,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, width: int, kernel_size: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(1, width)
+        self.norm = PositionNorm(width)
         self.spatial = (
             nn.Conv2d(width, width, kernel_size, padding=kernel_size // 2, groups=width)
             if kernel_size > 1

@@ -1,0 +1,52 @@
+"""What the demo trains with, and how long each part of it takes.
+
+A recipe is a JSON file of flat hyperparameters; ours is `training/recipes/rainbow_cpu.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+
+from dalle.errors import UserError
+from training import hyperparameters
+
+RECIPE = "rainbow_cpu.json"
+RECIPE_MINUTES = 9.0  # of the whole demo, for which the recipe's budgets were chosen
+
+# Seconds on two cores besides the training budgets, for the estimate of what is left.
+DATA_SECONDS = 6.0
+START_SECONDS = 25.0  # of `train`: importing, encoding the data, writing artefact and report
+SERVE_SECONDS = 25.0
+EVALUATE_SECONDS = 45.0
+REPORT_SECONDS = 12.0
+OTHER_SECONDS = DATA_SECONDS + START_SECONDS + SERVE_SECONDS + EVALUATE_SECONDS + REPORT_SECONDS
+
+
+def read_recipe(path: Path | None, minutes: float) -> dict[str, str]:
+    """A recipe's hyperparameters, its training budgets scaled so that the demo takes `minutes`.
+
+    path: None for our own. Raises UserError, or HyperparameterError, that says what is wrong.
+    """
+    file = resources.files("training") / "recipes" / RECIPE if path is None else path
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as a recipe: {error}") from error
+    recipe = {str(name): str(value) for name, value in content.items()}
+    hyperparameters.parse(recipe)
+    scale = (60 * minutes - OTHER_SECONDS) / (60 * RECIPE_MINUTES - OTHER_SECONDS)
+    if minutes != RECIPE_MINUTES:
+        for name in recipe:
+            if name.endswith("max_minutes"):
+                recipe[name] = f"{float(recipe[name]) * scale:.3g}"
+    return recipe
+
+
+def training_seconds(recipe: Mapping[str, str]) -> float:
+    """The budgets of all stages together, as far as they are given in minutes."""
+    settings = hyperparameters.parse(recipe)
+    stages = (settings.dvae, settings.transformer, settings.clip)
+    return sum(60 * (stage.max_minutes or 0) for stage in stages)
