@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from dalle.contract import DEFAULT_ROOT, Paths
 from dalle.errors import UserError
-from dalle.threads import wait_passively
+from dalle.threads import spin_briefly
 from inference.settings import OURS, PLATFORMS, Settings, read_port, read_settings
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     model cannot be loaded, 1 for anything else.
     """
     options = _parser().parse_args(arguments)
-    wait_passively()
+    spin_briefly()
     logging.basicConfig(
         level=logging.INFO,
         stream=sys.stderr,

@@ -20,7 +20,7 @@ from types import FrameType
 
 from dalle.contract import DEFAULT_ROOT, Job, Paths, prepare_outputs, read_job, write_failure
 from dalle.errors import DalleError, JobError
-from dalle.threads import wait_passively
+from dalle.threads import spin_briefly
 from training import channels, hyperparameters
 from training.hyperparameters import Hyperparameters
 
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list_hyperparameters:
         print(hyperparameters.render_table())
         return 0
-    wait_passively()
+    spin_briefly()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     root: Path = options.root
     paths = Paths(root.absolute())

@@ -33,7 +33,7 @@ import numpy as np
 
 from dalle.contract import Paths
 from dalle.errors import DalleError, UserError
-from dalle.threads import wait_passively
+from dalle.threads import spin_briefly
 from training import rainbow
 from training.demo_commands import ask, run_train, serving
 from training.demo_recipe import (
@@ -231,7 +231,7 @@ def prepare_directory(out: Path, again: bool) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     options = _parse_arguments(argv)
-    wait_passively()
+    spin_briefly()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     say = announcer()

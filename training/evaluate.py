@@ -14,9 +14,9 @@ attribute. Nothing here knows what the words are.
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from dalle.threads import wait_passively
+    from dalle.threads import spin_briefly
 
-    wait_passively()  # before torch is imported
+    spin_briefly()  # before torch is imported
 
 import argparse
 import json
