@@ -97,19 +97,16 @@ class DVAELoss:
     """The quantiser's own terms: KL divergence or commitment."""
 
 
-class PositionNorm(nn.Module):
-    """RMS over the channels of each position apart, with learned gains; [B, C, H, W] -> the same.
+class PositionNorm(nn.LayerNorm):
+    """LayerNorm over the channels of each position apart; [B, C, H, W] -> the same.
 
     Not GroupNorm: statistics over all positions would let the rest of the image into a code that
     is to be a function of its own patch.
     """
 
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.gain = nn.Parameter(torch.ones(width, 1, 1))
-
     def forward(self, x: Tensor) -> Tensor:
-        return x * (x.square().mean(dim=1, keepdim=True) + 1e-6).rsqrt() * self.gain
+        # Feature maps are kept channels-last, so that this moves no data.
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class ResidualBlock(nn.Module):

@@ -61,8 +61,8 @@ class TransformerConfig:
     conv_kernel_size: int = 5
     """Window of the conv_like kind."""
     qk_norm: bool = True
-    """Scale queries and keys to unit size before their product."""
-    norm: NormKind = "rms"
+    """Normalise queries and keys before their product (Dehghani et al. 2023, §2)."""
+    norm: NormKind = "layer"
     """Normalisation before each branch and before the heads."""
     feed_forward: FeedForwardKind = "relu2"
     """Activation of the feed-forward branch."""
