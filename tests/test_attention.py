@@ -26,6 +26,12 @@ def may_see(kind: str, query: int, key: int, kernel_size: int) -> bool:
     return row - key_row < kernel_size and -half <= key_column - column <= half
 
 
+def centred(x: torch.Tensor) -> torch.Tensor:
+    """Mean 0 and standard deviation 1 over the last dimension."""
+    x = x - x.mean(-1, keepdim=True)
+    return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
 @pytest.mark.parametrize("kernel_size", KERNEL_SIZES)
 @pytest.mark.parametrize("kind", ATTENTION_KINDS)
 def test_each_kind_sees_what_its_definition_says(kind, kernel_size):
@@ -63,7 +69,7 @@ def test_it_is_the_softmax_over_what_is_visible(kind, qk_norm):
         part.unflatten(-1, (2, 4)).transpose(1, 2) for part in attention.to_qkv(x).chunk(3, dim=-1)
     )
     if qk_norm:
-        query, key = (part / part.square().mean(-1, keepdim=True).sqrt() for part in (query, key))
+        query, key = (centred(part) for part in (query, key))
     scores = query @ key.mT / 2
     weights = scores.masked_fill(~visibility(kind, T, G, 3), -torch.inf).softmax(dim=-1)
     expected = attention.to_out((weights @ value).transpose(1, 2).flatten(2))

@@ -6,13 +6,18 @@ Letters: B batch, M codebooks, V codebook size, G grid size, N = G·G positions.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle.quantiser import GumbelQuantiser, Quantiser, VectorQuantiser
+
+QuantiserKind = Literal["gumbel", "vq"]
+QUANTISERS: tuple[QuantiserKind, ...] = get_args(QuantiserKind)
+ReconstructionKind = Literal["bce", "l1", "mse"]
+RECONSTRUCTIONS: tuple[ReconstructionKind, ...] = get_args(ReconstructionKind)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +49,9 @@ class DVAEConfig:
     """The first codebook sees a patch's two end colours, the others the pattern between them, so
     that a pattern has the same tokens in every colour. For drawings, logos and other pictures of
     few colours; needs num_codebooks > 1, patch_size > 1 and num_downsamples = 0."""
-    quantiser: Literal["gumbel", "vq"] = "gumbel"
+    quantiser: QuantiserKind = "gumbel"
     """The relaxation of the DALL-E paper, or nearest neighbour with straight-through gradient."""
-    reconstruction: Literal["bce", "l1", "mse"] = "mse"
+    reconstruction: ReconstructionKind = "mse"
     """bce suits flat graphics with hard edges, l1 and mse photographs."""
     kl_weight: float = 0.0
     """Weight of KL(q(code | image) || uniform), gumbel only, per code in nats."""
@@ -59,6 +64,9 @@ class DVAEConfig:
                 f"image_size must be a multiple of patch_size · 2^num_downsamples = {self.stride}, "
                 f"got {self.image_size}"
             )
+        for name, known in (("quantiser", QUANTISERS), ("reconstruction", RECONSTRUCTIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
         for name in ("encoder_kernel_size", "decoder_kernel_size"):
             if getattr(self, name) not in (1, 3):
                 raise ValueError(f"{name} must be 1 or 3, got {getattr(self, name)}")
@@ -214,6 +222,8 @@ class DiscreteVAE(nn.Module):
             self.decoder.append(nn.ConvTranspose2d(width, width, kernel_size=2, stride=2))
             self.decoder.extend(_blocks(config, config.decoder_kernel_size))
         self.decoder.extend([nn.Conv2d(width, 3 * patch**2, kernel_size=1), nn.PixelShuffle(patch)])
+        # Feature maps then stay in the layout that PositionNorm wants.
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _build_quantiser(self) -> Quantiser:
         config = self.config
