@@ -8,12 +8,16 @@ COMPILE := $(UV) pip compile --quiet --no-annotate --no-emit-index-url --custom-
 UPGRADE ?=
 # Further words for pytest: make test ARGS="-k schema"
 ARGS ?=
+# The image's name, and where local-train leaves what SageMaker would have under /opt/ml.
+IMAGE ?= dalle-sagemaker
+OUT ?= out/local
+PORT ?= 8080
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint format test demo docs lock clean
+.PHONY: help setup lint format test demo docs image test-image local-train local-serve lock clean
 
 help:  ## list these targets
-	@sed -nE 's/^([a-z]+):[^#]*## (.*)/\1\t\2/p' Makefile | expand -t 10
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' Makefile | expand -t 13
 
 setup: .venv/.stamp  ## make .venv with every dependency, by hash, and the commands `train` and `serve`
 
@@ -24,13 +28,25 @@ format: setup  ## mend what ruff can mend, and lay out the code
 	.venv/bin/ruff check --fix . && .venv/bin/ruff format .
 
 test: setup  ## run the tests; no network, no GPU, no Docker
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest -m "not docker" $(ARGS)
 
 demo: setup  ## train on small synthetic pictures, serve, and ask for captions never seen: out/demo/report.html
 	.venv/bin/python -m training.demo --out out/demo
 
 docs: setup  ## write the generated tables of README.md again
 	.venv/bin/python tests/test_readme.py
+
+image:  ## build the Docker image; BASE_IMAGE=NAME starts from another base
+	container/build.sh $(IMAGE)
+
+test-image: setup image  ## test the image itself by docker run; container/with_docker.sh provides an engine
+	DALLE_IMAGE=$(IMAGE) DALLE_REQUIRE_DOCKER=1 .venv/bin/python -m pytest -m docker $(ARGS)
+
+local-train:  ## train the image on DATA=DIR as SageMaker does; ARGS="--set size=tiny --memory 4g"
+	$(PYTHON) container/harness.py train --image $(IMAGE) --data $(DATA) --out $(OUT) $(ARGS)
+
+local-serve:  ## serve what local-train packed, on PORT
+	$(PYTHON) container/harness.py serve --image $(IMAGE) --model $(OUT)/model.tar.gz --port $(PORT) $(ARGS)
 
 lock: $(UV)  ## compile requirements/*.txt again (newest versions: make lock UPGRADE=--upgrade)
 	$(COMPILE) $(UPGRADE) --universal --all-extras -c requirements/pins.in pyproject.toml -o requirements/versions.txt

@@ -79,16 +79,23 @@ def draw_curves(panels: Sequence[Panel]) -> str:
 def draw_usage(counts: Mapping[str, NDArray[np.int64]]) -> str:
     """How often each entry of each codebook [V] was used, most used first, as one `<svg>` element.
 
-    1 on the vertical axis is the share that every entry would have if all were used equally.
+    The vertical axis is logarithmic; 1 is the share that every entry would have if all were used
+    equally.
     """
     figure, axes = _grid(len(counts))
     for (name, uses), axis in zip(counts.items(), axes, strict=True):
         shares = np.sort(uses.astype(float))[::-1] * len(uses) / max(1, uses.sum())
         ranks = np.arange(1, len(uses) + 1)
         axis.axhline(1, color=_MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
-        axis.fill_between(ranks, shares, step="mid", color=_SERIES[0], alpha=0.25, linewidth=0)
-        axis.step(ranks, shares, where="mid", color=_SERIES[0], linewidth=1.2)
-        axis.set_ylim(bottom=0)
+        # A background that fills most of each picture would leave nothing else to see on a linear
+        # axis. Entries that were never used end below its foot.
+        foot = min(0.5, shares[shares > 0].min(initial=0.5)) / 2
+        axis.set_yscale("log")
+        axis.fill_between(
+            ranks, shares, foot, step="mid", color=_SERIES[0], alpha=0.25, linewidth=0
+        )
+        axis.step(ranks, np.maximum(shares, foot), where="mid", color=_SERIES[0], linewidth=1.2)
+        axis.set_ylim(bottom=foot)
         axis.set_xlim(0.5, len(uses) + 0.5)
         axis.set_title(name, color=_INK, fontsize=9, loc="left", parse_math=False)
         axis.set_xlabel("entries, most used first", color=_MUTED, fontsize=8)
