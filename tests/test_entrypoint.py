@@ -4,8 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import entrypoint
 import pytest
+
+import entrypoint
 from entrypoint import Cuda, why_no_cuda
 
 FILE = Path(entrypoint.__file__)
@@ -86,7 +87,7 @@ def test_a_gpu_that_is_demanded_and_not_there_fails_the_job_with_the_cause(tmp_p
 
 
 def test_importing_torch_is_left_to_the_command():
-    code = "import sys, entrypoint; entrypoint.versions(); entrypoint.host(); print('torch' in sys.modules)"
+    code = "import sys, entrypoint as e; e.versions(); e.host(); print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=FILE.parent, capture_output=True, text=True, check=True
     )

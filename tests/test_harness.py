@@ -1,7 +1,8 @@
 """The harness's own work on files: packing and unpacking a model as SageMaker does."""
 
-import harness
 import pytest
+
+import harness
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -118,8 +119,8 @@ def running(root: Path, *arguments: str, **variables: str) -> Iterator[Served]:
 
 
 @pytest.fixture(scope="module")
-def root(tiny_artefact, tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("ml")
+def root(tiny_artefact: Path, tmp_path_factory) -> Path:
+    root: Path = tmp_path_factory.mktemp("ml")
     shutil.copytree(tiny_artefact, root / "model")
     return root
 
@@ -145,7 +146,7 @@ def test_a_caption_is_answered_with_ranked_pictures(served):
 
 
 def test_the_same_seed_gives_the_same_picture_to_requests_at_the_same_time(served):
-    replies: list[dict] = []
+    replies: list[dict[str, Any]] = []
     threads = [
         threading.Thread(target=lambda n=n: replies.append(served.ask(num_candidates=n).json()))
         for n in (1, 4, 6)
