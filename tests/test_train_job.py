@@ -237,9 +237,7 @@ def test_an_openai_clip_in_its_channel_is_kept_instead_of_a_new_one(tree):
             "damaged",
         ),
         (
-            lambda channel: [
-                path.write_bytes(b"na\xefve square") for path in channel.glob("*.txt")
-            ],
+            lambda channel: [path.write_bytes(b"na\xefve") for path in channel.glob("*.txt")],
             "not UTF-8",
         ),
         (
