@@ -4,19 +4,23 @@ import hashlib
 import io
 import json
 import os
+import resource
 import shutil
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save
 
 from dalle import artefact as artefacts
 from dalle.artefact import Artefact, Manifest, StageRecord
-from dalle.errors import ArtefactError
+from dalle.errors import ArtefactError, DiskFullError, PlatformError
 
 COMPONENTS = ["dvae", "transformer", "clip", "tokenizer"]
 CAPTIONS = ["big filled red star", "small halftone cyan circle rotated twice"]
@@ -169,8 +173,9 @@ def test_an_interrupted_save_is_refused_and_can_be_repeated(
     if survivors == 5:
         artefacts.save(directory, other)
     else:
-        with pytest.raises(OSError, match="Input/output error"):
+        with pytest.raises(PlatformError, match="cannot write the artefact .*Input/output"):
             artefacts.save(directory, other)
+        assert not (directory / ".staging").exists()
         with pytest.raises(ArtefactError, match=r"manifest.json is missing \(was its writing"):
             artefacts.load(directory)
     monkeypatch.undo()
@@ -181,16 +186,44 @@ def test_an_interrupted_save_is_refused_and_can_be_repeated(
     )
 
 
-def test_a_save_that_fails_before_its_renames_leaves_the_old_one(
-    tiny_models, directory, monkeypatch
-):
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+@contextmanager
+def small_disk() -> Iterator[None]:
+    """No file may grow beyond 1000 bytes: the nearest to a small disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    monkeypatch.setattr(artefacts, "save_file", fail)
-    with pytest.raises(OSError, match="No space left"):
+
+def test_a_full_disk_leaves_the_old_artefact_and_nothing_else(tiny_models, directory):
+    with small_disk(), pytest.raises(DiskFullError, match="no room to write the artefact"):
         artefacts.save(directory, tiny_models)
     assert artefacts.load(directory).components() == COMPONENTS
+    assert not (directory / ".staging").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (SafetensorError("I/O error: No space left on device (os error 28)"), DiskFullError),
+        (OSError(28, "No space left on device"), DiskFullError),
+        (SafetensorError("I/O error: Input/output error (os error 5)"), PlatformError),
+        (SafetensorError("an invalid tensor"), SafetensorError),
+    ],
+)
+def test_a_save_that_fails_before_its_renames_leaves_the_old_one(
+    error, raised, tiny_models, directory, monkeypatch
+):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(artefacts, "save_file", fail)
+    with pytest.raises(raised):
+        artefacts.save(directory, tiny_models)
+    assert artefacts.load(directory).components() == COMPONENTS
+    assert not (directory / ".staging").exists()
 
 
 FILES = [
@@ -418,6 +451,12 @@ def test_a_file_that_is_no_archive_is_named(content, tmp_path):
     path.parent.mkdir()
     path.write_bytes(content)
     with pytest.raises(ArtefactError, match=r"model\.tar\.gz cannot be unpacked"):
+        artefacts.locate(path.parent, tmp_path / "scratch")
+
+
+def test_a_full_disk_is_not_the_archives_fault(directory, tmp_path):
+    path = pack(tmp_path / "channel" / "model.tar.gz", (directory, "."))
+    with small_disk(), pytest.raises(DiskFullError, match=r"no room to unpack .*model\.tar\.gz"):
         artefacts.locate(path.parent, tmp_path / "scratch")
 
 

@@ -63,6 +63,51 @@ def test_a_damaged_file_is_skipped_for_the_one_before(checkpoints, caplog):
     assert "skipping the damaged checkpoint" in caplog.text
 
 
+@pytest.mark.parametrize("kept", [1, 2])
+def test_a_checkpoint_saved_after_a_damaged_one_is_kept(checkpoints, kept):
+    checkpoints.save(5, state_of(5))
+    checkpoints.save(9, state_of(9)).write_bytes(b"damaged")
+    again = Checkpoints(checkpoints.directory, identity=IDENTITY, kept=kept)
+    assert again.load_newest()["step"] == 5
+    again.save(6, state_of(6))
+    again.save(7, state_of(7))
+    good = ["step-000000006.pt", "step-000000007.pt"][-kept:]
+    assert names(again) == [*good, "step-000000009.pt.damaged"]
+    assert again.load_newest()["step"] == 7
+
+
+def test_when_all_are_damaged_they_are_named_with_what_to_do(checkpoints):
+    for step in (1, 2):
+        checkpoints.save(step, state_of(step)).write_bytes(b"damaged")
+    for _ in range(2):  # a second start is no fresh one either
+        with pytest.raises(
+            CheckpointError, match=r"only step-000000001\.pt\.damaged, step-.*; delete the direc"
+        ):
+            checkpoints.load_newest()
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "says"),
+    [
+        (OSError(5, "Input/output error"), PlatformError, "cannot read the checkpoint .*Input/out"),
+        (MemoryError("too little"), MemoryError, "too little"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate"), MemoryError, "not enough memory"),
+    ],
+)
+def test_what_cannot_be_read_just_now_is_not_called_damaged(
+    checkpoints, monkeypatch, error, raised, says
+):
+    checkpoints.save(1, state_of(1))
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(raised, match=says):
+        checkpoints.load_newest()
+    assert names(checkpoints) == ["step-000000001.pt"]
+
+
 def test_foreign_files_are_left_alone(checkpoints):
     checkpoints.save(1, state_of(1))
     (checkpoints.directory / "notes.txt").write_text("mine")
@@ -112,7 +157,8 @@ def test_code_in_a_checkpoint_is_never_run(checkpoints, capsys):
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in contents.items():
             archive.writestr(name, pickle.dumps(Evil()) if name.endswith("data.pkl") else data)
-    assert checkpoints.load_newest() is None
+    with pytest.raises(CheckpointError, match=r"step-000000001\.pt\.damaged"):
+        checkpoints.load_newest()
     assert capsys.readouterr().out == ""
 
 

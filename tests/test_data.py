@@ -15,9 +15,10 @@ from dalle.images import encode_image
 from training.data.batches import Batches
 from training.data.folder import open_folder
 from training.data.loader import LoaderSettings, loader_settings
-from training.data.memory import InMemory, decode_if_small
+from training.data.memory import InMemory, decode_if_small, first_usable
 from training.data.order import Order
-from training.data.pairs import SkipReason, describe
+from training.data.pairs import SkipReason
+from training.data.subset import Subset
 
 SIZE = 8
 
@@ -238,18 +239,27 @@ def test_the_fingerprint_tells_data_sets_apart_but_not_their_copies(tmp_path):
     assert len({first, fingerprint(tmp_path / "a"), fingerprint(tmp_path / "b"), more}) == 4
 
 
-def test_a_description_is_plain_json(tmp_path):
-    folder = channel_of(tmp_path / "train", 20, captions=2)
-    (folder / "_SUCCESS").touch()
-    dataset = open_folder(folder, image_size=SIZE)
-    assert describe(dataset) == {
-        "channel": "train",
-        "fingerprint": dataset.fingerprint,
-        "image_size": SIZE,
-        "pairs": 20,
-        "captions": 40,
-        "skipped": {"ignored file": 1},
-    }
+@pytest.mark.parametrize("options", [{}, {"max_decoded_bytes": 0, "num_workers": 0}])
+def test_a_sample_of_a_healthy_channel_is_not_held_to_have_all_its_bad_pairs(tmp_path, options):
+    folder = channel_of(tmp_path, 40)
+    for number in range(3):
+        (folder / f"x{number}.txt").write_text("alone")
+    dataset = open_folder(folder, image_size=SIZE, max_bad_share=0.1)
+    sample = Subset(dataset, 10)
+    (folder / sample.name(0)).write_bytes(b"no")
+    batches = Batches(sample, batch_size=10, seed=0, **options)
+    batches.batch(0)
+    assert dataset.skips.num_bad == 4  # of 43, but 4 of 13 would be too many
+    assert batches.dataset.captions(0)[0].split()[1] == batches.dataset.name(0)[:3].lstrip("0")
+
+
+def test_the_first_usable_images_come_with_their_own_captions(tmp_path):
+    dataset = open_folder(channel_of(tmp_path, 6), image_size=SIZE)
+    (tmp_path / "001.png").write_bytes(b"no")
+    images, captions = first_usable(dataset, 3)
+    assert images[:, 0, 0, 0].tolist() == [0, 2, 3]
+    assert captions == ["picture 0", "picture 2", "picture 3"]
+    assert dataset.skips.counts == {SkipReason.NOT_AN_IMAGE: 1}
 
 
 # --- order

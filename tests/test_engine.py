@@ -42,6 +42,8 @@ def test_gradients_are_clipped_to_the_norm_allowed(clipping, norm):
     )
     engine.step(0, 0.0)
     assert seen == pytest.approx([norm])
+    before = engine.gradient_norm
+    assert before is None if clipping == "0" else before.item() == pytest.approx(30.0)
 
 
 def test_gradients_are_forgotten_after_a_step():

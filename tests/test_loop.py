@@ -268,6 +268,42 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(run, tmp_path
     assert all(torch.isfinite(weight).all() for weight in weights(stage))
 
 
+@pytest.mark.parametrize(
+    ("clipping", "says"),
+    [
+        ("1", "the gradient norm of stage dvae is nan at step 5; try a smaller learning_rate"),
+        ("0", r"the weights hidden\.weight of stage dvae are not finite at step 5; try a smaller"),
+    ],
+)
+@pytest.mark.parametrize("ema_decay", ["0", "0.9"])
+def test_a_gradient_that_is_not_finite_ends_the_run_and_nothing_is_saved(
+    run, tmp_path, clipping, says, ema_decay
+):
+    stage = TinyStage()
+    plain_loss = stage.loss
+
+    def loss(batch, progress):
+        value, scalars = plain_loss(batch, progress)
+        if len(stage.progress) == 5:  # finite itself, but the slope of a root at 0 is not
+            value = value + sum((0 * p).sum() for p in stage.model.parameters()).sqrt()
+        return value, scalars
+
+    stage.loss = loss
+    with pytest.raises(DivergenceError, match=says):
+        run(stage, {"max_steps": "5", "gradient_clipping": clipping, "ema_decay": ema_decay})
+    assert not (tmp_path / "a/checkpoints").exists()
+
+
+def test_weights_that_are_not_finite_are_not_handed_on(run, tmp_path):
+    run(TinyStage(), {"max_steps": "4"})
+    (path,) = (tmp_path / "a/checkpoints").iterdir()
+    content = torch.load(path, weights_only=True)
+    content["state"]["model"]["head.bias"].fill_(math.nan)
+    torch.save(content, path)
+    with pytest.raises(DivergenceError, match=r"the weights head\.bias .* not finite at step 4"):
+        run(TinyStage(), {"max_steps": "4"})
+
+
 def test_validations_are_spread_over_the_budget_and_end_it(run, tmp_path):
     stage = TinyStage()
     run(stage, {"max_steps": "10", "num_validations": "4"})

@@ -168,7 +168,7 @@ def test_sigterm_saves_a_checkpoint_and_the_model_and_exits_with_0(tree):
     process.terminate()
     process.communicate(timeout=20)  # promised; the platform would wait for 120 s
     assert process.returncode == 0
-    assert artefact.load(tree.root / "model").components() == ["dvae"]
+    assert artefact.load(tree.root / "model").components() == ["dvae", "tokenizer"]
     (record,) = artefact.load(tree.root / "model").manifest.stages
     assert not record.is_finished
     assert list((tree.root / "checkpoints/dvae").glob("step-*.pt"))
@@ -268,7 +268,32 @@ def test_a_few_bad_pairs_are_counted_in_the_report_and_do_not_fail_the_job(tree)
     assert "giant.png" in report
 
 
-def test_a_model_that_cannot_be_built_is_the_hyperparameters_fault(tree):
-    tree.set_hyperparameters(**TINY, max_steps=2, transformer_width=40, num_heads=3)
+def test_models_that_cannot_be_built_are_all_named_before_anything_is_trained(tree):
+    tree.set_hyperparameters(
+        **TINY,
+        transformer_width=40,
+        num_heads=3,
+        clip_patch_size=5,
+        clip_precision="fp16",
+        dvae_precision="fp16",
+    )
     assert main(["--root", str(tree.root)]) == 1
-    assert tree.failure.startswith("transformer: width must be a multiple of num_heads = 3, got 40")
+    assert "transformer: width must be a multiple of num_heads = 3, got 40" in tree.failure
+    assert "dvae: precision=fp16 needs a GPU" in tree.failure
+    assert "clip: precision=fp16 needs a GPU" in tree.failure
+    assert not (tree.root / "output/data/metrics.jsonl").exists()
+
+    tree.set_hyperparameters(**TINY, clip_patch_size=5)
+    assert main(["--root", str(tree.root)]) == 1
+    assert tree.failure.startswith("clip: patch_size must divide the image size 16, got 5")
+
+
+def test_a_clip_to_train_and_a_clip_to_take_over_are_refused_together(tree):
+    from clip.model import CLIP
+
+    torch.manual_seed(0)
+    model = CLIP(16, 32, 1, 64, 16, 77, 49408, 64, 1, 1)
+    torch.save(model.state_dict(), tree.add_channel("clip") / "ViT-tiny.pt")
+    tree.set_hyperparameters(**TINY, stage="clip")
+    assert main(["--root", str(tree.root)]) == 1
+    assert "the channel clip brings one; leave one of them out" in tree.failure

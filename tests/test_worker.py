@@ -15,9 +15,13 @@ from training.hyperparameters import parse
 
 class TinyBatches:
     num_per_epoch = 3
+    are_closed = False
 
     def batch(self, step):
         return torch.randn(4, 2, generator=torch.Generator().manual_seed(step))
+
+    def close(self):
+        self.are_closed = True
 
 
 class TinyStage:
@@ -52,12 +56,16 @@ class TinyWorkshop:
         self.calls.append(("open", device.type))
         return self
 
+    def check(self, names):
+        self.calls.append(("check", *names))
+
     def build(self, name):
         self.calls.append(("build", name))
         return TinyStage(name, self.before_step)
 
     def keep(self, stage, result):
         assert not stage.model.training
+        assert stage.batches.are_closed
         self.calls.append(("keep", stage.name))
         self.results[stage.name] = result
 
@@ -115,6 +123,7 @@ def test_each_stage_is_built_trained_and_kept_before_the_next(run, opt_ml):
     run(workshop, {})
     assert workshop.calls == [
         ("open", "cpu"),
+        ("check", "dvae", "transformer"),
         ("build", "dvae"),
         ("keep", "dvae"),
         ("build", "transformer"),
@@ -151,7 +160,8 @@ def test_a_stop_while_a_stage_is_prepared_ends_the_job_in_order(run):
     workshop = TinyWorkshop()
     workshop.build = lambda name: None
     run(workshop, {})
-    assert workshop.calls == [("open", "cpu"), ("finish",)]
+    checked = ("check", "dvae", "transformer", "clip")
+    assert workshop.calls == [("open", "cpu"), checked, ("finish",)]
 
 
 def test_a_setting_without_effect_is_warned_of(run, caplog):

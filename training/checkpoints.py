@@ -7,7 +7,6 @@ what is in them; never unpickles anything but tensors and plain values.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import random
@@ -20,13 +19,14 @@ from typing import IO, Any, cast
 import numpy as np
 import torch
 
-from dalle.errors import CheckpointError, DiskFullError, PlatformError
+from dalle.disk import disk_error, sync
+from dalle.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
 NAME = re.compile(r"step-(\d{9})\.pt")
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DAMAGED = ".damaged"
 
 
 class Checkpoints:
@@ -56,11 +56,16 @@ class Checkpoints:
             self.directory.mkdir(parents=True, exist_ok=True)
             _write_durably(temporary, content)
             os.replace(temporary, path)
-            _sync_directory(self.directory)
+            sync(self.directory)  # the rename itself is to survive a power cut
         except OSError as error:
             with suppress(OSError):
                 temporary.unlink()
-            raise _disk_error(path, error) from error
+            raise disk_error(
+                error,
+                f"write the checkpoint {path}",
+                if_full="the one before it is kept. Give the job a larger volume or keep fewer "
+                "checkpoints (checkpoints_kept)",
+            ) from error
         for old in self._complete()[self._kept :]:
             old.unlink(missing_ok=True)
         return path
@@ -68,19 +73,33 @@ class Checkpoints:
     def load_newest(self) -> dict[str, Any] | None:
         """The state of the newest readable checkpoint, on the CPU; None when there is none.
 
-        Half-written files are removed; a damaged one is skipped with a warning.
-        Raises CheckpointError, naming what differs, when it is another run's.
+        Half-written files are removed; a damaged one is renamed, so that it no longer counts, and
+        the one before it taken. Raises CheckpointError when it is another run's, naming what
+        differs, or when all are damaged; PlatformError for trouble with the disk.
         """
         for leftover in self.directory.glob("*.tmp"):
             logger.warning("removing %s, which was never finished", leftover)
             leftover.unlink(missing_ok=True)
         for path in self._complete():
-            content = _read(path)
-            if content is not None:
-                self._require_same_run(path, content)
-                logger.info("resuming from %s", path)
-                state: dict[str, Any] = content["state"]
-                return state
+            try:
+                content = _read(path)
+                if content is None:
+                    path.rename(path.with_name(path.name + DAMAGED))
+                    continue
+            except OSError as error:
+                raise disk_error(
+                    error, f"read the checkpoint {path}", if_full="give the job a larger volume"
+                ) from error
+            self._require_same_run(path, content)
+            logger.info("resuming from %s", path)
+            state: dict[str, Any] = content["state"]
+            return state
+        damaged = sorted(path.name for path in self.directory.glob("*" + DAMAGED))
+        if damaged:
+            raise CheckpointError(
+                f"{self.directory} holds no checkpoint that can be read, "
+                f"only {', '.join(damaged)}; delete the directory to start anew"
+            )
         return None
 
     def _complete(self) -> list[Path]:
@@ -173,28 +192,15 @@ def _write_durably(path: Path, content: Mapping[str, Any]) -> None:
         raise
 
 
-def _sync_directory(directory: Path) -> None:
-    """Make the rename itself survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _disk_error(path: Path, error: OSError) -> PlatformError:
-    if error.errno in DISK_FULL:
-        return DiskFullError(
-            f"no room to write the checkpoint {path} ({error.strerror}); the one before it is "
-            "kept. Give the job a larger volume or keep fewer checkpoints (checkpoints_kept)"
-        )
-    return PlatformError(f"cannot write the checkpoint {path}: {error.strerror or error}")
-
-
 def _read(path: Path) -> dict[str, Any] | None:
+    """A checkpoint's content; None for a damaged file. Raises OSError, MemoryError."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
     except Exception as error:  # torch's reader raises many kinds for a damaged file
+        if "DefaultCPUAllocator" in str(error):  # torch's own MemoryError is a RuntimeError
+            raise MemoryError(f"not enough memory to read {path}") from error
         logger.warning("skipping the damaged checkpoint %s: %s", path, str(error).split("\n")[0])
         return None
     if not isinstance(content, dict) or not {"format", "identity", "state"} <= content.keys():

@@ -23,6 +23,14 @@ logger = logging.getLogger(__name__)
 AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def check_precision(hyperparameters: FitHyperparameters, device: torch.device) -> None:
+    """Raises HyperparameterError for a number format that the device cannot train in."""
+    if hyperparameters.precision == "fp16" and device.type == "cpu":
+        raise HyperparameterError(
+            "precision=fp16 needs a GPU; on this CPU it must be fp32 or bf16", field="precision"
+        )
+
+
 class Engine(Protocol):
     """What the training loop needs to turn a loss into better weights."""
 
@@ -36,6 +44,14 @@ class Engine(Protocol):
 
     def step(self, step: int, progress: float) -> float:
         """Update the weights, forget the gradients, return the schedule's share in [0, 1]."""
+        ...
+
+    @property
+    def gradient_norm(self) -> Tensor | None:
+        """Scalar: the norm of the gradient that the last step used, before clipping.
+
+        None when nothing was clipped or the step was left out.
+        """
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -53,15 +69,12 @@ class TorchEngine:
         self, model: nn.Module, hyperparameters: FitHyperparameters, device: torch.device
     ) -> None:
         precision = hyperparameters.precision
-        if precision == "fp16" and device.type == "cpu":
-            raise HyperparameterError(
-                "precision=fp16 needs a GPU; on this CPU it must be fp32 or bf16",
-                field="precision",
-            )
+        check_precision(hyperparameters, device)
         self._model = model
         self._device = device
         self._autocast_type = AUTOCAST_TYPES.get(precision)
         self._clipping = hyperparameters.gradient_clipping
+        self._gradient_norm: Tensor | None = None
         self._optimisers = OptimiserPair(
             model,
             learning_rate=hyperparameters.learning_rate,
@@ -83,20 +96,27 @@ class TorchEngine:
     def step(self, step: int, progress: float) -> float:
         share = self._optimisers.schedule(step, progress)
         is_finite = True
+        self._gradient_norm = None
         if self._scaler.is_enabled():
             for optimiser in self._optimisers.optimisers:
                 self._scaler.unscale_(optimiser)
             # Too large a scale overflows now and then: leave out the step in both optimisers
             # alike. The scaler by itself would decide for each alone.
-            is_finite = bool(torch.isfinite(self._clip_gradients()))
+            norm = self._clip_gradients()
+            is_finite = bool(torch.isfinite(norm))
+            self._gradient_norm = norm if is_finite else None
         elif self._clipping:
-            self._clip_gradients()
+            self._gradient_norm = self._clip_gradients()
         if is_finite:
             for optimiser in self._optimisers.optimisers:
                 self._scaler.step(optimiser)
         self._scaler.update()
         self._optimisers.zero_grad()
         return share
+
+    @property
+    def gradient_norm(self) -> Tensor | None:
+        return self._gradient_norm
 
     def _clip_gradients(self) -> Tensor:
         """Scale the gradients down to the norm that is allowed; returns the norm before."""

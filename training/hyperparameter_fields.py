@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dalle.sizes import SizeName
+from training.data.pairs import DEFAULT_MAX_BAD_SHARE
 
 StageName = Literal["dvae", "transformer", "clip"]
 AttentionKind = Literal["full", "axial_row", "axial_col", "conv_like"]
@@ -38,17 +39,18 @@ class FitHyperparameters(_Fields):
 
     epochs: Positive | None = Field(
         default=None,
-        description="Passes over the training pairs; "
+        description="Passes of each stage over the training pairs; "
         f"{DEFAULT_EPOCHS} when neither max_steps nor max_minutes is given.",
     )
     max_steps: Positive | None = Field(
-        default=None, description="Budget in steps, instead of epochs."
+        default=None, description="Budget of each stage in steps, instead of epochs."
     )
     max_minutes: float | None = Field(
         default=None,
         gt=0,
         le=40_320,
-        description="Budget in minutes, instead of epochs; minutes before an interruption count.",
+        description="Budget of each stage in minutes, instead of epochs; those before an "
+        "interruption count.",
     )
     batch_size: int = Field(default=64, ge=1, le=65_536, description="Pairs in one step.")
     learning_rate: float = Field(default=1e-3, gt=0, le=1, description="AdamW's learning rate.")
@@ -248,7 +250,7 @@ class JobHyperparameters(_Fields):
         description="Text tokens that the models read; longer captions fail.",
     )
     max_bad_share: float = Field(
-        default=0.05,
+        default=DEFAULT_MAX_BAD_SHARE,
         ge=0,
         le=1,
         description="The job fails when more than this share of the pairs cannot be used.",

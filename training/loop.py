@@ -39,6 +39,10 @@ class Batches(Protocol):
         """The batch of one step, counted from 0 over all epochs, wherever the stage wants it."""
         ...
 
+    def close(self) -> None:
+        """End what is under way for later steps."""
+        ...
+
 
 class Stage(Protocol):
     """One model to train: what the loop needs of dvae, transformer and clip alike."""
@@ -155,6 +159,8 @@ class _Fit:
         self.validation: dict[str, float] = {}
         # Scalars of the steps since the last report, still on the device.
         self.pending: list[dict[str, Tensor]] = []
+        # By step, likewise; those that the engine computed.
+        self.gradient_norms: dict[int, Tensor] = {}
         self.reported: dict[str, float] = {}
         self.reported_at = (0, 0.0)
 
@@ -199,6 +205,7 @@ class _Fit:
         self._save()
         if self.average is not None:
             self.average.copy_to(self.stage.model)
+        self._require_finite_weights()
         self.stage.model.eval()
         return FitResult(self.step, self.seconds, self.cpu_seconds, progress >= 1, self.validation)
 
@@ -209,33 +216,61 @@ class _Fit:
             loss, scalars = self.stage.loss(batch, progress)
         self.pending.append({"loss": loss.detach(), **scalars})
         if self.is_on_cpu:  # elsewhere a look at the number waits for the device: once per report
-            self._require_finite_losses(newest=1)
+            self._require_finite(newest=1)
         self.engine.backward(loss)
         share = self.engine.step(self.step, progress)
         self.step += 1
+        if self.engine.gradient_norm is not None:
+            self.gradient_norms[self.step] = self.engine.gradient_norm
+            if self.is_on_cpu:
+                self._require_finite(newest=0)
         if self.average is not None:
             self.average.update(self.stage.model, self.step)
         return share
 
-    def _require_finite_losses(self, newest: int | None = None) -> None:
-        """Look at the pending losses, or the newest few. Raises DivergenceError."""
+    def _require_finite(self, newest: int | None = None) -> None:
+        """Look at the pending losses, or the newest few, and at the gradients not looked at yet.
+
+        Raises DivergenceError naming the first step at fault.
+        """
         first = 0 if newest is None else len(self.pending) - newest
-        losses = torch.stack([scalars["loss"] for scalars in self.pending[first:]]).float()
-        wrong = losses.isfinite().logical_not().nonzero()
-        if len(wrong):
-            index = int(wrong[0])
-            # Pending are consecutive steps, the first of them the one after the last report.
-            step = self.reported_at[0] + first + index + 1
-            raise DivergenceError(
-                f"the loss of stage {self.stage.name} is {losses[index].item()} at step {step}; "
-                f"try a smaller learning_rate (now {self.settings.learning_rate}), "
-                f"more warmup_steps (now {self.settings.warmup_steps}) or "
-                f"another precision (now {self.settings.precision})"
+        # Pending are consecutive steps, the first of them the one after the last report.
+        looks = [
+            (step, "loss", scalars["loss"])
+            for step, scalars in enumerate(self.pending[first:], self.reported_at[0] + first + 1)
+        ]
+        looks += [(step, "gradient norm", norm) for step, norm in self.gradient_norms.items()]
+        self.gradient_norms.clear()
+        if not looks:
+            return
+        looks.sort(key=lambda look: look[0])  # stable: a loss comes before its gradient
+        wrong = torch.stack([value.float() for *_, value in looks]).isfinite().logical_not()
+        if wrong.any():
+            step, what, value = looks[int(wrong.nonzero()[0])]
+            raise self._divergence(f"the {what} of stage {self.stage.name} is {value.item()}", step)
+
+    def _require_finite_weights(self) -> None:
+        """Look at all that would be saved of the model. Raises DivergenceError naming the step."""
+        state = self.stage.model.state_dict()
+        named = [(name, value) for name, value in state.items() if value.is_floating_point()]
+        are_finite = torch.stack([value.isfinite().all() for _, value in named])
+        if not are_finite.all():
+            name, _ = named[int(are_finite.logical_not().nonzero()[0])]
+            raise self._divergence(
+                f"the weights {name} of stage {self.stage.name} are not finite", self.step
             )
+
+    def _divergence(self, what: str, step: int) -> DivergenceError:
+        return DivergenceError(
+            f"{what} at step {step}; "
+            f"try a smaller learning_rate (now {self.settings.learning_rate}), "
+            f"more warmup_steps (now {self.settings.warmup_steps}) or "
+            f"another precision (now {self.settings.precision})"
+        )
 
     def _report(self, share: float) -> None:
         """Means since the last report, to the log and the files."""
-        self._require_finite_losses()
+        self._require_finite()
         seconds = self.seconds
         last_step, last_seconds = self.reported_at
         self.reported = {
@@ -279,8 +314,8 @@ class _Fit:
         """Write a checkpoint, unless the newest one is of this very step."""
         if self.step == self.saved_step:
             return
-        if self.pending:
-            self._require_finite_losses()
+        self._require_finite()
+        self._require_finite_weights()
         num_per_epoch = self.stage.batches.num_per_epoch
         state = {
             "stage": self.stage.name,

@@ -40,9 +40,11 @@ class StageData:
         return batch.to(self.device)
 
     def validation_batches(self) -> Iterator[Batch]:
-        if self.validation is not None:
-            for step in range(self.validation.num_per_epoch):
-                yield self.batch(self.validation.batch(step))
+        if self.validation is None:
+            return
+        with self.validation as batches:  # every pass begins anew: its workers end with it
+            for step in range(batches.num_per_epoch):
+                yield self.batch(batches.batch(step))
 
     def identity(self) -> dict[str, Any]:
         return {"data": self.train.dataset.fingerprint}
@@ -67,10 +69,10 @@ class DVAEStage:
         }
 
     def validate(self) -> Mapping[str, float]:
-        losses = [
-            self.model.reconstruction_loss(batch.images) for batch in self.data.validation_batches()
-        ]
-        return {"validation_loss": _mean(losses)} if losses else {}
+        means = _Means()
+        for batch in self.data.validation_batches():
+            means.add(batch, validation_loss=self.model.reconstruction_loss(batch.images))
+        return means.values()
 
     def identity(self) -> Mapping[str, Any]:
         return self.data.identity() | {"dvae_config": asdict(self.model.config)}
@@ -94,26 +96,27 @@ class TransformerStage:
     def loss(self, batch: Batch, progress: float) -> tuple[Tensor, Mapping[str, Tensor]]:
         batch = self.data.batch(batch)
         assert batch.text_tokens is not None
-        image_tokens = (
-            self.dvae.encode(batch.images)
-            if self._table is None
-            else self._table[batch.indices].long()
-        )
+        if self._table is not None:
+            image_tokens = self._table[batch.indices].long()
+        else:
+            # Rounded by autocast, some images would have other tokens than when they are drawn.
+            with torch.autocast(self.data.device.type, enabled=False):
+                image_tokens = self.dvae.encode(batch.images)
         loss = self.model.loss(batch.text_tokens, image_tokens)
         return loss.total, {"image_loss": loss.image.detach(), "text_loss": loss.text.detach()}
 
     def validate(self) -> Mapping[str, float]:
-        losses = []
+        means = _Means()
         for batch in self.data.validation_batches():
             assert batch.text_tokens is not None
-            losses.append(self.model.loss(batch.text_tokens, self.dvae.encode(batch.images)))
-        if not losses:
-            return {}
-        return {
-            "validation_loss": _mean([loss.total for loss in losses]),
-            "validation_image_loss": _mean([loss.image for loss in losses]),
-            "validation_text_loss": _mean([loss.text for loss in losses]),
-        }
+            loss = self.model.loss(batch.text_tokens, self.dvae.encode(batch.images))
+            means.add(
+                batch,
+                validation_loss=loss.total,
+                validation_image_loss=loss.image,
+                validation_text_loss=loss.text,
+            )
+        return means.values()
 
     def identity(self) -> Mapping[str, Any]:
         return self.data.identity() | {
@@ -139,19 +142,33 @@ class ClipStage:
         return loss.total, {"accuracy": loss.accuracy.detach()}
 
     def validate(self) -> Mapping[str, float]:
-        losses = []
+        means = _Means()
         for batch in self.data.validation_batches():
             assert batch.text_tokens is not None
-            losses.append(self.model.loss(batch.images, batch.text_tokens))
-        if not losses:
-            return {}
-        return {
-            "validation_loss": _mean([loss.total for loss in losses]),
-            "validation_accuracy": _mean([loss.accuracy for loss in losses]),
-        }
+            loss = self.model.loss(batch.images, batch.text_tokens)
+            means.add(batch, validation_loss=loss.total, validation_accuracy=loss.accuracy)
+        return means.values()
 
     def identity(self) -> Mapping[str, Any]:
         return self.data.identity() | {"clip_config": asdict(self.model.config)}
+
+
+class _Means:
+    """Means over all pairs of numbers that are means over a batch; the last one may be shorter."""
+
+    def __init__(self) -> None:
+        self._num_pairs = 0
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, batch: Batch, **means: Tensor) -> None:
+        num_pairs = len(batch.captions)
+        self._num_pairs += num_pairs
+        for name, mean in means.items():
+            self._sums[name] = self._sums.get(name, 0) + mean * num_pairs
+
+    def values(self) -> dict[str, float]:
+        """Empty when there was no batch."""
+        return {name: float(total) / self._num_pairs for name, total in self._sums.items()}
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -170,7 +187,3 @@ def _encode_all(dvae: DiscreteVAE, dataset: InMemory, device: torch.device) -> T
         for images in torch.split(dataset.images, _ENCODE_CHUNK)
     ]
     return torch.cat(chunks)
-
-
-def _mean(values: list[Tensor]) -> float:
-    return float(torch.stack(values).mean())

@@ -7,7 +7,8 @@ loss) is behind `Workshop`, so that nothing here imports a model.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from contextlib import closing
 from typing import Protocol
 
 import torch
@@ -35,6 +36,13 @@ class Workshop(Protocol):
     @property
     def present(self) -> Collection[StageName]:
         """Stages whose component an input channel brought along, trained."""
+        ...
+
+    def check(self, names: Sequence[StageName]) -> None:
+        """Find what is wrong with these stages before any of them is trained.
+
+        Raises HyperparameterError, or what the data raises, with everything that was found.
+        """
         ...
 
     def build(self, name: StageName) -> Stage | None:
@@ -71,12 +79,15 @@ def run(
         names = stages_to_train(hyperparameters.stage, workshop.present)
         for name in without_effect(hyperparameters, names):
             logger.warning("hyperparameter %s has no effect: this job trains %s", name, names)
+        workshop.check(names)
         with Metrics(job.paths.output_data / "metrics.jsonl", job.paths.tensorboard) as metrics:
             for name in names:
                 stage = None if stop.is_set() else workshop.build(name)
                 if stage is None:
                     break
-                workshop.keep(stage, _train(stage, job, hyperparameters, device, metrics, stop))
+                with closing(stage.batches):
+                    result = _train(stage, job, hyperparameters, device, metrics, stop)
+                workshop.keep(stage, result)
         workshop.finish()
     except torch.OutOfMemoryError as error:
         raise DeviceError(

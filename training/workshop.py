@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from dalle import artefact as artefacts
 from dalle.artefact import Artefact, StageRecord
@@ -27,9 +26,10 @@ from dalle.transformer import Dalle, TransformerConfig
 from training import pictures
 from training.data.batches import Batches
 from training.data.folder import ImageTextFolder, open_folder
-from training.data.memory import decode_if_small, to_planes
+from training.data.memory import decode_if_small, first_usable
 from training.data.pairs import Dataset
 from training.data.subset import Subset
+from training.engine import check_precision
 from training.hyperparameter_fields import Hyperparameters, StageHyperparameters, StageName
 from training.loop import FitResult, Stage, Stop
 from training.report import DatasetSummary, Report, StageSummary, read_curves, write_report
@@ -40,8 +40,6 @@ logger = logging.getLogger(__name__)
 VALIDATION_PAIRS = 512  # looked at in each validation
 REPORT_CAPTIONS = 8
 REPORT_CANDIDATES = 16
-
-Config = TypeVar("Config", DVAEConfig, TransformerConfig, ClipConfig)
 
 
 def open_workshop(
@@ -61,6 +59,7 @@ class Workshop:
         self._hyperparameters = hyperparameters
         self._device = device
         self._stop = stop
+        self._is_saved = False
         self._artefact = _read_inputs(job, device)
         self._artefact.manifest.licence = hyperparameters.licence or self._artefact.manifest.licence
         self._train = decode_if_small(self._open("train"))
@@ -75,26 +74,51 @@ class Workshop:
         names: tuple[StageName, ...] = ("dvae", "transformer", "clip")
         return {name for name in names if getattr(self._artefact, name) is not None}
 
+    def check(self, names: Sequence[StageName]) -> None:
+        """Find what is wrong with the stages before any of them is trained.
+
+        Raises HyperparameterError with everything that does not fit, CaptionTooLong.
+        """
+        problems: list[str] = []
+        for name in names:
+            try:
+                check_precision(self._hyperparameters.of(name), self._device)
+            except HyperparameterError as error:
+                problems.append(f"{name}: {error}")
+            try:
+                self._config(name)
+            except HyperparameterError as error:
+                problems.append(str(error))
+        if "clip" in names and "clip" in self._job.channels:
+            problems.append(
+                "stage=clip trains a CLIP and the channel clip brings one; leave one of them out"
+            )
+        if problems:
+            raise HyperparameterError("\n".join(problems))
+        if set(names) - {"dvae"}:
+            tokenizer = self._tokenizer()
+            for dataset in filter(None, (self._train, self._validation)):
+                for index in range(len(dataset)):
+                    tokenizer.encode(dataset.captions(index))
+
     def build(self, name: StageName) -> Stage | None:
         """A stage with its untrained model."""
         if self._stop.is_set():
             return None
         torch.manual_seed(self._hyperparameters.seed)
         settings = self._hyperparameters.of(name)
-        match name:
-            case "dvae":
-                dvae = DiscreteVAE(self._dvae_config()).to(self._device)
+        match self._config(name):
+            case DVAEConfig() as config:
+                dvae = DiscreteVAE(config).to(self._device)
                 return DVAEStage(dvae, self._data(settings, None))
-            case "transformer":
+            case TransformerConfig() as config:
                 trained = self._artefact.dvae
                 assert trained is not None, "the worker orders the stages"
-                tokenizer = self._tokenizer()
-                model = Dalle(self._transformer_config(trained, tokenizer)).to(self._device)
-                return TransformerStage(model, trained, self._data(settings, tokenizer))
-            case "clip":
-                tokenizer = self._tokenizer()
-                clip = Clip(self._clip_config(tokenizer)).to(self._device)
-                return ClipStage(clip, self._data(settings, tokenizer))
+                model = Dalle(config).to(self._device)
+                return TransformerStage(model, trained, self._data(settings, self._tokenizer()))
+            case ClipConfig() as config:
+                clip = Clip(config).to(self._device)
+                return ClipStage(clip, self._data(settings, self._tokenizer()))
 
     def keep(self, stage: Stage, result: FitResult) -> None:
         """Take a trained model over, frozen, and record how it came about."""
@@ -115,30 +139,32 @@ class Workshop:
             | ({} if self._validation is None else {"validation": len(self._validation)}),
         )
         self._artefact.manifest.stages.append(record)
+        self._save()
 
     def finish(self) -> None:
         """Write the artefact, and the report unless a stop was asked for."""
         if not self._artefact.components():
             logger.warning("stopped before there was a model to write")
             return
-        artefacts.save(self._job.paths.model, self._artefact, git_revision=self._job.git_revision)
-        logger.info("wrote %s to %s", ", ".join(self._artefact.components()), self._job.paths.model)
+        if not self._is_saved:
+            self._save()  # of the input channels alone
         if not self._stop.is_set():
             path = self._job.paths.output_data / "report.html"
             write_report(self._report(), path)
             logger.info("wrote %s", path)
 
+    def _save(self) -> None:
+        artefacts.save(self._job.paths.model, self._artefact, git_revision=self._job.git_revision)
+        logger.info("wrote %s to %s", ", ".join(self._artefact.components()), self._job.paths.model)
+        self._is_saved = True
+
     def _open(self, channel: str) -> ImageTextFolder:
         return open_folder(
             self._job.channels[channel].directory,
-            image_size=self._image_size(),
+            image_size=self._dvae_config().image_size,
             channel=channel,
             max_bad_share=self._hyperparameters.max_bad_share,
         )
-
-    def _image_size(self) -> int:
-        dvae = self._artefact.dvae
-        return dvae.config.image_size if dvae is not None else self._dvae_config().image_size
 
     def _data(
         self, settings: StageHyperparameters, tokenizer: CaptionTokenizer | None
@@ -159,6 +185,7 @@ class Workshop:
                 seed=self._hyperparameters.seed,
                 tokenizer=tokenizer,
                 shuffle=False,
+                last="keep",
                 num_workers=workers,
             )
         return StageData(train, validation, self._device)
@@ -176,40 +203,52 @@ class Workshop:
             )
         return self._artefact.tokenizer
 
-    def _dvae_config(self) -> DVAEConfig:
-        settings = self._hyperparameters.dvae
-        return _config("dvae", DVAEConfig, DVAE_SIZES[settings.size] | settings.overrides())
+    def _config(self, name: StageName) -> DVAEConfig | TransformerConfig | ClipConfig:
+        """What a stage's model will be. Raises HyperparameterError when that cannot be built."""
+        overrides = self._hyperparameters.of(name).overrides()
+        size = self._hyperparameters.of(name).size
+        try:
+            match name:
+                case "dvae":
+                    return DVAEConfig(**DVAE_SIZES[size] | overrides)
+                case "transformer":
+                    known = self._dimensions_of_tokens()
+                    return TransformerConfig(**TRANSFORMER_SIZES[size] | overrides | known)
+                case "clip":
+                    tokenizer = self._tokenizer()
+                    known = {
+                        "image_size": self._train.image_size,
+                        # An end mark above all ids of the tokenizer, and room for it.
+                        "text_vocab_size": tokenizer.vocab_size + 1,
+                        "text_length": tokenizer.text_length + 1,
+                    }
+                    return ClipConfig(**CLIP_SIZES[size] | overrides | known)
+        except ValueError as error:
+            raise HyperparameterError(f"{name}: {error}") from error
 
-    def _transformer_config(
-        self, dvae: DiscreteVAE, tokenizer: CaptionTokenizer
-    ) -> TransformerConfig:
-        settings = self._hyperparameters.transformer
-        known = {
+    def _dimensions_of_tokens(self) -> dict[str, int]:
+        """What the transformer takes over from the tokenizer and the dVAE."""
+        tokenizer, dvae = self._tokenizer(), self._dvae_config()
+        return {
             "text_vocab_size": tokenizer.vocab_size,
             "text_length": tokenizer.text_length,
-            "grid_size": dvae.config.grid_size,
-            "codebook_size": dvae.config.codebook_size,
-            "num_codebooks": dvae.config.num_codebooks,
+            "grid_size": dvae.grid_size,
+            "codebook_size": dvae.codebook_size,
+            "num_codebooks": dvae.num_codebooks,
         }
-        values = TRANSFORMER_SIZES[settings.size] | settings.overrides() | known
-        return _config("transformer", TransformerConfig, values)
 
-    def _clip_config(self, tokenizer: CaptionTokenizer) -> ClipConfig:
-        settings = self._hyperparameters.clip
-        known = {
-            "image_size": self._train.image_size,
-            # An end mark above all of the tokenizer's ids, and room for it behind the caption.
-            "text_vocab_size": tokenizer.vocab_size + 1,
-            "text_length": tokenizer.text_length + 1,
-        }
-        values = CLIP_SIZES[settings.size] | settings.overrides() | known
-        return _config("clip", ClipConfig, values)
+    def _dvae_config(self) -> DVAEConfig:
+        """The artefact's, or that of the dVAE to be trained."""
+        if self._artefact.dvae is not None:
+            return self._artefact.dvae.config
+        config = self._config("dvae")
+        assert isinstance(config, DVAEConfig)
+        return config
 
     def _report(self) -> Report:
         artefact, metrics = self._artefact, self._job.paths.output_data / "metrics.jsonl"
         shown = self._train if self._validation is None else self._validation
-        images = _images(shown, VALIDATION_PAIRS)
-        captions = [shown.captions(i)[0] for i in range(min(len(shown), VALIDATION_PAIRS))]
+        images, captions = first_usable(shown, VALIDATION_PAIRS)
         can_draw = artefact.dvae is not None and artefact.transformer is not None
         datasets = [self._train] if self._validation is None else [self._train, self._validation]
         return Report(
@@ -271,17 +310,3 @@ def _read_inputs(job: Job, device: torch.device) -> Artefact:
             )
         artefact.clip = Clip.from_openai(files[0]).requires_grad_(False).to(device)
     return artefact
-
-
-def _config(stage: StageName, kind: type[Config], values: dict[str, Any]) -> Config:
-    """A config object, its refusals told in terms of the stage's hyperparameters."""
-    try:
-        return kind(**values)
-    except ValueError as error:
-        raise HyperparameterError(f"{stage}: {error}") from error
-
-
-def _images(dataset: Dataset, most: int) -> Tensor:
-    """The first images of a data set, uint8 [B, 3, S, S]."""
-    count = min(len(dataset), most)
-    return torch.stack([to_planes(dataset.image(index)) for index in range(count)])

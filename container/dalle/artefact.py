@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tarfile
 import zlib
@@ -28,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dalle.clip import Clip, ClipConfig
+from dalle.disk import disk_error, is_full, sync
 from dalle.dvae import DiscreteVAE, DVAEConfig
 from dalle.errors import ArtefactError
 from dalle.tokenizer import CaptionTokenizer
@@ -104,13 +106,28 @@ def save(directory: Path, artefact: Artefact, *, git_revision: str = "") -> Mani
 
     Each component is complete under a temporary name before it takes its place, and the old
     manifest goes first: an interrupted save leaves a directory that `load` refuses.
+    Raises DiskFullError, or PlatformError for other trouble with the disk.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     staging = directory / ".staging"
     shutil.rmtree(staging, ignore_errors=True)
+    try:
+        manifest = _stage(staging, artefact, git_revision)
+        _put_in_place(staging, directory, artefact.components())
+    except OSError as error:
+        raise disk_error(
+            error, f"write the artefact {directory}", if_full="give the job a larger volume"
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return manifest
+
+
+def _stage(staging: Path, artefact: Artefact, git_revision: str) -> Manifest:
+    """Write a whole artefact into a directory of its own, down to the disk."""
+    staging.mkdir(parents=True)
     components = artefact.components()
     for name in components:
-        (staging / name).mkdir(parents=True)
+        (staging / name).mkdir()
         if name == "tokenizer":
             assert artefact.tokenizer is not None
             artefact.tokenizer.save(staging / name)
@@ -125,15 +142,21 @@ def save(directory: Path, artefact: Artefact, *, git_revision: str = "") -> Mani
         }
     )
     (staging / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+    for path in staging.rglob("*"):
+        sync(path)
+    return manifest
 
+
+def _put_in_place(staging: Path, directory: Path, components: list[ComponentName]) -> None:
+    """Rename what is staged over what is there, the manifest last."""
     (directory / MANIFEST).unlink(missing_ok=True)
     for old in ("dvae", "transformer", "clip", "tokenizer"):
         shutil.rmtree(directory / old, ignore_errors=True)
     for name in components:
         os.replace(staging / name, directory / name)
+    sync(directory)  # the components are to be there before the manifest says so
     os.replace(staging / MANIFEST, directory / MANIFEST)
-    staging.rmdir()
-    return manifest
+    sync(directory)
 
 
 def load(directory: Path, device: torch.device | str = "cpu") -> Artefact:
@@ -176,6 +199,7 @@ def locate(channel: Path, scratch: Path) -> Path:
     """The artefact in a channel: the directory itself, or a model.tar.gz in it.
 
     An archive is unpacked into `scratch`; entries that leave it, links and devices are refused.
+    Raises ArtefactError, or DiskFullError when there is no room for its content.
     """
     if (channel / MANIFEST).is_file():
         return channel
@@ -185,14 +209,18 @@ def locate(channel: Path, scratch: Path) -> Path:
         raise ArtefactError(
             f"{channel} must hold {MANIFEST} or exactly one model.tar.gz, found {found}"
         )
-    scratch.mkdir(parents=True, exist_ok=True)
     try:
+        scratch.mkdir(parents=True, exist_ok=True)
         with tarfile.open(archives[0], "r:gz") as archive:
             for member in archive:
                 if not (member.isfile() or member.isdir()):
                     raise ArtefactError(f"{archives[0].name}: {member.name} is not a plain file")
                 archive.extract(member, scratch, filter="data")
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
+        if isinstance(error, OSError) and is_full(error):
+            raise disk_error(
+                error, f"unpack {archives[0]} into {scratch}", if_full="give it a larger disk"
+            ) from error
         raise ArtefactError(f"{archives[0]} cannot be unpacked: {error}") from error
     return scratch
 
@@ -209,7 +237,13 @@ def _save_model(directory: Path, model: nn.Module) -> None:
     config = json.dumps(asdict(model.config), indent=1)  # type: ignore[call-overload]
     (directory / CONFIG).write_text(config, encoding="utf-8")
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, directory / WEIGHTS)
+    try:
+        save_file(weights, directory / WEIGHTS)
+    except SafetensorError as error:  # keeps the number of an OSError in its text alone
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def _load_model(directory: Path, name: ModelName, device: torch.device | str) -> nn.Module:

@@ -64,6 +64,21 @@ class ClipConfig:
     tokenizer: Literal["artefact", "openai"] = "artefact"
     """Whose text tokens it reads: the artefact's tokenizer, or CLIP's own byte pairs."""
 
+    def __post_init__(self) -> None:
+        # The model class cuts a remainder of the image off without a word, and takes a head for
+        # each 64 channels of the image encoder (32 of a ResNet's).
+        if self.patch_size is not None and self.image_size % self.patch_size:
+            raise ValueError(
+                f"patch_size must divide the image size {self.image_size}, got {self.patch_size}"
+            )
+        if self.patch_size is not None and self.vision_width % 64:
+            raise ValueError(f"vision_width must be a multiple of 64, got {self.vision_width}")
+        if self.text_width % self.text_heads:
+            raise ValueError(
+                f"text_width must be a multiple of text_heads = {self.text_heads}, "
+                f"got {self.text_width}"
+            )
+
 
 @dataclass(frozen=True)
 class ClipLoss:

@@ -8,8 +8,8 @@
     │   ├── DataError                an image or a caption cannot be used    400  bad_data
     │   │   └── CaptionTooLong       more text tokens than the model reads   422  caption_too_long
     │   ├── ArtefactError            a model is missing, damaged or foreign  422  bad_artefact
-    │   ├── CheckpointError          a checkpoint belongs to another run     409  bad_checkpoint
-    │   └── DivergenceError          the loss stopped being a number         422  diverged
+    │   ├── CheckpointError          they are another run's, or all damaged  409  bad_checkpoint
+    │   └── DivergenceError          loss, gradient or weight is no number   422  diverged
     └── PlatformError                the machine or service underneath       503  platform_error
         ├── DiskFullError            nothing more can be written             507  disk_full
         └── DeviceError              the device asked for is not usable      503  device_error
@@ -96,14 +96,14 @@ class ArtefactError(UserError):
 
 
 class CheckpointError(UserError):
-    """The checkpoint directory holds the state of a run with other settings or other data."""
+    """The checkpoint directory holds another run's state, or nothing that can be read."""
 
     status = 409
     code = "bad_checkpoint"
 
 
 class DivergenceError(UserError):
-    """The loss or the gradient is not a finite number any more."""
+    """The loss, the gradient or a weight is not a finite number any more."""
 
     status = 422
     code = "diverged"

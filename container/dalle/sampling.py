@@ -137,11 +137,14 @@ def complete_captions(
     num_completions: int,
     seed: int,
     options: SamplingOptions | None = None,
+    on_step: Callable[[int], bool] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Continue a caption: prefix_tokens [n] without padding, 0 <= n <= T.
 
     Returns text tokens [K, T] (each ends at its first padding) and the log-likelihood [K] of what
     was added, in nats, the end included. guidance_scale has no meaning here and is not read.
+    on_step: called with the number of positions done after each, the prefix's included; returning
+    False ends the call with SamplingStopped.
     """
     options = options or SamplingOptions()
     T = model.config.text_length
@@ -160,6 +163,8 @@ def complete_captions(
         log_likelihood += log_p.where(~ended, 0.0)
         text_tokens[:, position] = chosen
         ended |= chosen == PADDING
+        if on_step is not None and not on_step(position + 1):
+            raise SamplingStopped
         if bool(ended.all()):
             break
     return text_tokens, log_likelihood

@@ -61,13 +61,20 @@ DVAE_SIZES: dict[SizeName, dict[str, Any]] = {
 
 TRANSFORMER_SIZES: dict[SizeName, dict[str, Any]] = {
     "tiny": {"width": 32, "num_layers": 2, "num_heads": 2},
-    "small": {"width": 192, "num_layers": 4, "num_heads": 4, "dropout": 0.1},
+    "small": {
+        "width": 192,
+        "num_layers": 4,
+        "num_heads": 4,
+        "dropout": 0.1,
+        "caption_dropout": 0.1,
+    },
     "base": {
         "width": 512,
         "num_layers": 12,
         "num_heads": 8,
         "attention_kinds": (*_PAPER_PATTERN[:3], "conv_like"),
         "dropout": 0.1,
+        "caption_dropout": 0.1,
     },
     "dalle-1.3b": {
         "width": 2048,
@@ -75,6 +82,7 @@ TRANSFORMER_SIZES: dict[SizeName, dict[str, Any]] = {
         "num_heads": 32,
         "attention_kinds": _PAPER_PATTERN,
         "dropout": 0.1,
+        "caption_dropout": 0.1,
     },
     "dalle-12b": {
         "width": 3968,
@@ -84,6 +92,7 @@ TRANSFORMER_SIZES: dict[SizeName, dict[str, Any]] = {
         "attention_kinds": (*(_PAPER_PATTERN * 16)[:63], "conv_like"),
         "conv_kernel_size": 11,
         "dropout": 0.1,
+        "caption_dropout": 0.1,
     },
 }
 

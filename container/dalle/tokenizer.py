@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -107,6 +108,11 @@ class CaptionTokenizer:
             end = ids.index(0) if 0 in ids else len(ids)
             captions.append(self._tokenizer.decode(ids[:end], skip_special_tokens=True).strip())
         return captions
+
+    def identity(self) -> str:
+        """sha256 of everything that decides which ids a caption has."""
+        content = f"{self.text_length} {self._tokenizer.to_str()}"
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def save(self, directory: Path) -> None:
         """Write `tokenizer.json`: the library's own file with our text length beside it."""

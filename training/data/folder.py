@@ -141,7 +141,8 @@ def open_folder(
             f"{skips.channel}: no image-caption pair in {root}"
             f"{f' (skipped: {found})' if found else ''}; {WANTED}"
         )
-    skips.check_share(len(kept), max_bad_share)
+    skips.num_pairs = len(kept)
+    skips.check_share(skips.num_good, max_bad_share)
     log.info(
         "%s: %d pairs with %d captions; skipped: %s; ignored files: %d",
         skips.channel,

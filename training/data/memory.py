@@ -12,12 +12,13 @@ from tqdm import tqdm
 
 from dalle.errors import DataError
 from dalle.images import ImageError, Pixels
-from training.data.pairs import Dataset, SkipReason, Skips
+from training.data.pairs import Dataset, SkipReason
+from training.data.subset import View
 
 MAX_DECODED_BYTES = 1 << 30
 
 
-class InMemory:
+class InMemory(View):
     """Another data set's usable pairs, decoded; a `Dataset` itself.
 
     images: uint8 [M, 3, H, W]. Pairs whose image cannot be decoded are left out and counted in
@@ -28,8 +29,7 @@ class InMemory:
         """Decode everything. Raises `DataError` when too many images are unusable."""
         size = source.image_size
         self.images = torch.empty((len(source), 3, size, size), dtype=torch.uint8)
-        self._kept: list[int] = []
-        self._source = source
+        kept: list[int] = []
         # A bar only on a terminal, and only where there is something to wait for.
         numbers = tqdm(
             range(len(source)), f"decoding {source.channel}", unit="images", disable=None, delay=0.5
@@ -40,44 +40,13 @@ class InMemory:
             except ImageError as error:
                 source.skips.add_damaged(SkipReason.of(error), source.name(index), str(error))
                 continue
-            self.images[len(self._kept)] = to_planes(pixels)
-            self._kept.append(index)
-        if not self._kept:
-            raise DataError(
-                f"{source.channel}: not one image could be decoded: {source.skips.describe()}"
-            )
-        source.skips.check_share(len(self._kept), source.max_bad_share)
-        self.images = self.images[: len(self._kept)]
-
-    @property
-    def channel(self) -> str:
-        return self._source.channel
-
-    @property
-    def image_size(self) -> int:
-        return self._source.image_size
-
-    @property
-    def fingerprint(self) -> str:
-        """The source's: of the pairs as they were found, before any was decoded."""
-        return self._source.fingerprint
-
-    @property
-    def skips(self) -> Skips:
-        return self._source.skips
-
-    @property
-    def max_bad_share(self) -> float:
-        return self._source.max_bad_share
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def name(self, index: int) -> str:
-        return self._source.name(self._kept[index])
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        return self._source.captions(self._kept[index])
+            self.images[len(kept)] = to_planes(pixels)
+            kept.append(index)
+        if not kept:
+            raise _no_image(source)
+        source.skips.check_share(source.skips.num_good, source.max_bad_share)
+        self.images = self.images[: len(kept)]
+        super().__init__(source, kept)
 
     def image(self, index: int) -> Pixels:
         """uint8 [H, W, 3], a copy."""
@@ -95,6 +64,33 @@ def decode_if_small(dataset: Dataset, max_decoded_bytes: int = MAX_DECODED_BYTES
     return InMemory(dataset)
 
 
+def first_usable(dataset: Dataset, most: int) -> tuple[Tensor, list[str]]:
+    """The first pairs whose image can be decoded: images uint8 [B, 3, H, W], a caption of each.
+
+    Unusable ones are counted in the data set's skips. Raises `DataError` when there are no others.
+    """
+    images: list[Tensor] = []
+    captions: list[str] = []
+    for index in range(len(dataset)):
+        try:
+            images.append(to_planes(dataset.image(index)))
+        except ImageError as error:
+            dataset.skips.add_damaged(SkipReason.of(error), dataset.name(index), str(error))
+            continue
+        captions.append(dataset.captions(index)[0])
+        if len(images) == most:
+            break
+    if not images:
+        raise _no_image(dataset)
+    return torch.stack(images), captions
+
+
 def to_planes(pixels: Pixels) -> Tensor:
     """uint8 [H, W, 3] -> uint8 [3, H, W], sharing memory."""
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _no_image(dataset: Dataset) -> DataError:
+    return DataError(
+        f"{dataset.channel}: not one image could be decoded: {dataset.skips.describe()}"
+    )

@@ -21,7 +21,7 @@ from dalle.images import ImageError, ImageFault, Pixels
 log = logging.getLogger(__name__)
 
 EXAMPLES_PER_REASON = 3
-DEFAULT_MAX_BAD_SHARE = 0.1
+DEFAULT_MAX_BAD_SHARE = 0.05
 
 
 class SkipReason(StrEnum):
@@ -51,12 +51,14 @@ class Skips:
 
     The first few of each reason are logged as warnings, the others only counted.
     counts: all reasons seen, `IGNORED` included. examples: at most `EXAMPLES_PER_REASON` a reason.
+    num_pairs: pairs found in the whole channel, before any image was decoded.
     """
 
     def __init__(self, channel: str) -> None:
         self.channel = channel
         self.counts: Counter[SkipReason] = Counter()
         self.examples: dict[SkipReason, list[str]] = {}
+        self.num_pairs = 0
         self._damaged: set[str] = set()
 
     @property
@@ -68,6 +70,11 @@ class Skips:
     def num_damaged(self) -> int:
         """How many of them were only found out when their image was decoded."""
         return len(self._damaged)
+
+    @property
+    def num_good(self) -> int:
+        """Pairs of the whole channel that are usable, as far as is known."""
+        return self.num_pairs - self.num_damaged
 
     def add(self, reason: SkipReason, name: str, detail: str = "") -> None:
         """Count one. detail: the full message, when the reason alone does not say enough."""
@@ -164,15 +171,3 @@ def fingerprint(pairs: Iterable[tuple[str, int, tuple[str, ...]]]) -> str:
             digest.update(b"%d:" % len(encoded) + encoded)
         digest.update(b"\n")
     return digest.hexdigest()
-
-
-def describe(dataset: Dataset) -> dict[str, object]:
-    """Counts and fingerprint of a data set, as plain JSON values for manifests and checkpoints."""
-    return {
-        "channel": dataset.channel,
-        "fingerprint": dataset.fingerprint,
-        "image_size": dataset.image_size,
-        "pairs": len(dataset),
-        "captions": sum(len(dataset.captions(index)) for index in range(len(dataset))),
-        "skipped": dataset.skips.as_dict(),
-    }

@@ -1,6 +1,11 @@
-"""A fixed random sample of a data set, itself a data set: what validation looks at each time."""
+"""Some pairs of another data set, themselves a data set.
+
+`Subset` is a fixed random sample: what validation looks at each time.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -8,13 +13,15 @@ from dalle.images import Pixels
 from training.data.pairs import Dataset, Skips
 
 
-class Subset:
-    """At most `most` pairs of another data set, drawn without replacement by `seed`."""
+class View:
+    """The pairs `indices` of another data set, in that order.
 
-    def __init__(self, source: Dataset, most: int, seed: int = 0) -> None:
+    fingerprint, skips and max_bad_share are the source's: they speak of the channel as a whole.
+    """
+
+    def __init__(self, source: Dataset, indices: Sequence[int]) -> None:
         self._source = source
-        chosen = np.random.default_rng(seed).permutation(len(source))[:most]
-        self._indices = [int(index) for index in chosen]
+        self._indices = indices
 
     @property
     def channel(self) -> str:
@@ -26,7 +33,6 @@ class Subset:
 
     @property
     def fingerprint(self) -> str:
-        """The source's."""
         return self._source.fingerprint
 
     @property
@@ -48,3 +54,11 @@ class Subset:
 
     def image(self, index: int) -> Pixels:
         return self._source.image(self._indices[index])
+
+
+class Subset(View):
+    """At most `most` pairs of another data set, drawn without replacement by `seed`."""
+
+    def __init__(self, source: Dataset, most: int, seed: int = 0) -> None:
+        chosen = np.random.default_rng(seed).permutation(len(source))[:most]
+        super().__init__(source, [int(index) for index in chosen])
