@@ -131,7 +131,7 @@ class OptMl:
         return options
 
 
-def docker(*arguments: str, check: bool = True, seconds: float = PATIENCE) -> str:
+def docker(*arguments: str, check: bool = True, seconds: float | None = PATIENCE) -> str:
     """The output of a docker command, both streams. Raises RuntimeError with it when it fails."""
     done = subprocess.run(  # noqa: S603
         [DOCKER, *arguments],
@@ -218,8 +218,8 @@ class Container:
             raise RuntimeError(f"{pattern!r} is not in the log of {self.id[:12]}:\n{self.log}")
         return match
 
-    def wait(self, seconds: float = PATIENCE) -> int:
-        """The exit status, once it ends by itself and its whole log has been read."""
+    def wait(self, seconds: float | None = PATIENCE) -> int:
+        """The exit status, once it ends by itself and its log has been read; None waits on."""
         status = int(docker("wait", self.id, seconds=seconds))
         self._reader.join(seconds)
         return status
@@ -419,7 +419,7 @@ def _train(options: argparse.Namespace, limits: list[str]) -> int:
     with start_training(tree, *limits, image=options.image, channels=channels) as container:
         container.echo()
         try:
-            status = container.wait(seconds=30 * 24 * 3600)
+            status = container.wait(seconds=None)
         except KeyboardInterrupt:
             status = container.stop(STOP_TRAINING_SECONDS)
         if container.state()["OOMKilled"]:
@@ -432,6 +432,9 @@ def _train(options: argparse.Namespace, limits: list[str]) -> int:
 
 
 def _serve(options: argparse.Namespace, limits: list[str]) -> int:
+    if not options.model.exists():
+        print(f"{options.model} is not there; `train` of this program makes one", file=sys.stderr)
+        return 1
     with (
         _unpacked(options.model) as model,
         Serving(model, *limits, image=options.image, port=options.port) as serving,
@@ -441,7 +444,7 @@ def _serve(options: argparse.Namespace, limits: list[str]) -> int:
             serving.wait_until_ready()
             seconds = time.monotonic() - serving.began
             print(f"ready after {seconds:.1f} s: http://127.0.0.1:{serving.port}/invocations")
-            status = serving.wait(seconds=30 * 24 * 3600)
+            status = serving.wait(seconds=None)
         except KeyboardInterrupt:
             status = serving.stop(STOP_SERVING_SECONDS)
     return status

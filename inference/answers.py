@@ -30,9 +30,10 @@ from inference.render import (
     render_error,
     render_json,
     render_ranking,
+    stage_timings,
 )
 from inference.replies import ErrorLine, ErrorReply, Prediction
-from inference.scheduler import Failed, Job, Scheduler
+from inference.scheduler import Busy, Failed, Job, Scheduler
 from inference.schema import (
     GenerateRequest,
     Limits,
@@ -110,7 +111,11 @@ class Waiter:
             job.cancel()
             raise
         if isinstance(result, GenerateResult) and accept in _IMAGE_FORMATS:
+            began = time.monotonic()
             file, headers = render_best(result, _IMAGE_FORMATS[accept])
+            encode_seconds = time.monotonic() - began
+            timings = stage_timings(result, job.queue_seconds, encode_seconds)
+            self._metrics.count_generation(result, timings)
             return Answer(file, accept, headers)
         body = self._render(result, request, job)
         if accept in JSON_LINES_NAMES:
@@ -118,7 +123,10 @@ class Waiter:
         return Answer(body, JSON, {})
 
     def answer_lines(self, lines: Sequence[bytes], accept: str) -> Answer:
-        """One reply line for each request line, in order; only a full queue refuses the whole."""
+        """One reply line for each request line, in order.
+
+        Only a full queue or a server that is not ready refuses the whole.
+        """
         if accept in _IMAGE_FORMATS:
             raise UserError(
                 f"Accept {accept} is for one caption; lines are answered in {JSON_LINES}",
@@ -151,8 +159,10 @@ class Waiter:
             request = schema.parse_request(line.strip(), JSON, limits=self._limits)
             return _Line(request, self._submit(request, JSON, wait=wait), None)
         except Exception as error:
-            if not wait and getattr(error, "retry_after", None) is not None:
-                raise  # before anything was answered the whole request can still be refused
+            # Before anything was answered the whole request can still be refused; but that there
+            # is too much to do for this line's own deadline says nothing of the other lines.
+            if not wait and isinstance(error, Busy) and error.code != "too_busy":
+                raise
             return _Line(None, None, self._error(error))
 
     def _finish_line(self, line: _Line) -> bytes:
@@ -172,9 +182,11 @@ class Waiter:
         self, job: Job, request: GenerateRequest, event: Candidate | Result
     ) -> Iterator[bytes]:
         encode_seconds = 0.0
+        uncounted = 0
         try:
             while isinstance(event, Candidate):
                 began = time.monotonic()
+                uncounted += 1
                 line = _dump(render_candidate(event, request.format)) + b"\n"
                 encode_seconds += time.monotonic() - began
                 yield line
@@ -184,6 +196,7 @@ class Waiter:
                 event, queue_seconds=job.queue_seconds, encode_seconds=encode_seconds
             )
             self._metrics.count_generation(event, ranking.timings)
+            uncounted = 0
             yield _dump(ranking) + b"\n"
         except Cancelled:
             return
@@ -191,6 +204,7 @@ class Waiter:
             detail = self._error(error).error
             yield _dump(ErrorLine(error=detail)) + b"\n"
         finally:
+            self._metrics.count_candidates(uncounted)
             job.cancel()
 
     def _submit(self, request: Request, accept: str, *, wait: bool) -> Job:

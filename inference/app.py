@@ -40,7 +40,8 @@ _MAX_ATTRIBUTES = 1024  # characters, by the platform's contract
 def create_app(scheduler: Scheduler, settings: Settings) -> Flask:
     """The WSGI application around a scheduler, which may still be loading."""
     app = Flask("inference")
-    app.config["MAX_CONTENT_LENGTH"] = settings.limits.max_request_bytes
+    # One byte more than is allowed: a chunked body is cut there without a word, and seen to be.
+    app.config["MAX_CONTENT_LENGTH"] = settings.limits.max_request_bytes + 1
     app.json.sort_keys = False  # type: ignore[attr-defined]  # the default provider has it
     metrics = Metrics(
         queue_depth=lambda: scheduler.queue_depth,
@@ -108,7 +109,7 @@ def create_app(scheduler: Scheduler, settings: Settings) -> Flask:
                 code="unsupported_media_type",
             )
         scheduler.engine()
-        body = _read_body()
+        body = _read_body(settings.limits)
         waiter = Waiter(
             scheduler,
             settings.limits,
@@ -164,13 +165,15 @@ def create_app(scheduler: Scheduler, settings: Settings) -> Flask:
     return app
 
 
-def _read_body() -> bytes:
+def _read_body(limits: schema.Limits) -> bytes:
     try:
         body = request.get_data(cache=False)
     except OSError as error:  # the socket's own timeout, or a client that went away
         raise UserError(
             "the body did not arrive in time", status=408, code="request_timeout"
         ) from error
+    if len(body) > limits.max_request_bytes:
+        raise schema.too_large(limits)
     expected = request.content_length
     if expected is not None and len(body) < expected:
         raise UserError(

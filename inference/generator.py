@@ -330,13 +330,17 @@ class Generator:
         assert transformer is not None
         assert tokenizer is not None
         control.check()
-        text_tokens, log_likelihood = complete_captions(
-            transformer,
-            work.prefix_tokens.to(self._device),
-            num_completions=work.num_completions,
-            seed=work.seed,
-            options=work.options,
-        )
+        try:
+            text_tokens, log_likelihood = complete_captions(
+                transformer,
+                work.prefix_tokens.to(self._device),
+                num_completions=work.num_completions,
+                seed=work.seed,
+                options=work.options,
+                on_step=lambda _: control.keep_going(),
+            )
+        except SamplingStopped:
+            raise control.error() from None
         captions = [
             Completion(caption=caption, log_likelihood=each)
             for caption, each in zip(

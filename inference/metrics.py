@@ -58,9 +58,13 @@ class Metrics:
         self._invocations.labels(str(status)).inc()
         self._invocation_seconds.observe(seconds)
 
+    def count_candidates(self, number: int) -> None:
+        """Candidates by themselves: those of a stream that ended before its generation did."""
+        self._candidates.inc(number)
+
     def count_generation(self, result: GenerateResult, timings: Timings) -> None:
         """One finished generation, whole or cut short."""
-        self._candidates.inc(len(result.ranked))
+        self.count_candidates(len(result.ranked))
         if len(result.ranked) < result.num_candidates:
             self._cut_short.inc()
         for stage in ("queue", "sample", "decode", "rank", "encode"):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dalle.artefact import Artefact
-from dalle.errors import UserError
+from dalle.errors import CaptionTooLong, UserError
 from dalle.images import decode_image, to_square
 from dalle.sampling import SamplingOptions
 from dalle.transformer import PADDING
@@ -138,7 +138,8 @@ def _prepare_classify(artefact: Artefact, request: ClassifyRequest) -> ClassifyW
     if clip.config.tokenizer == "artefact":
         if artefact.tokenizer is None:
             _lacks("tokenizer", "clip", "classify images")
-        _encode(artefact, request.classes, "classes")  # refuses what is too long while it is cheap
+        for number, each in enumerate(request.classes):  # what is too long, while it is cheap
+            _encode(artefact, [each], f"classes[{number}]")
     images = [
         _read_image(text, f"images[{number}]", clip.config.image_size)
         for number, text in enumerate(request.images)
@@ -164,9 +165,9 @@ def _encode(artefact: Artefact, captions: Sequence[str], field: str) -> Tensor:
     assert artefact.tokenizer is not None
     try:
         return artefact.tokenizer.encode(captions)
-    except UserError as error:  # it names the caption, but cannot know the request's field
-        error.field = field
-        raise
+    except CaptionTooLong as error:  # it shows the caption, but cannot know the request's field
+        message = str(error) if field == "caption" else f"{field}: {error}"
+        raise CaptionTooLong(message, field=field) from error
 
 
 def _read_image(text: str, field: str, size: int) -> Tensor:

@@ -135,7 +135,7 @@ def render_json(
         num_candidates=result.num_candidates,
         completed_candidates=len(result.ranked),
         ranked_by=result.ranked_by,
-        timings=_timings(result, queue_seconds, time.monotonic() - began),
+        timings=stage_timings(result, queue_seconds, time.monotonic() - began),
     )
 
 
@@ -186,7 +186,7 @@ def render_ranking(
         num_candidates=result.num_candidates,
         completed_candidates=len(result.ranked),
         ranked_by=result.ranked_by,
-        timings=_timings(result, queue_seconds, encode_seconds),
+        timings=stage_timings(result, queue_seconds, encode_seconds),
     )
 
 
@@ -201,7 +201,8 @@ def render_error(error: Exception) -> tuple[int, ErrorDetail]:
     )
 
 
-def _timings(result: GenerateResult, queue_seconds: float, encode_seconds: float) -> Timings:
+def stage_timings(result: GenerateResult, queue_seconds: float, encode_seconds: float) -> Timings:
+    """What one generation spent where."""
     return Timings(
         queue_seconds=queue_seconds,
         sample_seconds=result.sample_seconds,

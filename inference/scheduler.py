@@ -205,7 +205,8 @@ class Scheduler:
 
         wait: block for a place until the deadline instead of refusing.
         Raises `Busy`: 429 when the queue is full, 503 when the work in front would take longer
-        than the deadline allows or the state is not ready; `DeadlineExceeded` after waiting.
+        than the deadline allows or the state is not ready; `DeadlineExceeded` after waiting, or
+        when the deadline had passed before.
         """
         job = Job(work, arrival=arrival, deadline=deadline)
         with self._changed:
@@ -227,7 +228,14 @@ class Scheduler:
                     status=429,
                     retry_after=_whole_seconds(ahead),
                 )
-            if not wait and ahead > deadline - time.monotonic():
+            seconds_left = deadline - time.monotonic()
+            if seconds_left <= 0:
+                raise DeadlineExceeded(
+                    "the deadline passed before the request could be queued; send less or set a "
+                    "later deadline_seconds",
+                    field="deadline_seconds",
+                )
+            if not wait and ahead > seconds_left:
                 raise Busy(
                     f"the requests in front take about {ahead:.0f} s, longer than this one's "
                     "deadline allows",

@@ -20,6 +20,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    StringConstraints,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -34,6 +35,7 @@ from inference.media import JSON, BodyKind, body_kind
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps exactly
 MAX_DEADLINE_SECONDS = 3600.0  # the longest that an asynchronous or batch invocation may take
 MAX_CAPTION_CHARACTERS = 2_000
+_MAX_DIGITS = 1_000  # of an integer; longer ones take Python a time to read that grows as a square
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,12 @@ DEFAULT_LIMITS = Limits()
 # A length makes pydantic look at the characters, so that half a surrogate pair, which JSON can
 # carry and no tokenizer can read, is refused too.
 Text = Annotated[str, Field(max_length=MAX_CAPTION_CHARACTERS)]
-Caption = Annotated[str, Field(min_length=1, max_length=MAX_CAPTION_CHARACTERS)]
+Caption = Annotated[
+    str,
+    StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_CAPTION_CHARACTERS),
+]
+# A class comes back as it was written, so it is not stripped; but it may not be blank either.
+Class = Annotated[str, Field(min_length=1, max_length=MAX_CAPTION_CHARACTERS, pattern=r"\S")]
 Format = Literal["png", "jpeg", "webp"]
 
 
@@ -66,8 +73,8 @@ class GenerateRequest(_Request):
     """Draw candidates for a caption, rank them, and return the best."""
 
     caption: Caption = Field(
-        description="What the pictures should show. 1 to 2,000 characters, and no more text "
-        "tokens than the model reads."
+        description="What the pictures should show. 1 to 2,000 characters without the blanks "
+        "around them, and no more text tokens than the model reads."
     )
     num_candidates: int = Field(
         default=16,
@@ -79,8 +86,8 @@ class GenerateRequest(_Request):
         default=4,
         ge=1,
         description="How many of the candidates are returned, best first. At least 1, at most "
-        "num_candidates and the server's own limit. Default 4, or num_candidates where that is "
-        "fewer.",
+        "num_candidates and the server's own limit; a stream sends all of them, an image reply "
+        "the best one. Default 4, or num_candidates where that is fewer.",
     )
     temperature: float = Field(
         default=1.0,
@@ -116,7 +123,9 @@ class GenerateRequest(_Request):
         "is drawn, and the reply says which.",
     )
     format: Format = Field(
-        default="png", description="File format of the pictures in the reply: png, jpeg or webp."
+        default="png",
+        description="File format of the pictures in the reply: png, jpeg or webp; an image type "
+        "in Accept goes before it.",
     )
     prime_image: str | None = Field(
         default=None,
@@ -188,10 +197,11 @@ class ClassifyRequest(_Request):
         max_length=64,
         description="Base64 image files, 1 to 64. Addresses are not fetched.",
     )
-    classes: list[Caption] = Field(
+    classes: list[Class] = Field(
         min_length=1,
         max_length=1_000,
-        description="Captions to choose from, 1 to 1,000, each compared exactly as written.",
+        description="Captions to choose from, 1 to 1,000, none blank, each compared "
+        "exactly as written.",
     )
     top: int = Field(
         default=3,
@@ -260,14 +270,18 @@ def parse_request(
     if len(body) > limits.max_request_bytes:
         raise too_large(limits)
     if kind is BodyKind.TEXT:
-        return _validate(GenerateRequest, {"caption": _decode(body).strip()}, limits)
+        return _validate(GenerateRequest, {"caption": _decode(body)}, limits)
     fields = _read_object(body)
     kinds = [key for key in REQUEST_KINDS if key in fields]
     if len(kinds) != 1:
-        problem = f"{' and '.join(kinds)} exclude each other" if kinds else "caption is missing"
+        problem = (
+            f"{' and '.join(kinds)} exclude each other"
+            if kinds
+            else "caption, images or complete is missing"
+        )
         raise UserError(
             f"{problem}: give one of caption (draw pictures), images with classes (classify) "
-            f"or complete (continue a caption), got keys {_short(sorted(fields))}",
+            f"or complete (continue a caption), got keys {_as_json(sorted(fields))}",
             field=kinds[0] if kinds else "caption",
             status=422,
             code="invalid_request",
@@ -327,7 +341,7 @@ def _decode(body: bytes) -> str:
 def _read_object(body: bytes) -> dict[str, Any]:
     text = _decode(body)
     try:
-        fields = json.loads(text, parse_constant=_refuse_constant)
+        fields = json.loads(text, parse_constant=_refuse_constant, parse_int=_read_integer)
     except RecursionError as error:
         raise UserError("the body is nested too deeply", code="malformed_body") from error
     except ValueError as error:
@@ -345,12 +359,18 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
+def _read_integer(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits):,} digits is too long to be one")
+    return int(digits)
+
+
 def _validate(kind: type[Request], fields: dict[str, Any], limits: Limits) -> Request:
     try:
         return kind.model_validate(fields, context={"limits": limits})
     except ValidationError as error:
         details = error.errors(include_url=False)
-        shown = [_explain(kind, detail) for detail in details[:10]]
+        shown = [_explain(kind, detail, limits) for detail in details[:10]]
         if len(details) > len(shown):
             shown.append(f"and {len(details) - len(shown)} more")
         raise UserError(
@@ -358,9 +378,9 @@ def _validate(kind: type[Request], fields: dict[str, Any], limits: Limits) -> Re
         ) from error
 
 
-def _explain(kind: type[Request], detail: ErrorDetails) -> str:
+def _explain(kind: type[Request], detail: ErrorDetails, limits: Limits) -> str:
     """One pydantic error in our words: the thing, what would be right, the value it had."""
-    name, code, got = _name(detail), detail["type"], _short(detail["input"])
+    name, code = _name(detail), detail["type"]
     if code == "missing":
         return f"{name} is missing"
     if code == "extra_forbidden":
@@ -371,10 +391,15 @@ def _explain(kind: type[Request], detail: ErrorDetails) -> str:
         return detail["msg"]
     wanted = detail["msg"].replace("Input should be", "must be")
     if code in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
-        wanted = f"must be {_range(kind.model_fields[str(detail['loc'][0])])}"
-    if code in ("string_too_short", "string_too_long", "too_short", "too_long"):
-        wanted = re.sub(r"^(String|List) should", "must", wanted)
-    return f"{name} {wanted}, got {got}"
+        wanted = f"must be {_range(name, kind.model_fields[str(detail['loc'][0])], limits)}"
+    if code in ("too_short", "too_long"):
+        low, high = _lengths(kind.model_fields[name])
+        return f"{name} must have {low:,} to {high:,} items, got {len(detail['input']):,}"
+    if code in ("string_too_short", "string_too_long"):
+        wanted = wanted.replace("String should", "must")
+    if code == "string_pattern_mismatch":
+        wanted = "must not be blank"
+    return f"{name} {wanted}, got {_as_json(detail['input'])}"
 
 
 def _name(detail: ErrorDetails) -> str:
@@ -383,8 +408,21 @@ def _name(detail: ErrorDetails) -> str:
     return str(first) + "".join(f"[{part}]" for part in rest if isinstance(part, int))
 
 
-def _range(field: FieldInfo) -> str:
-    lower = upper = ""
+def _lengths(field: FieldInfo) -> tuple[int, int]:
+    """How many items a list may have."""
+    low = high = 0
+    for bound in field.metadata:
+        if isinstance(bound, annotated_types.MinLen):
+            low = bound.min_length
+        elif isinstance(bound, annotated_types.MaxLen):
+            high = bound.max_length
+    return low, high
+
+
+def _range(name: str, field: FieldInfo, limits: Limits) -> str:
+    lower = ""
+    servers = {"num_candidates": limits.max_candidates, "num_images": limits.max_images}
+    upper = str(servers.get(name, ""))
     for bound in field.metadata:
         if isinstance(bound, annotated_types.Ge):
             lower = f"{bound.ge}"
@@ -397,6 +435,16 @@ def _range(field: FieldInfo) -> str:
     return f"{lower} and at most {upper}" if lower.startswith("above") else f"{lower} to {upper}"
 
 
-def _short(value: object) -> str:
-    text = repr(value)
+def _as_json(value: object) -> str:
+    """A value as the request wrote it, cut where it is long."""
+    text = json.dumps(value, ensure_ascii=False, default=repr)
+    # Half a surrogate pair could not be sent back.
+    return _cut(text.encode("utf-8", "backslashreplace").decode())
+
+
+def _short(text: str) -> str:
+    return _cut(repr(text))
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:60]}… ({len(text):,} characters)"

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _KILL_SECONDS = 28  # after SIGTERM; the platform itself kills after 30
 _KEEP_ALIVE_SECONDS = 75  # longer than the platform keeps a connection idle, so it never races us
+_HEADER_SECONDS = 5.0  # for one read of a request's header, which is sent at once or not at all
 _SOCKET_SECONDS = 60.0  # for one read or write; waiting for the model is neither
 
 
@@ -106,6 +107,17 @@ class _Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no annotation
         super().run()
         if self.app.death is not None:
             sys.exit(Arbiter.APP_LOAD_ERROR)  # the arbiter stops too instead of trying again
+
+    def handle(self, conn: Any) -> Any:
+        """Read and answer a request; a header that stays half-sent must not keep its thread."""
+
+        def begin() -> None:
+            # gunicorn calls this between its own setting of the socket and the header's parsing.
+            type(conn).init(conn)
+            conn.sock.settimeout(_HEADER_SECONDS)
+
+        conn.init = begin
+        return super().handle(conn)
 
     def handle_request(self, req: Any, conn: Any) -> Any:
         conn.sock.settimeout(_SOCKET_SECONDS)

@@ -316,6 +316,38 @@ def test_more_lines_than_the_queue_holds_wait_for_each_other(client):
     assert [b"images" in each for each in response.data.splitlines()] == [True] * 20
 
 
+def test_a_lines_own_short_deadline_fails_that_line_only(client):
+    body = b"""{"caption": "a", "num_candidates": 1, "deadline_seconds": 1e-9}
+{"caption": "a", "num_candidates": 1}
+"""
+    response = post(client, body, Content_Type="application/jsonlines")
+    assert response.status_code == 200
+    first, second = (json.loads(line) for line in response.data.splitlines())
+    assert first["error"]["code"] == "deadline_exceeded"
+    assert second["images"]
+
+
+def test_a_line_that_others_leave_no_time_for_fails_alone(client, engine, scheduler):
+    post(client, {"caption": "a", "num_candidates": 1})
+    scheduler._seconds_per_unit["generate"] = 5.0
+    engine.gate.clear()
+    thread, _ = in_background(lambda: post(client, {"caption": "a", "num_candidates": 8}))
+    assert engine.begun.acquire(timeout=PATIENCE)
+    assert engine.begun.acquire(timeout=PATIENCE)
+    line = {"caption": "a", "num_candidates": 1, "deadline_seconds": 1}
+    response = client.post("/invocations", data=json.dumps(line), content_type="application/jsonl")
+    engine.gate.set()
+    thread.join(PATIENCE)
+    assert response.status_code == 200
+    assert json.loads(response.data)["error"]["code"] == "too_busy"
+
+
+def test_a_server_that_is_not_ready_refuses_all_lines_at_once(client, scheduler):
+    scheduler.drain(PATIENCE)
+    response = post(client, b'{"caption": "a"}\n', Content_Type="application/jsonlines")
+    assert (response.status_code, response.json["error"]["code"]) == (503, "engine_stopping")
+
+
 BIG = base64.b64encode(bytes(30_000)).decode()
 
 
@@ -367,6 +399,21 @@ def test_a_refusal_says_what_to_change_and_uses_no_device_time(
     assert (error["code"], set(error)) == (code, {"code", "message", "field"})
     assert says in error["message"]
     assert engine.asked == [], "no device time may be spent on a refused request"
+
+
+@pytest.mark.parametrize("content_type", ["application/json", "application/jsonlines"])
+@pytest.mark.parametrize(("size", "status"), [(20_000, 200), (20_001, 413), (60_000, 413)])
+def test_a_body_of_unknown_length_is_never_cut(client, content_type, size, status):
+    line = b'{"caption": "a", "num_candidates": 1}\n'
+    response = client.post(
+        "/invocations",
+        input_stream=io.BytesIO(line + b" " * (size - len(line) - 1) + b"\n"),
+        headers={"Content-Type": content_type, "Transfer-Encoding": "chunked"},
+        environ_overrides={"wsgi.input_terminated": True},
+    )
+    assert response.status_code == status
+    if status == 413:
+        assert response.json["error"]["code"] == "payload_too_large"
 
 
 def test_a_missing_component_is_a_422_that_names_it():
@@ -486,6 +533,14 @@ def test_metrics_count_what_was_drawn_and_answered(client):
         "dalle_ready 1.0",
     ):
         assert line in response.text
+
+
+def test_metrics_count_a_picture_reply_and_a_stream_that_breaks_off(client):
+    post(client, {"caption": "a", "num_candidates": 3}, Accept="image/png")
+    post(client, {"caption": "breaks"}, Accept="application/jsonlines")
+    metrics = client.get("/metrics").text
+    assert "dalle_candidates_total 4.0" in metrics
+    assert 'dalle_stage_seconds_count{stage="encode"} 1.0' in metrics
 
 
 def test_two_apps_do_not_share_their_metrics(scheduler):

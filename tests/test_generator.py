@@ -182,6 +182,12 @@ def test_captions_are_completed_from_their_beginning(generator):
     assert generator.complete(request).reply == reply
 
 
+def test_a_deadline_between_two_words_stops_a_completion(generator):
+    request = CompleteRequest(complete="", num_completions=64, seed=1)
+    with pytest.raises(DeadlineExceeded, match="deadline_seconds"):
+        generator.complete(request, Control(5.0, clock=Clock()))
+
+
 def test_nothing_may_be_the_beginning_of_a_caption(generator):
     assert len(generator.complete(CompleteRequest(complete="", seed=1)).reply.captions) == 4
 
@@ -193,9 +199,9 @@ def test_a_caption_that_is_too_long_names_the_limit(generator):
 
 
 def test_a_class_that_is_too_long_is_refused_before_any_work(generator):
-    with pytest.raises(UserError, match="at most 8 tokens") as caught:
+    with pytest.raises(UserError, match=r"classes\[1\]: .* at most 8 tokens") as caught:
         generator.prepare(ClassifyRequest(images=[picture()], classes=["red", "red " * 9]))
-    assert caught.value.field == "classes"
+    assert (caught.value.field, caught.value.status) == ("classes[1]", 422)
 
 
 def giant() -> str:

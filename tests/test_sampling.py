@@ -355,6 +355,18 @@ def test_a_completion_depends_on_its_seed_and_number_only(model):
     assert (complete(model, [3], seed=8)[0] != text_tokens).any()
 
 
+def test_whoever_is_told_of_a_completions_step_can_stop_it(model):
+    steps: list[int] = []
+
+    def stop_at_3(done: int) -> bool:
+        steps.append(done)
+        return done < 3
+
+    with pytest.raises(SamplingStopped):
+        complete(model, [3], num_completions=40, on_step=stop_at_3)
+    assert steps == [2, 3]
+
+
 def test_a_greedy_completion_ignores_the_seed(model):
     first, _ = complete(model, [3], options=GREEDY, seed=1)
     second, _ = complete(model, [3], options=GREEDY, seed=2)

@@ -173,6 +173,12 @@ def test_work_that_could_not_begin_before_its_deadline_is_refused():
         assert caught.value.retry_after > 5
 
 
+@pytest.mark.parametrize("wait", [False, True])
+def test_work_whose_deadline_has_passed_is_refused_by_an_idle_server_too(wait):
+    with started(Engine()) as scheduler, pytest.raises(DeadlineExceeded, match="could be queued"):
+        submit(scheduler, Work(), seconds=-1, wait=wait)
+
+
 def test_work_whose_deadline_passed_in_the_queue_is_not_begun():
     engine = Engine()
     with started(engine) as scheduler:

@@ -39,7 +39,7 @@ def test_num_images_is_at_most_num_candidates_by_default():
     assert parse({"caption": "a", "num_candidates": 1}).num_images == 1
 
 
-def test_the_designs_example_is_a_request():
+def test_a_request_may_give_every_field():
     request = parse(
         {
             "caption": "big filled orange star",
@@ -78,6 +78,24 @@ def test_plain_text_is_the_caption():
     assert request.caption == "zwei Würfel"
 
 
+def test_blanks_around_a_caption_do_not_count_but_around_a_class_they_stay():
+    assert parse({"caption": " a red\tsquare\n"}).caption == "a red\tsquare"
+    assert parse({"images": ["aGk="], "classes": [" a"]}).classes == [" a"]
+
+
+def test_a_blank_text_is_no_caption():
+    with pytest.raises(UserError, match="caption must have at least 1 character") as caught:
+        parse_request(b" \n", "text/plain")
+    assert caught.value.status == 422
+
+
+def test_a_number_too_long_to_be_read_is_told_without_pythons_advice():
+    with pytest.raises(UserError, match="a number of 5,000 digits is too long") as caught:
+        parse_request(b'{"caption": "a", "seed": ' + b"1" * 5_000 + b"}")
+    assert caught.value.code == "malformed_body"
+    assert "sys." not in str(caught.value)
+
+
 def test_a_byte_order_mark_is_no_part_of_the_body():
     body = b'\xef\xbb\xbf{"caption": "a"}'
     assert parse_request(body, "application/json") == parse({"caption": "a"}, Limits())
@@ -86,10 +104,16 @@ def test_a_byte_order_mark_is_no_part_of_the_body():
 @pytest.mark.parametrize(
     ("fields", "field", "says"),
     [
-        ({}, "caption", "caption is missing"),
-        ({"num_images": 1}, "caption", "caption is missing: give one of caption"),
+        ({}, "caption", "caption, images or complete is missing: give one of"),
+        ({"num_images": 1}, "caption", "is missing: give one of caption (draw pictures)"),
         ({"caption": "a", "complete": "b"}, "caption", "caption and complete exclude each other"),
-        ({"caption": ""}, "caption", "caption must have at least 1 character, got ''"),
+        ({"caption": ""}, "caption", 'caption must have at least 1 character, got ""'),
+        ({"caption": " \n"}, "caption", "caption must have at least 1 character"),
+        (
+            {"images": ["aGk="], "classes": ["a", "\t "]},
+            "classes[1]",
+            'classes[1] must not be blank, got "\\t "',
+        ),
         ({"caption": "a" * 2001}, "caption", "caption must have at most 2000 characters"),
         ({"caption": 7}, "caption", "caption must be a valid string, got 7"),
         ({"caption": "\ud800"}, "caption", "caption must be a valid string"),
@@ -101,17 +125,19 @@ def test_a_byte_order_mark_is_no_part_of_the_body():
         (
             {"caption": "a", "num_candidates": 0},
             "num_candidates",
-            "num_candidates must be 1 or more, got 0",
+            "num_candidates must be 1 to 8, got 0",
         ),
+        ({"caption": "a", "num_images": 0}, "num_images", "num_images must be 1 to 4, got 0"),
+        ({"caption": "a", "num_images": None}, "num_images", "valid integer, got null"),
         (
             {"caption": "a", "num_candidates": "4"},
             "num_candidates",
-            "num_candidates must be a valid integer, got '4'",
+            'num_candidates must be a valid integer, got "4"',
         ),
         (
             {"caption": "a", "num_candidates": True},
             "num_candidates",
-            "num_candidates must be a valid integer, got True",
+            "num_candidates must be a valid integer, got true",
         ),
         ({"caption": "a", "num_images": 5}, "num_images", "num_images must be 1 to 4, got 5"),
         (
@@ -142,7 +168,8 @@ def test_a_byte_order_mark_is_no_part_of_the_body():
         ),
         ({"caption": "a", "zzz": 3}, "zzz", "zzz is unknown: known are caption, num_candidates"),
         ({"images": ["aGk="]}, "classes", "classes is missing"),
-        ({"images": [], "classes": ["a"]}, "images", "images must have at least 1 item"),
+        ({"images": [], "classes": ["a"]}, "images", "images must have 1 to 64 items, got 0"),
+        ({"images": ["aGk="] * 65, "classes": ["a"]}, "images", "1 to 64 items, got 65"),
         ({"images": ["aGk=", 3], "classes": ["a"]}, "images[1]", "images[1] must be a valid str"),
         ({"images": ["aGk="], "classes": ["a"], "top": 0}, "top", "top must be 1 to 1000, got 0"),
         (

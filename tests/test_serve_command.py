@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import pytest
 import requests
 
 from inference.cpus import usable_cpus
-from inference.settings import OURS, PLATFORMS, read_settings
+from inference.settings import OURS, PLATFORMS, Settings, read_settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PATIENCE = 60.0
@@ -216,6 +216,17 @@ def test_lines_are_answered_one_by_one_and_in_order(served):
 def test_a_body_over_the_limit_is_refused(served):
     response = requests.post(f"{served.url}/invocations", data=b" " * 1_200_000, timeout=PATIENCE)
     assert (response.status_code, response.json()["error"]["code"]) == (413, "payload_too_large")
+
+
+def test_ping_is_answered_beside_headers_that_are_never_sent_whole(root):
+    with running(root, DALLE_QUEUE_SIZE="1") as served, ExitStack() as open_connections:
+        served.ready()
+        host, port = served.url.removeprefix("http://").split(":")
+        for _ in range(Settings(queue_size=1).http_threads):
+            half = socket.create_connection((host, int(port)), PATIENCE)
+            open_connections.enter_context(half)
+            half.sendall(b"GET /ping HTTP/1.1\r\nHost: ")
+        assert served.get("/ping").status_code == 200
 
 
 def test_refusals_come_as_json_over_real_http_too(served):
