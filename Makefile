@@ -50,9 +50,9 @@ local-serve:  ## serve what local-train packed, on PORT
 
 lock: $(UV)  ## compile requirements/*.txt again (newest versions: make lock UPGRADE=--upgrade)
 	$(COMPILE) $(UPGRADE) --universal --all-extras -c requirements/pins.in pyproject.toml -o requirements/versions.txt
-	$(COMPILE) --generate-hashes --universal --extra train --extra serve --extra dev -c requirements/versions.txt pyproject.toml -o requirements/dev.txt
+	$(COMPILE) --generate-hashes --universal --all-extras -c requirements/versions.txt pyproject.toml -o requirements/dev.txt
 	$(COMPILE) --generate-hashes --python-platform x86_64-manylinux_2_28 --extra train --extra serve -c requirements/versions.txt pyproject.toml -o requirements/image.txt
-	$(COMPILE) --generate-hashes --universal --extra infra --extra dev --extra infra-dev -c requirements/versions.txt pyproject.toml -o requirements/infra.txt
+	$(COMPILE) --generate-hashes --universal --extra infra -c requirements/versions.txt pyproject.toml -o requirements/infra.txt
 	$(COMPILE) --generate-hashes --universal requirements/uv.in -o requirements/uv.txt
 
 clean:  ## remove .venv, out/ and every cache
