@@ -1,0 +1,90 @@
+"""What a cost rests on that was neither measured nor is a price.
+
+Every one is a field with a unit and a meaning, so that a report can print them all and a reader can
+change one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+
+from dalle.errors import UserError
+
+SECONDS_PER_DAY = 86_400.0
+
+
+def _assumed(value: float, unit: str, meaning: str) -> float:
+    default: float = field(default=value, metadata={"unit": unit, "meaning": meaning})
+    return default
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assumptions:
+    """What is neither measured nor a price. Every field has a unit and a meaning."""
+
+    hours_per_month: float = _assumed(730, "hours", "a month, as AWS's own calculator takes it")
+    peak_to_mean: float = _assumed(
+        3, "times", "requests a second in the busy hours against the day's mean: 3 is all of them "
+        "within 8 hours, 1 is evenly day and night; within those hours they come at random"
+    )  # fmt: skip
+    target_utilisation: float = _assumed(
+        0.7, "share", "of an instance's measured throughput that is planned for; the rest keeps "
+        "queues short"
+    )  # fmt: skip
+    volume_gb: float = _assumed(20, "GB", "of disk that is paid for per instance: image and model")
+    async_utilisation: float = _assumed(
+        0.9, "share", "the same for asynchronous endpoints, whose queue may be long"
+    )
+    async_cold_start_seconds: float = _assumed(
+        360, "seconds", "from an alarm on an empty endpoint to its first answer, paid for; 5 to 6 "
+        "minutes were reported for large models, ours was not measured"
+    )  # fmt: skip
+    async_idle_tail_seconds: float = _assumed(
+        900, "seconds", "that an idle instance is still paid for before it is scaled in: a "
+        "target-tracking policy waits for 15 minutes of low readings"
+    )  # fmt: skip
+    serverless_memory_gb: float = _assumed(6, "GB", "of a serverless endpoint: the most there is")
+    serverless_cold_start_seconds: float = _assumed(
+        30, "seconds", "added to a request that finds no warm instance; not paid for, not measured"
+    )
+    lambda_memory_gb: float = _assumed(10, "GB", "of a Lambda function: the most there is")
+    lambda_cold_start_seconds: float = _assumed(
+        30, "seconds", "added to a call that finds no warm instance; paid for, not measured"
+    )
+    keep_warm_seconds: float = _assumed(
+        300, "seconds", "that serverless and Lambda keep an idle instance; AWS promises none"
+    )
+    synchronous_limit_seconds: float = _assumed(
+        60, "seconds", "after which a real-time or serverless invocation fails"
+    )
+
+    def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
+            if not (math.isfinite(value) and value >= 0):
+                raise UserError(f"{each.name} must be 0 or more, got {value}", field=each.name)
+            if each.metadata["unit"] == "share" and not 0 < value <= 1:
+                raise UserError(f"{each.name} must be above 0, at most 1, got {value}")
+        if self.hours_per_month == 0 or self.peak_to_mean < 1:
+            raise UserError("hours_per_month must be above 0 and peak_to_mean at least 1")
+
+    @property
+    def days_per_month(self) -> float:
+        return self.hours_per_month / 24
+
+    def busy_rate(self, requests_per_day: float) -> float:
+        """Requests per second in the busy hours."""
+        return requests_per_day / SECONDS_PER_DAY * self.peak_to_mean
+
+    def with_values(self, changes: dict[str, float]) -> Assumptions:
+        """Some of them changed. Raises UserError for a name that is none of them."""
+        known = {each.name for each in dataclasses.fields(self)}
+        for name in changes:
+            if name not in known:
+                raise UserError(
+                    f"there is no assumption {name!r}; there are {', '.join(sorted(known))}",
+                    field=name,
+                )
+        return dataclasses.replace(self, **changes)

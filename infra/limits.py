@@ -1,0 +1,298 @@
+"""What SageMaker cannot do, in numbers: a plan is held against them before any request is sent.
+
+Every refusal names the limit and its number. Sources: AWS's documentation and the API's own model,
+as of 2026-11; where they differ, the narrower one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from dalle.errors import PlanError
+
+Mode = Literal["realtime", "async", "serverless", "batch"]
+MODES: tuple[Mode, ...] = ("realtime", "async", "serverless", "batch")
+
+MEGABYTE = 1_000_000
+GIBIBYTE = 1 << 30
+
+INVOCATION_SECONDS: dict[Mode, int] = {
+    "realtime": 60,
+    "serverless": 60,
+    "async": 3600,
+    "batch": 3600,
+}
+PAYLOAD_BYTES: dict[Mode, int] = {
+    "realtime": 25 * MEGABYTE,
+    "serverless": 4 * MEGABYTE,
+    "async": 1_000 * MEGABYTE,
+    "batch": 100 * MEGABYTE,
+}
+SERVERLESS_MEMORY_MB = range(1024, 6144 + 1, 1024)
+SERVERLESS_IMAGE_BYTES = 10 * GIBIBYTE
+SERVERLESS_CONCURRENCY = 200
+TIMEOUT_SECONDS = range(60, 3600 + 1)
+VOLUME_GB = range(1, 512 + 1)
+ENVIRONMENT_ENTRIES = 100
+ENVIRONMENT_BYTES = 32 * 1024
+BATCH_PAYLOAD_MB = 100
+HYPERPARAMETERS = 100
+HYPERPARAMETER_NAME = 256
+HYPERPARAMETER_VALUE = 256
+"""What the documentation says; the API's own model would let 2,500 pass."""
+MAX_RUNTIME_SECONDS = 28 * 24 * 3600
+KEEP_ALIVE_SECONDS = 21_600
+
+CUDA = "12.8"
+OLDEST_DRIVER = 525
+AMI_DRIVERS: dict[str, int] = {
+    "al2-ami-sagemaker-inference-gpu-2": 535,
+    "al2-ami-sagemaker-inference-gpu-2-1": 535,
+    "al2-ami-sagemaker-inference-gpu-3-1": 550,
+    "al2023-ami-sagemaker-inference-gpu-4-1": 580,
+}
+DEFAULT_AMI = "al2-ami-sagemaker-inference-gpu-3-1"
+NEWEST_AMI = "al2023-ami-sagemaker-inference-gpu-4-1"
+BATCH_AMI = "al2-ami-sagemaker-batch-gpu-535"
+BLACKWELL_DRIVER = 570
+BLACKWELL = {"g7", "g7e", "p6-b200", "p6-b300"}
+TOO_OLD = {"p2": "Kepler", "p3": "Volta", "p3dn": "Volta"}
+OTHER_CHIPS = {"inf1", "inf2", "trn1", "trn1n", "trn2", "dl1"}
+NO_BATCH = {"t2", "p4d", "p4de", "p5", "p5e", "p5en", "g7", "g7e"}
+# Their disks are built in; a volume that is asked for is ignored, or refused.
+OWN_DISKS = {"g4dn", "g5", "g6", "g6e", "g7", "g7e", "p3dn", "p4d", "p4de", "p5", "p5e", "p5en"}
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """How one model is to be served. What a mode does not use is None.
+
+    model_data: the s3 address of a model.tar.gz. image_bytes: unpacked, or None where unknown.
+    min_instances, max_instances: between which the number of instances may move.
+    concurrent_per_instance: requests that one instance is meant to have at once.
+    """
+
+    name: str
+    mode: Mode
+    image_uri: str
+    model_data: str
+    image_bytes: int | None = None
+    compressed_bytes: int = 0
+    instance_type: str | None = None
+    min_instances: int = 1
+    max_instances: int = 1
+    concurrent_per_instance: int = 4
+    memory_mb: int | None = None
+    max_concurrency: int | None = None
+    provisioned_concurrency: int | None = None
+    ami: str | None = None
+    startup_seconds: int = 600
+    download_seconds: int = 600
+    invocation_seconds: int | None = None
+    volume_gb: int | None = None
+    environment: Mapping[str, str] | None = None
+    isolate: bool = False
+
+
+def family(instance_type: str) -> str:
+    """The middle of a type's name: ml.g5.xlarge is of g5."""
+    parts = instance_type.split(".")
+    return parts[1] if len(parts) == 3 and parts[0] == "ml" else instance_type
+
+
+def has_gpu(instance_type: str) -> bool:
+    """Whether a type has NVIDIA GPUs, by its family: those that begin with p or g do."""
+    return re.match(r"[pg]\d", family(instance_type)) is not None
+
+
+def is_arm(instance_type: str) -> bool:
+    """Whether a type has an ARM processor: its generation is followed by a g."""
+    return re.match(r"[a-z]+\d+g|p6e-gb", family(instance_type)) is not None
+
+
+def default_ami(instance_type: str) -> str | None:
+    """The host software of an endpoint that has a driver for our CUDA; None without a GPU."""
+    if not has_gpu(instance_type):
+        return None
+    return NEWEST_AMI if family(instance_type) in BLACKWELL else DEFAULT_AMI
+
+
+def check_deployment(wanted: Deployment) -> None:
+    """Raises PlanError with a line for every limit that the deployment would break."""
+    raise_all(
+        f"deployment {wanted.name} ({wanted.mode})",
+        [
+            *_hosts(wanted),
+            *_serverless(wanted),
+            *_numbers(wanted),
+            *_model_and_environment(wanted),
+        ],
+    )
+
+
+def raise_all(what: str, wrong: Sequence[str]) -> None:
+    """Raises PlanError that names every one of several mistakes; nothing when there is none."""
+    if len(wrong) == 1:
+        raise PlanError(f"{what}: {wrong[0]}")
+    if wrong:
+        raise PlanError("\n- ".join([f"{what} is not possible:", *wrong]))
+
+
+def check_instance_type(instance_type: str) -> Iterator[str]:
+    """Whether our image can run on a type at all: x86, and no GPU that its torch has left."""
+    kind = family(instance_type)
+    if not re.fullmatch(r"ml\.[a-z0-9-]+\.[a-z0-9-]+", instance_type):
+        yield f"an instance type such as ml.g5.xlarge was expected, got {instance_type!r}"
+    elif kind in TOO_OLD:
+        yield (
+            f"{instance_type} has {TOO_OLD[kind]} GPUs, which drivers and PyTorch for CUDA {CUDA} "
+            "support no more or not for long; take ml.g4dn, ml.g5 or ml.g6"
+        )
+    elif kind in OTHER_CHIPS:
+        yield f"{instance_type} has neither an NVIDIA GPU nor is it a plain CPU host"
+    elif is_arm(instance_type):
+        yield f"{instance_type} has an ARM processor, and the image is for x86 (linux/amd64)"
+
+
+def _hosts(wanted: Deployment) -> Iterator[str]:
+    kind = wanted.instance_type
+    if wanted.mode == "serverless":
+        return
+    if kind is None:
+        yield f"mode {wanted.mode} needs --instance-type"
+        return
+    yield from check_instance_type(kind)
+    if wanted.mode == "batch":
+        if family(kind) in NO_BATCH:
+            yield f"batch transform has no {kind}; take ml.g5, ml.g6, or a CPU type such as ml.c7i"
+        return
+    if wanted.volume_gb is not None and family(kind) in OWN_DISKS:
+        yield f"{kind} has its own disk: --volume-gb cannot be chosen for it"
+    if wanted.ami is None:
+        if has_gpu(kind):
+            yield (
+                f"{kind} needs an explicit InferenceAmiVersion: the default has driver 470 on most "
+                f"families, and CUDA {CUDA} needs {OLDEST_DRIVER} or newer"
+            )
+        return
+    yield from _ami(wanted.ami, kind)
+
+
+def _ami(ami: str, kind: str) -> Iterator[str]:
+    if not has_gpu(kind):
+        yield f"InferenceAmiVersion {ami} is for GPU hosts, and {kind} has no GPU; leave it out"
+    elif ami not in AMI_DRIVERS:
+        known = ", ".join(f"{name} (driver {driver})" for name, driver in AMI_DRIVERS.items())
+        yield f"InferenceAmiVersion {ami!r} is unknown; there are {known}"
+    elif family(kind) in BLACKWELL and AMI_DRIVERS[ami] < BLACKWELL_DRIVER:
+        yield (
+            f"{kind} needs driver {BLACKWELL_DRIVER} or newer, and {ami} has {AMI_DRIVERS[ami]}; "
+            f"take {NEWEST_AMI}"
+        )
+
+
+def _serverless(wanted: Deployment) -> Iterator[str]:
+    given = {
+        "--memory-mb": wanted.memory_mb,
+        "--max-concurrency": wanted.max_concurrency,
+        "--provisioned-concurrency": wanted.provisioned_concurrency,
+    }
+    if wanted.mode != "serverless":
+        for option, value in given.items():
+            if value is not None:
+                yield f"{option} is for --mode serverless alone"
+        return
+    if wanted.instance_type is not None:
+        yield (
+            "a serverless endpoint has no instances and no GPU: leave --instance-type out, or take "
+            "--mode async, which costs nothing when idle either"
+        )
+    if wanted.memory_mb not in SERVERLESS_MEMORY_MB:
+        yield (
+            f"a serverless endpoint has 1024 to 6144 MB of memory (6 GB) in steps of 1024, "
+            f"got {wanted.memory_mb}"
+        )
+    size = wanted.image_bytes or wanted.compressed_bytes
+    if size > SERVERLESS_IMAGE_BYTES:
+        yield (
+            f"a serverless endpoint takes images of at most {SERVERLESS_IMAGE_BYTES:,} bytes "
+            f"(10 GiB), and this one has {'' if wanted.image_bytes else 'packed '}{size:,}"
+        )
+    most = wanted.max_concurrency or 0
+    if not 1 <= most <= SERVERLESS_CONCURRENCY:
+        yield f"--max-concurrency must be 1 to {SERVERLESS_CONCURRENCY}, got {most}"
+    warm = wanted.provisioned_concurrency
+    if warm is not None and not 1 <= warm <= most:
+        yield (
+            f"--provisioned-concurrency must be 1 to --max-concurrency, which is {most}, got {warm}"
+        )
+    for option, chosen in (
+        ("--ami", wanted.ami),
+        ("--volume-gb", wanted.volume_gb),
+        ("--isolate", wanted.isolate or None),
+    ):
+        if chosen is not None:
+            yield f"{option} does not exist for a serverless endpoint"
+
+
+def _numbers(wanted: Deployment) -> Iterator[str]:
+    most = INVOCATION_SECONDS[wanted.mode]
+    seconds = wanted.invocation_seconds
+    if seconds is not None and not 1 <= seconds <= most:
+        hint = "; --mode async has up to 3600" if most == INVOCATION_SECONDS["realtime"] else ""
+        yield f"an invocation has 1 to {most} s in mode {wanted.mode}, got {seconds}{hint}"
+    if wanted.mode == "serverless":
+        return
+    for option, value in (
+        ("--startup-seconds", wanted.startup_seconds),
+        ("--download-seconds", wanted.download_seconds),
+    ):
+        if wanted.mode != "batch" and value not in TIMEOUT_SECONDS:
+            yield f"{option} must be 60 to 3600, got {value}"
+    if wanted.volume_gb is not None and wanted.volume_gb not in VOLUME_GB:
+        yield f"--volume-gb must be 1 to 512, got {wanted.volume_gb}"
+    if wanted.max_instances < max(1, wanted.min_instances):
+        yield (
+            f"--max-instances must be at least 1 and --min-instances, which is "
+            f"{wanted.min_instances}, got {wanted.max_instances}"
+        )
+    if wanted.mode == "realtime" and wanted.min_instances < 1:
+        yield (
+            "a real-time endpoint keeps at least 1 instance; --mode async and --mode serverless "
+            "cost nothing when idle"
+        )
+    if wanted.mode == "async" and not 1 <= wanted.concurrent_per_instance <= 1000:
+        yield f"--concurrent must be 1 to 1000, got {wanted.concurrent_per_instance}"
+
+
+def _model_and_environment(wanted: Deployment) -> Iterator[str]:
+    if not wanted.model_data.startswith("s3://"):
+        yield f"the model is given by its s3:// address, got {wanted.model_data!r}"
+    elif not wanted.model_data.endswith(".tar.gz"):
+        uncompressed = " (batch transform cannot read uncompressed models)"
+        yield (
+            f"the model must be a model.tar.gz{uncompressed if wanted.mode == 'batch' else ''}, "
+            f"got {wanted.model_data}"
+        )
+    environment = wanted.environment or {}
+    if len(environment) > ENVIRONMENT_ENTRIES:
+        yield f"at most {ENVIRONMENT_ENTRIES} environment variables, got {len(environment)}"
+    for name, value in environment.items():
+        if max(len(name), len(value)) > 1024:
+            yield f"environment variable {name[:40]} is longer than 1024 characters"
+    size = sum(len(name) + len(value) for name, value in environment.items())
+    if size > ENVIRONMENT_BYTES:
+        yield f"the environment has at most {ENVIRONMENT_BYTES:,} bytes in all, got {size:,}"
+
+
+def check_payload(mode: Mode, num_bytes: int) -> None:
+    """Raises PlanError when a request's body is larger than its kind of endpoint takes."""
+    most = PAYLOAD_BYTES[mode]
+    if num_bytes > most:
+        hint = "" if mode in ("async", "batch") else "; --mode async takes up to 1 GB"
+        raise PlanError(
+            f"a request to a {mode} endpoint has at most {most:,} bytes, got {num_bytes:,}{hint}"
+        )

@@ -1,0 +1,191 @@
+"""The image on this machine, treated as SageMaker treats it:
+
+    python3 -m infra.local train --data DIR --out out/local --set size=tiny --set max_steps=20
+    python3 -m infra.local serve --model out/local/model.tar.gz --port 8080
+    python3 -m infra.local endpoint --model out/local/model.tar.gz --port 8081 --memory 4g --cpus 2
+
+`train` lays out what the platform puts under /opt/ml, runs the image on it and packs model.tar.gz;
+`serve` unpacks one, read-only, and serves it with limits on memory and processors; `endpoint` does
+so behind a stand-in for SageMaker's runtime, which boto3's own client calls. Ctrl-C stops a
+container as the platform does, by SIGTERM first. Needs a Docker engine and the standard library.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from infra.local.docker import image_name, why_no_docker
+from infra.local.endpoint import RuntimeFacade
+from infra.local.opt_ml import STOP_TRAINING_SECONDS, OptMl, pack_model, start_training
+from infra.local.serving import STOP_SERVING_SECONDS, Serving, unpacked
+
+CALL = """\
+import boto3
+
+runtime = boto3.client(
+    "sagemaker-runtime",
+    region_name="us-east-1",
+    endpoint_url="{url}",
+    aws_access_key_id="any",
+    aws_secret_access_key="any",
+)
+reply = runtime.invoke_endpoint(
+    EndpointName="{name}",
+    ContentType="text/plain",
+    Accept="image/png",
+    Body="big filled orange star",
+)
+with open("star.png", "wb") as file:
+    file.write(reply["Body"].read())
+"""
+"""What `endpoint` prints: runs as it stands, with any credentials."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: leave nothing behind
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    reason = why_no_docker(options.image)
+    if reason:
+        print(reason, file=sys.stderr)
+        return 1
+    limits = [
+        f"--{name}={value}"
+        for name in ("memory", "cpus", "gpus")
+        if (value := getattr(options, name))
+    ]
+    for variable in options.env:
+        limits += ["--env", variable]
+    try:
+        result: int = options.run(options, limits)
+    except KeyboardInterrupt:  # before there was anything to stop
+        return 130
+    return result
+
+
+def _train(options: argparse.Namespace, limits: list[str]) -> int:
+    if not options.data.is_dir():
+        print(f"{options.data} is not a directory", file=sys.stderr)
+        return 1
+    folders = {path.name: path for path in sorted(options.data.iterdir()) if path.is_dir()}
+    channels = folders if "train" in folders else {"train": options.data}
+    tree = OptMl(options.out, "platform")
+    tree.set_hyperparameters(**dict(options.set))
+    for name in channels:
+        tree.add_channel(name)
+    if os.getuid() != 0:  # what it writes shall belong to who asked for it
+        limits = [*limits, "--user", f"{os.getuid()}:{os.getgid()}"]
+    with start_training(tree, *limits, image=options.image, channels=channels) as container:
+        container.echo()
+        try:
+            status = container.wait(seconds=None)
+        except KeyboardInterrupt:
+            status = container.stop(STOP_TRAINING_SECONDS)
+        if container.state()["OOMKilled"]:
+            print("killed: it needed more memory than --memory allows", file=sys.stderr)
+    if status != 0:
+        print(f"failed with exit status {status}", file=sys.stderr)
+        return 1
+    print(f"packed {pack_model(options.out / 'model', options.out / 'model.tar.gz')}")
+    return 0
+
+
+def _serve(options: argparse.Namespace, limits: list[str]) -> int:
+    with _serving(options, options.port, limits) as serving:
+        return _until_stopped(serving, f"http://127.0.0.1:{serving.port}/invocations")
+
+
+def _endpoint(options: argparse.Namespace, limits: list[str]) -> int:
+    with (
+        _serving(options, 0, limits) as serving,
+        RuntimeFacade({options.name: serving.port}, port=options.port) as facade,
+    ):
+        call = CALL.format(url=facade.url, name=options.name)
+        return _until_stopped(
+            serving,
+            f"the endpoint {options.name}. Any client of the SageMaker runtime finds it by\n\n"
+            f"export AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME={facade.url}\n\n"
+            f"This one needs no more than boto3:\n\n{call}",
+        )
+
+
+@contextmanager
+def _serving(options: argparse.Namespace, port: int, limits: list[str]) -> Iterator[Serving]:
+    if not options.model.exists():
+        sys.exit(f"{options.model} is not there; `train` of this program makes one")
+    with (
+        unpacked(options.model) as model,
+        Serving(model, *limits, image=options.image, port=port) as serving,
+    ):
+        serving.echo()
+        yield serving
+
+
+def _until_stopped(serving: Serving, ready: str) -> int:
+    """Say what can be called once it can be; the container's exit status."""
+    try:
+        serving.wait_until_ready()
+        print(f"ready after {time.monotonic() - serving.began:.1f} s: {ready}", flush=True)
+        return serving.wait(seconds=None)
+    except KeyboardInterrupt:
+        return serving.stop(STOP_SERVING_SECONDS)
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    name, sign, value = text.partition("=")
+    if not (name and sign):
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
+    return name, value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python3 -m infra.local",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True)
+    train = commands.add_parser("train", help="train the image on a directory of pairs")
+    train.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="holds pairs, or the channels train, validation, ...",
+    )
+    train.add_argument("--out", type=Path, required=True, help="becomes what /opt/ml is")
+    train.add_argument(
+        "--set",
+        action="append",
+        type=_assignment,
+        default=[],
+        metavar="NAME=VALUE",
+        help="a hyperparameter",
+    )
+    train.set_defaults(run=_train)
+    serve = commands.add_parser("serve", help="serve a model.tar.gz or the directory of a model")
+    serve.set_defaults(run=_serve)
+    endpoint = commands.add_parser("endpoint", help="the same as an endpoint that boto3 can call")
+    endpoint.add_argument("--name", default="dalle", help="the endpoint's; default %(default)s")
+    endpoint.set_defaults(run=_endpoint)
+    for command in (serve, endpoint):
+        command.add_argument("--model", type=Path, required=True)
+        command.add_argument("--port", type=int, default=8080, help="on loopback; 0 for a free one")
+    for command in (train, serve, endpoint):
+        command.add_argument("--image", default=image_name(), help="default %(default)s")
+        command.add_argument("--memory", default="", help="such as 4g; default no limit")
+        command.add_argument("--cpus", default="", help="such as 2; default no limit")
+        command.add_argument("--gpus", default="", help="such as all; default none")
+        command.add_argument("--env", action="append", default=[], metavar="NAME=VALUE")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

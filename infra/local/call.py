@@ -1,0 +1,91 @@
+"""One POST /invocations to a container, with one deadline for the whole of it.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+
+PART_BYTES = 65_536
+
+
+class TimedOutError(Exception):
+    """The container did not answer in time."""
+
+
+class BrokenError(Exception):
+    """The container went away before its reply was complete."""
+
+
+class StoppingError(Exception):
+    """The facade is being stopped."""
+
+
+class Call:
+    """One request to a container, and one deadline for all of it. Closing it tells the container
+    that nobody waits any more."""
+
+    def __init__(self, port: int, seconds: float) -> None:
+        self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=seconds)
+        self._timed_out = threading.Event()
+        self._stopping = threading.Event()
+        self._timer = threading.Timer(seconds, self._cut, [self._timed_out])
+        self._socket: socket.socket | None = None
+        self._response: http.client.HTTPResponse | None = None
+
+    def send(self, body: bytes, headers: Mapping[str, str]) -> http.client.HTTPResponse:
+        """The beginning of the reply: its status and headers."""
+        with self._failures():
+            self.connection.connect()
+            self._socket = self.connection.sock
+            if self._stopping.is_set():
+                raise ConnectionAbortedError
+            self._timer.start()
+            self.connection.putrequest("POST", "/invocations", skip_accept_encoding=True)
+            for name, value in headers.items():
+                self.connection.putheader(name, value)
+            self.connection.putheader("Content-Length", str(len(body)))
+            # A server that refuses a body may answer before it has read all of it.
+            with suppress(BrokenPipeError, ConnectionResetError):
+                self.connection.endheaders(body)
+            self._response = self.connection.getresponse()
+            return self._response
+
+    def parts(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
+        """The body as it arrives."""
+        with self._failures():
+            while part := response.read1(PART_BYTES):
+                yield part
+            if response.length or self._timed_out.is_set() or self._stopping.is_set():
+                raise http.client.IncompleteRead(b"", response.length)
+
+    def stop(self) -> None:
+        self._cut(self._stopping)
+
+    def close(self) -> None:
+        self._timer.cancel()
+        if self._response is not None:
+            self._response.close()
+        self.connection.close()
+
+    def _cut(self, reason: threading.Event) -> None:
+        reason.set()
+        if self._socket is not None:
+            with suppress(OSError):  # it has ended by itself
+                self._socket.shutdown(socket.SHUT_RDWR)
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, http.client.HTTPException) as error:
+            if self._stopping.is_set():
+                raise StoppingError from error
+            if self._timed_out.is_set() or isinstance(error, TimeoutError):
+                raise TimedOutError from error
+            raise BrokenError from error
