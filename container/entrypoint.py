@@ -18,7 +18,6 @@ import signal
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
 
@@ -95,13 +94,9 @@ def main() -> int:
 
 def versions() -> str:
     """Of this code, Python and what decides whether a GPU works; imports nothing of them."""
-    found = [f"python={platform.python_version()}"]
-    for name in ("dalle-sagemaker", *PACKAGES):
-        try:
-            found.append(f"{name}={version(name)}")
-        except PackageNotFoundError:
-            found.append(f"{name}=not-installed")
-    return " ".join([*found, f"revision={os.environ.get('DALLE_GIT_REVISION', 'unknown')}"])
+    from dalle.versions import versions_line  # not on the probe's path
+
+    return f"{versions_line(PACKAGES)} revision={os.environ.get('DALLE_GIT_REVISION', 'unknown')}"
 
 
 def host() -> str:

@@ -8,15 +8,14 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dalle.contract import DEFAULT_ROOT, Paths
 from dalle.errors import UserError
 from dalle.threads import spin_briefly
+from dalle.versions import versions_line
 from inference.settings import OURS, PLATFORMS, Settings, read_port, read_settings
 
 if TYPE_CHECKING:
@@ -24,14 +23,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("inference")
 
+_STATUSES = (
+    (0, "stopped by SIGTERM, SIGINT or SIGQUIT"),
+    (1, "the port cannot be bound"),
+    (2, "the command line, a variable or --root is wrong"),
+    (3, "the server process cannot begin: this installation is broken"),
+    (4, "the model cannot be loaded, or fails its self-test"),
+)
 _VERSIONS_OF = ("torch", "numpy", "pydantic", "flask", "gunicorn")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Serve until stopped.
 
-    Exit status: 0 after SIGTERM, 2 for what can be refused before the port is bound, 4 when the
-    model cannot be loaded, 1 for anything else.
+    Returns 2 for what is refused before the port is bound; leaves by SystemExit with the other
+    statuses of `_STATUSES`. The last line of the log is the cause.
     """
     options = _parser().parse_args(arguments)
     spin_briefly()
@@ -40,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         stream=sys.stderr,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
-    logger.info("serve %s", _versions())
+    logger.info("serve %s", versions_line(_VERSIONS_OF))
     try:
         settings = read_settings(os.environ)
         port = read_port(os.environ, options.port)
@@ -71,6 +77,7 @@ def _load(model: Path, settings: Settings) -> Generator:
         settings.device,
         threads=settings.threads or usable_cpus(),
         chunk_size=settings.chunk_size,
+        precision=settings.precision,
     )
 
 
@@ -79,6 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     for variable in (*OURS, *PLATFORMS):
         default = f" (default {variable.default})" if variable.default else ""
         lines.append(f"  {variable.name}\n      {variable.description}{default}")
+    lines += ["", "exit status, whose cause is the last line of the log:"]
+    lines += [f"  {status}  {meaning}" for status, meaning in _STATUSES]
     parser = argparse.ArgumentParser(
         prog="serve",
         description="Answer SageMaker's endpoint protocol: GET /ping, POST /invocations, "
@@ -101,16 +110,6 @@ def _parser() -> argparse.ArgumentParser:
         "--port", type=int, default=None, help="port to listen on, 0 for a free one (default 8080)"
     )
     return parser
-
-
-def _versions() -> str:
-    found = [f"python={platform.python_version()}"]
-    for name in ("dalle-sagemaker", *_VERSIONS_OF):
-        try:
-            found.append(f"{name}={version(name)}")
-        except PackageNotFoundError:
-            found.append(f"{name}=not-installed")
-    return " ".join(found)
 
 
 if __name__ == "__main__":

@@ -14,21 +14,29 @@ from pydantic import BaseModel, TypeAdapter
 
 from dalle.errors import UserError
 from dalle.images import ImageFormat
-from inference import schema
+from inference import parsing
 from inference.control import Cancelled, DeadlineExceeded
-from inference.media import JSON, JSON_LINES, JSON_LINES_NAMES
+from inference.media import (
+    JSON,
+    JSON_LINES,
+    JSON_LINES_NAMES,
+    OFFERED_WITHOUT_PICTURE,
+    negotiate,
+)
 from inference.metrics import Metrics
 from inference.render import (
     Candidate,
     ClassifyResult,
     CompleteResult,
     GenerateResult,
+    Preview,
     Result,
     check_reply_size,
     render_best,
     render_candidate,
     render_error,
     render_json,
+    render_preview,
     render_ranking,
     stage_timings,
 )
@@ -86,20 +94,18 @@ class Waiter:
         self._on_error = on_error
         self._next_look = 0.0
 
-    def answer_one(self, request: Request, accept: str) -> Answer:
-        """The reply to one request in the media type that was negotiated.
+    def answer_one(self, request: Request, accept: str | None) -> Answer:
+        """The reply to one request, in the type that the Accept header wishes most of those that
+        this kind of request can be answered in.
 
-        Raises whatever `Scheduler` and `Engine` raise, and `UserError` 406 where the reply to this
-        kind of request does not exist in that type. Nothing is submitted after a refusal.
+        Raises whatever `Scheduler` and `Engine` raise, and `UserError` 406 where there is no such
+        type. Nothing is submitted after a refusal.
         """
-        is_drawing = isinstance(request, GenerateRequest)
-        if accept in _IMAGE_FORMATS and not is_drawing:
-            raise UserError(
-                f"Accept {accept} is for requests with a caption; this one is answered in {JSON}",
-                field="Accept",
-                status=406,
-                code="not_acceptable",
-            )
+        if isinstance(request, GenerateRequest):
+            accept = negotiate(accept)
+        else:
+            what = "a request without a caption to draw"
+            accept = negotiate(accept, OFFERED_WITHOUT_PICTURE, what=what)
         job = self._submit(request, accept, wait=False)
         try:
             if isinstance(request, GenerateRequest) and accept in JSON_LINES_NAMES:
@@ -122,18 +128,15 @@ class Waiter:
             return Answer(body + b"\n", accept, {})
         return Answer(body, JSON, {})
 
-    def answer_lines(self, lines: Sequence[bytes], accept: str) -> Answer:
+    def answer_lines(self, lines: Sequence[bytes], accept: str | None) -> Answer:
         """One reply line for each request line, in order.
 
-        Only a full queue or a server that is not ready refuses the whole.
+        Every line's deadline counts from the arrival of the whole body, because the platform, too,
+        gives the whole invocation one time: a line whose turn comes too late is answered with
+        deadline_exceeded in its place. Only an Accept of pictures alone, a full queue or a server
+        that is not ready refuses the whole.
         """
-        if accept in _IMAGE_FORMATS:
-            raise UserError(
-                f"Accept {accept} is for one caption; lines are answered in {JSON_LINES}",
-                field="Accept",
-                status=406,
-                code="not_acceptable",
-            )
+        accept = negotiate(accept, OFFERED_WITHOUT_PICTURE, what="a body of lines")
         media_type = accept if accept in JSON_LINES_NAMES else JSON_LINES
         first = self._start_line(lines[0], wait=False)
         return Answer(self._lines(first, lines[1:]), media_type, {})
@@ -156,7 +159,7 @@ class Waiter:
 
     def _start_line(self, line: bytes, *, wait: bool) -> _Line:
         try:
-            request = schema.parse_request(line.strip(), JSON, limits=self._limits)
+            request = parsing.parse_request(line.strip(), JSON, limits=self._limits)
             return _Line(request, self._submit(request, JSON, wait=wait), None)
         except Exception as error:
             # Before anything was answered the whole request can still be refused; but that there
@@ -179,15 +182,18 @@ class Waiter:
             line.job.cancel()
 
     def _stream(
-        self, job: Job, request: GenerateRequest, event: Candidate | Result
+        self, job: Job, request: GenerateRequest, event: Preview | Candidate | Result
     ) -> Iterator[bytes]:
         encode_seconds = 0.0
         uncounted = 0
         try:
-            while isinstance(event, Candidate):
+            while isinstance(event, Preview | Candidate):
                 began = time.monotonic()
-                uncounted += 1
-                line = _dump(render_candidate(event, request.format)) + b"\n"
+                if isinstance(event, Preview):
+                    line = _dump(render_preview(event, request.format)) + b"\n"
+                else:
+                    uncounted += 1
+                    line = _dump(render_candidate(event, request.format)) + b"\n"
                 encode_seconds += time.monotonic() - began
                 yield line
                 event = self._next_event(job)
@@ -198,8 +204,11 @@ class Waiter:
             self._metrics.count_generation(event, ranking.timings)
             uncounted = 0
             yield _dump(ranking) + b"\n"
-        except Cancelled:
-            return
+        except GeneratorExit:  # whoever sends the lines could not
+            self._on_error(Cancelled("the client closed the stream"))
+            raise
+        except Cancelled as error:
+            self._on_error(error)
         except Exception as error:
             detail = self._error(error).error
             yield _dump(ErrorLine(error=detail)) + b"\n"
@@ -209,6 +218,8 @@ class Waiter:
 
     def _submit(self, request: Request, accept: str, *, wait: bool) -> Job:
         engine = self._scheduler.engine()
+        if isinstance(request, GenerateRequest) and request.preview_rows is not None:
+            _check_streamed(accept)
         if isinstance(request, GenerateRequest) and accept == JSON and engine.image_size:
             check_reply_size(request, engine.image_size, self._limits)
         work = engine.prepare(request)
@@ -218,14 +229,14 @@ class Waiter:
         )
 
     def _result(self, job: Job) -> Result:
-        while isinstance(event := self._next_event(job), Candidate):
+        while isinstance(event := self._next_event(job), Preview | Candidate):
             pass
         return event
 
-    def _next_event(self, job: Job) -> Candidate | Result:
+    def _next_event(self, job: Job) -> Preview | Candidate | Result:
         while (event := job.next_event(_LOOK_SECONDS)) is None:
             self._look(job)
-        if isinstance(event, Candidate):  # they may come faster than anything times out
+        if isinstance(event, Preview | Candidate):  # they may come faster than anything times out
             self._look(job)
         if isinstance(event, Failed):
             raise event.error
@@ -268,6 +279,17 @@ class _Line:
     request: Request | None
     job: Job | None
     error: ErrorReply | None
+
+
+def _check_streamed(accept: str) -> None:
+    if accept not in JSON_LINES_NAMES:
+        raise UserError(
+            f"preview_rows is for streams: ask with Accept: {JSON_LINES}, got {accept}; lines of "
+            "one body have no previews",
+            field="preview_rows",
+            status=422,
+            code="invalid_request",
+        )
 
 
 def _dump(model: BaseModel) -> bytes:

@@ -18,10 +18,10 @@ from collections.abc import Callable
 from typing import Any
 
 from flask import Flask, Response, g, jsonify, request
-from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntityTooLarge
 
 from dalle.errors import DalleError, UserError
-from inference import openapi, schema
+from inference import openapi, parsing
 from inference.answers import Answer, Waiter
 from inference.control import Cancelled
 from inference.media import BodyKind, body_kind, negotiate
@@ -29,6 +29,7 @@ from inference.metrics import Metrics
 from inference.render import CUSTOM_ATTRIBUTES, render_error
 from inference.replies import ErrorDetail, ErrorReply
 from inference.scheduler import Busy, Scheduler, State
+from inference.schema import Limits
 from inference.settings import MEGABYTE, Settings
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,8 @@ def create_app(scheduler: Scheduler, settings: Settings) -> Flask:
     def answer_invocation() -> Answer:
         # Headers, then state, then body, then work: each is cheaper than the next.
         kind = body_kind(request.headers.get("Content-Type"))
-        accept = negotiate(request.headers.get("Accept"))
+        accept = request.headers.get("Accept")
+        negotiate(accept)  # what nothing at all can answer is refused before its body is read
         if request.content_encoding not in (None, "", "identity"):
             raise UserError(
                 f"Content-Encoding {request.content_encoding!r} is not read; send the body plain",
@@ -119,8 +121,8 @@ def create_app(scheduler: Scheduler, settings: Settings) -> Flask:
             on_error=_log_error,
         )
         if kind is BodyKind.JSON_LINES:
-            return waiter.answer_lines(schema.split_lines(body), accept)
-        parsed = schema.parse_request(
+            return waiter.answer_lines(parsing.split_lines(body), accept)
+        parsed = parsing.parse_request(
             body, request.headers.get("Content-Type"), limits=settings.limits
         )
         return waiter.answer_one(parsed, accept)
@@ -142,7 +144,7 @@ def create_app(scheduler: Scheduler, settings: Settings) -> Flask:
 
     @app.errorhandler(RequestEntityTooLarge)
     def too_large(error: RequestEntityTooLarge) -> tuple[Response, int]:
-        return any_error(schema.too_large(settings.limits))
+        return any_error(parsing.too_large(settings.limits))
 
     @app.errorhandler(HTTPException)
     def http_error(error: HTTPException) -> tuple[Response, int]:
@@ -165,15 +167,22 @@ def create_app(scheduler: Scheduler, settings: Settings) -> Flask:
     return app
 
 
-def _read_body(limits: schema.Limits) -> bytes:
+def _read_body(limits: Limits) -> bytes:
     try:
         body = request.get_data(cache=False)
-    except OSError as error:  # the socket's own timeout, or a client that went away
+    except ClientDisconnected as error:
+        # werkzeug says so of everything that a socket can raise, and leaves that as the context.
+        if isinstance(error.__context__, TimeoutError):
+            raise UserError(
+                "the body did not arrive in time; send it without a pause",
+                status=408,
+                code="request_timeout",
+            ) from error
         raise UserError(
-            "the body did not arrive in time", status=408, code="request_timeout"
+            "the body broke off in the middle, or its chunks cannot be read", code="malformed_body"
         ) from error
     if len(body) > limits.max_request_bytes:
-        raise schema.too_large(limits)
+        raise parsing.too_large(limits)
     expected = request.content_length
     if expected is not None and len(body) < expected:
         raise UserError(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from dalle.errors import DalleError
 
 if TYPE_CHECKING:
-    from inference.render import Candidate
+    from inference.render import Candidate, Preview
 
 
 class DeadlineExceeded(DalleError):  # noqa: N818 - reads as what happened
@@ -37,6 +37,7 @@ class Control:
 
     deadline: on `clock`'s scale, infinite for none.
     on_candidate: called in the model's thread with each finished candidate.
+    on_preview: the same with what is being drawn, where the work was asked for that.
     """
 
     def __init__(
@@ -44,11 +45,13 @@ class Control:
         deadline: float = math.inf,
         *,
         on_candidate: Callable[[Candidate], None] | None = None,
+        on_preview: Callable[[Preview], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.deadline = deadline
         self.last_beat: float | None = None  # when the work last showed that it goes on
         self._on_candidate = on_candidate
+        self._on_preview = on_preview
         self._clock = clock
         self._cancelled = threading.Event()
 
@@ -92,3 +95,8 @@ class Control:
         """Hand a finished candidate to whoever waits for them one by one."""
         if self._on_candidate is not None:
             self._on_candidate(candidate)
+
+    def previewed(self, preview: Preview) -> None:
+        """Hand on what is being drawn to whoever watches."""
+        if self._on_preview is not None:
+            self._on_preview(preview)

@@ -1,10 +1,10 @@
 """The pipeline, caption to ranked pictures, on one device. Knows nothing of Flask or of queues.
 
     prepare(request)     any thread    encode the caption, decode the images, refuse what cannot be
-    run(work, control)   one thread    sample -> decode -> score, chunk by chunk; then rank
+    run(work, control)   one thread    do one piece of work to its end
+    begin(work, control), advance()    the same for pictures, of several requests at once
 
-Letters: B batch, K candidates, N image-token positions, M codebooks, P primed positions, S image
-size, C classes, E embedding.
+Letters: S image size, C classes, E embedding.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dalle import artefact as artefacts
 from dalle.artefact import Artefact
-from dalle.errors import ArtefactError, DeviceError, PlatformError
-from dalle.images import Pixels
-from dalle.sampling import SamplingStopped, complete_captions, sample_image_tokens
+from dalle.errors import ArtefactError, DalleError, DeviceError, PlatformError
+from dalle.names import Precision
+from dalle.precision import build_engine
+from dalle.sampling import SamplingStopped, complete_captions
 from inference.control import Control
+from inference.drawing import Drawing, Ended, Studio
 from inference.pacing import Pace
 from inference.prepare import (
     ClassifyWork,
@@ -37,12 +37,10 @@ from inference.prepare import (
     prepare,
 )
 from inference.render import (
-    Candidate,
     ClassifyResult,
     CompleteResult,
     GenerateResult,
     Result,
-    rank,
 )
 from inference.replies import CompleteReply, Completion, Prediction
 from inference.schema import (
@@ -54,41 +52,39 @@ from inference.schema import (
 
 logger = logging.getLogger(__name__)
 
+_SLOTS_EACH = 2  # with guidance; without, half of the slots are never touched
 _CLASSIFY_CHUNK = 16  # images through CLIP together
 _QUICK_SECONDS = 5.0  # a self-test this fast is repeated at full size, to know the speed
 _SELF_TEST_CAPTION = "a"  # one token by any tokenizer
 
 
-@dataclass(slots=True)
-class _Spent:
-    """Seconds by stage; a stage is measured with `with spent.on("decode"):`."""
-
-    sample: float = 0.0
-    decode: float = 0.0
-    rank: float = 0.0
-
-    @contextmanager
-    def on(self, stage: str) -> Iterator[None]:
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            setattr(self, stage, getattr(self, stage) + time.monotonic() - began)
-
-
 class Generator:
     """An artefact on a device. `prepare` may be called by any thread, the rest by one only.
 
-    chunk_size: candidates drawn together; the pictures do not depend on it, speed and memory do.
-    None: 16 on a CPU, 32 on a GPU.
+    chunk_size: candidates drawn together, of one request or of several; the pictures do not depend
+    on it, speed and memory do. None: 16 on a CPU, 32 on a GPU. precision: see `dalle.precision`;
+    raises its errors.
     """
 
     def __init__(
-        self, artefact: Artefact, device: torch.device, *, chunk_size: int | None = None
+        self,
+        artefact: Artefact,
+        device: torch.device,
+        *,
+        chunk_size: int | None = None,
+        precision: Precision = "fp32",
     ) -> None:
         self._artefact = artefact
         self._device = device
         self._pace = Pace(chunk_size or (32 if device.type == "cuda" else 16))
+        self._studio: Studio | None = None
+        self._ended_aside: list[Ended] = []
+        if artefact.transformer is not None and artefact.dvae is not None:
+            chunk = self._pace.max_chunk_size
+            engine = build_engine(
+                artefact.transformer, _SLOTS_EACH * chunk, precision, max_candidates=chunk
+            )
+            self._studio = Studio(artefact, engine, self._pace)
 
     @classmethod
     def load(
@@ -98,6 +94,7 @@ class Generator:
         *,
         threads: int | None = None,
         chunk_size: int | None = None,
+        precision: Precision = "fp32",
     ) -> Generator:
         """Load an artefact directory, or the model.tar.gz in it, onto a device.
 
@@ -111,7 +108,8 @@ class Generator:
         # The model directory is read-only on the platform; a scratch one is needed for an archive.
         with tempfile.TemporaryDirectory(prefix="artefact-") as scratch:
             directory = artefacts.locate(model_dir, Path(scratch))
-            generator = cls(artefacts.load(directory, chosen), chosen, chunk_size=chunk_size)
+            artefact = artefacts.load(directory, chosen)
+            generator = cls(artefact, chosen, chunk_size=chunk_size, precision=precision)
         logger.info(
             "loaded %s on %s with %d threads in %.1f s",
             ", ".join(generator.components) or "no component",
@@ -166,7 +164,7 @@ class Generator:
 
     def run(self, work: Work, control: Control) -> Result:
         """Do prepared work. Raises `DeadlineExceeded`, `Cancelled` or `PlatformError`."""
-        try:
+        with self._named_errors():
             match work:
                 case GenerateWork():
                     return self._generate(work, control)
@@ -174,6 +172,43 @@ class Generator:
                     return self._classify(work, control)
                 case CompleteWork():
                     return self._complete(work, control)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another request's pictures would be drawn from now on."""
+        return self._studio is not None and self._studio.has_room
+
+    def begin(self, work: Work, control: Control) -> Drawing | None:
+        """Begin to draw pictures; None for work of another kind, which `run` does.
+
+        Raises what `run` does.
+        """
+        if not isinstance(work, GenerateWork):
+            return None
+        assert self._studio is not None
+        with self._named_errors():
+            return self._studio.begin(work, control)
+
+    def advance(self) -> list[Ended]:
+        """Go on with all that was begun by one token each; whatever has ended by that.
+
+        Raises `PlatformError`; then everything begun is to be given up by `abandon`.
+        """
+        assert self._studio is not None
+        aside, self._ended_aside = self._ended_aside, []
+        with self._named_errors():
+            return aside or self._studio.advance()
+
+    def abandon(self) -> list[Drawing]:
+        """Give up everything that was begun, and return it."""
+        self._ended_aside.clear()
+        return [] if self._studio is None else self._studio.abandon()
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """An error of the device in words that say what to do."""
+        try:
+            yield
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
             raise PlatformError(
@@ -207,105 +242,24 @@ class Generator:
             grey = torch.full((1, 3, size, size), 0.5)
             self._classify(ClassifyWork([grey], [_SELF_TEST_CAPTION], top=1), Control())
 
-    @torch.inference_mode()
     def _generate(self, work: GenerateWork, control: Control) -> GenerateResult:
-        control.check()
-        spent = _Spent()
-        finished: list[Candidate] = []
-        prime_tokens = self._prime_tokens(work)
-        while (first := len(finished)) < work.num_candidates:
-            sampled = self._sample(work, first, prime_tokens, control, spent)
-            if sampled is None:
-                break
-            for candidate in self._finish(work, first, *sampled, spent):
-                finished.append(candidate)
-                control.finished(candidate)
-        if control.cancelled or not finished:
-            raise control.error()
-        ranked_by, ranked = rank(finished)
-        return GenerateResult(
-            ranked=ranked,
-            ranked_by=ranked_by,
-            seed=work.seed,
-            num_candidates=work.num_candidates,
-            sample_seconds=spent.sample,
-            decode_seconds=spent.decode,
-            rank_seconds=spent.rank,
-        )
-
-    def _prime_tokens(self, work: GenerateWork) -> Tensor | None:
-        """The image tokens [P, M] of the prime image's first rows."""
-        if work.prime is None:
-            return None
-        dvae = self._artefact.dvae
-        assert dvae is not None
-        tokens = dvae.encode(work.prime.to(self._device))[0]
-        return tokens[: work.prime_rows * dvae.config.grid_size]
-
-    def _sample(
-        self,
-        work: GenerateWork,
-        first: int,
-        prime_tokens: Tensor | None,
-        control: Control,
-        spent: _Spent,
-    ) -> tuple[Tensor, list[float]] | None:
-        """Image tokens [K, N, M] and log-likelihoods of the candidates from `first` on.
-
-        How many depends on the time that is left. None when it ran out, or nobody waits any more.
-        """
-        dvae, transformer = self._artefact.dvae, self._artefact.transformer
-        assert dvae is not None
-        assert transformer is not None
-        positions = dvae.config.num_positions - (0 if prime_tokens is None else len(prime_tokens))
-        guided = work.options.guidance_scale != 1.0
-        size = self._pace.chunk_size(
-            work.num_candidates - first, guided, positions, control.seconds_left()
-        )
-        reserve_seconds = self._pace.finishing_seconds(size)
-        before = spent.sample
-        try:
-            with spent.on("sample"):
-                sampled = sample_image_tokens(
-                    transformer,
-                    work.text_tokens.to(self._device),
-                    candidates=range(first, first + size),
-                    seed=work.seed,
-                    options=work.options,
-                    prime_tokens=prime_tokens,
-                    on_step=lambda _: control.keep_going(reserve_seconds),
-                )
-                # Reading the numbers waits for the device, so that the clock is right.
-                log_likelihood: list[float] = sampled.log_likelihood.tolist()
-        except SamplingStopped:
-            return None
-        self._pace.note_sampling(size, guided, positions, spent.sample - before)
-        return sampled.image_tokens, log_likelihood
-
-    def _finish(
-        self,
-        work: GenerateWork,
-        first: int,
-        image_tokens: Tensor,
-        log_likelihood: list[float],
-        spent: _Spent,
-    ) -> list[Candidate]:
-        """Image tokens [K, N, M] to pictures with their scores."""
-        dvae, clip = self._artefact.dvae, self._artefact.clip
-        assert dvae is not None
-        before = spent.decode + spent.rank
-        with spent.on("decode"):
-            images = dvae.decode(image_tokens)
-            pixels = _to_pixels(images)
-        scores: list[float | None] = [None] * len(pixels)
-        if clip is not None:
-            with spent.on("rank"):
-                scores = (clip.encode_image(images) @ self._embed([work.caption]).T)[:, 0].tolist()
-        self._pace.note_finishing(len(pixels), spent.decode + spent.rank - before)
-        return [
-            Candidate(first + row, log_likelihood[row], scores[row], pixels[row])
-            for row in range(len(pixels))
-        ]
+        assert self._studio is not None
+        drawing = self._studio.begin(work, control)
+        outcome: GenerateResult | DalleError | None = None
+        while outcome is None:
+            try:
+                over = self._studio.advance()
+            except Exception:
+                self._studio.abandon()
+                raise
+            for ended in over:
+                if ended.drawing is drawing:
+                    outcome = ended.outcome
+                else:  # begun before, and waited for by `advance`
+                    self._ended_aside.append(ended)
+        if isinstance(outcome, GenerateResult):
+            return outcome
+        raise outcome
 
     @torch.inference_mode()
     def _classify(self, work: ClassifyWork, control: Control) -> ClassifyResult:
@@ -355,12 +309,6 @@ class Generator:
         clip = self._artefact.clip
         assert clip is not None
         return clip.encode_captions(captions, self._artefact.tokenizer)
-
-
-def _to_pixels(images: Tensor) -> list[Pixels]:
-    """Images [K, 3, S, S] in [0, 1] -> K arrays [S, S, 3] of uint8."""
-    rounded = (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
-    return list(np.ascontiguousarray(rounded.permute(0, 2, 3, 1).cpu().numpy()))
 
 
 def _choose_device(name: str) -> torch.device:

@@ -5,6 +5,7 @@ Knows nothing of requests or replies, only of their names on the wire.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -23,8 +24,10 @@ JSON_LINES_NAMES = (
 TEXT = "text/plain"
 IMAGES = ("image/png", "image/jpeg", "image/webp")
 
-# In the order of our own preference, which decides between equal wishes.
+# In the order of our own preference, which decides between equal wishes. Only pictures can be
+# answered as one; what answers every request is in the second.
 OFFERED = (JSON, *JSON_LINES_NAMES, *IMAGES)
+OFFERED_WITHOUT_PICTURE = (JSON, *JSON_LINES_NAMES)
 
 
 class BodyKind(StrEnum):
@@ -85,26 +88,29 @@ def body_kind(content_type: str | None) -> BodyKind:
     )
 
 
-def negotiate(accept: str | None) -> str:
-    """The one of `OFFERED` that an Accept header wishes most (RFC 9110 §12.5.1).
+def negotiate(
+    accept: str | None, offered: Sequence[str] = OFFERED, *, what: str = "a request"
+) -> str:
+    """The one of `offered` that an Accept header wishes most (RFC 9110 §12.5.1).
 
-    No header, an empty one and `*/*` give JSON. Of equal wishes the first in `OFFERED` wins.
-    Raises `UserError` 406 when nothing offered is acceptable or the header cannot be read.
+    No header, an empty one and `*/*` give the first; so do equal wishes. what: names in the message
+    what is to be answered. Raises `UserError` 406 when nothing offered is acceptable or the header
+    cannot be read.
     """
     if accept is None or not accept.strip():
-        return JSON
+        return offered[0]
     ranges = [_parse_range(element) for element in accept.split(",") if element.strip()]
     best, best_quality = None, 0.0
-    for offered in OFFERED:
+    for each in offered:
         # The most specific range that covers a type decides about it, so q=0 can exclude one.
-        covering = [(r.specificity(offered), r.quality) for r in ranges if r.specificity(offered)]
+        covering = [(r.specificity(each), r.quality) for r in ranges if r.specificity(each)]
         quality = max(covering)[1] if covering else 0.0
         if quality > best_quality:
-            best, best_quality = offered, quality
+            best, best_quality = each, quality
     if best is None:
+        own = [name for name in offered if name not in JSON_LINES_NAMES[1:]]
         raise UserError(
-            f"Accept {accept[:200]!r} admits nothing that is offered: "
-            f"{', '.join((JSON, JSON_LINES, *IMAGES))}",
+            f"Accept {accept[:200]!r} admits no type that {what} is answered in: {', '.join(own)}",
             field="Accept",
             status=406,
             code="not_acceptable",

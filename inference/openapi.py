@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import models_json_schema
 
+from dalle.versions import OURS, installed
 from inference.media import IMAGES, JSON, JSON_LINES, TEXT
 from inference.replies import (
     CandidateLine,
@@ -17,6 +17,7 @@ from inference.replies import (
     ErrorReply,
     GenerateReply,
     Prediction,
+    PreviewLine,
     RankingLine,
 )
 from inference.schema import (
@@ -31,6 +32,7 @@ _MODELS: tuple[type[BaseModel], ...] = (
     ClassifyRequest,
     CompleteRequest,
     GenerateReply,
+    PreviewLine,
     CandidateLine,
     RankingLine,
     ErrorLine,
@@ -41,7 +43,7 @@ _MODELS: tuple[type[BaseModel], ...] = (
 _REFUSALS: Mapping[int, str] = {
     400: "The body cannot be read: not UTF-8, not JSON, not an image.",
     406: "Accept admits nothing that is offered for this request.",
-    408: "The body did not arrive in time.",
+    408: "The body did not arrive in time, or stopped in the middle.",
     413: "The body is larger than this server reads.",
     415: "The Content-Type is not read.",
     422: "A field is unknown, missing or out of range, a caption is too long, or the artefact "
@@ -71,7 +73,7 @@ def document(limits: Limits) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {
             "title": "dalle-sagemaker",
-            "version": _version(),
+            "version": installed(OURS) or "0",  # 0: run from a checkout
             "description": "Draws pictures for a caption, ranks them by CLIP, returns the best.",
         },
         "paths": {
@@ -101,6 +103,7 @@ def _invocations(limits: Limits) -> dict[str, Any]:
     requests = _any_of("GenerateRequest", "ClassifyRequest", "CompleteRequest")
     replies = _any_of("GenerateReply", "ClassifyReply", "CompleteReply")
     lines = _any_of(
+        "PreviewLine",
         "CandidateLine",
         "RankingLine",
         "ErrorLine",
@@ -125,11 +128,12 @@ def _invocations(limits: Limits) -> dict[str, Any]:
         "description": f"Bodies up to {limits.max_request_bytes:,} bytes. As {TEXT} the body is "
         f"the caption and everything else has its default. As {JSON_LINES} each line is a "
         "request, and the reply has exactly one line for each, in order, an error in the place of "
-        f"the reply it replaces. With Accept: {JSON_LINES} one drawing request is answered in a "
-        "stream: a CandidateLine for each candidate as soon as it is finished, then one "
-        "RankingLine; an ErrorLine ends a stream that broke off. With an image type the best "
-        "picture is the reply, and X-Dalle-* headers carry its scores. The header "
-        "X-Amzn-SageMaker-Custom-Attributes comes back unchanged.",
+        "the reply it replaces; their deadlines count from the arrival of the whole body. With "
+        f"Accept: {JSON_LINES} one drawing request is answered in a stream: PreviewLines of what "
+        "is being drawn where preview_rows asks for them, a CandidateLine for each candidate as "
+        "soon as it is finished, then one RankingLine; an ErrorLine ends a stream that broke off. "
+        "With an image type the best picture is the reply, and X-Dalle-* headers carry its scores. "
+        "The header X-Amzn-SageMaker-Custom-Attributes comes back unchanged.",
         "requestBody": {
             "required": True,
             "content": {
@@ -194,10 +198,3 @@ def _body(description: str, schemas: Mapping[str, dict[str, Any]]) -> dict[str, 
         "description": description,
         "content": {media_type: {"schema": schema} for media_type, schema in schemas.items()},
     }
-
-
-def _version() -> str:
-    try:
-        return version("dalle-sagemaker")
-    except PackageNotFoundError:  # run from a checkout that was not installed
-        return "0"

@@ -33,15 +33,26 @@ class Pace:
         """What decoding and scoring `size` candidates will probably take."""
         return self._finish * size
 
-    def chunk_size(self, remaining: int, guided: bool, positions: int, seconds: float) -> int:
+    def chunk_size(
+        self,
+        remaining: int,
+        guided: bool,
+        positions: int,
+        seconds: float,
+        *,
+        decodes: int = 1,
+        beside: int = 0,
+    ) -> int:
         """How many of the `remaining` candidates to draw next, with `seconds` left.
 
+        decodes: how often each is decoded, more than once where previews are wanted.
+        beside: candidates of other requests that are drawn with them.
         The largest of 1, 2, 4, … up to the maximum that should be finished in time, at least 1.
         """
         size = min(remaining, self.max_chunk_size)
         while size > 1:
-            expected = self._seconds_per_position(size, guided) * positions
-            if expected + self.finishing_seconds(size) <= seconds:
+            expected = self._seconds_per_position(size + beside, guided) * positions
+            if expected + decodes * self.finishing_seconds(size) <= seconds:
                 break
             size = (size + 1) // 2
         return size

@@ -20,12 +20,12 @@ from dalle.errors import CaptionTooLong, UserError
 from dalle.images import decode_image, to_square
 from dalle.sampling import SamplingOptions
 from dalle.transformer import PADDING
+from inference.parsing import decode_base64
 from inference.schema import (
     ClassifyRequest,
     CompleteRequest,
     GenerateRequest,
     Request,
-    decode_base64,
 )
 
 _DRAWN_SEEDS = 2**32  # a drawn seed is short enough to copy by hand
@@ -42,6 +42,8 @@ class GenerateWork:
     seed: int
     num_candidates: int
     options: SamplingOptions
+    preview_rows: int | None = None
+    num_images: int = 1
     kind: str = "generate"
 
     @property
@@ -110,6 +112,8 @@ def _prepare_generate(artefact: Artefact, request: GenerateRequest) -> GenerateW
     grid_size, codebook_size = dvae.config.grid_size, transformer.config.codebook_size
     if request.prime_rows >= grid_size:
         raise _out_of_range("prime_rows", 0, grid_size - 1, request.prime_rows)
+    if request.preview_rows is not None and request.preview_rows >= grid_size:
+        raise _out_of_range("preview_rows", 1, grid_size - 1, request.preview_rows)
     if request.top_k is not None and request.top_k > codebook_size:
         raise _out_of_range("top_k", 1, codebook_size, request.top_k)
     prime = None
@@ -128,6 +132,8 @@ def _prepare_generate(artefact: Artefact, request: GenerateRequest) -> GenerateW
             top_p=request.top_p,
             guidance_scale=request.guidance_scale,
         ),
+        preview_rows=request.preview_rows,
+        num_images=request.num_images,
     )
 
 

@@ -22,6 +22,7 @@ from inference.replies import (
     ErrorDetail,
     GenerateReply,
     Prediction,
+    PreviewLine,
     RankedCandidate,
     RankedImage,
     RankingLine,
@@ -49,6 +50,15 @@ class Candidate:
     number: int
     log_likelihood: float
     clip_score: float | None
+    pixels: Pixels = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """A picture that is drawn down to `rows` of the grid. pixels: uint8 [H, W, 3], grey below."""
+
+    number: int
+    rows: int
     pixels: Pixels = field(repr=False)
 
 
@@ -156,6 +166,13 @@ def render_best(result: GenerateResult, format: ImageFormat) -> tuple[bytes, dic
     # The platform drops headers it does not know; this one reaches the caller of an endpoint.
     headers[CUSTOM_ATTRIBUTES] = ";".join(f"{name}={facts[name]}" for name in facts)
     return encode_image(best.pixels, format), headers
+
+
+def render_preview(preview: Preview, format: ImageFormat) -> PreviewLine:
+    """An unfinished candidate as a line of a stream."""
+    return PreviewLine(
+        candidate=preview.number, rows=preview.rows, image=_base64(preview.pixels, format)
+    )
 
 
 def render_candidate(candidate: Candidate, format: ImageFormat) -> CandidateLine:

@@ -63,6 +63,17 @@ class GenerateReply(_Drawn):
     images: list[RankedImage] = Field(description="num_images pictures, or all that were finished.")
 
 
+class PreviewLine(_Reply):
+    """A line of a streamed reply: one candidate that is still being drawn."""
+
+    event: Literal["preview"] = Field(default="preview", description="Names the line's kind.")
+    candidate: int = Field(description="The candidate's number, from 0.", ge=0)
+    rows: int = Field(
+        description="How many rows of the image-token grid are drawn; below them it is grey.", ge=1
+    )
+    image: str = Field(description="Base64 file in the format that was asked for.")
+
+
 class CandidateLine(_Reply):
     """A line of a streamed reply: one finished candidate."""
 

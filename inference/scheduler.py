@@ -3,8 +3,10 @@
     loading ──> ready ──> stopping
        └──────────┴─────> dead
 
-The thread loads the model, tries it once, then does one piece of work after another. Requests'
-threads prepare their work, submit it, and read its events. Nothing here sleeps or polls.
+The thread loads the model, tries it once, then begins one piece of work after another, as there is
+room, and goes on with all that it has begun in turn; an engine that cannot do several at once does
+one after another. Requests' threads prepare their work, submit it, and read its events. Nothing
+here sleeps or polls.
 """
 
 from __future__ import annotations
@@ -15,19 +17,20 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from dalle.errors import DalleError, PlatformError
 from inference.control import Cancelled, Control, DeadlineExceeded
-from inference.render import Candidate, GenerateResult, Result
+from inference.render import Candidate, GenerateResult, Preview, Result
 from inference.schema import Request
 
 logger = logging.getLogger(__name__)
 
 _SPEED_WEIGHT = 0.3  # of the newest measurement in the running mean
+_MOST_UNREAD = 64  # events of a job beyond which previews are left out
 _FINISHING_SECONDS = 2.0  # kept back from a drain for decoding, ranking and sending
 
 
@@ -82,6 +85,41 @@ class Engine(Protocol):
         ...
 
 
+class Ended(Protocol):
+    """A piece of work that was begun and is over. cost_seconds: its share of the engine's time."""
+
+    @property
+    def drawing(self) -> Any: ...
+
+    @property
+    def outcome(self) -> GenerateResult | DalleError: ...
+
+    @property
+    def cost_seconds(self) -> float: ...
+
+
+@runtime_checkable
+class SharedEngine(Protocol):
+    """An engine that does several pieces of work at once. All by the model's thread."""
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another piece of work would be begun now."""
+        ...
+
+    def begin(self, work: Any, control: Control) -> Any:
+        """Begin a piece of work; None for one that `run` must do. Raises what `run` does."""
+        ...
+
+    def advance(self) -> Sequence[Ended]:
+        """Go on a little with everything; whatever has ended by that."""
+        ...
+
+    def abandon(self) -> Sequence[Any]:
+        """Give up everything that was begun, after `advance` has failed."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Failed:
     """The event of work that ended in an error."""
@@ -89,7 +127,7 @@ class Failed:
     error: Exception
 
 
-Event = Candidate | Result | Failed
+Event = Preview | Candidate | Result | Failed
 
 
 class Job:
@@ -99,7 +137,7 @@ class Job:
         self.work = work
         self.arrival = arrival
         self.started: float | None = None
-        self.control = Control(deadline, on_candidate=self.put)
+        self.control = Control(deadline, on_candidate=self.put, on_preview=self._put_preview)
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
 
     @property
@@ -111,8 +149,14 @@ class Job:
         """Hand an event to whoever waits."""
         self._events.put(event)
 
+    def _put_preview(self, preview: Preview) -> None:
+        """Only for who keeps up: a slow reader must not make unread pictures pile up here."""
+        if self._events.qsize() < _MOST_UNREAD:
+            self._events.put(preview)
+
     def next_event(self, timeout_seconds: float) -> Event | None:
-        """The next candidate, or the last event (a result or `Failed`); None for none yet."""
+        """The next preview or candidate, or the last event (a result or `Failed`); None for none
+        yet."""
         try:
             return self._events.get(timeout=max(0.0, timeout_seconds))
         except queue.Empty:
@@ -127,7 +171,7 @@ class Scheduler:
     """Owns the model's thread. Every method may be called by any thread.
 
     load: called once in the model's thread; whatever it raises makes the scheduler dead.
-    queue_size: how many pieces of work may wait beside the one that runs.
+    queue_size: how many pieces of work may wait beside those that were begun.
     stall_seconds: work that shows no progress for so long counts as a dead engine.
     on_death: called once, in the model's thread, when loading failed or the engine died.
     """
@@ -147,7 +191,8 @@ class Scheduler:
         self._changed = threading.Condition()
         self._state = State.LOADING
         self._queue: deque[Job] = deque()
-        self._running: Job | None = None
+        self._running: list[Job] = []
+        self._begun: dict[Any, Job] = {}  # used by the model's thread only
         self._engine: Engine | None = None
         self._seconds_per_unit: dict[str, float] = {}
         self._thread = threading.Thread(target=self._live, name="model", daemon=True)
@@ -162,9 +207,11 @@ class Scheduler:
     def state(self) -> State:
         """The state now; an engine that has stopped making progress is dead."""
         with self._changed:
-            running = self._running
-            if self._state in (State.READY, State.STOPPING) and running is not None:
-                last = running.control.last_beat or running.started or math.inf
+            if self._state in (State.READY, State.STOPPING) and self._running:
+                # One thread does it all: while one of them moves, the others have their turn.
+                last = max(
+                    job.control.last_beat or job.started or math.inf for job in self._running
+                )
                 if time.monotonic() - last > self._stall_seconds:
                     self.cause = f"no progress for {self._stall_seconds:g} seconds"
                     return State.DEAD
@@ -174,7 +221,7 @@ class Scheduler:
     def queue_depth(self) -> int:
         """How many pieces of work wait or run."""
         with self._changed:
-            return len(self._queue) + (self._running is not None)
+            return len(self._queue) + len(self._running)
 
     def wait_until_loaded(self, timeout_seconds: float | None = None) -> State:
         """Block until loading has ended, well or badly, and return the state."""
@@ -266,18 +313,20 @@ class Scheduler:
     def cancel_all(self) -> None:
         """Refuse new work and give up what was accepted. Takes no lock: for signal handlers."""
         self._state = State.STOPPING
-        for job in [*self._queue, *filter(None, [self._running])]:
+        for job in [*self._queue, *self._running]:
             job.cancel()
 
     def _accepted(self) -> list[Job]:
-        return [*filter(None, [self._running]), *self._queue]
+        return [*self._running, *self._queue]
 
     def _seconds_ahead(self) -> float:
-        """Estimate of the time until new work would begin, from the speeds measured so far."""
+        """Estimate of the time that accepted work still takes, from the speeds measured so far."""
         now, seconds = time.monotonic(), 0.0
+        together = max(1, len(self._running))
         for job in self._accepted():
             expected = self._seconds_per_unit.get(job.work.kind, 0.0) * job.work.units
-            spent = now - job.started if job.started is not None else 0.0
+            # Of the time since work began the others that run have had their part.
+            spent = (now - job.started) / together if job.started is not None else 0.0
             left = max(0.0, job.control.deadline - now)
             seconds += min(max(0.0, expected - spent), left)
         return seconds
@@ -299,42 +348,93 @@ class Scheduler:
             self._engine = engine
             self._changed.notify_all()
         logger.info("ready")
-        while (job := self._next_job()) is not None:
-            healthy = self._run(engine, job)
-            with self._changed:
-                self._running = None
-                self._changed.notify_all()
-            if not healthy:
-                return
+        shared = engine if isinstance(engine, SharedEngine) else None
+        while self._take_turn(engine, shared):
+            pass
 
-    def _next_job(self) -> Job | None:
+    def _take_turn(self, engine: Engine, shared: SharedEngine | None) -> bool:
+        """Begin what there is room for, go on with what was begun; whether there is a next turn."""
+        while not self._begun or (shared is not None and shared.has_room):
+            job = self._next_job(wait=not self._begun)
+            if job is None:
+                break
+            if not self._start(engine, shared, job):
+                return False
+        if shared is not None and self._begun:
+            return self._advance(engine, shared)
         with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._state is State.STOPPING)
+            return bool(self._queue) or self._state is not State.STOPPING
+
+    def _next_job(self, *, wait: bool) -> Job | None:
+        """The first in the queue, which then runs; None for none. wait: until there is one, or none
+        will come."""
+        with self._changed:
+            if wait:
+                self._changed.wait_for(lambda: self._queue or self._state is State.STOPPING)
             if not self._queue:
                 return None
-            self._running = job = self._queue.popleft()
+            job = self._queue.popleft()
+            self._running.append(job)
             job.started = time.monotonic()
             self._changed.notify_all()
             return job
 
-    def _run(self, engine: Engine, job: Job) -> bool:
-        """Do one piece of work; return whether the engine can go on."""
+    def _start(self, engine: Engine, shared: SharedEngine | None, job: Job) -> bool:
+        """Begin a piece of work or do it whole; return whether the engine can go on."""
+        began = time.monotonic()
         try:
             if job.control.cancelled:
                 raise Cancelled("the request was cancelled")
             if job.control.seconds_left() <= 0:
                 raise _no_turn()
+            handle = None if shared is None else shared.begin(job.work, job.control)
+            if handle is not None:
+                self._begun[handle] = job
+                return True
             result = engine.run(job.work, job.control)
         except DalleError as error:
-            job.put(Failed(error))
+            self._end(job, Failed(error))
         except Exception as error:
             logger.exception("work of kind %s failed", job.work.kind)
-            job.put(Failed(error))
+            self._end(job, Failed(error))
             return self._still_works(engine)
         else:
-            self._measure(job, result)
-            job.put(result)
+            self._measure(job, result, time.monotonic() - began)
+            self._end(job, result)
         return True
+
+    def _advance(self, engine: Engine, shared: SharedEngine) -> bool:
+        """Go on with what was begun; return whether the engine can go on."""
+        try:
+            over = shared.advance()
+        except Exception as error:
+            if not isinstance(error, DalleError):
+                logger.exception("what was begun together failed")
+            shared.abandon()
+            self._fail_begun(error)
+            return isinstance(error, DalleError) or self._still_works(engine)
+        else:
+            for each in over:
+                job = self._begun.pop(each.drawing)
+                if isinstance(each.outcome, GenerateResult):
+                    self._measure(job, each.outcome, each.cost_seconds)
+                    self._end(job, each.outcome)
+                else:
+                    self._end(job, Failed(each.outcome))
+        return True
+
+    def _end(self, job: Job, event: Result | Failed) -> None:
+        """The last event of a piece of work."""
+        with self._changed:
+            self._running.remove(job)
+            job.put(event)
+            self._changed.notify_all()
+
+    def _fail_begun(self, error: Exception) -> None:
+        """End everything that was begun."""
+        for job in self._begun.values():
+            self._end(job, Failed(error))
+        self._begun.clear()
 
     def _still_works(self, engine: Engine) -> bool:
         """After an error of ours, try the engine: a lost device fails every later request too."""
@@ -346,12 +446,11 @@ class Scheduler:
             return False
         return True
 
-    def _measure(self, job: Job, result: Result) -> None:
-        assert job.started is not None
+    def _measure(self, job: Job, result: Result, seconds: float) -> None:
         units = job.work.units
         if isinstance(result, GenerateResult):
             units = len(result.ranked)  # fewer than were asked for when the deadline came first
-        newest = (time.monotonic() - job.started) / max(1, units)
+        newest = seconds / max(1, units)
         mean = self._seconds_per_unit.get(job.work.kind, newest)
         self._seconds_per_unit[job.work.kind] = mean + _SPEED_WEIGHT * (newest - mean)
 
@@ -362,6 +461,7 @@ class Scheduler:
             while self._queue:
                 self._queue.popleft().put(Failed(error))
             self._changed.notify_all()
+        self._fail_begun(error)
         if self._on_death is not None:
             self._on_death(error)
 

@@ -1,41 +1,32 @@
-"""What may be asked of POST /invocations: the models, and bytes into them.
+"""What may be asked of POST /invocations: the requests, field by field. `parsing` reads them.
 
 Knows nothing of torch, Flask or the platform, so that a laptop can build requests from it. The
-OpenAPI document is generated from these models: a description here is documentation there.
+OpenAPI document and the tables of README.md are generated from these models: a description here is
+documentation there.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
-import difflib
-import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NoReturn, Self
+from typing import Annotated, Any, Literal, Self
 
-import annotated_types
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     StringConstraints,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
-from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails, PydanticCustomError
-
-from dalle.errors import UserError
-from inference.media import JSON, BodyKind, body_kind
+from pydantic_core import PydanticCustomError
 
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps exactly
 MAX_DEADLINE_SECONDS = 3600.0  # the longest that an asynchronous or batch invocation may take
 MAX_CAPTION_CHARACTERS = 2_000
-_MAX_DIGITS = 1_000  # of an integer; longer ones take Python a time to read that grows as a square
+_NUM_CANDIDATES = 16  # where a request names none
+_NUM_IMAGES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,17 +68,17 @@ class GenerateRequest(_Request):
         "around them, and no more text tokens than the model reads."
     )
     num_candidates: int = Field(
-        default=16,
+        default=_NUM_CANDIDATES,
         ge=1,
         description="How many pictures are drawn for the caption before ranking. At least 1; the "
         "server's own limit is the maximum. Default 16, or the server's limit where it is lower.",
     )
     num_images: int = Field(
-        default=4,
+        default=_NUM_IMAGES,
         ge=1,
         description="How many of the candidates are returned, best first. At least 1, at most "
         "num_candidates and the server's own limit; a stream sends all of them, an image reply "
-        "the best one. Default 4, or num_candidates where that is fewer.",
+        "the best one. Default 4, or num_candidates or the server's limit where that is lower.",
     )
     temperature: float = Field(
         default=1.0,
@@ -130,22 +121,49 @@ class GenerateRequest(_Request):
     prime_image: str | None = Field(
         default=None,
         min_length=1,
-        description="A base64 image file whose top rows every candidate keeps; its centre square "
-        "is used. Needs prime_rows. Null: none.",
+        description="A base64 image file (PNG, JPEG, WebP, GIF or BMP, at most 40 megapixels), cut "
+        "to its centre square and scaled to the model's size. Every candidate keeps its top rows "
+        "as the dVAE draws them: the image tokens are kept, not the pixels. Needs prime_rows. "
+        "Null: none.",
     )
     prime_rows: int = Field(
         default=0,
         ge=0,
-        description="How many rows of the image-token grid are kept from prime_image. 0 to one "
-        "fewer than the grid has; above 0 it needs prime_image.",
+        description="How many rows of the image-token grid are kept from prime_image; the rest is "
+        "drawn. A row is as high as the picture divided by the grid. 0 to one fewer than the grid "
+        "has; above 0 it needs prime_image.",
+    )
+    preview_rows: int | None = Field(
+        default=None,
+        ge=1,
+        description="In a stream, send each candidate as far as it is drawn whenever so many more "
+        "rows of the image-token grid are done; a client that reads too slowly gets fewer of "
+        "these. Each costs about as much as decoding the finished picture. At least 1; null: none.",
     )
     deadline_seconds: float | None = Field(
         default=None,
         gt=0.0,
         le=MAX_DEADLINE_SECONDS,
         description="Answer with the best so far after this time, counted from the request's "
-        "arrival. Above 0, at most 3600; null: the server's default (55, for batch jobs 590).",
+        "arrival; lines of one body arrive together. Above 0, at most 3600; null: the server's "
+        "default (55, for batch jobs 590).",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, fields: Any, info: ValidationInfo) -> Any:
+        """Name the defaults that depend on the server's limits and on one another."""
+        if not isinstance(fields, Mapping):
+            return fields
+        candidates, images = _NUM_CANDIDATES, _NUM_IMAGES
+        if info.context is not None:
+            limits: Limits = info.context["limits"]
+            candidates = min(candidates, limits.max_candidates)
+            images = min(images, limits.max_images)
+        candidates = fields.get("num_candidates", candidates)
+        if type(candidates) is int and candidates >= 1:  # else that field's own error says enough
+            images = min(images, candidates)
+        return {"num_candidates": candidates, "num_images": images, **fields}
 
     @field_validator("num_candidates", "num_images")
     @classmethod
@@ -159,12 +177,7 @@ class GenerateRequest(_Request):
         return value
 
     @model_validator(mode="after")
-    def _belongs_together(self, info: ValidationInfo) -> Self:
-        if info.context is not None and "num_candidates" not in self.model_fields_set:
-            limits: Limits = info.context["limits"]
-            self._set_default(num_candidates=min(self.num_candidates, limits.max_candidates))
-        if "num_images" not in self.model_fields_set:
-            self._set_default(num_images=min(self.num_images, self.num_candidates))
+    def _belongs_together(self) -> Self:
         if self.num_images > self.num_candidates:
             raise PydanticCustomError(
                 "num_images",
@@ -183,11 +196,6 @@ class GenerateRequest(_Request):
             )
         return self
 
-    def _set_default(self, **values: int) -> None:
-        """Fill defaults that depend on other fields, once, before anybody sees the request."""
-        for name, value in values.items():
-            self.__dict__[name] = value
-
 
 class ClassifyRequest(_Request):
     """Say for each image which of the classes fit it best. The request of svpino/clip-container."""
@@ -195,7 +203,8 @@ class ClassifyRequest(_Request):
     images: list[Annotated[str, Field(min_length=1)]] = Field(
         min_length=1,
         max_length=64,
-        description="Base64 image files, 1 to 64. Addresses are not fetched.",
+        description="Base64 image files (PNG, JPEG, WebP, GIF or BMP, at most 40 megapixels each), "
+        "1 to 64; the centre square of each is looked at. Addresses are not fetched.",
     )
     classes: list[Class] = Field(
         min_length=1,
@@ -255,196 +264,3 @@ REQUEST_KINDS: Mapping[str, type[Request]] = {
     "images": ClassifyRequest,
     "complete": CompleteRequest,
 }
-
-
-def parse_request(
-    body: bytes, content_type: str | None = JSON, *, limits: Limits = DEFAULT_LIMITS
-) -> Request:
-    """One request from a JSON object or, as text/plain, from a bare caption.
-
-    Raises `UserError`: 415 for another media type, 400 for what cannot be read, 422 for what can
-    be read but not done; all faults of a body in one message. JSON lines go through
-    `split_lines` first.
-    """
-    kind = body_kind(content_type)
-    if len(body) > limits.max_request_bytes:
-        raise too_large(limits)
-    if kind is BodyKind.TEXT:
-        return _validate(GenerateRequest, {"caption": _decode(body)}, limits)
-    fields = _read_object(body)
-    kinds = [key for key in REQUEST_KINDS if key in fields]
-    if len(kinds) != 1:
-        problem = (
-            f"{' and '.join(kinds)} exclude each other"
-            if kinds
-            else "caption, images or complete is missing"
-        )
-        raise UserError(
-            f"{problem}: give one of caption (draw pictures), images with classes (classify) "
-            f"or complete (continue a caption), got keys {_as_json(sorted(fields))}",
-            field=kinds[0] if kinds else "caption",
-            status=422,
-            code="invalid_request",
-        )
-    return _validate(REQUEST_KINDS[kinds[0]], fields, limits)
-
-
-def split_lines(body: bytes) -> list[bytes]:
-    """The lines of a JSON-lines body; an empty line in the middle is a line, one at the end not."""
-    lines = body.removesuffix(b"\n").split(b"\n")
-    if not body.strip():
-        raise UserError("the body has no lines; send one JSON object a line", code="malformed_body")
-    return lines
-
-
-def decode_base64(text: str, *, field: str) -> bytes:
-    """The bytes of a base64 value; line breaks and a `data:…;base64,` prefix are allowed.
-
-    Raises `UserError` 400 that names the field.
-    """
-    if re.match(r"(https?|file|s3)://", text):
-        raise UserError(
-            f"{field} is an address, {_short(text)}; addresses are not fetched, send the image "
-            "file itself in base64",
-            field=field,
-            code="bad_base64",
-        )
-    if text.startswith("data:"):
-        text = text.partition(",")[2]
-    try:
-        return base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise UserError(
-            f"{field} is not base64 ({error}), got {_short(text)}", field=field, code="bad_base64"
-        ) from error
-
-
-def too_large(limits: Limits) -> UserError:
-    """The refusal of a body over the limit."""
-    return UserError(
-        f"the body is larger than {limits.max_request_bytes:,} bytes; send smaller images or fewer",
-        status=413,
-        code="payload_too_large",
-    )
-
-
-def _decode(body: bytes) -> str:
-    try:
-        return body.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"the body is not UTF-8: byte {error.start} is 0x{body[error.start]:02x}",
-            code="malformed_body",
-        ) from error
-
-
-def _read_object(body: bytes) -> dict[str, Any]:
-    text = _decode(body)
-    try:
-        fields = json.loads(text, parse_constant=_refuse_constant, parse_int=_read_integer)
-    except RecursionError as error:
-        raise UserError("the body is nested too deeply", code="malformed_body") from error
-    except ValueError as error:
-        raise UserError(
-            f"the body is not JSON ({error}), got {_short(text)}", code="malformed_body"
-        ) from error
-    if not isinstance(fields, dict):
-        raise UserError(
-            f"the body must be a JSON object, got {_short(text)}", code="malformed_body"
-        )
-    return fields
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _read_integer(digits: str) -> int:
-    if len(digits) > _MAX_DIGITS:
-        raise ValueError(f"a number of {len(digits):,} digits is too long to be one")
-    return int(digits)
-
-
-def _validate(kind: type[Request], fields: dict[str, Any], limits: Limits) -> Request:
-    try:
-        return kind.model_validate(fields, context={"limits": limits})
-    except ValidationError as error:
-        details = error.errors(include_url=False)
-        shown = [_explain(kind, detail, limits) for detail in details[:10]]
-        if len(details) > len(shown):
-            shown.append(f"and {len(details) - len(shown)} more")
-        raise UserError(
-            "; ".join(shown), field=_name(details[0]), status=422, code="invalid_request"
-        ) from error
-
-
-def _explain(kind: type[Request], detail: ErrorDetails, limits: Limits) -> str:
-    """One pydantic error in our words: the thing, what would be right, the value it had."""
-    name, code = _name(detail), detail["type"]
-    if code == "missing":
-        return f"{name} is missing"
-    if code == "extra_forbidden":
-        near = difflib.get_close_matches(name, kind.model_fields, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(kind.model_fields)}"
-        return f"{name} is unknown: {hint}"
-    if not detail["loc"]:  # from a model validator, whose message is whole
-        return detail["msg"]
-    wanted = detail["msg"].replace("Input should be", "must be")
-    if code in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
-        wanted = f"must be {_range(name, kind.model_fields[str(detail['loc'][0])], limits)}"
-    if code in ("too_short", "too_long"):
-        low, high = _lengths(kind.model_fields[name])
-        return f"{name} must have {low:,} to {high:,} items, got {len(detail['input']):,}"
-    if code in ("string_too_short", "string_too_long"):
-        wanted = wanted.replace("String should", "must")
-    if code == "string_pattern_mismatch":
-        wanted = "must not be blank"
-    return f"{name} {wanted}, got {_as_json(detail['input'])}"
-
-
-def _name(detail: ErrorDetails) -> str:
-    """`images[2]` of a location; a model validator's errors carry the field's name as type."""
-    first, *rest = detail["loc"] or (detail["type"],)
-    return str(first) + "".join(f"[{part}]" for part in rest if isinstance(part, int))
-
-
-def _lengths(field: FieldInfo) -> tuple[int, int]:
-    """How many items a list may have."""
-    low = high = 0
-    for bound in field.metadata:
-        if isinstance(bound, annotated_types.MinLen):
-            low = bound.min_length
-        elif isinstance(bound, annotated_types.MaxLen):
-            high = bound.max_length
-    return low, high
-
-
-def _range(name: str, field: FieldInfo, limits: Limits) -> str:
-    lower = ""
-    servers = {"num_candidates": limits.max_candidates, "num_images": limits.max_images}
-    upper = str(servers.get(name, ""))
-    for bound in field.metadata:
-        if isinstance(bound, annotated_types.Ge):
-            lower = f"{bound.ge}"
-        elif isinstance(bound, annotated_types.Gt):
-            lower = f"above {bound.gt}"
-        elif isinstance(bound, annotated_types.Le):
-            upper = f"{bound.le}"
-    if not upper:
-        return f"{lower} or more"
-    return f"{lower} and at most {upper}" if lower.startswith("above") else f"{lower} to {upper}"
-
-
-def _as_json(value: object) -> str:
-    """A value as the request wrote it, cut where it is long."""
-    text = json.dumps(value, ensure_ascii=False, default=repr)
-    # Half a surrogate pair could not be sent back.
-    return _cut(text.encode("utf-8", "backslashreplace").decode())
-
-
-def _short(text: str) -> str:
-    return _cut(repr(text))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:60]}… ({len(text):,} characters)"

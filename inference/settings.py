@@ -9,10 +9,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from dalle.errors import UserError
+from dalle.names import PRECISIONS, Precision
 from inference.schema import MAX_DEADLINE_SECONDS, Limits
 
 BATCH_DEADLINE_SECONDS = 590.0  # the platform ends a batch invocation after 600 unless told
 MEGABYTE = 1_000_000
+MOVING_INVOCATIONS = 7  # beside those that wait or run: bodies coming in, replies going out
+SPARE_THREADS = 8  # for pings, metrics and refusals, each of which is short
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,20 +26,22 @@ class Settings:
     device: str = "auto"
     threads: int | None = None  # None: as many as there are processors to use
     chunk_size: int | None = None  # None: what suits the device
+    precision: Precision = "fp32"
     queue_size: int = 16
+    body_seconds: float = 60.0
     stall_seconds: float = 300.0
     drain_seconds: float = 25.0
     is_batch: bool = False
 
     @property
-    def http_threads(self) -> int:
-        """One for each request that may wait or run, and some for pings, metrics and refusals."""
-        return self.queue_size + 16
+    def max_invocations(self) -> int:
+        """How many invocations may be read, wait, run or be sent together; one runs."""
+        return self.queue_size + 1 + MOVING_INVOCATIONS
 
     @property
-    def max_invocations(self) -> int:
-        """How many invocations may be read, wait, run or be sent together."""
-        return self.http_threads - 8
+    def http_threads(self) -> int:
+        """One for each invocation that may be under way, and the spare ones."""
+        return self.max_invocations + SPARE_THREADS
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,12 @@ THREADS = Variable(
 CHUNK_SIZE = Variable(
     "DALLE_CHUNK_SIZE", "", "candidates drawn together, 1 to 512; empty: what suits the device"
 )
+PRECISION = Variable(
+    "DALLE_PRECISION",
+    "fp32",
+    "of drawing: fp32; on a GPU bf16; on a CPU fp16 or int8, faster; refused where it changes "
+    "the model's pictures",
+)
 QUEUE_SIZE = Variable(
     "DALLE_QUEUE_SIZE", "16", "requests that may wait, 1 to 512; the next one is refused with 429"
 )
@@ -71,6 +82,9 @@ DEADLINE = Variable(
     f"{BATCH_DEADLINE_SECONDS:.0f} with SAGEMAKER_BATCH=true",
 )
 REQUEST_MB = Variable("DALLE_MAX_REQUEST_MB", "25", "largest body of a request, 1 to 1000")
+BODY_SECONDS = Variable(
+    "DALLE_BODY_SECONDS", "60", "for the body of a request to arrive, 1 to 3600; then 408"
+)
 REPLY_MB = Variable(
     "DALLE_MAX_REPLY_MB", "5", "largest JSON reply in MB, 1 to 1000; checked before any work"
 )
@@ -84,11 +98,13 @@ OURS = (
     DEVICE,
     THREADS,
     CHUNK_SIZE,
+    PRECISION,
     QUEUE_SIZE,
     MAX_CANDIDATES,
     MAX_IMAGES,
     DEADLINE,
     REQUEST_MB,
+    BODY_SECONDS,
     REPLY_MB,
     STALL,
     DRAIN,
@@ -137,6 +153,10 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         device.startswith("cuda:") and device[5:].isdigit()
     ):
         problems.append(f"{DEVICE.name} must be auto, cpu, cuda or cuda:N, got {device!r}")
+    precision = next((each for each in PRECISIONS if each == text(PRECISION)), None)
+    if precision is None:
+        known = ", ".join(PRECISIONS)
+        problems.append(f"{PRECISION.name} must be one of {known}, got {text(PRECISION)!r}")
     is_batch = text(BATCH).lower() in ("true", "1")
     request_mb = whole(REQUEST_MB, 1000) or 0
     if is_batch:
@@ -155,7 +175,9 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         device=device,
         threads=whole(THREADS, 1024),
         chunk_size=whole(CHUNK_SIZE, 512),
+        precision=precision or "fp32",
         queue_size=whole(QUEUE_SIZE, 512) or 0,
+        body_seconds=number(BODY_SECONDS, float, 1, 3600) or 0.0,
         stall_seconds=number(STALL, float, 1, 3600) or 0.0,
         drain_seconds=number(DRAIN, float, 1, 27) or 0.0,
         is_batch=is_batch,

@@ -1,352 +1,16 @@
-"""HTTP: routes, refusals, media types, streams and lines, through Flask's test client.
-
-The engine is a stand-in handed to the scheduler: what is tested is the way from a request to it.
-"""
+"""HTTP: routes, refusals, health, metrics and headers, through Flask's test client."""
 
 import base64
 import io
-import json
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pytest
-from flask.testing import FlaskClient
-from PIL import Image
 
-from dalle.errors import CaptionTooLong, UserError
 from inference.app import create_app
-from inference.control import Control
-from inference.render import Candidate, ClassifyResult, CompleteResult, GenerateResult, Result, rank
-from inference.replies import CompleteReply, Completion
+from inference.render import Candidate, GenerateResult, render_best
 from inference.scheduler import Scheduler, State
-from inference.schema import (
-    ClassifyRequest,
-    CompleteRequest,
-    GenerateRequest,
-    Limits,
-    Request,
-    decode_base64,
-)
-from inference.settings import Settings
-
-PATIENCE = 20.0
-LIMITS = Limits(max_candidates=8, max_images=8, max_request_bytes=20_000)
-SETTINGS = Settings(limits=LIMITS, queue_size=2)
-ATTRIBUTES = "X-Amzn-SageMaker-Custom-Attributes"
-
-
-class OneByOne(threading.Event):
-    """A gate that closes behind each one it lets through."""
-
-    def wait(self, timeout: float | None = None) -> bool:
-        is_open = super().wait(timeout)
-        if is_open:
-            self.clear()
-        return is_open
-
-
-@dataclass
-class Work:
-    request: Any
-    kind: str
-    units: int = 1
-
-
-@dataclass
-class Engine:
-    """Draws grey squares whose brightness is the candidate's number; remembers what it was asked.
-
-    gate: every candidate waits for it. The caption says what else should happen.
-    """
-
-    image_size: int | None = 8
-    gate: threading.Event = field(default_factory=threading.Event)
-    begun: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-    asked: list[Request] = field(default_factory=list)
-    cancelled: threading.Event = field(default_factory=threading.Event)
-
-    def self_test(self) -> None:
-        pass
-
-    def prepare(self, request: Request) -> Work:
-        if isinstance(request, ClassifyRequest):
-            for number, text in enumerate(request.images):
-                decode_base64(text, field=f"images[{number}]")
-            return Work(request, "classify", len(request.images))
-        if isinstance(request, CompleteRequest):
-            raise UserError(
-                "this artefact has no transformer", status=422, code="component_missing"
-            )
-        if request.caption == "endless":
-            raise CaptionTooLong("caption has 9 text tokens, the model reads 8", field="caption")
-        return Work(request, "generate", request.num_candidates)
-
-    def run(self, work: Work, control: Control) -> Result:
-        self.asked.append(work.request)
-        self.begun.release()
-        request = work.request
-        if isinstance(request, ClassifyRequest):
-            return ClassifyResult([([1, 0], ["b", "a"], [0.75, 0.25]) for _ in request.images])
-        assert isinstance(request, GenerateRequest)
-        if request.caption == "bug":
-            raise ZeroDivisionError("secret detail")
-        finished: list[Candidate] = []
-        for number in range(request.num_candidates):
-            while control.keep_going() and not self.gate.wait(0.01):
-                pass
-            if not control.keep_going() or (request.caption == "half" and number == 2):
-                break
-            if request.caption == "breaks" and number == 1:
-                raise ZeroDivisionError("secret detail")
-            pixels = np.full((8, 8, 3), number, np.uint8)
-            finished.append(Candidate(number, -float(number), number / 10, pixels))
-            control.finished(finished[-1])
-        if control.cancelled:
-            self.cancelled.set()
-        if control.cancelled or not finished:
-            raise control.error()
-        ranked_by, ranked = rank(finished)
-        seed = request.seed if request.seed is not None else 5
-        return GenerateResult(ranked, ranked_by, seed, request.num_candidates, 0.1, 0.1, 0.1)
-
-
-class Completing(Engine):
-    """An engine that completes captions too."""
-
-    def prepare(self, request: Request) -> Work:
-        if isinstance(request, CompleteRequest):
-            return Work(request, "complete")
-        return super().prepare(request)
-
-    def run(self, work: Work, control: Control) -> Result:
-        if isinstance(work.request, CompleteRequest):
-            captions = [Completion(caption=f"{work.request.complete} x", log_likelihood=-1.0)]
-            return CompleteResult(CompleteReply(captions=captions, seed=3))
-        return super().run(work, control)
-
-
-@pytest.fixture
-def engine() -> Engine:
-    engine = Completing()
-    engine.gate.set()
-    return engine
-
-
-@pytest.fixture
-def scheduler(engine: Engine) -> Iterator[Scheduler]:
-    scheduler = Scheduler(lambda: engine, queue_size=SETTINGS.queue_size)
-    scheduler.start()
-    assert scheduler.wait_until_loaded(PATIENCE) is State.READY
-    yield scheduler
-    scheduler.cancel_all()
-    scheduler.drain(PATIENCE)
-
-
-@pytest.fixture
-def client(scheduler: Scheduler) -> FlaskClient:
-    return create_app(scheduler, SETTINGS).test_client()
-
-
-def post(client: FlaskClient, body: object, **headers: str) -> Any:
-    names = {name.replace("_", "-"): value for name, value in headers.items()}
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return client.post(
-        "/invocations",
-        data=data,
-        headers={"Content-Type": "application/json"} | names,
-        buffered=True,
-    )
-
-
-def pixels_of(text: str) -> Any:
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
-
-
-def in_background(do: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
-    answers: list[Any] = []
-    thread = threading.Thread(target=lambda: answers.append(do()))
-    thread.start()
-    return thread, answers
-
-
-def test_the_best_candidates_come_first(client):
-    response = post(client, {"caption": "a", "num_candidates": 4, "num_images": 2, "seed": 7})
-    assert response.status_code == 200
-    reply = response.json
-    assert [(image["rank"], image["candidate"]) for image in reply["images"]] == [(1, 3), (2, 2)]
-    assert [image["clip_score"] for image in reply["images"]] == [0.3, 0.2]
-    assert (pixels_of(reply["images"][0]["image"]) == 3).all()
-    assert (reply["seed"], reply["num_candidates"], reply["completed_candidates"]) == (7, 4, 4)
-    assert reply["ranked_by"] == "clip"
-    assert set(reply["timings"]) == {
-        "queue_seconds",
-        "sample_seconds",
-        "decode_seconds",
-        "rank_seconds",
-        "encode_seconds",
-    }
-
-
-def test_a_deadline_leaves_the_best_so_far(client):
-    reply = post(client, {"caption": "half", "num_candidates": 4, "num_images": 4}).json
-    assert (reply["num_candidates"], reply["completed_candidates"]) == (4, 2)
-    assert [image["candidate"] for image in reply["images"]] == [1, 0]
-
-
-def test_a_deadline_before_anything_is_a_504(client, engine):
-    engine.gate.clear()
-    response = post(client, {"caption": "a", "deadline_seconds": 0.05})
-    assert response.status_code == 504
-    assert response.json["error"]["code"] == "deadline_exceeded"
-
-
-def test_images_are_classified_in_the_shape_of_clip_container(client):
-    response = post(client, {"images": ["aGk=", "aGk="], "classes": ["a", "b"]})
-    assert response.json == [[[1, 0], ["b", "a"], [0.75, 0.25]]] * 2
-
-
-def test_captions_are_completed(client):
-    reply = post(client, {"complete": "big filled", "seed": 3}).json
-    assert reply == {"captions": [{"caption": "big filled x", "log_likelihood": -1.0}], "seed": 3}
-
-
-def test_plain_text_is_a_caption(client, engine):
-    response = post(client, b"a red square", Content_Type="text/plain")
-    assert response.status_code == 200
-    assert engine.asked[0].caption == "a red square"
-
-
-@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
-def test_an_image_type_gets_the_best_picture_with_its_scores_in_headers(client, kind):
-    response = post(client, {"caption": "a", "num_candidates": 3}, Accept=f"image/{kind}")
-    assert response.content_type == f"image/{kind}"
-    image = Image.open(io.BytesIO(response.data))
-    assert (image.format, image.size) == (kind.upper(), (8, 8))
-    assert response.headers["X-Dalle-Candidate"] == "2"
-    assert response.headers["X-Dalle-Clip-Score"] == "0.200000"
-    assert response.headers["X-Dalle-Completed-Candidates"] == "3"
-    assert "seed=5;candidate=2;clip_score=0.200000" in response.headers[ATTRIBUTES]
-
-
-def test_candidates_are_streamed_then_ranked(client):
-    response = post(client, {"caption": "a", "num_candidates": 3}, Accept="application/jsonlines")
-    assert response.content_type == "application/jsonlines"
-    lines = [json.loads(line) for line in response.data.splitlines()]
-    assert [line["event"] for line in lines] == ["candidate"] * 3 + ["ranking"]
-    assert [line["candidate"] for line in lines[:3]] == [0, 1, 2]
-    assert (pixels_of(lines[2]["image"]) == 2).all()
-    assert [each["candidate"] for each in lines[3]["ranking"]] == [2, 1, 0]
-    assert (lines[3]["seed"], lines[3]["completed_candidates"]) == (5, 3)
-
-
-def test_a_streams_first_line_is_sent_before_its_last_candidate_is_drawn(scheduler, engine):
-    engine.gate = OneByOne()
-    engine.gate.set()
-    client = create_app(scheduler, SETTINGS).test_client()
-    response = client.post(
-        "/invocations",
-        json={"caption": "a", "num_candidates": 2},
-        headers={"Accept": "application/jsonlines"},
-        buffered=False,
-    )
-    parts = iter(response.response)
-    assert json.loads(next(parts))["candidate"] == 0
-    assert not engine.gate.is_set()
-    engine.gate.set()
-    assert json.loads(next(parts))["candidate"] == 1
-    assert json.loads(next(parts))["event"] == "ranking"
-    response.close()
-
-
-def test_a_stream_that_breaks_off_says_so_in_its_last_line(client):
-    response = post(client, {"caption": "breaks"}, Accept="application/jsonlines")
-    lines = [json.loads(line) for line in response.data.splitlines()]
-    assert [line["event"] for line in lines] == ["candidate", "error"]
-    assert lines[1]["error"]["code"] == "internal_error"
-    assert b"secret" not in response.data
-
-
-def test_a_stream_that_is_closed_gives_its_work_up(scheduler, engine):
-    engine.gate = OneByOne()
-    engine.gate.set()
-    client = create_app(scheduler, SETTINGS).test_client()
-    response = client.post(
-        "/invocations",
-        json={"caption": "a", "num_candidates": 8},
-        headers={"Accept": "application/jsonlines"},
-        buffered=False,
-    )
-    next(iter(response.response))
-    response.close()
-    assert engine.cancelled.wait(PATIENCE)
-
-
-def test_each_line_of_a_body_has_one_line_of_the_reply_in_order(client):
-    body = b"\n".join(
-        [
-            b'{"caption": "a", "num_candidates": 1, "seed": 1}',
-            b"{nonsense",
-            b"",
-            b'{"caption": "\xff"}',
-            b'{"caption": "endless"}',
-            b'{"caption": "bug"}',
-            b'{"images": ["aGk="], "classes": ["a", "b"]}',
-            b'{"complete": "x"}',
-            b'{"caption": "a", "num_candidates": 1, "seed": 9}',
-        ]
-    )
-    response = post(client, body + b"\n", Content_Type="application/jsonlines")
-    assert response.status_code == 200
-    assert response.content_type == "application/jsonlines"
-    lines = [json.loads(line) for line in response.data.decode().split("\n")[:-1]]
-    assert len(lines) == 9
-    assert (lines[0]["seed"], lines[8]["seed"]) == (1, 9)
-    codes = [line["error"]["code"] for line in lines[1:6]]
-    assert codes == ["malformed_body"] * 3 + ["caption_too_long", "internal_error"]
-    assert lines[6] == [[[1, 0], ["b", "a"], [0.75, 0.25]]]
-    assert lines[7]["captions"]
-
-
-def test_more_lines_than_the_queue_holds_wait_for_each_other(client):
-    line = b'{"caption": "a", "num_candidates": 1}\n'
-    response = post(client, line * 20, Content_Type="application/x-ndjson")
-    assert [b"images" in each for each in response.data.splitlines()] == [True] * 20
-
-
-def test_a_lines_own_short_deadline_fails_that_line_only(client):
-    body = b"""{"caption": "a", "num_candidates": 1, "deadline_seconds": 1e-9}
-{"caption": "a", "num_candidates": 1}
-"""
-    response = post(client, body, Content_Type="application/jsonlines")
-    assert response.status_code == 200
-    first, second = (json.loads(line) for line in response.data.splitlines())
-    assert first["error"]["code"] == "deadline_exceeded"
-    assert second["images"]
-
-
-def test_a_line_that_others_leave_no_time_for_fails_alone(client, engine, scheduler):
-    post(client, {"caption": "a", "num_candidates": 1})
-    scheduler._seconds_per_unit["generate"] = 5.0
-    engine.gate.clear()
-    thread, _ = in_background(lambda: post(client, {"caption": "a", "num_candidates": 8}))
-    assert engine.begun.acquire(timeout=PATIENCE)
-    assert engine.begun.acquire(timeout=PATIENCE)
-    line = {"caption": "a", "num_candidates": 1, "deadline_seconds": 1}
-    response = client.post("/invocations", data=json.dumps(line), content_type="application/jsonl")
-    engine.gate.set()
-    thread.join(PATIENCE)
-    assert response.status_code == 200
-    assert json.loads(response.data)["error"]["code"] == "too_busy"
-
-
-def test_a_server_that_is_not_ready_refuses_all_lines_at_once(client, scheduler):
-    scheduler.drain(PATIENCE)
-    response = post(client, b'{"caption": "a"}\n', Content_Type="application/jsonlines")
-    assert (response.status_code, response.json["error"]["code"]) == (503, "engine_stopping")
-
+from tests.app_fixtures import ATTRIBUTES, PATIENCE, SETTINGS, Engine, in_background, post
 
 BIG = base64.b64encode(bytes(30_000)).decode()
 
@@ -366,7 +30,7 @@ BIG = base64.b64encode(bytes(30_000)).decode()
             {"Accept": "image/png"},
             406,
             "not_acceptable",
-            "answered in application/json",
+            "a request without a caption to draw is answered in: application/json",
         ),
         (
             b'{"caption": "a"}',
@@ -452,8 +116,9 @@ def test_an_unknown_path_and_a_wrong_method_are_told_in_json(client):
 
 def test_a_full_queue_is_a_429_with_retry_after(client, engine, scheduler):
     engine.gate.clear()
-    threads = [in_background(lambda: post(client, {"caption": "a"}))[0] for _ in range(3)]
-    assert engine.begun.acquire(timeout=PATIENCE)
+    threads = [in_background(lambda: post(client, {"caption": "a"}))[0]]
+    assert engine.begun.acquire(timeout=PATIENCE)  # before that it fills a place in the queue
+    threads += [in_background(lambda: post(client, {"caption": "a"}))[0] for _ in range(2)]
     while scheduler.queue_depth < 3:
         pass
     response = post(client, {"caption": "a"})
@@ -557,6 +222,44 @@ def test_the_openapi_document_is_served(client):
 def test_custom_attributes_come_back_unchanged(client, body):
     response = post(client, body, **{ATTRIBUTES: "trace=abc; x=1"})
     assert response.headers[ATTRIBUTES] == "trace=abc; x=1"
+
+
+def test_the_callers_own_attributes_go_before_the_scores_of_a_picture(client):
+    headers = {ATTRIBUTES: "trace=abc", "Accept": "image/png"}
+    response = post(client, {"caption": "a"}, **headers)
+    assert response.headers.get_all(ATTRIBUTES) == ["trace=abc"]
+    assert response.headers["X-Dalle-Seed"] == "5"
+
+
+@pytest.mark.parametrize(
+    ("attributes", "status"),
+    [("x" * 1024, 200), ("x" * 1025, 400), ("größe=1", 400), ("a\tb", 400), ("", 200)],
+)
+def test_custom_attributes_are_at_most_1024_visible_characters(client, attributes, status):
+    response = post(client, {"caption": "a"}, **{ATTRIBUTES: attributes})
+    assert response.status_code == status
+    if status == 200:
+        assert response.headers[ATTRIBUTES] == attributes
+    else:
+        assert response.json["error"]["field"] == ATTRIBUTES
+        assert ATTRIBUTES not in response.headers
+
+
+def test_the_scores_of_a_picture_fit_into_the_platforms_header():
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    worst = GenerateResult(
+        ranked=[Candidate(511, -1234567.891, -0.987654321, pixels)] * 512,
+        ranked_by="log_likelihood",
+        seed=2**53 - 1,
+        num_candidates=512,
+        sample_seconds=0.0,
+        decode_seconds=0.0,
+        rank_seconds=0.0,
+    )
+    attributes = render_best(worst, "png")[1][ATTRIBUTES]
+    assert attributes.isascii()
+    assert attributes.isprintable()
+    assert len(attributes) <= 1024
 
 
 def test_session_headers_are_ignored(client):

@@ -17,7 +17,7 @@ from dalle.sampling import sample_image_tokens
 from inference.control import Cancelled, Control, DeadlineExceeded
 from inference.generator import Generator
 from inference.pacing import Pace
-from inference.render import Candidate, GenerateResult
+from inference.render import Candidate, GenerateResult, Preview
 from inference.schema import ClassifyRequest, CompleteRequest, GenerateRequest
 
 CPU = torch.device("cpu")
@@ -98,6 +98,70 @@ def test_finished_candidates_are_handed_over_one_by_one(artefact):
     control = Control(on_candidate=lambda candidate: seen.append(candidate.number))
     Generator(artefact, CPU, chunk_size=2).generate(ask(num_candidates=5), control)
     assert seen == [0, 1, 2, 3, 4]
+
+
+def test_previews_show_what_is_drawn_above_grey_and_change_nothing(artefact):
+    dvae, seen = artefact.dvae, []
+    generator = Generator(artefact, CPU, chunk_size=2)
+    request = ask(num_candidates=3, preview_rows=1)
+    result = by_number(generator.generate(request, Control(on_preview=seen.append)))
+    plain = by_number(generator.generate(ask(num_candidates=3)))
+    order = [(preview.rows, preview.number) for preview in seen]
+    assert order == [(1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (3, 1), (1, 2), (2, 2), (3, 2)]
+    assert all((plain[number].pixels == result[number].pixels).all() for number in range(3))
+    image_tokens = sample_image_tokens(
+        artefact.transformer,
+        artefact.tokenizer.encode([request.caption]),
+        candidates=range(3),
+        seed=7,
+    ).image_tokens
+    for preview in seen:
+        drawn = image_tokens[preview.number, None].clone()
+        drawn[:, preview.rows * dvae.config.grid_size :] = 0
+        expected = (dvae.decode(drawn)[0] * 255).round().permute(1, 2, 0).numpy()
+        height = preview.rows * 4
+        assert np.abs(preview.pixels[:height] - expected[:height]).max() <= 1
+        assert (preview.pixels[height:] == 128).all()
+
+
+@pytest.mark.parametrize(
+    ("fields", "rows"),
+    [
+        ({}, []),
+        ({"preview_rows": 2}, [2]),
+        ({"preview_rows": 3}, [3]),
+        ({"preview_rows": 1, "prime_image": picture(), "prime_rows": 2}, [3]),
+    ],
+)
+def test_previews_come_as_often_as_they_were_asked_for(artefact, fields, rows):
+    seen = []
+    control = Control(on_preview=seen.append)
+    Generator(artefact, CPU).generate(ask(num_candidates=1, **fields), control)
+    assert [preview.rows for preview in seen] == rows
+
+
+def test_a_watcher_that_leaves_stops_the_drawing_at_the_next_token(artefact):
+    seen = []
+
+    def leave(preview: Preview) -> None:
+        seen.append(preview)
+        control.cancel()
+
+    control = Control(on_preview=leave)
+    with pytest.raises(Cancelled):
+        Generator(artefact, CPU).generate(ask(num_candidates=1, preview_rows=1), control)
+    assert [preview.rows for preview in seen] == [1]
+
+
+def test_a_caption_is_read_by_clip_once_whatever_is_drawn(artefact):
+    calls: list[int] = []
+    text_encoder = artefact.clip.model.transformer
+    handle = text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        Generator(artefact, CPU, chunk_size=1).generate(ask(num_candidates=5))
+    finally:
+        handle.remove()
+    assert len(calls) == 1
 
 
 class Clock:
@@ -237,6 +301,7 @@ def test_an_image_among_several_is_named(generator):
     [
         ({"prime_image": picture(), "prime_rows": 4}, "prime_rows must be 0 to 3"),
         ({"top_k": 10_000}, "top_k must be 1 to"),
+        ({"preview_rows": 4}, "preview_rows must be 1 to 3"),
     ],
 )
 def test_what_only_the_model_can_know_is_checked_before_any_work(generator, fields, says):
@@ -307,6 +372,7 @@ def test_a_chunk_is_as_large_as_the_time_allows():
     assert pace.chunk_size(100, False, 16, 30.0) == 16, "measured"
     pace.note_finishing(1, 1.0)
     assert pace.chunk_size(100, False, 16, 30.0) == 8, "decoding counts too"
+    assert pace.chunk_size(100, False, 16, 30.0, decodes=4) == 2, "and so do previews"
 
 
 @pytest.mark.gpu

@@ -1,5 +1,6 @@
 """The queue before the model: order, refusals, deadlines, cancellation, draining, death."""
 
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import pytest
 
 from dalle.errors import ArtefactError, PlatformError
 from inference.control import Cancelled, Control, DeadlineExceeded
-from inference.render import Candidate, GenerateResult, Result
+from inference.render import Candidate, GenerateResult, Preview, Result
 from inference.scheduler import Busy, Failed, Job, Scheduler, State
 
 PATIENCE = 20.0  # seconds until a test that waits for another thread gives up
@@ -82,7 +83,7 @@ def submit(scheduler: Scheduler, work: Work, seconds: float = 600.0, **options: 
 
 
 def last_event(job: Job) -> Result | Failed:
-    while isinstance(event := job.next_event(PATIENCE), Candidate):
+    while isinstance(event := job.next_event(PATIENCE), Preview | Candidate):
         pass
     assert event is not None, "the job did not end"
     return event
@@ -111,6 +112,20 @@ def test_candidates_arrive_before_the_result():
         job = submit(scheduler, Work(units=2).opened())
         events = [job.next_event(PATIENCE) for _ in range(3)]
     assert [type(event) for event in events] == [Candidate, Candidate, GenerateResult]
+
+
+def test_a_slow_reader_misses_previews_but_no_candidate():
+    job = Job(Work(), arrival=0.0, deadline=math.inf)
+    pixels = np.zeros((4, 4, 3), np.uint8)
+    for number in range(1000):
+        job.control.previewed(Preview(number, 1, pixels))
+        job.control.finished(Candidate(number, -1.0, None, pixels))
+    events = []
+    while (event := job.next_event(0.0)) is not None:
+        events.append(event)
+    candidates = [event.number for event in events if isinstance(event, Candidate)]
+    assert candidates == list(range(1000))
+    assert 1 <= len(events) - len(candidates) <= 64
 
 
 def test_a_full_queue_refuses_with_the_time_to_come_back():

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,104 +17,8 @@ import pytest
 import requests
 
 from inference.cpus import usable_cpus
-from inference.settings import OURS, PLATFORMS, Settings, read_settings
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-PATIENCE = 60.0
-
-
-class Served:
-    """A running `serve`. Its log is read by a thread, so that waiting for a line needs no sleep."""
-
-    def __init__(self, root: Path, arguments: list[str], variables: dict[str, str]) -> None:
-        environment = {name: value for name, value in os.environ.items() if name[:5] != "DALLE"}
-        path = f"{REPOSITORY / 'container'}{os.pathsep}{REPOSITORY}"
-        environment |= {"PYTHONPATH": path, "DALLE_THREADS": "1", "DALLE_DEVICE": "cpu"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "inference", "--root", root, "--host", "127.0.0.1", *arguments],
-            env=environment | variables,
-            cwd=root,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.lines: list[str] = []
-        self._news = threading.Condition()
-        self._ended = False
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-        self.http = requests.Session()
-        self.http.trust_env = False  # loopback is reached without anybody's proxy
-        self.url = ""
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            with self._news:
-                self.lines.append(line.rstrip())
-                self._news.notify_all()
-        with self._news:
-            self._ended = True
-            self._news.notify_all()
-
-    def wait_for(self, pattern: str) -> re.Match[str]:
-        """The first line of the log, past or future, in which the pattern is found."""
-
-        def found() -> re.Match[str] | None:
-            return next(filter(None, (re.search(pattern, line) for line in self.lines)), None)
-
-        with self._news:
-            self._news.wait_for(lambda: found() or self._ended, PATIENCE)
-            match = found()
-        assert match is not None, f"{pattern!r} is not in the log:\n" + "\n".join(self.lines)
-        return match
-
-    def listening(self) -> "Served":
-        self.url = self.wait_for(r"Listening at: (http://[\d.]+:\d+)")[1]
-        return self
-
-    def ready(self) -> "Served":
-        self.listening().wait_for(r"scheduler: ready$")
-        return self
-
-    def get(self, path: str) -> requests.Response:
-        return self.http.get(self.url + path, timeout=PATIENCE)
-
-    def ask(
-        self, *, accept: str = "*/*", stream: bool = False, **fields: object
-    ) -> requests.Response:
-        body = {"caption": "a red square", "num_candidates": 2, "seed": 7, **fields}
-        return requests.Session().post(
-            f"{self.url}/invocations",
-            json=body,
-            headers={"Accept": accept},
-            stream=stream,
-            timeout=PATIENCE,
-        )
-
-    def end(self) -> int:
-        """Wait for the process to end by itself."""
-        status = self.process.wait(PATIENCE)
-        self._reader.join(PATIENCE)
-        return status
-
-
-@contextmanager
-def running(root: Path, *arguments: str, **variables: str) -> Iterator[Served]:
-    served = Served(root, list(arguments or ("--port", "0")), variables)
-    try:
-        yield served
-    finally:
-        served.http.close()
-        if served.process.poll() is None:
-            served.process.terminate()
-            try:
-                served.process.wait(PATIENCE)
-            except subprocess.TimeoutExpired:
-                served.process.kill()
-                raise
-        served._reader.join(PATIENCE)
-        assert served.process.stderr is not None
-        served.process.stderr.close()
+from inference.settings import OURS, PLATFORMS, read_settings
+from tests.served import PATIENCE, REPOSITORY, Served, running
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +97,32 @@ def test_a_client_that_goes_away_gives_its_place_up(served):
     served.wait_for("cancelled: the client closed the connection")
 
 
+def test_who_stops_watching_a_picture_being_drawn_gives_the_place_up(served):
+    stream = served.ask(
+        num_candidates=512,
+        preview_rows=1,
+        guidance_scale=3.0,
+        deadline_seconds=600,
+        accept="application/jsonlines",
+        stream=True,
+    )
+    lines = stream.iter_lines(chunk_size=1)
+    first = json.loads(next(lines))
+    assert (first["event"], first["candidate"], first["rows"]) == ("preview", 0, 1)
+    while json.loads(next(lines))["event"] == "preview":
+        pass
+    before = cancellations(served)
+    stream.close()
+    while cancellations(served) == before:
+        pass
+    while "dalle_queue_depth 0.0" not in served.get("/metrics").text:
+        pass
+
+
+def cancellations(served: Served) -> int:
+    return sum("cancelled: the client closed" in line for line in served.lines)
+
+
 def test_a_deadline_is_kept_with_the_best_so_far(served):
     reply = served.ask(num_candidates=512, deadline_seconds=1).json()
     assert 1 <= reply["completed_candidates"] < 512
@@ -216,17 +145,6 @@ def test_lines_are_answered_one_by_one_and_in_order(served):
 def test_a_body_over_the_limit_is_refused(served):
     response = requests.post(f"{served.url}/invocations", data=b" " * 1_200_000, timeout=PATIENCE)
     assert (response.status_code, response.json()["error"]["code"]) == (413, "payload_too_large")
-
-
-def test_ping_is_answered_beside_headers_that_are_never_sent_whole(root):
-    with running(root, DALLE_QUEUE_SIZE="1") as served, ExitStack() as open_connections:
-        served.ready()
-        host, port = served.url.removeprefix("http://").split(":")
-        for _ in range(Settings(queue_size=1).http_threads):
-            half = socket.create_connection((host, int(port)), PATIENCE)
-            open_connections.enter_context(half)
-            half.sendall(b"GET /ping HTTP/1.1\r\nHost: ")
-        assert served.get("/ping").status_code == 200
 
 
 def test_refusals_come_as_json_over_real_http_too(served):
@@ -263,7 +181,8 @@ def test_sigterm_ends_what_runs_refuses_what_is_new_and_exits_with_0(root):
         last = json.loads(list(lines)[-1])
         assert last["event"] == "ranking"
         assert 1 <= last["completed_candidates"] < 512
-        assert served.end() == 0
+        # Sooner than gunicorn would give up by itself, though these clients keep their connections.
+        assert served.process.wait(20) == 0
         assert not any("Traceback" in line for line in served.lines)
 
 
@@ -310,6 +229,7 @@ def test_a_damaged_artefact_ends_the_process_with_its_reason(tiny_artefact, tmp_
     with running(tmp_path) as served:
         assert served.end() == 4
         served.wait_for(r"loading failed: .*weights.safetensors does not match its sha256")
+        assert "weights.safetensors does not match its sha256" in served.lines[-1]
         assert not any("Traceback" in line for line in served.lines)
 
 
@@ -317,7 +237,23 @@ def test_an_empty_model_directory_ends_the_process_with_its_reason(tmp_path):
     (tmp_path / "model").mkdir()
     with running(tmp_path) as served:
         assert served.end() == 4
-        served.wait_for(r"loading failed: .*manifest.json")
+        assert re.search("serve cannot begin: .*/model must hold manifest.json", served.lines[-1])
+
+
+def test_an_installation_that_is_broken_ends_the_process_with_its_reason(root, tmp_path):
+    (tmp_path / "prometheus_client.py").write_text("raise ImportError('half installed')")
+    paths = (tmp_path, REPOSITORY / "container", REPOSITORY)
+    with running(root, PYTHONPATH=os.pathsep.join(map(str, paths))) as served:
+        assert served.end() == 3
+        assert served.lines[-1].endswith("serve cannot begin: ImportError: half installed")
+
+
+def test_a_port_that_is_taken_ends_the_process_with_its_reason(root):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with running(root, "--port", str(port)) as served:
+            assert served.end() == 1
+            assert str(port) in served.lines[-1]
 
 
 def test_a_missing_model_directory_is_told_at_once(tmp_path):

@@ -1,13 +1,22 @@
 """training.stages: what each model learns from a batch, and how it is validated."""
 
+import threading
+from dataclasses import replace
+
 import pytest
 import torch
 
+from dalle.clip import Clip
+from dalle.dvae import DiscreteVAE
 from dalle.images import encode_image
+from dalle.tokenizer import CaptionTokenizer
 from training import rainbow
 from training.data.batches import Batches
 from training.data.folder import open_folder
+from training.data.memory import decode_if_small
+from training.data.subset import Subset
 from training.stages import ClipStage, DVAEStage, StageData, TransformerStage
+from training.stopping import Stopped
 
 CPU = torch.device("cpu")
 
@@ -21,8 +30,8 @@ def pairs(tmp_path):
 
 
 def batches(pairs, tiny_models, **options):
-    settings = {"batch_size": 5, "seed": 0, "tokenizer": tiny_models.tokenizer, "shuffle": False}
-    return Batches(pairs, **(settings | options))
+    settings = {"batch_size": 5, "seed": 0, "shuffle": False, "num_workers": 0}
+    return Batches(pairs, tokenizer=tiny_models.tokenizer, **(settings | options))
 
 
 def build(kind, tiny_models, data):
@@ -36,8 +45,8 @@ def build(kind, tiny_models, data):
 
 
 def test_the_frozen_dvae_encodes_the_same_tokens_at_any_precision(pairs, tiny_models):
-    decoded = batches(pairs, tiny_models)
-    streamed = batches(pairs, tiny_models, max_decoded_bytes=0, num_workers=0)
+    decoded = batches(decode_if_small(pairs), tiny_models)
+    streamed = batches(pairs, tiny_models, num_workers=0)
     encoded_before, encoded_then = (
         build("transformer", tiny_models, StageData(each, None, CPU))
         for each in (decoded, streamed)
@@ -69,7 +78,142 @@ def test_validation_weighs_every_pair_alike_whatever_the_batches(pairs, tiny_mod
     assert parts[number] == pytest.approx(whole[number], rel=1e-5)
 
 
+def clip_that_sees(tiny_models, **fields):
+    torch.manual_seed(0)
+    return Clip(replace(tiny_models.clip.config, **fields)).train()
+
+
+class Recorded:
+    """A CLIP's `loss`, with what it was given kept."""
+
+    def __init__(self, clip, monkeypatch):
+        self.images = self.negatives = self.is_negative = self.pictures = None
+        self.loss = clip.loss
+        monkeypatch.setattr(clip, "loss", self)
+
+    def __call__(self, images, *others, **negatives):
+        self.images = images
+        self.negatives, self.is_negative = negatives["negatives"], negatives["is_negative"]
+        self.pictures = negatives["pictures"]
+        return self.loss(images, *others, **negatives)
+
+
+@pytest.mark.parametrize("is_decoded", [True, False])
+def test_clip_sees_reconstructions_and_spliced_pictures_when_told_to(
+    pairs, tiny_models, monkeypatch, is_decoded
+):
+    source = batches(decode_if_small(pairs) if is_decoded else pairs, tiny_models)
+    data, batch = StageData(source, None, CPU), source.batch(0)
+    again = tiny_models.dvae.decode(tiny_models.dvae.encode(batch.images))
+    clip = clip_that_sees(tiny_models, reconstruction_share=1.0, spliced_negatives=True)
+    recorded = Recorded(clip, monkeypatch)
+    loss, _ = ClipStage(clip, data, tiny_models.dvae).loss(batch, 0.0)
+    loss.backward()
+    torch.testing.assert_close(recorded.images, again)
+    assert recorded.negatives.shape == batch.images.shape
+    differs = (recorded.negatives != again).flatten(1).any(dim=1)
+    assert torch.equal(differs, recorded.is_negative)
+    assert differs.any()
+
+
+def test_clip_sees_the_pictures_themselves_unless_told_otherwise(pairs, tiny_models, monkeypatch):
+    source = batches(pairs, tiny_models)
+    clip = clip_that_sees(tiny_models)
+    recorded = Recorded(clip, monkeypatch)
+    batch = source.batch(0)
+    ClipStage(clip, StageData(source, None, CPU), tiny_models.dvae).loss(batch, 0.0)
+    assert torch.equal(recorded.images, batch.images)
+    assert recorded.negatives is None
+
+
+def test_clip_is_told_which_pairs_have_the_same_picture(tmp_path, tiny_models, monkeypatch):
+    for number, sample in enumerate(rainbow.samples()[:4]):
+        pixels = rainbow.samples()[0 if number == 2 else number * 900].picture()
+        (tmp_path / f"{number}.png").write_bytes(encode_image(pixels, "png"))
+        (tmp_path / f"{number}.txt").write_text(sample.caption)
+    pairs = decode_if_small(open_folder(tmp_path, image_size=16))
+    source = batches(pairs, tiny_models, batch_size=4)
+    clip = clip_that_sees(tiny_models)
+    recorded = Recorded(clip, monkeypatch)
+    ClipStage(clip, StageData(source, None, CPU)).loss(source.batch(0), 0.0)
+    assert recorded.pictures.tolist() == [0, 1, 0, 2]
+
+
+def test_a_checkpoint_of_a_clip_that_saw_candidates_is_that_dvaes(pairs, tiny_models):
+    data = StageData(batches(pairs, tiny_models), None, CPU)
+    clip = clip_that_sees(tiny_models, spliced_negatives=True)
+    other = DiscreteVAE(tiny_models.dvae.config).eval()
+    first, second = (ClipStage(clip, data, dvae).identity() for dvae in (tiny_models.dvae, other))
+    assert first != second
+    plain = clip_that_sees(tiny_models)
+    first, second = (ClipStage(plain, data, dvae).identity() for dvae in (tiny_models.dvae, other))
+    assert first == second
+
+
 @pytest.mark.parametrize("kind", ["dvae", "transformer", "clip"])
 def test_without_held_out_pairs_there_is_nothing_to_report(pairs, tiny_models, kind):
     data = StageData(batches(pairs, tiny_models), None, CPU)
     assert build(kind, tiny_models, data).validate() == {}
+
+
+class Hooked:
+    """Calls `after` behind each pass through a part of a model, while it is entered; counts."""
+
+    def __init__(self, module, after):
+        self.module, self.after, self.passes = module, after, 0
+
+    def __call__(self, *_):
+        self.passes += 1
+        self.after()
+
+    def __enter__(self):
+        self.handle = self.module.register_forward_hook(self)
+        return self
+
+    def __exit__(self, *_):
+        self.handle.remove()
+
+
+def test_a_stop_ends_the_encoding_of_a_data_sets_image_tokens(pairs, tiny_models, monkeypatch):
+    monkeypatch.setattr("training.data.memory.MAX_CHUNK_IMAGES", 2)
+    stop = threading.Event()
+    data = StageData(batches(decode_if_small(pairs), tiny_models), None, CPU, stop)
+    with Hooked(tiny_models.dvae.encoder, stop.set) as hooked, pytest.raises(Stopped):
+        build("transformer", tiny_models, data)
+    assert hooked.passes == 1  # of 3
+
+
+@pytest.mark.parametrize("kind", ["dvae", "transformer", "clip"])
+def test_a_stop_ends_a_validation(pairs, tiny_models, kind):
+    stop = threading.Event()
+    validation = batches(pairs, tiny_models, batch_size=2, last="keep")
+    stage = build(kind, tiny_models, StageData(batches(pairs, tiny_models), validation, CPU, stop))
+    part = {
+        "dvae": tiny_models.dvae.encoder,
+        "transformer": tiny_models.dvae.encoder,
+        "clip": tiny_models.clip.model.visual,
+    }[kind]
+    with Hooked(part, stop.set) as hooked, pytest.raises(Stopped):
+        stage.validate()
+    assert hooked.passes == 1  # of 3
+
+
+def test_a_checkpoint_is_another_runs_when_pairs_tokens_or_models_differ(pairs, tiny_models):
+    def identities(pairs, tokenizer):
+        with_tokens = Batches(pairs, batch_size=2, seed=0, tokenizer=tokenizer, num_workers=0)
+        data = StageData(with_tokens, None, CPU)
+        stages = [build(kind, tiny_models, data) for kind in ("transformer", "clip")]
+        return [stage.identity() for stage in stages]
+
+    same = CaptionTokenizer.train(["red"], kind="word", text_length=8)
+    longer = CaptionTokenizer.train(["red"], kind="word", text_length=9)
+    others = CaptionTokenizer.train(["red", "blue"], kind="word", text_length=8)
+    usual = identities(pairs, same)
+    assert identities(pairs, same) == usual
+    for changed in (
+        identities(pairs, longer),
+        identities(pairs, others),
+        identities(Subset(pairs, 4), same),  # with the fingerprint of the whole
+    ):
+        assert changed[0] != usual[0]
+        assert changed[1] != usual[1]

@@ -1,0 +1,164 @@
+"""One decoding step of a transformer for many sequences, each at a position of its own.
+
+The arithmetic of `dalle.transformer` with fewer kernels; slots and random numbers are those of
+`dalle.decoding`, keys and values of a cache. Letters: B rows, M codes, V codebook size, W width, N
+positions, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dalle.attention import SelfAttention
+from dalle.layers import FeedForward, LayerScale
+from dalle.names import Precision
+from dalle.quantised import Matrix, matrix
+from dalle.transformer import Block, Branch, CodeHead, Dalle
+
+
+class Attends(Protocol):
+    """A cache that has been told of the step's rows."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Store keys and values and attend: all [B, H, D] -> [B, H * D]."""
+        ...
+
+
+class DecodeStep:
+    """A model's decoding step, weights in the precision asked for. fp32 shares their memory."""
+
+    def __init__(self, model: Dalle, precision: Precision = "fp32") -> None:
+        config = model.config
+        self.num_codebooks = config.num_codebooks
+        self._blocks = [_Block.of(block, precision) for block in model.blocks]
+        self._heads = [_Head.of(head, precision) for head in model.code_heads]
+        self._heads_shape = (3, config.num_heads, config.head_width)
+        # Embeddings of every code and every position in one table: an input is one sum of rows.
+        position = (model.row_position + model.column_position).flatten(0, 1).detach().clone()
+        if config.target_position:
+            target = (model.target_row_position + model.target_column_position).flatten(0, 1)
+            position[:-1] += target[1:].detach()
+        codes = [each.get_parameter("weight").detach() for each in model.code_embeddings]
+        self._inputs = torch.cat([*codes, position])
+        V, M = config.codebook_size, config.num_codebooks
+        self._first_rows = torch.arange(M + 1, device=position.device) * V
+
+    def __call__(self, codes: Tensor, positions: Tensor, cache: Attends) -> Tensor:
+        """Take in the codes [B, M] of each row's position [B].
+
+        Returns the states [B, W] that predict the next.
+        """
+        rows = torch.cat([codes, positions[:, None]], dim=1).add_(self._first_rows)
+        x = F.embedding_bag(rows, self._inputs, mode="sum")
+        for layer, block in enumerate(self._blocks):
+            qkv = block.qkv(block.attention_norm(x)).view(-1, *self._heads_shape)
+            if block.qk_norm:
+                query, key = F.layer_norm(qkv[:, :2], qkv.shape[-1:]).unbind(1)
+            else:
+                query, key = qkv[:, 0], qkv[:, 1]
+            attended = block.out(cache.attend(layer, query, key, qkv[:, 2]))
+            x = x.add_(attended if block.out_gain is None else attended.mul_(block.out_gain))
+            added = block.contract(block.activate(block.expand(block.feed_forward_norm(x))))
+            x = x.add_(added if block.contract_gain is None else added.mul_(block.contract_gain))
+        return x
+
+    def code_logits(self, hidden: Tensor, m: int, codes: Tensor) -> Tensor:
+        """Logits [B, V] of code m of the position that hidden [B, W] predicts, given those before.
+
+        codes: [B, >= m]
+        """
+        head = self._heads[m]
+        if head.expand is not None and head.contract is not None:
+            known = F.embedding_bag(codes[:, :m] + head.first_rows, head.earlier, mode="sum")
+            hidden = hidden + known
+            hidden = hidden + head.contract(head.activate(head.expand(head.norm(hidden))))
+        return head.to_logits(head.norm(hidden))
+
+
+@dataclass(frozen=True)
+class _Block:
+    attention_norm: nn.Module
+    qkv: Matrix
+    qk_norm: bool
+    out: Matrix
+    out_gain: Tensor | None
+    feed_forward_norm: nn.Module
+    expand: Matrix
+    activate: Callable[[Tensor], Tensor]
+    contract: Matrix
+    contract_gain: Tensor | None
+
+    @classmethod
+    def of(cls, block: nn.Module, precision: Precision) -> _Block:
+        assert isinstance(block, Block)
+        attention, feed_forward = block.attention.function, block.feed_forward.function
+        assert isinstance(attention, SelfAttention)
+        assert isinstance(feed_forward, FeedForward)
+        return cls(
+            attention_norm=block.attention.norm,
+            qkv=matrix(attention.to_qkv, precision),
+            qk_norm=attention.qk_norm,
+            out=matrix(attention.to_out, precision),
+            out_gain=_gain(block.attention),
+            feed_forward_norm=block.feed_forward.norm,
+            expand=matrix(feed_forward.expand, precision),
+            activate=_activation(feed_forward),
+            contract=matrix(feed_forward.contract, precision),
+            contract_gain=_gain(block.feed_forward),
+        )
+
+
+@dataclass(frozen=True)
+class _Head:
+    earlier: Tensor  # [m * V, W]: embeddings of the codes before
+    first_rows: Tensor  # [m]
+    norm: nn.Module
+    expand: Matrix | None
+    activate: Callable[[Tensor], Tensor]
+    contract: Matrix | None
+    to_logits: Matrix
+
+    @classmethod
+    def of(cls, head: nn.Module, precision: Precision) -> _Head:
+        assert isinstance(head, CodeHead)
+        tables = [each.get_parameter("weight").detach() for each in head.earlier]
+        weight = head.to_logits.weight
+        return cls(
+            earlier=torch.cat(tables) if tables else weight.new_zeros(0, 0),
+            first_rows=torch.arange(len(tables), device=weight.device) * len(weight),
+            norm=head.norm,
+            expand=None if head.mix is None else matrix(head.mix.expand, precision),
+            activate=F.relu if head.mix is None else _activation(head.mix),
+            contract=None if head.mix is None else matrix(head.mix.contract, precision),
+            to_logits=matrix(head.to_logits, precision),
+        )
+
+
+def _activation(feed_forward: FeedForward) -> Callable[[Tensor], Tensor]:
+    match feed_forward.kind:
+        case "gelu":
+            return _gelu
+        case "relu2":
+            return lambda x: x.relu_().square_()
+        case "geglu":
+
+            def geglu(x: Tensor) -> Tensor:
+                x, gate = x.chunk(2, dim=-1)
+                return _gelu(gate).mul_(x)
+
+            return geglu
+
+
+def _gelu(x: Tensor) -> Tensor:
+    """As `F.gelu`, which on a CPU takes longer to be set up than to run for so few rows."""
+    return torch.erf(x * 0.5**0.5).add_(1).mul_(x).mul_(0.5)
+
+
+def _gain(branch: Branch) -> Tensor | None:
+    return branch.scale.gain.detach() if isinstance(branch.scale, LayerScale) else None

@@ -1,0 +1,396 @@
+"""Continuous batching: candidates of many requests at once, each at a position of its own.
+
+    submit(...)          a request's caption, computed once; its candidates wait for slots
+    step()  again, again    free slots filled -> one position drawn for all -> finished candidates
+
+What a candidate is depends on its caption, options, seed and number alone, never on the load: the
+same picture as `dalle.sampling` draws. Knows ids and probabilities; no captions, pixels, clocks or
+threads: one thread calls everything.
+
+Letters: S slots, B busy slots (rows of a step), C candidates in the making, G those with guidance,
+N positions, M codes per position, V codebook size, P primed positions, T text length, W width.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dalle.ragged_step import RaggedStep
+from dalle.sampling import SamplingOptions, choose, image_uniforms, require_evaluation_mode
+from dalle.static_step import StaticStep
+from dalle.transformer import PADDING, Dalle
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class FinishedCandidate:
+    """One image's worth of tokens, [N, M] int64, and its log p as in `SampledTokens`."""
+
+    generation: Generation
+    candidate: int
+    image_tokens: Tensor = field(repr=False)
+    log_likelihood: float
+
+
+@dataclass(eq=False)
+class Generation:
+    """A request's candidates on their way; made by `DecodeEngine.submit`."""
+
+    seed: int
+    options: SamplingOptions
+    waiting: deque[int]
+    """Numbers of the candidates that have no slot yet."""
+    prime_tokens: Tensor | None = field(repr=False)
+    branches: list[_Branch] = field(repr=False)
+    """With the caption, and with guidance without it."""
+    most: int | None = None
+    """Candidates that may be in the making together; None: as many as there is room for."""
+    in_slots: int = 0
+    """Candidates in the making."""
+
+    @property
+    def slots_each(self) -> int:
+        """Slots that one candidate takes."""
+        return len(self.branches)
+
+    @property
+    def may_start(self) -> bool:
+        """Whether another of its candidates waits and may begin."""
+        return bool(self.waiting) and (self.most is None or self.in_slots < self.most)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no candidate of it is to come any more."""
+        return not self.waiting and not self.in_slots
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Branch:
+    """A caption's pass through the model, done once: what its candidates' slots begin with."""
+
+    packed: Sequence[tuple[Tensor, Tensor]]
+    hidden: Tensor  # [W], predicts the first position that is not primed
+
+
+@dataclass(eq=False, slots=True)
+class _Candidate:
+    """A candidate in the making."""
+
+    generation: Generation
+    number: int
+    slot: int
+    guidance_slot: int | None
+    position: int
+
+
+class DecodeEngine:
+    """A model's slots and the step that moves them all on.
+
+    num_slots: sequences in the making; a candidate with guidance takes two.
+    max_candidates: in the making together; None for as many as there are slots.
+    step: None is the exact one for the model's device.
+    """
+
+    def __init__(
+        self,
+        model: Dalle,
+        num_slots: int,
+        *,
+        max_candidates: int | None = None,
+        step: RaggedStep | StaticStep | None = None,
+    ) -> None:
+        if num_slots < 1:
+            raise ValueError(f"num_slots must be at least 1, got {num_slots}")
+        require_evaluation_mode(model)
+        self.model, self.num_slots = model, num_slots
+        self.max_candidates = max_candidates or num_slots
+        config = model.config
+        N, M = config.num_positions, config.num_codebooks
+        self._device = model.text_position.device
+        if step is None:
+            step = (RaggedStep if self._device.type == "cpu" else StaticStep)(model, num_slots)
+        self._step = step
+        self._free = list(range(num_slots))
+        self._making: list[_Candidate] = []
+        self._generations: list[Generation] = []
+        self._batch: _Batch | None = None
+        # By slot; a candidate's own are those of its slot with the caption.
+        self._hidden = model.text_position.new_zeros(num_slots, config.width)
+        self._image_tokens = torch.zeros(num_slots, N, M, dtype=torch.int64, device=self._device)
+        self._log_likelihood = torch.zeros(num_slots, device=self._device)
+        self._uniforms = torch.zeros(num_slots, N, M, device=self._device)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether a step would do nothing."""
+        return not self._making and not self._generations
+
+    @property
+    def busy_slots(self) -> int:
+        """B"""
+        return self.num_slots - len(self._free)
+
+    @property
+    def in_making(self) -> int:
+        """C"""
+        return len(self._making)
+
+    @torch.inference_mode()
+    def submit(
+        self,
+        text_tokens: Tensor,
+        *,
+        candidates: Iterable[int],
+        seed: int,
+        options: SamplingOptions | None = None,
+        prime_tokens: Tensor | None = None,
+    ) -> Generation:
+        """Accept a request: arguments as of `sample_image_tokens`, for one caption [1, T].
+
+        Runs the caption through the model, so that it takes as long as some steps. Raises
+        ValueError for no candidate, and for guidance with one slot.
+        """
+        options = options or SamplingOptions()
+        waiting = deque(candidates)
+        if not waiting:
+            raise ValueError("candidates must be at least one, got none")
+        captions = [text_tokens]
+        if options.guidance_scale != 1.0:
+            if self.num_slots < 2:
+                raise ValueError("num_slots must be at least 2 for guidance, got 1")
+            captions.append(torch.full_like(text_tokens, PADDING))
+        N = self.model.config.num_positions
+        branches = []
+        # A picture that is primed whole is finished before it begins.
+        if prime_tokens is None or len(prime_tokens) < N:
+            branches = [self._prefill(caption, prime_tokens) for caption in captions]
+        generation = Generation(seed, options, waiting, prime_tokens, branches)
+        self._generations.append(generation)
+        return generation
+
+    def cancel(self, generation: Generation) -> None:
+        """Give up what a request still has to come; its slots are free from now on."""
+        generation.waiting.clear()
+        for each in [each for each in self._making if each.generation is generation]:
+            self._release(each)
+        self._forget(generation)
+
+    def reset(self) -> None:
+        """Give up everything, whatever state a failed step has left behind."""
+        for generation in self._generations:
+            generation.waiting.clear()
+            generation.in_slots = 0
+        self._free = list(range(self.num_slots))
+        self._making, self._generations, self._batch = [], [], None
+
+    @torch.inference_mode()
+    def step(self) -> list[FinishedCandidate]:
+        """Fill free slots, draw one position of every candidate, and return the finished ones."""
+        finished = self._admit()
+        if not self._making:
+            return finished
+        batch = self._batch = self._batch or _Batch(self._making, self._device)
+        codes = self._draw(batch)
+        last = self.model.config.num_positions - 1
+        ended = [each for each in self._making if each.position == last]
+        finished += [self._finish(each) for each in ended]
+        if self._making:
+            if ended:
+                kept = [row for row, each in enumerate(batch.candidates) if each.position != last]
+                codes = codes[kept]
+                batch = self._batch = _Batch(self._making, self._device)
+            self._advance(batch, codes)
+        return finished
+
+    def positions(self, generation: Generation) -> dict[int, int]:
+        """Of each of a request's candidates in the making, how many positions are drawn."""
+        return {
+            each.number: each.position for each in self._making if each.generation is generation
+        }
+
+    def tokens_so_far(self, generation: Generation) -> list[tuple[int, Tensor]]:
+        """Number and drawn positions [P, M] of each of a request's candidates in the making."""
+        return [
+            (each.number, self._image_tokens[each.slot, : each.position].clone())
+            for each in self._making
+            if each.generation is generation
+        ]
+
+    def _prefill(self, text_tokens: Tensor, prime_tokens: Tensor | None) -> _Branch:
+        prefix = self.model.new_cache(1)
+        prime = None if prime_tokens is None else prime_tokens[None]
+        hidden = self.model.prefill(text_tokens, prime, prefix)
+        return _Branch(self._step.pack(prefix), hidden[0])
+
+    def _admit(self) -> list[FinishedCandidate]:
+        """Give free slots to waiting candidates, in turn to the request that has fewest."""
+        finished = []
+        started: dict[tuple[int, int], list[int]] = {}
+        branches: dict[tuple[int, int], _Branch] = {}
+        while waiting := [each for each in self._generations if each.may_start]:
+            generation = min(waiting, key=lambda each: each.in_slots)
+            if not generation.branches:
+                finished += self._finish_primed(generation)
+                continue
+            if len(self._free) < generation.slots_each or len(self._making) == self.max_candidates:
+                break
+            candidate = self._start(generation)
+            slots = [candidate.slot, candidate.guidance_slot]
+            for number, branch in enumerate(generation.branches):
+                slot = slots[number]
+                assert slot is not None
+                started.setdefault((id(generation), number), []).append(slot)
+                branches[id(generation), number] = branch
+        for key, slots_of_branch in started.items():
+            chosen = torch.tensor(slots_of_branch, device=self._device)
+            self._step.load(chosen, branches[key].packed)
+            self._hidden[chosen] = branches[key].hidden
+        return finished
+
+    def _start(self, generation: Generation) -> _Candidate:
+        """Take slots for a request's next candidate."""
+        number = generation.waiting.popleft()
+        slot = self._free.pop(0)
+        guidance_slot = self._free.pop(0) if generation.slots_each == 2 else None
+        prime = generation.prime_tokens
+        primed = 0 if prime is None else len(prime)
+        candidate = _Candidate(generation, number, slot, guidance_slot, primed)
+        if prime is not None:
+            self._image_tokens[slot, :primed] = prime
+        uniforms = image_uniforms(generation.seed, number, self._uniforms[slot].numel())
+        self._uniforms[slot] = torch.from_numpy(uniforms).view(self._uniforms[slot].shape)
+        self._log_likelihood[slot] = 0.0
+        generation.in_slots += 1
+        self._making.append(candidate)
+        self._batch = None
+        return candidate
+
+    def _draw(self, batch: _Batch) -> Tensor:
+        """Draw the codes [C, M] of each candidate's position, and count their likelihood."""
+        C, M = len(batch.candidates), self.model.config.num_codebooks
+        hidden = self._hidden.index_select(0, batch.rows)
+        positions = batch.positions()
+        uniforms = self._uniforms[batch.slots, positions]
+        codes = torch.zeros(C, M, dtype=torch.int64, device=self._device)
+        log_likelihood = torch.zeros(C, device=self._device)
+        for m in range(M):
+            logits = self._step.code_logits(hidden, m, batch.spread(codes)).float()
+            conditional = logits[:C]
+            codes[:, m] = batch.choose(batch.guide(logits), uniforms[:, m])
+            log_p = conditional.log_softmax(dim=-1)
+            log_likelihood += log_p.gather(1, codes[:, m, None]).squeeze(1)
+        self._image_tokens[batch.slots, positions] = codes
+        self._log_likelihood[batch.slots] += log_likelihood
+        return codes
+
+    def _advance(self, batch: _Batch, codes: Tensor) -> None:
+        """Take in the codes [C, M] just drawn: the model's step, for all rows."""
+        positions = batch.numpy_positions()
+        hidden = self._step(batch.numpy_rows, batch.spread(codes), positions)
+        self._hidden.index_copy_(0, batch.rows, hidden)
+        for each in batch.candidates:
+            each.position += 1
+
+    def _finish(self, candidate: _Candidate) -> FinishedCandidate:
+        self._release(candidate)
+        finished = FinishedCandidate(
+            candidate.generation,
+            candidate.number,
+            self._image_tokens[candidate.slot].clone(),
+            float(self._log_likelihood[candidate.slot]),
+        )
+        if candidate.generation.is_over:
+            self._forget(candidate.generation)
+        return finished
+
+    def _finish_primed(self, generation: Generation) -> list[FinishedCandidate]:
+        assert generation.prime_tokens is not None
+        numbers = list(generation.waiting)
+        generation.waiting.clear()
+        self._forget(generation)
+        return [
+            FinishedCandidate(generation, number, generation.prime_tokens.clone(), 0.0)
+            for number in numbers
+        ]
+
+    def _release(self, candidate: _Candidate) -> None:
+        self._making.remove(candidate)
+        candidate.generation.in_slots -= 1
+        self._free.append(candidate.slot)
+        if candidate.guidance_slot is not None:
+            self._free.append(candidate.guidance_slot)
+        self._free.sort()
+        self._batch = None
+
+    def _forget(self, generation: Generation) -> None:
+        if generation in self._generations:
+            self._generations.remove(generation)
+        generation.branches = []
+
+
+class _Batch:
+    """The rows of a step: each candidate's, then those without caption of the ones with guidance.
+
+    Holds as long as the same candidates are in the making.
+    """
+
+    def __init__(self, candidates: Sequence[_Candidate], device: torch.device) -> None:
+        self.candidates = list(candidates)
+        guided = [row for row, each in enumerate(candidates) if each.guidance_slot is not None]
+        guidance_slots = [candidates[row].guidance_slot for row in guided]
+        slots = [each.slot for each in candidates]
+        self.numpy_rows = np.array([*slots, *guidance_slots], dtype=np.int64)
+        self.rows = torch.from_numpy(self.numpy_rows).to(device)
+        self.slots = torch.tensor(slots, device=device)
+        self._guided = torch.tensor(guided, dtype=torch.int64, device=device) if guided else None
+        self._device = device
+        scales = [candidates[row].generation.options.guidance_scale for row in guided]
+        self._scales = torch.tensor(scales, device=device)[:, None]
+        by_options: dict[SamplingOptions, list[int]] = {}
+        for row, each in enumerate(candidates):
+            options = each.generation.options
+            by_options.setdefault(
+                SamplingOptions(options.temperature, options.top_k, options.top_p), []
+            ).append(row)
+        self._draws = [
+            (options, torch.tensor(rows, device=device)) for options, rows in by_options.items()
+        ]
+
+    def numpy_positions(self) -> np.ndarray:
+        """Each row's position, [B]."""
+        positions = [each.position for each in self.candidates]
+        with_guidance = [
+            each.position for each in self.candidates if each.guidance_slot is not None
+        ]
+        return np.array([*positions, *with_guidance], dtype=np.int64)
+
+    def positions(self) -> Tensor:
+        """Each candidate's position, [C]."""
+        return torch.tensor([each.position for each in self.candidates], device=self._device)
+
+    def spread(self, codes: Tensor) -> Tensor:
+        """[C, M] -> [B, M]: a branch without caption takes in what its candidate drew."""
+        return codes if self._guided is None else torch.cat([codes, codes[self._guided]])
+
+    def guide(self, logits: Tensor) -> Tensor:
+        """[B, V] -> [C, V]"""
+        if self._guided is None:
+            return logits
+        C = len(self.candidates)
+        conditional, blank = logits[:C], logits[C:]
+        with_guidance = blank + self._scales * (conditional[self._guided] - blank)
+        return conditional.index_copy(0, self._guided, with_guidance)
+
+    def choose(self, logits: Tensor, uniforms: Tensor) -> Tensor:
+        """One code per candidate, [C]: together for all that draw alike."""
+        if len(self._draws) == 1:
+            return choose(logits, uniforms, self._draws[0][0])
+        chosen = torch.empty(len(logits), dtype=torch.int64, device=self._device)
+        for options, rows in self._draws:
+            chosen[rows] = choose(logits[rows], uniforms[rows], options)
+        return chosen

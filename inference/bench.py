@@ -1,0 +1,266 @@
+"""`python -m inference.bench`: how fast this machine draws, and where the time goes.
+
+    python -m inference.bench --size base          weights at random: to speed they do not matter
+    python -m inference.bench --model DIR          an artefact's own sizes
+
+For each precision and number of candidates: a drawing step at four depths of the image, in turn
+with the others and with a probe of the memory's speed, whose share the step reaches is the figure
+to watch with one candidate; tokens and images a second; memory. Then each stage of a picture apart.
+Times are medians; the first of each kind warms up and is shown by itself. The last line is JSON.
+
+Waiting in the queue, and whole requests, are measured at the server: `python -m infra benchmark`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from dalle import artefact as artefacts
+from dalle import sizes
+from dalle.artefact import Artefact
+from dalle.clip import Clip, ClipConfig
+from dalle.dvae import DiscreteVAE, DVAEConfig
+from dalle.images import encode_image
+from dalle.names import PRECISIONS
+from dalle.ragged_step import RaggedStep
+from dalle.sizes import SizeName
+from dalle.transformer import Dalle, TransformerConfig
+from inference import bench_steps
+from inference.bench_steps import Memory, Timings
+from inference.pictures import to_pixels
+
+_TEXT_LENGTH = 64
+_TEXT_VOCAB_SIZE = 10_000
+_STAGE_IMAGES = 8  # pictures decoded and scored together
+_STAGE_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """One precision with one number of candidates."""
+
+    precision: str
+    candidates: int
+    warm_up_ms: float
+    step_ms: float
+    spread: float
+    tokens_per_second: float
+    images_per_second: float
+    bandwidth_share: float
+    """Of the measured speed of memory, by the bytes that a step must read at least."""
+    tables_mb: float | None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m inference.bench", description="Measure how fast this machine draws."
+    )
+    parser.add_argument("--size", choices=get_args(SizeName), default="base")
+    parser.add_argument("--model", type=Path, help="an artefact's directory, instead of --size")
+    parser.add_argument("--full", action="store_true", help="full attention in every layer")
+    parser.add_argument(
+        "--precision", default="fp32,int8", help="fp32,fp16,int8; a GPU has its own"
+    )
+    parser.add_argument("--candidates", default="1,8,32", help="drawn together: 1,8,32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="torch threads; default: torch's own choice")
+    parser.add_argument("--rounds", type=int, default=8, help="steps at each depth")
+    parser.add_argument(
+        "--probe-mb",
+        type=int,
+        default=bench_steps.PROBE_BYTES >> 20,
+        help="memory read to measure its speed; more than a processor's caches hold",
+    )
+    given = parser.parse_args(arguments)
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    torch.manual_seed(0)
+    device = torch.device(given.device)
+    artefact = _load(given.model, device) if given.model else _build(given.size, device)
+    if artefact.transformer is None:
+        parser.error(f"--model {given.model} has no transformer")
+    model = _with_full_attention(artefact.transformer) if given.full else artefact.transformer
+    precisions = ["fp32"] if device.type != "cpu" else given.precision.split(",")
+    if unknown := set(precisions) - set(PRECISIONS):
+        parser.error(f"--precision must be of {PRECISIONS}, got {sorted(unknown)}")
+    result = run(
+        artefact,
+        model,
+        precisions,
+        [int(each) for each in given.candidates.split(",")],
+        rounds=given.rounds,
+        probe_bytes=given.probe_mb << 20,
+    )
+    print(json.dumps({"size": None if given.model else given.size, "full": given.full} | result))
+
+
+@torch.inference_mode()
+def run(
+    artefact: Artefact,
+    model: Dalle,
+    precisions: Sequence[str],
+    batches: Sequence[int],
+    *,
+    rounds: int,
+    probe_bytes: int = bench_steps.PROBE_BYTES,
+) -> dict[str, Any]:
+    """Measure everything, print it as it comes, and return it all."""
+    device = model.text_position.device
+    described = bench_steps.describe_machine(device)
+    print("  ".join(f"{name} {value}" for name, value in described.items()), flush=True)
+    memory = Memory(device, probe_bytes)
+    prefill = _prefill_milliseconds(model, device)
+    print(
+        f"prefill of one caption: {prefill[0]:.1f} ms, warming up {prefill[1]:.1f} ms", flush=True
+    )
+    steps = []
+    for batch in batches:
+        for figures in _steps(model, batch, precisions, rounds, memory):
+            steps.append(figures)
+            print(
+                f"{figures.precision}, {figures.candidates} candidates: {figures.step_ms:.2f} ms "
+                f"a step (warming up {figures.warm_up_ms:.2f}, quartiles "
+                f"{figures.spread:.0%} apart), {figures.tokens_per_second:.1f} tokens/s, "
+                f"{figures.images_per_second:.3f} images/s, {figures.bandwidth_share:.0%} of "
+                f"{memory.bytes_per_second / 1e9:.1f} GB/s",
+                flush=True,
+            )
+    stages = _stages(artefact, model, device)
+    for name, (milliseconds, warm_up) in stages.items():
+        print(f"{name}: {milliseconds:.2f} ms a picture, warming up {warm_up:.2f} ms", flush=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return described | {
+        "weights": sum(each.numel() for each in model.parameters()),
+        "positions": model.config.num_positions,
+        "memory_gb_per_second": round(memory.bytes_per_second / 1e9, 2),
+        "prefill_ms": round(prefill[0], 2),
+        "steps": [asdict(each) for each in steps],
+        "stages_ms": {name: round(each[0], 3) for name, each in stages.items()},
+        "peak_rss_mb": round(peak),
+    }
+
+
+def _steps(
+    model: Dalle, batch: int, precisions: Sequence[str], rounds: int, memory: Memory
+) -> list[StepFigures]:
+    config, device = model.config, model.text_position.device
+    ranges = bench_steps.wide_ranges(model)
+    timings = {precision: Timings() for precision in precisions}
+    tables: dict[str, float | None] = {}
+    for depth in bench_steps.DEPTHS:
+        engines = {
+            precision: bench_steps.engine_at(model, batch, depth, precision, ranges)
+            for precision in precisions
+        }
+        for precision in precisions:
+            step = bench_steps.step_of(model, batch, precision, ranges)
+            tables[precision] = step.num_bytes / 1e6 if isinstance(step, RaggedStep) else None
+        steps = {precision: engine.step for precision, engine in engines.items()}
+        left = config.num_positions - int(config.num_positions * depth)
+        bench_steps.take_turns(steps, timings, depth, min(rounds + 1, left - 1), device, memory)
+        del engines, steps
+        bench_steps.forget()
+    figures = []
+    for precision, timing in timings.items():
+        seconds = timing.step_seconds
+        needed = bench_steps.step_bytes(model, batch, precision)
+        figures.append(
+            StepFigures(
+                precision=precision,
+                candidates=batch,
+                warm_up_ms=1000 * max(timing.first.values()),
+                step_ms=1000 * seconds,
+                spread=timing.spread,
+                tokens_per_second=batch * config.num_codebooks / seconds,
+                images_per_second=batch / (seconds * config.num_positions),
+                bandwidth_share=needed / seconds / memory.bytes_per_second,
+                tables_mb=tables[precision],
+            )
+        )
+    return figures
+
+
+def _prefill_milliseconds(model: Dalle, device: torch.device) -> tuple[float, float]:
+    text_tokens = torch.ones(1, model.config.text_length, dtype=torch.int64, device=device)
+    return _milliseconds(lambda: model.prefill(text_tokens, None, model.new_cache(1)), device)
+
+
+def _stages(
+    artefact: Artefact, model: Dalle, device: torch.device
+) -> dict[str, tuple[float, float]]:
+    """Milliseconds a picture, and those of the first, by stage after the sampling."""
+    if artefact.dvae is None:
+        return {}
+    dvae, clip = artefact.dvae, artefact.clip
+    config = model.config
+    shape = (_STAGE_IMAGES, config.num_positions, config.num_codebooks)
+    image_tokens = torch.randint(config.codebook_size, shape, device=device)
+    images = dvae.decode(image_tokens)
+    pixels = to_pixels(images)
+    works: dict[str, Callable[[], object]] = {
+        "decode": lambda: to_pixels(dvae.decode(image_tokens)),
+        "encode": lambda: [encode_image(each, "png") for each in pixels],
+    }
+    if clip is not None:
+        works["rank"] = lambda: clip.encode_image(images)
+    found = {}
+    for name, work in works.items():
+        later, first = _milliseconds(work, device)
+        found[name] = later / _STAGE_IMAGES, first / _STAGE_IMAGES
+    return found
+
+
+def _milliseconds(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """The median of some calls, and the call before them."""
+    first = bench_steps.timed(work, device)
+    later = [bench_steps.timed(work, device) for _ in range(_STAGE_ROUNDS)]
+    return 1000 * statistics.median(later), 1000 * first
+
+
+def _load(directory: Path, device: torch.device) -> Artefact:
+    return artefacts.load(directory, device)
+
+
+def _build(size: SizeName, device: torch.device) -> Artefact:
+    """Models of a size with random weights."""
+    dvae = DiscreteVAE(DVAEConfig(**sizes.DVAE_SIZES[size]))
+    transformer = Dalle(
+        TransformerConfig(
+            text_vocab_size=_TEXT_VOCAB_SIZE,
+            text_length=_TEXT_LENGTH,
+            grid_size=dvae.config.grid_size,
+            codebook_size=dvae.config.codebook_size,
+            num_codebooks=dvae.config.num_codebooks,
+            **sizes.TRANSFORMER_SIZES[size],
+        )
+    )
+    clip = Clip(
+        ClipConfig(
+            image_size=dvae.config.image_size,
+            text_vocab_size=_TEXT_VOCAB_SIZE,
+            text_length=_TEXT_LENGTH,
+            **sizes.CLIP_SIZES[size],
+        )
+    )
+    for model in (dvae, transformer, clip):
+        model.to(device).eval().requires_grad_(False)
+    return Artefact(dvae, transformer, clip, None)
+
+
+def _with_full_attention(model: Dalle) -> Dalle:
+    """A model of the same sizes in which every layer sees everything; its weights are others."""
+    config = replace(model.config, attention_kinds=("full",))
+    return Dalle(config).to(model.text_position.device).eval().requires_grad_(False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""What the benchmarks measure with: the memory's speed, and an engine's steps at several depths.
+
+Measurements that are to be compared are taken in turn, so that whatever else the machine does falls
+on all of them alike; medians, and what was asked of a thing for the first time does not count.
+Letters: B candidates drawn together, N positions, M codes per position.
+"""
+
+from __future__ import annotations
+
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from dalle.decoding import DecodeEngine
+from dalle.names import Precision
+from dalle.ragged_step import RaggedStep
+from dalle.sampling import SamplingOptions
+from dalle.slot_tables import KeyRange
+from dalle.transformer import Dalle
+
+DEPTHS = (0.05, 0.35, 0.65, 0.95)  # shares of an image at which steps are timed
+PROBE_BYTES = 512 * 1024**2  # more than a processor's caches hold
+
+
+@dataclass
+class Timings:
+    """Seconds of one thing's steps, by depth."""
+
+    first: dict[float, float] = field(default_factory=dict)
+    """The step that warms up."""
+    later: dict[float, list[float]] = field(default_factory=dict)
+
+    def note(self, depth: float, seconds: float) -> None:
+        """The first of a depth is the one that warms up."""
+        if depth in self.first:
+            self.later.setdefault(depth, []).append(seconds)
+        else:
+            self.first[depth] = seconds
+
+    @property
+    def step_seconds(self) -> float:
+        """The median of each depth, and the mean of those: an image's time by its positions."""
+        return statistics.mean(statistics.median(each) for each in self.later.values())
+
+    @property
+    def spread(self) -> float:
+        """Quartile distance of the steps of a depth, in medians, at the worst depth."""
+        return max(
+            (lambda quarters: (quarters[2] - quarters[0]) / quarters[1])(
+                statistics.quantiles(each, n=4)
+            )
+            for each in self.later.values()
+        )
+
+
+class Memory:
+    """The speed at which this process reads memory, bytes per second. One probe at a time."""
+
+    def __init__(self, device: torch.device, probe_bytes: int = PROBE_BYTES) -> None:
+        self._device = device
+        self._probe = torch.ones(probe_bytes // 4, device=device).view(4096, -1)
+        self._vector = torch.ones(self._probe.shape[1], device=device)
+        self._speeds: list[float] = []
+
+    def probe(self) -> None:
+        """Read the probe twice, by a sum and by a product; the faster counts."""
+        fastest = min(
+            timed(lambda: self._probe.sum(), self._device),
+            timed(lambda: torch.mv(self._probe, self._vector), self._device),
+        )
+        self._speeds.append(4 * self._probe.numel() / fastest)
+
+    @property
+    def bytes_per_second(self) -> float:
+        return statistics.median(self._speeds)
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, the device's own work included."""
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def take_turns(
+    steps: Mapping[str, Callable[[], object]],
+    timings: Mapping[str, Timings],
+    depth: float,
+    rounds: int,
+    device: torch.device,
+    memory: Memory | None = None,
+) -> None:
+    """Time each of the steps once a round, in turn, and the memory beside them."""
+    for _ in range(rounds):
+        for name, step in steps.items():
+            timings[name].note(depth, timed(step, device))
+        if memory is not None:
+            memory.probe()
+
+
+def engine_at(
+    model: Dalle, batch: int, depth: float, precision: str, key_ranges: list[KeyRange] | None
+) -> DecodeEngine:
+    """An engine whose slots are all drawing at a depth. Tokens before it are random."""
+    config = model.config
+    device = model.text_position.device
+    generator = torch.Generator().manual_seed(0)
+    text_tokens = torch.randint(
+        1, config.text_vocab_size, (1, config.text_length), generator=generator
+    )
+    prime = torch.randint(
+        config.codebook_size,
+        (int(config.num_positions * depth), config.num_codebooks),
+        generator=generator,
+    )
+    engine = DecodeEngine(model, batch, step=step_of(model, batch, precision, key_ranges))
+    engine.submit(
+        text_tokens.to(device),
+        candidates=range(batch),
+        seed=0,
+        options=SamplingOptions(),
+        prime_tokens=prime.to(device),
+    )
+    return engine
+
+
+def step_of(
+    model: Dalle, batch: int, precision: str, key_ranges: list[KeyRange] | None
+) -> RaggedStep | None:
+    """The step of a precision; None for the exact one of the model's device."""
+    if model.text_position.device.type != "cpu":
+        return None
+    weights: Precision = precision  # type: ignore[assignment]
+    return RaggedStep(
+        model, batch, precision=weights, key_ranges=key_ranges if precision == "int8" else None
+    )
+
+
+def wide_ranges(model: Dalle) -> list[KeyRange]:
+    """Key ranges for weights that were never trained, when only time counts."""
+    shape = (model.config.num_heads, model.config.head_width)
+    return [KeyRange(torch.full(shape, -8.0), torch.full(shape, 8.0))] * model.config.num_layers
+
+
+def step_bytes(model: Dalle, batch: int, precision: str) -> float:
+    """What a step must read at least, in bytes, at mid-image: each weight once, and of each
+    candidate the keys and values that its query sees."""
+    config = model.config
+    weight_bytes = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}[precision]
+    each_key = 1 if precision == "int8" else 2 if precision == "bf16" else 4
+    weights = sum(each.numel() for each in model.blocks.parameters() if each.ndim == 2)
+    weights += sum(head.get_parameter("to_logits.weight").numel() for head in model.code_heads)
+    seen = 0.0
+    for layer in range(config.num_layers):
+        kind = config.kind_of_layer(layer)
+        text, grid = config.text_length + 1, config.grid_size
+        seen += (
+            text
+            + {
+                "full": config.num_positions / 2,
+                "axial_row": grid / 2,
+                "axial_col": grid / 2,
+                "conv_like": config.conv_kernel_size**2 / 2,
+            }[kind]
+        )
+    return weights * weight_bytes + batch * seen * 2 * config.width * each_key
+
+
+def describe_machine(device: torch.device) -> dict[str, str | int]:
+    """What a figure depends on."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        named = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        name = named[0].partition(":")[2].strip() if named else name
+    described: dict[str, str | int] = {
+        "device": str(device),
+        "processor": name,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    if device.type == "cuda":
+        described["gpu"] = torch.cuda.get_device_name(device)
+    return described
+
+
+def forget() -> None:
+    """Give back what the last measurement held before the next one begins."""
+    gc.collect()

@@ -1,0 +1,103 @@
+"""The benchmark runs, and its last line can be read by a program."""
+
+import json
+
+import pytest
+import torch
+
+from dalle import sizes
+from inference import bench, bench_steps
+
+
+def test_the_last_line_is_json_with_every_figure(capsys):
+    bench.main(
+        [
+            "--size",
+            "tiny",
+            "--candidates",
+            "1,3",
+            "--rounds",
+            "2",
+            "--device",
+            "cpu",
+            "--probe-mb",
+            "8",
+        ]
+        + ["--precision", "fp32,fp16,int8"]
+    )
+    lines = capsys.readouterr().out.splitlines()
+    figures = json.loads(lines[-1])
+    assert [(each["precision"], each["candidates"]) for each in figures["steps"]] == [
+        (precision, candidates) for candidates in (1, 3) for precision in ("fp32", "fp16", "int8")
+    ]
+    for each in figures["steps"]:
+        assert each["step_ms"] > 0
+        assert each["tokens_per_second"] == pytest.approx(
+            1000 * each["candidates"] * 2 / each["step_ms"]
+        )
+        assert each["images_per_second"] == pytest.approx(each["tokens_per_second"] / (16 * 2))
+    assert set(figures["stages_ms"]) == {"decode", "encode", "rank"}
+    assert figures["torch"] == torch.__version__
+    assert figures["positions"] == 16
+    assert len(lines) == 1 + 1 + 6 + 3 + 1
+
+
+def test_an_artefact_is_measured_as_it_is(tiny_artefact, capsys):
+    arguments = [
+        "--model",
+        str(tiny_artefact),
+        "--candidates",
+        "2",
+        "--rounds",
+        "2",
+        "--full",
+        "--probe-mb",
+        "8",
+    ]
+    bench.main([*arguments, "--precision", "fp32"])
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (figures["size"], figures["full"]) == (None, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--precision", "int4"], "--precision must be of"),
+        (["--size", "huge"], "invalid choice: 'huge'"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(arguments, says, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(arguments)
+    assert says in capsys.readouterr().err
+
+
+def test_the_first_step_of_a_depth_does_not_count():
+    timings = bench_steps.Timings()
+    for depth, seconds in ((0.1, 9.0), (0.1, 1.0), (0.1, 3.0), (0.1, 2.0), (0.9, 9.0), (0.9, 4.0)):
+        timings.note(depth, seconds)
+    assert timings.first == {0.1: 9.0, 0.9: 9.0}
+    assert timings.step_seconds == pytest.approx((2.0 + 4.0) / 2)
+
+
+def test_things_compared_take_turns():
+    order: list[str] = []
+    timings = {name: bench_steps.Timings() for name in "ab"}
+    steps = {name: lambda name=name: order.append(name) for name in "ab"}
+    bench_steps.take_turns(steps, timings, 0.5, 3, torch.device("cpu"))
+    assert order == list("ababab")
+
+
+def test_a_step_reads_each_weight_once_and_what_its_queries_see(make_dalle):
+    model = make_dalle(num_codebooks=1)
+    matrices = 2 * (3 * 16 * 16 + 16 * 16 + 2 * 4 * 16 * 16) + 7 * 16
+    keys_and_values = 2 * (6 + 16 / 2) * 2 * 16  # layers, inputs seen at mid-image, two of a width
+    assert bench_steps.step_bytes(model, 3, "fp32") == 4 * (matrices + 3 * keys_and_values)
+    assert bench_steps.step_bytes(model, 3, "fp16") == 2 * matrices + 4 * 3 * keys_and_values
+    assert bench_steps.step_bytes(model, 3, "int8") == matrices + 3 * keys_and_values
+    sparse = make_dalle(num_codebooks=1, attention_kinds=("axial_row",))
+    assert bench_steps.step_bytes(sparse, 3, "fp32") < bench_steps.step_bytes(model, 3, "fp32")
+
+
+def test_every_size_has_what_the_benchmark_builds():
+    assert set(sizes.DVAE_SIZES) == set(sizes.TRANSFORMER_SIZES) == set(sizes.CLIP_SIZES)

@@ -1,0 +1,28 @@
+"""The versions in the first line of a log: there whether installed or not, without an import."""
+
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from dalle import versions
+
+
+def test_what_is_installed_is_named_with_its_version_and_what_is_not_too():
+    words = versions.versions_line(["numpy", "no-such-thing"]).split()
+    python = ".".join(map(str, sys.version_info[:3]))
+    assert words[0].startswith(f"python={python}")
+    assert words[1].startswith("dalle-sagemaker=")
+    assert words[2:] == [f"numpy={version('numpy')}", "no-such-thing=not-installed"]
+
+
+def test_naming_a_package_does_not_import_it():
+    code = (
+        "import sys; from dalle.versions import versions_line; versions_line(['numpy']); "
+        "print('numpy' in sys.modules)"
+    )
+    container = Path(versions.__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=container, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "False"
