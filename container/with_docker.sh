@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Run a command with a Docker engine: container/with_docker.sh make test-image
 # On a bare Debian machine, as root, it installs what is missing and starts the engine, and afterwards stops the one it
-# started. Images and build layers stay on the disk for the next time.
+# started, however the command ended. Images and build layers stay on the disk for the next time.
 set -euo pipefail
 
 docker=${DOCKER:-docker}
 missing=()
 command -v dockerd >/dev/null || "$docker" info >/dev/null 2>&1 || missing+=(docker.io iptables)
-command -v docker-compose >/dev/null || missing+=(docker-compose)
+command -v docker-compose >/dev/null || "$docker" compose version >/dev/null 2>&1 || missing+=(docker-compose)
 command -v debootstrap >/dev/null || missing+=(debootstrap)
 command -v ps >/dev/null || missing+=(procps)
 if [ ${#missing[@]} -gt 0 ]; then
@@ -19,16 +19,47 @@ if [ ${#missing[@]} -gt 0 ]; then
   DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "${missing[@]}"
 fi
 
+engine=
+log=
+command=
+set -m  # each of the two in a process group of its own: Ctrl-C is for us, and we pass it on
+
+# Ask the process (or, by a minus, the group) named first to go, by the signal, and see that it and all the others named
+# have gone. Half a minute later it is asked by SIGTERM, and after another whoever is left is not asked again.
+end() {
+  local signal
+  for signal in "$1" TERM KILL; do
+    if [ "$signal" = KILL ]; then kill -KILL -- "${@:2}" 2>/dev/null; else kill "-$signal" -- "$2" 2>/dev/null; fi || true
+    for _ in $(seq 150); do
+      kill -0 -- "${@:2}" 2>/dev/null || return 0
+      sleep 0.2
+    done
+  done
+}
+
+stop() {
+  local status=$?
+  trap - EXIT INT TERM HUP
+  if [ -n "$command" ]; then
+    end INT "-$command"  # as Ctrl-C: tests remove their containers then
+  fi
+  if [ -n "$engine" ]; then
+    # It stops its containers, and its containerd, which has a session of its own.
+    # shellcheck disable=SC2046
+    end TERM "$engine" $(pgrep -P "$engine")
+    rm -f "$log"
+  fi
+  exit "$status"
+}
+trap stop EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM HUP
+
 if ! "$docker" info >/dev/null 2>&1; then
   [ "$(id -u)" = 0 ] || { echo "no Docker engine answers, and starting one needs root" >&2; exit 1; }
   log=$(mktemp)
-  setsid nohup dockerd >"$log" 2>&1 </dev/null &
+  dockerd >"$log" 2>&1 </dev/null &
   engine=$!
-  stop() {
-    kill "$engine" 2>/dev/null && wait "$engine" 2>/dev/null || true
-    rm -f "$log"
-  }
-  trap stop EXIT
   for _ in $(seq 150); do
     "$docker" info >/dev/null 2>&1 && break
     kill -0 "$engine" 2>/dev/null || break
@@ -37,4 +68,9 @@ if ! "$docker" info >/dev/null 2>&1; then
   "$docker" info >/dev/null || { tail -n 20 "$log" >&2; exit 1; }
 fi
 
-"$@"
+"$@" </dev/null &
+command=$!
+status=0
+wait "$command" || status=$?
+command=
+exit "$status"

@@ -1,7 +1,7 @@
 """Fixtures that several test files share: directories laid out as SageMaker lays out /opt/ml, and
 tiny models with random weights."""
 
-import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,16 @@ from dalle.clip import Clip, ClipConfig
 from dalle.dvae import DiscreteVAE, DVAEConfig
 from dalle.tokenizer import CaptionTokenizer
 from dalle.transformer import Dalle, TransformerConfig
+from infra.local.opt_ml import OptMl
 from training import rainbow
+
+pytest_plugins = [
+    "tests.app_fixtures",
+    "tests.aws_fixtures",
+    "tests.docker_fixtures",
+    "tests.endpoint_fixtures",
+    "tests.registry_fixtures",
+]
 
 torch.set_num_threads(1)
 
@@ -24,82 +33,6 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-
-
-RESOURCE_CONFIG = {
-    "platform": {
-        "current_group_name": "homogeneousCluster",
-        "current_host": "algo-1",
-        "current_instance_type": "ml.g5.xlarge",
-        "hosts": ["algo-1"],
-        "instance_groups": [
-            {
-                "hosts": ["algo-1"],
-                "instance_group_name": "homogeneousCluster",
-                "instance_type": "ml.g5.xlarge",
-            }
-        ],
-        "network_interface_name": "eth0",
-        "topology": None,
-    },
-    "local": {
-        "current_host": "algo-1",
-        "hosts": ["algo-1"],
-        "network_interface_name": "ethwe",
-        "current_instance_type": "local_cpu",
-    },
-}
-CHANNEL_CONFIG = {
-    "platform": {
-        "ContentType": "application/x-image",
-        "TrainingInputMode": "File",
-        "S3DistributionType": "FullyReplicated",
-        "RecordWrapperType": "None",
-    },
-    "local": {"TrainingInputMode": "File"},
-}
-
-
-class OptMl:
-    """A tree under a temporary directory. shape: `platform`, `local` (the SDK's local mode), or
-    `empty` (a hand-run container: no config files at all)."""
-
-    def __init__(self, root: Path, shape: str) -> None:
-        self.root = root
-        self.shape = shape
-        self.channels: dict[str, dict[str, str]] = {}
-        for name in ("input/data", "model", "output/data"):
-            (root / name).mkdir(parents=True)
-        if shape != "empty":
-            self.write("resourceconfig", RESOURCE_CONFIG[shape])
-            self.write("inputdataconfig", {})
-            self.write("hyperparameters", {})
-
-    def write(self, name: str, value: object) -> Path:
-        """input/config/<name>.json; a text is written as it is, anything else as JSON."""
-        path = self.root / "input" / "config" / f"{name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
-        return path
-
-    def set_hyperparameters(self, **values: object) -> None:
-        """As the SDK does it: texts as they are, everything else as JSON in a text."""
-        texts = {n: v if isinstance(v, str) else json.dumps(v) for n, v in values.items()}
-        self.write("hyperparameters", texts)
-
-    def add_channel(self, name: str) -> Path:
-        """The new channel's directory, described in inputdataconfig.json where there is one."""
-        directory = self.root / "input" / "data" / name
-        directory.mkdir()
-        if self.shape != "empty":
-            self.channels[name] = CHANNEL_CONFIG[self.shape]
-            self.write("inputdataconfig", self.channels)
-        return directory
-
-    @property
-    def failure(self) -> str:
-        """What the platform would show as FailureReason."""
-        return (self.root / "output" / "failure").read_text(encoding="utf-8")[:1024]
 
 
 @pytest.fixture
@@ -173,3 +106,10 @@ def tiny_artefact(tiny_models, tmp_path_factory) -> Path:
     directory: Path = tmp_path_factory.mktemp("artefact")
     artefacts.save(directory, tiny_models)
     return directory
+
+
+@pytest.fixture
+def artefact_copy(tiny_artefact, tmp_path) -> Path:
+    """A copy of the tiny artefact, to be spoilt."""
+    copy: Path = shutil.copytree(tiny_artefact, tmp_path / "model")
+    return copy

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from dalle.attention import ATTENTION_KINDS, KeyValueCache, SelfAttention, visibility
+from dalle.attention import KeyValueCache, SelfAttention, visibility
+from dalle.names import ATTENTION_KINDS
 
 T, G = 3, 4  # text length, grid size
 L = T + G * G

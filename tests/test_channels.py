@@ -1,9 +1,13 @@
 """training.channels: missing, unexpected and unusable channels, each by name."""
 
+import os
+from dataclasses import replace
+
 import pytest
 
 from dalle.contract import read_job
 from dalle.errors import ChannelError
+from tests.permissions import common_user, directory_for_all
 from training import channels
 
 
@@ -52,3 +56,39 @@ def test_everything_that_is_wrong_is_said_at_once(opt_ml):
         f"the channel validation should be the directory {root}/input/data/validation",
         "the channel clip has input mode Pipe; it must be File or FastFile",
     ]
+
+
+@pytest.mark.parametrize(
+    ("channel", "locked", "shown"),
+    [
+        ("train", ".", ""),
+        ("artefact", ".", ""),
+        ("artefact", "model.tar.gz", "/model.tar.gz"),
+        ("clip", "ViT-B-32.pt", "/ViT-B-32.pt"),
+    ],
+)
+def test_what_cannot_be_read_is_named_with_who_must_be_able_to(opt_ml, channel, locked, shown):
+    add_filled(opt_ml, "train")
+    with directory_for_all() as folder:
+        for name in ("model.tar.gz", "ViT-B-32.pt"):
+            (folder / name).write_bytes(b"content")
+        job = read_job(opt_ml.root, {f"SM_CHANNEL_{channel.upper()}": str(folder)})
+        (folder / locked).chmod(0)
+        job = replace(job, channels={channel: job.channels[channel]})
+        with common_user(), pytest.raises(ChannelError) as caught:
+            channels.check(job)
+    says = f"the channel {channel} cannot be read: {folder}{shown}: Permission denied; the job runs"
+    assert str(caught.value).splitlines()[-1].startswith(says)
+
+
+def test_a_path_that_the_system_refuses_is_named(opt_ml):
+    long = "/" + "x" * 300
+    with pytest.raises(ChannelError, match=f"the channel train cannot be read: {long}: File name"):
+        channels.check(read_job(opt_ml.root, {"SM_CHANNEL_TRAIN": long}))
+
+
+def test_a_pipe_among_an_artefacts_files_is_not_waited_for(opt_ml):
+    add_filled(opt_ml, "train")
+    add_filled(opt_ml, "artefact")
+    os.mkfifo(opt_ml.root / "input/data/artefact/pipe")
+    channels.check(read_job(opt_ml.root, {}))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dalle.errors import CheckpointError, DiskFullError, PlatformError
-from training.checkpoints import Checkpoints, random_state, seed_everything, set_random_state
+from training.checkpoints import Checkpoints, seed_everything
 
 IDENTITY = {"width": 8, "kinds": ["full"], "data": "abc"}
 
@@ -166,18 +166,19 @@ def draw():
     return random.random(), np.random.rand(), np.random.randn(), torch.rand(1).item()
 
 
-def test_random_numbers_go_on_where_they_were_saved(checkpoints):
-    seed_everything(7)
-    np.random.randn()  # leaves a second normal number in the generator
-    checkpoints.save(1, {"random": random_state()})
-    expected = [draw() for _ in range(3)]
-    seed_everything(8)
-    set_random_state(checkpoints.load_newest()["random"])
-    assert [draw() for _ in range(3)] == expected
+def test_every_step_of_every_rank_has_its_own_random_numbers_again():
+    def drawn(**where):
+        seed_everything(**where)
+        np.random.randn()  # leaves a second normal number in the generator
+        return draw()
 
-
-def test_the_same_seed_gives_the_same_numbers():
-    seed_everything(7)
-    first = draw()
-    seed_everything(7)
-    assert draw() == first
+    places = [
+        {"seed": seed, "step": step, "rank": rank}
+        for seed in (0, 7, 2**32 - 1)
+        for step in (0, 1, 1_000_000)
+        for rank in (0, 1)
+    ]
+    first = [drawn(**place) for place in places]
+    assert [drawn(**place) for place in places] == first
+    for numbers in zip(*first, strict=True):
+        assert len(set(numbers)) == len(places)

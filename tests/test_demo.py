@@ -14,6 +14,13 @@ from dalle.errors import HyperparameterError, UserError
 from dalle.images import decode_image
 from training import rainbow
 from training.demo import Demo, main, prepare_directory
+from training.demo_code import (
+    NOT_TRAINING,
+    digest_of_code,
+    serving_code,
+    showing_code,
+    training_code,
+)
 from training.demo_commands import CommandFailed, run_train, serving
 from training.demo_recipe import RECIPE_MINUTES, read_recipe, training_seconds
 from training.demo_report import draw_sheet
@@ -109,6 +116,50 @@ def test_a_damaged_state_file_costs_a_run_and_nothing_else(kitchen):
     (kitchen.directory / "state.json").write_text('{"knead": {')
     assert kitchen.run() == 2
     assert kitchen.run() == 0
+
+
+def names(paths):
+    return {f"{path.parent.name}/{path.name}" for path in paths}
+
+
+def test_a_step_depends_on_the_code_that_decides_its_outcome():
+    trained_by, shown_by = names(training_code()), names(showing_code())
+    assert {"dalle/transformer.py", "training/optimiser.py", "data/order.py"} <= trained_by
+    assert trained_by & {"training/report.py", "training/demo.py", "inference/app.py"} == set()
+    assert {"dalle/sampling.py", "inference/generator.py"} <= names(serving_code())
+    assert {"training/report.py", "templates/report.css", "training/evaluate.py"} <= shown_by
+    assert {f"training/{name}" for name in NOT_TRAINING} <= shown_by  # none that is gone
+
+
+def test_every_key_but_the_datas_has_the_code(tmp_path):
+    digests = {
+        "data": "",
+        "train": digest_of_code(training_code()),
+        "serve": digest_of_code(serving_code()),
+        "evaluate": digest_of_code(showing_code()),
+        "report": digest_of_code(showing_code()),
+    }
+    assert len(set(digests.values())) == 4
+    for step in Demo(tmp_path, {}).steps():
+        assert digests[step.name] in json.dumps(step.key()), step.name
+
+
+@pytest.mark.parametrize(
+    ("text", "is_the_same"),
+    [
+        ('"""Another docstring."""\n# why\ndef f( x ):\n    return x + 1', True),
+        ("def f(x):\n    return x + 2", False),
+        ("def g(x):\n    return x + 1", False),
+        ('def f(x):\n    """x and one."""\n    return x + 1', True),
+        ('def f(x):\n    return x + 1\nNAME = "text"', False),
+    ],
+)
+def test_words_about_code_are_no_part_of_it(tmp_path, text, is_the_same):
+    file = tmp_path / "code.py"
+    file.write_text("def f(x):\n    return x + 1\n")
+    before = digest_of_code([file])
+    file.write_text(text)
+    assert (digest_of_code([file]) == before) == is_the_same
 
 
 def test_durations_are_for_people():

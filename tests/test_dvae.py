@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dalle.dvae import DiscreteVAE, DVAEConfig
+from dalle.encoders import _continued
 from training import rainbow
 
 TINY = DVAEConfig(
@@ -23,6 +24,7 @@ CONFIGS = {
     "gumbel": replace(TINY, quantiser="gumbel", kl_weight=0.01),
     "vq": replace(TINY, quantiser="vq"),
     "colour_split": replace(TINY, quantiser="vq", num_codebooks=3, colour_split=True),
+    "ground_split": replace(TINY, quantiser="vq", num_codebooks=3, ground_split=True),
     "paper": replace(TINY, patch_size=1, num_downsamples=3, num_codebooks=1, encoder_kernel_size=3),
 }
 
@@ -131,6 +133,60 @@ def test_a_colour_has_the_same_token_in_every_pattern():
     assert len(image_tokens[..., 1].unique()) > 1
 
 
+def draw_on(ground: list[float], drawn: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
+    """Where `drawn` [B, S, S] the colours [3, S, S], elsewhere the ground -> [B, 3, S, S]."""
+    paper = torch.tensor(ground).float().view(1, 3, 1, 1)
+    return torch.where(drawn[:, None], colours, paper)
+
+
+STRIPES = torch.rand(3, 16, 1, generator=torch.Generator().manual_seed(3)).expand(3, 16, 16)
+
+
+def test_with_ground_split_stripes_have_the_pattern_tokens_of_one_colour():
+    dvae = build(CONFIGS["ground_split"])
+    drawn = torch.rand(20, 16, 16, generator=torch.Generator().manual_seed(2)) < 0.5
+    drawn[:, [0, -1]] = drawn[:, :, [0, -1]] = False
+    red = torch.tensor([1.0, 0, 0]).view(3, 1, 1).expand(3, 16, 16)
+    painted = [
+        dvae.encode(draw_on(ground, drawn, colours))
+        for ground, colours in (
+            ([1, 1, 1], red),
+            ([1, 1, 1], STRIPES),
+            ([1, 1, 1], STRIPES.mT),
+            ([0, 0, 0.2], STRIPES),
+        )
+    ]
+    assert len(painted[0][..., :-1].unique()) > 4, "patterns differ"
+    for other in painted[1:]:
+        assert (other[..., :-1] == painted[0][..., :-1]).all()
+    assert len(torch.stack(painted)[..., -1].unique()) > 1, "colours differ"
+    assert (painted[1][..., -1] != painted[3][..., -1]).any(), "the ground counts among them"
+
+
+@pytest.mark.parametrize("colours", [STRIPES, STRIPES.mT], ids=["rows", "columns"])
+def test_the_colours_of_a_patch_do_not_depend_on_its_pattern(colours):
+    # As long as each stripe shows somewhere: here in two pixels of the patch, wherever they are.
+    patches = colours[None, :, :4, :4].expand(2, -1, -1, -1)
+    first = torch.eye(4, dtype=torch.bool) | torch.eye(4, dtype=torch.bool).roll(1, dims=0)
+    drawn = torch.stack([first, first.roll(2, dims=0)])
+    white = torch.ones(2, 3)
+    continued = _continued(draw_on([1, 1, 1], drawn, colours[:, :4, :4]), drawn, white)
+    torch.testing.assert_close(continued, patches)
+
+
+def test_what_is_not_drawn_takes_the_nearest_colour_and_an_empty_patch_the_ground():
+    patches = torch.zeros(2, 3, 4, 4)
+    patches[0, :, 1] = 0.3
+    patches[0, :, 3] = 0.9
+    drawn = torch.zeros(2, 4, 4, dtype=torch.bool)
+    drawn[0, 1, 2] = drawn[0, 3, 0] = True
+    ground = torch.tensor([[1.0, 1, 1], [0.5, 0.6, 0.7]])
+    continued = _continued(patches, drawn, ground)
+    rows = torch.tensor([0.3, 0.3, 0.3, 0.9]).view(1, 4, 1).expand(3, 4, 4)
+    torch.testing.assert_close(continued[0], rows)
+    torch.testing.assert_close(continued[1], ground[1].view(3, 1, 1).expand(3, 4, 4))
+
+
 def test_the_grid_follows_from_the_sizes():
     config = DVAEConfig(image_size=256, patch_size=2, num_downsamples=2)
     assert (config.stride, config.grid_size, config.num_positions) == (8, 32, 1024)
@@ -145,6 +201,8 @@ def test_the_grid_follows_from_the_sizes():
         ({"colour_split": True, "num_codebooks": 1}, "colour_split needs .* got 1, 4 and 0"),
         ({"colour_split": True, "patch_size": 1}, "colour_split needs .* got 2, 1 and 0"),
         ({"colour_split": True, "num_downsamples": 1}, "colour_split needs .* got 2, 4 and 1"),
+        ({"ground_split": True, "num_codebooks": 1}, "ground_split needs .* got 1, 4 and 0"),
+        ({"ground_split": True, "colour_split": True}, "exclude each other"),
     ],
 )
 def test_a_wrong_config_is_named(fields, says):

@@ -13,8 +13,19 @@ from training.hyperparameters import parse
 CPU = torch.device("cpu")
 
 
+class Stage:
+    """A model whose loss is the sum of its outputs, to be made small."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def loss(self, batch, progress):
+        outputs = self.model(batch)
+        return outputs.sum(), {"outputs": outputs}
+
+
 def make_engine(model, **raw):
-    return TorchEngine(model, parse(raw).dvae, CPU)
+    return TorchEngine(Stage(model), parse(raw).dvae, CPU)
 
 
 def test_fp16_on_a_cpu_is_refused():
@@ -26,9 +37,8 @@ def test_fp16_on_a_cpu_is_refused():
     ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)]
 )
 def test_the_forward_pass_has_the_precision_asked_for(precision, dtype):
-    model = nn.Linear(2, 2)
-    with make_engine(model, precision=precision).compute():
-        assert model(torch.ones(1, 2)).dtype == dtype
+    _, reported = make_engine(nn.Linear(2, 2), precision=precision).loss(torch.ones(1, 2), 0.0)
+    assert reported["outputs"].dtype == dtype
 
 
 @pytest.mark.parametrize(("clipping", "norm"), [("0", 30.0), ("2", 2.0), ("100", 30.0)])
@@ -84,12 +94,13 @@ def test_a_gpu_that_is_not_there_is_an_error_or_the_cpu(caplog):
 def test_every_precision_trains_on_a_gpu(precision):
     device = choose_device("cuda")
     model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1)).to(device)
-    engine = TorchEngine(model, parse({"precision": precision, "warmup_steps": "0"}).dvae, device)
+    stage = Stage(model)
+    stage.loss = lambda x, progress: ((model(x) - x.sum(1, keepdim=True)).square().mean(), {})
+    engine = TorchEngine(stage, parse({"precision": precision, "warmup_steps": "0"}).dvae, device)
     x = torch.randn(64, 8, device=device)
     losses = []
     for step in range(100):
-        with engine.compute():
-            loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
+        loss, _ = engine.loss(x, 0.0)
         losses.append(loss.item())
         engine.backward(loss)
         engine.step(step, 0.0)

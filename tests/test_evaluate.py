@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +12,11 @@ from dalle import artefact as artefacts
 from dalle.artefact import Artefact
 from dalle.errors import ArtefactError, DataError
 from dalle.images import encode_image
+from dalle.manifest import Manifest, StageRecord
 from dalle.sampling import SamplingOptions
 from training import evaluate as command
+from training.data.folder import open_folder
+from training.data.subset import Subset
 from training.evaluate import (
     ALL,
     GREEDY,
@@ -24,7 +28,7 @@ from training.evaluate import (
     main,
     score,
 )
-from training.ground_truth import read_attributes, read_ground_truth
+from training.ground_truth import GroundTruth, read_attributes, read_ground_truth
 from training.pictures import draw, to_pixels
 
 SIZE = 16
@@ -280,3 +284,38 @@ def test_the_command_names_what_is_missing(
     options = ["--artefact", str(directory), "--data", str(rainbow_world), *arguments]
     assert command.main(options) == 1
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_the_command_warns_of_a_model_that_was_trained_on_other_pairs(
+    tiny_models, rainbow_world, caplog, is_same
+):
+    known = read_ground_truth(rainbow_world, SIZE).fingerprint
+    record = StageRecord(
+        stage="dvae",
+        job_name="earlier-1",
+        finished_at="",
+        steps=1,
+        is_finished=True,
+        wall_seconds=1,
+        cpu_seconds=1,
+        hyperparameters={},
+        metrics={},
+        dataset_fingerprint=known if is_same else "another",
+        dataset_counts={},
+    )
+    directory = rainbow_world / "artefact"
+    artefacts.save(directory, replace(tiny_models, manifest=Manifest(stages=[record])))
+    options = ["--artefact", str(directory), "--data", str(rainbow_world), "--greedy"]
+    assert main([*options, "--limit", "1", "--device", "cpu"]) == 0
+    warned = f"dvae was not trained on {rainbow_world / 'train'}" in caplog.text
+    assert warned == (not is_same)
+
+
+def test_a_sample_is_not_held_to_have_all_bad_pairs_of_its_channel(tmp_path):
+    write_pairs(tmp_path / "train", [(shade(number), "x") for number in range(40)])
+    for number in range(3):
+        (tmp_path / "train" / f"x{number}.txt").write_text("alone")
+    train = open_folder(tmp_path / "train", image_size=SIZE, max_bad_share=0.1)
+    sample = Subset(train, 10)  # 3 of 43 would-be pairs are bad, but 3 of 13 would be too many
+    assert len(GroundTruth(sample, sample)) == 10

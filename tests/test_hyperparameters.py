@@ -10,6 +10,7 @@ import pytest
 from dalle.clip import ClipConfig
 from dalle.dvae import DVAEConfig
 from dalle.errors import HyperparameterError
+from dalle.names import STAGES
 from dalle.transformer import TransformerConfig
 from training.hyperparameter_fields import (
     ClipHyperparameters,
@@ -101,7 +102,13 @@ def test_names_of_the_platform_are_ignored():
         ("num_workers", "[" * 2000, "got '[[[["),
         ("learning_rat", "1", "learning_rat is unknown; did you mean learning_rate?"),
         ("batch-size", "1", "did you mean batch_size?"),
-        ("clip_codebook_size", "1", "did you mean"),
+        ("clip_codebook_size", "1", "unknown: clip has no codebook_size, only dvae"),
+        (
+            "dvae_muon_learning_rate",
+            "0.1",
+            "unknown: dvae has no muon_learning_rate, only transformer and clip",
+        ),
+        ("dvae_seed", "1", "unknown: seed holds for the whole job, set it without the prefix"),
         ("zzz", "1", "zzz is unknown; `train --list-hyperparameters` shows"),
         ("dvae", "1", "dvae is unknown"),
         ("given", "1", "given is unknown"),
@@ -126,8 +133,34 @@ def test_all_problems_are_reported_at_once():
 
 def test_settings_of_stages_that_are_not_trained_are_found():
     settings = parse({"dvae_width": "64", "codebook_size": "64", "epochs": "4", "seed": "1"})
-    assert without_effect(settings, ["clip"]) == ["codebook_size", "dvae_width"]
-    assert without_effect(settings, ["dvae"]) == []
+    assert without_effect(settings, ["clip"]) == {
+        "codebook_size": "this job trains clip",
+        "dvae_width": "this job trains clip",
+    }
+    assert without_effect(settings, ["dvae"]) == {}
+
+
+def test_settings_of_a_tokenizer_that_is_not_learned_are_found():
+    settings = parse({"tokenizer_kind": "clip", "tokenizer_vocab_size": "64", "text_length": "8"})
+    names = ["text_length", "tokenizer_kind", "tokenizer_vocab_size"]
+    trained = ["transformer", "clip"]
+    assert without_effect(settings, trained, present=["dvae"]) == {}
+    brought = "the channel artefact brings a tokenizer"
+    given = without_effect(settings, trained, present=["dvae", "tokenizer"])
+    assert given == dict.fromkeys(names, brought)
+    alone = "this job trains dvae, which reads no captions"
+    assert without_effect(settings, ["dvae"]) == dict.fromkeys(names, alone)
+
+
+def test_muons_learning_rate_is_one_of_the_stages_whose_model_has_a_use_for_it(tiny_models):
+    settings = parse({"muon_learning_rate": "0.5"})
+    for stage in STAGES:
+        has_use = bool(getattr(tiny_models, stage).muon_parameters())
+        assert settings.of(stage).muon_learning_rate == (0.5 if has_use else 0.0)
+    assert without_effect(settings, ["dvae"]) == {"muon_learning_rate": "this job trains dvae"}
+    rows = {line.split("`")[1]: line for line in render_table().splitlines()[2:]}
+    assert rows["muon_learning_rate"].endswith("(transformer, clip) |")
+    assert list(rows).index("muon_learning_rate") == list(rows).index("learning_rate") + 1
 
 
 def test_the_budget_is_no_part_of_a_runs_identity():
@@ -154,7 +187,7 @@ def test_the_table_has_a_row_for_every_plain_name():
     assert {"stage", "seed", "epochs", "size", "codebook_size", "attention_kinds"} <= set(rows)
     for name in rows:
         with pytest.raises(HyperparameterError, match="must be"):
-            parse({name: "[[]]" if name != "licence" else "x" * 257})
+            parse({name: "x" * 257 if name in ("licence", "caption_key") else "[[]]"})
 
 
 def test_every_row_of_the_table_is_a_markdown_row_of_four_cells():

@@ -24,7 +24,11 @@ TORCH_FREE = {
     "dalle.contract",
     "dalle.errors",
     "dalle.images",
+    "dalle.manifest",
     "dalle.metric_lines",
+    "dalle.names",
+    "dalle.versions",
+    "inference.parsing",
     "inference.replies",
     "inference.schema",
 }
@@ -35,6 +39,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "infra": TORCH_FREE,
 }
 HEAVY = {"clip", "deepspeed", "tokenizers", "torch", "torchvision"}
+# Who alone may import what changes often, or speaks to an account.
+ONLY_IN = {"boto3": "infra.aws", "botocore": "infra.aws", "sagemaker": "infra.local.sdk"}
 
 
 def modules() -> dict[str, Path]:
@@ -79,6 +85,8 @@ def wrong_arrows(module: str, source: str, is_package: bool = False) -> list[str
         ours = name.split(".")[0] in FOLDERS
         if ours and not any(name == right or name.startswith(right + ".") for right in allowed):
             wrong.append(f"{module} must not import {name}")
+        if ONLY_IN.get(name.split(".")[0], module) != module:
+            wrong.append(f"{module} must not import {name}: {ONLY_IN[name.split('.')[0]]} does")
         if own == "infra" and name.split(".")[0] in HEAVY:
             wrong.append(f"{module} must not import {name}: infra runs without torch")
     return wrong
@@ -106,6 +114,10 @@ def test_every_import_follows_the_arrows():
         ("infra.aws", "from dalle.artefact import load", "dalle.artefact.load"),
         ("infra.aws", "import dalle.contractor", "dalle.contractor"),
         ("infra.aws", "import torch.nn", "runs without torch"),
+        ("infra.deploy", "import boto3.session", "boto3.session: infra.aws does"),
+        ("infra.local.endpoint", "from botocore import eventstream", "infra.aws does"),
+        ("infra.train", "def f():\n    from sagemaker.train import x", "infra.local.sdk does"),
+        ("training.loop", "import boto3", "infra.aws does"),
     ],
 )
 def test_a_wrong_arrow_is_caught(module, source, says):
@@ -125,6 +137,7 @@ def test_a_wrong_arrow_is_caught(module, source, says):
             "infra.aws",
             "from dalle import contract\nfrom inference.schema import parse\nimport boto3",
         ),
+        ("infra.local.sdk", "from sagemaker.train.model_trainer import ModelTrainer"),
     ],
 )
 def test_a_right_arrow_is_left_alone(module, source):

@@ -99,7 +99,7 @@ def run(tmp_path):
             return fit(
                 stage,
                 settings,
-                engine=TorchEngine(stage.model, settings.dvae, CPU),
+                engine=TorchEngine(stage, settings.dvae, CPU),
                 checkpoints=Checkpoints(
                     root / "checkpoints",
                     identity={**settings.dvae.identity(), **stage.identity()},

@@ -1,9 +1,13 @@
 """Pictures for reports: drawn, ranked, reconstructed and found, by tiny models."""
 
+import threading
+from dataclasses import replace
+
 import pytest
 import torch
 
 from dalle.artefact import Artefact
+from dalle.clip import Clip
 from dalle.errors import ArtefactError, CaptionTooLong
 from training.pictures import (
     codebook_usage,
@@ -14,6 +18,7 @@ from training.pictures import (
     retrieval,
     to_uint8,
 )
+from training.stopping import Stopped
 
 CAPTIONS = ["big filled red star", "small blue circle", "big green square"]
 
@@ -40,6 +45,23 @@ def test_generated_pictures_come_best_first_beside_the_real_one(tiny_models, ima
     assert rows[0].scores[0] == pytest.approx(float(all_six.scores.max()), abs=1e-5)
 
 
+def test_a_likelihood_weight_lets_the_transformer_have_a_say(tiny_models):
+    def ranked(weight):
+        clip = Clip(replace(tiny_models.clip.config, likelihood_weight=weight)).eval()
+        clip.load_state_dict(tiny_models.clip.state_dict())
+        models = replace(tiny_models, clip=clip)
+        (drawn,) = draw(models, CAPTIONS[:1], [range(6)], seed=1)
+        return drawn
+
+    (blind,) = draw(without(tiny_models, "clip"), CAPTIONS[:1], [range(6)], seed=1)
+    likelihood, scores = blind.scores, ranked(0.0).scores
+    assert ranked(0.0).best(6) == scores.argsort(descending=True, stable=True).tolist()
+    assert ranked(1e6).best(6) == likelihood.argsort(descending=True, stable=True).tolist()
+    merits = tiny_models.clip.model.logit_scale.exp() * scores + 2.0 * likelihood
+    torch.testing.assert_close(ranked(2.0).merits, merits)
+    torch.testing.assert_close(ranked(2.0).scores, scores)
+
+
 def test_without_clip_the_likeliest_comes_first(tiny_models):
     blind = without(tiny_models, "clip")
     (row,) = generated(blind, CAPTIONS[:1], None, num_candidates=4, num_images=2, seed=1)
@@ -48,19 +70,57 @@ def test_without_clip_the_likeliest_comes_first(tiny_models):
     assert max(row.scores) < 0  # log-likelihoods in nats
 
 
-def test_a_stop_leaves_whole_captions_only(tiny_models, monkeypatch):
-    monkeypatch.setattr("training.pictures.CHUNK", 2)
-    answers = iter([False] * 20)  # 16 positions are one chunk: the second one is stopped
-    rows = generated(
-        tiny_models,
-        CAPTIONS,
-        None,
-        num_candidates=2,
-        num_images=1,
-        seed=0,
-        stop=lambda: next(answers, True),
-    )
-    assert [row.caption for row in rows] == CAPTIONS[:1]
+class StopBehind:
+    """Sets a stop behind a pass through a part of a model, while it is entered; counts passes."""
+
+    def __init__(self, module):
+        self.module, self.stop, self.passes = module, threading.Event(), 0
+
+    def note(self, *_):
+        self.passes += 1
+        self.stop.set()
+
+    def __enter__(self):
+        self.handle = self.module.register_forward_hook(self.note)
+        return self
+
+    def __exit__(self, *_):
+        self.handle.remove()
+
+
+def draw_all(models, images, stop):
+    options = {"num_candidates": 2, "num_images": 1, "seed": 0}
+    return generated(models, CAPTIONS, images[:3], stop=stop, **options)
+
+
+@pytest.mark.parametrize(
+    ("part", "work"),
+    [
+        (lambda models: models.transformer.blocks[0], draw_all),
+        (lambda models: models.dvae.decoder, draw_all),
+        (lambda models: models.clip.model.visual, draw_all),
+        (
+            lambda models: models.dvae.encoder,
+            lambda models, images, stop: reconstructions(models.dvae, images, stop),
+        ),
+        (
+            lambda models: models.dvae.encoder,
+            lambda models, images, stop: codebook_usage(models.dvae, images, stop),
+        ),
+        (
+            lambda models: models.clip.model.visual,
+            lambda models, images, stop: retrieval(models, images[:3], CAPTIONS, stop),
+        ),
+    ],
+)
+def test_a_stop_ends_the_work_behind_the_pass_in_which_it_came(
+    tiny_models, images, monkeypatch, part, work
+):
+    monkeypatch.setattr("training.data.memory.MAX_CHUNK_IMAGES", 1)
+    with StopBehind(part(tiny_models)) as watched:
+        with pytest.raises(Stopped):
+            work(tiny_models, images, watched.stop)
+        assert watched.passes == 1
 
 
 def test_reconstructions_are_what_the_tokens_decode_to(tiny_models, images):

@@ -1,6 +1,7 @@
 """The report: complete without a network, and only about what the job did."""
 
 import base64
+import dataclasses
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from dalle.images import decode_image
+from dalle.manifest import StageRecord
 from training.data.folder import open_folder
 from training.figures import Panel, draw_curves, draw_usage
 from training.report import (
@@ -46,7 +48,9 @@ def full_report(**changes):
         "stages": [
             StageSummary(
                 name="dvae",
+                job_name="shapes-1",
                 steps=3000,
+                is_finished=True,
                 wall_seconds=145.2,
                 cpu_seconds=282,
                 metrics={"loss": 0.0213},
@@ -151,7 +155,7 @@ def test_every_section_says_its_numbers():
         "colour 0.750 0.500 0.875",
         "shape 0.625 – –",
         "2 of 4 entries, perplexity 2",
-        "2 min 25 s 4 min 42 s loss 0.0213",
+        "2 min 25 s 4 min 42 s loss 0.0213 shapes-1",
         "2,770 captions; 2 skipped",
         "truncated or damaged image 2 a/17.png, b/91.png",
         "among 6,451; chance is 0.0002",
@@ -303,3 +307,28 @@ def test_codebook_numbers_are_right_at_the_extremes():
     assert (uniform.used_share, round(uniform.perplexity, 6)) == (1.0, 16.0)
     assert (single.used_share, single.perplexity) == (0.25, 1.0)
     assert unused.used_share == 0.0
+
+
+def test_a_run_is_summed_up_from_its_record_and_said_to_be_stopped_when_it_was():
+    record = StageRecord(
+        stage="clip",
+        job_name="shapes-2",
+        finished_at="2026-11-22T18:00:00+00:00",
+        steps=41,
+        is_finished=False,
+        wall_seconds=1.5,
+        cpu_seconds=2.5,
+        hyperparameters={},
+        metrics={"validation_loss": 0.25},
+        dataset_fingerprint="",
+        dataset_counts={},
+    )
+    summary = StageSummary.of(record)
+    fields = [field.name for field in dataclasses.fields(StageSummary)]
+    assert fields[0] == "name"
+    assert summary.name == record.stage
+    assert all(getattr(summary, name) == getattr(record, name) for name in fields[1:])
+    page = Page(render_report(full_report(stages=[summary])))
+    assert "clip 41 1.5 s 2.5 s validation_loss 0.25 shapes-2, stopped early" in page.text
+    finished = dataclasses.replace(summary, is_finished=True)
+    assert "stopped" not in Page(render_report(full_report(stages=[finished]))).text

@@ -1,5 +1,6 @@
 """What is tracked: the files of the README's tree, locks that agree, nothing of one machine."""
 
+import ast
 import re
 import subprocess
 from pathlib import Path
@@ -68,17 +69,19 @@ def test_the_tree_in_the_readme_names_what_exists_and_names_it_once(tree, tracke
     assert sorted(set(tree)) == sorted(tree)
 
 
-def test_the_tree_in_the_readme_names_every_module_and_folder(tree, tracked):
+def test_the_tree_in_the_readme_names_every_folder(tree, tracked):
     shown = [name for name in tracked if not name.startswith(".")]
     wanted = {name for name in shown if "/" not in name}
-    wanted |= {name.split("/")[0] + "/" for name in shown if "/" in name}
-    wanted |= {
-        name
-        for name in shown
-        if name.endswith(".py") and not name.endswith("__init__.py") and name[:6] != "tests/"
-    }
+    wanted |= {f"{Path(name).parent}/" for name in shown if "/" in name}
     unnamed = sorted(wanted - set(tree))
     assert not unnamed, f"README.md's tree lacks {', '.join(unnamed)}"
+
+
+def test_every_module_begins_with_a_sentence_about_itself(tracked):
+    for name, text in tracked.items():
+        if name.endswith(".py") and text and not name.startswith("tests/"):
+            first = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+            assert first.endswith((".", ":")), f"{name} begins with {first!r}"
 
 
 def test_a_tree_is_read_by_its_indentation():

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from dalle.attention import ATTENTION_KINDS
+from dalle.names import ATTENTION_KINDS
 from dalle.sampling import (
     SamplingOptions,
     SamplingStopped,
@@ -372,3 +372,12 @@ def test_a_greedy_completion_ignores_the_seed(model):
     second, _ = complete(model, [3], options=GREEDY, seed=2)
     assert (first == second).all()
     assert len(first.unique(dim=0)) == 1
+
+
+def test_a_model_in_training_mode_is_refused(make_dalle):
+    model = make_dalle(dropout=0.1).train()
+    tokens = torch.tensor([[1, 2, 3, 0, 0]])
+    with pytest.raises(ValueError, match="must be in evaluation mode to sample"):
+        sample_image_tokens(model, tokens, candidates=[0], seed=0)
+    with pytest.raises(ValueError, match="must be in evaluation mode to sample"):
+        complete_captions(model, tokens[0, :2], num_completions=1, seed=0)

@@ -3,9 +3,9 @@
 import json
 import string
 
+import clip
 import pytest
 import torch
-from clip.simple_tokenizer import SimpleTokenizer
 
 from dalle.errors import ArtefactError, CaptionTooLong
 from dalle.tokenizer import FILE_NAME, CaptionTokenizer
@@ -14,8 +14,7 @@ from training import rainbow
 CAPTIONS = ["a big red star", "a small blue circle", "a rotated green star on a yellow square"]
 KINDS = ["word", "bpe", "clip"]
 
-# Left out: what OpenAI's own tokenizer mends before it begins (HTML entities, curly quotes, wide
-# letters and ligatures, by ftfy) and its "<|startoftext|>", which a caption here cannot spell.
+# Left out: "<|startoftext|>" and "<|endoftext|>", which a caption here cannot spell.
 HARD_STRINGS = [
     "Hello, World!  it's 12345 o'clock",
     "café naïve Ünïcode",
@@ -33,6 +32,14 @@ HARD_STRINGS = [
     "",
     "   ",
     string.punctuation,
+    "&lt;b&gt;Tom &amp;amp; Jerry&#39;s&nbsp;&nbsp;house&lt;/b&gt;",
+    "“curly” ‘quotes’ it’s",
+    "a ﬁne ﬂag, ＷＩＤＥ letters！",
+    "schÃ¶n mojibake âœ”",
+    "\x1b[31mred\x1b[0m soft\u00adhyphen zero\u200bwidth \ufeff",
+    "ΟΔΥΣΣΕΥΣ",
+    "an iota ⎹\u0345 below a bar",
+    "the long 'ſ and ß",
 ]
 
 
@@ -142,9 +149,16 @@ def test_no_more_ids_are_given_out_than_asked_for():
 
 @pytest.mark.parametrize("text", HARD_STRINGS)
 def test_clip_ids_are_openais_moved_up_by_one(text):
-    expected = [index + 1 for index in SimpleTokenizer().encode(text)]
-    (row,) = train("clip", text_length=77).encode([text])
+    start, *ids = clip.tokenize(text)[0].tolist()
+    assert start == 49406
+    expected = [index + 1 for index in ids[: ids.index(49407)]]
+    (row,) = train("clip", text_length=75).encode([text])
     assert row[row != 0].tolist() == expected
+
+
+def test_clip_counts_the_longest_caption_as_it_reads_it():
+    tokenizer = CaptionTokenizer.train(["&lt; &amp;"], kind="clip")
+    assert tokenizer.text_length == 2  # "<" and "&"
 
 
 def test_clips_exclamation_mark_is_no_padding():
@@ -157,10 +171,21 @@ def test_a_saved_tokenizer_is_the_same_one(kind, tmp_path):
     tokenizer = train(kind, text_length=40)
     tokenizer.save(tmp_path)
     loaded = CaptionTokenizer.load(tmp_path)
-    captions = [*CAPTIONS, "zebra’s [PAD] 日本 😀"]
+    captions = [*CAPTIONS, "zebra’s [PAD] 日本 😀 &lt;&gt;"]
     assert (loaded.encode(captions) == tokenizer.encode(captions)).all()
     assert loaded.decode(loaded.encode(captions)) == tokenizer.decode(tokenizer.encode(captions))
     assert (loaded.vocab_size, loaded.text_length) == (tokenizer.vocab_size, 40)
+    assert loaded.identity() == tokenizer.identity()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_captions_in_another_order_make_the_same_tokenizer_and_others_another(kind):
+    usual = train(kind, text_length=40).identity()
+    again = CaptionTokenizer.train(CAPTIONS[::-1], kind=kind, text_length=40).identity()
+    assert again == usual
+    assert train(kind, text_length=41).identity() != usual
+    others = CaptionTokenizer.train(["a cyan moon moon"], kind=kind, text_length=40)
+    assert (others.identity() == usual) == (kind == "clip")  # which learns nothing
 
 
 @pytest.mark.parametrize("content", [None, "", "[1]", '{"text_length": 3}', '{"model": 1}'])

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from training.__main__ import _stopped_by_signals, main
+from training.__main__ import main
+from training.process import stopped_by_signals
 
 
 @pytest.fixture
@@ -57,12 +58,6 @@ def test_json_that_is_not_json_is_named_with_its_position(filled):
     assert "is not JSON: Expecting ',' delimiter at line 1, column 13" in filled.failure
 
 
-def test_more_than_one_host_is_refused_by_name(filled):
-    filled.write("resourceconfig", {"current_host": "algo-1", "hosts": ["algo-1", "algo-2"]})
-    assert run(filled) == 1
-    assert "trains on one host; the job has algo-1, algo-2" in filled.failure
-
-
 def test_an_earlier_runs_failure_does_not_stay(filled):
     failure = filled.root / "output" / "failure"
     failure.write_text("an earlier run's")
@@ -96,7 +91,7 @@ def test_the_hyperparameters_can_be_listed(capsys):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_asks_for_a_stop_and_handlers_are_put_back(number):
     before = signal.getsignal(number)
-    with _stopped_by_signals() as stop:
+    with stopped_by_signals() as stop:
         assert not stop.is_set()
         os.kill(os.getpid(), number)
         assert stop.is_set()
@@ -104,7 +99,7 @@ def test_a_signal_asks_for_a_stop_and_handlers_are_put_back(number):
 
 
 def test_a_second_interrupt_ends_the_program_at_once():
-    with _stopped_by_signals() as stop:
+    with stopped_by_signals() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.is_set()
         with pytest.raises(KeyboardInterrupt):

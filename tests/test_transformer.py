@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dalle.attention import ATTENTION_KINDS
-from dalle.layers import FEED_FORWARD_KINDS, ChannelDropout, FeedForward
+from dalle.layers import ChannelDropout, FeedForward
+from dalle.names import ATTENTION_KINDS, FEED_FORWARD_KINDS
 from dalle.transformer import Dalle, TransformerConfig
 
 T, N, M = 5, 16, 2  # of conftest's tiny transformer

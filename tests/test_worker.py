@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from dalle.contract import prepare_outputs, read_job
-from dalle.errors import ArtefactError, DeviceError
+from dalle.errors import ArtefactError, DeviceError, HyperparameterError
 from training import worker
 from training.hyperparameters import parse
+from training.stopping import Stopped
 
 
 class TinyBatches:
@@ -52,7 +53,7 @@ class TinyWorkshop:
         self.calls = []
         self.results = {}
 
-    def open(self, job, hyperparameters, device, stop):
+    def open(self, job, hyperparameters, device, stop, ranks):
         self.calls.append(("open", device.type))
         return self
 
@@ -82,7 +83,8 @@ def run(opt_ml):
         job = read_job(opt_ml.root, {"DALLE_DEVICE": "cpu"})
         prepare_outputs(job.paths)
         settings = parse({"max_steps": "4", "log_every": "2", **raw})
-        worker.run(job, settings, stop or threading.Event(), workshop.open)
+        stop = stop or threading.Event()
+        worker.run(job, settings, stop, workshop.open, device=torch.device("cpu"))
 
     return run
 
@@ -168,6 +170,39 @@ def test_a_setting_without_effect_is_warned_of(run, caplog):
     run(TinyWorkshop(), {"stage": "clip", "dvae_width": "32", "clip_text_width": "32"})
     assert "hyperparameter dvae_width has no effect" in caplog.text
     assert "clip_text_width" not in caplog.text
+
+
+def test_batches_that_cannot_be_shared_out_are_named_before_anything_is_trained(run):
+    settings = parse({"clip_batch_size": "7", "transformer_batch_size": "1", "batch_size": "8"})
+    worker.require_equal_shares(settings, ["dvae"], 4)
+    with pytest.raises(HyperparameterError) as caught:
+        worker.require_equal_shares(settings, ["dvae", "transformer", "clip"], 4)
+    assert str(caught.value).splitlines() == [
+        f"{name}: batch_size must be a multiple of 4, the number of devices on all of the job's "
+        f"hosts, got {size}"
+        for name, size in (("transformer", 1), ("clip", 7))
+    ]
+
+
+def test_a_tokenizer_setting_is_without_effect_when_a_channel_brings_a_tokenizer(run, caplog):
+    settings = {"stage": "clip", "tokenizer_kind": "word", "clip_text_width": "32"}
+    run(TinyWorkshop(present=["tokenizer"]), settings)
+    says = "hyperparameter tokenizer_kind has no effect: the channel artefact brings a tokenizer"
+    assert says in caplog.text
+
+
+def test_a_stop_while_the_data_is_opened_ends_the_job_in_order(run, caplog):
+    def stop(*_):
+        raise Stopped
+
+    workshop = TinyWorkshop()
+    workshop.open = stop
+    run(workshop, {})
+    workshop = TinyWorkshop()
+    workshop.check = stop
+    run(workshop, {})
+    assert workshop.calls == [("open", "cpu")]
+    assert caplog.text.count("stopped before there was anything to train") == 2
 
 
 def test_too_little_device_memory_says_what_to_set(run):

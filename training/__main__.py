@@ -1,30 +1,24 @@
-"""The command `train`: read the job, check it, run it, and say why when it fails.
+"""The command `train`: read the job, check it, run it on all of this host's devices.
 
-Logging, signals and exit codes are set up here and nowhere else. Whatever can be wrong with the
-job's description is found before torch is even imported.
+Whatever can be wrong with the job's description is found before torch is even imported.
 """
 
 from __future__ import annotations
 
 import argparse
-import errno
-import logging
-import signal
 import sys
 import threading
-import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
-from dalle.contract import DEFAULT_ROOT, Job, Paths, prepare_outputs, read_job, write_failure
-from dalle.errors import DalleError, JobError
+from dalle.contract import DEFAULT_ROOT, Job, Paths, prepare_outputs, read_job
+from dalle.errors import JobError
 from dalle.threads import spin_briefly
-from training import channels, hyperparameters
+from training import channels, hyperparameters, process
+from training.hosts import RENDEZVOUS_PORT, Patience, Place
 from training.hyperparameters import Hyperparameters
 
-logger = logging.getLogger(__name__)
+DEFAULT_PATIENCE = Patience()
 
 HELP = """\
 Train the models of a SageMaker training job, or of a directory that is laid out like one:
@@ -37,34 +31,33 @@ Train the models of a SageMaker training job, or of a directory that is laid out
   ROOT/output/data/                        report.html, metrics.jsonl
   ROOT/checkpoints/                        where an interrupted job continues from
 
+A job trains on every CUDA device of its host, or on the CPU; on several hosts, `train` is started
+on each, with ROOT/input/config/resourceconfig.json naming them, and the first one writes.
+
 Environment: DALLE_DEVICE=auto|cpu|cuda, SM_CHANNEL_TRAIN=DIR (and likewise for other channels).
 SIGTERM (or Ctrl-C) saves a checkpoint and the model, and ends with 0.
 Exit code: 0 finished or stopped, 1 failed (the cause is in ROOT/output/failure), 2 wrong usage.
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code."""
+def main(arguments: Sequence[str] | None = None, *, patience: Patience = DEFAULT_PATIENCE) -> int:
+    """Run the command and return its exit code. patience: with a job's other hosts."""
     options = _parse_arguments(arguments)
     if options.list_hyperparameters:
         print(hyperparameters.render_table())
         return 0
     spin_briefly()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    root: Path = options.root
-    paths = Paths(root.absolute())
-    with _stopped_by_signals() as stop:
-        try:
+    process.configure_logging()
+    paths = Paths(options.root.absolute())
+    with process.stopped_by_signals() as stop:
+
+        def work() -> int:
             paths.failure.unlink(missing_ok=True)  # an earlier run's
-            job, settings = _checked(root)
+            job, settings = _checked(options.root)
             prepare_outputs(job.paths)
-            _run(job, settings, stop)
-        except Exception as error:
-            cause = _cause(error)
-            logger.error("%s", cause, exc_info=not isinstance(error, DalleError))
-            write_failure(paths, cause, traceback.format_exc())
-            return 1
-    return 0
+            return _run(job, settings, stop, options.rendezvous_port, patience)
+
+        return process.exit_code_of(work, paths)
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -77,6 +70,13 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=DEFAULT_ROOT,
         metavar="DIR",
         help="where the job's directories are (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--rendezvous-port",
+        type=int,
+        default=RENDEZVOUS_PORT,
+        metavar="PORT",
+        help="where the first of several hosts awaits the others (default: %(default)s)",
     )
     parser.add_argument(
         "--list-hyperparameters",
@@ -102,9 +102,6 @@ def _checked(root: Path) -> tuple[Job, Hyperparameters]:
         channels.check(job)
     except JobError as error:
         problems.append(error)
-    if len(job.hosts) > 1:
-        hosts = ", ".join(job.hosts)
-        problems.append(JobError(f"this version trains on one host; the job has {hosts}"))
     if len(problems) == 1:
         raise problems[0]
     if settings is None or problems:
@@ -112,40 +109,20 @@ def _checked(root: Path) -> tuple[Job, Hyperparameters]:
     return job, settings
 
 
-def _run(job: Job, settings: Hyperparameters, stop: threading.Event) -> None:
+def _run(
+    job: Job, settings: Hyperparameters, stop: threading.Event, port: int, patience: Patience
+) -> int:
     # Imported here: torch takes seconds, which a job that cannot run need not wait for.
-    from training import worker, workshop
+    from training import launch
+    from training.engine import count_devices
 
-    worker.run(job, settings, stop, workshop.open_workshop)
-
-
-@contextmanager
-def _stopped_by_signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM and the first Ctrl-C set; a second Ctrl-C ends the program at once."""
-    stop = threading.Event()
-
-    def ask_to_stop(number: int, frame: FrameType | None) -> None:
-        stop.set()
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {n: signal.signal(n, ask_to_stop) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _cause(error: Exception) -> str:
-    """What to do about it for errors raised on purpose, and what it was for all others."""
-    if isinstance(error, DalleError):
-        return str(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full: {error}; give the job a larger volume"
-    if isinstance(error, MemoryError):
-        return "the machine's memory is too small; take a larger instance or a smaller batch_size"
-    return f"internal error, {type(error).__name__}: {error}"
+    num_devices = count_devices(job.device)
+    if num_devices > 1:
+        return launch.run_on_devices(
+            job, settings, num_devices=num_devices, port=port, patience=patience, stop=stop
+        )
+    place = Place(job.hosts, job.current_host)
+    return process.run_rank(job, settings, place, stop, port=port, patience=patience)
 
 
 if __name__ == "__main__":

@@ -128,36 +128,15 @@ class Checkpoints:
             )
 
 
-def random_state() -> dict[str, Any]:
-    """The state of every random generator in the process, as plain values and tensors."""
-    version, numbers, gauss = random.getstate()
-    numpy_state = np.random.get_state(legacy=True)
-    assert isinstance(numpy_state, tuple)  # the form that legacy=True asks for
-    name, keys, position, has_gauss, cached = numpy_state
-    return {
-        "python": [version, list(numbers), gauss],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
+def seed_everything(seed: int, step: int, rank: int = 0) -> None:
+    """Start every random generator of the process anew, for one step of one rank.
 
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """Put every random generator back to where `random_state` found it."""
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
-    for index, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(cuda_state, index)
-
-
-def seed_everything(seed: int) -> None:
-    """Start every random generator of the process from one number in [0, 2**32)."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+    So a checkpoint need not hold their state, which would be another one for every rank.
+    """
+    (mixed,) = np.random.SeedSequence([seed, step, rank]).generate_state(1).tolist()
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.manual_seed(mixed)
 
 
 class _RememberingFile:

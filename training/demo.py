@@ -10,7 +10,8 @@ real `train`, starts the real `serve`, asks it over HTTP for captions that were 
   OUT/ml/model            the artefact; `serve --root OUT/ml` serves it
   OUT/generated           the pictures that `serve` returned
 
-What is done is reused by the next run; an interrupted training goes on where it was.
+What is done is reused by the next run, unless the data, the recipe or the code that it depends on
+has changed; an interrupted training goes on where it was.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from dalle.contract import Paths
 from dalle.errors import DalleError, UserError
 from dalle.threads import spin_briefly
 from training import rainbow
+from training.demo_code import digest_of_code, serving_code, showing_code, training_code
 from training.demo_commands import ask, run_train, serving
 from training.demo_recipe import (
     DATA_SECONDS,
@@ -106,7 +108,12 @@ class Demo:
     def steps(self) -> list[Step]:
         """Everything there is to do, in order."""
         data_key = {"rainbow": digest_of_file(Path(rainbow.__file__)), "seed": 0}
-        train_key = {"data": data_key, "hyperparameters": self.recipe}
+        train_key = {
+            "data": data_key,
+            "hyperparameters": self.recipe,
+            "code": digest_of_code(training_code()),
+        }
+        served_by, shown_by = digest_of_code(serving_code()), digest_of_code(showing_code())
         return [
             Step(
                 name="data",
@@ -129,7 +136,7 @@ class Demo:
                 title=f"serve: {NUM_CAPTIONS} held-out captions over HTTP, the best {NUM_IMAGES} "
                 f"of {NUM_CANDIDATES} pictures for each",
                 seconds=SERVE_SECONDS,
-                key=lambda: [digest_of_file(self.manifest), self.requests()],
+                key=lambda: [digest_of_file(self.manifest), self.requests(), served_by],
                 outputs=[self.generated / "replies.json"],
                 action=self.ask,
             ),
@@ -137,7 +144,7 @@ class Demo:
                 name="evaluate",
                 title="evaluate: how many of the held-out captions get the right picture",
                 seconds=EVALUATE_SECONDS,
-                key=lambda: [digest_of_file(self.manifest), data_key, self.limit],
+                key=lambda: [digest_of_file(self.manifest), data_key, self.limit, shown_by],
                 outputs=[self.accuracy],
                 action=self.evaluate,
             ),
@@ -150,6 +157,7 @@ class Demo:
                     digest_of_file(self.manifest),
                     digest_of_file(self.generated / "replies.json"),
                     digest_of_file(self.accuracy),
+                    shown_by,
                 ],
                 outputs=[self.report, self.sheet],
                 action=self.write_report,

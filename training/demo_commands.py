@@ -20,6 +20,7 @@ from typing import Any
 
 from dalle.contract import Paths
 from dalle.errors import DalleError, UserError
+from dalle.names import STAGES
 
 END_SECONDS = 30.0  # both commands end within 25 s of SIGTERM
 READY_SECONDS = 180.0  # torch's first import on a slow disk is most of it
@@ -65,7 +66,7 @@ def is_trained(root: Path) -> bool:
     except FileNotFoundError:
         return False
     finished = {each["stage"] for each in manifest["stages"] if each["is_finished"]}
-    return finished >= {"dvae", "transformer", "clip"}
+    return finished >= {*STAGES}
 
 
 @contextmanager

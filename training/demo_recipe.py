@@ -30,18 +30,24 @@ def read_recipe(path: Path | None, minutes: float) -> dict[str, str]:
 
     path: None for our own. Raises UserError, or HyperparameterError, that says what is wrong.
     """
-    file = resources.files("training") / "recipes" / RECIPE if path is None else path
+    recipe = read_recipe_file(path, RECIPE)
+    scale = (60 * minutes - OTHER_SECONDS) / (60 * RECIPE_MINUTES - OTHER_SECONDS)
+    if minutes != RECIPE_MINUTES:
+        for name in recipe:
+            if name.endswith("max_minutes"):
+                recipe[name] = f"{float(recipe[name]) * scale:.3g}"
+    return recipe
+
+
+def read_recipe_file(path: Path | None, name: str) -> dict[str, str]:
+    """A recipe's hyperparameters, checked, as they are; without a path our own of that name."""
+    file = resources.files("training") / "recipes" / name if path is None else path
     try:
         content = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read as a recipe: {error}") from error
     recipe = {str(name): str(value) for name, value in content.items()}
     hyperparameters.parse(recipe)
-    scale = (60 * minutes - OTHER_SECONDS) / (60 * RECIPE_MINUTES - OTHER_SECONDS)
-    if minutes != RECIPE_MINUTES:
-        for name in recipe:
-            if name.endswith("max_minutes"):
-                recipe[name] = f"{float(recipe[name]) * scale:.3g}"
     return recipe
 
 

@@ -102,18 +102,9 @@ def write_demo_report(
             f"is for captions that were held out; for {len(captions):,} of them there is a real "
             "picture to compare with.",
             f"The dVAE alone leaves {evaluation.reconstruction:.1%} of the held-out pictures "
-            "nearest to themselves: no generated picture can do better.",
+            "nearest to themselves; of the others, the tokens already show another picture.",
         ],
-        stages=[
-            StageSummary(
-                name=record.stage,
-                steps=record.steps,
-                wall_seconds=record.wall_seconds,
-                cpu_seconds=record.cpu_seconds,
-                metrics=record.metrics,
-            )
-            for record in artefact.manifest.stages
-        ],
+        stages=[StageSummary.of(record) for record in artefact.manifest.stages],
         curves=read_curves(Paths(root).output_data / "metrics.jsonl"),
         codebooks=codebook_usage(artefact.dvae, held_out),
         reconstructions=reconstructions(artefact.dvae, held_out[shown]),

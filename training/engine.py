@@ -1,13 +1,14 @@
 """One training step's arithmetic on one device, in plain torch: precision, backward, update.
 
-Knows a model's parameters and nothing of data, time or files. The loop calls `compute`,
-`backward` and `step` of whatever engine it is given, so that another can stand beside this one.
+Knows a stage's loss and its model's parameters, and nothing of data, time or files. The loop calls
+`loss`, `backward` and `step` of whatever engine it is given, so that another can stand beside it.
 """
 
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from torch.amp.grad_scaler import GradScaler
 from dalle.errors import DeviceError, HyperparameterError
 from training.hyperparameter_fields import FitHyperparameters
 from training.optimiser import OptimiserPair
+from training.ranks import ALONE, Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -31,15 +33,24 @@ def check_precision(hyperparameters: FitHyperparameters, device: torch.device) -
         )
 
 
-class Engine(Protocol):
-    """What the training loop needs to turn a loss into better weights."""
+class Trainable(Protocol):
+    """What an engine needs of a stage."""
 
-    def compute(self) -> AbstractContextManager[Any]:
-        """The context in which the forward pass and the loss are computed."""
+    @property
+    def model(self) -> nn.Module: ...
+
+    def loss(self, batch: Any, progress: float) -> tuple[Tensor, Mapping[str, Tensor]]: ...
+
+
+class Engine(Protocol):
+    """What the training loop needs to turn a stage's loss into better weights."""
+
+    def loss(self, batch: Any, progress: float) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The stage's loss of this rank's share of a batch, and what it reports beside it."""
         ...
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a scalar loss."""
+        """Add the gradients of a scalar loss; with several ranks, the mean of all ranks'."""
         ...
 
     def step(self, step: int, progress: float) -> float:
@@ -60,17 +71,22 @@ class Engine(Protocol):
 
 
 class TorchEngine:
-    """The default engine: one process, one device.
+    """The default engine: a whole model on each rank's device.
 
     Raises HyperparameterError for a precision that the device does not have.
     """
 
     def __init__(
-        self, model: nn.Module, hyperparameters: FitHyperparameters, device: torch.device
+        self,
+        stage: Trainable,
+        hyperparameters: FitHyperparameters,
+        device: torch.device,
+        ranks: Ranks = ALONE,
     ) -> None:
         precision = hyperparameters.precision
         check_precision(hyperparameters, device)
-        self._model = model
+        self._model = model = stage.model
+        self._loss = ranks.parallel(_Loss(stage))
         self._device = device
         self._autocast_type = AUTOCAST_TYPES.get(precision)
         self._clipping = hyperparameters.gradient_clipping
@@ -85,10 +101,15 @@ class TorchEngine:
         # Small fp16 gradients vanish unless the loss is scaled up first; bf16 has fp32's range.
         self._scaler = GradScaler(device.type, enabled=precision == "fp16")
 
-    def compute(self) -> AbstractContextManager[Any]:
-        if self._autocast_type is None:
-            return nullcontext()
-        return torch.autocast(self._device.type, dtype=self._autocast_type)
+    def loss(self, batch: Any, progress: float) -> tuple[Tensor, Mapping[str, Tensor]]:
+        precision = (
+            nullcontext()
+            if self._autocast_type is None
+            else torch.autocast(self._device.type, dtype=self._autocast_type)
+        )
+        with precision:
+            loss: tuple[Tensor, Mapping[str, Tensor]] = self._loss(batch, progress)
+        return loss
 
     def backward(self, loss: Tensor) -> None:
         torch.autograd.backward(self._scaler.scale(loss))
@@ -135,10 +156,29 @@ class TorchEngine:
             self._scaler.load_state_dict(state["loss_scaling"])
 
 
-def choose_device(wanted: str) -> torch.device:
+class _Loss(nn.Module):
+    """A stage's loss as the forward pass of a module that has the model's parameters."""
+
+    def __init__(self, stage: Trainable) -> None:
+        super().__init__()
+        self.model = stage.model
+        self._stage = stage
+
+    def forward(self, batch: Any, progress: float) -> tuple[Tensor, Mapping[str, Tensor]]:
+        return self._stage.loss(batch, progress)
+
+
+def count_devices(wanted: str) -> int:
+    """How many devices of this host to train on, at least 1; `wanted` is auto, cpu or cuda."""
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return 1
+    return torch.cuda.device_count()
+
+
+def choose_device(wanted: str, number: int = 0) -> torch.device:
     """The device to train on; `wanted` is auto, cpu or cuda. Logs the choice and its reason.
 
-    Raises DeviceError when cuda is asked for and there is none.
+    number: which of several, from 0. Raises DeviceError when cuda is asked for and there is none.
     """
     has_cuda = torch.cuda.is_available()
     if wanted == "cuda" and not has_cuda:
@@ -147,7 +187,8 @@ def choose_device(wanted: str) -> torch.device:
         reason = "DALLE_DEVICE=cpu" if wanted == "cpu" else _why_no_cuda()
         logger.info("training on the CPU with %d threads: %s", torch.get_num_threads(), reason)
         return torch.device("cpu")
-    device = torch.device("cuda", 0)
+    device = torch.device("cuda", number)
+    torch.cuda.set_device(device)
     logger.info("training on %s", torch.cuda.get_device_name(device))
     return device
 

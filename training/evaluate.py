@@ -5,7 +5,8 @@
 A picture is right when its nearest real picture, by pixels and over all distinct pictures of
 `train/` and `validation/`, is the caption's own; captions whose pictures are equal share it. It is
 told for all held-out captions and for the novel ones, whose picture never occurs in training; by
-greedy sampling, by a single sample, and by the best of many samples as CLIP ranks them.
+greedy sampling, by a single sample, and by the best of many samples as CLIP ranks them
+(`Clip.merit`).
 
 `attributes.json` beside the two folders (caption -> attribute -> word) adds accuracies by
 attribute. Nothing here knows what the words are.
@@ -38,9 +39,11 @@ from dalle.artefact import Artefact
 from dalle.errors import DalleError, UserError
 from dalle.sampling import SamplingOptions
 from training.engine import choose_device
-from training.ground_truth import GroundTruth, read_ground_truth
+from training.ground_truth import TRAIN, GroundTruth, read_ground_truth
 from training.pictures import draw, reconstruct, require
 from training.report_content import CaptionAccuracy
+
+logger = logging.getLogger(__name__)
 
 GREEDY, SINGLE = "greedy", "single sample"
 ALL, NOVEL = "held-out captions", "held-out captions whose picture is not in training"
@@ -271,9 +274,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"the artefact has no clip, which the best of {options.candidates} needs; "
                 "train the stage clip, or give --greedy or --candidates 1"
             )
+        truth = read_ground_truth(options.data, artefact.dvae.config.image_size)
+        _warn_of_other_data(artefact, truth, options.data)
         evaluation = evaluate(
             artefact,
-            read_ground_truth(options.data, artefact.dvae.config.image_size),
+            truth,
             num_candidates=options.candidates,
             greedy_only=options.greedy,
             limit=options.limit,
@@ -287,6 +292,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.json.write_text(to_json(evaluation) + "\n", encoding="utf-8")
     print(to_json(evaluation))
     return 0
+
+
+def _warn_of_other_data(artefact: Artefact, truth: GroundTruth, directory: Path) -> None:
+    """Only of a model that was trained on `train/` can it be said what was held out."""
+    for name, record in artefact.manifest.newest_records().items():
+        if record.dataset_fingerprint != truth.fingerprint:
+            logger.warning(
+                "%s was not trained on %s: it may have seen captions that count as held out here",
+                name,
+                directory / TRAIN,
+            )
 
 
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

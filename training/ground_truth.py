@@ -36,6 +36,7 @@ class GroundTruth:
     held_out: the captions of `validation`, each once, in their order.
     captions: class -> its captions. in_training: class -> whether `train` has the picture.
     attributes: caption -> attribute -> word; may lack captions, or be empty.
+    fingerprint: of the data set `train`.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class GroundTruth:
         if train.image_size != validation.image_size:
             raise ValueError(f"image sizes: {train.image_size} and {validation.image_size}")
         self.image_size = train.image_size
+        self.fingerprint = train.fingerprint
         self.attributes: Attributes = attributes or {}
         self.captions: list[set[str]] = []
         self.in_training: list[bool] = []
@@ -152,7 +154,6 @@ def read_attributes(path: Path) -> Attributes:
 
 def _pictures(dataset: Dataset) -> Iterator[tuple[int, np.ndarray]]:
     """The usable pictures of a data set with their numbers."""
-    num_good = 0
     for index in tqdm(
         range(len(dataset)), f"comparing {dataset.channel}", unit="images", disable=None, delay=1
     ):
@@ -161,6 +162,5 @@ def _pictures(dataset: Dataset) -> Iterator[tuple[int, np.ndarray]]:
         except ImageError as error:
             dataset.skips.add_damaged(SkipReason.of(error), dataset.name(index), str(error))
             continue
-        num_good += 1
         yield index, picture
-    dataset.skips.check_share(num_good, dataset.max_bad_share)
+    dataset.skips.check_share(dataset.max_bad_share)

@@ -6,15 +6,21 @@ How flat text becomes these models, and how they become a table, is in training.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from dalle.names import (
+    AttentionKind,
+    FeedForwardKind,
+    NormKind,
+    QuantiserKind,
+    ReconstructionKind,
+    StageName,
+    TokenizerKind,
+)
 from dalle.sizes import SizeName
 from training.data.pairs import DEFAULT_MAX_BAD_SHARE
-
-StageName = Literal["dvae", "transformer", "clip"]
-AttentionKind = Literal["full", "axial_row", "axial_col", "conv_like"]
 
 Positive = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
@@ -100,6 +106,9 @@ class FitHyperparameters(_Fields):
 class StageHyperparameters(FitHyperparameters):
     """How one stage is trained, and what it trains: a named size and changes to it."""
 
+    not_for_authors: ClassVar[frozenset[str]] = frozenset()
+    """Fields that have one value in this stage, and so are no hyperparameters of it."""
+
     size: SizeName = Field(
         default="small", description="Named model size that the fields below start from."
     )
@@ -117,6 +126,9 @@ class StageHyperparameters(FitHyperparameters):
 class DVAEHyperparameters(StageHyperparameters):
     """The stage `dvae`."""
 
+    not_for_authors: ClassVar[frozenset[str]] = frozenset({"muon_learning_rate"})
+    muon_learning_rate: float = Field(default=0.0, ge=0, le=0)  # AdamW has all of its weights
+
     image_size: int | None = Field(
         default=None, ge=8, le=1024, description="Side of the square images, in pixels."
     )
@@ -126,13 +138,18 @@ class DVAEHyperparameters(StageHyperparameters):
     num_codebooks: int | None = Field(
         default=None, ge=1, le=16, description="Codes per grid position."
     )
-    quantiser: Literal["gumbel", "vq"] | None = Field(
+    quantiser: QuantiserKind | None = Field(
         default=None, description="Gumbel-softmax relaxation, or nearest neighbour."
     )
     colour_split: bool | None = Field(
         default=None,
         description="First codebook for a patch's end colours, the others for its pattern; "
         "for pictures of few flat colours.",
+    )
+    ground_split: bool | None = Field(
+        default=None,
+        description="Last codebook for a patch's colours, the others for which pixels are drawn; "
+        "for drawings on an even ground, instead of colour_split.",
     )
     width: Width | None = Field(default=None, description="Width of the model's layers.")
     num_blocks: Layers | None = Field(default=None, description="Residual blocks per resolution.")
@@ -151,7 +168,7 @@ class DVAEHyperparameters(StageHyperparameters):
     decoder_kernel_size: KernelSize | None = Field(
         default=None, description="3 lets neighbouring codes decide a pixel; 1 does not."
     )
-    reconstruction: Literal["bce", "l1", "mse"] | None = Field(
+    reconstruction: ReconstructionKind | None = Field(
         default=None, description="Loss per pixel; bce suits flat graphics, the others photographs."
     )
     kl_weight: float | None = Field(
@@ -177,10 +194,8 @@ class TransformerHyperparameters(StageHyperparameters):
     qk_norm: bool | None = Field(
         default=None, description="Scale queries and keys to unit length before their product."
     )
-    norm: Literal["layer", "rms"] | None = Field(
-        default=None, description="Normalisation before each branch."
-    )
-    feed_forward: Literal["gelu", "geglu", "relu2"] | None = Field(
+    norm: NormKind | None = Field(default=None, description="Normalisation before each branch.")
+    feed_forward: FeedForwardKind | None = Field(
         default=None, description="Activation of the feed-forward branch."
     )
     feed_forward_ratio: int | None = Field(
@@ -225,18 +240,32 @@ class ClipHyperparameters(StageHyperparameters):
     text_width: Width | None = Field(default=None, description="Width of the text encoder.")
     text_heads: Heads | None = Field(default=None, description="Heads of the text encoder.")
     text_layers: Layers | None = Field(default=None, description="Layers of the text encoder.")
+    likelihood_weight: float | None = Field(
+        default=None,
+        ge=0,
+        le=1_000,
+        description="Weight of the transformer's log-likelihood beside CLIP's logit in ranking; "
+        "1 for drawings that their caption determines, 0 for photographs.",
+    )
+    reconstruction_share: float | None = Field(
+        default=None, ge=0, le=1, description="Share of images shown as the dVAE's reconstructions."
+    )
+    spliced_negatives: bool | None = Field(
+        default=None,
+        description="Show captions pictures, too, that begin as their own and go on as another's.",
+    )
 
 
 class JobHyperparameters(_Fields):
     """What holds for the whole job, whatever it trains."""
 
-    stage: Literal["all", "dvae", "transformer", "clip"] = Field(
+    stage: Literal["all", StageName] = Field(
         default="all",
         description="What to train; all: what the artefact channel lacks, in that order.",
     )
     seed: int = Field(default=0, ge=0, le=2**32 - 1, description="Start of all random numbers.")
     engine: Literal["torch"] = Field(default="torch", description="What computes the steps.")
-    tokenizer_kind: Literal["word", "bpe", "clip"] = Field(
+    tokenizer_kind: TokenizerKind = Field(
         default="bpe",
         description="Words or byte pairs learned from the captions, or CLIP's byte pairs.",
     )
@@ -254,6 +283,12 @@ class JobHyperparameters(_Fields):
         ge=0,
         le=1,
         description="The job fails when more than this share of the pairs cannot be used.",
+    )
+    caption_key: str = Field(
+        default="",
+        max_length=256,
+        description="Key of the captions in a shard's json members; if unset, their txt members "
+        "are read, or else the key caption.",
     )
     num_workers: int | None = Field(
         default=None,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import types
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -19,19 +19,18 @@ from pydantic.fields import FieldInfo
 
 from dalle.contract import parse_value
 from dalle.errors import HyperparameterError
+from dalle.names import ComponentName, StageName
 from training.hyperparameter_fields import (
     BUDGETS,
     STAGE_FIELDS,
     Hyperparameters,
     JobHyperparameters,
     StageHyperparameters,
-    StageName,
 )
 
 __all__ = [
     "Hyperparameters",
     "StageHyperparameters",
-    "StageName",
     "parse",
     "render_table",
     "without_effect",
@@ -39,6 +38,10 @@ __all__ = [
 
 IGNORED_PREFIX = "sagemaker_"
 IGNORED_NAMES = frozenset({"_tuning_objective_metric"})
+
+TOKENIZER_NAMES = frozenset({"tokenizer_kind", "tokenizer_vocab_size", "text_length"})
+"""What decides a new tokenizer, and nothing else."""
+READS_CAPTIONS = frozenset[StageName]({"transformer", "clip"})
 
 
 @dataclass(frozen=True)
@@ -90,14 +93,25 @@ def parse(raw: Mapping[str, str]) -> Hyperparameters:
     return Hyperparameters.model_validate({**job, **stages, "given": frozenset(given)})
 
 
-def without_effect(hyperparameters: Hyperparameters, trained: Collection[StageName]) -> list[str]:
-    """Names that the job's author set for stages that this job does not train."""
+def without_effect(
+    hyperparameters: Hyperparameters,
+    trained: Sequence[StageName],
+    present: Collection[ComponentName] = (),
+) -> dict[str, str]:
+    """Hyperparameters that the job's author set in vain, and why.
+
+    trained: the stages that this job trains. present: components that its channels bring.
+    """
     targets = _targets()
-    return sorted(
-        name
-        for name in hyperparameters.given
-        if not any(t.stage is None or t.stage in trained for t in targets[name])
-    )
+    reasons: dict[str, str] = {}
+    for name in sorted(hyperparameters.given):
+        if not any(target.stage in (None, *trained) for target in targets[name]):
+            reasons[name] = f"this job trains {', '.join(trained)}"
+        elif name in TOKENIZER_NAMES and "tokenizer" in present:
+            reasons[name] = "the channel artefact brings a tokenizer"
+        elif name in TOKENIZER_NAMES and not READS_CAPTIONS & {*trained}:
+            reasons[name] = f"this job trains {', '.join(trained)}, which reads no captions"
+    return reasons
 
 
 def render_table() -> str:
@@ -123,9 +137,12 @@ def _targets() -> dict[str, list[_Target]]:
     }
     prefixed: dict[str, list[_Target]] = {}
     common = StageHyperparameters.model_fields
+    plain |= {name: [] for name in common}  # these first, also those that not every stage has
     for stage, model in STAGE_FIELDS.items():
         fields = model.model_fields
         for name in [*common, *(name for name in fields if name not in common)]:
+            if name in model.not_for_authors:
+                continue
             target = _Target(stage, name, fields[name])
             plain.setdefault(name, []).append(target)
             prefixed[f"{stage}_{name}"] = [target]
@@ -171,7 +188,13 @@ def _typed(text: str, field: FieldInfo) -> Any:
     return TypeAdapter(field.rebuild_annotation()).validate_python(value)
 
 
-def _unknown(name: str, targets: Mapping[str, Any]) -> str:
+def _unknown(name: str, targets: Mapping[str, list[_Target]]) -> str:
+    stage, _, plain = name.partition("_")
+    if stage in STAGE_FIELDS and plain in targets:
+        owners = [target.stage for target in targets[plain] if target.stage is not None]
+        if owners:
+            return f"{name} is unknown: {stage} has no {plain}, only {' and '.join(owners)}"
+        return f"{name} is unknown: {plain} holds for the whole job, set it without the prefix"
     nearest = difflib.get_close_matches(name, targets, n=1)
     if nearest:
         return f"{name} is unknown; did you mean {nearest[0]}?"

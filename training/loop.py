@@ -1,7 +1,8 @@
 """fit(): the one training loop. Knows steps, time and checkpoints; not models, images or captions.
 
-Order of data and all random numbers are functions of the seed and the step, so that a run resumed
-at step k has the same losses from there on as one that was never interrupted.
+Order of data and all random numbers are functions of the seed, the step and the rank, so that a
+run resumed at step k has the same losses from there on as one that was never interrupted. That
+holds for budgets in steps and epochs; with max_minutes the schedules follow the clock.
 """
 
 from __future__ import annotations
@@ -17,18 +18,21 @@ import torch
 from torch import Tensor, nn
 
 from dalle.errors import DivergenceError
+from dalle.names import StageName
 from training.averaging import WeightAverage
 from training.budget import Budget
-from training.checkpoints import Checkpoints, random_state, seed_everything, set_random_state
+from training.checkpoints import Checkpoints, seed_everything
 from training.engine import Engine
-from training.hyperparameter_fields import Hyperparameters, StageName
-from training.metrics import Metrics, Progress
+from training.hyperparameter_fields import Hyperparameters
+from training.metrics import Metrics, NoMetrics, Progress
+from training.ranks import ALONE, Ranks
+from training.stopping import Stop, Stopped
 
 logger = logging.getLogger(__name__)
 
 
 class Batches(Protocol):
-    """Training batches in an order that is a function of the seed and the step alone."""
+    """One rank's share of batches whose order is a function of the seed and the step alone."""
 
     @property
     def num_per_epoch(self) -> int:
@@ -62,15 +66,18 @@ class Stage(Protocol):
         """The scalar to minimise, and detached scalars to report beside it.
 
         progress: share of the budget done, in [0, 1). Runs inside the engine's autocast, with
-        the model in training mode. The loop reports the first as `loss`.
+        the model in training mode. The loop reports the first as `loss`, and the means of all
+        ranks' numbers.
         """
         ...
 
     def validate(self) -> Mapping[str, float]:
         """Numbers to report, `validation_loss` among them; may be empty.
 
-        Runs in evaluation mode without gradients, with the averaged weights when there are any.
-        Random numbers drawn here do not disturb training.
+        Runs in evaluation mode without gradients, with the averaged weights when there are any,
+        on every rank, each by itself.
+        Random numbers drawn here do not disturb training. Raises Stopped when a stop was asked
+        for in the midst of it.
         """
         ...
 
@@ -83,18 +90,13 @@ class Stage(Protocol):
         ...
 
 
-class Stop(Protocol):
-    """Asked for by SIGTERM; threading.Event is one."""
-
-    def is_set(self) -> bool: ...
-
-
 @dataclass(frozen=True)
 class FitResult:
     """How a stage's training ended.
 
-    step: steps in all, those before an interruption included; seconds and cpu_seconds likewise.
-    is_finished: the budget is spent; otherwise a stop was asked for.
+    step: steps in all, those before an interruption included; seconds and cpu_seconds likewise,
+    of this process.
+    is_finished: the budget is spent and the last validation done; otherwise a stop was asked for.
     validation: the last numbers of `validate`.
     """
 
@@ -111,17 +113,18 @@ def fit(
     *,
     engine: Engine,
     checkpoints: Checkpoints,
-    metrics: Metrics,
+    metrics: Metrics | NoMetrics,
     stop: Stop,
+    ranks: Ranks = ALONE,
     clock: Callable[[], float] = time.monotonic,
 ) -> FitResult:
-    """Train a stage's model until its budget is spent or a stop is asked for.
+    """Train a stage's model until its budget is spent or a stop is asked for on any rank.
 
-    Resumes from the newest checkpoint. Leaves the weights to be saved in the model: the averaged
-    ones when ema_decay is set. Raises DivergenceError naming the step, CheckpointError when the
-    checkpoints are another run's, DiskFullError.
+    Resumes from the first rank's newest checkpoint. Leaves the weights to be saved in the model:
+    the averaged ones when ema_decay is set. Raises DivergenceError naming the step,
+    CheckpointError when the checkpoints are another run's, DiskFullError.
     """
-    return _Fit(stage, hyperparameters, engine, checkpoints, metrics, clock).run(stop)
+    return _Fit(stage, hyperparameters, engine, checkpoints, metrics, ranks, clock).run(stop)
 
 
 class _Fit:
@@ -133,7 +136,8 @@ class _Fit:
         hyperparameters: Hyperparameters,
         engine: Engine,
         checkpoints: Checkpoints,
-        metrics: Metrics,
+        metrics: Metrics | NoMetrics,
+        ranks: Ranks,
         clock: Callable[[], float],
     ) -> None:
         settings = hyperparameters.of(stage.name)
@@ -143,6 +147,7 @@ class _Fit:
         self.engine = engine
         self.checkpoints = checkpoints
         self.metrics = metrics
+        self.ranks = ranks
         self.clock = clock
         self.budget = Budget.of(settings, stage.batches.num_per_epoch)
         self.average = (
@@ -157,6 +162,8 @@ class _Fit:
         self.saved_step = 0
         self.saved_at = self.started
         self.validation: dict[str, float] = {}
+        # A stop came in the midst of a validation: a resumed run begins with it.
+        self.owes_validation = False
         # Scalars of the steps since the last report, still on the device.
         self.pending: list[dict[str, Tensor]] = []
         # By step, likewise; those that the engine computed.
@@ -179,7 +186,6 @@ class _Fit:
         return self.budget.progress(self.step, self.seconds)
 
     def run(self, stop: Stop) -> FitResult:
-        seed_everything(self.hyperparameters.seed)
         self._resume()
         self.stage.model.train()
         bar = Progress(
@@ -187,16 +193,23 @@ class _Fit:
             total=self.budget.total,
             done=self.budget.done(self.step, self.seconds),
             unit=self.budget.unit,
+            is_shown=self.ranks.is_first,
         )
-        progress = self.progress
         try:
-            while progress < 1 and not stop.is_set():
+            if self.owes_validation and not stop.is_set():
+                self._validate()
+                self.saved_step = 0  # the checkpoint of this step does not have it yet
+            # Clocks and signals differ between ranks: what follows from them is agreed upon.
+            progress, is_stopping = self.ranks.agree(self.progress, stop.is_set())
+            while progress < 1 and not is_stopping:
                 share = self._train_one_step(progress)
-                before, progress = progress, self.progress
+                before = progress
+                progress, is_stopping = self.ranks.agree(self.progress, stop.is_set())
                 if self.step % self.hyperparameters.log_every == 0 or progress >= 1:
                     self._report(share)
                 if self._validation_is_due(before, progress):
                     self._validate()
+                    progress, is_stopping = self.ranks.agree(progress, stop.is_set())
                 if self.clock() - self.saved_at >= 60 * self.hyperparameters.checkpoint_minutes:
                     self._save()
                 bar.show(self.budget.done(self.step, self.seconds), self.reported)
@@ -205,16 +218,20 @@ class _Fit:
         self._save()
         if self.average is not None:
             self.average.copy_to(self.stage.model)
+        # Processors of another kind may round otherwise; what builds on this model must not differ.
+        self.ranks.copy_first(self.stage.model.state_dict().values())
         self._require_finite_weights()
         self.stage.model.eval()
-        return FitResult(self.step, self.seconds, self.cpu_seconds, progress >= 1, self.validation)
+        is_finished = progress >= 1 and not self.owes_validation
+        return FitResult(self.step, self.seconds, self.cpu_seconds, is_finished, self.validation)
 
     def _train_one_step(self, progress: float) -> float:
         """Returns the schedule's share of the full learning rate."""
         batch = self.stage.batches.batch(self.step)
-        with self.engine.compute():
-            loss, scalars = self.stage.loss(batch, progress)
-        self.pending.append({"loss": loss.detach(), **scalars})
+        # After the batch: a loader that starts its workers draws a number too.
+        seed_everything(self.hyperparameters.seed, self.step, self.ranks.rank)
+        loss, scalars = self.engine.loss(batch, progress)
+        self.pending.append(self.ranks.means({"loss": loss.detach(), **scalars}))
         if self.is_on_cpu:  # elsewhere a look at the number waits for the device: once per report
             self._require_finite(newest=1)
         self.engine.backward(loss)
@@ -300,19 +317,21 @@ class _Fit:
 
     def _validate(self) -> None:
         model = self.stage.model
-        state = random_state()
         averaged = self.average.applied_to(model) if self.average is not None else nullcontext()
         model.eval()
+        self.owes_validation = False
         with torch.no_grad(), averaged:
-            self.validation = dict(self.stage.validate())
+            try:
+                self.validation = dict(self.stage.validate())
+            except Stopped:
+                self.owes_validation = True
         model.train()
-        set_random_state(state)
-        if self.validation:
+        if self.validation and not self.owes_validation:
             self.metrics.report(self.stage.name, self.step, self.seconds, self.validation)
 
     def _save(self) -> None:
-        """Write a checkpoint, unless the newest one is of this very step."""
-        if self.step == self.saved_step:
+        """Write a checkpoint, unless this is not the first rank or the newest is of this step."""
+        if not self.ranks.is_first or self.step == self.saved_step:
             return
         self._require_finite()
         self._require_finite_weights()
@@ -327,8 +346,8 @@ class _Fit:
             "model": self.stage.model.state_dict(),
             "engine": self.engine.state_dict(),
             "average": None if self.average is None else self.average.state(),
-            "random": random_state(),
             "validation": self.validation,
+            "owes_validation": self.owes_validation,
             "pending": self.pending,
             "reported_at": list(self.reported_at),
             "records": self.metrics.records(self.stage.name),
@@ -338,8 +357,11 @@ class _Fit:
         self.saved_at = self.clock()
 
     def _resume(self) -> None:
-        """Go back to the newest checkpoint; leaves everything as it is when there is none."""
-        state = self.checkpoints.load_newest()
+        """Go back to the newest checkpoint; leaves everything as it is when there is none.
+
+        To the first rank's: what lies in another host's directory may be older, or nothing.
+        """
+        state = self.ranks.share(self.checkpoints.load_newest() if self.ranks.is_first else None)
         if state is None:
             return
         model = self.stage.model
@@ -352,6 +374,7 @@ class _Fit:
         self.seconds_before = state["seconds"]
         self.cpu_seconds_before = state["cpu_seconds"]
         self.validation = state["validation"]
+        self.owes_validation = state["owes_validation"]
         self.pending = [
             {name: value.to(device) for name, value in scalars.items()}
             for scalars in state["pending"]
@@ -359,5 +382,4 @@ class _Fit:
         step, seconds = state["reported_at"]
         self.reported_at = (step, seconds)
         self.metrics.restore(self.stage.name, state["records"])
-        set_random_state(state["random"])
         logger.info("%s continues at step %d", self.stage.name, self.step)

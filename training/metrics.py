@@ -92,14 +92,40 @@ class Metrics:
         os.replace(temporary, self._jsonl)
 
 
+class NoMetrics:
+    """In place of `Metrics` on the ranks that report nothing."""
+
+    def __enter__(self) -> NoMetrics:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def report(self, stage: str, step: int, seconds: float, values: Mapping[str, float]) -> None:
+        pass
+
+    def records(self, stage: str) -> list[dict[str, Any]]:
+        return []
+
+    def restore(self, stage: str, records: Sequence[Mapping[str, Any]]) -> None:
+        pass
+
+
 class Progress:
     """A bar with the time left when the output is a terminal; nothing otherwise.
 
-    total: the budget, in steps or seconds as `unit` says.
+    total: the budget, in steps or seconds as `unit` says. is_shown: whether on a terminal.
     """
 
     def __init__(
-        self, stage: str, *, total: float, done: float, unit: str, output: TextIO | None = None
+        self,
+        stage: str,
+        *,
+        total: float,
+        done: float,
+        unit: str,
+        is_shown: bool = True,
+        output: TextIO | None = None,
     ) -> None:
         output = sys.stderr if output is None else output
         self._bar = tqdm(
@@ -108,7 +134,7 @@ class Progress:
             desc=stage,
             unit=unit,
             file=output,
-            disable=not output.isatty(),
+            disable=not (is_shown and output.isatty()),
             dynamic_ncols=True,
         )
         self._total = math.ceil(total)

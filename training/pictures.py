@@ -8,42 +8,45 @@ M codebooks, V codebook size, E embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dalle.artefact import Artefact, ComponentName
-from dalle.clip import Clip
+from dalle.artefact import Artefact
 from dalle.dvae import DiscreteVAE
 from dalle.errors import ArtefactError
 from dalle.images import Pixels
-from dalle.sampling import SamplingOptions, SamplingStopped, sample_image_tokens
+from dalle.names import ComponentName
+from dalle.sampling import SampledTokens, SamplingOptions, SamplingStopped, sample_image_tokens
 from dalle.transformer import TransformerConfig
+from training.data.memory import float_chunks, images_together
 from training.report_content import CodebookUsage, Generated, Reconstructions, Retrieval
+from training.stopping import NEVER, Stop, Stopped, unless_stopped
 
-CHUNK = 256  # images or captions through one model together
+CHUNK = 256  # rows sampled together
+CAPTION_CHUNK = 64  # captions through CLIP together
 MAX_CACHE_BYTES = 2 << 30  # of keys and values while many rows are sampled together
-
-Stop = Callable[[], bool]
 
 
 @dataclass(frozen=True)
 class Drawn:
     """The candidates of one caption, in the order of their numbers.
 
-    images: uint8 [K, 3, S, S]. scores: [K] CLIP score (ranked_by_clip), else log-likelihood.
+    images: uint8 [K, 3, S, S]. scores: [K], what is shown beside a picture: the CLIP score, or
+    without a CLIP the log-likelihood in nats. merits: [K], what they are ranked by (`Clip.merit`),
+    or the same.
     """
 
     images: Tensor
     scores: Tensor
-    ranked_by_clip: bool
+    merits: Tensor
 
     def best(self, count: int) -> list[int]:
         """Rows of the `count` best candidates, best first; of equals the earlier one."""
-        order = self.scores.argsort(descending=True, stable=True)
+        order = self.merits.argsort(descending=True, stable=True)
         return order[:count].tolist()
 
 
@@ -65,24 +68,24 @@ def draw(
     *,
     seed: int,
     options: SamplingOptions | None = None,
-    stop: Stop | None = None,
+    stop: Stop = NEVER,
 ) -> Iterator[Drawn]:
     """Draw candidates for many captions together, one `Drawn` per caption in their order.
 
     candidates: for each caption the numbers of its candidates, at least one; with a number goes
     the same picture as `serve` gives for that caption, seed and number. Scored by CLIP where the
-    artefact has one. Ends early, without an error, once `stop` says so.
-    Raises ArtefactError when the artefact cannot draw, CaptionTooLong for a caption it cannot read.
+    artefact has one.
+    Raises ArtefactError when the artefact cannot draw, CaptionTooLong for a caption it cannot
+    read; Stopped.
     """
     require(artefact, "dvae", "transformer", "tokenizer", purpose="drawing pictures")
-    dvae, transformer, tokenizer = artefact.dvae, artefact.transformer, artefact.tokenizer
-    assert dvae is not None
+    transformer, tokenizer = artefact.transformer, artefact.tokenizer
     assert transformer is not None
     assert tokenizer is not None
     text_tokens = tokenizer.encode(captions)
-    embeddings = None if artefact.clip is None else _embed_captions(artefact, captions)
+    embeddings = None if artefact.clip is None else _embed_captions(artefact, captions, stop)
     rows = [(row, number) for row, numbers in enumerate(candidates) for number in numbers]
-    finished: list[tuple[Tensor, Tensor]] = []  # what is not yet a whole caption's
+    finished: list[tuple[Tensor, ...]] = []  # what is not yet a whole caption's
     num_finished, caption = 0, 0
     size = _rows_together(transformer.config)
     for start in range(0, len(rows), size):
@@ -95,22 +98,17 @@ def draw(
                 candidates=[number for _, number in chunk],
                 seed=seed,
                 options=options,
-                on_step=None if stop is None else lambda _: not stop(),
+                on_step=lambda _: not stop.is_set(),
             )
         except SamplingStopped:
-            return
-        with torch.inference_mode():
-            images = dvae.decode(sampled.image_tokens)
-            scores = sampled.log_likelihood
-            if artefact.clip is not None and embeddings is not None:
-                wanted = embeddings[owners.to(embeddings.device)]
-                scores = (artefact.clip.encode_image(images) * wanted).sum(dim=-1)
-        finished.append((to_uint8(images).cpu(), scores.cpu()))
+            raise Stopped from None
+        wanted = None if embeddings is None else embeddings[owners.to(embeddings.device)]
+        finished.append(_developed(artefact, sampled, wanted, stop))
         num_finished += len(chunk)
         while caption < len(candidates) and num_finished >= (count := len(candidates[caption])):
-            images, scores = (torch.cat(parts) for parts in zip(*finished, strict=True))
-            yield Drawn(images[:count], scores[:count], embeddings is not None)
-            finished = [(images[count:], scores[count:])]
+            whole = [torch.cat(parts) for parts in zip(*finished, strict=True)]
+            yield Drawn(*(part[:count] for part in whole))
+            finished = [tuple(part[count:] for part in whole)]
             num_finished -= count
             caption += 1
 
@@ -123,12 +121,12 @@ def generated(
     num_candidates: int,
     num_images: int,
     seed: int,
-    stop: Stop = lambda: False,
+    stop: Stop = NEVER,
 ) -> list[Generated]:
     """The best `num_images` of `num_candidates` pictures for each caption, best first.
 
-    actuals: uint8 [C, 3, S, S], the captions' real pictures. Ranked by CLIP, or without one by the
-    transformer's log-likelihood. Has fewer captions when `stop` said so before all were done.
+    actuals: uint8 [C, 3, S, S], the captions' real pictures. Ranked by CLIP (see `Clip.merit`), or
+    without one by the transformer's log-likelihood. Raises what `draw` does.
     """
     numbers = [range(num_candidates)] * len(captions)
     drawn = draw(artefact, captions, numbers, seed=seed, stop=stop)
@@ -143,29 +141,39 @@ def generated(
     ]
 
 
-def reconstruct(dvae: DiscreteVAE, images: Tensor) -> Tensor:
-    """Images uint8 [B, 3, S, S] through their tokens and back, uint8 [B, 3, S, S]."""
+def reconstruct(dvae: DiscreteVAE, images: Tensor, stop: Stop = NEVER) -> Tensor:
+    """Images uint8 [B, 3, S, S] through their tokens and back, uint8 [B, 3, S, S].
+
+    Raises Stopped.
+    """
     with torch.inference_mode():
         parts = [
-            to_uint8(dvae.decode(dvae.encode(chunk))).cpu() for chunk in _float_chunks(dvae, images)
+            to_uint8(dvae.decode(dvae.encode(chunk))).cpu()
+            for chunk in float_chunks(images, _device(dvae), stop)
         ]
     return torch.cat(parts)
 
 
-def reconstructions(dvae: DiscreteVAE, images: Tensor) -> Reconstructions:
-    """For the report: images uint8 [B, 3, S, S] and what is left of them after the dVAE."""
-    again = reconstruct(dvae, images)
+def reconstructions(dvae: DiscreteVAE, images: Tensor, stop: Stop = NEVER) -> Reconstructions:
+    """For the report: images uint8 [B, 3, S, S] and what is left of them after the dVAE.
+
+    Raises Stopped.
+    """
+    again = reconstruct(dvae, images, stop)
     return Reconstructions(
         originals=[to_pixels(image) for image in images],
         reconstructions=[to_pixels(image) for image in again],
     )
 
 
-def codebook_usage(dvae: DiscreteVAE, images: Tensor) -> list[CodebookUsage]:
-    """How often images uint8 [B, 3, S, S] use each code, one entry per codebook."""
+def codebook_usage(dvae: DiscreteVAE, images: Tensor, stop: Stop = NEVER) -> list[CodebookUsage]:
+    """How often images uint8 [B, 3, S, S] use each code, one entry per codebook.
+
+    Raises Stopped.
+    """
     config = dvae.config
     counts = torch.zeros(config.num_codebooks, config.codebook_size, dtype=torch.int64)
-    for chunk in _float_chunks(dvae, images):
+    for chunk in float_chunks(images, _device(dvae), stop):
         image_tokens = dvae.encode(chunk).cpu()  # [B, N, M]
         for m in range(config.num_codebooks):
             codes = image_tokens[..., m].flatten()
@@ -177,11 +185,13 @@ def codebook_usage(dvae: DiscreteVAE, images: Tensor) -> list[CodebookUsage]:
     ]
 
 
-def retrieval(artefact: Artefact, images: Tensor, captions: Sequence[str]) -> Retrieval:
+def retrieval(
+    artefact: Artefact, images: Tensor, captions: Sequence[str], stop: Stop = NEVER
+) -> Retrieval:
     """How often a caption's best image by CLIP is its own: images uint8 [C, 3, S, S], one each.
 
     An image that is equal to the caption's own, pixel by pixel, is its own too.
-    Raises ArtefactError without a CLIP that can read the captions.
+    Raises ArtefactError without a CLIP that can read the captions; Stopped.
     """
     require(artefact, "clip", purpose="retrieval")
     clip = artefact.clip
@@ -191,9 +201,9 @@ def retrieval(artefact: Artefact, images: Tensor, captions: Sequence[str]) -> Re
         [first.setdefault(image.tobytes(), row) for row, image in enumerate(images.numpy())]
     )
     with torch.inference_mode():
-        chunks = [clip.encode_image(chunk) for chunk in _float_chunks(clip, images)]
+        chunks = [clip.encode_image(chunk) for chunk in float_chunks(images, _device(clip), stop)]
         image_vectors = torch.cat(chunks)
-        text_vectors = _embed_captions(artefact, captions)
+        text_vectors = _embed_captions(artefact, captions, stop)
         best = torch.cat(
             [(chunk @ image_vectors.T).argmax(dim=1) for chunk in torch.split(text_vectors, CHUNK)]
         ).cpu()
@@ -210,23 +220,41 @@ def to_pixels(image: Tensor) -> Pixels:
     return np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy())
 
 
-def _embed_captions(artefact: Artefact, captions: Sequence[str]) -> Tensor:
+def _developed(
+    artefact: Artefact, sampled: SampledTokens, wanted: Tensor | None, stop: Stop
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a `Drawn` has of K candidates, on the CPU.
+
+    wanted: CLIP's vectors of their captions [K, E]; without, the score is the log-likelihood.
+    """
+    dvae, clip = artefact.dvae, artefact.clip
+    assert dvae is not None
+    images, scores = [], []
+    with torch.inference_mode():
+        size = images_together(dvae.config.image_size)
+        for start in unless_stopped(range(0, len(sampled.image_tokens), size), stop):
+            decoded = dvae.decode(sampled.image_tokens[start : start + size])
+            images.append(to_uint8(decoded))
+            if clip is not None and wanted is not None:
+                vectors = clip.encode_image(decoded)
+                scores.append((vectors * wanted[start : start + size]).sum(dim=-1))
+        shown = ranked = sampled.log_likelihood
+        if clip is not None and wanted is not None:
+            shown = torch.cat(scores)
+            ranked = clip.merit(shown, sampled.log_likelihood)
+    return torch.cat(images).cpu(), shown.cpu(), ranked.cpu()
+
+
+def _embed_captions(artefact: Artefact, captions: Sequence[str], stop: Stop) -> Tensor:
     """CLIP's unit vectors [C, E]."""
     clip = artefact.clip
     assert clip is not None
     with torch.inference_mode():
         chunks = [
-            clip.encode_captions(captions[start : start + CHUNK], artefact.tokenizer)
-            for start in range(0, len(captions), CHUNK)
+            clip.encode_captions(captions[start : start + CAPTION_CHUNK], artefact.tokenizer)
+            for start in unless_stopped(range(0, len(captions), CAPTION_CHUNK), stop)
         ]
     return torch.cat(chunks)
-
-
-def _float_chunks(model: DiscreteVAE | Clip, images: Tensor) -> Iterator[Tensor]:
-    """Images as float in [0, 1] on the model's device, some at a time."""
-    device = _device(model)
-    for chunk in torch.split(images, CHUNK):
-        yield chunk.to(device).float() / 255
 
 
 def _rows_together(config: TransformerConfig) -> int:

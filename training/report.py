@@ -151,7 +151,11 @@ def _generated_section(report: Report) -> str:
         "Generated images",
         f"Left of the line the real picture, right of it what was generated for the caption, best "
         f"first by {score}, which stands below each."
-        + (" A tick marks an image that is the caption's own." if judged else ""),
+        + (
+            " A tick marks an image whose nearest real picture is the caption's own."
+            if judged
+            else ""
+        ),
         f'<div class="gallery">{"".join(map(_generated_row, report.generated))}</div>',
     )
 
@@ -225,8 +229,8 @@ def _reconstructions_section(pairs: Reconstructions | None) -> str:
     )
     return _section(
         "Reconstructions",
-        "Above the original, below it what the dVAE makes of its image tokens: the best that a "
-        "generated image can look.",
+        "Above the original, below it what the dVAE makes of its image tokens. Generated images "
+        "are made of such tokens too, and lack what is lost here.",
         f'<div class="pictures">{figures}</div>',
     )
 
@@ -269,14 +273,18 @@ def _training_section(stages: Sequence[StageSummary], curves: Mapping[str, Curve
             f'<td class="number">{stage.steps:,}</td>'
             f'<td class="number">{_duration(stage.wall_seconds)}</td>'
             f'<td class="number">{_duration(stage.cpu_seconds)}</td>'
-            f"<td>{escape(', '.join(f'{n} {v:.4g}' for n, v in stage.metrics.items()))}</td></tr>"
+            f"<td>{escape(', '.join(f'{n} {v:.4g}' for n, v in stage.metrics.items()))}</td>"
+            f"<td>{escape(stage.job_name)}{'' if stage.is_finished else ', stopped early'}</td>"
+            "</tr>"
             for stage in stages
         ]
-        parts.append(_table(["stage", "#steps", "#wall time", "#CPU time", "last metrics"], rows))
+        columns = ["stage", "#steps", "#wall time", "#CPU time", "last validation", "by the job"]
+        parts.append(_table(columns, rows))
     for stage, charts in panels.items():
         parts.append(f"<h3>{escape(stage)}</h3>{draw_curves(charts)}")
-    note = "Faint: every logged value; strong: their moving mean." if panels else ""
-    return _section("Training", note, *parts)
+    notes = ["CPU time leaves out the processes that load images."] if stages else []
+    notes += ["Faint: every logged value; strong: their moving mean."] if panels else []
+    return _section("Training", " ".join(notes), *parts)
 
 
 def _panels(curves: Mapping[str, Curve]) -> dict[str, list[Panel]]:

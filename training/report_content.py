@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dalle.images import Pixels
+from dalle.manifest import StageRecord
 from training.data.pairs import Dataset, SkipReason
 
 log = logging.getLogger(__name__)
@@ -25,13 +26,32 @@ Curve = Sequence[tuple[int, float]]  # (step, value), steps ascending
 
 @dataclass(frozen=True, kw_only=True)
 class StageSummary:
-    """One trained stage. metrics: its last values, by name. cpu_seconds: of all processes."""
+    """One run that trained a stage. metrics: its last validation, by name.
+
+    cpu_seconds: of the process that trained, without those that only load images.
+    is_finished: whether its budget was spent; otherwise it was stopped.
+    """
 
     name: str
+    job_name: str
     steps: int
+    is_finished: bool
     wall_seconds: float
     cpu_seconds: float
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, record: StageRecord) -> StageSummary:
+        """What the manifest says of the run."""
+        return cls(
+            name=record.stage,
+            job_name=record.job_name,
+            steps=record.steps,
+            is_finished=record.is_finished,
+            wall_seconds=record.wall_seconds,
+            cpu_seconds=record.cpu_seconds,
+            metrics=record.metrics,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from dalle.clip import Clip
 from dalle.dvae import DiscreteVAE
+from dalle.names import StageName
+from dalle.ranks import ONE_RANK, Ranks
 from dalle.transformer import Dalle
 from training.data.batches import Batch, Batches
-from training.data.memory import InMemory
-from training.hyperparameter_fields import StageName
-
-_ENCODE_CHUNK = 256
+from training.data.memory import InMemory, float_chunks
+from training.data.tokenised import Tokenised
+from training.splicing import splice
+from training.stopping import NEVER, Stop, unless_stopped
 
 
 @dataclass(frozen=True)
@@ -29,25 +31,30 @@ class StageData:
     """What every stage trains and validates on.
 
     validation: a fixed set of batches in a fixed order, None without held-out pairs.
+    stop: looked at between two batches of work that is not the training loop's.
+    ranks: those that share out the training batches; every one validates by itself.
     """
 
     train: Batches
     validation: Batches | None
     device: torch.device
+    stop: Stop = NEVER
+    ranks: Ranks = ONE_RANK
 
     def batch(self, batch: Batch) -> Batch:
         """A batch on the stage's device."""
         return batch.to(self.device)
 
     def validation_batches(self) -> Iterator[Batch]:
+        """All of them, on the stage's device. Raises Stopped."""
         if self.validation is None:
             return
         with self.validation as batches:  # every pass begins anew: its workers end with it
-            for step in range(batches.num_per_epoch):
+            for step in unless_stopped(range(batches.num_per_epoch), self.stop):
                 yield self.batch(batches.batch(step))
 
     def identity(self) -> dict[str, Any]:
-        return {"data": self.train.dataset.fingerprint}
+        return self.train.identity()
 
 
 class DVAEStage:
@@ -61,7 +68,7 @@ class DVAEStage:
         self.batches = data.train
 
     def loss(self, batch: Batch, progress: float) -> tuple[Tensor, Mapping[str, Tensor]]:
-        loss = self.model.loss(self.data.batch(batch).images, progress)
+        loss = self.model.loss(self.data.batch(batch).images, progress, self.data.ranks)
         return loss.total, {
             "reconstruction_loss": loss.reconstruction.detach(),
             "codebook_perplexity": self.model.quantiser.perplexity().mean(),
@@ -79,7 +86,10 @@ class DVAEStage:
 
 
 class TransformerStage:
-    """Learns the image tokens of a frozen dVAE, and the caption's own, one after another."""
+    """Learns the image tokens of a frozen dVAE, and the caption's own, one after another.
+
+    Making one encodes the images of a small data set, and raises Stopped in the midst of it.
+    """
 
     name: StageName = "transformer"
 
@@ -91,18 +101,22 @@ class TransformerStage:
         self._table: Tensor | None = None
         if isinstance(data.train.dataset, InMemory):
             # The dVAE is frozen: what fits into memory is encoded once, not once an epoch.
-            self._table = _encode_all(dvae, data.train.dataset, data.device)
+            self._table = _encode_all(dvae, data.train.dataset, data)
+        elif isinstance(data.train.dataset, Tokenised):
+            self._table = data.train.dataset.tokens
 
     def loss(self, batch: Batch, progress: float) -> tuple[Tensor, Mapping[str, Tensor]]:
+        indices = batch.indices
         batch = self.data.batch(batch)
         assert batch.text_tokens is not None
         if self._table is not None:
-            image_tokens = self._table[batch.indices].long()
+            rows = self._table[indices.to(self._table.device)]
+            image_tokens = rows.to(self.data.device).long()
         else:
             # Rounded by autocast, some images would have other tokens than when they are drawn.
             with torch.autocast(self.data.device.type, enabled=False):
                 image_tokens = self.dvae.encode(batch.images)
-        loss = self.model.loss(batch.text_tokens, image_tokens)
+        loss = self.model.loss(batch.text_tokens, image_tokens, self.data.ranks)
         return loss.total, {"image_loss": loss.image.detach(), "text_loss": loss.text.detach()}
 
     def validate(self) -> Mapping[str, float]:
@@ -126,20 +140,60 @@ class TransformerStage:
 
 
 class ClipStage:
-    """Learns which caption belongs to which image."""
+    """Learns which caption belongs to which image.
+
+    dvae: needed by the settings that show it what candidates look like; frozen.
+    """
 
     name: StageName = "clip"
 
-    def __init__(self, model: Clip, data: StageData) -> None:
+    def __init__(self, model: Clip, data: StageData, dvae: DiscreteVAE | None = None) -> None:
         self.model: Clip = model
         self.data = data
         self.batches = data.train
+        self._pictures: Tensor | None = None
+        if isinstance(data.train.dataset, InMemory):
+            self._pictures = _number_pictures(data.train.dataset).to(data.device)
+        self.dvae = dvae if model.config.sees_candidates else None
+        self._table: Tensor | None = None
+        if self.dvae is not None and isinstance(data.train.dataset, InMemory):
+            self._table = _encode_all(self.dvae, data.train.dataset, data)
 
     def loss(self, batch: Batch, progress: float) -> tuple[Tensor, Mapping[str, Tensor]]:
         batch = self.data.batch(batch)
         assert batch.text_tokens is not None
-        loss = self.model.loss(batch.images, batch.text_tokens)
+        images, negatives, is_negative = batch.images, None, None
+        if self.dvae is not None:
+            with torch.autocast(self.data.device.type, enabled=False):
+                images, negatives, is_negative = self._as_candidates(self.dvae, batch)
+        loss = self.model.loss(
+            images,
+            batch.text_tokens,
+            self.data.ranks,
+            pictures=None if self._pictures is None else self._pictures[batch.indices],
+            negatives=negatives,
+            is_negative=is_negative,
+        )
         return loss.total, {"accuracy": loss.accuracy.detach()}
+
+    def _as_candidates(
+        self, dvae: DiscreteVAE, batch: Batch
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The batch's images, some as the dVAE has them, and their spliced negatives if wanted."""
+        config, images = self.model.config, batch.images
+        if self._table is not None:
+            image_tokens = self._table[batch.indices].long()
+        else:
+            image_tokens = dvae.encode(images)
+        if config.reconstruction_share:
+            chosen = torch.rand(len(images), device=images.device) < config.reconstruction_share
+            if chosen.any():
+                images = images.clone()
+                images[chosen] = dvae.decode(image_tokens[chosen])
+        if not config.spliced_negatives or len(images) < 2:
+            return images, None, None
+        spliced, is_negative = splice(image_tokens)
+        return images, dvae.decode(spliced), is_negative
 
     def validate(self) -> Mapping[str, float]:
         means = _Means()
@@ -150,7 +204,8 @@ class ClipStage:
         return means.values()
 
     def identity(self) -> Mapping[str, Any]:
-        return self.data.identity() | {"clip_config": asdict(self.model.config)}
+        frozen = {} if self.dvae is None else {"dvae_weights": weights_hash(self.dvae)}
+        return self.data.identity() | {"clip_config": asdict(self.model.config)} | frozen
 
 
 class _Means:
@@ -180,10 +235,16 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _encode_all(dvae: DiscreteVAE, dataset: InMemory, device: torch.device) -> Tensor:
+def _number_pictures(dataset: InMemory) -> Tensor:
+    """A number for every pair, [pairs] int64: the same where the images are, pixel by pixel."""
+    numbers: dict[bytes, int] = {}
+    digests = (hashlib.blake2b(image.tobytes()).digest() for image in dataset.images.numpy())
+    return torch.tensor([numbers.setdefault(digest, len(numbers)) for digest in digests])
+
+
+def _encode_all(dvae: DiscreteVAE, dataset: InMemory, data: StageData) -> Tensor:
     """Image tokens of every pair, [pairs, N, M] int32."""
     chunks = [
-        dvae.encode(images.to(device).float() / 255).int()
-        for images in torch.split(dataset.images, _ENCODE_CHUNK)
+        dvae.encode(images).int() for images in float_chunks(dataset.images, data.device, data.stop)
     ]
     return torch.cat(chunks)

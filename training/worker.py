@@ -7,35 +7,38 @@ loss) is behind `Workshop`, so that nothing here imports a model.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from dalle.contract import Job
-from dalle.errors import ArtefactError, DeviceError
+from dalle.errors import ArtefactError, DeviceError, HyperparameterError, JobError
+from dalle.names import STAGES, ComponentName, StageName
 from training.checkpoints import Checkpoints
-from training.engine import TorchEngine, choose_device
-from training.hyperparameters import Hyperparameters, StageName, without_effect
-from training.loop import FitResult, Stage, Stop, fit
-from training.metrics import Metrics
+from training.engine import TorchEngine
+from training.hyperparameters import Hyperparameters, without_effect
+from training.loop import FitResult, Stage, fit
+from training.metrics import Metrics, NoMetrics
+from training.ranks import ALONE, Ranks
+from training.stopping import Stop, Stopped
 
 logger = logging.getLogger(__name__)
-
-ORDER: tuple[StageName, ...] = ("dvae", "transformer", "clip")
 
 
 class Workshop(Protocol):
     """The data and models of one job, opened before the first stage and finished after the last.
 
+    Every rank has one, and reads and prepares the same; only the first rank's writes anything.
     It is given the job's `Stop` when it is opened, and ends its own long work early once that is
-    set: 20 seconds after SIGTERM everything must be on the disk.
+    set: 20 seconds after SIGTERM everything must be on the disk. Opening it and `check` raise
+    Stopped then: nothing has been trained yet.
     """
 
     @property
-    def present(self) -> Collection[StageName]:
-        """Stages whose component an input channel brought along, trained."""
+    def present(self) -> Collection[ComponentName]:
+        """Components that an input channel brought along."""
         ...
 
     def check(self, names: Sequence[StageName]) -> None:
@@ -62,31 +65,40 @@ class Workshop(Protocol):
         ...
 
 
-OpenWorkshop = Callable[[Job, Hyperparameters, torch.device, Stop], Workshop]
+OpenWorkshop = Callable[[Job, Hyperparameters, torch.device, Stop, Ranks], Workshop]
 
 
 def run(
-    job: Job, hyperparameters: Hyperparameters, stop: Stop, open_workshop: OpenWorkshop
+    job: Job,
+    hyperparameters: Hyperparameters,
+    stop: Stop,
+    open_workshop: OpenWorkshop,
+    *,
+    device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> None:
-    """Train what the job asks for and write the artefact.
+    """Train what the job asks for and write the artefact, as one of the job's ranks.
 
     After a stop the artefact holds what there is by then, and the checkpoints allow to go on.
     Raises the errors of its parts; DeviceError when the device's memory is too small.
     """
-    device = choose_device(job.device)
     try:
-        workshop = open_workshop(job, hyperparameters, device, stop)
-        names = stages_to_train(hyperparameters.stage, workshop.present)
-        for name in without_effect(hyperparameters, names):
-            logger.warning("hyperparameter %s has no effect: this job trains %s", name, names)
-        workshop.check(names)
-        with Metrics(job.paths.output_data / "metrics.jsonl", job.paths.tensorboard) as metrics:
+        try:
+            workshop = open_workshop(job, hyperparameters, device, stop, ranks)
+            names = _prepared(workshop, hyperparameters, ranks)
+        except Stopped:
+            names = None
+        # One rank may be stopped where another is just done; they go on together or not at all.
+        if ranks.any(names is None) or names is None:
+            logger.warning("stopped before there was anything to train")
+            return
+        with _metrics(job, ranks) as metrics:
             for name in names:
-                stage = None if stop.is_set() else workshop.build(name)
-                if stage is None:
+                stage = None if ranks.any(stop.is_set()) else workshop.build(name)
+                if ranks.any(stage is None) or stage is None:
                     break
                 with closing(stage.batches):
-                    result = _train(stage, job, hyperparameters, device, metrics, stop)
+                    result = _train(stage, job, hyperparameters, device, metrics, stop, ranks)
                 workshop.keep(stage, result)
         workshop.finish()
     except torch.OutOfMemoryError as error:
@@ -96,7 +108,49 @@ def run(
         ) from error
 
 
-def stages_to_train(wanted: str, present: Collection[StageName]) -> list[StageName]:
+def _prepared(
+    workshop: Workshop, hyperparameters: Hyperparameters, ranks: Ranks
+) -> list[StageName]:
+    """The stages to train, with all that is wrong with them found. Raises Stopped."""
+    names = stages_to_train(hyperparameters.stage, workshop.present)
+    if ranks.is_first:
+        for name, why in without_effect(hyperparameters, names, workshop.present).items():
+            logger.warning("hyperparameter %s has no effect: %s", name, why)
+    require_equal_shares(hyperparameters, names, ranks.size)
+    workshop.check(names)
+    return names
+
+
+def require_equal_shares(
+    hyperparameters: Hyperparameters, names: Sequence[StageName], num_ranks: int
+) -> None:
+    """Raises HyperparameterError for batches that cannot be shared out among the ranks."""
+    problems = [
+        f"{name}: batch_size must be a multiple of {num_ranks}, the number of devices on all of "
+        f"the job's hosts, got {hyperparameters.of(name).batch_size}"
+        for name in names
+        if hyperparameters.of(name).batch_size % num_ranks
+    ]
+    if problems:
+        raise HyperparameterError("\n".join(problems), field="batch_size")
+
+
+def require_equal_everywhere(identity: Mapping[str, Any], ranks: Ranks) -> None:
+    """Raises JobError when this rank would compute something else than the first."""
+    first = ranks.share(dict(identity))
+    differences = [
+        f"its {name} is {identity.get(name)!r}, the first host's is {first.get(name)!r}"
+        for name in sorted({*identity, *first})
+        if identity.get(name) != first.get(name)
+    ]
+    if differences:
+        raise JobError(
+            f"this host differs from the first one: {'; '.join(differences)}. All hosts need the "
+            "same hyperparameters and whole channels (S3DataDistributionType FullyReplicated)"
+        )
+
+
+def stages_to_train(wanted: str, present: Collection[ComponentName]) -> list[StageName]:
     """The stages in order; `all` is what is not present. Raises ArtefactError if it cannot be."""
     if "transformer" in present and "dvae" not in present:
         raise ArtefactError(
@@ -104,14 +158,14 @@ def stages_to_train(wanted: str, present: Collection[StageName]) -> list[StageNa
             "give the channel `artefact` a model that has both, or neither"
         )
     if wanted == "all":
-        missing = [name for name in ORDER if name not in present]
+        missing = [name for name in STAGES if name not in present]
         if not missing:
             raise ArtefactError(
                 "stage=all trains what the artefact lacks, but it has dvae, transformer and clip; "
                 "set stage to the one to train anew"
             )
         return missing
-    (name,) = (name for name in ORDER if name == wanted)
+    (name,) = (name for name in STAGES if name == wanted)
     if name == "transformer" and "dvae" not in present:
         raise ArtefactError(
             "stage=transformer needs a trained dvae; give one in the channel `artefact`, "
@@ -130,24 +184,34 @@ def _train(
     job: Job,
     hyperparameters: Hyperparameters,
     device: torch.device,
-    metrics: Metrics,
+    metrics: Metrics | NoMetrics,
     stop: Stop,
+    ranks: Ranks,
 ) -> FitResult:
     settings = hyperparameters.of(stage.name)
     num_parameters = sum(parameter.numel() for parameter in stage.model.parameters())
     logger.info("training %s, %s parameters", stage.name, f"{num_parameters:,}")
+    identity = {"seed": hyperparameters.seed, **settings.identity(), **stage.identity()}
+    require_equal_everywhere(identity, ranks)
     result = fit(
         stage,
         hyperparameters,
-        engine=TorchEngine(stage.model, settings, device),
+        engine=TorchEngine(stage, settings, device, ranks),
         checkpoints=Checkpoints(
             job.paths.checkpoints / stage.name,
-            identity={"seed": hyperparameters.seed, **settings.identity(), **stage.identity()},
+            identity=identity,
             kept=hyperparameters.checkpoints_kept,
         ),
         metrics=metrics,
         stop=stop,
+        ranks=ranks,
     )
     end = "finished" if result.is_finished else "stopped"
     logger.info("%s %s after %d steps, %.0f s", stage.name, end, result.step, result.seconds)
     return result
+
+
+def _metrics(job: Job, ranks: Ranks) -> Metrics | NoMetrics:
+    if not ranks.is_first:
+        return NoMetrics()
+    return Metrics(job.paths.output_data / "metrics.jsonl", job.paths.tensorboard)

@@ -15,70 +15,88 @@ from pathlib import Path
 import torch
 
 from dalle import artefact as artefacts
-from dalle.artefact import Artefact, StageRecord
+from dalle.artefact import Artefact
 from dalle.clip import Clip, ClipConfig
 from dalle.contract import Job
 from dalle.dvae import DiscreteVAE, DVAEConfig
 from dalle.errors import ArtefactError, HyperparameterError
+from dalle.manifest import StageRecord
+from dalle.names import ComponentName, StageName
 from dalle.sizes import CLIP_SIZES, DVAE_SIZES, TRANSFORMER_SIZES
 from dalle.tokenizer import CaptionTokenizer
 from dalle.transformer import Dalle, TransformerConfig
-from training import pictures
+from training.budget import Budget
 from training.data.batches import Batches
-from training.data.folder import ImageTextFolder, open_folder
-from training.data.memory import decode_if_small, first_usable
+from training.data.channel import open_channel
+from training.data.memory import InMemory, decode_if_small
 from training.data.pairs import Dataset
 from training.data.subset import Subset
+from training.data.tokenised import fits, tokenise
 from training.engine import check_precision
-from training.hyperparameter_fields import Hyperparameters, StageHyperparameters, StageName
-from training.loop import FitResult, Stage, Stop
-from training.report import DatasetSummary, Report, StageSummary, read_curves, write_report
-from training.stages import ClipStage, DVAEStage, StageData, TransformerStage
+from training.hyperparameter_fields import Hyperparameters, StageHyperparameters
+from training.job_report import build_report, unfinished
+from training.loop import FitResult, Stage
+from training.ranks import ALONE, Ranks
+from training.report import write_report
+from training.stages import ClipStage, DVAEStage, StageData, TransformerStage, weights_hash
+from training.stopping import Stop, Stopped, unless_stopped
 
 logger = logging.getLogger(__name__)
 
 VALIDATION_PAIRS = 512  # looked at in each validation
-REPORT_CAPTIONS = 8
-REPORT_CANDIDATES = 16
 
 
 def open_workshop(
-    job: Job, hyperparameters: Hyperparameters, device: torch.device, stop: Stop
+    job: Job,
+    hyperparameters: Hyperparameters,
+    device: torch.device,
+    stop: Stop,
+    ranks: Ranks = ALONE,
 ) -> Workshop:
-    """Read the job's channels; see `Workshop`. Raises DataError, ArtefactError."""
-    return Workshop(job, hyperparameters, device, stop)
+    """Read the job's channels; see `Workshop`. Raises DataError, ArtefactError; Stopped."""
+    return Workshop(job, hyperparameters, device, stop, ranks)
 
 
 class Workshop:
     """What `training.worker` builds its stages from and hands its models to."""
 
     def __init__(
-        self, job: Job, hyperparameters: Hyperparameters, device: torch.device, stop: Stop
+        self,
+        job: Job,
+        hyperparameters: Hyperparameters,
+        device: torch.device,
+        stop: Stop,
+        ranks: Ranks,
     ) -> None:
         self._job = job
         self._hyperparameters = hyperparameters
         self._device = device
         self._stop = stop
+        self._ranks = ranks
         self._is_saved = False
         self._artefact = _read_inputs(job, device)
+        self._present = frozenset(self._artefact.components())
         self._artefact.manifest.licence = hyperparameters.licence or self._artefact.manifest.licence
-        self._train = decode_if_small(self._open("train"))
+        self._train = decode_if_small(self._open("train"), stop=stop)
         self._validation: Dataset | None = None
         if "validation" in job.channels:
             held_out = Subset(self._open("validation"), VALIDATION_PAIRS)
-            self._validation = decode_if_small(held_out)
+            self._validation = decode_if_small(held_out, stop=stop)
 
     @property
-    def present(self) -> set[StageName]:
-        """Stages whose component the input channels brought along."""
-        names: tuple[StageName, ...] = ("dvae", "transformer", "clip")
-        return {name for name in names if getattr(self._artefact, name) is not None}
+    def present(self) -> frozenset[ComponentName]:
+        """Components that the input channels brought along."""
+        return self._present
 
     def check(self, names: Sequence[StageName]) -> None:
         """Find what is wrong with the stages before any of them is trained.
 
-        Raises HyperparameterError with everything that does not fit, CaptionTooLong.
+        Warns of components of the channel artefact whose training was stopped.
+        Raises HyperparameterError with everything that does not fit, CaptionTooLong; Stopped.
         """
+        if self._ranks.is_first:
+            for sentence in unfinished(self._artefact, besides=names):
+                logger.warning("%s", sentence)
         problems: list[str] = []
         for name in names:
             try:
@@ -86,9 +104,16 @@ class Workshop:
             except HyperparameterError as error:
                 problems.append(f"{name}: {error}")
             try:
-                self._config(name)
+                config = self._config(name)
             except HyperparameterError as error:
                 problems.append(str(error))
+                continue
+            has_dvae = "dvae" in names or self._artefact.dvae is not None
+            if isinstance(config, ClipConfig) and config.sees_candidates and not has_dvae:
+                problems.append(
+                    "clip: reconstruction_share and spliced_negatives need a dvae; train it first, "
+                    "or bring one in the channel artefact"
+                )
         if "clip" in names and "clip" in self._job.channels:
             problems.append(
                 "stage=clip trains a CLIP and the channel clip brings one; leave one of them out"
@@ -98,13 +123,18 @@ class Workshop:
         if set(names) - {"dvae"}:
             tokenizer = self._tokenizer()
             for dataset in filter(None, (self._train, self._validation)):
-                for index in range(len(dataset)):
+                for index in unless_stopped(range(len(dataset)), self._stop):
                     tokenizer.encode(dataset.captions(index))
 
     def build(self, name: StageName) -> Stage | None:
-        """A stage with its untrained model."""
-        if self._stop.is_set():
+        """A stage with its untrained model; None once a stop was asked for."""
+        try:
+            stage = self._build(name)
+        except Stopped:
             return None
+        return None if self._stop.is_set() else stage
+
+    def _build(self, name: StageName) -> Stage:
         torch.manual_seed(self._hyperparameters.seed)
         settings = self._hyperparameters.of(name)
         match self._config(name):
@@ -115,10 +145,13 @@ class Workshop:
                 trained = self._artefact.dvae
                 assert trained is not None, "the worker orders the stages"
                 model = Dalle(config).to(self._device)
-                return TransformerStage(model, trained, self._data(settings, self._tokenizer()))
+                train = self._tokenised(settings, trained)
+                data = self._data(settings, self._tokenizer(), train)
+                return TransformerStage(model, trained, data)
             case ClipConfig() as config:
                 clip = Clip(config).to(self._device)
-                return ClipStage(clip, self._data(settings, self._tokenizer()))
+                data = self._data(settings, self._tokenizer())
+                return ClipStage(clip, data, self._artefact.dvae)
 
     def keep(self, stage: Stage, result: FitResult) -> None:
         """Take a trained model over, frozen, and record how it came about."""
@@ -143,39 +176,93 @@ class Workshop:
 
     def finish(self) -> None:
         """Write the artefact, and the report unless a stop was asked for."""
+        if not self._ranks.is_first:
+            return
         if not self._artefact.components():
             logger.warning("stopped before there was a model to write")
             return
         if not self._is_saved:
             self._save()  # of the input channels alone
-        if not self._stop.is_set():
-            path = self._job.paths.output_data / "report.html"
-            write_report(self._report(), path)
-            logger.info("wrote %s", path)
+        try:
+            report = build_report(
+                self._artefact,
+                self._job,
+                self._train,
+                self._validation,
+                seed=self._hyperparameters.seed,
+                stop=self._stop,
+            )
+        except Stopped:
+            logger.warning("stopped: the model is written, the report is not")
+            return
+        path = self._job.paths.output_data / "report.html"
+        write_report(report, path)
+        logger.info("wrote %s", path)
 
     def _save(self) -> None:
+        if not self._ranks.is_first:
+            return
         artefacts.save(self._job.paths.model, self._artefact, git_revision=self._job.git_revision)
         logger.info("wrote %s to %s", ", ".join(self._artefact.components()), self._job.paths.model)
         self._is_saved = True
 
-    def _open(self, channel: str) -> ImageTextFolder:
-        return open_folder(
-            self._job.channels[channel].directory,
+    def _open(self, name: str) -> Dataset:
+        channel = self._job.channels[name]
+        return open_channel(
+            channel.directory,
             image_size=self._dvae_config().image_size,
-            channel=channel,
+            channel=name,
             max_bad_share=self._hyperparameters.max_bad_share,
+            caption_key=self._hyperparameters.caption_key or None,
+            is_streamed=channel.input_mode == "FastFile",
+            stop=self._stop,
+        )
+
+    def _tokenised(self, settings: StageHyperparameters, dvae: DiscreteVAE) -> Dataset:
+        """The training pairs, with image tokens if it pays to encode all of them ahead.
+
+        That is when images are to be seen at least twice: a short run would wait for nothing.
+        Raises Stopped.
+        """
+        num_batches = max(1, len(self._train) // settings.batch_size)
+        max_steps = Budget.of(settings, num_batches).max_steps
+        num_tokens = dvae.config.num_positions * dvae.config.num_codebooks
+        if (
+            isinstance(self._train, InMemory)
+            or max_steps is None
+            or max_steps < 2 * num_batches
+            or not fits(len(self._train), num_tokens, dvae.config.codebook_size)
+        ):
+            return self._train
+        return tokenise(
+            self._train,
+            dvae.encode,
+            directory=self._job.paths.checkpoints / "image-tokens",
+            dvae_hash=weights_hash(dvae),
+            codebook_size=dvae.config.codebook_size,
+            device=self._device,
+            num_workers=self._hyperparameters.num_workers,
+            ranks=self._ranks,
+            stop=self._stop,
         )
 
     def _data(
-        self, settings: StageHyperparameters, tokenizer: CaptionTokenizer | None
+        self,
+        settings: StageHyperparameters,
+        tokenizer: CaptionTokenizer | None,
+        train_pairs: Dataset | None = None,
     ) -> StageData:
+        """train_pairs: in place of the channel's, those with their image tokens."""
         workers = self._hyperparameters.num_workers
         train = Batches(
-            self._train,
+            self._train if train_pairs is None else train_pairs,
             batch_size=settings.batch_size,
             seed=self._hyperparameters.seed,
             tokenizer=tokenizer,
             num_workers=workers,
+            rank=self._ranks.rank,
+            world_size=self._ranks.size,
+            stop=self._stop,
         )
         validation = None
         if self._validation is not None:
@@ -187,13 +274,15 @@ class Workshop:
                 shuffle=False,
                 last="keep",
                 num_workers=workers,
+                stop=self._stop,
             )
-        return StageData(train, validation, self._device)
+        return StageData(train, validation, self._device, self._stop, self._ranks)
 
     def _tokenizer(self) -> CaptionTokenizer:
         """The artefact's, or a new one learned from the training captions."""
         if self._artefact.tokenizer is None:
-            captions = (c for i in range(len(self._train)) for c in self._train.captions(i))
+            numbers = unless_stopped(range(len(self._train)), self._stop)
+            captions = (caption for number in numbers for caption in self._train.captions(number))
             settings = self._hyperparameters
             self._artefact.tokenizer = CaptionTokenizer.train(
                 captions,
@@ -244,51 +333,6 @@ class Workshop:
         config = self._config("dvae")
         assert isinstance(config, DVAEConfig)
         return config
-
-    def _report(self) -> Report:
-        artefact, metrics = self._artefact, self._job.paths.output_data / "metrics.jsonl"
-        shown = self._train if self._validation is None else self._validation
-        images, captions = first_usable(shown, VALIDATION_PAIRS)
-        can_draw = artefact.dvae is not None and artefact.transformer is not None
-        datasets = [self._train] if self._validation is None else [self._train, self._validation]
-        return Report(
-            title=f"Training job {self._job.job_name}",
-            generated_at=datetime.now(UTC),
-            stages=[
-                StageSummary(
-                    name=record.stage,
-                    steps=record.steps,
-                    wall_seconds=record.wall_seconds,
-                    cpu_seconds=record.cpu_seconds,
-                    metrics=record.metrics,
-                )
-                for record in artefact.manifest.stages
-            ],
-            curves=read_curves(metrics),
-            codebooks=[]
-            if artefact.dvae is None
-            else pictures.codebook_usage(artefact.dvae, images),
-            reconstructions=None
-            if artefact.dvae is None
-            else pictures.reconstructions(artefact.dvae, images[:16]),
-            generated=pictures.generated(
-                artefact,
-                captions[:REPORT_CAPTIONS],
-                images[:REPORT_CAPTIONS],
-                num_candidates=REPORT_CANDIDATES,
-                num_images=4,
-                seed=self._hyperparameters.seed,
-                stop=self._stop.is_set,
-            )
-            if can_draw
-            else [],
-            ranked_by="log_likelihood" if artefact.clip is None else "clip",
-            retrieval=None
-            if artefact.clip is None
-            else pictures.retrieval(artefact, images, captions),
-            datasets=[DatasetSummary.of(each) for each in datasets],
-            hyperparameters=self._job.hyperparameters,
-        )
 
 
 def _read_inputs(job: Job, device: torch.device) -> Artefact:

@@ -20,10 +20,10 @@ import zlib
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -31,58 +31,21 @@ from torch import nn
 from dalle.clip import Clip, ClipConfig
 from dalle.disk import disk_error, is_full, sync
 from dalle.dvae import DiscreteVAE, DVAEConfig
-from dalle.errors import ArtefactError
+from dalle.errors import ArtefactError, DiskFullError
+from dalle.manifest import FORMAT_VERSION, MANIFEST, Manifest, read_manifest
+from dalle.names import COMPONENTS, ComponentName, StageName
 from dalle.tokenizer import CaptionTokenizer
 from dalle.transformer import Dalle, TransformerConfig
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 CONFIG = "config.json"
 WEIGHTS = "weights.safetensors"
+MAX_ENTRIES = 1_000  # of a model.tar.gz; ours have about fifteen
 
-ModelName = Literal["dvae", "transformer", "clip"]
-ComponentName = Literal["dvae", "transformer", "clip", "tokenizer"]
-
-_MODELS: dict[ModelName, tuple[type[nn.Module], type]] = {
+_MODELS: dict[StageName, tuple[type[nn.Module], type]] = {
     "dvae": (DiscreteVAE, DVAEConfig),
     "transformer": (Dalle, TransformerConfig),
     "clip": (Clip, ClipConfig),
 }
-
-
-class StageRecord(BaseModel):
-    """One training run that made a component of the artefact."""
-
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-    stage: ModelName
-    job_name: str
-    finished_at: str
-    """ISO 8601, UTC."""
-    steps: int
-    is_finished: bool
-    """False when the job was stopped before its budget was spent."""
-    wall_seconds: float
-    cpu_seconds: float
-    hyperparameters: dict[str, Any]
-    metrics: dict[str, float]
-    dataset_fingerprint: str
-    dataset_counts: dict[str, int]
-
-
-class Manifest(BaseModel):
-    """`manifest.json`."""
-
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-    format_version: int = FORMAT_VERSION
-    library_version: str = ""
-    git_revision: str = ""
-    licence: str = ""
-    stages: list[StageRecord] = []
-    """Oldest first."""
-    files: dict[str, str] = {}
-    """Path within the artefact -> sha256."""
 
 
 @dataclass
@@ -97,8 +60,7 @@ class Artefact:
 
     def components(self) -> list[ComponentName]:
         """Names of those that are there."""
-        names: tuple[ComponentName, ...] = ("dvae", "transformer", "clip", "tokenizer")
-        return [name for name in names if getattr(self, name) is not None]
+        return [name for name in COMPONENTS if getattr(self, name) is not None]
 
 
 def save(directory: Path, artefact: Artefact, *, git_revision: str = "") -> Manifest:
@@ -150,7 +112,7 @@ def _stage(staging: Path, artefact: Artefact, git_revision: str) -> Manifest:
 def _put_in_place(staging: Path, directory: Path, components: list[ComponentName]) -> None:
     """Rename what is staged over what is there, the manifest last."""
     (directory / MANIFEST).unlink(missing_ok=True)
-    for old in ("dvae", "transformer", "clip", "tokenizer"):
+    for old in COMPONENTS:
         shutil.rmtree(directory / old, ignore_errors=True)
     for name in components:
         os.replace(staging / name, directory / name)
@@ -175,47 +137,26 @@ def load(directory: Path, device: torch.device | str = "cpu") -> Artefact:
     return artefact
 
 
-def read_manifest(directory: Path) -> Manifest:
-    """The manifest alone, nothing checked against it."""
-    path = directory / MANIFEST
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ArtefactError(
-            f"{directory} is not an artefact: {MANIFEST} is missing (was its writing interrupted?)"
-        ) from None
-    except ValueError as error:
-        raise ArtefactError(f"{path} is not JSON: {error}") from error
-    version = content.get("format_version") if isinstance(content, dict) else None
-    if version != FORMAT_VERSION:
-        raise ArtefactError(f"{path}: format_version must be {FORMAT_VERSION}, got {version!r}")
-    try:
-        return Manifest.model_validate(content)
-    except ValidationError as error:
-        raise ArtefactError(f"{path} is not a manifest: {error}") from error
-
-
 def locate(channel: Path, scratch: Path) -> Path:
     """The artefact in a channel: the directory itself, or a model.tar.gz in it.
 
     An archive is unpacked into `scratch`; entries that leave it, links and devices are refused.
     Raises ArtefactError, or DiskFullError when there is no room for its content.
     """
-    if (channel / MANIFEST).is_file():
-        return channel
-    archives = sorted(channel.glob("*.tar.gz"))
-    if len(archives) != 1:
+    try:
+        if (channel / MANIFEST).is_file():
+            return channel
+        archives = sorted(channel.glob("*.tar.gz"))
         found = [path.name for path in sorted(channel.iterdir())][:5]
+    except OSError as error:
+        raise ArtefactError(f"{channel} cannot be read: {error.strerror}") from error
+    if len(archives) != 1:
         raise ArtefactError(
             f"{channel} must hold {MANIFEST} or exactly one model.tar.gz, found {found}"
         )
     try:
         scratch.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(archives[0], "r:gz") as archive:
-            for member in archive:
-                if not (member.isfile() or member.isdir()):
-                    raise ArtefactError(f"{archives[0].name}: {member.name} is not a plain file")
-                archive.extract(member, scratch, filter="data")
+        _unpack(archives[0], scratch)
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         if isinstance(error, OSError) and is_full(error):
             raise disk_error(
@@ -223,6 +164,29 @@ def locate(channel: Path, scratch: Path) -> Path:
             ) from error
         raise ArtefactError(f"{archives[0]} cannot be unpacked: {error}") from error
     return scratch
+
+
+def _unpack(path: Path, scratch: Path) -> None:
+    """Files and directories only, no more of them than an artefact may have, each if it has room.
+
+    The room is looked at file by file: only unpacking the whole would tell how much it all takes.
+    """
+    with tarfile.open(path, "r:gz") as archive:
+        for number, member in enumerate(archive, start=1):
+            if number > MAX_ENTRIES:
+                raise ArtefactError(
+                    f"{path} has more than {MAX_ENTRIES:,} entries; a model.tar.gz of `train` has "
+                    "a few files for each model"
+                )
+            if not (member.isfile() or member.isdir()):
+                raise ArtefactError(f"{path.name}: {member.name} is not a plain file")
+            free = shutil.disk_usage(scratch).free
+            if member.size > free:
+                raise DiskFullError(
+                    f"no room to unpack {path} into {scratch}: {member.name} has {member.size:,} "
+                    f"bytes, {free:,} are free; give it a larger disk"
+                )
+            archive.extract(member, scratch, filter="data")
 
 
 def _library_version() -> str:
@@ -239,6 +203,7 @@ def _save_model(directory: Path, model: nn.Module) -> None:
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     try:
         save_file(weights, directory / WEIGHTS)
+        (directory / WEIGHTS).chmod(0o644)  # it writes 0600, and who serves may be another user
     except SafetensorError as error:  # keeps the number of an OSError in its text alone
         number = re.search(r"\(os error (\d+)\)", str(error))
         if number is None:
@@ -246,7 +211,7 @@ def _save_model(directory: Path, model: nn.Module) -> None:
         raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
-def _load_model(directory: Path, name: ModelName, device: torch.device | str) -> nn.Module:
+def _load_model(directory: Path, name: StageName, device: torch.device | str) -> nn.Module:
     model_class, config_class = _MODELS[name]
     try:
         config: Any = TypeAdapter(config_class).validate_json((directory / CONFIG).read_bytes())
@@ -273,11 +238,15 @@ def _files(directory: Path) -> list[str]:
 def _check_files(directory: Path, manifest: Manifest) -> None:
     for name in manifest.files:
         path = directory / name
-        if path.is_symlink() or not path.is_file():
-            raise ArtefactError(f"{path} is missing, but {MANIFEST} lists it")
-        if _sha256(path) != manifest.files[name]:
+        try:
+            if path.is_symlink() or not path.is_file():
+                raise ArtefactError(f"{path} is missing, but {MANIFEST} lists it")
+            digest = _sha256(path)
+        except OSError as error:
+            raise ArtefactError(f"{path} cannot be read: {error.strerror}") from error
+        if digest != manifest.files[name]:
             raise ArtefactError(f"{path} does not match its sha256 in {MANIFEST}: it was changed")
-    for component in ("dvae", "transformer", "clip", "tokenizer"):
+    for component in COMPONENTS:
         for name in _files(directory / component):
             if f"{component}/{name}" not in manifest.files:
                 raise ArtefactError(f"{directory / component / name} is not in {MANIFEST}")

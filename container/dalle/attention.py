@@ -11,14 +11,11 @@ Letters: B batch, H heads, D head width, L sequence length = T + N, G grid size.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-AttentionKind = Literal["full", "axial_row", "axial_col", "conv_like"]
-ATTENTION_KINDS: tuple[AttentionKind, ...] = get_args(AttentionKind)
+from dalle.names import AttentionKind
 
 
 def visibility(kind: AttentionKind, text_length: int, grid_size: int, kernel_size: int) -> Tensor:

@@ -6,18 +6,15 @@ Letters: B batch, M codebooks, V codebook size, G grid size, N = G·G positions.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dalle.encoders import blocks, build_encoder
+from dalle.names import QUANTISERS, RECONSTRUCTIONS, QuantiserKind, ReconstructionKind
 from dalle.quantiser import GumbelQuantiser, Quantiser, VectorQuantiser
-
-QuantiserKind = Literal["gumbel", "vq"]
-QUANTISERS: tuple[QuantiserKind, ...] = get_args(QuantiserKind)
-ReconstructionKind = Literal["bce", "l1", "mse"]
-RECONSTRUCTIONS: tuple[ReconstructionKind, ...] = get_args(ReconstructionKind)
+from dalle.ranks import ONE_RANK, Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +46,10 @@ class DVAEConfig:
     """The first codebook sees a patch's two end colours, the others the pattern between them, so
     that a pattern has the same tokens in every colour. For drawings, logos and other pictures of
     few colours; needs num_codebooks > 1, patch_size > 1 and num_downsamples = 0."""
+    ground_split: bool = False
+    """Instead of colour_split: the last codebook sees a patch's colours, the others only which
+    pixels are drawn, that is differ from the picture's ground (the median of its border). Then a
+    pattern has the same tokens in stripes as in one colour. For drawings on an even ground."""
     quantiser: QuantiserKind = "gumbel"
     """The relaxation of the DALL-E paper, or nearest neighbour with straight-through gradient."""
     reconstruction: ReconstructionKind = "mse"
@@ -71,13 +72,16 @@ class DVAEConfig:
             if getattr(self, name) not in (1, 3):
                 raise ValueError(f"{name} must be 1 or 3, got {getattr(self, name)}")
 
-        if self.colour_split and (
-            self.num_codebooks < 2 or self.patch_size < 2 or self.num_downsamples
-        ):
-            raise ValueError(
-                "colour_split needs num_codebooks > 1, patch_size > 1 and num_downsamples = 0, got "
-                f"{self.num_codebooks}, {self.patch_size} and {self.num_downsamples}"
-            )
+        if self.colour_split and self.ground_split:
+            raise ValueError("colour_split and ground_split exclude each other; set one of them")
+        for name in ("colour_split", "ground_split"):
+            if getattr(self, name) and (
+                self.num_codebooks < 2 or self.patch_size < 2 or self.num_downsamples
+            ):
+                raise ValueError(
+                    f"{name} needs num_codebooks > 1, patch_size > 1 and num_downsamples = 0, got "
+                    f"{self.num_codebooks}, {self.patch_size} and {self.num_downsamples}"
+                )
 
     @property
     def stride(self) -> int:
@@ -105,105 +109,6 @@ class DVAELoss:
     """The quantiser's own terms: KL divergence or commitment."""
 
 
-class PositionNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each position apart; [B, C, H, W] -> the same.
-
-    Not GroupNorm: statistics over all positions would let the rest of the image into a code that
-    is to be a function of its own patch.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        # Feature maps are kept channels-last, so that this moves no data.
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-class ResidualBlock(nn.Module):
-    """x + a pointwise network of its norm and its neighbours'; [B, C, H, W] -> the same.
-
-    The neighbours come in by a depthwise convolution, as in ConvNeXt (Liu et al. 2022): at equal
-    width it costs an eighth of a dense one, and on a CPU that decides how wide one can be.
-    """
-
-    def __init__(self, width: int, kernel_size: int) -> None:
-        super().__init__()
-        self.norm = PositionNorm(width)
-        self.spatial = (
-            nn.Conv2d(width, width, kernel_size, padding=kernel_size // 2, groups=width)
-            if kernel_size > 1
-            else nn.Identity()
-        )
-        self.expand = nn.Conv2d(width, width, kernel_size=1)
-        self.contract = nn.Conv2d(width, width, kernel_size=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        added: Tensor = self.contract(F.relu(self.expand(self.spatial(self.norm(x)))))
-        return x + added
-
-
-class JointEncoder(nn.Module):
-    """Images -> one feature map, which every codebook sees."""
-
-    def __init__(self, config: DVAEConfig) -> None:
-        super().__init__()
-        width, kernel_size = config.width, config.encoder_kernel_size
-        self.num_codebooks = config.num_codebooks
-        self.layers = nn.Sequential(
-            nn.PixelUnshuffle(config.patch_size),
-            nn.Conv2d(3 * config.patch_size**2, width, kernel_size=1),
-            *_blocks(config, kernel_size),
-        )
-        for _ in range(config.num_downsamples):
-            self.layers.append(nn.Conv2d(width, width, kernel_size=2, stride=2))
-            self.layers.extend(_blocks(config, kernel_size))
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """[B, 3, S, S] in [0, 1] -> M of [B, C, G, G]"""
-        return [self.layers(images * 2 - 1)] * self.num_codebooks
-
-
-class SplitEncoder(nn.Module):
-    """Images -> a feature map of the patches' end colours, and one of their patterns.
-
-    The parting is that of block texture compression (S3TC, Iourcha et al. 1999): a patch is two
-    end colours and, for each pixel, where it lies between them. The end colours are those of its
-    darkest and its lightest pixel.
-    """
-
-    luminance: Tensor
-
-    def __init__(self, config: DVAEConfig) -> None:
-        super().__init__()
-        self.patch_size, self.num_codebooks = config.patch_size, config.num_codebooks
-        kernel_size = config.encoder_kernel_size
-        self.colour_layers = nn.Sequential(
-            nn.Conv2d(6, config.width, kernel_size=1), *_blocks(config, kernel_size)
-        )
-        self.pattern_layers = nn.Sequential(
-            nn.Conv2d(config.patch_size**2, config.width, kernel_size=1),
-            *_blocks(config, kernel_size),
-        )
-        weights = torch.tensor([0.299, 0.587, 0.114])  # ITU-R BT.601
-        self.register_buffer("luminance", weights, persistent=False)
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """[B, 3, S, S] in [0, 1] -> M of [B, C, G, G], the first of the colours"""
-        unshuffled = F.pixel_unshuffle(images, self.patch_size)
-        B, _, G, _ = unshuffled.shape
-        patches = unshuffled.reshape(B, 3, -1, G, G)
-        light = torch.einsum("bcpij,c->bpij", patches, self.luminance)
-        darkest, lightest = light.argmin(dim=1, keepdim=True), light.argmax(dim=1, keepdim=True)
-        low, high = light.gather(1, darkest), light.gather(1, lightest)
-        # A flat patch has no pattern: all zeros, and not noise blown up.
-        pattern = (light - low) / (high - low).clamp_min(1 / 64)
-        ends = [
-            patches.gather(2, index[:, None].expand(-1, 3, -1, -1, -1)).squeeze(2)
-            for index in (darkest, lightest)
-        ]
-        colour_map = self.colour_layers(torch.cat(ends, dim=1) * 2 - 1)
-        pattern_map = self.pattern_layers(pattern * 2 - 1)
-        return [colour_map, *[pattern_map] * (self.num_codebooks - 1)]
-
-
 class DiscreteVAE(nn.Module):
     """Encoder, quantiser, decoder. Takes and gives images in [0, 1]; centres them by itself."""
 
@@ -211,16 +116,16 @@ class DiscreteVAE(nn.Module):
         super().__init__()
         self.config = config
         patch, width = config.patch_size, config.width
-        self.encoder = SplitEncoder(config) if config.colour_split else JointEncoder(config)
+        self.encoder = build_encoder(config)
         self.quantiser = self._build_quantiser()
         code_channels = config.num_codebooks * config.code_width
         self.decoder = nn.Sequential(
             nn.Conv2d(code_channels, width, kernel_size=1),
-            *_blocks(config, config.decoder_kernel_size),
+            *blocks(config, config.decoder_kernel_size),
         )
         for _ in range(config.num_downsamples):
             self.decoder.append(nn.ConvTranspose2d(width, width, kernel_size=2, stride=2))
-            self.decoder.extend(_blocks(config, config.decoder_kernel_size))
+            self.decoder.extend(blocks(config, config.decoder_kernel_size))
         self.decoder.extend([nn.Conv2d(width, 3 * patch**2, kernel_size=1), nn.PixelShuffle(patch)])
         # Feature maps then stay in the layout that PositionNorm wants.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -236,9 +141,9 @@ class DiscreteVAE(nn.Module):
         """None: trained by AdamW alone."""
         return []
 
-    def loss(self, images: Tensor, progress: float) -> DVAELoss:
+    def loss(self, images: Tensor, progress: float, ranks: Ranks = ONE_RANK) -> DVAELoss:
         """images: [B, 3, S, S] in [0, 1]; progress: share of the training done, in [0, 1]."""
-        quantised = self.quantiser(self.encoder(images), progress)
+        quantised = self.quantiser(self.encoder(images), progress, ranks)
         logits = self.decoder(quantised.embeddings)
         reconstruction = self._reconstruction_loss(logits, images)
         return DVAELoss(reconstruction + quantised.loss, reconstruction, quantised.loss)
@@ -268,7 +173,3 @@ class DiscreteVAE(nn.Module):
         """image tokens [B, N, M] in [0, V) -> images [B, 3, S, S] in [0, 1]."""
         logits: Tensor = self.decoder(self.quantiser.embed(image_tokens, self.config.grid_size))
         return logits.sigmoid()
-
-
-def _blocks(config: DVAEConfig, kernel_size: int) -> list[nn.Module]:
-    return [ResidualBlock(config.width, kernel_size) for _ in range(config.num_blocks)]

@@ -9,10 +9,15 @@
     │   │   └── CaptionTooLong       more text tokens than the model reads   422  caption_too_long
     │   ├── ArtefactError            a model is missing, damaged or foreign  422  bad_artefact
     │   ├── CheckpointError          they are another run's, or all damaged  409  bad_checkpoint
-    │   └── DivergenceError          loss, gradient or weight is no number   422  diverged
+    │   ├── DivergenceError          loss, gradient or weight is no number   422  diverged
+    │   ├── PlanError                AWS could never do what was asked for   422  bad_plan
+    │   ├── AccessError              AWS does not know or trust the caller   403  no_access
+    │   └── PriceMissing             no price is known; refresh reads it     404  price_missing
     └── PlatformError                the machine or service underneath       503  platform_error
         ├── DiskFullError            nothing more can be written             507  disk_full
-        └── DeviceError              the device asked for is not usable      503  device_error
+        ├── DeviceError              the device asked for is not usable      503  device_error
+        ├── HostError                another host of the job is not there    503  host_lost
+        └── AwsError                 AWS refused, failed or did not answer   502  aws_error
 
     (then: the HTTP status and the stable word that `serve` answers with)
 
@@ -109,6 +114,30 @@ class DivergenceError(UserError):
     code = "diverged"
 
 
+class PlanError(UserError):
+    """A job or endpoint was asked for that the platform's limits rule out; found before any call.
+
+    The message names the limit and its number.
+    """
+
+    status = 422
+    code = "bad_plan"
+
+
+class AccessError(UserError):
+    """AWS credentials or region are missing, wrong or expired, or lack a permission."""
+
+    status = 403
+    code = "no_access"
+
+
+class PriceMissing(UserError):  # noqa: N818 - reads as what happened
+    """No price is known, and none is guessed; the message says how to read it from AWS."""
+
+    status = 404
+    code = "price_missing"
+
+
 class PlatformError(DalleError):
     """The machine or the service underneath must be changed or tried again."""
 
@@ -127,3 +156,16 @@ class DeviceError(PlatformError):
     """The device asked for is absent or does not work."""
 
     code = "device_error"
+
+
+class HostError(PlatformError):
+    """Another host of the training job did not come, or is not there any more."""
+
+    code = "host_lost"
+
+
+class AwsError(PlatformError):
+    """AWS refused a request, failed, or did not answer."""
+
+    status = 502
+    code = "aws_error"

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NormKind = Literal["layer", "rms"]
-FeedForwardKind = Literal["gelu", "geglu", "relu2"]
-FEED_FORWARD_KINDS: tuple[FeedForwardKind, ...] = get_args(FeedForwardKind)
+from dalle.names import FeedForwardKind, NormKind
 
 
 def build_norm(kind: NormKind, width: int) -> nn.Module:

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 
-STAGES = ("dvae", "transformer", "clip")
+from dalle.names import STAGES
 
 _NUMBER = r"(-?[0-9]+(?:[.][0-9]+)?(?:e[+-]?[0-9]+)?)"
 

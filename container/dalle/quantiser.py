@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dalle.ranks import ONE_RANK, Ranks
+
 
 @dataclass(frozen=True)
 class Quantised:
@@ -55,8 +57,13 @@ class Quantiser(nn.Module):
         """What each code would be used if all were used alike."""
         return 1.0 / self.codebook.shape[1]
 
-    def forward(self, features: Sequence[Tensor], progress: float) -> Quantised:
-        """features: M of [B, C, H, W]; progress: share of the training done, in [0, 1]."""
+    def forward(
+        self, features: Sequence[Tensor], progress: float, ranks: Ranks = ONE_RANK
+    ) -> Quantised:
+        """features: M of [B, C, H, W]; progress: share of the training done, in [0, 1].
+
+        The codebook and its statistics are those of all ranks, equal on each.
+        """
         raise NotImplementedError
 
     def tokens(self, features: Sequence[Tensor]) -> Tensor:
@@ -81,15 +88,18 @@ class Quantiser(nn.Module):
         return self.usage < self.DEAD_SHARE * self.fair_share
 
     @torch.no_grad()
-    def _record(self, image_tokens: Tensor) -> None:
-        """Update the running shares with image tokens [B, N, M]."""
+    def _record(self, image_tokens: Tensor, ranks: Ranks) -> Tensor:
+        """Update the running shares with image tokens [B, N, M].
+
+        Returns how often all ranks chose each code, int64 [M, V].
+        """
         size = self.usage.shape[1]
-        counts = torch.stack(
-            [t.flatten().bincount(minlength=size) for t in image_tokens.unbind(-1)]
-        )
+        own = [tokens.flatten().bincount(minlength=size) for tokens in image_tokens.unbind(-1)]
+        counts = ranks.total(torch.stack(own))
         shares = counts / counts.sum(dim=1, keepdim=True)
         self.usage.lerp_(shares, 1 - self.USAGE_DECAY)
         self.steps += 1
+        return counts
 
     def _is_time_to_revive(self, progress: float) -> bool:
         return progress < self.REVIVE_UNTIL and int(self.steps) % self.REVIVE_EVERY == 0
@@ -128,7 +138,9 @@ class GumbelQuantiser(Quantiser):
         above = 0.5 * (1 + math.cos(math.pi * done))
         return self.FINAL_TEMPERATURE + (1 - self.FINAL_TEMPERATURE) * above
 
-    def forward(self, features: Sequence[Tensor], progress: float) -> Quantised:
+    def forward(
+        self, features: Sequence[Tensor], progress: float, ranks: Ranks = ONE_RANK
+    ) -> Quantised:
         logits = self._logits(features)
         # Of uniform numbers: torch's exponential_ is three times as slow on a CPU.
         noise = -(-torch.rand_like(logits).clamp_min(1e-20).log()).clamp_min(1e-20).log()
@@ -136,9 +148,10 @@ class GumbelQuantiser(Quantiser):
         mixed = torch.einsum("bnmv,mve->bnme", weights, self.codebook)
         embeddings = mixed.flatten(2).mT.reshape(len(mixed), -1, *features[0].shape[-2:])
         if self.training:
-            self._record(logits.argmax(dim=-1))
+            self._record(logits.argmax(dim=-1), ranks)
             if self._is_time_to_revive(progress):
                 self._revive()
+                ranks.copy_first([self.usage, self.codebook, *self.to_logits.parameters()])
         if self.kl_weight == 0.0:
             return Quantised(embeddings, logits.new_zeros(()))
         log_q = logits.log_softmax(dim=-1)
@@ -200,19 +213,21 @@ class VectorQuantiser(Quantiser):
         products = torch.einsum("bnme,mve->bnmv", vectors, self.codebook)
         return (self.codebook.square().sum(dim=-1) - 2 * products).argmin(dim=-1)
 
-    def forward(self, features: Sequence[Tensor], progress: float) -> Quantised:
+    def forward(
+        self, features: Sequence[Tensor], progress: float, ranks: Ranks = ONE_RANK
+    ) -> Quantised:
         vectors = self._vectors(features)
         if self.training and self.steps == 0:
-            self._restart(torch.ones_like(self.usage, dtype=torch.bool), vectors)
+            self._restart(torch.ones_like(self.usage, dtype=torch.bool), vectors, ranks)
         image_tokens = self._nearest(vectors)
         grid = features[0].shape[-2:]
         flat = vectors.flatten(2).mT.reshape(len(vectors), -1, *grid)
         chosen = self.embed(image_tokens, grid[0])
         if self.training:
-            self._record(image_tokens)
-            self._follow(vectors, image_tokens)
+            self._follow(vectors, image_tokens, self._record(image_tokens, ranks), ranks)
             if self._is_time_to_revive(progress):
-                self._restart(self.dead(), vectors)
+                ranks.copy_first([self.usage])  # so that all find the same codes dead, to the bit
+                self._restart(self.dead(), vectors, ranks)
         commitment = F.mse_loss(flat, chosen)
         return Quantised(flat + (chosen - flat).detach(), self.commitment_weight * commitment)
 
@@ -220,21 +235,26 @@ class VectorQuantiser(Quantiser):
         return self._nearest(self._vectors(features))
 
     @torch.no_grad()
-    def _follow(self, vectors: Tensor, image_tokens: Tensor) -> None:
-        """Move the codes towards the mean of what chose them."""
+    def _follow(self, vectors: Tensor, image_tokens: Tensor, counts: Tensor, ranks: Ranks) -> None:
+        """Move the codes towards the mean of what chose them; counts [M, V]: how often all did."""
+        sums = torch.zeros_like(self.sums)
         for m in range(self.codebook.shape[0]):
-            chosen = image_tokens[..., m].flatten()
-            counts = torch.bincount(chosen, minlength=self.counts.shape[1]).to(self.counts.dtype)
             flat = vectors[..., m, :].flatten(0, 1).to(self.sums.dtype)
-            sums = torch.zeros_like(self.sums[m]).index_add_(0, chosen, flat)
-            self.counts[m].lerp_(counts, 1 - self.USAGE_DECAY)
-            self.sums[m].lerp_(sums, 1 - self.USAGE_DECAY)
-            is_known = self.counts[m] > 1e-3
-            self.codebook[m, is_known] = self.sums[m, is_known] / self.counts[m, is_known, None]
+            sums[m].index_add_(0, image_tokens[..., m].flatten(), flat)
+        self.counts.lerp_(counts.to(self.counts.dtype), 1 - self.USAGE_DECAY)
+        self.sums.lerp_(ranks.total(sums), 1 - self.USAGE_DECAY)
+        is_known = self.counts > 1e-3
+        self.codebook[is_known] = self.sums[is_known] / self.counts[is_known][:, None]
 
     @torch.no_grad()
-    def _restart(self, dead: Tensor, vectors: Tensor) -> None:
-        """Put the codes marked in `dead` [M, V] onto vectors [B, N, M, E] that lack a near one."""
+    def _restart(self, dead: Tensor, vectors: Tensor, ranks: Ranks = ONE_RANK) -> None:
+        """Put the codes marked in `dead` [M, V] onto vectors [B, N, M, E] that lack a near one.
+
+        The vectors are those of all ranks; the first rank draws, for everybody.
+        """
+        if not dead.any():
+            return
+        vectors = ranks.gather(vectors)
         for m in range(dead.shape[0]):
             targets = dead[m].nonzero().flatten()
             if len(targets) == 0:
@@ -249,6 +269,7 @@ class VectorQuantiser(Quantiser):
             self.sums[m, targets] = chosen
             self.counts[m, targets] = 1.0
             self.usage[m, targets] = self.fair_share
+        ranks.copy_first([self.codebook, self.sums, self.counts, self.usage])
 
 
 def _projections(width: int, num_codebooks: int, channels: int) -> nn.ModuleList:

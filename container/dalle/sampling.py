@@ -56,6 +56,7 @@ def sample_image_tokens(
     options: SamplingOptions | None = None,
     prime_tokens: Tensor | None = None,
     on_step: Callable[[int], bool] | None = None,
+    on_tokens: Callable[[Tensor], None] | None = None,
 ) -> SampledTokens:
     """Draw an image's worth of tokens for each of the numbered candidates.
 
@@ -63,8 +64,11 @@ def sample_image_tokens(
     candidates: their numbers; candidate k of a seed and a caption is the same picture whichever
     others are drawn beside it. prime_tokens: [P, M], the first P
     positions in raster order, kept as they are. on_step: called with the number of positions done
-    after each; returning False ends the call with SamplingStopped.
+    after each; returning False ends the call with SamplingStopped. on_tokens: called before that
+    with the tokens drawn so far, [K, n, M], which are neither to be changed nor to be kept.
+    Raises ValueError for a model in training mode, whose dropout would change what is drawn.
     """
+    require_evaluation_mode(model)
     options = options or SamplingOptions()
     config = model.config
     N, M, K = config.num_positions, config.num_codebooks, len(candidates)
@@ -73,7 +77,7 @@ def sample_image_tokens(
     image_tokens = torch.zeros(K, N, M, dtype=torch.int64, device=device)
     log_likelihood = torch.zeros(K, device=device)
     uniforms = torch.from_numpy(
-        np.stack([_uniforms(seed, k, _IMAGE_STREAM, N * M).reshape(N, M) for k in candidates])
+        np.stack([image_uniforms(seed, k, N * M).reshape(N, M) for k in candidates])
     ).to(device)
     if prime_tokens is not None:
         image_tokens[:, :primed] = prime_tokens
@@ -94,6 +98,8 @@ def sample_image_tokens(
             codes[:, m] = choose(guided, uniforms[:, position, m], options)
             log_p = logits[0].log_softmax(dim=-1)
             log_likelihood += log_p.gather(1, codes[:, m, None]).squeeze(1)
+        if on_tokens is not None:
+            on_tokens(image_tokens[:, : position + 1])
         if on_step is not None and not on_step(position + 1):
             raise SamplingStopped
         if position + 1 < N:
@@ -144,8 +150,9 @@ def complete_captions(
     Returns text tokens [K, T] (each ends at its first padding) and the log-likelihood [K] of what
     was added, in nats, the end included. guidance_scale has no meaning here and is not read.
     on_step: called with the number of positions done after each, the prefix's included; returning
-    False ends the call with SamplingStopped.
+    False ends the call with SamplingStopped. Raises ValueError for a model in training mode.
     """
+    require_evaluation_mode(model)
     options = options or SamplingOptions()
     T = model.config.text_length
     K, start = num_completions, len(prefix_tokens)
@@ -195,6 +202,19 @@ def choose(logits: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor
     threshold = uniforms.double()[:, None] * cumulative[:, -1:]
     # right=True: the first token whose sum exceeds the threshold, never one of probability 0.
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
+
+
+def require_evaluation_mode(model: Dalle) -> None:
+    """Raises ValueError for a model whose dropout would change what is drawn."""
+    if model.training:
+        raise ValueError(
+            "the model must be in evaluation mode to sample from it; call eval() first"
+        )
+
+
+def image_uniforms(seed: int, candidate: int, count: int) -> np.ndarray:
+    """The random numbers [count] float32 in [0, 1) that draw a candidate's image tokens."""
+    return _uniforms(seed, candidate, _IMAGE_STREAM, count)
 
 
 def _uniforms(seed: int, candidate: int, stream: int, count: int) -> np.ndarray:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from dalle.names import AttentionKind
+
 SizeName = Literal["tiny", "small", "base", "dalle-1.3b", "dalle-12b"]
 
 # The paper's pattern (Ramesh et al. 2021, §2.3 and figure 11): rows, a column every fourth layer.
-_PAPER_PATTERN = ("axial_row", "axial_col", "axial_row", "axial_row")
+_PAPER_PATTERN: tuple[AttentionKind, ...] = ("axial_row", "axial_col", "axial_row", "axial_row")
 
 _DVAE_256: dict[str, Any] = {
     "image_size": 256,

@@ -6,15 +6,13 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
 from dalle.errors import ArtefactError, CaptionTooLong
-
-TokenizerKind = Literal["word", "bpe", "clip"]
+from dalle.names import TokenizerKind
 
 PADDING = "[PAD]"  # id 0: fills a caption up to the text length, and so also ends it
 UNKNOWN = "[UNK]"  # id 1: a word that no training caption had (kind "word" only)
@@ -29,8 +27,12 @@ class CaptionTokenizer:
     CLIP byte-pair encoding, 49,408 entries, which need no training.
     """
 
-    def __init__(self, tokenizer: Tokenizer, text_length: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, text_length: int, *, cleans_as_clip: bool = False
+    ) -> None:
+        """cleans_as_clip: captions are mended first as OpenAI's CLIP mends them."""
         self._tokenizer = tokenizer
+        self._cleans_as_clip = cleans_as_clip
         # A caption that spells "[PAD]" means those letters, not our padding.
         tokenizer.encode_special_tokens = True
         self.text_length = text_length
@@ -51,6 +53,7 @@ class CaptionTokenizer:
         """
         captions = list(captions)
         special = [PADDING, UNKNOWN]
+        cleans_as_clip = kind == "clip"
         match kind:
             case "word":
                 tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
@@ -74,10 +77,10 @@ class CaptionTokenizer:
                 tokenizer.train_from_iterator(captions, pair_trainer)
             case "clip":
                 tokenizer = _clip_tokenizer()
+        trained = cls(tokenizer, text_length or 1, cleans_as_clip=cleans_as_clip)
         if text_length is None:
-            encodings = tokenizer.encode_batch(captions)
-            text_length = max((len(encoding.ids) for encoding in encodings), default=1) or 1
-        return cls(tokenizer, text_length)
+            trained.text_length = max((len(ids) for ids in trained._ids(captions)), default=1) or 1
+        return trained
 
     @property
     def vocab_size(self) -> int:
@@ -90,16 +93,21 @@ class CaptionTokenizer:
         Raises CaptionTooLong for the first caption that does not fit.
         """
         text_tokens = torch.zeros(len(captions), self.text_length, dtype=torch.int64)
-        for row, encoding in enumerate(self._tokenizer.encode_batch(list(captions))):
-            count = len(encoding.ids)
+        for row, ids in enumerate(self._ids(captions)):
+            count = len(ids)
             if count > self.text_length:
                 raise CaptionTooLong(
                     f"caption must be at most {self.text_length} tokens long, got {count}: "
                     f"{captions[row][:80]!r}",
                     field="caption",
                 )
-            text_tokens[row, :count] = torch.tensor(encoding.ids, dtype=torch.int64)
+            text_tokens[row, :count] = torch.tensor(ids, dtype=torch.int64)
         return text_tokens
+
+    def _ids(self, captions: Sequence[str]) -> list[list[int]]:
+        """Of any length, without padding."""
+        cleaned = map(_clip_cleaned, captions) if self._cleans_as_clip else captions
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(cleaned))]
 
     def decode(self, text_tokens: Tensor) -> list[str]:
         """Text tokens [B, .] -> captions; each ends at its first padding."""
@@ -111,13 +119,14 @@ class CaptionTokenizer:
 
     def identity(self) -> str:
         """sha256 of everything that decides which ids a caption has."""
-        content = f"{self.text_length} {self._tokenizer.to_str()}"
+        content = f"{self.text_length} {self._cleans_as_clip} {self._tokenizer.to_str()}"
         return hashlib.sha256(content.encode()).hexdigest()
 
     def save(self, directory: Path) -> None:
-        """Write `tokenizer.json`: the library's own file with our text length beside it."""
+        """Write `tokenizer.json`: the library's own file with our two settings beside its own."""
         content = json.loads(self._tokenizer.to_str())
         content["text_length"] = self.text_length
+        content["cleans_as_clip"] = self._cleans_as_clip
         text = json.dumps(content, ensure_ascii=False, indent=1)
         (directory / FILE_NAME).write_text(text, encoding="utf-8")
 
@@ -128,7 +137,9 @@ class CaptionTokenizer:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             text_length = int(content.pop("text_length"))
-            return cls(Tokenizer.from_str(json.dumps(content)), text_length)
+            cleans_as_clip = bool(content.pop("cleans_as_clip", False))
+            tokenizer = Tokenizer.from_str(json.dumps(content))
+            return cls(tokenizer, text_length, cleans_as_clip=cleans_as_clip)
         # The library raises bare Exception for a file it cannot read.
         except Exception as error:
             raise ArtefactError(f"{path} is not a caption tokenizer: {error}") from error
@@ -136,6 +147,15 @@ class CaptionTokenizer:
 
 def _lower() -> normalizers.Normalizer:
     return normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+
+
+def _clip_cleaned(caption: str) -> str:
+    """What OpenAI's tokenizer makes of a caption first: broken Unicode, curly quotes and ligatures
+    mended (by ftfy), HTML entities resolved, one blank for many, lower case."""
+    from clip.simple_tokenizer import basic_clean, whitespace_clean
+
+    cleaned: str = whitespace_clean(basic_clean(caption)).lower()
+    return cleaned
 
 
 def _clip_tokenizer() -> Tokenizer:
@@ -151,11 +171,8 @@ def _clip_tokenizer() -> Tokenizer:
     tokenizer = Tokenizer(
         models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>", fuse_unk=False)
     )
-    spaces = normalizers.Replace(Regex(r"\s+"), " ")
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), spaces, normalizers.Strip(), normalizers.Lowercase()]
-    )
-    words = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+    # The original ignores case, and then none of its classes has U+0345: it leaves that one out.
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}\u0345]+"
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(words), behavior="removed", invert=True),

@@ -14,22 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle.attention import (
+from dalle.attention import KeyValueCache, SelfAttention, visibility
+from dalle.layers import ChannelDropout, FeedForward, LayerScale, build_norm
+from dalle.names import (
     ATTENTION_KINDS,
-    AttentionKind,
-    KeyValueCache,
-    SelfAttention,
-    visibility,
-)
-from dalle.layers import (
     FEED_FORWARD_KINDS,
-    ChannelDropout,
-    FeedForward,
+    AttentionKind,
     FeedForwardKind,
-    LayerScale,
     NormKind,
-    build_norm,
 )
+from dalle.ranks import ONE_RANK, Ranks
 
 PADDING = 0
 _INITIAL_STD = 0.02
@@ -238,7 +232,7 @@ class Dalle(nn.Module):
         """The blocks' matrices; embeddings, heads, gains and biases are for AdamW."""
         return [parameter for parameter in self.blocks.parameters() if parameter.ndim == 2]
 
-    def loss(self, text_tokens: Tensor, image_tokens: Tensor) -> DalleLoss:
+    def loss(self, text_tokens: Tensor, image_tokens: Tensor, ranks: Ranks = ONE_RANK) -> DalleLoss:
         """text_tokens [B, T], image_tokens [B, N, M] -> cross-entropies, regularised in training.
 
         Text counts up to and including its first padding, which is how a caption ends.
@@ -248,7 +242,9 @@ class Dalle(nn.Module):
         text_logits = self.to_text_logits(self.text_norm(text_hidden))
         ended = (text_tokens == PADDING).cumsum(dim=1) > 1
         targets = text_tokens.masked_fill(ended, -100)
-        text = F.cross_entropy(text_logits.flatten(0, 1), targets.flatten())
+        text_sum = F.cross_entropy(text_logits.flatten(0, 1), targets.flatten(), reduction="sum")
+        # Captions differ in length: the mean over all ranks' tokens is not that of their means.
+        text = text_sum * ranks.size / ranks.total((~ended).sum())
         image = -self._log_probabilities(image_hidden, image_tokens).mean()
         return DalleLoss(image + self.config.text_loss_weight * text, text, image)
 

@@ -1,8 +1,9 @@
 """A channel's image-caption pairs, and batches of them. Import from the modules.
 
-    folder.open_folder(directory) -> Dataset        files are found, captions read, bad ones counted
+    channel.open_channel(directory) -> Dataset      files or shards are found, bad ones counted
     memory.decode_if_small(dataset) -> Dataset      small sets are decoded once, into memory
+    tokenised.tokenise(dataset, …) -> Dataset       large ones encoded once, for the transformer
     batches.Batches(dataset, …).batch(step) -> Batch
 
-pairs.py says what a data set is, so that other sources can stand in for a folder.
+pairs.py says what a data set is. `python -m training.data` works on channels before a job.
 """

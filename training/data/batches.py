@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -20,9 +20,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from training.data.loader import ImageLoader
-from training.data.memory import MAX_DECODED_BYTES, InMemory, decode_if_small
+from training.data.memory import InMemory
 from training.data.order import Last, Order
 from training.data.pairs import Dataset
+from training.data.tokenised import Tokenised
+from training.stopping import NEVER, Stop, unless_stopped
 
 ENCODE_CHUNK = 4096
 
@@ -34,12 +36,17 @@ class TextEncoder(Protocol):
         """Captions -> text tokens [len(captions), T] int64."""
         ...
 
+    def identity(self) -> str:
+        """The same for encoders that give every caption the same tokens."""
+        ...
+
 
 @dataclass(frozen=True)
 class Batch:
     """One rank's pairs of one step.
 
-    images: [B, 3, H, W] float32 in [0, 1]. captions: B of them, each pair's caption of the epoch.
+    images: [B, 3, H, W] float32 in [0, 1], or [B, 3, 0, 0] of a data set that is `Tokenised`.
+    captions: B of them, each pair's caption of the epoch.
     indices: [B] int64, the pairs' numbers in `Batches.dataset`.
     text_tokens: [B, T] int64, None when no tokenizer was given.
     """
@@ -62,9 +69,9 @@ class Batch:
 class Batches:
     """The batches of one rank, a pure function of (data set, seed, step).
 
-    dataset: the data set the batches' `indices` count in. A small one is decoded into memory here
-    (see `decode_if_small`), and what cannot be decoded leaves it; a larger one is decoded by
-    worker processes, and the next usable pair stands in for what cannot be.
+    dataset: the data set the batches' `indices` count in. The images of one that is `InMemory` are
+    at hand, one that is `Tokenised` has none; those of another are decoded by worker processes,
+    and the next usable pair stands in for one that cannot be.
     """
 
     def __init__(
@@ -78,18 +85,17 @@ class Batches:
         last: Last = "drop",
         rank: int = 0,
         world_size: int = 1,
-        max_decoded_bytes: int = MAX_DECODED_BYTES,
         num_workers: int | None = None,
+        stop: Stop = NEVER,
     ) -> None:
         """See `Order` for batch_size, shuffle, last, rank and world_size.
 
         tokenizer: all captions are encoded here, so that one that is too long stops the job
             before it begins; the tokens take 4 * T bytes a caption.
-        max_decoded_bytes: how large a data set may be, as uint8, to be held in memory.
-        num_workers: processes that decode a larger one; None chooses (see `loader_settings`).
-        Raises `DataError` when too many images are unusable, and what the tokenizer raises.
+        num_workers: processes that decode images; None chooses (see `loader_settings`).
+        Raises what the tokenizer raises; Stopped.
         """
-        self.dataset = decode_if_small(dataset, max_decoded_bytes)
+        self.dataset = dataset
         self.order = Order(
             num_pairs=len(self.dataset),
             batch_size=batch_size,
@@ -98,13 +104,15 @@ class Batches:
             last=last,
             rank=rank,
             world_size=world_size,
+            groups=self.dataset.groups,
         )
         self._loader = (
             None
-            if isinstance(self.dataset, InMemory)
+            if isinstance(self.dataset, InMemory | Tokenised)
             else ImageLoader(self.dataset, self.order, num_workers)
         )
-        self._text_tokens = None if tokenizer is None else _encode_all(self.dataset, tokenizer)
+        self._tokenizer = tokenizer
+        self._text_tokens = None if tokenizer is None else _encode_all(dataset, tokenizer, stop)
         self._epoch = -1
         self._permutation: NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._caption_draws: NDArray[np.uint64] = np.empty(0, dtype=np.uint64)
@@ -122,6 +130,9 @@ class Batches:
         if isinstance(self.dataset, InMemory):
             numbers = self.order.indices(step, self._permutation)
             images = self.dataset.images[torch.from_numpy(numbers)]
+        elif isinstance(self.dataset, Tokenised):
+            numbers = self.order.indices(step, self._permutation)
+            images = torch.empty((len(numbers), 3, 0, 0), dtype=torch.uint8)
         else:
             assert self._loader is not None
             decoded = self._loader.images(step)
@@ -130,6 +141,16 @@ class Batches:
         return Batch(
             images.to(torch.float32).div_(255), captions, torch.from_numpy(numbers), text_tokens
         )
+
+    def identity(self) -> dict[str, Any]:
+        """What the batches hold, as plain values: another pair or token makes another identity.
+
+        Without the order: the author's settings say what that depends on, but for the groups.
+        """
+        data: dict[str, Any] = {"data": self.dataset.fingerprint, "num_pairs": len(self.dataset)}
+        if self.order.groups is not None:
+            data["order"] = "shards from front to back"
+        return data if self._tokenizer is None else data | {"tokenizer": self._tokenizer.identity()}
 
     def close(self) -> None:
         """End the worker processes, if there are any."""
@@ -175,7 +196,7 @@ class _EncodedCaptions:
     first_rows: NDArray[np.int64]
 
 
-def _encode_all(dataset: Dataset, tokenizer: TextEncoder) -> _EncodedCaptions:
+def _encode_all(dataset: Dataset, tokenizer: TextEncoder, stop: Stop) -> _EncodedCaptions:
     counts = [len(dataset.captions(index)) for index in range(len(dataset))]
     captions = [caption for index in range(len(dataset)) for caption in dataset.captions(index)]
     starts = tqdm(
@@ -185,7 +206,8 @@ def _encode_all(dataset: Dataset, tokenizer: TextEncoder) -> _EncodedCaptions:
         delay=0.5,
     )
     chunks = [
-        tokenizer.encode(captions[start : start + ENCODE_CHUNK]).to(torch.int32) for start in starts
+        tokenizer.encode(captions[start : start + ENCODE_CHUNK]).to(torch.int32)
+        for start in unless_stopped(starts, stop)
     ]
     first_rows = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
     return _EncodedCaptions(torch.cat(chunks), first_rows)

@@ -150,7 +150,7 @@ class ImageLoader:
         for reason, name, message in decoded.skipped:
             skips.add_damaged(reason, name, message)
         if decoded.skipped:
-            skips.check_share(skips.num_good, self._dataset.max_bad_share)
+            skips.check_share(self._dataset.max_bad_share)
         if (decoded.indices < 0).any():
             raise DataError(
                 f"{self._dataset.channel}: {MAX_SUBSTITUTES} images in a row cannot be used: "

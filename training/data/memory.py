@@ -5,6 +5,8 @@ Letters: M pairs, H = W = image_size.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,8 +16,11 @@ from dalle.errors import DataError
 from dalle.images import ImageError, Pixels
 from training.data.pairs import Dataset, SkipReason
 from training.data.subset import View
+from training.stopping import NEVER, Stop, unless_stopped
 
 MAX_DECODED_BYTES = 1 << 30
+MAX_CHUNK_IMAGES = 256
+MAX_CHUNK_PIXELS = 1 << 20  # 16 images of 256 x 256: 8 s of the base dVAE on one thread
 
 
 class InMemory(View):
@@ -25,8 +30,8 @@ class InMemory(View):
     the skips of the data set they come from, which are shared.
     """
 
-    def __init__(self, source: Dataset) -> None:
-        """Decode everything. Raises `DataError` when too many images are unusable."""
+    def __init__(self, source: Dataset, stop: Stop = NEVER) -> None:
+        """Decode everything. Raises `DataError` when too many images are unusable; Stopped."""
         size = source.image_size
         self.images = torch.empty((len(source), 3, size, size), dtype=torch.uint8)
         kept: list[int] = []
@@ -34,7 +39,7 @@ class InMemory(View):
         numbers = tqdm(
             range(len(source)), f"decoding {source.channel}", unit="images", disable=None, delay=0.5
         )
-        for index in numbers:
+        for index in unless_stopped(numbers, stop):
             try:
                 pixels = source.image(index)
             except ImageError as error:
@@ -44,7 +49,7 @@ class InMemory(View):
             kept.append(index)
         if not kept:
             raise _no_image(source)
-        source.skips.check_share(source.skips.num_good, source.max_bad_share)
+        source.skips.check_share(source.max_bad_share)
         self.images = self.images[: len(kept)]
         super().__init__(source, kept)
 
@@ -53,25 +58,26 @@ class InMemory(View):
         return np.ascontiguousarray(self.images[index].permute(1, 2, 0).numpy())
 
 
-def decode_if_small(dataset: Dataset, max_decoded_bytes: int = MAX_DECODED_BYTES) -> Dataset:
+def decode_if_small(
+    dataset: Dataset, max_decoded_bytes: int = MAX_DECODED_BYTES, stop: Stop = NEVER
+) -> Dataset:
     """Decode a data set into memory when its images fit into `max_decoded_bytes` as uint8.
 
-    One that is decoded already, or that is larger, is returned as it is.
+    A larger one is returned as it is. Raises what `InMemory` does.
     """
     num_bytes = len(dataset) * 3 * dataset.image_size**2
-    if isinstance(dataset, InMemory) or num_bytes > max_decoded_bytes:
-        return dataset
-    return InMemory(dataset)
+    return dataset if num_bytes > max_decoded_bytes else InMemory(dataset, stop)
 
 
-def first_usable(dataset: Dataset, most: int) -> tuple[Tensor, list[str]]:
+def first_usable(dataset: Dataset, most: int, stop: Stop = NEVER) -> tuple[Tensor, list[str]]:
     """The first pairs whose image can be decoded: images uint8 [B, 3, H, W], a caption of each.
 
-    Unusable ones are counted in the data set's skips. Raises `DataError` when there are no others.
+    Unusable ones are counted in the data set's skips. Raises `DataError` when there are no
+    others; Stopped.
     """
     images: list[Tensor] = []
     captions: list[str] = []
-    for index in range(len(dataset)):
+    for index in unless_stopped(range(len(dataset)), stop):
         try:
             images.append(to_planes(dataset.image(index)))
         except ImageError as error:
@@ -83,6 +89,17 @@ def first_usable(dataset: Dataset, most: int) -> tuple[Tensor, list[str]]:
     if not images:
         raise _no_image(dataset)
     return torch.stack(images), captions
+
+
+def float_chunks(images: Tensor, device: torch.device, stop: Stop = NEVER) -> Iterator[Tensor]:
+    """Images uint8 [M, 3, H, W] as float in [0, 1] on a device, some at a time. Raises Stopped."""
+    for chunk in unless_stopped(torch.split(images, images_together(images.shape[-1])), stop):
+        yield chunk.to(device).float() / 255
+
+
+def images_together(image_size: int) -> int:
+    """How many images to give to a model at once: so few that a stop need not wait long."""
+    return max(1, min(MAX_CHUNK_IMAGES, MAX_CHUNK_PIXELS // image_size**2))
 
 
 def to_planes(pixels: Pixels) -> Tensor:

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Last = Literal["drop", "keep"]
-_ORDER, _CAPTION = 0, 1  # separate streams of one seed
+_ORDER, _CAPTION, _GROUPS, _STARTS = 0, 1, 2, 3  # separate streams of one seed
+LANES = 16  # groups that are read side by side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,8 @@ class Order:
     last: what happens to the pairs that do not fill a batch. `drop` leaves them out of this epoch
         (others in the next one) and fills the only batch of a smaller set by going round again;
         `keep` makes a shorter batch, for validation by one rank.
+    groups: pairs in each run of adjacent numbers that is quickly read from front to back only, M in
+        all: the shards of a channel that is fetched while it is read. See `permutation`.
     """
 
     num_pairs: int
@@ -37,6 +40,7 @@ class Order:
     last: Last = "drop"
     rank: int = 0
     world_size: int = 1
+    groups: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.num_pairs < 1:
@@ -52,6 +56,8 @@ class Order:
             raise ValueError(f"seed must not be negative, got {self.seed}")
         if self.last == "keep" and self.world_size > 1:
             raise ValueError("last='keep' gives ranks unequal batches; use it with world_size 1")
+        if self.groups is not None and sum(self.groups) != self.num_pairs:
+            raise ValueError(f"groups must have {self.num_pairs} pairs, got {sum(self.groups)}")
 
     @property
     def num_per_epoch(self) -> int:
@@ -65,10 +71,35 @@ class Order:
         return step // self.num_per_epoch
 
     def permutation(self, epoch: int) -> NDArray[np.int64]:
-        """The numbers of all pairs, [M], in the order of an epoch."""
+        """The numbers of all pairs, [M], in the order of an epoch.
+
+        Any order, each as likely as the others; with groups one in which `LANES` of them, drawn
+        anew each epoch, are under way at a time, each of them read once from a random pair of it
+        to its end and then from its beginning. Their own order never changes, so that the pairs
+        of a group should not be sorted.
+        """
         if not self.shuffle:
             return np.arange(self.num_pairs)
-        return np.argsort(self._random(epoch, _ORDER), kind="stable")
+        draws = self._random(epoch, _ORDER)
+        if self.groups is None:
+            return np.argsort(draws, kind="stable")
+        starts = np.concatenate([[0], np.cumsum(self.groups)]).astype(np.int64)
+        turns = self._random(epoch, _STARTS)
+        order = np.argsort(self._random(epoch, _GROUPS)[: len(self.groups)], kind="stable")
+        lanes: list[list[NDArray[np.int64]]] = [[] for _ in range(min(LANES, len(order)))]
+        for place, group in enumerate(order.tolist()):
+            numbers = np.arange(starts[group], starts[group + 1])
+            turned = np.roll(numbers, -int(turns[group] % np.uint64(max(1, len(numbers)))))
+            lanes[place % len(lanes)].append(turned)
+        # Each lane takes places at random, and its pairs take those in turn.
+        places: list[NDArray[np.uint64]] = []
+        taken = 0
+        for lane in lanes:
+            size = sum(map(len, lane))
+            places.append(np.sort(draws[taken : taken + size]))
+            taken += size
+        numbers = np.concatenate([part for lane in lanes for part in lane])
+        return numbers[np.argsort(np.concatenate(places), kind="stable")]
 
     def caption_draws(self, epoch: int) -> NDArray[np.uint64]:
         """A random number for each pair, [M]: modulo its captions, the one of this epoch."""

@@ -35,9 +35,14 @@ class SkipReason(StrEnum):
     GIANT_IMAGE = ImageFault.GIANT.value
     DAMAGED_IMAGE = ImageFault.DAMAGED.value
     NOT_UTF8 = "caption file not UTF-8"
+    NOT_JSON = "caption file not JSON"
+    NO_CAPTION_KEY = "JSON without the caption key"
     EMPTY_CAPTION = "caption file without text"
     GIANT_CAPTION = "caption file over 1 MiB"
     OUTSIDE = "link that leaves the channel"
+    OUTSIDE_NAME = "member whose name leaves its shard"
+    NOT_A_FILE = "member that is a link or a device"
+    DAMAGED_SHARD = "pair lost in a damaged shard"
     UNREADABLE = ImageFault.UNREADABLE.value
     IGNORED = "ignored file"  # hidden, foreign or a folder marker: nobody's mistake, never bad
 
@@ -76,12 +81,16 @@ class Skips:
         """Pairs of the whole channel that are usable, as far as is known."""
         return self.num_pairs - self.num_damaged
 
-    def add(self, reason: SkipReason, name: str, detail: str = "") -> None:
-        """Count one. detail: the full message, when the reason alone does not say enough."""
-        self.counts[reason] += 1
-        if self.counts[reason] > EXAMPLES_PER_REASON:
+    def add(self, reason: SkipReason, name: str, detail: str = "", count: int = 1) -> None:
+        """Count one. detail: the full message, when the reason alone does not say enough.
+
+        count: how many pairs one name stands for.
+        """
+        self.counts[reason] += count
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) == EXAMPLES_PER_REASON:
             return
-        self.examples.setdefault(reason, []).append(printable(name))
+        examples.append(printable(name))
         if reason is SkipReason.IGNORED:
             log.debug("%s: ignored %s", self.channel, printable(name))
         else:
@@ -94,9 +103,9 @@ class Skips:
             self._damaged.add(name)
             self.add(reason, name, detail)
 
-    def check_share(self, num_good: int, max_bad_share: float) -> None:
+    def check_share(self, max_bad_share: float) -> None:
         """Raise `DataError` when more than `max_bad_share` (0 to 1) of the pairs are bad."""
-        total = num_good + self.num_bad
+        total = self.num_good + self.num_bad
         if total and self.num_bad > max_bad_share * total:
             raise DataError(
                 f"{self.channel}: {self.num_bad:,} of {total:,} pairs cannot be used, more than "
@@ -108,7 +117,7 @@ class Skips:
         """`2 truncated or damaged image (a.png, b.png), 1 caption without image (c.txt)`."""
         return ", ".join(
             f"{count:,} {reason} ({', '.join(self.examples[reason])}"
-            f"{', …' if count > EXAMPLES_PER_REASON else ''})"
+            f"{', …' if count > len(self.examples[reason]) else ''})"
             for reason, count in self.counts.most_common()
             if reason is not SkipReason.IGNORED
         )
@@ -129,6 +138,7 @@ class Dataset(Protocol):
     channel: the name that messages use. image_size: side of the square images, in pixels.
     fingerprint: 64 hexadecimal digits, see `fingerprint`. skips: what was left out, so far.
     max_bad_share: how much of it may turn out to be bad before work stops with a `DataError`.
+    groups: see `Order`; None where pairs are as quickly read in any order.
     """
 
     @property
@@ -141,6 +151,8 @@ class Dataset(Protocol):
     def skips(self) -> Skips: ...
     @property
     def max_bad_share(self) -> float: ...
+    @property
+    def groups(self) -> tuple[int, ...] | None: ...
 
     def __len__(self) -> int: ...
 

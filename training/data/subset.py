@@ -43,6 +43,10 @@ class View:
     def max_bad_share(self) -> float:
         return self._source.max_bad_share
 
+    @property
+    def groups(self) -> tuple[int, ...] | None:
+        return None  # it is at hand, or too small to matter
+
     def __len__(self) -> int:
         return len(self._indices)
 

@@ -1,0 +1,52 @@
+"""What each rank does in test_tokenised.py: python tests/tokenise_work.py RANK PORT CHANNEL OUT."""
+
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from training.data import tokenised
+from training.data.folder import open_folder
+from training.ranks import ALONE, Together
+
+SIZE = 8  # of the pictures in tests/pairs.py, which cannot be imported from here
+
+
+def encode(images):
+    """Each picture's number as its tokens: [B, 2, 1]."""
+    numbers = (images[:, 0, 0, :2] * 255).round().long()
+    return numbers[:, :, None]
+
+
+def tokenise(channel, out, ranks=ALONE, encode=encode, **options):
+    """The pictures of a channel, three a step and six a part."""
+    dataset = open_folder(channel, image_size=SIZE, max_bad_share=0.5)
+    fixed = {"dvae_hash": "d", "codebook_size": 256, "device": torch.device("cpu")}
+    fixed |= {"step_pairs": 3, "part_pairs": 6}
+    return tokenised.tokenise(
+        dataset,
+        encode,
+        **{"directory": out, "num_workers": 0, "ranks": ranks} | fixed | options,
+    )
+
+
+def work(rank, port, channel, out):
+    """Tokens, pairs and what was left out, as this rank sees them."""
+    torch.set_num_threads(1)
+    store = TCPStore("127.0.0.1", port, wait_for_workers=False)
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    own = out / str(rank)  # each host has its own disk
+    found = tokenise(channel, own, Together())
+    dist.destroy_process_group()
+    names = [found.name(index) for index in range(len(found))]
+    content = {"tokens": found.tokens, "names": names, "skips": found.skips.as_dict()}
+    torch.save(content, out / f"{rank}.pt")
+
+
+if __name__ == "__main__":
+    work(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]))
