@@ -14,7 +14,7 @@ OUT ?= out/local
 PORT ?= 8080
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint format test demo docs image test-image local-train local-serve lock clean
+.PHONY: help setup lint format test demo docs tree bench-peers image test-image local-train local-serve local-endpoint lock clean
 
 help:  ## list these targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' Makefile | expand -t 13
@@ -33,8 +33,15 @@ test: setup  ## run the tests; no network, no GPU, no Docker
 demo: setup  ## train on small synthetic pictures, serve, and ask for captions never seen: out/demo/report.html
 	.venv/bin/python -m training.demo --out out/demo
 
-docs: setup  ## write the generated tables of README.md again
+docs: setup  ## write the generated parts of README.md and infra/README.md again
 	.venv/bin/python tests/test_readme.py
+	.venv/bin/python tests/test_readme_infra.py
+
+tree:  ## what every file is, by its own first line
+	@grep -rnm1 --include='*.py' '"""' container training inference infra | sed -E 's/^([^:]*):[0-9]+:"""/\1\t/; s/"""$$//' | sort | expand -t 36
+
+bench-peers: setup  ## measure drawing beside DALLE-pytorch 1.6.6, in turns, and print the ratios
+	.venv/bin/python -m inference.bench_peers $(ARGS)
 
 image:  ## build the Docker image; BASE_IMAGE=NAME starts from another base
 	container/build.sh $(IMAGE)
@@ -43,10 +50,13 @@ test-image: setup image  ## test the image itself by docker run; container/with_
 	DALLE_IMAGE=$(IMAGE) DALLE_REQUIRE_DOCKER=1 .venv/bin/python -m pytest -m docker $(ARGS)
 
 local-train:  ## train the image on DATA=DIR as SageMaker does; ARGS="--set size=tiny --memory 4g"
-	$(PYTHON) container/harness.py train --image $(IMAGE) --data $(DATA) --out $(OUT) $(ARGS)
+	$(PYTHON) -m infra.local train --image $(IMAGE) --data $(DATA) --out $(OUT) $(ARGS)
 
 local-serve:  ## serve what local-train packed, on PORT
-	$(PYTHON) container/harness.py serve --image $(IMAGE) --model $(OUT)/model.tar.gz --port $(PORT) $(ARGS)
+	$(PYTHON) -m infra.local serve --image $(IMAGE) --model $(OUT)/model.tar.gz --port $(PORT) $(ARGS)
+
+local-endpoint:  ## the same behind a stand-in for SageMaker's runtime, for boto3's own client; ARGS="--memory 4g --cpus 2"
+	$(PYTHON) -m infra.local endpoint --image $(IMAGE) --model $(OUT)/model.tar.gz --port $(PORT) $(ARGS)
 
 lock: $(UV)  ## compile requirements/*.txt again (newest versions: make lock UPGRADE=--upgrade)
 	$(COMPILE) $(UPGRADE) --universal --all-extras -c requirements/pins.in pyproject.toml -o requirements/versions.txt
