@@ -87,7 +87,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     load.add_argument(
         "--rate", type=float, action="append", help="open loop: arrivals a second; repeatable"
     )
-    load.add_argument("--requests", type=int, default=100, help="of each load; default %(default)s")
+    load.add_argument(
+        "--requests",
+        type=int,
+        default=100,
+        help="of each load; default %(default)s, and in each round at least 2 for each client",
+    )
     load.add_argument("--warm-up", type=int, default=3, help="of each load; default %(default)s")
     load.add_argument("--rounds", type=int, help="default 1, with several --cpus 3")
     load.add_argument(

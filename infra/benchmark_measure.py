@@ -17,6 +17,9 @@ from infra.benchmark_targets import Subject
 from infra.load import Measurement, Record, arrivals, closed_loop, open_loop
 from infra.load_workload import Workload
 
+# Of each client at least. With fewer, a loop would end while most clients wait for their first
+# answer, and only the quickest would have been counted.
+ROUND_TRIPS = 2
 WARM_UP_FIRST = 1_000_000  # numbers of requests that no measurement reaches
 
 
@@ -108,7 +111,7 @@ def _one_round(plan: Plan, subject: Subject, load: Load, number: int, share: int
             subject.target,
             plan.workload,
             clients=load.clients,
-            requests=share,
+            requests=max(share, ROUND_TRIPS * load.clients),
             first=first,
             max_seconds=plan.max_seconds / plan.rounds,
         )

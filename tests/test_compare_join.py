@@ -1,4 +1,4 @@
-"""Runs joined with prices: which may stand for what, what each way to serve costs, which is best."""
+"""Runs joined with prices: what each may stand for, what each way costs, and which is best."""
 
 import pytest
 
