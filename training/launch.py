@@ -13,6 +13,7 @@ import signal
 import socket
 import threading
 from collections.abc import Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 
@@ -63,6 +64,8 @@ def run_on_devices(
     ]
     # A signal to a process that is still starting would kill it: they begin with all blocked, and
     # take what has come meanwhile when they are ready for it.
+    # The library's own helper process must be there before: starting it unblocks them again.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         for each in processes:

@@ -22,10 +22,12 @@ from dalle.errors import HostError
 from training import hosts
 from training.hosts import LOOPBACK, Patience, Place
 from training.ranks import Together
-from training.stopping import Stop
+from training.stopping import Stop, Stopped
 from training.watch import Sign, Watch
 
 logger = logging.getLogger(__name__)
+
+_COMPLETE, _CANCELLED = "complete", "cancelled"
 
 
 class Meeting:
@@ -82,6 +84,8 @@ class Meeting:
             # A second connection: the first one is taken while this rank waits for something.
             signs = TCPStore(first, store.port, wait_for_workers=False, timeout=limit)
         except dist.DistError as error:
+            if stop.is_set():  # as the first host was, which went with its store
+                raise Stopped from None
             raise HostError(f"host {place.hosts[0]} left while the hosts met") from error
         keys = [_sign_key(rank) for rank in range(place.size)]
 
@@ -138,8 +142,27 @@ class Meeting:
 def _register(store: TCPStore, place: Place, seconds: float, stop: Stop) -> None:
     """Leave this rank's mark and wait for those of all others.
 
-    Raises HostError naming the hosts that are missing or unlike.
+    A rank that is stopped meanwhile leaves with Stopped, and so do then all others: whoever has
+    found everybody there may not find that somebody has left again. Raises HostError naming the
+    hosts that are missing or unlike.
     """
+    try:
+        _await_everybody(store, place, seconds, stop)
+    except Stopped:
+        if _outcome(store, _CANCELLED) == _CANCELLED:
+            raise
+        return  # somebody saw all of them there, this rank too: it stops as one of them
+    if _outcome(store, _COMPLETE) == _CANCELLED:
+        raise Stopped
+
+
+def _outcome(store: TCPStore, proposed: str) -> str:
+    """How the meeting ended: as the first rank said that proposed anything."""
+    decided: bytes = store.compare_set("outcome", "", proposed)
+    return decided.decode()
+
+
+def _await_everybody(store: TCPStore, place: Place, seconds: float, stop: Stop) -> None:
     host = place.hosts.index(place.host)
     if place.device == 0:
         store.set(f"host/{host}", str(place.num_devices))
@@ -148,9 +171,14 @@ def _register(store: TCPStore, place: Place, seconds: float, stop: Stop) -> None
     def missing(keys: list[str]) -> list[int]:
         return [index for index, key in enumerate(keys) if not store.check([key])]
 
+    def is_cancelled() -> bool:
+        return store.check(["outcome"]) and store.get("outcome").decode() == _CANCELLED
+
     host_keys = [f"host/{index}" for index in range(len(place.hosts))]
 
     def are_hosts_there() -> bool | None:
+        if is_cancelled():
+            raise Stopped
         return None if missing(host_keys) else True
 
     try:
@@ -167,6 +195,8 @@ def _register(store: TCPStore, place: Place, seconds: float, stop: Stop) -> None
     sign_keys = [_sign_key(rank) for rank in range(place.size)]
 
     def are_ranks_there() -> bool | None:
+        if is_cancelled():
+            raise Stopped
         return None if missing(sign_keys) else True
 
     hosts.wait_for(
