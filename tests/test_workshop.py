@@ -11,7 +11,6 @@ import torch
 
 from dalle import artefact as artefacts
 from dalle.contract import prepare_outputs, read_job
-from dalle.errors import HyperparameterError
 from dalle.images import encode_image
 from dalle.manifest import Manifest, StageRecord
 from dalle.names import COMPONENTS
@@ -164,15 +163,6 @@ def test_after_a_stop_nothing_is_built_and_the_report_is_left_out(
     workshop.finish()
     assert artefacts.load(opt_ml.root / "model").components() == ["dvae", "clip", "tokenizer"]
     assert not (opt_ml.root / "output/data/report.html").exists()
-
-
-def test_a_clip_that_is_to_see_candidates_needs_a_dvae(opt_ml, open_workshop, tiny_models):
-    fill(opt_ml.add_channel("train"), 4)
-    with pytest.raises(HyperparameterError, match="spliced_negatives need a dvae"):
-        open_workshop(spliced_negatives="true").check(["clip"])
-    open_workshop(spliced_negatives="true").check(["dvae", "transformer", "clip"])
-    put_artefact(opt_ml, replace(tiny_models, clip=None), dvae=2)
-    open_workshop(spliced_negatives="true").check(["clip"])
 
 
 @pytest.fixture

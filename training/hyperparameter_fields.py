@@ -247,13 +247,6 @@ class ClipHyperparameters(StageHyperparameters):
         description="Weight of the transformer's log-likelihood beside CLIP's logit in ranking; "
         "1 for drawings that their caption determines, 0 for photographs.",
     )
-    reconstruction_share: float | None = Field(
-        default=None, ge=0, le=1, description="Share of images shown as the dVAE's reconstructions."
-    )
-    spliced_negatives: bool | None = Field(
-        default=None,
-        description="Show captions pictures, too, that begin as their own and go on as another's.",
-    )
 
 
 class JobHyperparameters(_Fields):

@@ -22,7 +22,6 @@ from dalle.transformer import Dalle
 from training.data.batches import Batch, Batches
 from training.data.memory import InMemory, float_chunks
 from training.data.tokenised import Tokenised
-from training.splicing import splice
 from training.stopping import NEVER, Stop, unless_stopped
 
 
@@ -142,58 +141,25 @@ class TransformerStage:
 class ClipStage:
     """Learns which caption belongs to which image.
 
-    dvae: needed by the settings that show it what candidates look like; frozen.
+    In a small data set, pairs whose images are equal count as one another's.
     """
 
     name: StageName = "clip"
 
-    def __init__(self, model: Clip, data: StageData, dvae: DiscreteVAE | None = None) -> None:
+    def __init__(self, model: Clip, data: StageData) -> None:
         self.model: Clip = model
         self.data = data
         self.batches = data.train
         self._pictures: Tensor | None = None
         if isinstance(data.train.dataset, InMemory):
             self._pictures = _number_pictures(data.train.dataset).to(data.device)
-        self.dvae = dvae if model.config.sees_candidates else None
-        self._table: Tensor | None = None
-        if self.dvae is not None and isinstance(data.train.dataset, InMemory):
-            self._table = _encode_all(self.dvae, data.train.dataset, data)
 
     def loss(self, batch: Batch, progress: float) -> tuple[Tensor, Mapping[str, Tensor]]:
         batch = self.data.batch(batch)
         assert batch.text_tokens is not None
-        images, negatives, is_negative = batch.images, None, None
-        if self.dvae is not None:
-            with torch.autocast(self.data.device.type, enabled=False):
-                images, negatives, is_negative = self._as_candidates(self.dvae, batch)
-        loss = self.model.loss(
-            images,
-            batch.text_tokens,
-            self.data.ranks,
-            pictures=None if self._pictures is None else self._pictures[batch.indices],
-            negatives=negatives,
-            is_negative=is_negative,
-        )
+        pictures = None if self._pictures is None else self._pictures[batch.indices]
+        loss = self.model.loss(batch.images, batch.text_tokens, self.data.ranks, pictures=pictures)
         return loss.total, {"accuracy": loss.accuracy.detach()}
-
-    def _as_candidates(
-        self, dvae: DiscreteVAE, batch: Batch
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The batch's images, some as the dVAE has them, and their spliced negatives if wanted."""
-        config, images = self.model.config, batch.images
-        if self._table is not None:
-            image_tokens = self._table[batch.indices].long()
-        else:
-            image_tokens = dvae.encode(images)
-        if config.reconstruction_share:
-            chosen = torch.rand(len(images), device=images.device) < config.reconstruction_share
-            if chosen.any():
-                images = images.clone()
-                images[chosen] = dvae.decode(image_tokens[chosen])
-        if not config.spliced_negatives or len(images) < 2:
-            return images, None, None
-        spliced, is_negative = splice(image_tokens)
-        return images, dvae.decode(spliced), is_negative
 
     def validate(self) -> Mapping[str, float]:
         means = _Means()
@@ -204,8 +170,7 @@ class ClipStage:
         return means.values()
 
     def identity(self) -> Mapping[str, Any]:
-        frozen = {} if self.dvae is None else {"dvae_weights": weights_hash(self.dvae)}
-        return self.data.identity() | {"clip_config": asdict(self.model.config)} | frozen
+        return self.data.identity() | {"clip_config": asdict(self.model.config)}
 
 
 class _Means:

@@ -104,16 +104,9 @@ class Workshop:
             except HyperparameterError as error:
                 problems.append(f"{name}: {error}")
             try:
-                config = self._config(name)
+                self._config(name)
             except HyperparameterError as error:
                 problems.append(str(error))
-                continue
-            has_dvae = "dvae" in names or self._artefact.dvae is not None
-            if isinstance(config, ClipConfig) and config.sees_candidates and not has_dvae:
-                problems.append(
-                    "clip: reconstruction_share and spliced_negatives need a dvae; train it first, "
-                    "or bring one in the channel artefact"
-                )
         if "clip" in names and "clip" in self._job.channels:
             problems.append(
                 "stage=clip trains a CLIP and the channel clip brings one; leave one of them out"
@@ -150,8 +143,7 @@ class Workshop:
                 return TransformerStage(model, trained, data)
             case ClipConfig() as config:
                 clip = Clip(config).to(self._device)
-                data = self._data(settings, self._tokenizer())
-                return ClipStage(clip, data, self._artefact.dvae)
+                return ClipStage(clip, self._data(settings, self._tokenizer()))
 
     def keep(self, stage: Stage, result: FitResult) -> None:
         """Take a trained model over, frozen, and record how it came about."""

@@ -40,8 +40,7 @@ _MAX_LOGIT_SCALE = math.log(100)
 
 @dataclass(frozen=True, kw_only=True)
 class ClipConfig:
-    """Everything that rebuilds a `Clip`; names in OpenAI's order and sense. The last group acts in
-    training only."""
+    """Everything that rebuilds a `Clip`; names in OpenAI's order and sense."""
 
     embed_size: int
     """E: width of the common space."""
@@ -69,17 +68,6 @@ class ClipConfig:
     """What a nat of the transformer's log-likelihood counts beside CLIP's logit when candidates are
     ranked. 1 for drawings that their caption determines, where an unlikely picture is a wrong one;
     0 for photographs, where it may be the more interesting one."""
-
-    reconstruction_share: float = 0.0
-    """Share of images shown as the dVAE's reconstructions, which is what candidates look like."""
-    spliced_negatives: bool = False
-    """Hold each caption against a picture, too, that begins as its own and goes on as another's or
-    the other way round, as a candidate does that went wrong. Doubles the work on images."""
-
-    @property
-    def sees_candidates(self) -> bool:
-        """Whether its training needs a dVAE."""
-        return self.reconstruction_share > 0 or self.spliced_negatives
 
     def __post_init__(self) -> None:
         # The model class cuts a remainder of the image off without a word, and takes a head for
@@ -156,8 +144,6 @@ class Clip(nn.Module):
         ranks: Ranks = ONE_RANK,
         *,
         pictures: Tensor | None = None,
-        negatives: Tensor | None = None,
-        is_negative: Tensor | None = None,
     ) -> ClipLoss:
         """Symmetric cross-entropy over the batch's pairs (Radford et al. 2021, figure 3).
 
@@ -165,14 +151,8 @@ class Clip(nn.Module):
         that are equal within the batch count as one another's positives, and so do pairs whose
         images have the same number in pictures [B]. The batch is that of all ranks: each scores
         its own images and captions against everybody's.
-        negatives: [B, 3, H, W], images without a caption, which this rank's captions are held
-        against as well; one with is_negative[b] False [B] not against caption b.
         """
-        if negatives is None:
-            image_features = self.encode_image(images)
-        else:
-            both = self.encode_image(torch.cat([images, negatives]))
-            image_features, negative_features = both.chunk(2)
+        image_features = self.encode_image(images)
         text_features = self.encode_text(text_tokens)
         scale = self.model.logit_scale.clamp(max=_MAX_LOGIT_SCALE).exp()
         by_image = scale * image_features @ ranks.gather(text_features).T
@@ -182,15 +162,7 @@ class Clip(nn.Module):
             same |= pictures[:, None] == ranks.gather(pictures)
         same = same.float()
         targets = same / same.sum(dim=1, keepdim=True)
-        caption_targets = targets
-        if negatives is not None and is_negative is not None:
-            more = scale * text_features @ negative_features.T
-            more = more.masked_fill(torch.diag(~is_negative), -torch.inf)
-            by_caption = torch.cat([by_caption, more], dim=1)
-            # Not cross-entropy with probabilities: 0 times the infinite log would be no number.
-            caption_targets = F.pad(targets, (0, more.shape[1]))
-        by_caption_loss = -_weighted(by_caption.log_softmax(dim=1), caption_targets).mean()
-        total = (F.cross_entropy(by_image, targets) + by_caption_loss) / 2
+        total = (F.cross_entropy(by_image, targets) + F.cross_entropy(by_caption, targets)) / 2
         best = by_image.argmax(dim=1)
         return ClipLoss(total, same.gather(1, best[:, None]).mean())
 
@@ -239,11 +211,6 @@ class Clip(nn.Module):
         tokens = _openai_tokens(captions, self.config.text_length).to(device)
         features: Tensor = self.model.encode_text(tokens)
         return F.normalize(features, dim=-1)
-
-
-def _weighted(log_p: Tensor, targets: Tensor) -> Tensor:
-    """Sum over columns of targets · log p [B, C], where nothing is 0 · -inf: [B]."""
-    return (targets * log_p.masked_fill(targets == 0, 0.0)).sum(dim=1)
 
 
 @cache
