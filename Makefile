@@ -33,7 +33,7 @@ test: setup  ## run the tests; no network, no GPU, no Docker
 demo: setup  ## train on small synthetic pictures, serve, and ask for captions never seen: out/demo/report.html
 	.venv/bin/python -m training.demo --out out/demo
 
-docs: setup  ## write the generated parts of README.md and infra/README.md again
+docs: setup  ## write the generated parts of the README.md files again
 	.venv/bin/python tests/test_readme.py
 	.venv/bin/python tests/test_readme_infra.py
 

@@ -1,8 +1,8 @@
 """What may be asked of POST /invocations: the requests, field by field. `parsing` reads them.
 
 Knows nothing of torch, Flask or the platform, so that a laptop can build requests from it. The
-OpenAPI document and the tables of README.md are generated from these models: a description here is
-documentation there.
+OpenAPI document and the tables of inference/README.md are generated from these models: a
+description here is documentation there.
 """
 
 from __future__ import annotations

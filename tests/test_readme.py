@@ -1,7 +1,7 @@
-"""README.md and CHANGELOG.md tell the truth: their commands, links, tables and version.
+"""README.md, the pages below it and CHANGELOG.md tell the truth: commands, links, tables, version.
 
-The tables between `<!-- NAME:begin -->` and `<!-- NAME:end -->` in README.md are generated; as a
-program, this file writes them again (`make docs`):
+The tables between `<!-- NAME:begin -->` and `<!-- NAME:end -->` are generated; as a program, this
+file writes them again (`make docs`):
 
     python tests/test_readme.py
 """
@@ -17,7 +17,19 @@ from inference import schema
 from training import hyperparameters
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-README = REPOSITORY / "README.md"
+# infra/README.md has a test of its own besides: its commands are run.
+PAGES = [
+    "README.md",
+    "training/README.md",
+    "inference/README.md",
+    "container/README.md",
+    "infra/README.md",
+]
+# Which page has which generated tables.
+TABLES = {
+    "training/README.md": ["hyperparameters"],
+    "inference/README.md": ["caption", "images", "complete"],
+}
 
 
 def request_table(request: type[BaseModel]) -> str:
@@ -44,15 +56,21 @@ def with_tables(text: str, tables: dict[str, str]) -> str:
     for name, table in tables.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         if text.count(begin) != 1 or text.count(end) != 1:
-            raise ValueError(f"README.md needs exactly one {begin} and one {end}")
+            raise ValueError(f"the page needs exactly one {begin} and one {end}")
         head, _, rest = text.partition(begin)
         tail = rest.partition(end)[2]
         text = f"{head}{begin}\n{table}\n{end}{tail}"
     return text
 
 
-def readme() -> str:
-    return README.read_text("utf-8")
+def page(name: str) -> str:
+    return (REPOSITORY / name).read_text("utf-8")
+
+
+def written_again(name: str) -> str:
+    """A page with all its generated tables as the code would write them now."""
+    tables = generated_tables()
+    return with_tables(page(name), {table: tables[table] for table in TABLES[name]})
 
 
 def code_blocks(text: str) -> list[str]:
@@ -64,11 +82,18 @@ def makefile_targets() -> set[str]:
     return set(re.findall(r"^([a-z][\w-]*):[^=]", text, re.MULTILINE))
 
 
-def test_every_make_command_is_a_target():
-    code = "\n".join([*code_blocks(readme()), *re.findall(r"`([^`\n]+)`", readme())])
-    commands = set(re.findall(r"(?:^|[`&;] ?)make ([a-z][\w-]*)", code, re.MULTILINE))
-    assert {"setup", "test", "demo"} <= commands
-    assert commands - makefile_targets() == set()
+def make_commands(text: str) -> set[str]:
+    code = "\n".join([*code_blocks(text), *re.findall(r"`([^`\n]+)`", text)])
+    return set(re.findall(r"(?:^|[`&;] ?)make ([a-z][\w-]*)", code, re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_make_command_is_a_target(name):
+    assert make_commands(page(name)) - makefile_targets() == set()
+
+
+def test_the_readme_begins_with_the_commands_that_everybody_needs():
+    assert {"setup", "test", "demo"} <= make_commands(page("README.md"))
 
 
 def test_every_target_says_what_it_does():
@@ -85,16 +110,20 @@ def slug(heading: str) -> str:
     return re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-")
 
 
-@pytest.mark.parametrize("document", ["README.md", "CHANGELOG.md"])
-def test_every_link_leads_somewhere(document):
-    text = (REPOSITORY / document).read_text("utf-8")
-    anchors = {slug(heading) for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+def anchors(text: str) -> set[str]:
+    return {slug(heading) for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("name", [*PAGES, "CHANGELOG.md"])
+def test_every_link_leads_somewhere(name):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page(name)):
         if target.startswith("https://"):
             continue
         path, _, anchor = target.partition("#")
-        assert not path or (REPOSITORY / path).exists(), f"{document} links to {target}"
-        assert path or anchor in anchors, f"{document} links to {target}"
+        file = (REPOSITORY / name).parent / path if path else REPOSITORY / name
+        assert file.exists(), f"{name} links to {target}"
+        if anchor:
+            assert anchor in anchors(file.read_text("utf-8")), f"{name} links to {target}"
 
 
 def test_the_changelog_begins_with_the_version_of_the_package():
@@ -105,10 +134,13 @@ def test_the_changelog_begins_with_the_version_of_the_package():
     assert versions[0] == project["version"]
 
 
-@pytest.mark.parametrize("name", ["hyperparameters", "caption", "images", "complete"])
+@pytest.mark.parametrize("name", TABLES)
 def test_the_tables_are_the_ones_the_code_would_write(name):
-    tables = {name: generated_tables()[name]}
-    assert with_tables(readme(), tables) == readme(), "README.md is out of date: run `make docs`"
+    assert written_again(name) == page(name), f"{name} is out of date: run `make docs`"
+
+
+def test_every_generated_table_has_its_page():
+    assert sorted(sum(TABLES.values(), [])) == sorted(generated_tables())
 
 
 def test_a_table_is_replaced_and_nothing_else():
@@ -119,4 +151,5 @@ def test_a_table_is_replaced_and_nothing_else():
 
 
 if __name__ == "__main__":
-    README.write_text(with_tables(readme(), generated_tables()), "utf-8")
+    for name in TABLES:
+        (REPOSITORY / name).write_text(written_again(name), "utf-8")
