@@ -91,13 +91,14 @@ class Findings:
         if self.long_captions.count:
             found.append(
                 f"{self.long_captions.count:,} captions are longer than text_length "
-                f"{self.long_captions.text_length} text tokens: a job would fail"
+                f"{self.long_captions.text_length} text tokens: a job would fail; shorten them, or "
+                "raise text_length"
             )
         held_out = self.channels[-1].num_pairs
         if self.leaks.count > self.max_bad_share * held_out:
             found.append(
                 f"{self.leaks.count:,} of {held_out:,} pictures of validation are trained on too: "
-                "what it says would be too good"
+                "its losses would be too good to be true; take them out of one of the two"
             )
         return found
 
@@ -135,15 +136,25 @@ class Findings:
             + "</tr>"
             for name, values in self._rows()
         )
-        body = [f"<p><strong>{escape(each)}</strong></p>" for each in self.problems]
-        body += [] if body else ["<p>Fit for training.</p>"]
-        body += [
-            f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead>'
-            f"<tbody>{rows}</tbody></table></div>"
+        problems = "".join(f"<li>{escape(each)}</li>" for each in self.problems)
+        verdict = f"<ul>{problems}</ul>" if problems else ""
+        places = "".join(
+            f"<li>{escape(each.channel)}: <code>{escape(each.directory)}</code></li>"
+            for each in self.channels
+        )
+        examples = "".join(
+            f'<tr><th scope="row">{escape(heading)}</th><td>'
+            + "<br>".join(f'<code class="long">{escape(name)}</code>' for name in names)
+            + "</td></tr>"
+            for heading, names in self._examples()
+        )
+        body = [
+            f"<h2>{'Not fit' if problems else 'Fit'} for training</h2>{verdict}<ul>{places}</ul>",
+            f'<h2>Counts</h2><div class="scroll"><table><thead><tr><th></th>{head}</tr></thead>'
+            f"<tbody>{rows}</tbody></table></div>",
         ]
-        for heading, names in self._examples():
-            items = "".join(f"<li><code>{escape(name)}</code></li>" for name in names)
-            body.append(f"<h2>{escape(heading)}</h2><ul>{items}</ul>")
+        if examples:
+            body.append(f"<h2>Which</h2><table><tbody>{examples}</tbody></table>")
         return Template((templates / "report.html").read_text("utf-8")).substitute(
             title="Channel check",
             style=(templates / "report.css").read_text("utf-8"),
@@ -156,7 +167,7 @@ class Findings:
         yield "layout", [each.layout or "unreadable" for each in self.channels]
         yield "pairs", [f"{each.num_pairs:,}" for each in self.channels]
         yield "captions", [f"{each.num_captions:,}" for each in self.channels]
-        yield "megabytes of images", [f"{each.num_bytes / 1e6:,.1f}" for each in self.channels]
+        yield "size of the images", [_size(each.num_bytes) for each in self.channels]
         reasons = list(dict.fromkeys(reason for each in self.channels for reason in each.skipped))
         for reason in reasons:
             yield reason, [f"{each.skipped.get(reason, 0):,}" for each in self.channels]
@@ -184,6 +195,17 @@ class Findings:
             yield "validation, picture trained on too", _some(self.leaks.names, self.leaks.count)
         if self.long_captions.count:
             yield "captions too long", _some(self.long_captions.names, self.long_captions.count)
+
+
+def _size(num_bytes: int) -> str:
+    """
+    >>> _size(38_400)
+    '38.4 kB'
+    """
+    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:,.1f} {unit}"
+    return f"{num_bytes} bytes"
 
 
 def _some(names: Sequence[str], count: int) -> list[str]:
