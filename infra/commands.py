@@ -41,6 +41,9 @@ COMMANDS: dict[str, Command] = {
             "train --data rainbow --set size=small --spot",
             "train --data rainbow --stages dvae,transformer,clip --instance-type ml.g5.2xlarge",
             "train --data s3://our-pictures/shards/ --input-mode FastFile --no-wait",
+            "train --data shards --distribution ShardedByS3Key --instance-count 4",
+            "train --data s3://our-pictures/all.manifest --attributes source-ref,caption "
+            "--input-mode Pipe",
         ),
     ),
     "tune": Command(

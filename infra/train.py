@@ -17,6 +17,8 @@ from infra import local_runs, progress, project
 from infra.calls import Call
 from infra.project import IMAGE_TAG, Outputs, Project
 from infra.training_job import (
+    Distribution,
+    InputMode,
     Run,
     Stage,
     check_run,
@@ -87,9 +89,27 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--input-mode",
-        choices=("File", "FastFile"),
+        choices=get_args(InputMode),
         default="File",
-        help="File copies the data first; FastFile streams it, for tar shards of 50 MB and more",
+        help="File copies the data first; FastFile streams it, for tar shards of 50 MB and more; "
+        "Pipe brings it once through a pipe, as an augmented manifest must come",
+    )
+    parser.add_argument(
+        "--distribution",
+        choices=get_args(Distribution),
+        default="FullyReplicated",
+        help="of the training data: all of it to every host, or other shards to each",
+    )
+    parser.add_argument(
+        "--attributes",
+        type=attributes,
+        default=(),
+        metavar="NAME,…",
+        help="the data are an augmented manifest (--data s3://….manifest): the image's attribute "
+        "in it, and then the captions'",
+    )
+    parser.add_argument(
+        "--validation", metavar="URI", help="held-out pairs: s3://…/, with --attributes a manifest"
     )
     parser.add_argument(
         "--env", action="append", type=project.pair, default=[], metavar="NAME=VALUE"
@@ -98,6 +118,17 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep-alive-minutes", type=float, default=0.0, help="warm pool for the next job"
     )
     parser.add_argument("--isolate", action="store_true", help="give the container no network")
+
+
+def attributes(text: str) -> tuple[str, ...]:
+    """Names of an augmented manifest's attributes. For argparse."""
+    names = tuple(text.split(","))
+    if all(names) and len(set(names)) == len(names) and len(names) >= 2:
+        return names
+    raise argparse.ArgumentTypeError(
+        f"expected the image's attribute and then the captions', such as source-ref,caption, got "
+        f"{text!r}"
+    )
 
 
 def stages(text: str) -> tuple[Stage, ...]:
@@ -140,7 +171,16 @@ def read_run(options: argparse.Namespace, opened: Project) -> Run:
         raise PlanError("the stage is given by --stages, not by --set stage=…")
     outputs = opened.outputs()
     image = opened.image(outputs.repository, options.tag)
-    channels = data_channels(opened, outputs, options.data)
+    if options.attributes:
+        if not options.data.startswith("s3://") or options.data.endswith("/"):
+            raise PlanError(
+                f"with --attributes, --data is an augmented manifest in S3, got {options.data}"
+            )
+        channels = {"train": options.data}
+    else:
+        channels = data_channels(opened, outputs, options.data)
+    if options.validation:
+        channels["validation"] = options.validation
     if options.clip:
         channels["clip"] = options.clip
     wait = options.max_wait_hours
@@ -159,6 +199,8 @@ def read_run(options: argparse.Namespace, opened: Project) -> Run:
         spot=options.spot,
         keep_alive_seconds=round(options.keep_alive_minutes * 60),
         input_mode=options.input_mode,
+        distribution=options.distribution,
+        attributes=options.attributes,
         isolate=options.isolate,
         environment=dict(options.env),
         note=options.run,

@@ -16,7 +16,9 @@ from dalle.names import StageName
 from infra import limits
 from infra.calls import Call, digest
 
-InputMode = Literal["File", "FastFile"]
+InputMode = Literal["File", "FastFile", "Pipe"]
+Distribution = Literal["FullyReplicated", "ShardedByS3Key"]
+DATA = ("train", "validation")
 Stage = Literal[StageName, "all"]
 MODEL_FILE = "model.tar.gz"
 MAX_NOTE = 15
@@ -30,6 +32,8 @@ class Run:
 
     channels: name -> s3 address of a folder (or, for `artefact` and `clip`, of a file).
     spot: spare capacity, cheaper and interruptible. keep_alive_seconds: of a warm pool.
+    distribution: of the channel train over the hosts. attributes: of an augmented manifest, where
+    the data are one.
     note: a word for people in the names.
     """
 
@@ -47,6 +51,8 @@ class Run:
     spot: bool = False
     keep_alive_seconds: int = 0
     input_mode: InputMode = "File"
+    distribution: Distribution = "FullyReplicated"
+    attributes: tuple[str, ...] = ()
     isolate: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
@@ -64,6 +70,8 @@ class Run:
                 self.instance_type,
                 self.instance_count,
                 self.note,
+                *([self.distribution] if self.distribution != "FullyReplicated" else []),
+                *self.attributes,
             ]
         )
 
@@ -100,6 +108,15 @@ def check_run(run: Run) -> None:
         wrong.append("a warm pool (--keep-alive-minutes) cannot be of spot instances (--spot)")
     if run.instance_count < 1:
         wrong.append(f"a job trains on 1 instance or more, got {run.instance_count}")
+    if run.attributes and run.input_mode != "Pipe":
+        wrong.append(
+            f"an augmented manifest (--attributes) comes by --input-mode Pipe alone, got "
+            f"{run.input_mode}"
+        )
+    if len(run.attributes) > limits.ATTRIBUTES:
+        wrong.append(
+            f"--attributes are at most {limits.ATTRIBUTES} names, got {len(run.attributes)}"
+        )
     wrong += _check_hyperparameters(run.hyperparameters)
     limits.raise_all(f"training run {run.name}", wrong)
 
@@ -170,9 +187,7 @@ def definition(run: Run, channels: Mapping[str, str]) -> dict[str, Any]:
             "MetricDefinitions": [dict(metric) for metric in METRIC_DEFINITIONS],
         },
         "RoleArn": run.role_arn,
-        "InputDataConfig": [
-            channel(name, uri, run.input_mode) for name, uri in sorted(channels.items())
-        ],
+        "InputDataConfig": [channel(run, name, uri) for name, uri in sorted(channels.items())],
         "OutputDataConfig": {"S3OutputPath": f"s3://{run.bucket}/models/"},
         "StoppingCondition": stopping,
     }
@@ -195,16 +210,23 @@ def resources(run: Run) -> dict[str, Any]:
     return found
 
 
-def channel(name: str, uri: str, input_mode: InputMode) -> dict[str, Any]:
-    """One input. Models are files that are unpacked, and so always copied; data may be streamed."""
-    return {
-        "ChannelName": name,
-        "DataSource": {
-            "S3DataSource": {
-                "S3DataType": "S3Prefix",
-                "S3Uri": uri,
-                "S3DataDistributionType": "FullyReplicated",
-            }
-        },
-        "InputMode": input_mode if name in ("train", "validation") else "File",
+def channel(run: Run, name: str, uri: str) -> dict[str, Any]:
+    """One input. Models are files that are unpacked, and so always copied; data may be streamed.
+
+    Held-out data go to every host: they are few, and none looks at more than a sample.
+    """
+    source: dict[str, Any] = {
+        "S3DataType": "S3Prefix",
+        "S3Uri": uri,
+        "S3DataDistributionType": run.distribution if name == "train" else "FullyReplicated",
     }
+    found: dict[str, Any] = {
+        "ChannelName": name,
+        "DataSource": {"S3DataSource": source},
+        "InputMode": run.input_mode if name in DATA else "File",
+    }
+    if run.attributes and name in DATA:
+        source["S3DataType"] = "AugmentedManifestFile"
+        source["AttributeNames"] = list(run.attributes)
+        found["RecordWrapperType"] = "RecordIO"  # or nothing would tell where one value ends
+    return found

@@ -58,6 +58,29 @@ def test_everything_that_is_wrong_is_said_at_once(opt_ml):
     ]
 
 
+def test_pairs_may_come_through_a_pipe_that_is_not_there_yet_and_in_parts(opt_ml):
+    opt_ml.add_channel("train", TrainingInputMode="Pipe", S3DistributionType="ShardedByS3Key")
+    # Which objects a host was given is for all hosts to hear of together: see `data.parts`.
+    opt_ml.add_channel("validation", S3DistributionType="ShardedByS3Key")
+    job = read_job(opt_ml.root, {})
+    channels.check(job)
+    assert job.channels["train"].pipe(0) == opt_ml.root / "input/data/train_0"
+
+
+@pytest.mark.parametrize(
+    ("name", "distribution", "says"),
+    [
+        ("train", "Sharded", "Sharded; it must be FullyReplicated or ShardedByS3Key"),
+        ("artefact", "ShardedByS3Key", "ShardedByS3Key; it must be FullyReplicated"),
+    ],
+)
+def test_a_distribution_that_cannot_be_is_named(opt_ml, name, distribution, says):
+    add_filled(opt_ml, "train")
+    opt_ml.add_channel(name, S3DistributionType=distribution)
+    with pytest.raises(ChannelError, match=f"{name} has the S3DataDistributionType {says}"):
+        channels.check(read_job(opt_ml.root, {}))
+
+
 @pytest.mark.parametrize(
     ("channel", "locked", "shown"),
     [

@@ -73,6 +73,70 @@ def test_shards_are_streamed_and_models_are_not(ready, infra):
     assert modes == {"artefact": "File", "train": "FastFile", "validation": "FastFile"}
 
 
+def test_hosts_are_given_other_shards_of_the_training_data_alone(ready, infra):
+    usual = infra(*TRAIN, "--json").json["jobs"]
+    infra(*TRAIN, "--distribution", "ShardedByS3Key", "--instance-count", 2)
+    jobs = requests(ready)
+    found = {
+        c["ChannelName"]: c["DataSource"]["S3DataSource"]["S3DataDistributionType"]
+        for c in jobs[-1]["InputDataConfig"]
+    }
+    assert found == {"train": "ShardedByS3Key", "validation": "FullyReplicated"}
+    assert jobs[-1]["TrainingJobName"] not in usual
+
+
+def test_an_augmented_manifest_is_piped_in_records(ready, infra):
+    manifest, held_out = f"s3://{BUCKET}/all.manifest", f"s3://{BUCKET}/held-out.manifest"
+    options = ["--input-mode", "Pipe", "--attributes", "source-ref,caption"]
+    told = infra("train", "--data", manifest, *options, "--validation", held_out)
+    assert told.code == 0, told.err
+    (job,) = requests(ready)
+    channels = {channel["ChannelName"]: channel for channel in job["InputDataConfig"]}
+    assert {name: c["InputMode"] for name, c in channels.items()} == {
+        "train": "Pipe",
+        "validation": "Pipe",
+    }
+    assert channels["train"]["RecordWrapperType"] == "RecordIO"
+    assert channels["train"]["DataSource"]["S3DataSource"] == {
+        "S3DataType": "AugmentedManifestFile",
+        "S3Uri": manifest,
+        "S3DataDistributionType": "FullyReplicated",
+        "AttributeNames": ["source-ref", "caption"],
+    }
+    assert channels["validation"]["DataSource"]["S3DataSource"]["S3Uri"] == held_out
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (
+            ["--data", "s3://b/m.manifest", "--attributes", "a,b"],
+            "comes by --input-mode Pipe alone, got File",
+        ),
+        (
+            ["--data", "pictures", "--attributes", "a,b", "--input-mode", "Pipe"],
+            "--data is an augmented manifest in S3, got pictures",
+        ),
+        (
+            [
+                "--data",
+                "s3://b/m",
+                "--input-mode",
+                "Pipe",
+                "--attributes",
+                ",".join("abcdefghijklmnopq"),
+            ],
+            "at most 16 names, got 17",
+        ),
+    ],
+)
+def test_a_manifest_that_the_platform_would_refuse_is_refused_first(ready, infra, options, says):
+    told = infra("train", *options)
+    assert told.code != 0
+    assert says in told.err
+    assert requests(ready) == []
+
+
 def test_a_warm_pool_volume_and_isolation(ready, infra):
     infra(*TRAIN, "--keep-alive-minutes", 10, "--volume-gb", 80, "--isolate", "--env", "A=b")
     (job,) = requests(ready)

@@ -9,6 +9,7 @@ import pytest
 
 from infra.local.docker import why_no_docker
 from infra.local.opt_ml import pack_model
+from infra.local.pipes import Pipe, record, stream_of
 from infra.local.serving import unpack_model, unpacked
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -85,3 +86,20 @@ def test_a_wrong_command_line_is_refused(words, says):
     )
     assert done.returncode == 2
     assert says in done.stderr
+
+
+def test_a_folder_is_streamed_as_it_is_or_by_its_manifest(tmp_path):
+    (tmp_path / "b").write_bytes(b"second")
+    (tmp_path / "a").write_bytes(b"first, ")
+    content, wrapper = stream_of(tmp_path, "image-ref,caption")
+    assert (b"".join(content()), wrapper) == (b"first, second", "None")
+    (tmp_path / "all.manifest").write_text('{"image-ref": "a", "caption": "c", "other": 1}\n')
+    content, wrapper = stream_of(tmp_path, "image-ref,caption")
+    assert wrapper == "RecordIO"
+    assert b"".join(content()) == record(b"first, ") + record(b"c")
+
+
+def test_a_pipe_that_nobody_reads_goes_with_who_made_it(tmp_path):
+    with Pipe(tmp_path / "train", lambda: [b"data"]):
+        assert (tmp_path / "train_0").is_fifo()
+    assert list(tmp_path.iterdir()) == []

@@ -120,3 +120,12 @@ def test_groups_must_be_those_of_the_pairs():
 def test_the_order_of_groups_is_the_same_with_every_release_of_numpy():
     order = Order(num_pairs=9, batch_size=1, seed=1, groups=(4, 0, 2, 3))
     assert order.permutation(2).tolist() == [4, 8, 2, 6, 3, 5, 7, 0, 1]
+
+
+def test_parts_of_a_data_set_have_orders_of_their_own():
+    first, second, again = (
+        Order(num_pairs=50, batch_size=5, seed=3, part=part).permutation(0).tolist()
+        for part in (0, 1, 1)
+    )
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert first != second == again

@@ -96,7 +96,9 @@ def test_clip_is_told_which_pairs_have_the_same_picture(tmp_path, tiny_models, m
     source = batches(pairs, tiny_models, batch_size=4)
     recorded = Recorded(tiny_models.clip, monkeypatch)
     build("clip", tiny_models, StageData(source, None, CPU)).loss(source.batch(0), 0.0)
-    assert recorded.pictures.tolist() == [0, 1, 0, 2]
+    first, second, third, fourth = recorded.pictures.tolist()
+    assert first == third
+    assert len({first, second, fourth}) == 3
 
 
 @pytest.mark.parametrize("kind", ["dvae", "transformer", "clip"])

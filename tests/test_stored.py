@@ -1,19 +1,26 @@
-"""training.data.stored: what cannot be trusted, in a folder of files and in a tar shard alike."""
+"""training.data.stored: what cannot be trusted, alike in every form that a channel comes in: a
+folder of files, a tar shard, a stream of shards, and the records of an augmented manifest."""
 
 import io
 import struct
 import tarfile
 import zlib
+from functools import partial
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from dalle.contract import Channel
 from dalle.images import encode_image
+from infra.local.pipes import Pipe, objects, record
 from tests.pairs import SIZE, members_of, picture, tar_of
 from training.data.channel import open_channel
 from training.data.memory import decode_if_small
 from training.data.pairs import SkipReason
+from training.data.pipe import open_pipe
+from training.ranks import ALONE
+from training.stopping import NEVER
 
 
 def lay_out(root, layout, members):
@@ -26,6 +33,32 @@ def lay_out(root, layout, members):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(data)
     return root
+
+
+def opened(root, layout, members, max_bad_share=0.05):
+    """The same as a data set; a stream comes through a FIFO."""
+    if layout in ("folder", "shard"):
+        return open_channel(
+            lay_out(root, layout, members),
+            image_size=SIZE,
+            channel="train",
+            max_bad_share=max_bad_share,
+        )
+    if layout == "shards in a pipe":
+        lay_out(root / "shards", "shard", members)
+        content = partial(objects, root / "shards")
+    else:
+        content = partial(map, record, [data for _, data in [*members_of(range(20)), *members]])
+    root.mkdir(exist_ok=True)
+    with Pipe(root / "train", content):
+        return open_pipe(
+            Channel("train", root / "train", "Pipe"),
+            image_size=SIZE,
+            max_bad_share=max_bad_share,
+            caption_key=None,
+            ranks=ALONE,
+            stop=NEVER,
+        )
 
 
 def saved(image, format, **options):
@@ -73,41 +106,54 @@ def animation():
     return saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
 
 
-LAYOUTS = pytest.mark.parametrize("layout", ["folder", "shard"])
+LAYOUTS = ["folder", "shard", "shards in a pipe", "records in a pipe"]
+# A record has no name, so that these cannot be told of it.
+OF_NAMES = {
+    SkipReason.CAPTION_WITHOUT_IMAGE,
+    SkipReason.IMAGE_WITHOUT_CAPTION,
+    SkipReason.SECOND_IMAGE,
+}
 
 
-@LAYOUTS
+BAD = [
+    (
+        [("x.jpg", saved(noise("RGB"), "JPEG")[:-900]), ("x.txt", b"a")],
+        SkipReason.DAMAGED_IMAGE,
+    ),
+    ([("x.png", zip_bomb()), ("x.txt", b"a")], SkipReason.GIANT_IMAGE),
+    ([("x.png", b""), ("x.txt", b"a")], SkipReason.EMPTY_IMAGE),
+    ([("x.png", bytes(700)), ("x.txt", b"a")], SkipReason.NOT_AN_IMAGE),
+    ([("x.webp", b"<html>"), ("x.txt", b"a")], SkipReason.NOT_AN_IMAGE),
+    ([("x.png", encode_image(picture(1), "png"))], SkipReason.IMAGE_WITHOUT_CAPTION),
+    ([("x.txt", b"a")], SkipReason.CAPTION_WITHOUT_IMAGE),
+    ([("x.gif", animation()), ("x.txt", b"a")], SkipReason.CAPTION_WITHOUT_IMAGE),
+    ([("x.jpg", turned()), ("x.txt", b"caf\xe9")], SkipReason.NOT_UTF8),
+    ([("x.jpg", turned()), ("x.txt", b"\n \n")], SkipReason.EMPTY_CAPTION),
+    ([("x.jpg", turned()), ("x.txt", b"")], SkipReason.EMPTY_CAPTION),
+    ([("x.jpg", turned()), ("x.txt", b"a" * (1 << 20) + b"b")], SkipReason.GIANT_CAPTION),
+    ([("x.jpg", turned()), ("x.png", grey_16()), ("x.txt", b"a")], SkipReason.SECOND_IMAGE),
+]
+
+
 @pytest.mark.parametrize(
-    ("members", "reason"),
+    ("layout", "members", "reason"),
     [
-        (
-            [("x.jpg", saved(noise("RGB"), "JPEG")[:-900]), ("x.txt", b"a")],
-            SkipReason.DAMAGED_IMAGE,
-        ),
-        ([("x.png", zip_bomb()), ("x.txt", b"a")], SkipReason.GIANT_IMAGE),
-        ([("x.png", b""), ("x.txt", b"a")], SkipReason.EMPTY_IMAGE),
-        ([("x.png", bytes(700)), ("x.txt", b"a")], SkipReason.NOT_AN_IMAGE),
-        ([("x.webp", b"<html>"), ("x.txt", b"a")], SkipReason.NOT_AN_IMAGE),
-        ([("x.png", encode_image(picture(1), "png"))], SkipReason.IMAGE_WITHOUT_CAPTION),
-        ([("x.txt", b"a")], SkipReason.CAPTION_WITHOUT_IMAGE),
-        ([("x.gif", animation()), ("x.txt", b"a")], SkipReason.CAPTION_WITHOUT_IMAGE),
-        ([("x.jpg", turned()), ("x.txt", b"caf\xe9")], SkipReason.NOT_UTF8),
-        ([("x.jpg", turned()), ("x.txt", b"\n \n")], SkipReason.EMPTY_CAPTION),
-        ([("x.jpg", turned()), ("x.txt", b"")], SkipReason.EMPTY_CAPTION),
-        ([("x.jpg", turned()), ("x.txt", b"a" * (1 << 20) + b"b")], SkipReason.GIANT_CAPTION),
-        ([("x.jpg", turned()), ("x.png", grey_16()), ("x.txt", b"a")], SkipReason.SECOND_IMAGE),
+        (layout, *case)
+        for case in BAD
+        for layout in LAYOUTS
+        if layout != "records in a pipe" or case[1] not in OF_NAMES
     ],
 )
 def test_what_cannot_be_used_is_skipped_counted_and_named(tmp_path, layout, members, reason):
-    root = lay_out(tmp_path / "train", layout, members)
-    dataset = decode_if_small(open_channel(root, image_size=SIZE))
+    dataset = decode_if_small(opened(tmp_path / "c", layout, members))
     found = {each: count for each, count in dataset.skips.counts.items() if each != "ignored file"}
     assert found == {reason: 1}
-    assert "x." in dataset.skips.examples[reason][0]
+    name = "sample 21 at byte" if layout == "records in a pipe" else "x."
+    assert name in dataset.skips.examples[reason][0]
     assert len(dataset) == (21 if reason is SkipReason.SECOND_IMAGE else 20)
 
 
-@LAYOUTS
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("name", "data", "expected"),
     [
@@ -119,17 +165,16 @@ def test_what_cannot_be_used_is_skipped_counted_and_named(tmp_path, layout, memb
     ],
 )
 def test_every_kind_of_image_comes_as_eight_bit_rgb(tmp_path, layout, name, data, expected):
-    root = lay_out(tmp_path, layout, [(name, data), (name[:-3] + "txt", b"a")])
-    dataset = open_channel(root, image_size=SIZE)
-    (index,) = [each for each in range(len(dataset)) if dataset.name(each).endswith(name)]
+    dataset = opened(tmp_path / "c", layout, [(name, data), (name[:-3] + "txt", b"a")])
+    (index,) = [each for each in range(len(dataset)) if dataset.captions(each) == ("a",)]
     assert np.abs(dataset.image(index).astype(int) - expected).max() <= 3
 
 
-@LAYOUTS
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_photograph_is_turned_upright(tmp_path, layout):
-    root = lay_out(tmp_path, layout, [("z.jpg", turned()), ("z.txt", b"a")])
-    dataset = open_channel(root, image_size=SIZE)
-    pixels = dataset.image(len(dataset) - 1)
+    dataset = opened(tmp_path / "c", layout, [("z.jpg", turned()), ("z.txt", b"a")])
+    (index,) = [each for each in range(len(dataset)) if dataset.captions(each) == ("a",)]
+    pixels = dataset.image(index)
     assert (pixels[0, :, 0] > 200).all()
     assert (pixels[-1, :, 2] > 200).all()
 
@@ -147,19 +192,20 @@ def test_a_link_out_of_the_channel_is_not_followed(tmp_path):
     assert dataset.skips.counts == {SkipReason.OUTSIDE: 1}
 
 
+@pytest.mark.parametrize("layout", ["shard", "shards in a pipe"])
 @pytest.mark.parametrize("name", ["../x.png", "a/../../x.png", "/etc/x.png"])
-def test_a_member_whose_name_leaves_its_shard_is_not_used(tmp_path, name):
+def test_a_member_whose_name_leaves_its_shard_is_not_used(tmp_path, layout, name):
     members = [(name, encode_image(picture(1), "png")), (name[:-3] + "txt", b"a")]
-    dataset = open_channel(lay_out(tmp_path, "shard", members), image_size=SIZE, max_bad_share=0.1)
+    dataset = opened(tmp_path / "c", layout, members, max_bad_share=0.1)
     assert len(dataset) == 20
     assert dataset.skips.counts == {SkipReason.OUTSIDE_NAME: 2}
 
 
+@pytest.mark.parametrize("layout", ["shard", "shards in a pipe"])
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE])
-def test_a_member_that_is_a_link_or_a_device_is_not_used(tmp_path, kind):
+def test_a_member_that_is_a_link_or_a_device_is_not_used(tmp_path, layout, kind):
     link = tarfile.TarInfo("x.png")
     link.type, link.linkname = kind, "/etc/passwd"
-    tar_of(tmp_path / "a.tar", [*members_of(range(20)), link])
-    dataset = open_channel(tmp_path, image_size=SIZE)
+    dataset = opened(tmp_path / "c", layout, [link])
     assert len(dataset) == 20
     assert dataset.skips.counts == {SkipReason.NOT_A_FILE: 1}

@@ -203,3 +203,29 @@ def test_a_tokenizer_of_another_format_is_named(tmp_path):
     (tmp_path / FILE_NAME).write_text(json.dumps(content))
     with pytest.raises(ArtefactError, match="is not a caption tokenizer"):
         CaptionTokenizer.load(tmp_path)
+
+
+OF_ALL_HOSTS = [
+    "a Red square",
+    "a red circle, a red star",
+    "ein grüner Stern.",
+    "a red square",
+    "don't! 3 birds & 12 stars\tagain",
+    "İstanbul, naïve café",
+]
+
+
+@pytest.mark.parametrize("kind", ["word", "bpe", "clip"])
+@pytest.mark.parametrize("vocab_size", [12, 290, 400])
+def test_what_is_learned_from_the_words_of_parts_is_what_the_whole_teaches(kind, vocab_size):
+    options = {"kind": kind, "vocab_size": vocab_size, "text_length": 32}
+    parts = [
+        CaptionTokenizer.count_words(part, kind) for part in (OF_ALL_HOSTS[:2], OF_ALL_HOSTS[2:])
+    ]
+    learned = CaptionTokenizer.of_words(parts[1] + parts[0], **options)
+    whole = CaptionTokenizer.train(OF_ALL_HOSTS, **options)
+    assert learned.identity() == whole.identity()
+    assert torch.equal(learned.encode(OF_ALL_HOSTS), whole.encode(OF_ALL_HOSTS))
+    assert learned.decode(learned.encode(["a red star"])) == whole.decode(
+        whole.encode(["a red star"])
+    )

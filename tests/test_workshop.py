@@ -168,7 +168,7 @@ def test_after_a_stop_nothing_is_built_and_the_report_is_left_out(
 @pytest.fixture
 def nothing_is_small(monkeypatch):
     """No data set is decoded into memory."""
-    monkeypatch.setattr("training.workshop.decode_if_small", lambda dataset, stop: dataset)
+    monkeypatch.setattr("training.data.opening.is_small", lambda dataset: False)
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ from dalle.errors import ChannelError
 
 REQUIRED = "train"
 CHANNELS = (REQUIRED, "validation", "artefact", "clip")
-INPUT_MODES = ("File", "FastFile")
 OF_FEW_FILES = ("artefact", "clip")
 """Each of their files is needed. Those of the others are looked at as pairs, and a few may fail."""
+REPLICATED, SHARDED = "FullyReplicated", "ShardedByS3Key"
 
 
 def check(job: Job) -> None:
@@ -37,21 +37,33 @@ def _problem(channel: Channel) -> str | None:
         nearest = difflib.get_close_matches(channel.name, CHANNELS, n=1)
         hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(CHANNELS)}"
         return f"the channel {channel.name} is unexpected; {hint}"
-    if channel.input_mode not in INPUT_MODES:
-        modes = " or ".join(INPUT_MODES)
-        return f"the channel {channel.name} has input mode {channel.input_mode}; it must be {modes}"
+    is_of_pairs = channel.name not in OF_FEW_FILES
+    modes = ("File", "FastFile", "Pipe") if is_of_pairs else ("File", "FastFile")
+    if channel.input_mode not in modes:
+        return (
+            f"the channel {channel.name} has input mode {channel.input_mode}; "
+            f"it must be {' or '.join(modes)}"
+        )
+    distributions = (REPLICATED, SHARDED) if is_of_pairs else (REPLICATED,)
+    if channel.distribution not in distributions:
+        return (
+            f"the channel {channel.name} has the S3DataDistributionType {channel.distribution}; "
+            f"it must be {' or '.join(distributions)}"
+        )
+    if channel.input_mode == "Pipe":
+        return None  # its FIFO may still have to come
     try:
         with os.scandir(channel.directory) as listing:
             # Of those with pairs one is enough to know: there may be millions.
-            wanted = None if channel.name in OF_FEW_FILES else 1
+            wanted = 1 if is_of_pairs else None
             names = [entry.name for entry in islice(listing, wanted)]
     except (FileNotFoundError, NotADirectoryError):
         return f"the channel {channel.name} should be the directory {channel.directory}"
     except OSError as error:
         return _unreadable(channel, channel.directory, error)
-    if not names:
+    if not names and channel.distribution == REPLICATED:  # else all hosts are told why
         return f"the channel {channel.name} is empty: {channel.directory}"
-    if channel.name in OF_FEW_FILES:
+    if not is_of_pairs:
         for name in sorted(names):
             path = channel.directory / name
             try:

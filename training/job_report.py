@@ -13,7 +13,7 @@ from dalle.contract import Job
 from dalle.names import ComponentName
 from training import pictures
 from training.data.memory import first_usable
-from training.data.pairs import Dataset
+from training.data.opening import Opened
 from training.report import DatasetSummary, Report, StageSummary, read_curves
 from training.stopping import Stop
 
@@ -26,8 +26,8 @@ CANDIDATES, IMAGES = 16, 4  # of each caption: drawn, and shown
 def build_report(
     artefact: Artefact,
     job: Job,
-    train: Dataset,
-    validation: Dataset | None,
+    train: Opened,
+    validation: Opened | None,
     *,
     seed: int,
     stop: Stop,
@@ -37,7 +37,7 @@ def build_report(
     Raises DataError when not one image can be decoded; Stopped.
     """
     shown = train if validation is None else validation
-    images, captions = first_usable(shown, SHOWN_PAIRS, stop)
+    images, captions = first_usable(shown.pairs, SHOWN_PAIRS, stop)
     dvae = artefact.dvae
     can_draw = dvae is not None and artefact.transformer is not None
     return Report(
@@ -65,7 +65,11 @@ def build_report(
         retrieval=None
         if artefact.clip is None
         else pictures.retrieval(artefact, images, captions, stop),
-        datasets=[DatasetSummary.of(each) for each in filter(None, (train, validation))],
+        datasets=[
+            DatasetSummary.of(each.pairs, each.whole)
+            for each in (train, validation)
+            if each is not None
+        ],
         hyperparameters=job.hyperparameters,
     )
 
@@ -84,11 +88,15 @@ def unfinished(artefact: Artefact, besides: Collection[ComponentName] = ()) -> l
     ]
 
 
-def _whose_pictures(shown: Dataset, num_pairs: int, is_held_out: bool) -> str:
-    what = f"Pictures, codebook usage and retrieval are of {num_pairs:,} pairs of the channel"
+def _whose_pictures(shown: Opened, num_pairs: int, is_held_out: bool) -> str:
+    whose = "" if shown.part is None else "the first host's part of "
+    what = (
+        f"Pictures, codebook usage and retrieval are of {num_pairs:,} pairs of {whose}the channel"
+    )
+    channel = shown.pairs.channel
     if is_held_out:
-        return f"{what} {shown.channel}, which this job did not train on."
+        return f"{what} {channel}, which this job did not train on."
     return (
-        f"{what} {shown.channel}, which was trained on: without the channel validation, nothing "
+        f"{what} {channel}, which was trained on: without the channel validation, nothing "
         "here tells how the models do with other captions and images."
     )

@@ -8,7 +8,9 @@ decisions, means, and the first rank's state for all. Knows no hosts and no sock
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -51,53 +53,71 @@ class Alone(OneRank):
         """
         return value
 
+    def each(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank. value: what JSON can hold."""
+        return [value]
+
+    def parted(self, num_parts: int) -> Ranks:
+        """The ranks of this rank's part, where adjacent ranks make up so many parts of one size.
+
+        They are ranks among themselves, counted from 0. To be called by every rank.
+        """
+        assert num_parts == 1, "one rank has no parts"
+        return self
+
     def parallel(self, module: nn.Module) -> nn.Module:
         """A module whose backward pass leaves the mean of all ranks' gradients."""
         return module
 
 
 class Together(Alone):
-    """This process in torch's default process group. On the CPU everything goes by gloo."""
+    """This process in a process group. On the CPU everything goes by gloo.
+
+    group: torch's default one, of all ranks, when None.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self._group = group
 
     @property
     def size(self) -> int:
-        return dist.get_world_size()
+        return dist.get_world_size(self._group)
 
     @property
     def rank(self) -> int:
-        return dist.get_rank()
+        return dist.get_rank(self._group)
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
     def gather(self, rows: Tensor) -> Tensor:
-        gathered: Tensor = _Gather.apply(rows)  # type: ignore[no-untyped-call]
+        gathered: Tensor = _Gather.apply(rows, self._group)  # type: ignore[no-untyped-call]
         return gathered
 
     @torch.no_grad()
     def total(self, value: Tensor) -> Tensor:
         value = value.detach().clone()
-        dist.all_reduce(value)
+        dist.all_reduce(value, group=self._group)
         return value
 
     @torch.no_grad()
     def copy_first(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
             values = tensor.detach().contiguous()
-            dist.broadcast(values, src=0)
+            dist.broadcast(values, group_src=0, group=self._group)
             tensor.copy_(values)
 
     def agree(self, progress: float, is_stopping: bool) -> tuple[float, bool]:
         # On the CPU, whatever the device: looking at a GPU's number would wait for its work.
         said = torch.tensor([progress if self.is_first else 0.0, is_stopping], dtype=torch.float64)
-        dist.all_reduce(said)
+        dist.all_reduce(said, group=self._group)
         first, num_stopping = said.tolist()
         return first, num_stopping > 0
 
     def means(self, scalars: Mapping[str, Tensor]) -> dict[str, Tensor]:
         values = torch.stack([value.detach().float() for value in scalars.values()])
-        dist.all_reduce(values)
+        dist.all_reduce(values, group=self._group)
         return dict(zip(scalars, (values / self.size).unbind(), strict=True))
 
     def share(self, value: Any) -> Any:
@@ -107,11 +127,11 @@ class Together(Alone):
         if self.is_first:
             torch.save(_each_tensor(value, lambda tensor: tensor.to("meta")), outline)
         num_bytes = torch.tensor([outline.tell()])
-        dist.broadcast(num_bytes, src=0)
+        dist.broadcast(num_bytes, group_src=0, group=self._group)
         content = torch.zeros(int(num_bytes), dtype=torch.uint8)
         if self.is_first:
             content = torch.frombuffer(outline.getbuffer(), dtype=torch.uint8)
-        dist.broadcast(content, src=0)
+        dist.broadcast(content, group_src=0, group=self._group)
         if not self.is_first:
             value = torch.load(io.BytesIO(content.numpy().tobytes()), weights_only=True)
 
@@ -120,16 +140,42 @@ class Together(Alone):
                 values = torch.empty(tensor.shape, dtype=tensor.dtype)
             else:
                 values = tensor.cpu().contiguous()
-            dist.broadcast(values, src=0)
+            dist.broadcast(values, group_src=0, group=self._group)
             return values
 
         return _each_tensor(value, receive)
+
+    def each(self, value: Any) -> list[Any]:
+        own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = torch.empty(self.size, dtype=torch.int64)
+        dist.all_gather_into_tensor(sizes, torch.tensor([len(own)]), group=self._group)
+        longest = int(sizes.max())
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: len(own)] = own
+        everything = torch.empty(self.size * longest, dtype=torch.uint8)
+        dist.all_gather_into_tensor(everything, padded, group=self._group)
+        texts = zip(everything.chunk(self.size), sizes.tolist(), strict=True)
+        return [json.loads(text[:size].numpy().tobytes()) for text, size in texts]
+
+    def parted(self, num_parts: int) -> Ranks:
+        size = self.size // num_parts
+        assert size * num_parts == self.size, "parts are of one size"
+        if size == 1:
+            return ALONE
+        parts = [range(first, first + size) for first in range(0, self.size, size)]
+        # Every rank makes all of them. One may wait for another that reads for hours; that one is
+        # lost, the ranks find out otherwise (`training.watch`).
+        groups = [dist.new_group(list(part), timeout=timedelta(days=1)) for part in parts]
+        return Together(groups[self.rank // size])
 
     def parallel(self, module: nn.Module) -> nn.Module:
         # Buffers are equal on all ranks by themselves: constants, and codebook statistics, which
         # come from `total`.
         return DistributedDataParallel(
-            module, broadcast_buffers=False, gradient_as_bucket_view=True
+            module,
+            process_group=self._group,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
         )
 
 
@@ -141,17 +187,19 @@ ALONE: Ranks = Alone()
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        gathered = rows.new_empty(dist.get_world_size() * len(rows), *rows.shape[1:])
-        dist.all_gather_into_tensor(gathered, rows.contiguous())
+    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        gathered = rows.new_empty(dist.get_world_size(group) * len(rows), *rows.shape[1:])
+        dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
         return gathered
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        group = ctx.group
         total = gradient.float().contiguous().clone()  # sums of rounded numbers round again
-        dist.all_reduce(total)
-        own = total.chunk(dist.get_world_size())[dist.get_rank()]
-        return own.to(gradient.dtype)
+        dist.all_reduce(total, group=group)
+        own = total.chunk(dist.get_world_size(group))[dist.get_rank(group)]
+        return own.to(gradient.dtype), None
 
 
 def _each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from dalle.images import Pixels
 from dalle.manifest import StageRecord
-from training.data.pairs import Dataset, SkipReason
+from training.data.pairs import Dataset, SkipReason, Whole
 
 log = logging.getLogger(__name__)
 
@@ -132,14 +132,18 @@ class DatasetSummary:
     examples: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, dataset: Dataset) -> DatasetSummary:
-        """Summarise a data set as it stands; images that fail later are not in it."""
+    def of(cls, dataset: Dataset, whole: Whole | None = None) -> DatasetSummary:
+        """Summarise a data set as it stands; images that fail later are not in it.
+
+        whole: of all hosts' parts, when the data set is one of them.
+        """
+        whole = whole or Whole.of(dataset)
         return cls(
             channel=dataset.channel,
-            num_pairs=len(dataset),
-            num_captions=sum(len(dataset.captions(index)) for index in range(len(dataset))),
+            num_pairs=whole.num_pairs,
+            num_captions=whole.num_captions,
             image_size=dataset.image_size,
-            fingerprint=dataset.fingerprint,
+            fingerprint=whole.fingerprint,
             skipped=dataset.skips.as_dict(),
             examples={reason.value: names for reason, names in dataset.skips.examples.items()},
         )

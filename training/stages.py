@@ -7,7 +7,7 @@ Letters: B batch, N image-token positions, M codebooks.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from dalle.transformer import Dalle
 from training.data.batches import Batch, Batches
 from training.data.memory import InMemory, float_chunks
 from training.data.tokenised import Tokenised
-from training.stopping import NEVER, Stop, unless_stopped
+from training.stopping import NEVER, Stop, Stopped, unless_stopped
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class StageData:
 
     validation: a fixed set of batches in a fixed order, None without held-out pairs.
     stop: looked at between two batches of work that is not the training loop's.
-    ranks: those that share out the training batches; every one validates by itself.
+    ranks: those that share out the training batches; every one validates by itself, unless
+        `is_validation_parted`: each host then has other held-out pairs.
     """
 
     train: Batches
@@ -39,10 +40,39 @@ class StageData:
     device: torch.device
     stop: Stop = NEVER
     ranks: Ranks = ONE_RANK
+    is_validation_parted: bool = False
 
     def batch(self, batch: Batch) -> Batch:
         """A batch on the stage's device."""
         return batch.to(self.device)
+
+    def validation_means(
+        self, measure: Callable[[Batch], Mapping[str, Tensor]]
+    ) -> dict[str, float]:
+        """Means over all held-out pairs of numbers that are means over a batch; empty without any.
+
+        Raises Stopped, on every rank when the pairs are parted.
+        """
+        num_pairs = 0
+        sums: dict[str, Tensor] = {}
+        is_stopped = False
+        try:
+            for batch in self.validation_batches():
+                num_pairs += len(batch.captions)  # the last one may be shorter
+                for name, mean in measure(batch).items():
+                    sums[name] = sums.get(name, 0) + mean * len(batch.captions)
+        except Stopped:
+            is_stopped = True
+        if self.is_validation_parted:
+            is_stopped = bool(self.ranks.total(torch.tensor(float(is_stopped))))
+        if is_stopped:
+            raise Stopped
+        totals = {name: float(total) for name, total in sums.items()}
+        if self.is_validation_parted:
+            own = torch.tensor([num_pairs, *totals.values()], dtype=torch.float64)
+            num_pairs, *rest = self.ranks.total(own).tolist()
+            totals = dict(zip(totals, rest, strict=True))
+        return {name: total / num_pairs for name, total in totals.items()}
 
     def validation_batches(self) -> Iterator[Batch]:
         """All of them, on the stage's device. Raises Stopped."""
@@ -75,10 +105,9 @@ class DVAEStage:
         }
 
     def validate(self) -> Mapping[str, float]:
-        means = _Means()
-        for batch in self.data.validation_batches():
-            means.add(batch, validation_loss=self.model.reconstruction_loss(batch.images))
-        return means.values()
+        return self.data.validation_means(
+            lambda batch: {"validation_loss": self.model.reconstruction_loss(batch.images)}
+        )
 
     def identity(self) -> Mapping[str, Any]:
         return self.data.identity() | {"dvae_config": asdict(self.model.config)}
@@ -119,17 +148,16 @@ class TransformerStage:
         return loss.total, {"image_loss": loss.image.detach(), "text_loss": loss.text.detach()}
 
     def validate(self) -> Mapping[str, float]:
-        means = _Means()
-        for batch in self.data.validation_batches():
+        def measure(batch: Batch) -> Mapping[str, Tensor]:
             assert batch.text_tokens is not None
             loss = self.model.loss(batch.text_tokens, self.dvae.encode(batch.images))
-            means.add(
-                batch,
-                validation_loss=loss.total,
-                validation_image_loss=loss.image,
-                validation_text_loss=loss.text,
-            )
-        return means.values()
+            return {
+                "validation_loss": loss.total,
+                "validation_image_loss": loss.image,
+                "validation_text_loss": loss.text,
+            }
+
+        return self.data.validation_means(measure)
 
     def identity(self) -> Mapping[str, Any]:
         return self.data.identity() | {
@@ -162,33 +190,15 @@ class ClipStage:
         return loss.total, {"accuracy": loss.accuracy.detach()}
 
     def validate(self) -> Mapping[str, float]:
-        means = _Means()
-        for batch in self.data.validation_batches():
+        def measure(batch: Batch) -> Mapping[str, Tensor]:
             assert batch.text_tokens is not None
             loss = self.model.loss(batch.images, batch.text_tokens)
-            means.add(batch, validation_loss=loss.total, validation_accuracy=loss.accuracy)
-        return means.values()
+            return {"validation_loss": loss.total, "validation_accuracy": loss.accuracy}
+
+        return self.data.validation_means(measure)
 
     def identity(self) -> Mapping[str, Any]:
         return self.data.identity() | {"clip_config": asdict(self.model.config)}
-
-
-class _Means:
-    """Means over all pairs of numbers that are means over a batch; the last one may be shorter."""
-
-    def __init__(self) -> None:
-        self._num_pairs = 0
-        self._sums: dict[str, Tensor] = {}
-
-    def add(self, batch: Batch, **means: Tensor) -> None:
-        num_pairs = len(batch.captions)
-        self._num_pairs += num_pairs
-        for name, mean in means.items():
-            self._sums[name] = self._sums.get(name, 0) + mean * num_pairs
-
-    def values(self) -> dict[str, float]:
-        """Empty when there was no batch."""
-        return {name: float(total) / self._num_pairs for name, total in self._sums.items()}
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -201,10 +211,14 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def _number_pictures(dataset: InMemory) -> Tensor:
-    """A number for every pair, [pairs] int64: the same where the images are, pixel by pixel."""
-    numbers: dict[bytes, int] = {}
-    digests = (hashlib.blake2b(image.tobytes()).digest() for image in dataset.images.numpy())
-    return torch.tensor([numbers.setdefault(digest, len(numbers)) for digest in digests])
+    """A number for every pair, [pairs] int64: the same where the images are, pixel by pixel.
+
+    Digests of the images, so that it is the same on all hosts, whose pairs may be others.
+    """
+    digests = (
+        hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in dataset.images.numpy()
+    )
+    return torch.tensor([int.from_bytes(digest, signed=True) for digest in digests])
 
 
 def _encode_all(dvae: DiscreteVAE, dataset: InMemory, data: StageData) -> Tensor:

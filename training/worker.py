@@ -146,7 +146,8 @@ def require_equal_everywhere(identity: Mapping[str, Any], ranks: Ranks) -> None:
     if differences:
         raise JobError(
             f"this host differs from the first one: {'; '.join(differences)}. All hosts need the "
-            "same hyperparameters and whole channels (S3DataDistributionType FullyReplicated)"
+            "same hyperparameters, and whole channels (S3DataDistributionType FullyReplicated) or "
+            "parts that the job says to be parts (ShardedByS3Key)"
         )
 
 

@@ -27,10 +27,10 @@ from dalle.tokenizer import CaptionTokenizer
 from dalle.transformer import Dalle, TransformerConfig
 from training.budget import Budget
 from training.data.batches import Batches
-from training.data.channel import open_channel
-from training.data.memory import InMemory, decode_if_small
+from training.data.memory import InMemory
+from training.data.opening import Opened, open_data, whole_of
 from training.data.pairs import Dataset
-from training.data.subset import Subset
+from training.data.parts import agreed
 from training.data.tokenised import fits, tokenise
 from training.engine import check_precision
 from training.hyperparameter_fields import Hyperparameters, StageHyperparameters
@@ -77,11 +77,13 @@ class Workshop:
         self._artefact = _read_inputs(job, device)
         self._present = frozenset(self._artefact.components())
         self._artefact.manifest.licence = hyperparameters.licence or self._artefact.manifest.licence
-        self._train = decode_if_small(self._open("train"), stop=stop)
+        self._opened_train = self._open("train")
+        self._train = self._opened_train.pairs
         self._validation: Dataset | None = None
+        self._opened_validation: Opened | None = None
         if "validation" in job.channels:
-            held_out = Subset(self._open("validation"), VALIDATION_PAIRS)
-            self._validation = decode_if_small(held_out, stop=stop)
+            self._opened_validation = self._open("validation", VALIDATION_PAIRS)
+            self._validation = self._opened_validation.pairs
 
     @property
     def present(self) -> frozenset[ComponentName]:
@@ -159,9 +161,12 @@ class Workshop:
             cpu_seconds=result.cpu_seconds,
             hyperparameters=self._hyperparameters.of(stage.name).model_dump(mode="json"),
             metrics=result.validation,
-            dataset_fingerprint=self._train.fingerprint,
-            dataset_counts={"train": len(self._train)}
-            | ({} if self._validation is None else {"validation": len(self._validation)}),
+            dataset_fingerprint=self._opened_train.whole.fingerprint,
+            dataset_counts={
+                each.pairs.channel: each.whole.num_pairs
+                for each in (self._opened_train, self._opened_validation)
+                if each is not None
+            },
         )
         self._artefact.manifest.stages.append(record)
         self._save()
@@ -179,8 +184,8 @@ class Workshop:
             report = build_report(
                 self._artefact,
                 self._job,
-                self._train,
-                self._validation,
+                self._opened_train,
+                self._opened_validation,
                 seed=self._hyperparameters.seed,
                 stop=self._stop,
             )
@@ -198,16 +203,16 @@ class Workshop:
         logger.info("wrote %s to %s", ", ".join(self._artefact.components()), self._job.paths.model)
         self._is_saved = True
 
-    def _open(self, name: str) -> Dataset:
-        channel = self._job.channels[name]
-        return open_channel(
-            channel.directory,
+    def _open(self, name: str, most: int | None = None) -> Opened:
+        return open_data(
+            self._job.channels[name],
             image_size=self._dvae_config().image_size,
-            channel=name,
             max_bad_share=self._hyperparameters.max_bad_share,
             caption_key=self._hyperparameters.caption_key or None,
-            is_streamed=channel.input_mode == "FastFile",
+            ranks=self._ranks,
+            num_hosts=len(self._job.hosts) if self._ranks.size > 1 else 1,
             stop=self._stop,
+            most=most,
         )
 
     def _tokenised(self, settings: StageHyperparameters, dvae: DiscreteVAE) -> Dataset:
@@ -216,27 +221,34 @@ class Workshop:
         That is when images are to be seen at least twice: a short run would wait for nothing.
         Raises Stopped.
         """
-        num_batches = max(1, len(self._train) // settings.batch_size)
+        part = self._opened_train.part
+        num_batches = max(1, self._opened_train.whole.num_pairs // settings.batch_size)
         max_steps = Budget.of(settings, num_batches).max_steps
         num_tokens = dvae.config.num_positions * dvae.config.num_codebooks
         if (
             isinstance(self._train, InMemory)
             or max_steps is None
             or max_steps < 2 * num_batches
-            or not fits(len(self._train), num_tokens, dvae.config.codebook_size)
+            or self._ranks.any(not fits(len(self._train), num_tokens, dvae.config.codebook_size))
         ):
             return self._train
-        return tokenise(
-            self._train,
-            dvae.encode,
-            directory=self._job.paths.checkpoints / "image-tokens",
-            dvae_hash=weights_hash(dvae),
-            codebook_size=dvae.config.codebook_size,
-            device=self._device,
-            num_workers=self._hyperparameters.num_workers,
-            ranks=self._ranks,
-            stop=self._stop,
+        encoded = agreed(
+            self._ranks,
+            lambda: tokenise(
+                self._train,
+                dvae.encode,
+                directory=self._job.paths.checkpoints / "image-tokens",
+                dvae_hash=weights_hash(dvae),
+                codebook_size=dvae.config.codebook_size,
+                device=self._device,
+                num_workers=self._hyperparameters.num_workers,
+                ranks=self._ranks if part is None else part.siblings,
+                stop=self._stop,
+            ),
         )
+        if part is not None:
+            part.settle(encoded.skips, encoded.max_bad_share)
+        return encoded
 
     def _data(
         self,
@@ -246,14 +258,18 @@ class Workshop:
     ) -> StageData:
         """train_pairs: in place of the channel's, those with their image tokens."""
         workers = self._hyperparameters.num_workers
+        pairs = self._train if train_pairs is None else train_pairs
+        part = self._opened_train.part
         train = Batches(
-            self._train if train_pairs is None else train_pairs,
+            pairs,
             batch_size=settings.batch_size,
             seed=self._hyperparameters.seed,
             tokenizer=tokenizer,
             num_workers=workers,
             rank=self._ranks.rank,
             world_size=self._ranks.size,
+            part=part,
+            whole=whole_of(pairs, part),
             stop=self._stop,
         )
         validation = None
@@ -268,7 +284,15 @@ class Workshop:
                 num_workers=workers,
                 stop=self._stop,
             )
-        return StageData(train, validation, self._device, self._stop, self._ranks)
+        held_out = self._opened_validation
+        return StageData(
+            train,
+            validation,
+            self._device,
+            self._stop,
+            self._ranks,
+            is_validation_parted=held_out is not None and held_out.part is not None,
+        )
 
     def _tokenizer(self) -> CaptionTokenizer:
         """The artefact's, or a new one learned from the training captions."""
@@ -276,7 +300,9 @@ class Workshop:
             numbers = unless_stopped(range(len(self._train)), self._stop)
             captions = (caption for number in numbers for caption in self._train.captions(number))
             settings = self._hyperparameters
-            self._artefact.tokenizer = CaptionTokenizer.train(
+            part = self._opened_train.part
+            learn = CaptionTokenizer.train if part is None else part.tokenizer
+            self._artefact.tokenizer = learn(
                 captions,
                 kind=settings.tokenizer_kind,
                 vocab_size=settings.tokenizer_vocab_size,

@@ -107,12 +107,23 @@ class Paths:
 
 @dataclass(frozen=True)
 class Channel:
-    """One named input of the job. directory need not exist: the reader decides whether it must."""
+    """One named input of the job. directory need not exist: the reader decides whether it must.
+
+    input_mode: `File`, `FastFile` or `Pipe`; a pipe of the channel is beside its directory.
+    distribution: `FullyReplicated`, or `ShardedByS3Key` when each host is given other objects.
+    record_wrapper: `RecordIO` when the stream of a Pipe is parted into records, else None.
+    """
 
     name: str
     directory: Path
     input_mode: str = "File"
     content_type: str | None = None
+    distribution: str = "FullyReplicated"
+    record_wrapper: str | None = None
+
+    def pipe(self, epoch: int) -> Path:
+        """The FIFO that brings the channel for the epoch-th time, from 0."""
+        return self.directory.with_name(f"{self.directory.name}_{epoch}")
 
 
 @dataclass(frozen=True)
@@ -282,6 +293,9 @@ def _read_channels(paths: Paths, environment: Mapping[str, str]) -> dict[str, Ch
             directory=paths.input_data / name,
             input_mode=_text(paths.input_data_config, settings, "TrainingInputMode") or "File",
             content_type=_text(paths.input_data_config, settings, "ContentType"),
+            distribution=_text(paths.input_data_config, settings, "S3DistributionType")
+            or "FullyReplicated",
+            record_wrapper=_record_wrapper(paths.input_data_config, settings),
         )
     for variable, value in sorted(environment.items()):
         if variable.startswith("SM_CHANNEL_") and value:
@@ -289,6 +303,11 @@ def _read_channels(paths: Paths, environment: Mapping[str, str]) -> dict[str, Ch
             if name not in SDK_CHANNELS:
                 channels[name] = Channel(name=name, directory=Path(value).absolute())
     return channels
+
+
+def _record_wrapper(path: Path, settings: Mapping[str, Any]) -> str | None:
+    wrapper = _text(path, settings, "RecordWrapperType")
+    return None if wrapper == "None" else wrapper
 
 
 def _read_hosts(path: Path) -> tuple[str, tuple[str, ...], str | None]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -17,6 +19,7 @@ from dalle.names import TokenizerKind
 PADDING = "[PAD]"  # id 0: fills a caption up to the text length, and so also ends it
 UNKNOWN = "[UNK]"  # id 1: a word that no training caption had (kind "word" only)
 FILE_NAME = "tokenizer.json"
+WORDS_TOGETHER = 4096
 
 
 class CaptionTokenizer:
@@ -52,35 +55,60 @@ class CaptionTokenizer:
         caption's unless given.
         """
         captions = list(captions)
-        special = [PADDING, UNKNOWN]
         cleans_as_clip = kind == "clip"
         match kind:
             case "word":
                 tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
                 tokenizer.normalizer = _lower()
                 tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-                word_trainer = trainers.WordLevelTrainer(
-                    vocab_size=vocab_size, special_tokens=special, show_progress=False
-                )
-                tokenizer.train_from_iterator(captions, word_trainer)
+                tokenizer.train_from_iterator(captions, _trainer(kind, vocab_size))
             case "bpe":
                 tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
                 tokenizer.normalizer = _lower()
                 tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
                 tokenizer.decoder = decoders.ByteLevel()
-                pair_trainer = trainers.BpeTrainer(
-                    vocab_size=vocab_size,
-                    special_tokens=special,
-                    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                    show_progress=False,
-                )
-                tokenizer.train_from_iterator(captions, pair_trainer)
+                tokenizer.train_from_iterator(captions, _trainer(kind, vocab_size))
             case "clip":
                 tokenizer = _clip_tokenizer()
         trained = cls(tokenizer, text_length or 1, cleans_as_clip=cleans_as_clip)
         if text_length is None:
             trained.text_length = max((len(ids) for ids in trained._ids(captions)), default=1) or 1
         return trained
+
+    @classmethod
+    def count_words(cls, captions: Iterable[str], kind: TokenizerKind) -> Counter[str]:
+        """How often each word occurs, as `train` parts captions into words; none for "clip".
+
+        Such counts of several parts of a data set add up to those of the whole: see `of_words`.
+        """
+        match kind:
+            case "word":
+                parting: pre_tokenizers.PreTokenizer = pre_tokenizers.Whitespace()
+            case "bpe":
+                parting = pre_tokenizers.ByteLevel(add_prefix_space=True)
+            case "clip":
+                return Counter()
+        lower = _lower()
+        counts: Counter[str] = Counter()
+        for caption, times in Counter(captions).items():
+            for word, _ in parting.pre_tokenize_str(lower.normalize_str(caption)):
+                counts[word] += times
+        return counts
+
+    @classmethod
+    def of_words(
+        cls, counts: Mapping[str, int], *, kind: TokenizerKind, vocab_size: int, text_length: int
+    ) -> CaptionTokenizer:
+        """What `train` learns from captions whose words are these, see `count_words`."""
+        untrained = cls.train([], kind=kind, vocab_size=vocab_size, text_length=text_length)
+        if kind == "clip":
+            return untrained
+        # The same training, of words that are parted already: none holds a line break.
+        words = Tokenizer(untrained._tokenizer.model)
+        words.pre_tokenizer = pre_tokenizers.Split("\n", "removed")
+        words.train_from_iterator(_lines(counts), _trainer(kind, vocab_size))
+        untrained._tokenizer.model = words.model
+        return untrained
 
     @property
     def vocab_size(self) -> int:
@@ -143,6 +171,29 @@ class CaptionTokenizer:
         # The library raises bare Exception for a file it cannot read.
         except Exception as error:
             raise ArtefactError(f"{path} is not a caption tokenizer: {error}") from error
+
+
+def _trainer(
+    kind: Literal["word", "bpe"], vocab_size: int
+) -> trainers.WordLevelTrainer | trainers.BpeTrainer:
+    special = [PADDING, UNKNOWN]
+    if kind == "word":
+        return trainers.WordLevelTrainer(
+            vocab_size=vocab_size, special_tokens=special, show_progress=False
+        )
+    return trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+
+
+def _lines(counts: Mapping[str, int]) -> Iterator[str]:
+    """Each word so many times, some thousands of them in a text."""
+    for word, count in counts.items():
+        for first in range(0, count, WORDS_TOGETHER):
+            yield "\n".join([word] * min(WORDS_TOGETHER, count - first))
 
 
 def _lower() -> normalizers.Normalizer:

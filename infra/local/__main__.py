@@ -19,14 +19,16 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from infra.local.docker import image_name, why_no_docker
 from infra.local.endpoint import RuntimeFacade
 from infra.local.opt_ml import STOP_TRAINING_SECONDS, OptMl, pack_model, start_training
+from infra.local.pipes import Pipe, stream_of
 from infra.local.serving import STOP_SERVING_SECONDS, Serving, unpacked
 
+STREAMED = ("train", "validation")  # in Pipe mode; others are models
 CALL = """\
 import boto3
 
@@ -79,11 +81,23 @@ def _train(options: argparse.Namespace, limits: list[str]) -> int:
     channels = folders if "train" in folders else {"train": options.data}
     tree = OptMl(options.out, "platform")
     tree.set_hyperparameters(**dict(options.set))
-    for name in channels:
-        tree.add_channel(name)
     if os.getuid() != 0:  # what it writes shall belong to who asked for it
         limits = [*limits, "--user", f"{os.getuid()}:{os.getgid()}"]
-    with start_training(tree, *limits, image=options.image, channels=channels) as container:
+    with ExitStack() as stack:
+        mounted = {}
+        for name, folder in channels.items():
+            if options.input_mode == "Pipe" and name in STREAMED:
+                content, wrapper = stream_of(folder, options.attributes)
+                directory = tree.add_channel(
+                    name, TrainingInputMode="Pipe", RecordWrapperType=wrapper
+                )
+                stack.enter_context(Pipe(directory, content))
+            else:
+                tree.add_channel(name)
+                mounted[name] = folder
+        container = stack.enter_context(
+            start_training(tree, *limits, image=options.image, channels=mounted)
+        )
         container.echo()
         try:
             status = container.wait(seconds=None)
@@ -168,6 +182,18 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="NAME=VALUE",
         help="a hyperparameter",
+    )
+    train.add_argument(
+        "--input-mode",
+        choices=("File", "Pipe"),
+        default="File",
+        help="Pipe streams train and validation through FIFOs (Linux): tar shards, or a *.manifest",
+    )
+    train.add_argument(
+        "--attributes",
+        default="image-ref,caption",
+        metavar="NAME,…",
+        help="of a manifest in Pipe mode, the image's first; default %(default)s",
     )
     train.set_defaults(run=_train)
     serve = commands.add_parser("serve", help="serve a model.tar.gz or the directory of a model")

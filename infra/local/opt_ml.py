@@ -81,12 +81,17 @@ class OptMl:
         texts = {n: v if isinstance(v, str) else json.dumps(v) for n, v in values.items()}
         self.write("hyperparameters", texts)
 
-    def add_channel(self, name: str) -> Path:
-        """The new channel's directory, described in inputdataconfig.json where there is one."""
+    def add_channel(self, name: str, **settings: str) -> Path:
+        """The new channel's directory, described in inputdataconfig.json where there is one.
+
+        settings: keys of that description, such as TrainingInputMode="Pipe"; the directory of such
+        a channel does not exist, its FIFOs are beside it (see `pipes`).
+        """
         directory = self.root / "input" / "data" / name
-        directory.mkdir(exist_ok=True)
+        if settings.get("TrainingInputMode") != "Pipe":
+            directory.mkdir(exist_ok=True)
         if self.shape != "empty":
-            self.channels[name] = CHANNEL_CONFIG[self.shape]
+            self.channels[name] = CHANNEL_CONFIG[self.shape] | settings
             self.write("inputdataconfig", self.channels)
         return directory
 

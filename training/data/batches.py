@@ -22,7 +22,8 @@ from tqdm import tqdm
 from training.data.loader import ImageLoader
 from training.data.memory import InMemory
 from training.data.order import Last, Order
-from training.data.pairs import Dataset
+from training.data.pairs import Dataset, Whole
+from training.data.parts import Part
 from training.data.tokenised import Tokenised
 from training.stopping import NEVER, Stop, unless_stopped
 
@@ -86,6 +87,8 @@ class Batches:
         rank: int = 0,
         world_size: int = 1,
         num_workers: int | None = None,
+        part: Part | None = None,
+        whole: Whole | None = None,
         stop: Stop = NEVER,
     ) -> None:
         """See `Order` for batch_size, shuffle, last, rank and world_size.
@@ -93,19 +96,30 @@ class Batches:
         tokenizer: all captions are encoded here, so that one that is too long stops the job
             before it begins; the tokens take 4 * T bytes a caption.
         num_workers: processes that decode images; None chooses (see `loader_settings`).
+        part: when the data set is one of several hosts' parts of a channel, which; `whole` is then
+            what they are together. `rank` and `world_size` are of all hosts nevertheless.
         Raises what the tokenizer raises; Stopped.
         """
         self.dataset = dataset
+        self._part = part
+        self._whole = whole or Whole.of(dataset)
+        num_parts = 1 if part is None else part.num_parts
+        if batch_size % num_parts:
+            raise ValueError(f"batch_size must be a multiple of {num_parts}, got {batch_size}")
         self.order = Order(
             num_pairs=len(self.dataset),
-            batch_size=batch_size,
+            batch_size=batch_size // num_parts,
             seed=seed,
             shuffle=shuffle,
             last=last,
-            rank=rank,
-            world_size=world_size,
+            rank=rank % (world_size // num_parts),
+            world_size=world_size // num_parts,
             groups=self.dataset.groups,
+            part=0 if part is None else part.number,
         )
+        self._num_per_epoch = self.order.num_per_epoch
+        if part is not None:
+            self._num_per_epoch = max(1, self._whole.num_pairs // batch_size)
         self._loader = (
             None
             if isinstance(self.dataset, InMemory | Tokenised)
@@ -120,12 +134,14 @@ class Batches:
     @property
     def num_per_epoch(self) -> int:
         """Batches in an epoch, the same on every rank, at least 1."""
-        return self.order.num_per_epoch
+        return self._num_per_epoch
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, counted from 0 through all epochs."""
         if step < 0:
             raise ValueError(f"step must not be negative, got {step}")
+        if self._part is not None and step % self._num_per_epoch == 0:
+            self._part.settle(self.dataset.skips, self.dataset.max_bad_share)
         self._enter_epoch(self.order.epoch(step))
         if isinstance(self.dataset, InMemory):
             numbers = self.order.indices(step, self._permutation)
@@ -147,9 +163,14 @@ class Batches:
 
         Without the order: the author's settings say what that depends on, but for the groups.
         """
-        data: dict[str, Any] = {"data": self.dataset.fingerprint, "num_pairs": len(self.dataset)}
-        if self.order.groups is not None:
-            data["order"] = "shards from front to back"
+        data: dict[str, Any] = {
+            "data": self._whole.fingerprint,
+            "num_pairs": self._whole.num_pairs,
+        }
+        order = [] if self._part is None else ["each host its own part"]
+        order += [] if self.order.groups is None else ["shards from front to back"]
+        if order:
+            data["order"] = ", ".join(order)
         return data if self._tokenizer is None else data | {"tokenizer": self._tokenizer.identity()}
 
     def close(self) -> None:

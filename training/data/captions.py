@@ -52,6 +52,27 @@ def captions_of_json(data: bytes, key: str, name: str, skips: Skips) -> Captions
     return captions
 
 
+def captions_of_attribute(data: bytes, key: str, name: str, skips: Skips) -> Captions | None:
+    """The captions in one attribute of an augmented manifest; None when it is no caption's.
+
+    An attribute is text, or JSON: a text, a list of texts, or an object with them under a key.
+    Numbers, and objects without the key (Ground Truth adds one to each label), are no captions.
+    Nothing, and counted, when it was meant for one but cannot be used.
+    """
+    content = _decoded(data, name, skips)
+    if content is None:
+        return ()
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return captions_of_text(data, name, skips)  # a bare text
+    if isinstance(value, dict):
+        return captions_of_json(data, key, name, skips) if key in value else None
+    if isinstance(value, str | list):
+        return captions_of_json(json.dumps({key: value}).encode(), key, name, skips)
+    return None
+
+
 def _decoded(data: bytes, name: str, skips: Skips) -> str | None:
     try:
         return data.decode("utf-8-sig")

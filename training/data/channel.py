@@ -29,13 +29,15 @@ def open_channel(
     max_bad_share: float = DEFAULT_MAX_BAD_SHARE,
     caption_key: str | None = None,
     is_streamed: bool = False,
+    is_part: bool = False,
     stop: Stop = NEVER,
 ) -> StoredPairs:
     """Find the pairs of a channel and read their captions; images come later.
 
     channel: the name used in messages; the folder's own when not given.
     max_bad_share: 0 to 1, how many of the would-be pairs may be unusable.
-    caption_key, is_streamed: see `shards_of`.
+    caption_key, is_streamed: see `shards_of`. is_part: whether other hosts have other objects of
+        the channel.
     Raises `DataError` for a layout that cannot be read, when there is no pair, or when too many
     are unusable; Stopped.
     """
@@ -43,6 +45,11 @@ def open_channel(
     if not root.is_dir():
         raise DataError(f"{skips.channel}: {root} is not a directory; {WANTED}")
     files = list(unless_stopped(walk(root, skips), stop))
+    if is_part and not files:
+        raise DataError(
+            f"{skips.channel}: this host was given none of the channel's objects; ShardedByS3Key "
+            "needs at least as many shards as there are hosts, all of about one size"
+        )
     shard = _first(files, (SHARD_SUFFIX,))
     image = _first(files, IMAGE_SUFFIXES)
     packed = _first(files, PACKED_SUFFIXES)
@@ -77,6 +84,12 @@ def open_channel(
             log.warning(
                 "%s: single files are slow to fetch one by one (FastFile); shards are quick: "
                 "python -m training.data shard",
+                skips.channel,
+            )
+        if is_part:
+            log.warning(
+                "%s: ShardedByS3Key deals out single files, and so tears images from their "
+                "captions; give shards: python -m training.data shard",
                 skips.channel,
             )
         dataset = folder_of(root, files, skips, image_size, max_bad_share, stop)

@@ -65,8 +65,12 @@ def decode_if_small(
 
     A larger one is returned as it is. Raises what `InMemory` does.
     """
-    num_bytes = len(dataset) * 3 * dataset.image_size**2
-    return dataset if num_bytes > max_decoded_bytes else InMemory(dataset, stop)
+    return InMemory(dataset, stop) if is_small(dataset, max_decoded_bytes) else dataset
+
+
+def is_small(dataset: Dataset, max_decoded_bytes: int = MAX_DECODED_BYTES) -> bool:
+    """Whether all images fit into so many bytes as uint8."""
+    return len(dataset) * 3 * dataset.image_size**2 <= max_decoded_bytes
 
 
 def first_usable(dataset: Dataset, most: int, stop: Stop = NEVER) -> tuple[Tensor, list[str]]:

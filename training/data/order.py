@@ -29,6 +29,7 @@ class Order:
     last: what happens to the pairs that do not fill a batch. `drop` leaves them out of this epoch
         (others in the next one) and fills the only batch of a smaller set by going round again;
         `keep` makes a shorter batch, for validation by one rank.
+    part: which of several parts of a data set these pairs are, each with an order of its own.
     groups: pairs in each run of adjacent numbers that is quickly read from front to back only, M in
         all: the shards of a channel that is fetched while it is read. See `permutation`.
     """
@@ -41,6 +42,7 @@ class Order:
     rank: int = 0
     world_size: int = 1
     groups: tuple[int, ...] | None = None
+    part: int = 0
 
     def __post_init__(self) -> None:
         if self.num_pairs < 1:
@@ -116,5 +118,6 @@ class Order:
         return permutation[mine % self.num_pairs]
 
     def _random(self, epoch: int, stream: int) -> NDArray[np.uint64]:
-        bits = np.random.Philox(np.random.SeedSequence([self.seed, epoch, stream]))
+        parts = [self.part] if self.part else []
+        bits = np.random.Philox(np.random.SeedSequence([self.seed, epoch, stream, *parts]))
         return bits.random_raw(self.num_pairs)

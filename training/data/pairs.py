@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
@@ -56,7 +57,9 @@ class Skips:
 
     The first few of each reason are logged as warnings, the others only counted.
     counts: all reasons seen, `IGNORED` included. examples: at most `EXAMPLES_PER_REASON` a reason.
-    num_pairs: pairs found in the whole channel, before any image was decoded.
+    num_pairs: pairs found, before any image was decoded.
+    elsewhere: what is known of the parts of the channel that other hosts have (see `parts`). It
+        counts in shares and summaries; counts, examples and num_pairs are of this host's part.
     """
 
     def __init__(self, channel: str) -> None:
@@ -64,12 +67,14 @@ class Skips:
         self.counts: Counter[SkipReason] = Counter()
         self.examples: dict[SkipReason, list[str]] = {}
         self.num_pairs = 0
+        self.elsewhere: Sequence[PartSkips] = ()
         self._damaged: set[str] = set()
 
     @property
     def num_bad(self) -> int:
         """How many were meant to be pairs, but are none."""
-        return self.counts.total() - self.counts[SkipReason.IGNORED]
+        counts = self._all_counts()
+        return counts.total() - counts[SkipReason.IGNORED]
 
     @property
     def num_damaged(self) -> int:
@@ -79,7 +84,7 @@ class Skips:
     @property
     def num_good(self) -> int:
         """Pairs of the whole channel that are usable, as far as is known."""
-        return self.num_pairs - self.num_damaged
+        return self.num_pairs - self.num_damaged + sum(part.num_good for part in self.elsewhere)
 
     def add(self, reason: SkipReason, name: str, detail: str = "", count: int = 1) -> None:
         """Count one. detail: the full message, when the reason alone does not say enough.
@@ -115,16 +120,53 @@ class Skips:
 
     def describe(self) -> str:
         """`2 truncated or damaged image (a.png, b.png), 1 caption without image (c.txt)`."""
-        return ", ".join(
-            f"{count:,} {reason} ({', '.join(self.examples[reason])}"
-            f"{', …' if count > len(self.examples[reason]) else ''})"
-            for reason, count in self.counts.most_common()
-            if reason is not SkipReason.IGNORED
-        )
+        sentences = []
+        for reason, count in self._all_counts().most_common():
+            if reason is not SkipReason.IGNORED:
+                names = self._all_examples(reason)
+                more = ", …" if count > len(names) else ""
+                sentences.append(f"{count:,} {reason} ({', '.join(names)}{more})")
+        return ", ".join(sentences)
 
     def as_dict(self) -> dict[str, int]:
         """Reason -> count, most frequent first, for manifests and reports."""
-        return {reason.value: count for reason, count in self.counts.most_common()}
+        return {reason.value: count for reason, count in self._all_counts().most_common()}
+
+    def of_part(self) -> PartSkips:
+        """What other hosts are to know of this one's part."""
+        counts = {reason.value: count for reason, count in self.counts.items()}
+        examples = {reason.value: names for reason, names in self.examples.items()}
+        return PartSkips(self.num_pairs - self.num_damaged, counts, examples)
+
+    def restore(self, part: PartSkips) -> None:
+        """Take over what another process has counted, before anything was decoded."""
+        self.counts.update({SkipReason(reason): count for reason, count in part.counts.items()})
+        for reason, names in part.examples.items():
+            self.examples[SkipReason(reason)] = list(names)
+
+    def _all_counts(self) -> Counter[SkipReason]:
+        counts = Counter(self.counts)
+        for part in self.elsewhere:
+            counts.update({SkipReason(reason): count for reason, count in part.counts.items()})
+        return counts
+
+    def _all_examples(self, reason: SkipReason) -> list[str]:
+        names = list(self.examples.get(reason, ()))
+        for part in self.elsewhere:
+            names += part.examples.get(reason.value, ())
+        return names[:EXAMPLES_PER_REASON]
+
+
+@dataclass(frozen=True)
+class PartSkips:
+    """What was left out of one host's part of a channel; plain values, to be sent.
+
+    num_good: its usable pairs, as far as is known. counts, examples: by the reason's text.
+    """
+
+    num_good: int
+    counts: Mapping[str, int]
+    examples: Mapping[str, Sequence[str]]
 
 
 def printable(name: str) -> str:
@@ -169,17 +211,46 @@ class Dataset(Protocol):
         ...
 
 
-def fingerprint(pairs: Iterable[tuple[str, int, tuple[str, ...]]]) -> str:
-    """Identify a data set cheaply: sha256 over (name, image bytes' count, captions), by name.
+@dataclass(frozen=True)
+class Whole:
+    """A data set, or all hosts' parts of one together, in three numbers.
 
-    Image contents are not read: an image replaced by another of exactly the same length in bytes
-    is not noticed. Order, folder location, times and owners of the files make no difference.
+    num_pairs: usable ones, as far as is known.
     """
-    digest = hashlib.sha256()
-    for name, num_bytes, captions in sorted(pairs):
-        # Lengths first, so that no two different data sets join to the same text.
+
+    num_pairs: int
+    num_captions: int
+    fingerprint: str
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> Whole:
+        """Of a data set that is no part."""
+        num_captions = sum(len(dataset.captions(index)) for index in range(len(dataset)))
+        return cls(len(dataset), num_captions, dataset.fingerprint)
+
+
+def fingerprint(pairs: Iterable[tuple[str, int, tuple[str, ...]]]) -> str:
+    """Identify a data set cheaply by the (name, image bytes' count, captions) of its pairs.
+
+    The sum of their sha256, modulo 2**256: the parts of a data set add up to the whole, see
+    `joined`. Image contents are not read: an image replaced by another of exactly the same length
+    in bytes is not noticed. Order, folder location, times and owners make no difference.
+    """
+    total = 0
+    for name, num_bytes, captions in pairs:
+        digest = hashlib.sha256()
+        # Lengths first, so that no two different pairs join to the same text.
         for text in (name, str(num_bytes), *captions):
             encoded = text.encode("utf-8", "surrogateescape")
             digest.update(b"%d:" % len(encoded) + encoded)
-        digest.update(b"\n")
-    return digest.hexdigest()
+        total += int.from_bytes(digest.digest())
+    return _hexadecimal(total)
+
+
+def joined(fingerprints: Iterable[str]) -> str:
+    """The fingerprint of a data set from those of its parts, in any order."""
+    return _hexadecimal(sum(int(part, 16) for part in fingerprints))
+
+
+def _hexadecimal(total: int) -> str:
+    return f"{total % (1 << 256):064x}"

@@ -4,56 +4,31 @@ The `webdataset` library reads shards from front to back and shuffles what a buf
 what a step sees depends on what was read before it. Training here asks for any pair of any step
 (see `order`), to go on after an interruption with exactly the batches that would have come. So the
 headers of every shard are read once, when the channel is opened, and images later by their place
-in the file. That index lives in memory: channels are read-only. The convention is the library's:
-the key of a member ends at the first dot of its file name, and what follows says what it holds.
-
-Nothing is unpacked, so that no member's name can reach a file outside.
+in the file. That index lives in memory: channels are read-only. Which members make up a pair is the
+library's convention, see `tar`.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import posixpath
-import tarfile
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 from tqdm import tqdm
 
-from training.data.captions import (
-    DEFAULT_CAPTION_KEY,
-    MAX_CAPTION_BYTES,
-    Captions,
-    captions_of_json,
-    captions_of_text,
-)
+from training.data.captions import Captions
 from training.data.files import File
 from training.data.pairs import SkipReason, Skips
-from training.data.stored import (
-    IMAGE_SUFFIXES,
-    StoredPairs,
-    add_image,
-    pair_up,
-    require_enough,
-)
-from training.stopping import NEVER, Stop, unless_stopped
+from training.data.stored import StoredPairs, require_enough
+from training.data.tar import DAMAGES, Member, PairIndex
+from training.stopping import NEVER, Stop
 
 SHARD_SUFFIX = ".tar"
 MAX_OPEN_SHARDS = 64
 STREAM_BYTES = 4 << 20  # read at once where reading on is cheap and reading elsewhere is not
-
-
-@dataclass(frozen=True, slots=True)
-class Member(File):
-    """A file within a shard. name: `shard.tar/path`. shard: its number. offset: of its bytes."""
-
-    shard: int
-    offset: int
 
 
 class Shards(StoredPairs):
@@ -75,7 +50,7 @@ class Shards(StoredPairs):
         )
         self._members = images
         self._is_streamed = is_streamed
-        self._files = _OpenFiles(paths)
+        self._files = OpenFiles(paths)
         self._num_shards = len(paths)
 
     @property
@@ -93,10 +68,7 @@ class Shards(StoredPairs):
     def read(self, index: int) -> bytes:
         member = self._members[index]
         file = self._files.of(member.shard)
-        data = os.pread(file.number, member.num_bytes, member.offset)
-        if len(data) < member.num_bytes:
-            raise OSError(errno.EIO, "the shard has become shorter")
-        return data
+        return read_at(file.number, member.num_bytes, member.offset)
 
 
 def shards_of(
@@ -134,8 +106,8 @@ def shards_of(
         shards, f"indexing {skips.channel}", unit="shards", disable=None, delay=0.5, leave=False
     )
     for number, file in enumerate(bar):
-        index = _Index(number, file.name, caption_key, skips)
-        damage = index.read(root / file.name, is_streamed, stop)
+        index = PairIndex(number, f"{file.name}/", caption_key, skips)
+        damage = _index(index, root / file.name, is_streamed, stop)
         before = len(images)
         for image, lines in index.pairs():
             images.append(image)
@@ -162,98 +134,33 @@ def shards_of(
     )
 
 
-class _Index:
-    """The members of one shard that may make up pairs, by key."""
-
-    def __init__(self, number: int, name: str, caption_key: str | None, skips: Skips) -> None:
-        self._number = number
-        self._name = name
-        self._caption_key = caption_key
-        self._skips = skips
-        self._images: dict[str, Member] = {}
-        self._texts: dict[str, Member] = {}
-        self._jsons: dict[str, Member] = {}
-        self._contents: dict[str, bytes] = {}
-
-    def read(self, path: Path, is_streamed: bool, stop: Stop) -> str | None:
-        """Go through the headers; returns what is wrong with it, if anything."""
-        try:
-            with (
-                path.open("rb", buffering=STREAM_BYTES if is_streamed else -1) as file,
-                tarfile.open(fileobj=file, mode="r:") as archive,
-            ):
-                for info in unless_stopped(_members(archive), stop):
-                    self._add(info, file)
-                return _wrong_end(file, archive.offset)
-        except OSError as error:
-            return f"cannot be read ({error.strerror})"
-        # Besides its own errors, tarfile raises what its parsers stumble on.
-        except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
-            return f"damaged ({error})"
-
-    def pairs(self) -> Iterator[tuple[Member, Captions]]:
-        texts = self._jsons if self._caption_key else {**self._jsons, **self._texts}
-        key = self._caption_key or DEFAULT_CAPTION_KEY
-
-        def parse(text: Member) -> Captions:
-            data = self._contents[text.name]
-            if text.suffix == ".json":
-                return captions_of_json(data, key, text.name, self._skips)
-            return captions_of_text(data, text.name, self._skips)
-
-        yield from pair_up(self._images, texts, parse, self._skips)
-
-    def _add(self, info: tarfile.TarInfo, file: BinaryIO) -> None:
-        name = f"{self._name}/{info.name}"
-        folder, base = posixpath.split(info.name)
-        if info.isdir() or base.startswith("."):
-            self._skips.add(SkipReason.IGNORED, name)
-            return
-        if info.name.startswith("/") or ".." in info.name.split("/"):
-            self._skips.add(SkipReason.OUTSIDE_NAME, name)
-            return
-        if not info.isreg() or info.issparse():
-            self._skips.add(SkipReason.NOT_A_FILE, name)
-            return
-        base, _, suffix = base.partition(".")
-        key, suffix = posixpath.join(folder, base), f".{suffix.lower()}"
-        member = Member(name, info.size, self._number, info.offset_data)
-        if suffix in IMAGE_SUFFIXES:
-            add_image(self._images, key, member, self._skips)
-        elif suffix in (".txt", ".json"):
-            (self._texts if suffix == ".txt" else self._jsons)[key] = member
-            if info.size <= MAX_CAPTION_BYTES:
-                file.seek(info.offset_data)
-                self._contents[name] = file.read(info.size)
-                if len(self._contents[name]) < info.size:
-                    raise EOFError(f"{info.name} is cut off")
-        else:
-            self._skips.add(SkipReason.IGNORED, name)
+def _index(index: PairIndex, path: Path, is_streamed: bool, stop: Stop) -> str | None:
+    """Go through a shard's headers; returns what is wrong with it, if anything."""
+    try:
+        with path.open("rb", buffering=STREAM_BYTES if is_streamed else -1) as file:
+            damage = index.read(file, stop)
+            while damage is None and (rest := file.read(1 << 16)):
+                if rest.strip(b"\0"):
+                    damage = (
+                        "goes on behind its end mark; shards that were joined cannot be read: "
+                        "part them"
+                    )
+            return damage
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    except DAMAGES as error:
+        return f"damaged ({error})"
 
 
-def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    while (info := archive.next()) is not None:
-        archive.members.clear()  # type: ignore[attr-defined] # or it would keep every one
-        yield info
+def read_at(descriptor: int, num_bytes: int, offset: int) -> bytes:
+    """Bytes from the middle of an open file. Raises OSError when there are fewer."""
+    data = os.pread(descriptor, num_bytes, offset)
+    if len(data) < num_bytes:
+        raise OSError(errno.EIO, "the file has become shorter")
+    return data
 
 
-def _wrong_end(file: BinaryIO, offset: int) -> str | None:
-    """What is wrong with what follows the last header that tarfile could read.
-
-    It takes anything that is no header for the end; a sound end is zeros and nothing else.
-    """
-    file.seek(offset)
-    if not (first := file.read(tarfile.BLOCKSIZE)):
-        return f"ends at byte {offset:,} without an end mark: it was cut off"
-    if first.strip(b"\0"):
-        return f"damaged at byte {offset:,}: no member begins there"
-    while rest := file.read(1 << 16):
-        if rest.strip(b"\0"):
-            return "goes on behind its end mark; shards that were joined cannot be read: part them"
-    return None
-
-
-class _Descriptor:
+class Descriptor:
     """An open file. It is closed when the last who reads from it has done."""
 
     def __init__(self, number: int) -> None:
@@ -263,19 +170,19 @@ class _Descriptor:
         os.close(self.number)
 
 
-class _OpenFiles:
+class OpenFiles:
     """The files read from of late, open. Several threads, and forked processes, may use one."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = paths
-        self._open: OrderedDict[int, _Descriptor] = OrderedDict()
+        self._open: OrderedDict[int, Descriptor] = OrderedDict()
         self._lock = threading.Lock()
 
-    def of(self, number: int) -> _Descriptor:
+    def of(self, number: int) -> Descriptor:
         with self._lock:
             file = self._open.pop(number, None)
             if file is None:
-                file = _Descriptor(os.open(self._paths[number], os.O_RDONLY | os.O_CLOEXEC))
+                file = Descriptor(os.open(self._paths[number], os.O_RDONLY | os.O_CLOEXEC))
             self._open[number] = file
             if len(self._open) > MAX_OPEN_SHARDS:
                 self._open.popitem(last=False)
