@@ -179,11 +179,8 @@ class _FullLayer:
         self.values.table.index_copy_(
             0, plan.value_rows, self.values.encode(value.reshape(B * H, D))
         )
-        query = query.reshape(B * H, 1, D)
-        if plan.is_ragged:
-            weights = query[:, 0].index_select(0, plan.queries)
-        else:
-            weights = query.expand(-1, len(plan.scores) // (B * H), -1).reshape(-1)
+        # Each block's query beside it.
+        weights = query.reshape(B * H, D).index_select(0, plan.queries)
         scores = self.keys.sums(plan.key_indices, plan.key_offsets, weights.view(-1))
         if plan.is_ragged:
             scores = plan.scores.index_copy_(0, plan.places, scores)
