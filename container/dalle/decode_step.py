@@ -21,7 +21,6 @@ from dalle.names import Precision
 from dalle.quantised import Matrix, matrix
 from dalle.transformer import Block, Branch, CodeHead, Dalle
 
-
 Function = Callable[[Tensor], Tensor]
 
 _QK_EPSILON = 1e-5  # of `F.layer_norm`, which the model calls
@@ -60,7 +59,7 @@ class DecodeStep:
         Returns the states [B, W] that predict the next.
         """
         rows = torch.cat([codes, positions[:, None]], dim=1).add_(self._first_rows)
-        x = F.embedding_bag(rows, self._inputs, mode="sum")
+        x = self._inputs.index_select(0, rows.view(-1)).view(*rows.shape, -1).sum(dim=1)
         head = self._heads_shape[2:]
         for layer, block in enumerate(self._blocks):
             qkv = block.qkv(block.attention_norm(x)).view(-1, *self._heads_shape)
