@@ -53,7 +53,7 @@ def _float(linear: nn.Linear, input_gain: float) -> Matrix:
         linear.weight.data = linear.weight.data.t().contiguous().t()
     weight, bias = linear.weight.detach().t(), _bias(linear)
     if bias is None:
-        return lambda x: torch.mm(x, weight).mul_(input_gain) if input_gain != 1 else x.mm(weight)
+        return lambda x: torch.mm(x, weight) if input_gain == 1.0 else x.mm(weight).mul_(input_gain)
     return lambda x: torch.addmm(bias, x, weight, alpha=input_gain)
 
 
