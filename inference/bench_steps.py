@@ -159,7 +159,8 @@ def share_outside_kernels(step: Callable[[], object]) -> float:
     """
     whole = "engine step"
     step()  # warms up
-    with torch.autograd.profiler.profile(use_kineto=True) as profile:
+    profiler = torch.autograd.profiler.profile(use_kineto=True)  # type: ignore[no-untyped-call]
+    with profiler as profile:
         for _ in range(PROFILED_STEPS - 1):
             with torch.autograd.profiler.record_function(whole):
                 step()

@@ -102,7 +102,8 @@ def _byte(linear: nn.Linear, input_gain: float) -> Matrix:
 def _greatest(x: Tensor) -> Tensor:
     """The greatest magnitude of each row, [B, 1]."""
     if x.numel() <= _FEW:
-        return torch.linalg.vector_norm(x, torch.inf, 1, True)
+        greatest: Tensor = torch.linalg.vector_norm(x, torch.inf, 1, True)
+        return greatest
     return x.abs().amax(dim=1, keepdim=True)
 
 

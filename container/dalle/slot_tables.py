@@ -111,6 +111,7 @@ class _FullPlan:
         self._heads, self._channels = torch.arange(self.H), torch.arange(self.D) * self.stride
         self._slots: np.ndarray | None = None
         self._blocks = self._inputs = np.zeros(0, np.int64)
+        self.value_rows = self.key_elements = torch.zeros(0, dtype=torch.int64)
 
     def update(self, slots: np.ndarray, inputs: np.ndarray) -> None:
         C, D = self.C, self.D
