@@ -30,8 +30,6 @@ from dalle.artefact import Artefact
 from dalle.clip import Clip, ClipConfig
 from dalle.dvae import DiscreteVAE, DVAEConfig
 from dalle.images import encode_image
-from dalle.names import PRECISIONS
-from dalle.ragged_step import RaggedStep
 from dalle.sizes import SizeName
 from dalle.transformer import Dalle, TransformerConfig
 from inference import bench_steps
@@ -42,6 +40,9 @@ _TEXT_LENGTH = 64
 _TEXT_VOCAB_SIZE = 10_000
 _STAGE_IMAGES = 8  # pictures decoded and scored together
 _STAGE_ROUNDS = 5
+_CPU_PRECISIONS = ("fp32", "fp16", "int8")
+_GPU_PRECISIONS = ("fp32", "bf16")
+_PROFILED_DEPTH = bench_steps.DEPTHS[1]
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,10 @@ class StepFigures:
     images_per_second: float
     bandwidth_share: float
     """Of the measured speed of memory, by the bytes that a step must read at least."""
-    tables_mb: float | None
+    outside_kernels: float
+    """Share of a step at a third of the image that is none of torch's operators' time."""
+    tables_mb: float
+    """Keys and values of all candidates."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -68,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, help="an artefact's directory, instead of --size")
     parser.add_argument("--full", action="store_true", help="full attention in every layer")
     parser.add_argument(
-        "--precision", default="fp32,int8", help="fp32,fp16,int8; a GPU has its own"
+        "--precision",
+        help="fp32,fp16,int8 on a CPU, fp32,bf16 on a GPU; default: the first and the last",
     )
     parser.add_argument("--candidates", default="1,8,32", help="drawn together: 1,8,32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -89,9 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if artefact.transformer is None:
         parser.error(f"--model {given.model} has no transformer")
     model = _with_full_attention(artefact.transformer) if given.full else artefact.transformer
-    precisions = ["fp32"] if device.type != "cpu" else given.precision.split(",")
-    if unknown := set(precisions) - set(PRECISIONS):
-        parser.error(f"--precision must be of {PRECISIONS}, got {sorted(unknown)}")
+    fitting = _CPU_PRECISIONS if device.type == "cpu" else _GPU_PRECISIONS
+    precisions = given.precision.split(",") if given.precision else [fitting[0], fitting[-1]]
+    if unknown := set(precisions) - set(fitting):
+        parser.error(f"--precision must be of {fitting} on {device}, got {sorted(unknown)}")
     result = run(
         artefact,
         model,
@@ -131,7 +137,8 @@ def run(
                 f"a step (warming up {figures.warm_up_ms:.2f}, quartiles "
                 f"{figures.spread:.0%} apart), {figures.tokens_per_second:.1f} tokens/s, "
                 f"{figures.images_per_second:.3f} images/s, {figures.bandwidth_share:.0%} of "
-                f"{memory.bytes_per_second / 1e9:.1f} GB/s",
+                f"{memory.bytes_per_second / 1e9:.1f} GB/s, {figures.outside_kernels:.0%} outside "
+                "kernels",
                 flush=True,
             )
     stages = _stages(artefact, model, device)
@@ -154,19 +161,24 @@ def _steps(
 ) -> list[StepFigures]:
     config, device = model.config, model.text_position.device
     ranges = bench_steps.wide_ranges(model)
+    models = {precision: bench_steps.in_precision(model, precision) for precision in precisions}
     timings = {precision: Timings() for precision in precisions}
-    tables: dict[str, float | None] = {}
+    tables: dict[str, float] = {}
+    outside: dict[str, float] = {}
     for depth in bench_steps.DEPTHS:
         engines = {
-            precision: bench_steps.engine_at(model, batch, depth, precision, ranges)
+            precision: bench_steps.engine_at(models[precision], batch, depth, precision, ranges)
             for precision in precisions
         }
-        for precision in precisions:
-            step = bench_steps.step_of(model, batch, precision, ranges)
-            tables[precision] = step.num_bytes / 1e6 if isinstance(step, RaggedStep) else None
         steps = {precision: engine.step for precision, engine in engines.items()}
         left = config.num_positions - int(config.num_positions * depth)
-        bench_steps.take_turns(steps, timings, depth, min(rounds + 1, left - 1), device, memory)
+        profiled = depth == _PROFILED_DEPTH
+        here = min(rounds + 1, left - 1 - (bench_steps.PROFILED_STEPS if profiled else 0))
+        bench_steps.take_turns(steps, timings, depth, here, device, memory)
+        if profiled:
+            for precision, engine in engines.items():
+                tables[precision] = engine.num_bytes / 1e6
+                outside[precision] = bench_steps.share_outside_kernels(engine.step)
         del engines, steps
         bench_steps.forget()
     figures = []
@@ -183,6 +195,7 @@ def _steps(
                 tokens_per_second=batch * config.num_codebooks / seconds,
                 images_per_second=batch / (seconds * config.num_positions),
                 bandwidth_share=needed / seconds / memory.bytes_per_second,
+                outside_kernels=outside[precision],
                 tables_mb=tables[precision],
             )
         )

@@ -7,6 +7,7 @@ Letters: B candidates drawn together, N positions, M codes per position.
 
 from __future__ import annotations
 
+import copy
 import gc
 import platform
 import statistics
@@ -22,9 +23,11 @@ from dalle.names import Precision
 from dalle.ragged_step import RaggedStep
 from dalle.sampling import SamplingOptions
 from dalle.slot_tables import KeyRange
+from dalle.static_step import StaticStep
 from dalle.transformer import Dalle
 
 DEPTHS = (0.05, 0.35, 0.65, 0.95)  # shares of an image at which steps are timed
+PROFILED_STEPS = 5  # the first of them warms up
 PROBE_BYTES = 512 * 1024**2  # more than a processor's caches hold
 
 
@@ -134,14 +137,35 @@ def engine_at(
 
 def step_of(
     model: Dalle, batch: int, precision: str, key_ranges: list[KeyRange] | None
-) -> RaggedStep | None:
-    """The step of a precision; None for the exact one of the model's device."""
-    if model.text_position.device.type != "cpu":
-        return None
+) -> RaggedStep | StaticStep:
+    """The step of a precision; for bf16 of a model that is in it, see `in_precision`."""
+    if precision == "bf16" or model.text_position.device.type != "cpu":
+        return StaticStep(model, batch)
     weights: Precision = precision  # type: ignore[assignment]
     return RaggedStep(
         model, batch, precision=weights, key_ranges=key_ranges if precision == "int8" else None
     )
+
+
+def in_precision(model: Dalle, precision: str) -> Dalle:
+    """The model that reads captions beside a step of a precision."""
+    return copy.deepcopy(model).to(torch.bfloat16) if precision == "bf16" else model
+
+
+def share_outside_kernels(step: Callable[[], object]) -> float:
+    """Share of a step's time that is none of torch's operators': Python's, and what lies between.
+
+    At most: the profiler's own time counts as such. Of the processor's time, on a GPU too.
+    """
+    whole = "engine step"
+    step()  # warms up
+    profiler = torch.autograd.profiler.profile(use_kineto=True)  # type: ignore[no-untyped-call]
+    with profiler as profile:
+        for _ in range(PROFILED_STEPS - 1):
+            with torch.autograd.profiler.record_function(whole):
+                step()
+    (found,) = [each for each in profile.key_averages() if each.key == whole]
+    return float(found.self_cpu_time_total / found.cpu_time_total)
 
 
 def wide_ranges(model: Dalle) -> list[KeyRange]:

@@ -36,6 +36,8 @@ def test_the_last_line_is_json_with_every_figure(capsys):
             1000 * each["candidates"] * 2 / each["step_ms"]
         )
         assert each["images_per_second"] == pytest.approx(each["tokens_per_second"] / (16 * 2))
+        assert 0 < each["outside_kernels"] < 1
+        assert each["tables_mb"] > 0
     assert set(figures["stages_ms"]) == {"decode", "encode", "rank"}
     assert figures["torch"] == torch.__version__
     assert figures["positions"] == 16
@@ -63,6 +65,10 @@ def test_an_artefact_is_measured_as_it_is(tiny_artefact, capsys):
     ("arguments", "says"),
     [
         (["--precision", "int4"], "--precision must be of"),
+        (
+            ["--precision", "bf16", "--size", "tiny", "--device", "cpu"],
+            "'int8') on cpu, got ['bf16']",
+        ),
         (["--size", "huge"], "invalid choice: 'huge'"),
     ],
 )
@@ -97,6 +103,37 @@ def test_a_step_reads_each_weight_once_and_what_its_queries_see(make_dalle):
     assert bench_steps.step_bytes(model, 3, "int8") == matrices + 3 * keys_and_values
     sparse = make_dalle(num_codebooks=1, attention_kinds=("axial_row",))
     assert bench_steps.step_bytes(sparse, 3, "fp32") < bench_steps.step_bytes(model, 3, "fp32")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_bf16_has_its_share_of_the_memorys_speed(capsys):
+    arguments = ["--size", "tiny", "--candidates", "2", "--rounds", "2", "--probe-mb", "8"]
+    bench.main([*arguments, "--device", "cuda"])
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [each["precision"] for each in figures["steps"]] == ["fp32", "bf16"]
+    assert all(0 < each["bandwidth_share"] < 1 for each in figures["steps"])
+    assert figures["gpu"]
+
+
+def test_the_engine_that_is_measured_in_bf16_draws_whole_pictures(make_dalle):
+    model = bench_steps.in_precision(make_dalle(), "bf16")
+    engine = bench_steps.engine_at(model, 3, 0.5, "bf16", None)
+    finished = []
+    while not engine.is_idle:
+        finished += engine.step()
+    assert len(finished) == 3
+    assert engine.num_bytes == 2 * 2 * 3 * (5 + 16) * 16 * 2  # layers, two of each input, a width
+
+
+def test_what_lies_outside_kernels_is_what_torch_does_not_do():
+    numbers = torch.ones(300_000)
+
+    def beside_torch():
+        sum(range(300_000))
+
+    assert bench_steps.share_outside_kernels(lambda: numbers.sort()) < 0.5
+    assert bench_steps.share_outside_kernels(beside_torch) > 0.9
 
 
 def test_every_size_has_what_the_benchmark_builds():

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from dalle.attention import visibility
 from dalle.decoding import DecodeEngine
 from dalle.names import ATTENTION_KINDS
 from dalle.ragged_step import RaggedStep
+from dalle.row_tables import FloatRows
 from dalle.sampling import SamplingOptions, sample_image_tokens
 from dalle.static_step import StaticStep
 
@@ -125,6 +127,35 @@ def test_a_long_sequence_is_read_in_blocks(make_dalle):
     ]
     found = run(DecodeEngine(model, 3), requests, every=41)
     assert_as_sampled(model, found, requests)
+
+
+@pytest.mark.parametrize("kind", ATTENTION_KINDS)
+def test_a_step_reads_what_its_queries_see_and_little_else(kind, make_dalle, monkeypatch):
+    """Rows of keys and values, of one input and head each, in one step of two candidates."""
+    model = make_dalle(attention_kinds=(kind,), text_length=5, grid_size=8, num_codebooks=1)
+    config = model.config
+    engine = DecodeEngine(model, 2)
+    prime = torch.zeros(40, 1, dtype=torch.int64)  # then the first of a row is drawn
+    engine.submit(TEXT, candidates=range(2), seed=0, prime_tokens=prime)
+    numbers_read = []
+    sums, fetch = FloatRows.sums, FloatRows.fetch
+
+    def noted_sums(self, indices, *others):
+        numbers_read.append(indices.numel() * self.table.shape[1])
+        return sums(self, indices, *others)
+
+    def noted_fetch(self, indices):
+        numbers_read.append(indices.numel() * self.table.shape[1])
+        return fetch(self, indices)
+
+    monkeypatch.setattr(FloatRows, "sums", noted_sums)
+    monkeypatch.setattr(FloatRows, "fetch", noted_fetch)
+    engine.step()
+    inputs = sum(numbers_read) / (2 * 2 * config.num_layers * config.width)
+    visible = visibility(kind, 5, 8, config.conv_kernel_size).sum(dim=1)
+    # Of the sparse kinds as many as any query sees; of the full one whole blocks of 16.
+    assert inputs == (48 if kind == "full" else int(visible[6:].max()))
+    assert visible[6 + 40] <= inputs < visible[6 + 40] + 16
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])

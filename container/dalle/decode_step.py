@@ -21,6 +21,10 @@ from dalle.names import Precision
 from dalle.quantised import Matrix, matrix
 from dalle.transformer import Block, Branch, CodeHead, Dalle
 
+Function = Callable[[Tensor], Tensor]
+
+_QK_EPSILON = 1e-5  # of `F.layer_norm`, which the model calls
+
 
 class Attends(Protocol):
     """A cache that has been told of the step's rows."""
@@ -55,17 +59,18 @@ class DecodeStep:
         Returns the states [B, W] that predict the next.
         """
         rows = torch.cat([codes, positions[:, None]], dim=1).add_(self._first_rows)
-        x = F.embedding_bag(rows, self._inputs, mode="sum")
+        x = self._inputs.index_select(0, rows.view(-1)).view(*rows.shape, -1).sum(dim=1)
+        head = self._heads_shape[2:]
         for layer, block in enumerate(self._blocks):
             qkv = block.qkv(block.attention_norm(x)).view(-1, *self._heads_shape)
+            query_key = qkv.narrow(1, 0, 2)
             if block.qk_norm:
-                query, key = F.layer_norm(qkv[:, :2], qkv.shape[-1:]).unbind(1)
-            else:
-                query, key = qkv[:, 0], qkv[:, 1]
-            attended = block.out(cache.attend(layer, query, key, qkv[:, 2]))
-            x = x.add_(attended if block.out_gain is None else attended.mul_(block.out_gain))
+                query_key = torch.native_layer_norm(query_key, head, None, None, _QK_EPSILON)[0]
+            query, key = query_key.unbind(1)
+            attended = block.out(cache.attend(layer, query, key, qkv.select(1, 2)))
+            x = _add(x, attended, block.out_gain)
             added = block.contract(block.activate(block.expand(block.feed_forward_norm(x))))
-            x = x.add_(added if block.contract_gain is None else added.mul_(block.contract_gain))
+            x = _add(x, added, block.contract_gain)
         return x
 
     def code_logits(self, hidden: Tensor, m: int, codes: Tensor) -> Tensor:
@@ -83,14 +88,14 @@ class DecodeStep:
 
 @dataclass(frozen=True)
 class _Block:
-    attention_norm: nn.Module
+    attention_norm: Function
     qkv: Matrix
     qk_norm: bool
     out: Matrix
     out_gain: Tensor | None
-    feed_forward_norm: nn.Module
+    feed_forward_norm: Function
     expand: Matrix
-    activate: Callable[[Tensor], Tensor]
+    activate: Function
     contract: Matrix
     contract_gain: Tensor | None
 
@@ -101,15 +106,15 @@ class _Block:
         assert isinstance(attention, SelfAttention)
         assert isinstance(feed_forward, FeedForward)
         return cls(
-            attention_norm=block.attention.norm,
+            attention_norm=_norm(block.attention.norm),
             qkv=matrix(attention.to_qkv, precision),
             qk_norm=attention.qk_norm,
             out=matrix(attention.to_out, precision),
             out_gain=_gain(block.attention),
-            feed_forward_norm=block.feed_forward.norm,
+            feed_forward_norm=_norm(block.feed_forward.norm),
             expand=matrix(feed_forward.expand, precision),
             activate=_activation(feed_forward),
-            contract=matrix(feed_forward.contract, precision),
+            contract=matrix(feed_forward.contract, precision, _input_gain(feed_forward)),
             contract_gain=_gain(block.feed_forward),
         )
 
@@ -118,9 +123,9 @@ class _Block:
 class _Head:
     earlier: Tensor  # [m * V, W]: embeddings of the codes before
     first_rows: Tensor  # [m]
-    norm: nn.Module
+    norm: Function
     expand: Matrix | None
-    activate: Callable[[Tensor], Tensor]
+    activate: Function
     contract: Matrix | None
     to_logits: Matrix
 
@@ -132,32 +137,54 @@ class _Head:
         return cls(
             earlier=torch.cat(tables) if tables else weight.new_zeros(0, 0),
             first_rows=torch.arange(len(tables), device=weight.device) * len(weight),
-            norm=head.norm,
+            norm=_norm(head.norm),
             expand=None if head.mix is None else matrix(head.mix.expand, precision),
             activate=F.relu if head.mix is None else _activation(head.mix),
-            contract=None if head.mix is None else matrix(head.mix.contract, precision),
+            contract=None
+            if head.mix is None
+            else matrix(head.mix.contract, precision, _input_gain(head.mix)),
             to_logits=matrix(head.to_logits, precision),
         )
 
 
-def _activation(feed_forward: FeedForward) -> Callable[[Tensor], Tensor]:
+def _norm(norm: nn.Module) -> Function:
+    """As the module, whose call takes as long again as its kernel for so few rows."""
+    if not isinstance(norm, nn.LayerNorm):
+        return norm
+    shape, weight, bias, epsilon = norm.normalized_shape, norm.weight, norm.bias, norm.eps
+    return lambda x: torch.native_layer_norm(x, shape, weight, bias, epsilon)[0]
+
+
+def _activation(feed_forward: FeedForward) -> Function:
+    """The activation over `_input_gain`."""
     match feed_forward.kind:
         case "gelu":
-            return _gelu
+            return lambda x: _twice_gelu(x, x)
         case "relu2":
             return lambda x: x.relu_().square_()
         case "geglu":
 
             def geglu(x: Tensor) -> Tensor:
                 x, gate = x.chunk(2, dim=-1)
-                return _gelu(gate).mul_(x)
+                return _twice_gelu(gate, x * gate)
 
             return geglu
 
 
-def _gelu(x: Tensor) -> Tensor:
-    """As `F.gelu`, which on a CPU takes longer to be set up than to run for so few rows."""
-    return torch.erf(x * 0.5**0.5).add_(1).mul_(x).mul_(0.5)
+def _input_gain(feed_forward: FeedForward) -> float:
+    """What the second matrix multiplies its input by: half of what comes from `_twice_gelu`."""
+    return 1.0 if feed_forward.kind == "relu2" else 0.5
+
+
+def _twice_gelu(x: Tensor, factor: Tensor) -> Tensor:
+    """2 · factor · Φ(x): with x as the factor twice `F.gelu`, which on a CPU takes longer to be set
+    up than to run for so few rows."""
+    return torch.addcmul(factor, factor, torch.mul(x, 0.5**0.5).erf_())
+
+
+def _add(x: Tensor, branch: Tensor, gain: Tensor | None) -> Tensor:
+    """x + branch · gain, in x's memory."""
+    return x.add_(branch) if gain is None else x.addcmul_(branch, gain)
 
 
 def _gain(branch: Branch) -> Tensor | None:

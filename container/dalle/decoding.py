@@ -131,6 +131,11 @@ class DecodeEngine:
         return not self._making and not self._generations
 
     @property
+    def num_bytes(self) -> int:
+        """Memory of the keys and values."""
+        return self._step.num_bytes
+
+    @property
     def busy_slots(self) -> int:
         """B"""
         return self.num_slots - len(self._free)
@@ -274,8 +279,8 @@ class DecodeEngine:
         """Draw the codes [C, M] of each candidate's position, and count their likelihood."""
         C, M = len(batch.candidates), self.model.config.num_codebooks
         hidden = self._hidden.index_select(0, batch.rows)
-        positions = batch.positions()
-        uniforms = self._uniforms[batch.slots, positions]
+        places = batch.places(self.model.config.num_positions)
+        uniforms = self._uniforms.view(-1, M).index_select(0, places)
         codes = torch.zeros(C, M, dtype=torch.int64, device=self._device)
         log_likelihood = torch.zeros(C, device=self._device)
         for m in range(M):
@@ -284,8 +289,8 @@ class DecodeEngine:
             codes[:, m] = batch.choose(batch.guide(logits), uniforms[:, m])
             log_p = conditional.log_softmax(dim=-1)
             log_likelihood += log_p.gather(1, codes[:, m, None]).squeeze(1)
-        self._image_tokens[batch.slots, positions] = codes
-        self._log_likelihood[batch.slots] += log_likelihood
+        self._image_tokens.view(-1, M).index_copy_(0, places, codes)
+        self._log_likelihood.index_add_(0, batch.slots, log_likelihood)
         return codes
 
     def _advance(self, batch: _Batch, codes: Tensor) -> None:
@@ -369,9 +374,10 @@ class _Batch:
         ]
         return np.array([*positions, *with_guidance], dtype=np.int64)
 
-    def positions(self) -> Tensor:
-        """Each candidate's position, [C]."""
-        return torch.tensor([each.position for each in self.candidates], device=self._device)
+    def places(self, num_positions: int) -> Tensor:
+        """Each candidate's slot and position as one number, [C]."""
+        places = [each.slot * num_positions + each.position for each in self.candidates]
+        return torch.tensor(places, device=self._device)
 
     def spread(self, codes: Tensor) -> Tensor:
         """[C, M] -> [B, M]: a branch without caption takes in what its candidate drew."""

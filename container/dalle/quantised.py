@@ -23,48 +23,51 @@ from dalle.names import Precision
 Matrix = Callable[[Tensor], Tensor]
 """A linear layer without its module: [B, in] -> [B, out], float32."""
 
-_TINY = 1e-20  # in place of the scale of a row of zeros
+_TINY = 1e-20  # in place of the scale of an output whose weights are all zero
+_FEW = 2048  # numbers whose greatest one kernel finds sooner than two that are faster
+_MIDDLE = 128  # the byte that means 0
 
 
-def matrix(linear: nn.Linear, precision: Precision) -> Matrix:
+def matrix(linear: nn.Linear, precision: Precision, input_gain: float = 1.0) -> Matrix:
     """The same linear map with its weights in another precision; fp32 and bf16: as they are.
 
     It then shares the layer's memory, laid out anew: [in, out] is read a quarter faster on a CPU.
+    input_gain: a factor of the input, which costs nothing here; exact where it is a power of two.
     Raises `DeviceError` where this processor or this build of torch has no such kernel.
     """
     try:
         if precision == "fp16":
-            return _half(linear)
+            return _half(linear, input_gain)
         if precision == "int8":
-            return _byte(linear)
+            return _byte(linear, input_gain)
     except (AttributeError, RuntimeError) as error:
         raise DeviceError(
             f"{precision} weights need an x86 processor and a torch with FBGEMM; this one says: "
             f"{str(error).splitlines()[0]}; use fp32"
         ) from error
-    return _float(linear)
+    return _float(linear, input_gain)
 
 
-def _float(linear: nn.Linear) -> Matrix:
+def _float(linear: nn.Linear, input_gain: float) -> Matrix:
     if linear.weight.device.type == "cpu":
         linear.weight.data = linear.weight.data.t().contiguous().t()
     weight, bias = linear.weight.detach().t(), _bias(linear)
     if bias is None:
-        return lambda x: torch.mm(x, weight)
-    return lambda x: torch.addmm(bias, x, weight)
+        return lambda x: torch.mm(x, weight) if input_gain == 1.0 else x.mm(weight).mul_(input_gain)
+    return lambda x: torch.addmm(bias, x, weight, alpha=input_gain)
 
 
-def _half(linear: nn.Linear) -> Matrix:
-    weight, bias = linear.weight.detach().float(), _bias(linear)
+def _half(linear: nn.Linear, input_gain: float) -> Matrix:
+    weight, bias = linear.weight.detach().float() * input_gain, _bias(linear)
     operators: Any = torch.ops.quantized
     packed = operators.linear_prepack_fp16(weight.contiguous(), bias)
     multiply = _bare(operators.linear_dynamic_fp16)
     return lambda x: multiply(x, packed)
 
 
-def _byte(linear: nn.Linear) -> Matrix:
+def _byte(linear: nn.Linear, input_gain: float) -> Matrix:
     """Weights symmetric, one scale for each output; activations symmetric, one for each row."""
-    weight, bias = linear.weight.detach().float().contiguous(), _bias(linear)
+    weight, bias = linear.weight.detach().float() * input_gain, _bias(linear)
     # Without VNNI pairs of products are added in 16 bits: 7-bit weights keep them from overflowing.
     levels = 127 if getattr(torch.cpu, "_is_vnni_supported", lambda: False)() else 63
     scale = weight.abs().amax(dim=1).clamp(min=_TINY) / levels
@@ -76,24 +79,32 @@ def _byte(linear: nn.Linear) -> Matrix:
         )
         packed = operators.linear_prepack(quantised, None)
     multiply = _bare(operators.linear_with_input_q_dq_qweight_dq_output_fp32)
-    multiply(torch.zeros(1, weight.shape[1]), 1 / 127, 128, packed)  # whether it is there at all
-
-    def product(x: Tensor) -> tuple[Tensor, Tensor]:
-        greatest = x.abs().amax(dim=1, keepdim=True).clamp_(min=_TINY)
-        return multiply(x / greatest, 1 / 127, 128, packed), greatest
+    # Whether it is there at all.
+    multiply(torch.zeros(1, weight.shape[1]), 1 / 127, _MIDDLE, packed)
 
     if bias is None:
 
         def without_bias(x: Tensor) -> Tensor:
-            y, greatest = product(x)
+            greatest = _greatest(x)
+            y: Tensor = multiply(x / greatest, 1 / 127, _MIDDLE, packed)
             return y.mul_(greatest)
 
         return without_bias
 
     def with_bias(x: Tensor) -> Tensor:
-        return torch.addcmul(bias, *product(x))
+        # A row of zeros becomes bytes of no meaning here, and zeros again by its factor.
+        greatest = _greatest(x)
+        return torch.addcmul(bias, multiply(x / greatest, 1 / 127, _MIDDLE, packed), greatest)
 
     return with_bias
+
+
+def _greatest(x: Tensor) -> Tensor:
+    """The greatest magnitude of each row, [B, 1]."""
+    if x.numel() <= _FEW:
+        greatest: Tensor = torch.linalg.vector_norm(x, torch.inf, 1, True)
+        return greatest
+    return x.abs().amax(dim=1, keepdim=True)
 
 
 def _bias(linear: nn.Linear) -> Tensor | None:

@@ -185,14 +185,15 @@ def choose(logits: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor
     """
     if options.temperature == 0.0:
         return logits.argmax(dim=-1)
-    # Counted from the greatest, so that a temperature close to 0 overflows to -inf, never to NaN.
-    logits = logits.double()
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / options.temperature
+    if options.temperature != 1.0:
+        # From the greatest, so that a temperature close to 0 overflows to -inf, never to NaN.
+        logits = logits.double()
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / options.temperature
     if options.top_k is not None and options.top_k < logits.shape[-1]:
         # By index and not by value: of equal logits, too, no more than k stay.
         kept = logits.topk(options.top_k, dim=-1).indices
         logits = torch.full_like(logits, -torch.inf).scatter(1, kept, logits.gather(1, kept))
-    probabilities = logits.softmax(dim=-1)
+    probabilities = logits.softmax(dim=-1, dtype=torch.float64)
     if options.top_p is not None and options.top_p < 1.0:
         ordered, order = probabilities.sort(dim=-1, descending=True)
         # A token stays while the sum before it has not reached top_p: the first always does.

@@ -110,15 +110,22 @@ class _FullPlan:
         self.stride = ByteRows.row_length(block_size) if as_bytes else block_size
         self._heads, self._channels = torch.arange(self.H), torch.arange(self.D) * self.stride
         self._slots: np.ndarray | None = None
-        self._blocks = np.zeros(0, np.int64)
+        self._blocks = self._inputs = np.zeros(0, np.int64)
+        self.value_rows = self.key_elements = torch.zeros(0, dtype=torch.int64)
 
     def update(self, slots: np.ndarray, inputs: np.ndarray) -> None:
         C, D = self.C, self.D
         blocks = inputs // C + 1
         if slots is self._slots and np.array_equal(blocks, self._blocks):
-            self.mask[self._rows, 0, torch.from_numpy(inputs)] = 0.0
+            self.mask.view(-1).index_fill_(0, self._mask_rows + torch.from_numpy(inputs), 0.0)
+            if np.array_equal(inputs, self._inputs + 1):
+                self._inputs = inputs
+                self.value_rows.add_(1)
+                self.key_elements.add_(1)
+                return
         else:
             self._rebuild(slots, blocks, inputs)
+        self._inputs = inputs
         index = torch.from_numpy(inputs)[:, None]
         head = self._first_heads + self._heads
         self.value_rows = (head * (self.num_blocks * C) + index).flatten()
@@ -130,7 +137,8 @@ class _FullPlan:
         C, H, D = self.C, self.H, self.D
         B, most = len(slots), int(blocks.max())
         self._slots, self._blocks = slots, blocks
-        self._rows, self._first_heads = torch.arange(B), torch.from_numpy(slots)[:, None] * H
+        self._mask_rows = torch.arange(B) * (most * C)
+        self._first_heads = torch.from_numpy(slots)[:, None] * H
         first = (slots[:, None] * H + np.arange(H)) * self.num_blocks
         wanted = np.broadcast_to(np.arange(most) < blocks[:, None, None], (B, H, most))
         ids = (first[..., None] + np.arange(most))[wanted]
@@ -179,11 +187,8 @@ class _FullLayer:
         self.values.table.index_copy_(
             0, plan.value_rows, self.values.encode(value.reshape(B * H, D))
         )
-        query = query.reshape(B * H, 1, D)
-        if plan.is_ragged:
-            weights = query[:, 0].index_select(0, plan.queries)
-        else:
-            weights = query.expand(-1, len(plan.scores) // (B * H), -1).reshape(-1)
+        # Each block's query beside it.
+        weights = query.reshape(B * H, D).index_select(0, plan.queries)
         scores = self.keys.sums(plan.key_indices, plan.key_offsets, weights.view(-1))
         if plan.is_ragged:
             scores = plan.scores.index_copy_(0, plan.places, scores)

@@ -56,6 +56,11 @@ class StaticStep:
         self._bound = config.length
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the keys and values."""
+        return sum(each.nbytes for each in self._cache.keys + self._cache.values)
+
     def __call__(self, slots: np.ndarray, codes: Tensor, positions: np.ndarray) -> Tensor:
         """Take in the codes [B, M] of the slots' [B] positions [B]: states [B, W]."""
         device = self._hidden.device
