@@ -27,6 +27,7 @@ from inference.pacing import Pace
 from inference.pictures import Previews, to_pixels
 from inference.prepare import GenerateWork
 from inference.render import Candidate, GenerateResult, rank
+from inference.replies import RankedBy
 
 _FINISH_TOGETHER = 4  # on a CPU: pictures decoded between two steps, in which the others wait
 _FINISH_TOGETHER_GPU = 32
@@ -141,7 +142,7 @@ class Studio:
         self._drawings = [each for each in self._drawings if each not in ended]
         for drawing in ended:
             self._engine.cancel(drawing.generation)  # it may have been left just now
-        return [Ended(each, _outcome(each), each.cost_seconds) for each in ended]
+        return [Ended(each, self._outcome(each), each.cost_seconds) for each in ended]
 
     def abandon(self) -> list[Drawing]:
         """After a failure: give up every request, and return them."""
@@ -236,17 +237,24 @@ class Studio:
         pixels = to_pixels(images)
         decoded = time.monotonic()
         scores: list[float | None] = [None] * len(some)
+        merits = [each.log_likelihood for _, each in some]
         if clip is not None:
             captions = [each.caption_embedding for each, _ in some]
             caption_embeddings = torch.cat([each for each in captions if each is not None])
-            scores = (clip.encode_image(images) * caption_embeddings).sum(dim=1).tolist()
+            cosines = (clip.encode_image(images) * caption_embeddings).sum(dim=1)
+            scores, merits = (
+                cosines.tolist(),
+                clip.merit(cosines, cosines.new_tensor(merits)).tolist(),
+            )
         ranked = time.monotonic()
         self._pace.note_finishing(len(some), ranked - began)
-        for (drawing, each), score, picture in zip(some, scores, pixels, strict=True):
+        for (drawing, each), score, merit, picture in zip(
+            some, scores, merits, pixels, strict=True
+        ):
             drawing.decode_seconds += (decoded - began) / len(some)
             drawing.rank_seconds += (ranked - decoded) / len(some)
             drawing.cost_seconds += (ranked - began) / len(some)
-            candidate = Candidate(each.candidate, each.log_likelihood, score, picture)
+            candidate = Candidate(each.candidate, each.log_likelihood, score, merit, picture)
             drawing.finished.append(candidate)
             drawing.control.finished(candidate)
         for drawing in {id(drawing): drawing for drawing, _ in some}.values():
@@ -257,30 +265,35 @@ class Studio:
             return True
         return drawing.generation.is_over and not drawing.drawn
 
+    @property
+    def _ranked_by(self) -> RankedBy:
+        clip = self._artefact.clip
+        if clip is None:
+            return "log_likelihood"
+        return "clip_and_log_likelihood" if clip.config.likelihood_weight else "clip"
+
+    def _outcome(self, drawing: Drawing) -> GenerateResult | DalleError:
+        if drawing.control.cancelled or not drawing.finished:
+            return drawing.control.error()
+        elapsed = time.monotonic() - drawing.began
+        return GenerateResult(
+            ranked=rank(drawing.finished),
+            ranked_by=self._ranked_by,
+            seed=drawing.work.seed,
+            num_candidates=drawing.work.num_candidates,
+            sample_seconds=max(0.0, elapsed - drawing.decode_seconds - drawing.rank_seconds),
+            decode_seconds=drawing.decode_seconds,
+            rank_seconds=drawing.rank_seconds,
+        )
+
 
 def _let_go(drawing: Drawing) -> None:
     """Keep the pictures of the best candidates only: nobody is sent the others any more."""
     kept = max(_KEPT_PICTURES, drawing.work.num_images)
     if len(drawing.finished) <= kept:
         return
-    _, ranked = rank(drawing.finished)
+    ranked = rank(drawing.finished)
     drawing.finished = [
         *ranked[:kept],
         *(replace(each, pixels=_NO_PIXELS) for each in ranked[kept:]),
     ]
-
-
-def _outcome(drawing: Drawing) -> GenerateResult | DalleError:
-    if drawing.control.cancelled or not drawing.finished:
-        return drawing.control.error()
-    ranked_by, ranked = rank(drawing.finished)
-    elapsed = time.monotonic() - drawing.began
-    return GenerateResult(
-        ranked=ranked,
-        ranked_by=ranked_by,
-        seed=drawing.work.seed,
-        num_candidates=drawing.work.num_candidates,
-        sample_seconds=max(0.0, elapsed - drawing.decode_seconds - drawing.rank_seconds),
-        decode_seconds=drawing.decode_seconds,
-        rank_seconds=drawing.rank_seconds,
-    )

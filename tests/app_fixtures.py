@@ -113,15 +113,15 @@ class Engine:
             if request.caption == "breaks" and number == 1:
                 raise ZeroDivisionError("secret detail")
             pixels = np.full((8, 8, 3), number, np.uint8)
-            finished.append(Candidate(number, -float(number), number / 10, pixels))
+            finished.append(Candidate(number, -float(number), number / 10, float(number), pixels))
             control.finished(finished[-1])
         if control.cancelled:
             self.cancelled.set()
         if control.cancelled or not finished:
             raise control.error()
-        ranked_by, ranked = rank(finished)
         seed = request.seed if request.seed is not None else 5
-        return GenerateResult(ranked, ranked_by, seed, request.num_candidates, 0.1, 0.1, 0.1)
+        ranked = rank(finished)
+        return GenerateResult(ranked, "clip", seed, request.num_candidates, 0.1, 0.1, 0.1)
 
 
 class Completing(Engine):

@@ -56,7 +56,7 @@ class Engine:
                 pass
             if not control.keep_going():
                 break
-            candidate = Candidate(number, -1.0, None, np.zeros((4, 4, 3), np.uint8))
+            candidate = Candidate(number, -1.0, None, -1.0, np.zeros((4, 4, 3), np.uint8))
             finished.append(candidate)
             control.finished(candidate)
         if work.error is not None:
@@ -119,7 +119,7 @@ def test_a_slow_reader_misses_previews_but_no_candidate():
     pixels = np.zeros((4, 4, 3), np.uint8)
     for number in range(1000):
         job.control.previewed(Preview(number, 1, pixels))
-        job.control.finished(Candidate(number, -1.0, None, pixels))
+        job.control.finished(Candidate(number, -1.0, None, -1.0, pixels))
     events = []
     while (event := job.next_event(0.0)) is not None:
         events.append(event)
@@ -323,12 +323,12 @@ def test_a_drain_brings_deadlines_forward():
     class OneThenHold(Engine):
         def run(self, work: Work, control: Control) -> Result:
             work.opened()
-            control.finished(Candidate(0, -1.0, None, np.zeros((4, 4, 3), np.uint8)))
+            control.finished(Candidate(0, -1.0, None, -1.0, np.zeros((4, 4, 3), np.uint8)))
             work.units = 1
             while control.keep_going():
                 pass
             return GenerateResult(
-                [Candidate(0, -1.0, None, np.zeros((4, 4, 3), np.uint8))],
+                [Candidate(0, -1.0, None, -1.0, np.zeros((4, 4, 3), np.uint8))],
                 "log_likelihood",
                 0,
                 2,
