@@ -72,6 +72,9 @@ class Engine:
     """
 
     image_size: int | None = 8
+    clip_size: int | None = 8
+    threads: int = 1
+    busy_slots: int = 0
     gate: threading.Event = field(default_factory=threading.Event)
     begun: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     asked: list[Request] = field(default_factory=list)

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from dalle.errors import ArtefactError, PlatformError
+from inference.admission import Busy
 from inference.control import Cancelled, Control, DeadlineExceeded
+from inference.jobs import Failed, Job
 from inference.render import Candidate, GenerateResult, Preview, Result
-from inference.scheduler import Busy, Failed, Job, Scheduler, State
+from inference.scheduler import Scheduler, State
 
 PATIENCE = 20.0  # seconds until a test that waits for another thread gives up
 
@@ -40,6 +42,9 @@ class Engine:
     tests: list[Exception | None] = field(default_factory=list)
     done: list[Work] = field(default_factory=list)
     image_size: int | None = 4
+    clip_size: int | None = 4
+    threads: int = 1
+    busy_slots: int = 0
 
     def prepare(self, request: object) -> object:
         return request
