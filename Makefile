@@ -14,7 +14,7 @@ OUT ?= out/local
 PORT ?= 8080
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint format test demo docs tree bench-peers bench-rainbow image test-image local-train local-serve local-endpoint lock clean
+.PHONY: help setup lint format test demo docs tree soak-serving bench-peers bench-rainbow image test-image local-train local-serve local-endpoint lock clean
 
 help:  ## list these targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' Makefile | expand -t 13
@@ -39,6 +39,9 @@ docs: setup  ## write the generated parts of the README.md files again
 
 tree:  ## what every file is, by its own first line
 	@grep -rnm1 --include='*.py' '"""' container training inference infra | sed -E 's/^([^:]*):[0-9]+:"""/\1\t/; s/"""$$//' | sort | expand -t 36
+
+soak-serving: setup  ## callers of every habit at `serve` for 10 minutes; ARGS="--minutes 60"
+	.venv/bin/python -m tests.soak_serving $(ARGS)
 
 bench-peers: setup  ## measure drawing beside DALLE-pytorch 1.6.6, in turns, and print the ratios
 	.venv/bin/python -m inference.bench_peers $(ARGS)

@@ -75,9 +75,11 @@ def _load(model: Path, settings: Settings) -> Generator:
     return Generator.load(
         model,
         settings.device,
-        threads=settings.threads or usable_cpus(),
+        threads=settings.threads,
+        most_threads=usable_cpus(),
         chunk_size=settings.chunk_size,
         precision=settings.precision,
+        prune_at=settings.prune_at,
     )
 
 

@@ -14,8 +14,9 @@ from pydantic import BaseModel, TypeAdapter
 
 from dalle.errors import UserError
 from dalle.images import ImageFormat
-from inference import parsing
+from inference.admission import Busy
 from inference.control import Cancelled, DeadlineExceeded
+from inference.jobs import Failed, Job
 from inference.media import (
     JSON,
     JSON_LINES,
@@ -41,12 +42,13 @@ from inference.render import (
     stage_timings,
 )
 from inference.replies import ErrorLine, ErrorReply, Prediction
-from inference.scheduler import Busy, Failed, Job, Scheduler
+from inference.scheduler import Scheduler
 from inference.schema import (
     GenerateRequest,
     Limits,
     Request,
 )
+from inference.shrinking import Shrinker
 
 LINES_AHEAD = 2  # of a JSON-lines body: the next line is drawn while the last one is encoded
 _GRACE_SECONDS = 3.0  # how long the model may overrun a deadline before its answer is given up
@@ -79,6 +81,7 @@ class Waiter:
     def __init__(
         self,
         scheduler: Scheduler,
+        shrinker: Shrinker,
         limits: Limits,
         metrics: Metrics,
         *,
@@ -87,12 +90,24 @@ class Waiter:
         on_error: Callable[[Exception], None],
     ) -> None:
         self._scheduler = scheduler
+        self._shrinker = shrinker
         self._limits = limits
         self._metrics = metrics
         self._arrival = arrival
         self._gone = gone
         self._on_error = on_error
         self._next_look = 0.0
+
+    def parse(self, body: bytes, content_type: str | None) -> Request:
+        """One request. Raises what `Shrinker.parse` and `Scheduler.engine` raise."""
+        engine = self._scheduler.engine()
+        return self._shrinker.parse(
+            body,
+            content_type,
+            limits=self._limits,
+            prime_size=engine.image_size,
+            clip_size=engine.clip_size,
+        )
 
     def answer_one(self, request: Request, accept: str | None) -> Answer:
         """The reply to one request, in the type that the Accept header wishes most of those that
@@ -159,7 +174,7 @@ class Waiter:
 
     def _start_line(self, line: bytes, *, wait: bool) -> _Line:
         try:
-            request = parsing.parse_request(line.strip(), JSON, limits=self._limits)
+            request = self.parse(line.strip(), JSON)
             return _Line(request, self._submit(request, JSON, wait=wait), None)
         except Exception as error:
             # Before anything was answered the whole request can still be refused; but that there

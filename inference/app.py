@@ -22,15 +22,17 @@ from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntity
 
 from dalle.errors import DalleError, UserError
 from inference import openapi, parsing
+from inference.admission import Busy
 from inference.answers import Answer, Waiter
 from inference.control import Cancelled
 from inference.media import BodyKind, body_kind, negotiate
 from inference.metrics import Metrics
 from inference.render import CUSTOM_ATTRIBUTES, render_error
 from inference.replies import ErrorDetail, ErrorReply
-from inference.scheduler import Busy, Scheduler, State
+from inference.scheduler import Scheduler, State
 from inference.schema import Limits
 from inference.settings import MEGABYTE, Settings
+from inference.shrinking import Shrinker
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +49,12 @@ def create_app(scheduler: Scheduler, settings: Settings) -> Flask:
     metrics = Metrics(
         queue_depth=lambda: scheduler.queue_depth,
         is_ready=lambda: scheduler.state is State.READY,
+        busy_slots=lambda: engine.busy_slots if (engine := scheduler.loaded_engine) else 0,
+        threads=lambda: engine.threads if (engine := scheduler.loaded_engine) else 0,
     )
     # Beyond these, requests are refused unread, so that threads remain for pings.
     places = threading.BoundedSemaphore(settings.max_invocations)
+    shrinker = Shrinker()
     document = openapi.document(settings.limits)
 
     @app.get("/ping")
@@ -114,6 +119,7 @@ def create_app(scheduler: Scheduler, settings: Settings) -> Flask:
         body = _read_body(settings.limits)
         waiter = Waiter(
             scheduler,
+            shrinker,
             settings.limits,
             metrics,
             arrival=g.arrival,
@@ -122,10 +128,7 @@ def create_app(scheduler: Scheduler, settings: Settings) -> Flask:
         )
         if kind is BodyKind.JSON_LINES:
             return waiter.answer_lines(parsing.split_lines(body), accept)
-        parsed = parsing.parse_request(
-            body, request.headers.get("Content-Type"), limits=settings.limits
-        )
-        return waiter.answer_one(parsed, accept)
+        return waiter.answer_one(waiter.parse(body, request.headers.get("Content-Type")), accept)
 
     @app.after_request
     def echo_attributes(response: Response) -> Response:

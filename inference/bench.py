@@ -5,10 +5,12 @@
 
 For each precision and number of candidates: a drawing step at four depths of the image, in turn
 with the others and with a probe of the memory's speed, whose share the step reaches is the figure
-to watch with one candidate; tokens and images a second; memory. Then each stage of a picture apart.
-Times are medians; the first of each kind warms up and is shown by itself. The last line is JSON.
+to watch with one candidate; tokens and images a second; memory. Then each stage of a picture apart,
+and whole requests that come at once, by stage from the queue to the files. Times are medians; the
+first of each kind warms up and is shown by itself. The last line is JSON.
 
-Waiting in the queue, and whole requests, are measured at the server: `python -m infra benchmark`.
+On a CPU as many threads compute as draw fastest, found as `serve` finds it, unless `--threads` says
+how many. What HTTP costs: `python -m inference.bench_http` and `python -m infra benchmark`.
 """
 
 from __future__ import annotations
@@ -28,13 +30,18 @@ from dalle import artefact as artefacts
 from dalle import sizes
 from dalle.artefact import Artefact
 from dalle.clip import Clip, ClipConfig
+from dalle.decoding import DecodeEngine
 from dalle.dvae import DiscreteVAE, DVAEConfig
 from dalle.images import encode_image
 from dalle.sizes import SizeName
+from dalle.tokenizer import CaptionTokenizer
 from dalle.transformer import Dalle, TransformerConfig
 from inference import bench_steps
+from inference.bench_requests import CAPTION, measure_requests
 from inference.bench_steps import Memory, Timings
+from inference.cpus import usable_cpus
 from inference.pictures import to_pixels
+from inference.thread_choice import choices, fastest, measure_steps
 
 _TEXT_LENGTH = 64
 _TEXT_VOCAB_SIZE = 10_000
@@ -43,6 +50,7 @@ _STAGE_ROUNDS = 5
 _CPU_PRECISIONS = ("fp32", "fp16", "int8")
 _GPU_PRECISIONS = ("fp32", "bf16")
 _PROFILED_DEPTH = bench_steps.DEPTHS[1]
+_TRIED = 16  # candidates drawn together while the number of threads is chosen, as `serve` draws
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--candidates", default="1,8,32", help="drawn together: 1,8,32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="torch threads; default: torch's own choice")
+    parser.add_argument("--threads", type=int, help="torch threads; default: what draws fastest")
+    parser.add_argument(
+        "--requests", type=int, default=4, help="whole requests at once; 0 for none"
+    )
+    parser.add_argument(
+        "--request-candidates", type=int, default=1, help="of each of those; default %(default)s"
+    )
     parser.add_argument("--rounds", type=int, default=8, help="steps at each depth")
     parser.add_argument(
         "--probe-mb",
@@ -90,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(given.threads)
     torch.manual_seed(0)
     device = torch.device(given.device)
-    artefact = _load(given.model, device) if given.model else _build(given.size, device)
+    artefact = artefacts.load(given.model, device) if given.model else _build(given.size, device)
     if artefact.transformer is None:
         parser.error(f"--model {given.model} has no transformer")
     model = _with_full_attention(artefact.transformer) if given.full else artefact.transformer
@@ -98,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     precisions = given.precision.split(",") if given.precision else [fitting[0], fitting[-1]]
     if unknown := set(precisions) - set(fitting):
         parser.error(f"--precision must be of {fitting} on {device}, got {sorted(unknown)}")
+    tried = {} if given.threads or device.type != "cpu" else _choose_threads(model)
     result = run(
         artefact,
         model,
@@ -106,6 +121,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rounds=given.rounds,
         probe_bytes=given.probe_mb << 20,
     )
+    if given.requests:
+        whole = replace(artefact, transformer=model)
+        result |= measure_requests(whole, given.requests, given.request_candidates)
+    result["threads_ms"] = {number: round(1000 * each, 3) for number, each in tried.items()}
     print(json.dumps({"size": None if given.model else given.size, "full": given.full} | result))
 
 
@@ -202,6 +221,13 @@ def _steps(
     return figures
 
 
+def _choose_threads(model: Dalle) -> dict[int, float]:
+    """Seconds of a step by number of threads; the fastest is used from now on."""
+    tried = measure_steps(DecodeEngine(model, _TRIED), choices(usable_cpus()), candidates=_TRIED)
+    torch.set_num_threads(fastest(tried))
+    return tried
+
+
 def _prefill_milliseconds(model: Dalle, device: torch.device) -> tuple[float, float]:
     text_tokens = torch.ones(1, model.config.text_length, dtype=torch.int64, device=device)
     return _milliseconds(lambda: model.prefill(text_tokens, None, model.new_cache(1)), device)
@@ -239,13 +265,10 @@ def _milliseconds(work: Callable[[], object], device: torch.device) -> tuple[flo
     return 1000 * statistics.median(later), 1000 * first
 
 
-def _load(directory: Path, device: torch.device) -> Artefact:
-    return artefacts.load(directory, device)
-
-
 def _build(size: SizeName, device: torch.device) -> Artefact:
     """Models of a size with random weights."""
     dvae = DiscreteVAE(DVAEConfig(**sizes.DVAE_SIZES[size]))
+    tokenizer = CaptionTokenizer.train([CAPTION], kind="word", text_length=_TEXT_LENGTH)
     transformer = Dalle(
         TransformerConfig(
             text_vocab_size=_TEXT_VOCAB_SIZE,
@@ -260,13 +283,13 @@ def _build(size: SizeName, device: torch.device) -> Artefact:
         ClipConfig(
             image_size=dvae.config.image_size,
             text_vocab_size=_TEXT_VOCAB_SIZE,
-            text_length=_TEXT_LENGTH,
+            text_length=_TEXT_LENGTH + 1,
             **sizes.CLIP_SIZES[size],
         )
     )
     for model in (dvae, transformer, clip):
         model.to(device).eval().requires_grad_(False)
-    return Artefact(dvae, transformer, clip, None)
+    return Artefact(dvae, transformer, clip, tokenizer)
 
 
 def _with_full_attention(model: Dalle) -> Dalle:

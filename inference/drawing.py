@@ -1,11 +1,6 @@
-"""Requests for pictures, drawn together: who goes on, what is finished, when a request has ended.
+"""One request for pictures on its way: what is drawn of it, what it has cost, what comes of it.
 
-    begin(work, control)     the caption is read; the candidates wait for room
-    advance()   repeatedly   a position of every candidate -> pictures and scores of a few that are
-                             finished -> the requests that have ended
-
-Sampling goes on while finished candidates are decoded and scored a few at a time. One thread calls
-everything. Letters: K candidates, N positions, M codes per position, E embedding.
+Letters: E embedding.
 """
 
 from __future__ import annotations
@@ -13,26 +8,17 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from dalle.artefact import Artefact
-from dalle.decoding import DecodeEngine, FinishedCandidate, Generation
+from dalle.decoding import FinishedCandidate, Generation
 from dalle.errors import DalleError
 from inference.control import Control
-from inference.pacing import Pace
-from inference.pictures import Previews, to_pixels
 from inference.prepare import GenerateWork
 from inference.render import Candidate, GenerateResult, rank
+from inference.replies import RankedBy
 
-_FINISH_TOGETHER = 4  # on a CPU: pictures decoded between two steps, in which the others wait
-_FINISH_TOGETHER_GPU = 32
-_KEPT_PICTURES = 64  # of a request: those of worse candidates are let go once they are handed over
-_SHARE = 4  # requests that are begun though those before them want all the room there is
-_NOTE_STEPS = 32  # steps of one size that are measured together
 _NO_PIXELS = np.zeros((0, 0, 3), np.uint8)
 
 
@@ -55,6 +41,8 @@ class Drawing:
     rank_seconds: float = 0.0
     cost_seconds: float = 0.0
     """Its share of the device's time."""
+    pruned: int = 0
+    """Candidates that were dropped in mid-drawing."""
     is_stopped: bool = False
     """Nothing more is drawn: the deadline is near."""
 
@@ -62,6 +50,41 @@ class Drawing:
     def wanted(self) -> int:
         """Candidates that are to be drawn or being drawn."""
         return len(self.generation.waiting) + self.generation.in_slots
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more is to come."""
+        if self.control.cancelled:
+            return True
+        return self.generation.is_over and not self.drawn
+
+    def let_go(self) -> None:
+        """Keep the pictures of the best `num_images` only: a reply has no others, and a stream has
+        sent them. So many are in memory, however many are drawn."""
+        kept = self.work.num_images
+        if len(self.finished) <= kept:
+            return
+        ranked = rank(self.finished)
+        self.finished = [
+            *ranked[:kept],
+            *(replace(each, pixels=_NO_PIXELS) for each in ranked[kept:]),
+        ]
+
+    def outcome(self, ranked_by: RankedBy) -> GenerateResult | DalleError:
+        """What is handed back of a request that is over."""
+        if self.control.cancelled or not self.finished:
+            return self.control.error()
+        elapsed = time.monotonic() - self.began
+        return GenerateResult(
+            ranked=rank(self.finished),
+            ranked_by=ranked_by,
+            seed=self.work.seed,
+            num_candidates=self.work.num_candidates,
+            sample_seconds=max(0.0, elapsed - self.decode_seconds - self.rank_seconds),
+            decode_seconds=self.decode_seconds,
+            rank_seconds=self.rank_seconds,
+            pruned=self.pruned,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,216 +94,3 @@ class Ended:
     drawing: Drawing
     outcome: GenerateResult | DalleError
     cost_seconds: float
-
-
-class Studio:
-    """All requests for pictures that are drawn at present.
-
-    pace: what it takes is measured there, and how much is drawn together is asked there.
-    """
-
-    def __init__(self, artefact: Artefact, engine: DecodeEngine, pace: Pace) -> None:
-        self._artefact = artefact
-        self._engine = engine
-        self._pace = pace
-        self._device = engine.model.text_position.device
-        self._drawings: list[Drawing] = []
-        self._measured = (0, False, 0, 0.0)  # candidates, guided, steps, seconds
-
-    @property
-    def has_room(self) -> bool:
-        """Whether another request would be drawn from now on: there are free places, or few to
-        share with."""
-        wanted = sum(drawing.wanted for drawing in self._drawings)
-        return wanted < self._engine.max_candidates or len(self._drawings) < _SHARE
-
-    @torch.inference_mode()
-    def begin(self, work: GenerateWork, control: Control) -> Drawing:
-        """Read the caption. Raises what `control` raises for work that is not wanted any more."""
-        control.check()
-        began = time.monotonic()
-        dvae, clip = self._artefact.dvae, self._artefact.clip
-        assert dvae is not None
-        embedding, rank_seconds = None, 0.0
-        if clip is not None:
-            embedding = clip.encode_captions([work.caption], self._artefact.tokenizer)
-            rank_seconds = time.monotonic() - began
-        prime_tokens = None
-        if work.prime is not None:
-            encoded = dvae.encode(work.prime.to(self._device))[0]
-            prime_tokens = encoded[: work.prime_rows * dvae.config.grid_size]
-        generation = self._engine.submit(
-            work.text_tokens.to(self._device),
-            candidates=range(work.num_candidates),
-            seed=work.seed,
-            options=work.options,
-            prime_tokens=prime_tokens,
-        )
-        primed = 0 if prime_tokens is None else len(prime_tokens)
-        drawing = Drawing(
-            work, control, generation, embedding, dvae.config.num_positions - primed, began
-        )
-        drawing.rank_seconds = rank_seconds
-        drawing.cost_seconds = time.monotonic() - began
-        self._drawings.append(drawing)
-        self._limit(drawing)
-        return drawing
-
-    @torch.inference_mode()
-    def advance(self) -> list[Ended]:
-        """One position of every candidate, and some pictures; the requests that ended by that."""
-        for drawing in self._drawings:
-            unfinished = drawing.generation.in_slots + len(drawing.drawn)
-            if not drawing.control.keep_going(self._pace.finishing_seconds(unfinished)):
-                self._engine.cancel(drawing.generation)
-                drawing.is_stopped = True
-        self._sample()
-        self._preview()
-        self._finish()
-        ended = [each for each in self._drawings if self._is_over(each)]
-        self._drawings = [each for each in self._drawings if each not in ended]
-        for drawing in ended:
-            self._engine.cancel(drawing.generation)  # it may have been left just now
-        return [Ended(each, _outcome(each), each.cost_seconds) for each in ended]
-
-    def abandon(self) -> list[Drawing]:
-        """After a failure: give up every request, and return them."""
-        given_up, self._drawings = self._drawings, []
-        self._engine.reset()
-        return given_up
-
-    def _sample(self) -> None:
-        """One position of every candidate, its time divided among the requests."""
-        if self._engine.is_idle:
-            return
-        by_generation = {drawing.generation: drawing for drawing in self._drawings}
-        began = time.monotonic()
-        drawn = self._engine.step()
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        seconds = time.monotonic() - began
-        shares = {
-            drawing: drawing.generation.in_slots
-            + sum(each.generation is drawing.generation for each in drawn)
-            for drawing in self._drawings
-        }
-        together = sum(shares.values())
-        for drawing, share in shares.items():
-            drawing.cost_seconds += seconds * share / max(1, together)
-        self._measure(together, seconds)
-        for each in drawn:
-            drawing = by_generation[each.generation]
-            drawing.drawn.append(each)
-            self._limit(drawing)
-
-    def _measure(self, together: int, seconds: float) -> None:
-        """Tell the pace how long steps take, many of one size at once."""
-        guided = any(drawing.generation.slots_each == 2 for drawing in self._drawings)
-        candidates, was_guided, steps, total = self._measured
-        if (candidates, was_guided) != (together, guided) or steps == _NOTE_STEPS:
-            if steps and candidates:
-                self._pace.note_sampling(candidates, was_guided, steps, total)
-            steps, total = 0, 0.0
-        self._measured = together, guided, steps + 1, total + seconds
-
-    def _limit(self, drawing: Drawing) -> None:
-        """Draw no more of a request together than can be finished before its deadline."""
-        work, generation = drawing.work, drawing.generation
-        dvae = self._artefact.dvae
-        assert dvae is not None
-        previews = Previews(dvae, 0, work.preview_rows, drawing.control.previewed)
-        generation.most = self._pace.chunk_size(
-            max(1, drawing.wanted),
-            work.options.guidance_scale != 1.0,
-            drawing.positions,
-            drawing.control.seconds_left(),
-            decodes=1 + previews.most,
-            beside=self._engine.in_making - generation.in_slots,
-        )
-
-    def _preview(self) -> None:
-        """Hand on what is drawn so far, at each of the rows for which that was asked."""
-        dvae = self._artefact.dvae
-        assert dvae is not None
-        for drawing in self._drawings:
-            if not (every_rows := drawing.work.preview_rows) or drawing.is_stopped:
-                continue
-            every = every_rows * dvae.config.grid_size
-            at_a_row = self._engine.positions(drawing.generation).values()
-            if not any(position and position % every == 0 for position in at_a_row):
-                continue
-            unfinished = self._engine.tokens_so_far(drawing.generation)
-            # Neighbours that have come equally far are decoded together.
-            for _, group in groupby(
-                enumerate(unfinished), lambda each: (each[1][0] - each[0], len(each[1][1]))
-            ):
-                some = [each for _, each in group]
-                previews = Previews(dvae, some[0][0], every_rows, drawing.control.previewed)
-                previews(torch.stack([tokens for _, tokens in some]))
-                drawing.decode_seconds += previews.seconds
-                drawing.cost_seconds += previews.seconds
-
-    def _finish(self) -> None:
-        """Decode and score a few candidates, the first drawn first, and hand them over."""
-        most = _FINISH_TOGETHER_GPU if self._device.type == "cuda" else _FINISH_TOGETHER
-        some: list[tuple[Drawing, FinishedCandidate]] = []
-        for drawing in self._drawings:
-            while drawing.drawn and len(some) < most and not drawing.control.cancelled:
-                some.append((drawing, drawing.drawn.popleft()))
-        if not some:
-            return
-        dvae, clip = self._artefact.dvae, self._artefact.clip
-        assert dvae is not None
-        began = time.monotonic()
-        images = dvae.decode(torch.stack([each.image_tokens for _, each in some]))
-        pixels = to_pixels(images)
-        decoded = time.monotonic()
-        scores: list[float | None] = [None] * len(some)
-        if clip is not None:
-            captions = [each.caption_embedding for each, _ in some]
-            caption_embeddings = torch.cat([each for each in captions if each is not None])
-            scores = (clip.encode_image(images) * caption_embeddings).sum(dim=1).tolist()
-        ranked = time.monotonic()
-        self._pace.note_finishing(len(some), ranked - began)
-        for (drawing, each), score, picture in zip(some, scores, pixels, strict=True):
-            drawing.decode_seconds += (decoded - began) / len(some)
-            drawing.rank_seconds += (ranked - decoded) / len(some)
-            drawing.cost_seconds += (ranked - began) / len(some)
-            candidate = Candidate(each.candidate, each.log_likelihood, score, picture)
-            drawing.finished.append(candidate)
-            drawing.control.finished(candidate)
-        for drawing in {id(drawing): drawing for drawing, _ in some}.values():
-            _let_go(drawing)
-
-    def _is_over(self, drawing: Drawing) -> bool:
-        if drawing.control.cancelled:
-            return True
-        return drawing.generation.is_over and not drawing.drawn
-
-
-def _let_go(drawing: Drawing) -> None:
-    """Keep the pictures of the best candidates only: nobody is sent the others any more."""
-    kept = max(_KEPT_PICTURES, drawing.work.num_images)
-    if len(drawing.finished) <= kept:
-        return
-    _, ranked = rank(drawing.finished)
-    drawing.finished = [
-        *ranked[:kept],
-        *(replace(each, pixels=_NO_PIXELS) for each in ranked[kept:]),
-    ]
-
-
-def _outcome(drawing: Drawing) -> GenerateResult | DalleError:
-    if drawing.control.cancelled or not drawing.finished:
-        return drawing.control.error()
-    ranked_by, ranked = rank(drawing.finished)
-    elapsed = time.monotonic() - drawing.began
-    return GenerateResult(
-        ranked=ranked,
-        ranked_by=ranked_by,
-        seed=drawing.work.seed,
-        num_candidates=drawing.work.num_candidates,
-        sample_seconds=max(0.0, elapsed - drawing.decode_seconds - drawing.rank_seconds),
-        decode_seconds=drawing.decode_seconds,
-        rank_seconds=drawing.rank_seconds,
-    )

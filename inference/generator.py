@@ -4,7 +4,7 @@
     run(work, control)   one thread    do one piece of work to its end
     begin(work, control), advance()    the same for pictures, of several requests at once
 
-Letters: S image size, C classes, E embedding.
+Letters: S image size.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from dalle import artefact as artefacts
 from dalle.artefact import Artefact
+from dalle.decoding import DecodeEngine
 from dalle.errors import ArtefactError, DalleError, DeviceError, PlatformError
 from dalle.names import Precision
 from dalle.precision import build_engine
-from dalle.sampling import SamplingStopped, complete_captions
+from inference.classification import classify
+from inference.completion import complete
 from inference.control import Control
-from inference.drawing import Drawing, Ended, Studio
+from inference.drawing import Drawing, Ended
 from inference.pacing import Pace
 from inference.prepare import (
     ClassifyWork,
@@ -36,24 +37,25 @@ from inference.prepare import (
     image_size,
     prepare,
 )
+from inference.pruning import Pruning
 from inference.render import (
     ClassifyResult,
     CompleteResult,
     GenerateResult,
     Result,
 )
-from inference.replies import CompleteReply, Completion, Prediction
 from inference.schema import (
     ClassifyRequest,
     CompleteRequest,
     GenerateRequest,
     Request,
 )
+from inference.studio import Studio
+from inference.thread_choice import choices, fastest, measure_steps
 
 logger = logging.getLogger(__name__)
 
 _SLOTS_EACH = 2  # with guidance; without, half of the slots are never touched
-_CLASSIFY_CHUNK = 16  # images through CLIP together
 _QUICK_SECONDS = 5.0  # a self-test this fast is repeated at full size, to know the speed
 _SELF_TEST_CAPTION = "a"  # one token by any tokenizer
 
@@ -63,7 +65,8 @@ class Generator:
 
     chunk_size: candidates drawn together, of one request or of several; the pictures do not depend
     on it, speed and memory do. None: 16 on a CPU, 32 on a GPU. precision: see `dalle.precision`;
-    raises its errors.
+    raises its errors. prune_at: of requests that say nothing of it, see `inference.pruning`.
+    threads: torch's on the CPU when it was made, or what `choose_threads` chose.
     """
 
     def __init__(
@@ -73,10 +76,14 @@ class Generator:
         *,
         chunk_size: int | None = None,
         precision: Precision = "fp32",
+        prune_at: Sequence[float] = (),
     ) -> None:
         self._artefact = artefact
         self._device = device
+        self._prune_at = tuple(prune_at)
+        self.threads = torch.get_num_threads()
         self._pace = Pace(chunk_size or (32 if device.type == "cuda" else 16))
+        self._engine: DecodeEngine | None = None
         self._studio: Studio | None = None
         self._ended_aside: list[Ended] = []
         if artefact.transformer is not None and artefact.dvae is not None:
@@ -84,6 +91,7 @@ class Generator:
             engine = build_engine(
                 artefact.transformer, _SLOTS_EACH * chunk, precision, max_candidates=chunk
             )
+            self._engine = engine
             self._studio = Studio(artefact, engine, self._pace)
 
     @classmethod
@@ -93,28 +101,34 @@ class Generator:
         device: str = "auto",
         *,
         threads: int | None = None,
+        most_threads: int = 1,
         chunk_size: int | None = None,
         precision: Precision = "fp32",
+        prune_at: Sequence[float] = (),
     ) -> Generator:
         """Load an artefact directory, or the model.tar.gz in it, onto a device.
 
-        device: auto, cpu, cuda or cuda:N. threads: torch's on the CPU; None leaves them alone.
+        device: auto, cpu, cuda or cuda:N. threads: torch's on the CPU, in the calling thread;
+        None: as many, up to `most_threads`, as draw fastest, which takes a second to find out.
         Raises `ArtefactError` naming the file at fault, `DeviceError` for a device that is absent.
         """
-        if threads is not None:
-            torch.set_num_threads(threads)
+        torch.set_num_threads(threads or most_threads)
         chosen = _choose_device(device)
         began = time.monotonic()
         # The model directory is read-only on the platform; a scratch one is needed for an archive.
         with tempfile.TemporaryDirectory(prefix="artefact-") as scratch:
             directory = artefacts.locate(model_dir, Path(scratch))
             artefact = artefacts.load(directory, chosen)
-            generator = cls(artefact, chosen, chunk_size=chunk_size, precision=precision)
+            generator = cls(
+                artefact, chosen, chunk_size=chunk_size, precision=precision, prune_at=prune_at
+            )
+        if threads is None and most_threads > 1:
+            generator.choose_threads(most_threads)
         logger.info(
             "loaded %s on %s with %d threads in %.1f s",
             ", ".join(generator.components) or "no component",
             chosen,
-            torch.get_num_threads(),
+            generator.threads,
             time.monotonic() - began,
         )
         return generator
@@ -128,6 +142,31 @@ class Generator:
     def image_size(self) -> int | None:
         """Side of the pictures in pixels; None when pictures cannot be drawn."""
         return image_size(self._artefact)
+
+    @property
+    def clip_size(self) -> int | None:
+        """Side in pixels of what CLIP looks at; None without a CLIP."""
+        clip = self._artefact.clip
+        return None if clip is None else clip.config.image_size
+
+    @property
+    def busy_slots(self) -> int:
+        """Sequences that are being drawn."""
+        return 0 if self._engine is None else self._engine.busy_slots
+
+    def choose_threads(self, most: int) -> dict[int, float]:
+        """Let as many threads, up to `most`, compute from now on as draw fastest.
+
+        Returns the seconds of a step by number of threads; nothing on a GPU or without a model.
+        """
+        if self._engine is None or self._device.type != "cpu":
+            return {}
+        seconds = measure_steps(self._engine, choices(most), candidates=self._engine.max_candidates)
+        self.threads = fastest(seconds)
+        torch.set_num_threads(self.threads)
+        told = ", ".join(f"{1000 * each:.2f} ms with {number}" for number, each in seconds.items())
+        logger.info("a step of %d candidates: %s", self._engine.max_candidates, told)
+        return seconds
 
     @property
     def _can_score(self) -> bool:
@@ -150,17 +189,17 @@ class Generator:
         """Say for each image which of the classes CLIP finds likeliest."""
         work = self.prepare(request)
         assert isinstance(work, ClassifyWork)
-        return self._classify(work, control or Control())
+        return classify(self._artefact, work, control or Control(), self._device)
 
     def complete(self, request: CompleteRequest, control: Control | None = None) -> CompleteResult:
         """Continue a caption."""
         work = self.prepare(request)
         assert isinstance(work, CompleteWork)
-        return self._complete(work, control or Control())
+        return complete(self._artefact, work, control or Control(), self._device)
 
     def prepare(self, request: Request) -> Work:
         """Everything of a request that needs no device. Raises `UserError` that says what to do."""
-        return prepare(self._artefact, request)
+        return prepare(self._artefact, request, self._pruning)
 
     def run(self, work: Work, control: Control) -> Result:
         """Do prepared work. Raises `DeadlineExceeded`, `Cancelled` or `PlatformError`."""
@@ -169,9 +208,9 @@ class Generator:
                 case GenerateWork():
                     return self._generate(work, control)
                 case ClassifyWork():
-                    return self._classify(work, control)
+                    return classify(self._artefact, work, control, self._device)
                 case CompleteWork():
-                    return self._complete(work, control)
+                    return complete(self._artefact, work, control, self._device)
 
     @property
     def has_room(self) -> bool:
@@ -203,6 +242,11 @@ class Generator:
         """Give up everything that was begun, and return it."""
         self._ended_aside.clear()
         return [] if self._studio is None else self._studio.abandon()
+
+    @property
+    def _pruning(self) -> Pruning:
+        most = 1 if self._engine is None else self._engine.max_candidates
+        return Pruning(self._prune_at, most)
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:
@@ -240,7 +284,8 @@ class Generator:
             assert self._artefact.clip is not None
             size = self._artefact.clip.config.image_size
             grey = torch.full((1, 3, size, size), 0.5)
-            self._classify(ClassifyWork([grey], [_SELF_TEST_CAPTION], top=1), Control())
+            work = ClassifyWork([grey], [_SELF_TEST_CAPTION], top=1)
+            classify(self._artefact, work, Control(), self._device)
 
     def _generate(self, work: GenerateWork, control: Control) -> GenerateResult:
         assert self._studio is not None
@@ -260,55 +305,6 @@ class Generator:
         if isinstance(outcome, GenerateResult):
             return outcome
         raise outcome
-
-    @torch.inference_mode()
-    def _classify(self, work: ClassifyWork, control: Control) -> ClassifyResult:
-        clip = self._artefact.clip
-        assert clip is not None
-        control.check()
-        class_embeddings = self._embed(work.classes)
-        predictions: list[Prediction] = []
-        for start in range(0, len(work.images), _CLASSIFY_CHUNK):
-            control.check()
-            images = torch.cat(list(work.images[start : start + _CLASSIFY_CHUNK])).to(self._device)
-            cosines = clip.encode_image(images) @ class_embeddings.T  # [B, C]
-            probabilities = (cosines * clip.model.logit_scale.exp()).softmax(dim=-1)
-            best = probabilities.topk(min(work.top, len(work.classes)), dim=-1)
-            for indices, values in zip(best.indices.tolist(), best.values.tolist(), strict=True):
-                predictions.append((indices, [work.classes[each] for each in indices], values))
-        return ClassifyResult(predictions)
-
-    @torch.inference_mode()
-    def _complete(self, work: CompleteWork, control: Control) -> CompleteResult:
-        transformer, tokenizer = self._artefact.transformer, self._artefact.tokenizer
-        assert transformer is not None
-        assert tokenizer is not None
-        control.check()
-        try:
-            text_tokens, log_likelihood = complete_captions(
-                transformer,
-                work.prefix_tokens.to(self._device),
-                num_completions=work.num_completions,
-                seed=work.seed,
-                options=work.options,
-                on_step=lambda _: control.keep_going(),
-            )
-        except SamplingStopped:
-            raise control.error() from None
-        captions = [
-            Completion(caption=caption, log_likelihood=each)
-            for caption, each in zip(
-                tokenizer.decode(text_tokens), log_likelihood.tolist(), strict=True
-            )
-        ]
-        captions.sort(key=lambda each: -each.log_likelihood)
-        return CompleteResult(CompleteReply(captions=captions, seed=work.seed))
-
-    def _embed(self, captions: Sequence[str]) -> Tensor:
-        """CLIP's unit embeddings [C, E] of captions."""
-        clip = self._artefact.clip
-        assert clip is not None
-        return clip.encode_captions(captions, self._artefact.tokenizer)
 
 
 def _choose_device(name: str) -> torch.device:

@@ -16,12 +16,19 @@ _SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600
 class Metrics:
     """The server's counters. Every method may be called by any thread.
 
-    queue_depth, is_ready: asked whenever the metrics are read.
+    queue_depth, is_ready, busy_slots, threads: asked whenever the metrics are read.
     """
 
     content_type = CONTENT_TYPE_PLAIN_0_0_4
 
-    def __init__(self, *, queue_depth: Callable[[], float], is_ready: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        *,
+        queue_depth: Callable[[], float],
+        is_ready: Callable[[], float],
+        busy_slots: Callable[[], float],
+        threads: Callable[[], float],
+    ) -> None:
         registry = CollectorRegistry()
         self._registry = registry
         self._invocations = Counter(
@@ -46,12 +53,16 @@ class Metrics:
         self._cut_short = Counter(
             "dalle_cut_short", "Generations that a deadline ended early.", registry=registry
         )
-        Gauge("dalle_queue_depth", "Work that waits or runs.", registry=registry).set_function(
-            queue_depth
+        self._pruned = Counter(
+            "dalle_pruned", "Candidates dropped in mid-drawing.", registry=registry
         )
-        Gauge("dalle_ready", "1 when generations are answered.", registry=registry).set_function(
-            is_ready
-        )
+        for name, says, ask in (
+            ("dalle_queue_depth", "Work that waits or runs.", queue_depth),
+            ("dalle_ready", "1 when generations are answered.", is_ready),
+            ("dalle_busy_slots", "Sequences that are being drawn.", busy_slots),
+            ("dalle_threads", "Threads that compute on the CPU; 0 while loading.", threads),
+        ):
+            Gauge(name, says, registry=registry).set_function(ask)
 
     def count_invocation(self, status: int, seconds: float) -> None:
         """One answered request of POST /invocations."""
@@ -65,7 +76,8 @@ class Metrics:
     def count_generation(self, result: GenerateResult, timings: Timings) -> None:
         """One finished generation, whole or cut short."""
         self.count_candidates(len(result.ranked))
-        if len(result.ranked) < result.num_candidates:
+        self._pruned.inc(result.pruned)
+        if result.is_cut_short:
             self._cut_short.inc()
         for stage in ("queue", "sample", "decode", "rank", "encode"):
             self._stage_seconds.labels(stage).observe(getattr(timings, f"{stage}_seconds"))

@@ -16,13 +16,25 @@ from dalle.dvae import DiscreteVAE
 from dalle.images import Pixels
 from inference.render import Preview
 
-_UNDRAWN = 128  # grey, for the rows of a preview that are not drawn yet
+_UNDRAWN = 128 / 255  # grey, for the rows that are not drawn yet
 
 
 def to_pixels(images: Tensor) -> list[Pixels]:
     """Images [K, 3, S, S] in [0, 1] -> K arrays [S, S, 3] of uint8."""
     rounded = (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
     return list(np.ascontiguousarray(rounded.permute(0, 2, 3, 1).cpu().numpy()))
+
+
+def partial_images(dvae: DiscreteVAE, image_tokens: Tensor) -> Tensor:
+    """Whole rows of tokens [K, n, M] -> pictures [K, 3, S, S] in [0, 1], grey where nothing is
+    drawn."""
+    config = dvae.config
+    K, n, M = image_tokens.shape
+    whole = image_tokens.new_zeros(K, config.num_positions, M)
+    whole[:, :n] = image_tokens
+    images = dvae.decode(whole)
+    images[:, :, n // config.grid_size * config.image_size // config.grid_size :] = _UNDRAWN
+    return images
 
 
 class Previews:
@@ -53,17 +65,12 @@ class Previews:
     def __call__(self, image_tokens: Tensor) -> None:
         """image_tokens: [K, n, M], not changed."""
         config = self._dvae.config
-        K, n, M = image_tokens.shape
-        rows, left_over = divmod(n, config.grid_size)
+        rows, left_over = divmod(image_tokens.shape[1], config.grid_size)
         if not self._every_rows or left_over or rows % self._every_rows:
             return
         if rows == config.grid_size:
             return
         began = time.monotonic()
-        whole = image_tokens.new_zeros(K, config.num_positions, M)
-        whole[:, :n] = image_tokens
-        height = rows * config.image_size // config.grid_size
-        for row, pixels in enumerate(to_pixels(self._dvae.decode(whole))):
-            pixels[height:] = _UNDRAWN
+        for row, pixels in enumerate(to_pixels(partial_images(self._dvae, image_tokens))):
             self._hand_on(Preview(self._first + row, rows, pixels))
         self.seconds += time.monotonic() - began

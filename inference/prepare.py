@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from dalle.images import decode_image, to_square
 from dalle.sampling import SamplingOptions
 from dalle.transformer import PADDING
 from inference.parsing import decode_base64
+from inference.pruning import Pruning, prune_rows, survivors
 from inference.schema import (
     ClassifyRequest,
     CompleteRequest,
@@ -44,6 +46,10 @@ class GenerateWork:
     options: SamplingOptions
     preview_rows: int | None = None
     num_images: int = 1
+    prune_rows: tuple[int, ...] = ()
+    """Rows of the grid after which the worse half of each group is dropped."""
+    group: int = 1
+    """Candidates that begin together, and are compared."""
     kind: str = "generate"
 
     @property
@@ -90,18 +96,20 @@ def image_size(artefact: Artefact) -> int | None:
     return artefact.dvae.config.image_size
 
 
-def prepare(artefact: Artefact, request: Request) -> Work:
+def prepare(artefact: Artefact, request: Request, pruning: Pruning) -> Work:
     """Check and convert a request. Raises `UserError` that says what to change or to train."""
     match request:
         case GenerateRequest():
-            return _prepare_generate(artefact, request)
+            return _prepare_generate(artefact, request, pruning)
         case ClassifyRequest():
             return _prepare_classify(artefact, request)
         case CompleteRequest():
             return _prepare_complete(artefact, request)
 
 
-def _prepare_generate(artefact: Artefact, request: GenerateRequest) -> GenerateWork:
+def _prepare_generate(
+    artefact: Artefact, request: GenerateRequest, pruning: Pruning
+) -> GenerateWork:
     dvae, transformer, tokenizer = artefact.dvae, artefact.transformer, artefact.tokenizer
     if dvae is None:
         _lacks("dvae", "dvae", "draw pictures")
@@ -116,6 +124,7 @@ def _prepare_generate(artefact: Artefact, request: GenerateRequest) -> GenerateW
         raise _out_of_range("preview_rows", 1, grid_size - 1, request.preview_rows)
     if request.top_k is not None and request.top_k > codebook_size:
         raise _out_of_range("top_k", 1, codebook_size, request.top_k)
+    pruned_at = _prune_rows(request, grid_size, pruning)
     prime = None
     if request.prime_image is not None:
         prime = _read_image(request.prime_image, "prime_image", dvae.config.image_size)
@@ -134,7 +143,32 @@ def _prepare_generate(artefact: Artefact, request: GenerateRequest) -> GenerateW
         ),
         preview_rows=request.preview_rows,
         num_images=request.num_images,
+        prune_rows=pruned_at,
+        group=pruning.group if pruned_at else 1,
     )
+
+
+def _prune_rows(request: GenerateRequest, grid_size: int, pruning: Pruning) -> tuple[int, ...]:
+    """Where to prune. What the request asks for must leave as many pictures as it asks for; of the
+    server's default only as much is done as leaves them."""
+    shares = pruning.prune_at if request.prune_at is None else request.prune_at
+    rows = prune_rows(shares, grid_size, request.prime_rows)
+
+    def left(prunings: int) -> int:
+        return survivors(request.num_candidates, pruning.group, prunings)
+
+    most = left(len(rows))
+    if request.prune_at is not None and most < request.num_images:
+        raise UserError(
+            f"num_images must be at most {most}, which is what pruning {len(rows)} times leaves of "
+            f"{request.num_candidates} candidates, got {request.num_images}",
+            field="num_images",
+            status=422,
+            code="invalid_request",
+        )
+    while rows and left(len(rows)) < request.num_images:
+        rows = rows[:-1]
+    return rows
 
 
 def _prepare_classify(artefact: Artefact, request: ClassifyRequest) -> ClassifyWork:
@@ -183,7 +217,8 @@ def _read_image(text: str, field: str, size: int) -> Tensor:
     except UserError as error:
         error.field = error.field or field
         raise
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
+    # By numpy: torch would start as many threads again for every thread that ever came by here.
+    return torch.from_numpy(np.float32(pixels.transpose(2, 0, 1)[None]) / np.float32(255))
 
 
 def _seed(seed: int | None) -> int:

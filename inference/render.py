@@ -12,7 +12,6 @@ import base64
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from dalle.errors import DalleError, UserError
 from dalle.images import ImageFormat, Pixels, encode_image
@@ -23,6 +22,7 @@ from inference.replies import (
     GenerateReply,
     Prediction,
     PreviewLine,
+    RankedBy,
     RankedCandidate,
     RankedImage,
     RankingLine,
@@ -32,8 +32,6 @@ from inference.schema import (
     GenerateRequest,
     Limits,
 )
-
-RankedBy = Literal["clip", "log_likelihood"]
 
 CUSTOM_ATTRIBUTES = "X-Amzn-SageMaker-Custom-Attributes"  # the one header the platform passes on
 
@@ -45,11 +43,13 @@ _HEADER_BYTES = 1_000
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One finished picture. pixels: uint8 [H, W, 3]; clip_score: cosine, None without a CLIP."""
+    """One finished picture. pixels: uint8 [H, W, 3]; clip_score: cosine, None without a CLIP;
+    merit: what it is ranked by, the greatest first."""
 
     number: int
     log_likelihood: float
     clip_score: float | None
+    merit: float
     pixels: Pixels = field(repr=False)
 
 
@@ -73,6 +73,18 @@ class GenerateResult:
     sample_seconds: float
     decode_seconds: float
     rank_seconds: float
+    pruned: int = 0
+    """Candidates that were dropped in mid-drawing."""
+
+    @property
+    def begun(self) -> int:
+        """Candidates that were drawn to where they ended."""
+        return len(self.ranked) + self.pruned
+
+    @property
+    def is_cut_short(self) -> bool:
+        """Whether a deadline came before the last candidate."""
+        return self.begun < self.num_candidates
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,16 +104,12 @@ class CompleteResult:
 Result = GenerateResult | ClassifyResult | CompleteResult
 
 
-def rank(candidates: Sequence[Candidate]) -> tuple[RankedBy, list[Candidate]]:
-    """Order candidates best first: by CLIP where all were scored, else by log-likelihood.
+def rank(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Order candidates by merit, the best first.
 
     Equal ones keep the order of their numbers, so that the order is always the same.
     """
-    by_number = sorted(candidates, key=lambda candidate: candidate.number)
-    scores = [candidate.clip_score for candidate in by_number]
-    if any(score is None for score in scores):
-        return "log_likelihood", sorted(by_number, key=lambda each: -each.log_likelihood)
-    return "clip", sorted(by_number, key=lambda each: -(each.clip_score or 0.0))
+    return sorted(candidates, key=lambda each: (-each.merit, each.number))
 
 
 def check_reply_size(request: GenerateRequest, image_size: int, limits: Limits) -> None:
@@ -144,6 +152,7 @@ def render_json(
         seed=result.seed,
         num_candidates=result.num_candidates,
         completed_candidates=len(result.ranked),
+        pruned_candidates=result.pruned,
         ranked_by=result.ranked_by,
         timings=stage_timings(result, queue_seconds, time.monotonic() - began),
     )
@@ -160,6 +169,7 @@ def render_best(result: GenerateResult, format: ImageFormat) -> tuple[bytes, dic
         "ranked_by": result.ranked_by,
         "num_candidates": f"{result.num_candidates}",
         "completed_candidates": f"{len(result.ranked)}",
+        "pruned_candidates": f"{result.pruned}",
     }
     facts = {name: value for name, value in facts.items() if value}
     headers = {f"X-Dalle-{name.replace('_', '-').title()}": facts[name] for name in facts}
@@ -202,6 +212,7 @@ def render_ranking(
         seed=result.seed,
         num_candidates=result.num_candidates,
         completed_candidates=len(result.ranked),
+        pruned_candidates=result.pruned,
         ranked_by=result.ranked_by,
         timings=stage_timings(result, queue_seconds, encode_seconds),
     )

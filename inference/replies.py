@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from inference.schema import MAX_SEED
 
+RankedBy = Literal["clip", "log_likelihood", "clip_and_log_likelihood"]
+
 
 class _Reply(BaseModel):
     model_config = ConfigDict(frozen=True)
@@ -51,8 +53,13 @@ class _Drawn(_Reply):
     completed_candidates: int = Field(
         description="How many were finished before the deadline, 1 to num_candidates.", ge=1
     )
-    ranked_by: Literal["clip", "log_likelihood"] = Field(
-        description="What the order rests on: log_likelihood where the artefact has no CLIP."
+    pruned_candidates: int = Field(
+        default=0, description="How many were dropped in mid-drawing, as prune_at asks.", ge=0
+    )
+    ranked_by: RankedBy = Field(
+        description="What the order rests on: clip, the clip_score; log_likelihood where the "
+        "artefact has no CLIP; clip_and_log_likelihood, CLIP's logit and the log-likelihood "
+        "together, where CLIP was trained with a likelihood_weight."
     )
     timings: Timings = Field(description="Where the time went.")
 

@@ -25,6 +25,7 @@ from pydantic_core import PydanticCustomError
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps exactly
 MAX_DEADLINE_SECONDS = 3600.0  # the longest that an asynchronous or batch invocation may take
 MAX_CAPTION_CHARACTERS = 2_000
+MAX_PRUNINGS = 8
 _NUM_CANDIDATES = 16  # where a request names none
 _NUM_IMAGES = 4
 
@@ -33,8 +34,8 @@ _NUM_IMAGES = 4
 class Limits:
     """What one server allows; `serve --help` names the variables that change it."""
 
-    max_candidates: int = 64
-    max_images: int = 16
+    max_candidates: int = 512
+    max_images: int = 32
     max_request_bytes: int = 25_000_000  # the platform's own limit for a real-time endpoint
     max_reply_bytes: int = 5_000_000  # below the 6 MB that older clients stop at
     deadline_seconds: float = 55.0  # when a request names none; a real-time call ends at 60
@@ -139,6 +140,15 @@ class GenerateRequest(_Request):
         description="In a stream, send each candidate as far as it is drawn whenever so many more "
         "rows of the image-token grid are done; a client that reads too slowly gets fewer of "
         "these. Each costs about as much as decoding the finished picture. At least 1; null: none.",
+    )
+    prune_at: list[Annotated[float, Field(gt=0.0, lt=1.0)]] | None = Field(
+        default=None,
+        max_length=MAX_PRUNINGS,
+        description="At each of these shares of the picture, rounded to whole rows of the "
+        "image-token grid, candidates are compared in groups of eight by number, and of each group "
+        "the worse half is dropped. It saves the time of drawing them to the end; which ones "
+        "survive depends on the seed alone. Up to 8 numbers between 0 and 1; an empty list: none "
+        "are dropped; null: the server's default, which is none.",
     )
     deadline_seconds: float | None = Field(
         default=None,

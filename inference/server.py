@@ -17,7 +17,8 @@ from gunicorn.app.base import BaseApplication
 from gunicorn.glogging import Logger
 
 from dalle.errors import DalleError
-from inference.scheduler import Engine, Scheduler
+from inference.engines import Engine
+from inference.scheduler import Scheduler
 from inference.settings import Settings
 from inference.worker import Worker
 

@@ -72,6 +72,9 @@ class Engine:
     """
 
     image_size: int | None = 8
+    clip_size: int | None = 8
+    threads: int = 1
+    busy_slots: int = 0
     gate: threading.Event = field(default_factory=threading.Event)
     begun: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     asked: list[Request] = field(default_factory=list)
@@ -113,15 +116,15 @@ class Engine:
             if request.caption == "breaks" and number == 1:
                 raise ZeroDivisionError("secret detail")
             pixels = np.full((8, 8, 3), number, np.uint8)
-            finished.append(Candidate(number, -float(number), number / 10, pixels))
+            finished.append(Candidate(number, -float(number), number / 10, float(number), pixels))
             control.finished(finished[-1])
         if control.cancelled:
             self.cancelled.set()
         if control.cancelled or not finished:
             raise control.error()
-        ranked_by, ranked = rank(finished)
         seed = request.seed if request.seed is not None else 5
-        return GenerateResult(ranked, ranked_by, seed, request.num_candidates, 0.1, 0.1, 0.1)
+        ranked = rank(finished)
+        return GenerateResult(ranked, "clip", seed, request.num_candidates, 0.1, 0.1, 0.1)
 
 
 class Completing(Engine):

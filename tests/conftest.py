@@ -68,10 +68,9 @@ def make_dalle():
     return make
 
 
-@pytest.fixture(scope="session")
-def tiny_models() -> artefacts.Artefact:
+def build_tiny_models() -> artefacts.Artefact:
     """All four components, untrained: captions of the rainbow words in 8 text tokens, pictures of
-    16 pixels as a grid of 4x4 positions. Shared by the session: not to be changed."""
+    16 pixels as a grid of 4x4 positions."""
     captions = [sample.caption for sample in rainbow.samples()]
     tokenizer = CaptionTokenizer.train(captions, kind="word", text_length=8)
     torch.manual_seed(0)
@@ -97,6 +96,12 @@ def tiny_models() -> artefacts.Artefact:
     for model in (dvae, transformer, clip):
         model.eval().requires_grad_(False)
     return artefacts.Artefact(dvae, transformer, clip, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_models() -> artefacts.Artefact:
+    """What `build_tiny_models` makes. Shared by the session: not to be changed."""
+    return build_tiny_models()
 
 
 @pytest.fixture(scope="session")

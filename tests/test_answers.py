@@ -10,6 +10,7 @@ from PIL import Image
 from inference.answers import Waiter
 from inference.app import create_app
 from inference.metrics import Metrics
+from inference.shrinking import Shrinker
 from tests.app_fixtures import (
     ATTRIBUTES,
     PATIENCE,
@@ -213,7 +214,7 @@ def test_a_lines_own_short_deadline_fails_that_line_only(client):
 
 def test_a_line_that_others_leave_no_time_for_fails_alone(client, engine, scheduler):
     post(client, {"caption": "a", "num_candidates": 1})
-    scheduler._seconds_per_unit["generate"] = 5.0
+    scheduler._jobs.speeds.note("generate", 1, 20.0)
     engine.gate.clear()
     thread, _ = in_background(lambda: post(client, {"caption": "a", "num_candidates": 8}))
     assert engine.begun.acquire(timeout=PATIENCE)
@@ -273,9 +274,12 @@ def test_who_accepts_pictures_alone_is_told_what_there_is(
 
 
 def test_deadlines_of_lines_count_from_the_arrival_of_their_body(scheduler):
-    metrics = Metrics(queue_depth=lambda: 0, is_ready=lambda: 1)
+    metrics = Metrics(
+        queue_depth=lambda: 0, is_ready=lambda: 1, busy_slots=lambda: 0, threads=lambda: 1
+    )
     waiter = Waiter(
         scheduler,
+        Shrinker(),
         SETTINGS.limits,
         metrics,
         arrival=time.monotonic() - SETTINGS.limits.deadline_seconds,

@@ -248,7 +248,7 @@ def test_custom_attributes_are_at_most_1024_visible_characters(client, attribute
 def test_the_scores_of_a_picture_fit_into_the_platforms_header():
     pixels = np.zeros((8, 8, 3), np.uint8)
     worst = GenerateResult(
-        ranked=[Candidate(511, -1234567.891, -0.987654321, pixels)] * 512,
+        ranked=[Candidate(511, -1234567.891, -0.987654321, 0.0, pixels)] * 512,
         ranked_by="log_likelihood",
         seed=2**53 - 1,
         num_candidates=512,

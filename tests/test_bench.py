@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dalle import sizes
-from inference import bench, bench_steps
+from inference import bench, bench_http, bench_pruning, bench_steps
 
 
 def test_the_last_line_is_json_with_every_figure(capsys):
@@ -41,7 +41,10 @@ def test_the_last_line_is_json_with_every_figure(capsys):
     assert set(figures["stages_ms"]) == {"decode", "encode", "rank"}
     assert figures["torch"] == torch.__version__
     assert figures["positions"] == 16
-    assert len(lines) == 1 + 1 + 6 + 3 + 1
+    assert set(figures["request_seconds"]) == {"queue", "sample", "decode", "rank", "encode"}
+    assert figures["request_images_per_second"] > 0
+    assert "1" in figures["threads_ms"], "one thread was tried"
+    assert len(lines) == 1 + 1 + 6 + 3 + 1 + 1
 
 
 def test_an_artefact_is_measured_as_it_is(tiny_artefact, capsys):
@@ -56,9 +59,10 @@ def test_an_artefact_is_measured_as_it_is(tiny_artefact, capsys):
         "--probe-mb",
         "8",
     ]
-    bench.main([*arguments, "--precision", "fp32"])
+    bench.main([*arguments, "--precision", "fp32", "--threads", "1", "--requests", "0"])
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (figures["size"], figures["full"]) == (None, True)
+    assert figures["threads_ms"] == {}
 
 
 @pytest.mark.parametrize(
@@ -138,3 +142,29 @@ def test_what_lies_outside_kernels_is_what_torch_does_not_do():
 
 def test_every_size_has_what_the_benchmark_builds():
     assert set(sizes.DVAE_SIZES) == set(sizes.TRANSFORMER_SIZES) == set(sizes.CLIP_SIZES)
+
+
+def test_pruning_is_measured_on_an_artefact(tiny_artefact, capsys):
+    bench_pruning.main(["--model", str(tiny_artefact), "--limit", "2", "--num-candidates", "8"])
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [each["rows"] for each in figures["foresight"]] == [1, 2, 3]
+    assert all(-1 <= each["spearman"] <= 1 for each in figures["foresight"])
+    assert [each["captions"] for each in figures["foresight"]] == [2, 2, 2]
+    assert [each["prune_at"] for each in figures["savings"]] == [
+        [0.25],
+        [0.5],
+        [0.75],
+        [0.25, 0.5],
+    ]
+    assert all(each["time_share"] > 0 for each in figures["savings"])
+
+
+def test_the_share_left_through_http_is_a_ratio_of_the_same_requests(tiny_artefact, capsys):
+    words = ["--clients", "2", "--requests", "3", "--turns", "2", "--num-candidates", "2"]
+    bench_http.main(["--model", str(tiny_artefact), "--num-images", "1", *words])
+    lines = capsys.readouterr().out.splitlines()
+    figures = json.loads(lines[-1])
+    assert len(lines) == len(figures["ratios"]) + 1 == 3
+    assert 0 < min(figures["ratios"]) <= figures["ratio"] <= max(figures["ratios"])
+    assert figures["pings"] >= 2
+    assert figures["ping_p50_ms"] <= figures["ping_p99_ms"] <= figures["ping_max_ms"]

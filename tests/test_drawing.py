@@ -11,9 +11,11 @@ from dalle import artefact as artefacts
 from dalle.errors import DeviceError, PlatformError, UserError
 from dalle.names import PRECISIONS
 from inference.control import Cancelled, Control, DeadlineExceeded
+from inference.drawing import Ended
 from inference.generator import Generator
+from inference.jobs import Failed
 from inference.render import Candidate, GenerateResult, Preview
-from inference.scheduler import Failed, Scheduler, State
+from inference.scheduler import Scheduler, State
 from inference.schema import CompleteRequest, GenerateRequest
 from inference.settings import read_settings
 
@@ -33,8 +35,9 @@ def generator(artefact) -> Generator:
 
 
 def ask(number: int = 0, **fields: object) -> GenerateRequest:
-    given = {"caption": CAPTIONS[number], "seed": number, "num_candidates": 3}
-    return GenerateRequest.model_validate(given | fields)
+    """All candidates are asked for, so that none of their pictures is let go."""
+    given = {"caption": CAPTIONS[number], "seed": number, "num_candidates": 3} | fields
+    return GenerateRequest.model_validate({"num_images": given["num_candidates"]} | given)
 
 
 REQUESTS = [
@@ -120,16 +123,30 @@ def test_a_deadline_ends_its_own_request_only(artefact, generator):
     assert isinstance(none, DeadlineExceeded)
 
 
-def test_of_many_candidates_the_best_pictures_are_kept(generator, artefact):
-    handed_over: dict[int, Candidate] = {}
-    control = Control(on_candidate=lambda each: handed_over.update({each.number: each}))
-    (result,) = draw_together(generator, [ask(0, num_candidates=80, num_images=70)], [control])
-    assert [each.number for each in result.ranked] == [
-        each.number for each in sorted(handed_over.values(), key=lambda each: -each.clip_score)
-    ]
-    assert all(each.pixels.shape == (16, 16, 3) for each in result.ranked[:70])
-    assert all(each.pixels.size == 0 for each in result.ranked[70:])
-    assert all(each.pixels.shape == (16, 16, 3) for each in handed_over.values())
+def test_of_512_candidates_only_the_best_pictures_are_ever_held(artefact):
+    generator = Generator(artefact, CPU, chunk_size=32)
+    handed_over: dict[int, bytes] = {}
+    held: list[int] = []
+
+    def note(candidate: Candidate) -> None:
+        handed_over[candidate.number] = candidate.pixels.tobytes()
+        finished = [each.pixels.size > 0 for each in drawing.finished]
+        held.append(sum(finished))
+
+    request = ask(0, num_candidates=512, num_images=25)
+    drawing = generator.begin(generator.prepare(request), Control(on_candidate=note))
+    over: list[Ended] = []
+    while not over:
+        over = generator.advance()
+    result = over[0].outcome
+    assert sorted(handed_over) == list(range(512))
+    assert max(held) <= 25 + 4, "those of the last few are not ranked yet"
+    assert len(result.ranked) == 512
+    best = result.ranked[:25]
+    assert [each.pixels.tobytes() for each in best] == [handed_over[each.number] for each in best]
+    assert all(each.pixels.size == 0 for each in result.ranked[25:])
+    merits = [each.merit for each in result.ranked]
+    assert merits == sorted(merits, reverse=True)
 
 
 def test_what_is_drawn_shows_in_previews_whoever_is_beside_it(generator):

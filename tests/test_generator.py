@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from dalle import artefact as artefacts
+from dalle.clip import Clip
 from dalle.errors import ArtefactError, DeviceError, UserError
 from dalle.sampling import sample_image_tokens
 from inference.control import Cancelled, Control, DeadlineExceeded
@@ -34,7 +35,9 @@ def generator(artefact) -> Generator:
 
 
 def ask(**fields: object) -> GenerateRequest:
-    return GenerateRequest.model_validate({"caption": "a red square", "seed": 7, **fields})
+    """All candidates are asked for, so that none of their pictures is let go."""
+    given = {"caption": "a red square", "seed": 7, "num_images": fields.get("num_candidates", 4)}
+    return GenerateRequest.model_validate(given | fields)
 
 
 def picture(size: int = 16, format: str = "PNG") -> str:
@@ -91,6 +94,23 @@ def test_without_clip_the_transformer_ranks(artefact):
     assert {candidate.clip_score for candidate in result.ranked} == {None}
     likelihoods = [candidate.log_likelihood for candidate in result.ranked]
     assert likelihoods == sorted(likelihoods, reverse=True)
+
+
+def test_a_clip_with_a_likelihood_weight_ranks_by_both_as_training_does(artefact):
+    config = replace(artefact.clip.config, likelihood_weight=2.0)
+    clip = Clip(config).eval()
+    clip.load_state_dict(artefact.clip.state_dict())
+    result = Generator(replace(artefact, clip=clip), CPU).generate(ask(num_candidates=6))
+    assert result.ranked_by == "clip_and_log_likelihood"
+    merits = [candidate.merit for candidate in result.ranked]
+    assert merits == sorted(merits, reverse=True)
+    scores = torch.tensor([candidate.clip_score for candidate in result.ranked])
+    likelihoods = torch.tensor([candidate.log_likelihood for candidate in result.ranked])
+    torch.testing.assert_close(torch.tensor(merits), clip.merit(scores, likelihoods))
+    by_clip = Generator(artefact, CPU).generate(ask(num_candidates=6))
+    assert [each.number for each in result.ranked] != [each.number for each in by_clip.ranked]
+    for number, candidate in by_number(by_clip).items():
+        assert (candidate.pixels == by_number(result)[number].pixels).all()
 
 
 def test_finished_candidates_are_handed_over_one_by_one(artefact):

@@ -31,6 +31,7 @@ TORCH_FREE = {
     "inference.parsing",
     "inference.replies",
     "inference.schema",
+    "inference.shrinking",
 }
 MAY_IMPORT: dict[str, set[str]] = {
     "dalle": set(),

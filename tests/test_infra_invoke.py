@@ -73,9 +73,9 @@ def test_an_async_reply_comes_through_the_bucket(asynchronous, infra, tmp_path):
 
 
 def test_what_an_async_endpoint_could_not_do_is_told(asynchronous, infra, tmp_path):
-    told = infra("invoke", "a red square", "--num-candidates", 65, "--out", tmp_path)
+    told = infra("invoke", "a red square", "--num-candidates", 513, "--out", tmp_path)
     assert told.code == 1
-    assert "could not answer: num_candidates must be 1 to 64, got 65" in told.err
+    assert "could not answer: num_candidates must be 1 to 512, got 513" in told.err
 
 
 def test_an_async_reply_that_does_not_come_is_given_up(asynchronous, infra):
@@ -102,9 +102,9 @@ def test_an_async_endpoint_does_not_stream(asynchronous, infra):
 
 def test_what_the_server_refuses_is_told_in_its_words(endpoint, infra):
     endpoint(*REALTIME)
-    told = infra("invoke", "a red square", "--num-candidates", 65)
+    told = infra("invoke", "a red square", "--num-candidates", 513)
     assert told.code == 1
-    assert told.err == "the endpoint answered 422: num_candidates must be 1 to 64, got 65\n"
+    assert told.err == "the endpoint answered 422: num_candidates must be 1 to 512, got 513\n"
 
 
 @pytest.mark.parametrize(

@@ -96,9 +96,10 @@ def test_a_deployed_image_is_invoked_and_ended_by_an_interrupt(image, archive, t
         assert done.returncode == 0, done.stderr
         streamed = json.loads(done.stdout)["ranking"][0]
         assert streamed["clip_score"] == pytest.approx(best["clip_score"], abs=1e-5)
-        refused = run(*ask, "--num-candidates", 65)
+        refused = run(*ask, "--num-candidates", 513)
         assert (
-            refused.stderr == "the endpoint answered 422: num_candidates must be 1 to 64, got 65\n"
+            refused.stderr
+            == "the endpoint answered 422: num_candidates must be 1 to 512, got 513\n"
         )
 
 

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from dalle.errors import ArtefactError, PlatformError
+from inference.admission import Busy
 from inference.control import Cancelled, Control, DeadlineExceeded
+from inference.jobs import Failed, Job
 from inference.render import Candidate, GenerateResult, Preview, Result
-from inference.scheduler import Busy, Failed, Job, Scheduler, State
+from inference.scheduler import Scheduler, State
 
 PATIENCE = 20.0  # seconds until a test that waits for another thread gives up
 
@@ -40,6 +42,9 @@ class Engine:
     tests: list[Exception | None] = field(default_factory=list)
     done: list[Work] = field(default_factory=list)
     image_size: int | None = 4
+    clip_size: int | None = 4
+    threads: int = 1
+    busy_slots: int = 0
 
     def prepare(self, request: object) -> object:
         return request
@@ -56,7 +61,7 @@ class Engine:
                 pass
             if not control.keep_going():
                 break
-            candidate = Candidate(number, -1.0, None, np.zeros((4, 4, 3), np.uint8))
+            candidate = Candidate(number, -1.0, None, -1.0, np.zeros((4, 4, 3), np.uint8))
             finished.append(candidate)
             control.finished(candidate)
         if work.error is not None:
@@ -119,7 +124,7 @@ def test_a_slow_reader_misses_previews_but_no_candidate():
     pixels = np.zeros((4, 4, 3), np.uint8)
     for number in range(1000):
         job.control.previewed(Preview(number, 1, pixels))
-        job.control.finished(Candidate(number, -1.0, None, pixels))
+        job.control.finished(Candidate(number, -1.0, None, -1.0, pixels))
     events = []
     while (event := job.next_event(0.0)) is not None:
         events.append(event)
@@ -323,12 +328,12 @@ def test_a_drain_brings_deadlines_forward():
     class OneThenHold(Engine):
         def run(self, work: Work, control: Control) -> Result:
             work.opened()
-            control.finished(Candidate(0, -1.0, None, np.zeros((4, 4, 3), np.uint8)))
+            control.finished(Candidate(0, -1.0, None, -1.0, np.zeros((4, 4, 3), np.uint8)))
             work.units = 1
             while control.keep_going():
                 pass
             return GenerateResult(
-                [Candidate(0, -1.0, None, np.zeros((4, 4, 3), np.uint8))],
+                [Candidate(0, -1.0, None, -1.0, np.zeros((4, 4, 3), np.uint8))],
                 "log_likelihood",
                 0,
                 2,

@@ -93,7 +93,7 @@ def test_a_client_that_goes_away_gives_its_place_up(served):
         )
         while "dalle_queue_depth 1.0" not in served.get("/metrics").text:
             pass
-    assert served.ask().status_code == 200
+    assert served.ask(deadline_seconds=600).status_code == 200
     served.wait_for("cancelled: the client closed the connection")
 
 

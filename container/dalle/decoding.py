@@ -14,7 +14,7 @@ N positions, M codes per position, V codebook size, P primed positions, T text l
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -48,6 +48,8 @@ class Generation:
     prime_tokens: Tensor | None = field(repr=False)
     branches: list[_Branch] = field(repr=False)
     """With the caption, and with guidance without it."""
+    together: int = 1
+    """Candidates that begin in the same step, and so are always equally far."""
     most: int | None = None
     """Candidates that may be in the making together; None: as many as there is room for."""
     in_slots: int = 0
@@ -60,8 +62,14 @@ class Generation:
 
     @property
     def may_start(self) -> bool:
-        """Whether another of its candidates waits and may begin."""
-        return bool(self.waiting) and (self.most is None or self.in_slots < self.most)
+        """Whether more of its candidates wait and may begin."""
+        within = self.most is None or self.in_slots + self.next_start <= self.most
+        return bool(self.waiting) and (within or not self.in_slots)
+
+    @property
+    def next_start(self) -> int:
+        """How many candidates begin next, at once."""
+        return min(self.together, len(self.waiting))
 
     @property
     def is_over(self) -> bool:
@@ -154,13 +162,20 @@ class DecodeEngine:
         seed: int,
         options: SamplingOptions | None = None,
         prime_tokens: Tensor | None = None,
+        together: int = 1,
     ) -> Generation:
         """Accept a request: arguments as of `sample_image_tokens`, for one caption [1, T].
 
+        together: how many candidates, in their order, begin in the same step each time.
         Runs the caption through the model, so that it takes as long as some steps. Raises
-        ValueError for no candidate, and for guidance with one slot.
+        ValueError for no candidate, for guidance with one slot, and for more together than there
+        is room for.
         """
         options = options or SamplingOptions()
+        slots_each = 1 if options.guidance_scale == 1.0 else 2
+        most = min(self.max_candidates, max(1, self.num_slots // slots_each))
+        if not 1 <= together <= most:
+            raise ValueError(f"together must be 1 to {most}, got {together}")
         waiting = deque(candidates)
         if not waiting:
             raise ValueError("candidates must be at least one, got none")
@@ -174,7 +189,7 @@ class DecodeEngine:
         # A picture that is primed whole is finished before it begins.
         if prime_tokens is None or len(prime_tokens) < N:
             branches = [self._prefill(caption, prime_tokens) for caption in captions]
-        generation = Generation(seed, options, waiting, prime_tokens, branches)
+        generation = Generation(seed, options, waiting, prime_tokens, branches, together)
         self._generations.append(generation)
         return generation
 
@@ -184,6 +199,14 @@ class DecodeEngine:
         for each in [each for each in self._making if each.generation is generation]:
             self._release(each)
         self._forget(generation)
+
+    def drop(self, generation: Generation, candidates: Collection[int]) -> None:
+        """Give up some of a request's candidates in the making, by their numbers."""
+        for each in [each for each in self._making if each.generation is generation]:
+            if each.number in candidates:
+                self._release(each)
+        if generation.is_over:
+            self._forget(generation)
 
     def reset(self) -> None:
         """Give up everything, whatever state a failed step has left behind."""
@@ -226,6 +249,14 @@ class DecodeEngine:
             if each.generation is generation
         ]
 
+    def log_likelihood_so_far(self, generation: Generation) -> dict[int, float]:
+        """Of each of a request's candidates in the making, log p of what is drawn, in nats."""
+        return {
+            each.number: float(self._log_likelihood[each.slot])
+            for each in self._making
+            if each.generation is generation
+        }
+
     def _prefill(self, text_tokens: Tensor, prime_tokens: Tensor | None) -> _Branch:
         prefix = self.model.new_cache(1)
         prime = None if prime_tokens is None else prime_tokens[None]
@@ -242,15 +273,18 @@ class DecodeEngine:
             if not generation.branches:
                 finished += self._finish_primed(generation)
                 continue
-            if len(self._free) < generation.slots_each or len(self._making) == self.max_candidates:
-                break
-            candidate = self._start(generation)
-            slots = [candidate.slot, candidate.guidance_slot]
-            for number, branch in enumerate(generation.branches):
-                slot = slots[number]
-                assert slot is not None
-                started.setdefault((id(generation), number), []).append(slot)
-                branches[id(generation), number] = branch
+            size = generation.next_start
+            has_places = len(self._making) + size <= self.max_candidates
+            if len(self._free) < size * generation.slots_each or not has_places:
+                break  # for nobody else either, or those that begin together never would
+            for _ in range(size):
+                candidate = self._start(generation)
+                slots = [candidate.slot, candidate.guidance_slot]
+                for number, branch in enumerate(generation.branches):
+                    slot = slots[number]
+                    assert slot is not None
+                    started.setdefault((id(generation), number), []).append(slot)
+                    branches[id(generation), number] = branch
         for key, slots_of_branch in started.items():
             chosen = torch.tensor(slots_of_branch, device=self._device)
             self._step.load(chosen, branches[key].packed)
