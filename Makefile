@@ -14,7 +14,7 @@ OUT ?= out/local
 PORT ?= 8080
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint format test demo docs tree soak-serving bench-peers bench-rainbow image test-image local-train local-serve local-endpoint lock clean
+.PHONY: help setup lint format test soak soak-training soak-serving demo docs tree bench-peers bench-rainbow image test-image local-train local-serve local-endpoint lock clean
 
 help:  ## list these targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' Makefile | expand -t 13
@@ -29,6 +29,12 @@ format: setup  ## mend what ruff can mend, and lay out the code
 
 test: setup  ## run the tests; no network, no GPU, no Docker
 	.venv/bin/python -m pytest -m "not docker" $(ARGS)
+
+soak: soak-training soak-serving  ## ten minutes of what goes wrong: training killed again and again, serving under load
+
+soak-training: setup  ## interrupt training at random moments, on one host and on two; the weights must not differ by a bit
+	.venv/bin/python -m training.soak --out out/soak --kills 50 $(ARGS)
+	.venv/bin/python -m training.soak --out out/soak --kills 6 --hosts 2 $(ARGS)
 
 demo: setup  ## train on small synthetic pictures, serve, and ask for captions never seen: out/demo/report.html
 	.venv/bin/python -m training.demo --out out/demo

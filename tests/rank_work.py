@@ -1,6 +1,5 @@
-"""What each rank does in test_ranks.py: python tests/rank_work.py RANK PORT FILE."""
+"""What each rank does in test_ranks.py."""
 
-import sys
 from datetime import timedelta
 
 import torch
@@ -82,9 +81,8 @@ def revived(kind, ranks):
     return before, quantiser.state_dict()
 
 
-def work(rank, port):
-    """What each of the two processes sees."""
-    torch.set_num_threads(1)
+def work(rank, port, file):
+    """Writes what one of the two processes sees."""
     store = TCPStore("127.0.0.1", port, wait_for_workers=False)
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60)
@@ -110,8 +108,4 @@ def work(rank, port):
         "clip": clip_loss_and_gradients(ranks),
     }
     dist.destroy_process_group()
-    return seen
-
-
-if __name__ == "__main__":
-    torch.save(work(int(sys.argv[1]), int(sys.argv[2])), sys.argv[3])
+    torch.save(seen, file)

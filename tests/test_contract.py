@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ from dalle.contract import (
     parse_value,
     prepare_outputs,
     read_job,
+    release_outputs,
     write_failure,
 )
 from dalle.errors import JobError, PlatformError
+from tests.permissions import small_disk
 
 
 def test_a_platform_shaped_tree_is_read_in_full(opt_ml):
@@ -185,6 +188,26 @@ def test_a_failure_is_never_longer_than_what_is_shown(tmp_path, length):
 def test_a_failure_that_cannot_be_written_is_not_another_failure(tmp_path):
     (tmp_path / "output").write_text("a file where the directory should be")
     write_failure(Paths(tmp_path), "cause")
+
+
+def test_a_failure_has_its_room_on_a_disk_that_is_full(tmp_path):
+    paths = Paths(tmp_path)
+    with small_disk(paths.output, 64_000):
+        prepare_outputs(paths)
+        with suppress(OSError), (paths.output / "ballast").open("wb", buffering=0) as file:
+            while True:
+                file.write(b"x" * 512)
+        with pytest.raises(OSError, match="No space left"):
+            (paths.output / "more").write_bytes(b"x")
+        write_failure(paths, "\udc80" * FAILURE_CHARACTERS)
+        assert paths.failure.read_text() == "\\udc80" * FAILURE_CHARACTERS
+
+
+def test_the_room_for_a_failure_is_given_back_when_there_was_none(tmp_path):
+    paths = Paths(tmp_path)
+    prepare_outputs(paths)
+    release_outputs(paths)
+    assert [path for path in paths.output.rglob("*") if path.is_file()] == []
 
 
 def test_output_directories_are_made(tmp_path):

@@ -1,18 +1,12 @@
 """training.ranks: what two processes make of numbers, decisions and state together."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from tests.rank_work import STATE, clip_loss_and_gradients
+from tests.forked import Forked
+from tests.rank_work import STATE, clip_loss_and_gradients, work
 from training.ranks import ALONE
-
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -20,14 +14,7 @@ def seen(tmp_path_factory):
     """What each of two processes saw, by rank."""
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     files = [tmp_path_factory.mktemp("ranks") / f"{rank}.pt" for rank in range(2)]
-    environment = os.environ | {"PYTHONPATH": f"{REPOSITORY / 'container'}:{REPOSITORY}"}
-    script = REPOSITORY / "tests" / "rank_work.py"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(server.port), str(file)], env=environment
-        )
-        for rank, file in enumerate(files)
-    ]
+    processes = [Forked(work, rank, server.port, file) for rank, file in enumerate(files)]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     return [torch.load(file, weights_only=True) for file in files]
 

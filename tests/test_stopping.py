@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,9 +14,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from dalle import artefact as artefacts
+from dalle.dvae import DiscreteVAE
 from dalle.images import encode_image
+from training import workshop
 from training.__main__ import main
 from training.checkpoints import Checkpoints
+from training.data import tokenised
 from training.data.folder import ImageTextFolder
 from training.engine import TorchEngine
 from training.hyperparameters import parse
@@ -119,6 +123,9 @@ def test_an_interrupted_validation_is_made_up_for_when_the_run_goes_on(run, inte
     assert again.num_validations == 0, "the checkpoint has what was made up for"
 
 
+TINY = {"size": "tiny", "image_size": 16, "tokenizer_kind": "word", "text_length": 4}
+
+
 @pytest.fixture
 def tree(opt_ml):
     """A job that could train on 12 pairs."""
@@ -127,8 +134,7 @@ def tree(opt_ml):
         pixels = np.full((16, 16, 3), 20 * number, dtype=np.uint8)
         (channel / f"{number:02}.png").write_bytes(encode_image(pixels, "png"))
         (channel / f"{number:02}.txt").write_text(f"picture {number}")
-    tiny = {"size": "tiny", "image_size": 16, "tokenizer_kind": "word", "text_length": 4}
-    opt_ml.set_hyperparameters(**tiny, batch_size=4, max_steps=2, num_validations=0)
+    opt_ml.set_hyperparameters(**TINY, batch_size=4, max_steps=2, num_validations=0)
     return opt_ml
 
 
@@ -162,3 +168,41 @@ def test_the_same_job_then_trains_as_if_nothing_had_been(tree, monkeypatch):
     assert main(["--root", str(tree.root)]) == 0
     stages = artefacts.load(tree.root / "model").manifest.stages
     assert [(stage.steps, stage.is_finished) for stage in stages] == [(2, True)] * 3
+
+
+@pytest.fixture
+def large_set(tree, monkeypatch):
+    """The same job, as if its pairs were too many to be decoded: two are encoded at a time, and
+    four are written together."""
+    monkeypatch.setattr(workshop, "decode_if_small", lambda dataset, stop: dataset)
+    monkeypatch.setattr(tokenised, "images_together", lambda image_size: 2)
+    monkeypatch.setattr(workshop, "tokenise", partial(tokenised.tokenise, part_pairs=4))
+    tree.set_hyperparameters(**TINY, batch_size=4, max_steps=6, num_validations=0, num_workers=0)
+    return tree
+
+
+def test_sigterm_while_a_large_set_is_encoded_ends_the_job_and_the_next_one_goes_on(
+    large_set, monkeypatch, caplog
+):
+    encode, sizes = DiscreteVAE.encode, []
+
+    def encode_and_signal(self, images):
+        sizes.append(len(images))
+        if len(sizes) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return encode(self, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DiscreteVAE, "encode", encode_and_signal)
+        assert main(["--root", str(large_set.root)]) == 0
+    assert sizes == [2, 2, 2]
+    assert artefacts.load(large_set.root / "model").components() == ["dvae", "tokenizer"]
+    assert not (large_set.root / "output" / "failure").exists()
+    assert main(["--root", str(large_set.root)]) == 0
+    assert "image tokens: 1 of 3 parts are there already" in caplog.text
+    stages = artefacts.load(large_set.root / "model").manifest.stages
+    assert [(stage.stage, stage.is_finished) for stage in stages] == [
+        ("dvae", True),
+        ("transformer", True),
+        ("clip", True),
+    ]

@@ -1,24 +1,20 @@
 """training.data.tokenised: image tokens of a large data set, computed once."""
 
-import os
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from dalle.errors import DataError
+from dalle.errors import DataError, DiskFullError
+from tests.forked import Forked
 from tests.pairs import channel_of
-from tests.tokenise_work import encode, tokenise
+from tests.permissions import small_disk
+from tests.tokenise_work import encode, tokenise, work
 from training.data.batches import Batches
 from training.data.pairs import SkipReason
 from training.data.tokenised import fits
 from training.stopping import Stopped
-
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 class Counting:
@@ -56,6 +52,15 @@ def test_an_interrupted_run_goes_on_with_the_next_part(tmp_path):
     dataset = tokenise(channel, tmp_path / "out", encode=rest)
     assert dataset.tokens[:, 0, 0].tolist() == list(range(20))
     assert rest.count == 20 - 12  # two parts of six were written
+
+
+def test_a_part_without_room_keeps_those_before_it(tmp_path):
+    channel, out = channel_of(tmp_path / "c", 20), tmp_path / "out"
+    with small_disk(out, 4096):  # a page, which a part takes whole
+        says = r"no room to write the image tokens \S+part-000001.* the parts before it are kept"
+        with pytest.raises(DiskFullError, match=says):
+            tokenise(channel, out)
+        assert [path.name for path in out.glob("*/*")] == ["part-000000.safetensors"]
 
 
 def test_a_damaged_part_is_computed_again(tmp_path, caplog):
@@ -120,14 +125,7 @@ def test_two_ranks_share_the_work_and_have_the_same_tokens(tmp_path, num_pairs):
     out.mkdir()
     for _ in range(2):  # the second time, only the first rank's disk has them
         server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        environment = os.environ | {"PYTHONPATH": f"{REPOSITORY / 'container'}:{REPOSITORY}"}
-        script = [sys.executable, str(REPOSITORY / "tests" / "tokenise_work.py")]
-        processes = [
-            subprocess.Popen(
-                [*script, str(rank), str(server.port), str(channel), str(out)], env=environment
-            )
-            for rank in range(2)
-        ]
+        processes = [Forked(work, rank, server.port, channel, out) for rank in range(2)]
         assert [process.wait(timeout=120) for process in processes] == [0, 0]
         numbers = [number for number in range(num_pairs) if number != 3]
         for rank in range(2):

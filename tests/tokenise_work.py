@@ -1,18 +1,15 @@
-"""What each rank does in test_tokenised.py: python tests/tokenise_work.py RANK PORT CHANNEL OUT."""
+"""What each rank does in test_tokenised.py."""
 
-import sys
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from tests.pairs import SIZE
 from training.data import tokenised
 from training.data.folder import open_folder
 from training.ranks import ALONE, Together
-
-SIZE = 8  # of the pictures in tests/pairs.py, which cannot be imported from here
 
 
 def encode(images):
@@ -34,8 +31,7 @@ def tokenise(channel, out, ranks=ALONE, encode=encode, **options):
 
 
 def work(rank, port, channel, out):
-    """Tokens, pairs and what was left out, as this rank sees them."""
-    torch.set_num_threads(1)
+    """Writes tokens, pairs and what was left out, as this rank sees them."""
     store = TCPStore("127.0.0.1", port, wait_for_workers=False)
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60)
@@ -46,7 +42,3 @@ def work(rank, port, channel, out):
     names = [found.name(index) for index in range(len(found))]
     content = {"tokens": found.tokens, "names": names, "skips": found.skips.as_dict()}
     torch.save(content, out / f"{rank}.pt")
-
-
-if __name__ == "__main__":
-    work(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]))

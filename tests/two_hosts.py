@@ -1,6 +1,6 @@
 """Training jobs on several hosts for tests: one directory like /opt/ml and one process for each.
 
-A host's name is an address of the loopback interface, or whatever a test gives.
+A host's name is its address: of the loopback interface, or in a network of `tests.host_networks`.
 """
 
 import json
@@ -14,7 +14,11 @@ from contextlib import contextmanager, suppress
 from PIL import Image
 
 from infra.local.opt_ml import OptMl
+from tests.forked import Forked
+from tests.host_networks import enter
 from training import rainbow
+from training.__main__ import main
+from training.hosts import Patience
 
 TINY = {
     "size": "tiny",
@@ -29,13 +33,8 @@ ENDLESS = TINY | {"stage": "clip", "max_steps": 1_000_000}
 LOOPBACK = ("127.0.0.1", "127.0.0.2")
 SAMPLES = rainbow.samples()[::300]
 
-# The command itself, but sooner at the end of its patience.
-IMPATIENT = """
-import sys
-from training.__main__ import main
-from training.hosts import Patience
-sys.exit(main(sys.argv[1:], patience=Patience(join=60, silence=3, collective=60)))
-"""
+# With the other hosts; the command's own would wait for half a minute and more.
+IMPATIENT = Patience(join=60, silence=3, collective=60)
 
 
 def job_tree(root, *, host="algo-1", hosts=("algo-1",), samples=SAMPLES, **hyperparameters):
@@ -63,26 +62,64 @@ def free_port():
 
 
 @contextmanager
-def started(trees, *, program=("-m", "training"), before=lambda number: ()):
-    """The processes of all hosts, killed at the end if they still run.
+def started(trees, network=None):
+    """The command itself on all hosts, as processes that are killed at the end if they still run.
 
-    before(number): words before a host's command, such as `ip netns exec`.
+    network: of `tests.host_networks`, whose namespaces the hosts are in.
     """
     port = str(free_port())
-    processes = []
-    try:
-        for number, tree in enumerate(trees):
-            log = (tree.root / "log").open("w")
-            command = [sys.executable, *program, "--root", str(tree.root)]
+    with _ended_at_last() as processes:
+        for tree, namespace in zip(trees, _namespaces(trees, network), strict=True):
+            with (tree.root / "log").open("w") as log:
+                words = [] if namespace is None else ["ip", "netns", "exec", namespace]
+                words += [sys.executable, "-m", "training", "--root", str(tree.root)]
+                processes.append(
+                    subprocess.Popen(
+                        [*words, "--rendezvous-port", port],
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        env=os.environ | {"OMP_NUM_THREADS": "1", "DALLE_DEVICE": "cpu"},
+                    )
+                )
+        yield processes
+
+
+@contextmanager
+def forked(trees, network=None, *, patience=IMPATIENT):
+    """The same as `started`, sooner: forks of a process that has torch, see `tests.forked`."""
+    port = str(free_port())
+    with _ended_at_last() as processes:
+        for tree, namespace in zip(trees, _namespaces(trees, network), strict=True):
+            words = ["--root", str(tree.root), "--rendezvous-port", port]
+            (tree.root / "log").unlink(missing_ok=True)
             processes.append(
-                subprocess.Popen(
-                    [*before(number), *command, "--rendezvous-port", port],
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env=os.environ | {"OMP_NUM_THREADS": "1", "DALLE_DEVICE": "cpu"},
+                Forked(
+                    train,
+                    words,
+                    patience,
+                    namespace,
+                    log=tree.root / "log",
+                    environment={"DALLE_DEVICE": "cpu"},
                 )
             )
-            log.close()
+        yield processes
+
+
+def train(words, patience, namespace):
+    """What a fork does."""
+    if namespace is not None:
+        enter(namespace)
+    return main(words, patience=patience)
+
+
+def _namespaces(trees, network):
+    return (None,) * len(trees) if network is None else network.namespaces
+
+
+@contextmanager
+def _ended_at_last():
+    processes = []
+    try:
         yield processes
     finally:
         for process in processes:
@@ -91,7 +128,8 @@ def started(trees, *, program=("-m", "training"), before=lambda number: ()):
 
 
 def log_of(tree):
-    return (tree.root / "log").read_text()
+    log = tree.root / "log"
+    return log.read_text() if log.exists() else ""
 
 
 def wait_for_step(trees, processes, stage, step):
@@ -109,9 +147,9 @@ def exit_codes(processes, seconds=60):
     return [process.wait(timeout=seconds) for process in processes]
 
 
-def run(trees):
-    with started(trees) as processes:
-        codes = exit_codes(processes)
+def run(trees, network=None):
+    with forked(trees, network) as processes:
+        codes = exit_codes(processes, seconds=180)
     assert codes == [0] * len(trees), "\n".join(log_of(tree) for tree in trees)
 
 

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from dalle.contract import DEFAULT_ROOT, Job, Paths, prepare_outputs, read_job
+from dalle.contract import DEFAULT_ROOT, Job, Paths, prepare_outputs, read_job, release_outputs
 from dalle.errors import JobError
 from dalle.threads import spin_briefly
 from training import channels, hyperparameters, process
@@ -57,7 +57,10 @@ def main(arguments: Sequence[str] | None = None, *, patience: Patience = DEFAULT
             prepare_outputs(job.paths)
             return _run(job, settings, stop, options.rendezvous_port, patience)
 
-        return process.exit_code_of(work, paths)
+        try:
+            return process.exit_code_of(work, paths)
+        finally:
+            release_outputs(paths)
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

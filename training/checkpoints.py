@@ -65,6 +65,8 @@ class Checkpoints:
                 f"write the checkpoint {path}",
                 if_full="the one before it is kept. Give the job a larger volume or keep fewer "
                 "checkpoints (checkpoints_kept)",
+                directory=self.directory,
+                num_bytes=_num_bytes(content),
             ) from error
         for old in self._complete()[self._kept :]:
             old.unlink(missing_ok=True)
@@ -137,6 +139,28 @@ def seed_everything(seed: int, step: int, rank: int = 0) -> None:
     random.seed(mixed)
     np.random.seed(mixed)
     torch.manual_seed(mixed)
+
+
+class _Counting:
+    """A binary file of which only the length is kept."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        size = memoryview(data).nbytes
+        self.num_bytes += size
+        return size
+
+    def flush(self) -> None:
+        pass
+
+
+def _num_bytes(content: Mapping[str, Any]) -> int:
+    """How long the file of a checkpoint is."""
+    target = _Counting()
+    torch.save(dict(content), cast(IO[bytes], target))
+    return target.num_bytes
 
 
 class _RememberingFile:

@@ -11,13 +11,15 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
+from dalle.disk import disk_error
 from dalle.errors import PlatformError
 from dalle.metric_lines import METRIC_DEFINITIONS, METRIC_PATTERN, render_metrics
 
@@ -28,42 +30,49 @@ class Metrics:
     """The reports of one job.
 
     Each is one JSON object a line: {"stage", "step", "seconds", <metric>: number or null, …}.
-    Close it (or use `with`) so that TensorBoard's file is complete.
+    Close it (or use `with`) so that TensorBoard's file is complete. Everything raises
+    DiskFullError, or PlatformError for other trouble with the disk.
     """
 
     def __init__(self, jsonl: Path, tensorboard: Path, *, output: TextIO | None = None) -> None:
         self._jsonl = jsonl
+        self._tensorboard = tensorboard
         self._output = sys.stdout if output is None else output
         self._records: list[dict[str, Any]] = []
-        jsonl.parent.mkdir(parents=True, exist_ok=True)
-        self._writer = SummaryWriter(str(tensorboard))
+        with self._disk_errors(jsonl):
+            jsonl.parent.mkdir(parents=True, exist_ok=True)
+        with self._disk_errors(tensorboard):
+            self._writer = SummaryWriter(str(tensorboard))
         self._rewrite()
 
     def __enter__(self) -> Metrics:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except PlatformError:
+            if kind is None:  # what failed first is the cause
+                raise
 
     def close(self) -> None:
-        self._writer.close()
+        with self._disk_errors(self._tensorboard):
+            self._writer.close()
 
     def report(self, stage: str, step: int, seconds: float, values: Mapping[str, float]) -> None:
         """Report plain metric names -> values; the printed ones carry the stage's name first.
 
-        seconds: spent on this stage so far. Raises PlatformError when the disk refuses.
+        seconds: spent on this stage so far.
         """
         record = {"stage": stage, "step": step, "seconds": round(seconds, 3)} | {
             name: value if math.isfinite(value) else None for name, value in values.items()
         }
         self._records.append(record)
-        try:
-            with self._jsonl.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise PlatformError(f"cannot write {self._jsonl}: {error.strerror}") from error
-        for name, value in values.items():
-            self._writer.add_scalar(f"{stage}/{name}", value, step)
+        with self._disk_errors(self._jsonl), self._jsonl.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        with self._disk_errors(self._tensorboard):
+            for name, value in values.items():
+                self._writer.add_scalar(f"{stage}/{name}", value, step)
         if not self._output.isatty():
             printed = {f"{stage}_step": step} | {f"{stage}_{n}": v for n, v in values.items()}
             print(render_metrics(printed), file=self._output, flush=True)
@@ -80,16 +89,33 @@ class Metrics:
         others = [record for record in self._records if record["stage"] != stage]
         self._records = others + [dict(record) for record in records]
         self._rewrite()
-        for record in records:
-            for name, value in record.items():
-                if isinstance(value, int | float) and name not in ("step", "seconds"):
-                    self._writer.add_scalar(f"{stage}/{name}", value, record["step"])
+        with self._disk_errors(self._tensorboard):
+            for record in records:
+                for name, value in record.items():
+                    if isinstance(value, int | float) and name not in ("step", "seconds"):
+                        self._writer.add_scalar(f"{stage}/{name}", value, record["step"])
 
     def _rewrite(self) -> None:
         temporary = self._jsonl.with_name(self._jsonl.name + ".tmp")
         lines = "".join(json.dumps(record) + "\n" for record in self._records)
-        temporary.write_text(lines, encoding="utf-8")
-        os.replace(temporary, self._jsonl)
+        with self._disk_errors(self._jsonl):
+            temporary.write_text(lines, encoding="utf-8")
+            os.replace(temporary, self._jsonl)
+
+    @staticmethod
+    @contextmanager
+    def _disk_errors(path: Path) -> Iterator[None]:
+        """TensorBoard's come from its own thread: with some later report, or at the end."""
+        try:
+            yield
+        except OSError as error:
+            raise disk_error(
+                error,
+                f"write the metrics {path}",
+                if_full="the checkpoints are kept. Give the job a larger volume, or report less "
+                "often (log_every)",
+                directory=path,
+            ) from error
 
 
 class NoMetrics:

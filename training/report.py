@@ -12,12 +12,14 @@ import base64
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC
 from html import escape
 from importlib import resources
 from pathlib import Path
 from string import Template
 
+from dalle.disk import disk_error
 from dalle.images import ImageFormat, Pixels, contact_sheet, encode_image
 from training.figures import Panel, draw_curves, draw_usage
 from training.report_content import (
@@ -53,11 +55,26 @@ _UNPLOTTED = {"epoch", "seconds"}  # say the same as the step
 
 
 def write_report(report: Report, path: Path) -> None:
-    """Write `render_report` to a file, at once or not at all; its directory is made if needed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write `render_report` to a file, at once or not at all; its directory is made if needed.
+
+    Raises DiskFullError, or PlatformError for other trouble with the disk.
+    """
     unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_text(render_report(report), encoding="utf-8", errors="backslashreplace")
-    os.replace(unfinished, path)
+    content = render_report(report).encode("utf-8", errors="backslashreplace")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_bytes(content)
+        os.replace(unfinished, path)
+    except OSError as error:
+        with suppress(OSError):
+            unfinished.unlink()
+        raise disk_error(
+            error,
+            f"write the report {path}",
+            if_full="what was trained is written already. Give a larger volume",
+            directory=path.parent,
+            num_bytes=len(content),
+        ) from error
 
 
 def render_report(report: Report) -> str:

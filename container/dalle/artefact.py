@@ -32,7 +32,7 @@ from dalle.clip import Clip, ClipConfig
 from dalle.disk import disk_error, is_full, sync
 from dalle.dvae import DiscreteVAE, DVAEConfig
 from dalle.errors import ArtefactError, DiskFullError
-from dalle.manifest import FORMAT_VERSION, MANIFEST, Manifest, read_manifest
+from dalle.manifest import FORMAT_VERSION, MANIFEST, STAGING, Manifest, read_manifest
 from dalle.names import COMPONENTS, ComponentName, StageName
 from dalle.tokenizer import CaptionTokenizer
 from dalle.transformer import Dalle, TransformerConfig
@@ -70,17 +70,22 @@ def save(directory: Path, artefact: Artefact, *, git_revision: str = "") -> Mani
     manifest goes first: an interrupted save leaves a directory that `load` refuses.
     Raises DiskFullError, or PlatformError for other trouble with the disk.
     """
-    staging = directory / ".staging"
+    staging = directory / STAGING
     shutil.rmtree(staging, ignore_errors=True)
     try:
-        manifest = _stage(staging, artefact, git_revision)
-        _put_in_place(staging, directory, artefact.components())
+        try:
+            manifest = _stage(staging, artefact, git_revision)
+            _put_in_place(staging, directory, artefact.components())
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
         raise disk_error(
-            error, f"write the artefact {directory}", if_full="give the job a larger volume"
+            error,
+            f"write the artefact {directory}",
+            if_full="give the job a larger volume",
+            directory=directory,
+            num_bytes=_num_bytes(artefact),
         ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return manifest
 
 
@@ -227,6 +232,12 @@ def _load_model(directory: Path, name: StageName, device: torch.device | str) ->
     ) as error:
         raise ArtefactError(f"{directory} cannot be loaded as {name}: {error}") from error
     return model.eval().requires_grad_(False).to(device)
+
+
+def _num_bytes(artefact: Artefact) -> int:
+    """What its weights take on the disk; the other files are a few thousand bytes."""
+    models = filter(None, (getattr(artefact, name) for name in _MODELS))
+    return sum(value.nbytes for model in models for value in model.state_dict().values())
 
 
 def _files(directory: Path) -> list[str]:

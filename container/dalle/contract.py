@@ -23,6 +23,9 @@ DEFAULT_ROOT = Path("/opt/ml")
 FAILURE_CHARACTERS = 1024
 """So much of the failure file reaches `FailureReason`; the rest would never be seen."""
 
+FAILURE_BYTES = 6 * FAILURE_CHARACTERS
+"""What so many characters take at most: an escaped surrogate is six bytes, others are fewer."""
+
 SDK_CHANNELS = frozenset({"code", "recipe", "sm_drivers"})
 """Channels that the SageMaker SDK adds for itself; they carry no data of ours."""
 
@@ -196,7 +199,11 @@ def parse_value(text: str) -> Any:
 
 
 def prepare_outputs(paths: Paths) -> None:
-    """Make the output directories. Raises PlatformError when one is not writable."""
+    """Make the output directories. Raises PlatformError when one is not writable.
+
+    Keeps room for the failure file, since the disk may be full when there is a failure to tell;
+    `release_outputs` gives it back.
+    """
     for directory in (paths.model, paths.checkpoints, paths.output_data, paths.tensorboard):
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -207,13 +214,22 @@ def prepare_outputs(paths: Paths) -> None:
             ) from error
         if not os.access(directory, os.W_OK | os.X_OK):
             raise PlatformError(f"the directory {directory} is read-only; it must be writable")
+    try:
+        _failure_room(paths).write_bytes(b" " * FAILURE_BYTES)
+    except OSError as error:  # no reason not to train
+        logger.warning("no room is kept for %s: %s", paths.failure, error)
+
+
+def release_outputs(paths: Paths) -> None:
+    """Remove what `prepare_outputs` kept free, if no failure file took its place."""
+    _failure_room(paths).unlink(missing_ok=True)
 
 
 def write_failure(paths: Paths, cause: str, traceback: str = "") -> None:
     """Write the failure file: the cause first, then the traceback's end as far as there is room.
 
-    At most 1,024 characters in all. A file that cannot be written is logged, not raised:
-    the failure itself is what the caller must go on with.
+    At most 1,024 characters in all, where `prepare_outputs` has kept room for them. A file that
+    cannot be written is logged, not raised: the failure itself is what the caller must go on with.
     """
     text = _shortened(cause.strip(), FAILURE_CHARACTERS)
     room = FAILURE_CHARACTERS - len(text) - len("\n\n…")
@@ -222,13 +238,21 @@ def write_failure(paths: Paths, cause: str, traceback: str = "") -> None:
         # The end of a traceback names the line at fault; its beginning is always our main().
         tail = traceback if len(traceback) <= room else "…" + traceback[-room:]
         text = f"{text}\n\n{tail}"
-    temporary = paths.failure.with_name("failure.tmp")
+    temporary = _failure_room(paths)
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        # Over what is there, which takes no more room of a disk that may have none.
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o666)
+        with open(descriptor, "wb", buffering=0) as file:
+            file.write(text.encode("utf-8", errors="backslashreplace"))
+            file.truncate()
         os.replace(temporary, paths.failure)
     except OSError as error:
         logger.error("cannot write %s: %s", paths.failure, error)
+
+
+def _failure_room(paths: Paths) -> Path:
+    return paths.failure.with_name("failure.tmp")
 
 
 def _shortened(text: str, length: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
 
 from dalle.errors import DiskFullError, PlatformError
@@ -16,16 +17,40 @@ def is_full(error: OSError) -> bool:
     return error.errno in _FULL
 
 
-def disk_error(error: OSError, action: str, *, if_full: str) -> PlatformError:
+def disk_error(
+    error: OSError,
+    action: str,
+    *,
+    if_full: str,
+    directory: Path | None = None,
+    num_bytes: int | None = None,
+) -> PlatformError:
     """The error to raise instead; returns a DiskFullError when there was no room.
 
     action: what could not be done, as in "write model/manifest.json". if_full: what is left as it
-    was, and what to do.
+    was, and what to do. directory, num_bytes: where it was to be, and how much it takes, if known;
+    the message then says what is free there now, so remove what was half written before.
     """
     reason = error.strerror or str(error)
-    if is_full(error):
-        return DiskFullError(f"no room to {action} ({reason}); {if_full}")
-    return PlatformError(f"cannot {action}: {reason}")
+    if not is_full(error):
+        return PlatformError(f"cannot {action}: {reason}")
+    takes = "" if num_bytes is None else f"it takes {num_bytes:,} bytes"
+    free = None if directory is None else free_bytes(directory)
+    room = "" if free is None else f"{free:,} {'are' if takes else 'bytes are'} free"
+    figures = ", ".join(filter(None, (takes, room)))
+    return DiskFullError(f"no room to {action} ({reason}){figures and ': ' + figures}; {if_full}")
+
+
+def free_bytes(directory: Path) -> int | None:
+    """What may still be written below a directory, which need not exist; None if nobody knows."""
+    for existing in (directory, *directory.parents):
+        try:
+            return shutil.disk_usage(existing).free
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return None
+    return None
 
 
 def sync(path: Path) -> None:

@@ -13,6 +13,8 @@ from dalle.names import StageName
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+STAGING = ".staging"
+"""The directory, in an artefact's own, where a new one is complete before it takes its place."""
 
 
 class StageRecord(BaseModel):

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -192,10 +193,18 @@ def _read_parts(folder: Path) -> list[Tensor]:
 def _write_part(folder: Path, number: int, tokens: Tensor) -> None:
     path = _part_path(folder, number)
     temporary = path.with_suffix(".tmp")
+    content = save({"tokens": tokens.contiguous()})
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(save({"tokens": tokens.contiguous()}))
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise disk_error(error, f"write {path}", if_full="give the job a larger volume") from error
+        with suppress(OSError):
+            temporary.unlink()
+        raise disk_error(
+            error,
+            f"write the image tokens {path}",
+            if_full="the parts before it are kept. Give the job a larger volume",
+            directory=folder,
+            num_bytes=len(content),
+        ) from error
