@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dalle.errors import DeviceError, HyperparameterError
-from training.engine import TorchEngine, choose_device
+from training.engine.torch_engine import TorchEngine, choose_device
 from training.hyperparameters import parse
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from torch import nn
 
 from dalle.errors import CheckpointError, DivergenceError
 from training.checkpoints import Checkpoints
-from training.engine import TorchEngine
+from training.engine.torch_engine import TorchEngine
 from training.hyperparameters import parse
 from training.loop import fit
 from training.metrics import Metrics

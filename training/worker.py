@@ -17,7 +17,7 @@ from dalle.contract import Job
 from dalle.errors import ArtefactError, DeviceError, HyperparameterError, JobError
 from dalle.names import STAGES, ComponentName, StageName
 from training.checkpoints import Checkpoints
-from training.engine import TorchEngine
+from training.engine.torch_engine import TorchEngine
 from training.hyperparameters import Hyperparameters, without_effect
 from training.loop import FitResult, Stage, fit
 from training.metrics import Metrics, NoMetrics
@@ -116,6 +116,8 @@ def _prepared(
     if ranks.is_first:
         for name, why in without_effect(hyperparameters, names, workshop.present).items():
             logger.warning("hyperparameter %s has no effect: %s", name, why)
+    if hyperparameters.engine == "deepspeed":
+        raise HyperparameterError("engine=deepspeed is not there yet", field="engine")
     require_equal_shares(hyperparameters, names, ranks.size)
     workshop.check(names)
     return names
@@ -125,12 +127,16 @@ def require_equal_shares(
     hyperparameters: Hyperparameters, names: Sequence[StageName], num_ranks: int
 ) -> None:
     """Raises HyperparameterError for batches that cannot be shared out among the ranks."""
-    problems = [
-        f"{name}: batch_size must be a multiple of {num_ranks}, the number of devices on all of "
-        f"the job's hosts, got {hyperparameters.of(name).batch_size}"
-        for name in names
-        if hyperparameters.of(name).batch_size % num_ranks
-    ]
+    problems = []
+    for name in names:
+        settings = hyperparameters.of(name)
+        num_parts = settings.gradient_accumulation_steps
+        if settings.batch_size % (num_ranks * num_parts):
+            times = "" if num_parts == 1 else f", times gradient_accumulation_steps {num_parts}"
+            problems.append(
+                f"{name}: batch_size must be a multiple of {num_ranks}, the number of devices on "
+                f"all of the job's hosts{times}, got {settings.batch_size}"
+            )
     if problems:
         raise HyperparameterError("\n".join(problems), field="batch_size")
 

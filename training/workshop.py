@@ -32,7 +32,7 @@ from training.data.memory import InMemory, decode_if_small
 from training.data.pairs import Dataset
 from training.data.subset import Subset
 from training.data.tokenised import fits, tokenise
-from training.engine import check_precision
+from training.engine.devices import check_precision
 from training.hyperparameter_fields import Hyperparameters, StageHyperparameters
 from training.job_report import build_report, unfinished
 from training.loop import FitResult, Stage
@@ -138,6 +138,7 @@ class Workshop:
                 trained = self._artefact.dvae
                 assert trained is not None, "the worker orders the stages"
                 model = Dalle(config).to(self._device)
+                model.checkpoints_activations = settings.activation_checkpointing
                 train = self._tokenised(settings, trained)
                 data = self._data(settings, self._tokenizer(), train)
                 return TransformerStage(model, trained, data)
