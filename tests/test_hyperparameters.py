@@ -90,7 +90,7 @@ def test_names_of_the_platform_are_ignored():
         ("ema_decay", "1", "ema_decay must be a number from 0 below 1"),
         ("precision", "fp8", "precision must be fp32, bf16 or fp16, got 'fp8'"),
         ("stage", "vae", "stage must be all, dvae, transformer or clip, got 'vae'"),
-        ("engine", "deepspeed", "engine must be torch, got 'deepspeed'"),
+        ("engine", "jax", "engine must be torch or deepspeed, got 'jax'"),
         ("seed", "-1", "seed must be a whole number from 0 to 4,294,967,295"),
         ("attention_kinds", "[]", "must be a list of full, axial_row, axial_col, conv_like"),
         ("attention_kinds", "sparse", "got 'sparse'"),

@@ -17,7 +17,7 @@ from dalle.contract import Job
 from dalle.errors import ArtefactError, DeviceError, HyperparameterError, JobError
 from dalle.names import STAGES, ComponentName, StageName
 from training.checkpoints import Checkpoints
-from training.engine.torch_engine import TorchEngine
+from training.engine.choice import check_engine, choose_engine, engine_of
 from training.hyperparameters import Hyperparameters, without_effect
 from training.loop import FitResult, Stage, fit
 from training.metrics import Metrics, NoMetrics
@@ -85,7 +85,7 @@ def run(
     try:
         try:
             workshop = open_workshop(job, hyperparameters, device, stop, ranks)
-            names = _prepared(workshop, hyperparameters, ranks)
+            names = _prepared(workshop, hyperparameters, device, ranks)
         except Stopped:
             names = None
         # One rank may be stopped where another is just done; they go on together or not at all.
@@ -109,17 +109,16 @@ def run(
 
 
 def _prepared(
-    workshop: Workshop, hyperparameters: Hyperparameters, ranks: Ranks
+    workshop: Workshop, hyperparameters: Hyperparameters, device: torch.device, ranks: Ranks
 ) -> list[StageName]:
     """The stages to train, with all that is wrong with them found. Raises Stopped."""
     names = stages_to_train(hyperparameters.stage, workshop.present)
     if ranks.is_first:
         for name, why in without_effect(hyperparameters, names, workshop.present).items():
             logger.warning("hyperparameter %s has no effect: %s", name, why)
-    if hyperparameters.engine == "deepspeed":
-        raise HyperparameterError("engine=deepspeed is not there yet", field="engine")
     require_equal_shares(hyperparameters, names, ranks.size)
     workshop.check(names)
+    check_engine(hyperparameters, names, device, ranks.size)
     return names
 
 
@@ -197,12 +196,17 @@ def _train(
     settings = hyperparameters.of(stage.name)
     num_parameters = sum(parameter.numel() for parameter in stage.model.parameters())
     logger.info("training %s, %s parameters", stage.name, f"{num_parameters:,}")
-    identity = {"seed": hyperparameters.seed, **settings.identity(), **stage.identity()}
+    identity = {
+        "engine": engine_of(hyperparameters, stage.name),
+        "seed": hyperparameters.seed,
+        **settings.identity(),
+        **stage.identity(),
+    }
     require_equal_everywhere(identity, ranks)
     result = fit(
         stage,
         hyperparameters,
-        engine=TorchEngine(stage, settings, device, ranks),
+        engine=choose_engine(stage, stage.name, hyperparameters, device, ranks),
         checkpoints=Checkpoints(
             job.paths.checkpoints / stage.name,
             identity=identity,

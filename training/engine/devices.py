@@ -11,6 +11,9 @@ from training.hyperparameter_fields import FitHyperparameters
 
 logger = logging.getLogger(__name__)
 
+AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""What matrices are multiplied in, by precision; fp32 does without."""
+
 
 def check_precision(hyperparameters: FitHyperparameters, device: torch.device) -> None:
     """Raises HyperparameterError for a number format that the device cannot train in."""

@@ -14,13 +14,11 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from training.averaging import WeightAverage
-from training.engine.devices import check_precision
+from training.engine.devices import AUTOCAST_TYPES, check_precision
 from training.engine.protocol import Trainable
 from training.hyperparameter_fields import FitHyperparameters
 from training.optimiser import OptimiserPair
 from training.ranks import ALONE, Ranks
-
-AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TorchEngine:
@@ -39,7 +37,7 @@ class TorchEngine:
         precision = hyperparameters.precision
         check_precision(hyperparameters, device)
         self._model = model = stage.model
-        self._loss = ranks.parallel(StageLoss(stage))
+        self._loss = ranks.parallel(_Loss(stage))
         self._ranks = ranks
         self._device = device
         self._num_parts = hyperparameters.gradient_accumulation_steps
@@ -142,7 +140,7 @@ class TorchEngine:
         self._ranks.copy_first(self._model.state_dict().values())
 
 
-class StageLoss(nn.Module):
+class _Loss(nn.Module):
     """A stage's loss as the forward pass of a module that has the model's parameters."""
 
     def __init__(self, stage: Trainable) -> None:
