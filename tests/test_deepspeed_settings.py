@@ -8,12 +8,14 @@ from dalle.errors import HyperparameterError
 from training.engine.deepspeed_settings import configuration
 from training.hyperparameters import parse, without_effect
 
+NO_MUON = "Muon needs whole matrices; engine=deepspeed trains by AdamW alone"
 
-def configured(raw, *, stage="transformer", num_ranks=4):
+
+def configured(raw, *, num_ranks=4):
     settings = parse({"engine": "deepspeed"} | raw)
     return configuration(
         settings,
-        settings.of(stage),
+        settings.transformer,
         num_ranks=num_ranks,
         num_parameters=1_000,
         is_on_cpu=False,
@@ -29,11 +31,6 @@ def test_the_batch_is_shared_out_among_ranks_and_parts():
     assert config["train_batch_size"] == 64
     assert config["train_micro_batch_size_per_gpu"] == 8
     assert config["gradient_accumulation_steps"] == 2
-
-
-def test_what_clip_is_not_to_have_is_left_out_of_its_configuration():
-    raw = {"batch_size": "64", "gradient_accumulation_steps": "2"}
-    assert configured(raw, stage="clip")["gradient_accumulation_steps"] == 1
 
 
 @pytest.mark.parametrize(("clipping", "given"), [("0", 0.0), ("0.5", 0.5)])
@@ -75,15 +72,15 @@ def test_the_json_stands_for_the_hyperparameters_that_it_decides():
     transformer = settings.transformer
     assert (transformer.batch_size, transformer.gradient_accumulation_steps) == (32, 2)
     assert (transformer.gradient_clipping, transformer.precision) == (0.5, "bf16")
-    assert settings.clip.batch_size == 32
     assert settings.dvae == parse({}).dvae, "DeepSpeed does not train it"
+    assert settings.clip == parse({}).clip
     assert settings.given == {"engine", "deepspeed_config"}
 
 
 def test_the_json_may_repeat_a_hyperparameter_or_leave_it_open():
     config = {"zero_optimization": {"stage": 1}, "train_batch_size": "auto"}
     settings = parse(with_json(config, engine="deepspeed", zero_stage="1", batch_size="8"))
-    assert (settings.zero_stage, settings.clip.batch_size) == (1, 8)
+    assert (settings.zero_stage, settings.transformer.batch_size) == (1, 8)
 
 
 def test_the_json_sets_what_there_is_no_hyperparameter_for():
@@ -106,8 +103,8 @@ def test_the_json_sets_what_there_is_no_hyperparameter_for():
          "zero_optimization.stage says zero_stage=3, but zero_stage is 2; leave one of them out"),
         (with_json({"bf16": {"enabled": True}}, transformer_precision="fp32"),
          "bf16.enabled says precision=bf16, but transformer_precision is fp32"),
-        (with_json({"train_batch_size": 8}, clip_batch_size="4"),
-         "train_batch_size says batch_size=8, but clip_batch_size is 4"),
+        (with_json({"train_batch_size": 8}, transformer_batch_size="4"),
+         "train_batch_size says batch_size=8, but transformer_batch_size is 4"),
         (with_json({"train_batch_size": 0}), "transformer_batch_size must be a whole number from"),
         (with_json({"zero_optimization": {"stage": 4}}), "zero_stage must be a whole number from"),
         (with_json({"optimizer": {"type": "Lamb"}}), "optimizer is not for a job to set: it is A"),
@@ -126,7 +123,7 @@ def test_the_json_sets_what_there_is_no_hyperparameter_for():
         ({"offload_optimizer": "true", "zero_stage": "0"}, "offload_optimizer needs zero_stage 1,"),
         ({"precision": "bf16", "zero_stage": "0"},
          "transformer: precision=bf16 needs zero_stage 1, 2 or 3: at 0 there are no fp32 weights"),
-        ({"clip_precision": "fp16", "zero_stage": "0"}, "clip: precision=fp16 needs zero_stage 1,"),
+        ({"transformer_precision": "fp16", "zero_stage": "0"}, "precision=fp16 needs zero_stage"),
         ({"zero_stage": "4"}, "zero_stage must be a whole number from 0 to 3, got '4'"),
         ({"clip_gradient_accumulation_steps": "2"}, "clip has no gradient_accumulation_steps,"),
         ({"dvae_activation_checkpointing": "1"}, "dvae has no activation_checkpointing, only"),
@@ -152,27 +149,37 @@ def test_a_size_of_parts_that_is_not_the_batchs_is_refused_with_the_right_one():
 
 
 def test_a_stage_that_deepspeed_does_not_train_may_have_any_precision():
-    settings = parse({"engine": "deepspeed", "zero_stage": "0", "dvae_precision": "bf16"})
-    assert settings.dvae.precision == "bf16"
-    parse({"engine": "deepspeed", "zero_stage": "0", "precision": "bf16", "stage": "dvae"})
+    raw = {"engine": "deepspeed", "zero_stage": "0"}
+    assert parse(raw | {"clip_precision": "bf16"}).clip.precision == "bf16"
+    assert parse(raw | {"precision": "bf16", "stage": "dvae"}).dvae.precision == "bf16"
 
 
 @pytest.mark.parametrize(
     ("raw", "trained", "expected"),
     [
-        ({"zero_stage": "3"}, ["clip"], {"zero_stage": "it is DeepSpeed's, and engine=torch"}),
-        ({"engine": "deepspeed", "zero_stage": "3"}, ["clip"], {}),
+        (
+            {"zero_stage": "3"},
+            ["transformer"],
+            {"zero_stage": "it is DeepSpeed's, and engine=torch"},
+        ),
+        ({"engine": "deepspeed", "zero_stage": "3"}, ["transformer", "clip"], {}),
+        ({"muon_learning_rate": "0.1"}, ["transformer"], {}),
+        ({"engine": "deepspeed", "muon_learning_rate": "0.1"}, ["transformer", "clip"], {}),
         (
             {"engine": "deepspeed", "muon_learning_rate": "0.1"},
             ["transformer"],
-            {"muon_learning_rate": "Muon needs whole matrices; engine=deepspeed has AdamW alone"},
+            {"muon_learning_rate": NO_MUON},
         ),
-        ({"muon_learning_rate": "0.1"}, ["transformer"], {}),
+        (
+            {"engine": "deepspeed", "transformer_muon_learning_rate": "0.1"},
+            ["dvae", "transformer", "clip"],
+            {"transformer_muon_learning_rate": NO_MUON},
+        ),
         (
             {"engine": "deepspeed", "zero_stage": "1"},
             ["dvae"],
             dict.fromkeys(
-                ["engine", "zero_stage"], "this job trains dvae, by torch's engine always"
+                ["engine", "zero_stage"], "this job trains dvae, always by torch's engine"
             ),
         ),
     ],

@@ -284,8 +284,8 @@ class JobHyperparameters(_Fields):
     seed: int = Field(default=0, ge=0, le=2**32 - 1, description="Start of all random numbers.")
     engine: EngineName = Field(
         default="torch",
-        description="What computes the steps: plain torch, or DeepSpeed, which shares out the "
-        "training state of transformer and clip among the devices (ZeRO).",
+        description="What computes the transformer's steps: plain torch, or DeepSpeed, which "
+        "shares out its training state among the devices. The other models are torch's.",
     )
     zero_stage: int = Field(
         default=2,

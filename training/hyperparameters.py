@@ -124,11 +124,19 @@ def without_effect(
             reasons[name] = f"this job trains {', '.join(trained)}, which reads no captions"
         elif name in FOR_DEEPSPEED and hyperparameters.engine != "deepspeed":
             reasons[name] = f"it is DeepSpeed's, and engine={hyperparameters.engine}"
-        elif hyperparameters.engine == "deepspeed" and name.endswith("muon_learning_rate"):
-            reasons[name] = "Muon needs whole matrices; engine=deepspeed has AdamW alone"
         elif name in {"engine", *FOR_DEEPSPEED} and not {*TRAINED_BY_DEEPSPEED} & {*trained}:
-            reasons[name] = f"this job trains {', '.join(trained)}, by torch's engine always"
+            reasons[name] = f"this job trains {', '.join(trained)}, always by torch's engine"
+        elif hyperparameters.engine == "deepspeed" and _is_for_muon(name, targets, trained):
+            reasons[name] = "Muon needs whole matrices; engine=deepspeed trains by AdamW alone"
     return reasons
+
+
+def _is_for_muon(
+    name: str, targets: Mapping[str, list[_Target]], trained: Sequence[StageName]
+) -> bool:
+    """Whether a name sets Muon's learning rate where DeepSpeed trains, and nowhere else."""
+    stages = {target.stage for target in targets[name] if target.stage in trained}
+    return targets[name][0].name == "muon_learning_rate" and stages <= {*TRAINED_BY_DEEPSPEED}
 
 
 def render_table() -> str:

@@ -70,5 +70,5 @@ def choose_engine(
 
         return DeepSpeedEngine(stage, hyperparameters, settings, device, ranks)
     if hyperparameters.engine == "deepspeed":
-        logger.info("%s is trained by torch's engine: DeepSpeed is for the large models", name)
+        logger.info("%s is trained by torch's engine; DeepSpeed is for the transformer", name)
     return TorchEngine(stage, settings, device, ranks)

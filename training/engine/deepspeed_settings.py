@@ -16,9 +16,13 @@ from dalle.errors import HyperparameterError
 from dalle.names import StageName
 from training.hyperparameter_fields import Hyperparameters, StageHyperparameters
 
-TRAINED_BY_DEEPSPEED: tuple[StageName, ...] = ("transformer", "clip")
-"""The dVAE stays with torch's engine: it is small, and its quantiser puts new vectors into weights
-in the midst of training, which the copies that ZeRO updates would undo a step later."""
+TRAINED_BY_DEEPSPEED: tuple[StageName, ...] = ("transformer",)
+"""dVAE and CLIP stay with torch's engine: of any size they fit on a device many times over.
+
+Nor would they come out right. The dVAE's quantiser puts new vectors into weights in the midst of
+training, which the copies that ZeRO updates would undo a step later; and DeepSpeed 0.19 cannot
+send around a parameter without dimensions, which CLIP's logit scale is.
+"""
 
 AUTO = "auto"
 """A value that stands for the hyperparameter's own, as others write it in such files."""
