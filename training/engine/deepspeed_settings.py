@@ -207,7 +207,8 @@ def configuration(
     parts = settings.gradient_accumulation_steps
     part_size = settings.batch_size // (num_ranks * parts)
     zero_stage = hyperparameters.zero_stage
-    bucket = min(BUCKET_ELEMENTS, num_parameters)
+    # Even numbers only; and a small model needs no more than it has.
+    bucket = min(BUCKET_ELEMENTS, num_parameters + num_parameters % 2)
     zero: dict[str, Any] = {
         "stage": zero_stage,
         "allgather_bucket_size": bucket,
