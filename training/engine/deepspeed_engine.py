@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any
 
 import torch
@@ -190,9 +191,10 @@ class DeepSpeedEngine:
             warmup_steps=self._settings.warmup_steps,
         )
         (adam,) = self._optimisers.optimisers
-        self._engine, *_ = deepspeed.initialize(
-            model=self._loss, optimizer=adam, config=self._config, dist_init_required=False
-        )
+        with redirect_stdout(sys.stderr):  # it prints; the standard output is for metrics
+            self._engine, *_ = deepspeed.initialize(
+                model=self._loss, optimizer=adam, config=self._config, dist_init_required=False
+            )
         self._partitions = Partitions(
             self._engine,
             dict(self._twin.named_parameters()),
