@@ -31,7 +31,7 @@ COMMON = {
     "muon_learning_rate": "0",
     "warmup_steps": "2",
     "gradient_clipping": "0.5",
-    "weight_decay": "0.1",
+    "weight_decay": "1",
 }
 ZERO = {number: {"engine": "deepspeed", "zero_stage": str(number)} for number in range(4)}
 SMALLER = {"gradient_accumulation_steps": "2", "activation_checkpointing": "true"}

@@ -179,11 +179,7 @@ class DeepSpeedEngine:
                 module._buffers[name] = None if buffer is None else buffer.to(self._device)
         precision = self._settings.precision
         self._loss = _Loss(self._stage, self._twin, self._device, AUTOCAST_TYPES.get(precision))
-        if self._zero_stage == 3:
-            # Part by part from where they are, so that no device has to hold all of them.
-            for parameter in self._twin.parameters():
-                parameter.data = parameter.data.to(AUTOCAST_TYPES.get(precision, torch.float32))
-            deepspeed.zero.Init(module=self._loss, config_dict_or_path=self._config)
+        # Before ZeRO 3, after which no weight has its shape: it says which of them decay.
         self._optimisers = OptimiserPair(
             self._twin,
             learning_rate=self._settings.learning_rate,
@@ -191,6 +187,11 @@ class DeepSpeedEngine:
             warmup_steps=self._settings.warmup_steps,
         )
         (adam,) = self._optimisers.optimisers
+        if self._zero_stage == 3:
+            # Part by part from where they are, so that no device has to hold all of them.
+            for parameter in self._twin.parameters():
+                parameter.data = parameter.data.to(AUTOCAST_TYPES.get(precision, torch.float32))
+            deepspeed.zero.Init(module=self._loss, config_dict_or_path=self._config)
         with redirect_stdout(sys.stderr):  # it prints; the standard output is for metrics
             self._engine, *_ = deepspeed.initialize(
                 model=self._loss, optimizer=adam, config=self._config, dist_init_required=False
