@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from dalle.errors import DeviceError, HyperparameterError
-from training.engine import TorchEngine, choose_device
+from training.engine.devices import choose_device
+from training.engine.torch_engine import TorchEngine
 from training.hyperparameters import parse
 
 CPU = torch.device("cpu")

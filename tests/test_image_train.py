@@ -58,8 +58,9 @@ def test_metrics_are_printed_as_the_published_patterns_expect(job):
     assert re.search(r"\bdvae_loss=(-?[0-9]+(?:[.][0-9]+)?(?:e[+-]?[0-9]+)?);", log)
 
 
-def test_a_random_user_trains_on_a_read_only_root_without_a_network(make_tree, pairs):
-    tree = make_tree("local", max_steps="2", num_validations="0")
+@pytest.mark.parametrize("engine", ["torch", "deepspeed"])  # which must not want a compiler
+def test_a_random_user_trains_on_a_read_only_root_without_a_network(make_tree, pairs, engine):
+    tree = make_tree("local", max_steps="2", num_validations="0", engine=engine)
     with start_training(tree, *HARDENED, channels={"train": pairs}) as container:
         assert container.wait() == 0, container.log
     assert (tree.root / "model" / "manifest.json").is_file()

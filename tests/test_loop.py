@@ -12,7 +12,7 @@ from torch import nn
 
 from dalle.errors import CheckpointError, DivergenceError
 from training.checkpoints import Checkpoints
-from training.engine import TorchEngine
+from training.engine.torch_engine import TorchEngine
 from training.hyperparameters import parse
 from training.loop import fit
 from training.metrics import Metrics
@@ -298,7 +298,7 @@ def test_weights_that_are_not_finite_are_not_handed_on(run, tmp_path):
     run(TinyStage(), {"max_steps": "4"})
     (path,) = (tmp_path / "a/checkpoints").iterdir()
     content = torch.load(path, weights_only=True)
-    content["state"]["model"]["head.bias"].fill_(math.nan)
+    content["state"]["engine"]["model"]["head.bias"].fill_(math.nan)
     torch.save(content, path)
     with pytest.raises(DivergenceError, match=r"the weights head\.bias .* not finite at step 4"):
         run(TinyStage(), {"max_steps": "4"})

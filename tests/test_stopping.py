@@ -21,7 +21,7 @@ from training.__main__ import main
 from training.checkpoints import Checkpoints
 from training.data import tokenised
 from training.data.folder import ImageTextFolder
-from training.engine import TorchEngine
+from training.engine.torch_engine import TorchEngine
 from training.hyperparameters import parse
 from training.loop import fit
 from training.metrics import Metrics

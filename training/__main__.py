@@ -117,7 +117,7 @@ def _run(
 ) -> int:
     # Imported here: torch takes seconds, which a job that cannot run need not wait for.
     from training import launch
-    from training.engine import count_devices
+    from training.engine.devices import count_devices
 
     num_devices = count_devices(job.device)
     if num_devices > 1:

@@ -9,11 +9,18 @@ import torch
 from torch import Tensor, nn
 
 
+def average_decay(decay: float, step: int) -> float:
+    """Share of the average that is kept after `step` steps, counted from 1.
+
+    The first steps keep less, so that the average does not remember the initialisation.
+    """
+    return min(decay, (1 + step) / (10 + step))
+
+
 class WeightAverage:
     """Exponential average of the parameters; buffers stay the model's own.
 
-    decay: in (0, 1), share of the average kept in one step. The first steps use a smaller one, so
-    that the average does not remember the initialisation.
+    decay: in (0, 1), share of the average kept in one step, but for the first ones.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -23,8 +30,8 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the weights after `step` steps, counted from 1."""
-        decay = min(self._decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._average, list(model.parameters()), 1 - decay)
+        weight = 1 - average_decay(self._decay, step)
+        torch._foreach_lerp_(self._average, list(model.parameters()), weight)
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:

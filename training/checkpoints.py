@@ -24,7 +24,7 @@ from dalle.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 NAME = re.compile(r"step-(\d{9})\.pt")
 DAMAGED = ".damaged"
 

@@ -38,7 +38,7 @@ from dalle import artefact as artefacts
 from dalle.artefact import Artefact
 from dalle.errors import DalleError, UserError
 from dalle.sampling import SamplingOptions
-from training.engine import choose_device
+from training.engine.devices import choose_device
 from training.ground_truth import TRAIN, GroundTruth, read_ground_truth
 from training.pictures import draw, reconstruct, require
 from training.report_content import CaptionAccuracy

@@ -31,7 +31,10 @@ Layers = Annotated[int, Field(ge=1, le=1_000)]
 Codebook = Annotated[int, Field(ge=2, le=1_048_576)]
 
 BUDGETS = ("epochs", "max_steps", "max_minutes")
+SAVES_MEMORY = ("gradient_accumulation_steps", "activation_checkpointing")
 DEFAULT_EPOCHS = 20
+
+EngineName = Literal["torch", "deepspeed"]
 
 
 class _Fields(BaseModel):
@@ -58,7 +61,16 @@ class FitHyperparameters(_Fields):
         description="Budget of each stage in minutes, instead of epochs; those before an "
         "interruption count.",
     )
-    batch_size: int = Field(default=64, ge=1, le=65_536, description="Pairs in one step.")
+    batch_size: int = Field(
+        default=64, ge=1, le=65_536, description="Pairs in one step, on all devices together."
+    )
+    gradient_accumulation_steps: int = Field(
+        default=1,
+        ge=1,
+        le=65_536,
+        description="Parts that each device computes its share of a batch in, one after another: "
+        "less memory, the same losses.",
+    )
     learning_rate: float = Field(default=1e-3, gt=0, le=1, description="AdamW's learning rate.")
     muon_learning_rate: float = Field(
         default=0.02,
@@ -77,6 +89,11 @@ class FitHyperparameters(_Fields):
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         default="fp32", description="Number format of the forward pass; fp16 needs a GPU."
+    )
+    activation_checkpointing: bool = Field(
+        default=False,
+        description="Compute each block's activations anew in the backward pass instead of "
+        "keeping them: less memory, a third more work.",
     )
     gradient_clipping: float = Field(
         default=1.0,
@@ -99,8 +116,12 @@ class FitHyperparameters(_Fields):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """What decides the numbers of a run. Not the budget: a finished run may be prolonged."""
-        return self.model_dump(mode="json", exclude=set(BUDGETS))
+        """What decides the numbers of a run.
+
+        Not the budget: a finished run may be prolonged. Nor where memory is saved, which may
+        change as the number of hosts may: that only rounds otherwise.
+        """
+        return self.model_dump(mode="json", exclude={*BUDGETS, *SAVES_MEMORY})
 
 
 class StageHyperparameters(FitHyperparameters):
@@ -126,7 +147,8 @@ class StageHyperparameters(FitHyperparameters):
 class DVAEHyperparameters(StageHyperparameters):
     """The stage `dvae`."""
 
-    not_for_authors: ClassVar[frozenset[str]] = frozenset({"muon_learning_rate"})
+    # Its codebook takes a step with each forward pass, and it is small.
+    not_for_authors: ClassVar[frozenset[str]] = frozenset({"muon_learning_rate", *SAVES_MEMORY})
     muon_learning_rate: float = Field(default=0.0, ge=0, le=0)  # AdamW has all of its weights
 
     image_size: int | None = Field(
@@ -228,6 +250,9 @@ class TransformerHyperparameters(StageHyperparameters):
 class ClipHyperparameters(StageHyperparameters):
     """The stage `clip`."""
 
+    # Its loss contrasts all pairs of a batch, which parts of one would not be.
+    not_for_authors: ClassVar[frozenset[str]] = frozenset(SAVES_MEMORY)
+
     embed_size: Width | None = Field(
         default=None,
         description="Length of the vectors that images and captions are compared by.",
@@ -257,7 +282,33 @@ class JobHyperparameters(_Fields):
         description="What to train; all: what the artefact channel lacks, in that order.",
     )
     seed: int = Field(default=0, ge=0, le=2**32 - 1, description="Start of all random numbers.")
-    engine: Literal["torch"] = Field(default="torch", description="What computes the steps.")
+    engine: EngineName = Field(
+        default="torch",
+        description="What computes the transformer's steps: plain torch, or DeepSpeed, which "
+        "shares out its training state among the devices. The other models are torch's.",
+    )
+    zero_stage: int = Field(
+        default=2,
+        ge=0,
+        le=3,
+        description="With engine=deepspeed, what each device has only its share of: 1 the "
+        "optimiser's state, 2 the gradients too, 3 the weights too; 0 nothing.",
+    )
+    offload_optimizer: bool = Field(
+        default=False,
+        description="With zero_stage 1 to 3, keep the optimiser's state in the host's memory and "
+        "update the weights there.",
+    )
+    offload_parameters: bool = Field(
+        default=False,
+        description="With zero_stage 3, keep each device's share of the weights in the host's "
+        "memory.",
+    )
+    deepspeed_config: str = Field(
+        default="",
+        max_length=2_500,
+        description="DeepSpeed's own settings as a JSON object, for engine=deepspeed.",
+    )
     tokenizer_kind: TokenizerKind = Field(
         default="bpe",
         description="Words or byte pairs learned from the captions, or CLIP's byte pairs.",

@@ -20,6 +20,8 @@ from pydantic.fields import FieldInfo
 from dalle.contract import parse_value
 from dalle.errors import HyperparameterError
 from dalle.names import ComponentName, StageName
+from training.engine import deepspeed_settings
+from training.engine.deepspeed_settings import TRAINED_BY_DEEPSPEED, Implied
 from training.hyperparameter_fields import (
     BUDGETS,
     STAGE_FIELDS,
@@ -42,6 +44,9 @@ IGNORED_NAMES = frozenset({"_tuning_objective_metric"})
 TOKENIZER_NAMES = frozenset({"tokenizer_kind", "tokenizer_vocab_size", "text_length"})
 """What decides a new tokenizer, and nothing else."""
 READS_CAPTIONS = frozenset[StageName]({"transformer", "clip"})
+FOR_DEEPSPEED = frozenset(
+    {"zero_stage", "offload_optimizer", "offload_parameters", "deepspeed_config"}
+)
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,10 @@ class _Target:
 def parse(raw: Mapping[str, str]) -> Hyperparameters:
     """The job's hyperparameters from the platform's name -> text.
 
+    With engine=deepspeed, a `deepspeed_config` stands for the hyperparameters that it decides.
     Names of the platform's own (`sagemaker_…`, `_tuning_objective_metric`) are ignored.
-    Raises HyperparameterError with one line for every unknown name and every wrong value.
+    Raises HyperparameterError with one line for every unknown name, every wrong value and all that
+    does not go together.
     """
     given = {
         name: text
@@ -65,7 +72,8 @@ def parse(raw: Mapping[str, str]) -> Hyperparameters:
         if not name.startswith(IGNORED_PREFIX) and name not in IGNORED_NAMES
     }
     targets = _targets()
-    problems: list[str] = []
+    given_by_author = frozenset(given)
+    problems = _take_implied(given, targets)
     job: dict[str, Any] = {}
     stages: dict[StageName, dict[str, Any]] = {stage: {} for stage in STAGE_FIELDS}
     # Plain names first, so that prefixed ones overwrite what they set.
@@ -88,9 +96,12 @@ def parse(raw: Mapping[str, str]) -> Hyperparameters:
                 _forget_plain_budgets(settings, target.stage, given)
             settings[target.name] = value
     problems += _double_budgets(stages)
+    if not problems:
+        settings = Hyperparameters.model_validate({**job, **stages, "given": given_by_author})
+        problems = deepspeed_settings.refused_combinations(settings)
     if problems:
         raise HyperparameterError(_summary(problems))
-    return Hyperparameters.model_validate({**job, **stages, "given": frozenset(given)})
+    return settings
 
 
 def without_effect(
@@ -111,7 +122,21 @@ def without_effect(
             reasons[name] = "the channel artefact brings a tokenizer"
         elif name in TOKENIZER_NAMES and not READS_CAPTIONS & {*trained}:
             reasons[name] = f"this job trains {', '.join(trained)}, which reads no captions"
+        elif name in FOR_DEEPSPEED and hyperparameters.engine != "deepspeed":
+            reasons[name] = f"it is DeepSpeed's, and engine={hyperparameters.engine}"
+        elif name in {"engine", *FOR_DEEPSPEED} and not {*TRAINED_BY_DEEPSPEED} & {*trained}:
+            reasons[name] = f"this job trains {', '.join(trained)}, always by torch's engine"
+        elif hyperparameters.engine == "deepspeed" and _is_for_muon(name, targets, trained):
+            reasons[name] = "Muon needs whole matrices; engine=deepspeed trains by AdamW alone"
     return reasons
+
+
+def _is_for_muon(
+    name: str, targets: Mapping[str, list[_Target]], trained: Sequence[StageName]
+) -> bool:
+    """Whether a name sets Muon's learning rate where DeepSpeed trains, and nowhere else."""
+    stages = {target.stage for target in targets[name] if target.stage in trained}
+    return targets[name][0].name == "muon_learning_rate" and stages <= {*TRAINED_BY_DEEPSPEED}
 
 
 def render_table() -> str:
@@ -147,6 +172,53 @@ def _targets() -> dict[str, list[_Target]]:
             plain.setdefault(name, []).append(target)
             prefixed[f"{stage}_{name}"] = [target]
     return plain | prefixed
+
+
+def _take_implied(given: dict[str, str], targets: Mapping[str, list[_Target]]) -> list[str]:
+    """Add to the given hyperparameters what the job's DeepSpeed JSON says in their stead.
+
+    Returns a problem for each key that contradicts a hyperparameter, or cannot be used.
+    """
+    if given.get("engine", "").strip(' "') != "deepspeed":
+        return []
+    text = given.get("deepspeed_config", "")
+    try:
+        implied = deepspeed_settings.read_json(_typed(text, targets["deepspeed_config"][0].field))
+    except ValidationError:
+        return []  # too long; found again with all others
+    except HyperparameterError as error:
+        return str(error).splitlines()
+    problems = []
+    spoken = dict(given)
+    for each in implied:
+        for name, field in _implied_names(each, targets):
+            said = next((by for by in (name, each.name) if by in spoken), None)
+            if said is None:
+                given[name] = each.text
+            elif not _are_equal(spoken[said], each.text, field):
+                problems.append(
+                    f"deepspeed_config: {'.'.join(each.key)} says {each.name}={each.text}, "
+                    f"but {said} is {_shortened(spoken[said])}; leave one of them out"
+                )
+    return list(dict.fromkeys(problems))
+
+
+def _implied_names(
+    implied: Implied, targets: Mapping[str, list[_Target]]
+) -> list[tuple[str, FieldInfo]]:
+    """The flat names, of the job or of DeepSpeed's stages, that a key of the JSON sets."""
+    return [
+        (implied.name if target.stage is None else f"{target.stage}_{implied.name}", target.field)
+        for target in targets[implied.name]
+        if target.stage is None or target.stage in TRAINED_BY_DEEPSPEED
+    ]
+
+
+def _are_equal(one: str, other: str, field: FieldInfo) -> bool:
+    try:
+        return bool(_typed(one, field) == _typed(other, field))
+    except (ValidationError, ValueError):
+        return True  # one of them is wrong by itself, and found as such
 
 
 def _is_prefixed(name: str, targets: Mapping[str, list[_Target]]) -> bool:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,10 +18,9 @@ from torch import Tensor, nn
 
 from dalle.errors import DivergenceError
 from dalle.names import StageName
-from training.averaging import WeightAverage
 from training.budget import Budget
 from training.checkpoints import Checkpoints, seed_everything
-from training.engine import Engine
+from training.engine.protocol import Engine
 from training.hyperparameter_fields import Hyperparameters
 from training.metrics import Metrics, NoMetrics, Progress
 from training.ranks import ALONE, Ranks
@@ -40,7 +38,10 @@ class Batches(Protocol):
         ...
 
     def batch(self, step: int) -> Any:
-        """The batch of one step, counted from 0 over all epochs, wherever the stage wants it."""
+        """The batch of one step, counted from 0 over all epochs, wherever the stage wants it.
+
+        One that is to be computed in parts (gradient_accumulation_steps) has `parts`.
+        """
         ...
 
     def close(self) -> None:
@@ -56,7 +57,10 @@ class Stage(Protocol):
 
     @property
     def model(self) -> nn.Module:
-        """On the device already. `muon_parameters()` names its hidden matrices, if it has it."""
+        """`muon_parameters()` names its hidden matrices, if it has it.
+
+        On the engine's device already, or where the engine takes it from.
+        """
         ...
 
     @property
@@ -150,10 +154,7 @@ class _Fit:
         self.ranks = ranks
         self.clock = clock
         self.budget = Budget.of(settings, stage.batches.num_per_epoch)
-        self.average = (
-            WeightAverage(stage.model, settings.ema_decay) if settings.ema_decay else None
-        )
-        self.is_on_cpu = next(stage.model.parameters()).device.type == "cpu"
+        self.is_on_cpu = engine.device.type == "cpu"
         self.step = 0
         self.seconds_before = 0.0
         self.cpu_seconds_before = 0.0
@@ -196,31 +197,32 @@ class _Fit:
             is_shown=self.ranks.is_first,
         )
         try:
-            if self.owes_validation and not stop.is_set():
+            if self.owes_validation and not self.ranks.any(stop.is_set()):
                 self._validate()
                 self.saved_step = 0  # the checkpoint of this step does not have it yet
             # Clocks and signals differ between ranks: what follows from them is agreed upon.
-            progress, is_stopping = self.ranks.agree(self.progress, stop.is_set())
+            progress, is_stopping, _ = self.ranks.agree(self.progress, stop.is_set())
             while progress < 1 and not is_stopping:
                 share = self._train_one_step(progress)
                 before = progress
-                progress, is_stopping = self.ranks.agree(self.progress, stop.is_set())
+                progress, is_stopping, is_saving = self.ranks.agree(
+                    self.progress, stop.is_set(), self._checkpoint_is_due()
+                )
                 if self.step % self.hyperparameters.log_every == 0 or progress >= 1:
                     self._report(share)
                 if self._validation_is_due(before, progress):
                     self._validate()
-                    progress, is_stopping = self.ranks.agree(progress, stop.is_set())
-                if self.clock() - self.saved_at >= 60 * self.hyperparameters.checkpoint_minutes:
+                    progress, is_stopping, is_saving = self.ranks.agree(
+                        progress, stop.is_set(), self._checkpoint_is_due()
+                    )
+                if is_saving:
                     self._save()
                 bar.show(self.budget.done(self.step, self.seconds), self.reported)
         finally:
             bar.close()
         self._save()
-        if self.average is not None:
-            self.average.copy_to(self.stage.model)
-        # Processors of another kind may round otherwise; what builds on this model must not differ.
-        self.ranks.copy_first(self.stage.model.state_dict().values())
-        self._require_finite_weights()
+        self.engine.finish()
+        self._require_finite_weights(self.stage.model.state_dict())
         self.stage.model.eval()
         is_finished = progress >= 1 and not self.owes_validation
         return FitResult(self.step, self.seconds, self.cpu_seconds, is_finished, self.validation)
@@ -230,19 +232,22 @@ class _Fit:
         batch = self.stage.batches.batch(self.step)
         # After the batch: a loader that starts its workers draws a number too.
         seed_everything(self.hyperparameters.seed, self.step, self.ranks.rank)
-        loss, scalars = self.engine.loss(batch, progress)
-        self.pending.append(self.ranks.means({"loss": loss.detach(), **scalars}))
-        if self.is_on_cpu:  # elsewhere a look at the number waits for the device: once per report
-            self._require_finite(newest=1)
-        self.engine.backward(loss)
+        num_parts = self.settings.gradient_accumulation_steps
+        scalars: list[dict[str, Tensor]] = []
+        for part in batch.parts(num_parts) if num_parts > 1 else [batch]:
+            loss, beside = self.engine.loss(part, progress)
+            scalars.append({"loss": loss.detach(), **beside})
+            if len(scalars) == num_parts:
+                self.pending.append(self.ranks.means(_means(scalars)))
+                if self.is_on_cpu:  # elsewhere a look at it waits for the device: once per report
+                    self._require_finite(newest=1)
+            self.engine.backward(loss)
         share = self.engine.step(self.step, progress)
         self.step += 1
         if self.engine.gradient_norm is not None:
             self.gradient_norms[self.step] = self.engine.gradient_norm
             if self.is_on_cpu:
                 self._require_finite(newest=0)
-        if self.average is not None:
-            self.average.update(self.stage.model, self.step)
         return share
 
     def _require_finite(self, newest: int | None = None) -> None:
@@ -266,9 +271,8 @@ class _Fit:
             step, what, value = looks[int(wrong.nonzero()[0])]
             raise self._divergence(f"the {what} of stage {self.stage.name} is {value.item()}", step)
 
-    def _require_finite_weights(self) -> None:
-        """Look at all that would be saved of the model. Raises DivergenceError naming the step."""
-        state = self.stage.model.state_dict()
+    def _require_finite_weights(self, state: Mapping[str, Tensor]) -> None:
+        """Look at a model's state dict. Raises DivergenceError naming the step."""
         named = [(name, value) for name, value in state.items() if value.is_floating_point()]
         are_finite = torch.stack([value.isfinite().all() for _, value in named])
         if not are_finite.all():
@@ -315,12 +319,14 @@ class _Fit:
         parts = self.hyperparameters.num_validations
         return int(now * parts) > int(before * parts)
 
+    def _checkpoint_is_due(self) -> bool:
+        return self.clock() - self.saved_at >= 60 * self.hyperparameters.checkpoint_minutes
+
     def _validate(self) -> None:
         model = self.stage.model
-        averaged = self.average.applied_to(model) if self.average is not None else nullcontext()
-        model.eval()
         self.owes_validation = False
-        with torch.no_grad(), averaged:
+        with torch.no_grad(), self.engine.whole_model():
+            model.eval()
             try:
                 self.validation = dict(self.stage.validate())
             except Stopped:
@@ -330,11 +336,18 @@ class _Fit:
             self.metrics.report(self.stage.name, self.step, self.seconds, self.validation)
 
     def _save(self) -> None:
-        """Write a checkpoint, unless this is not the first rank or the newest is of this step."""
-        if not self.ranks.is_first or self.step == self.saved_step:
+        """Write a checkpoint, as the first rank, unless the newest is of this step."""
+        if self.step == self.saved_step:
             return
         self._require_finite()
-        self._require_finite_weights()
+        engine_state = self.engine.state()
+        if self.ranks.is_first:
+            self._write(engine_state)
+        self.saved_step = self.step
+        self.saved_at = self.clock()
+
+    def _write(self, engine_state: Mapping[str, Any]) -> None:
+        self._require_finite_weights(engine_state["model"])
         num_per_epoch = self.stage.batches.num_per_epoch
         state = {
             "stage": self.stage.name,
@@ -343,9 +356,7 @@ class _Fit:
             "cpu_seconds": self.cpu_seconds,
             # The order of the data is a function of these; the loader itself needs the step alone.
             "data": {"seed": self.hyperparameters.seed, "epoch": self.step // num_per_epoch},
-            "model": self.stage.model.state_dict(),
-            "engine": self.engine.state_dict(),
-            "average": None if self.average is None else self.average.state(),
+            "engine": engine_state,
             "validation": self.validation,
             "owes_validation": self.owes_validation,
             "pending": self.pending,
@@ -353,23 +364,18 @@ class _Fit:
             "records": self.metrics.records(self.stage.name),
         }
         self.checkpoints.save(self.step, state)
-        self.saved_step = self.step
-        self.saved_at = self.clock()
 
     def _resume(self) -> None:
-        """Go back to the newest checkpoint; leaves everything as it is when there is none.
+        """Go back to the newest checkpoint; begins with everything as it is when there is none.
 
         To the first rank's: what lies in another host's directory may be older, or nothing.
         """
-        state = self.ranks.share(self.checkpoints.load_newest() if self.ranks.is_first else None)
+        state = self.checkpoints.load_newest() if self.ranks.is_first else None
+        self.engine.begin(None if state is None else state.pop("engine"))
+        state = self.ranks.share(state)
         if state is None:
             return
-        model = self.stage.model
-        device = next(model.parameters()).device
-        model.load_state_dict(state["model"])
-        self.engine.load_state_dict(state["engine"])
-        if self.average is not None:
-            self.average.load_state(state["average"])
+        device = self.engine.device
         self.step = self.saved_step = state["step"]
         self.seconds_before = state["seconds"]
         self.cpu_seconds_before = state["cpu_seconds"]
@@ -383,3 +389,12 @@ class _Fit:
         self.reported_at = (step, seconds)
         self.metrics.restore(self.stage.name, state["records"])
         logger.info("%s continues at step %d", self.stage.name, self.step)
+
+
+def _means(scalars: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of each scalar over the parts of a step, all of which have the same names."""
+    if len(scalars) == 1:
+        return dict(scalars[0])
+    return {
+        name: torch.stack([each[name].float() for each in scalars]).mean() for name in scalars[0]
+    }

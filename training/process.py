@@ -61,7 +61,7 @@ def run_rank(
     """
     # Imported here: torch takes seconds, which a job that cannot run need not wait for.
     from training import worker, workshop
-    from training.engine import choose_device
+    from training.engine.devices import choose_device
 
     device = choose_device(job.device, place.device)
     if place.size == 1:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -33,9 +34,11 @@ class Alone(OneRank):
         """Whether this rank writes checkpoints, metrics, artefact and report."""
         return True
 
-    def agree(self, progress: float, is_stopping: bool) -> tuple[float, bool]:
-        """The first rank's progress, and whether any rank is to stop."""
-        return progress, is_stopping
+    def agree(
+        self, progress: float, is_stopping: bool, is_saving: bool = False
+    ) -> tuple[float, bool, bool]:
+        """The first rank's progress, whether any rank is to stop, whether the first is to save."""
+        return progress, is_stopping, is_saving
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
@@ -68,6 +71,10 @@ class Alone(OneRank):
     def parallel(self, module: nn.Module) -> nn.Module:
         """A module whose backward pass leaves the mean of all ranks' gradients."""
         return module
+
+    def without_exchange(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Meanwhile passes through a parallel module add up this rank's gradients alone."""
+        return nullcontext()
 
 
 class Together(Alone):
@@ -108,12 +115,15 @@ class Together(Alone):
             dist.broadcast(values, group_src=0, group=self._group)
             tensor.copy_(values)
 
-    def agree(self, progress: float, is_stopping: bool) -> tuple[float, bool]:
+    def agree(
+        self, progress: float, is_stopping: bool, is_saving: bool = False
+    ) -> tuple[float, bool, bool]:
         # On the CPU, whatever the device: looking at a GPU's number would wait for its work.
-        said = torch.tensor([progress if self.is_first else 0.0, is_stopping], dtype=torch.float64)
+        first_says = [progress, is_saving] if self.is_first else [0.0, False]
+        said = torch.tensor([*first_says, is_stopping], dtype=torch.float64)
         dist.all_reduce(said, group=self._group)
-        first, num_stopping = said.tolist()
-        return first, num_stopping > 0
+        first_progress, first_saves, num_stopping = said.tolist()
+        return first_progress, num_stopping > 0, first_saves > 0
 
     def means(self, scalars: Mapping[str, Tensor]) -> dict[str, Tensor]:
         values = torch.stack([value.detach().float() for value in scalars.values()])
@@ -177,6 +187,10 @@ class Together(Alone):
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
         )
+
+    def without_exchange(self, module: nn.Module) -> AbstractContextManager[None]:
+        assert isinstance(module, DistributedDataParallel), "of `parallel`"
+        return module.no_sync()
 
 
 Ranks = Alone

@@ -144,7 +144,12 @@ class TransformerStage:
             # Rounded by autocast, some images would have other tokens than when they are drawn.
             with torch.autocast(self.data.device.type, enabled=False):
                 image_tokens = self.dvae.encode(batch.images)
-        loss = self.model.loss(batch.text_tokens, image_tokens, self.data.ranks)
+        loss = self.model.loss(
+            batch.text_tokens,
+            image_tokens,
+            self.data.ranks,
+            step_text_tokens=batch.step_text_tokens,
+        )
         return loss.total, {"image_loss": loss.image.detach(), "text_loss": loss.text.detach()}
 
     def validate(self) -> Mapping[str, float]:

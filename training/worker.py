@@ -17,7 +17,7 @@ from dalle.contract import Job
 from dalle.errors import ArtefactError, DeviceError, HyperparameterError, JobError
 from dalle.names import STAGES, ComponentName, StageName
 from training.checkpoints import Checkpoints
-from training.engine import TorchEngine
+from training.engine.choice import check_engine, choose_engine, engine_of
 from training.hyperparameters import Hyperparameters, without_effect
 from training.loop import FitResult, Stage, fit
 from training.metrics import Metrics, NoMetrics
@@ -85,7 +85,7 @@ def run(
     try:
         try:
             workshop = open_workshop(job, hyperparameters, device, stop, ranks)
-            names = _prepared(workshop, hyperparameters, ranks)
+            names = _prepared(workshop, hyperparameters, device, ranks)
         except Stopped:
             names = None
         # One rank may be stopped where another is just done; they go on together or not at all.
@@ -109,7 +109,7 @@ def run(
 
 
 def _prepared(
-    workshop: Workshop, hyperparameters: Hyperparameters, ranks: Ranks
+    workshop: Workshop, hyperparameters: Hyperparameters, device: torch.device, ranks: Ranks
 ) -> list[StageName]:
     """The stages to train, with all that is wrong with them found. Raises Stopped."""
     names = stages_to_train(hyperparameters.stage, workshop.present)
@@ -118,6 +118,7 @@ def _prepared(
             logger.warning("hyperparameter %s has no effect: %s", name, why)
     require_equal_shares(hyperparameters, names, ranks.size)
     workshop.check(names)
+    check_engine(hyperparameters, names, device, ranks.size)
     return names
 
 
@@ -125,12 +126,16 @@ def require_equal_shares(
     hyperparameters: Hyperparameters, names: Sequence[StageName], num_ranks: int
 ) -> None:
     """Raises HyperparameterError for batches that cannot be shared out among the ranks."""
-    problems = [
-        f"{name}: batch_size must be a multiple of {num_ranks}, the number of devices on all of "
-        f"the job's hosts, got {hyperparameters.of(name).batch_size}"
-        for name in names
-        if hyperparameters.of(name).batch_size % num_ranks
-    ]
+    problems = []
+    for name in names:
+        settings = hyperparameters.of(name)
+        num_parts = settings.gradient_accumulation_steps
+        if settings.batch_size % (num_ranks * num_parts):
+            times = "" if num_parts == 1 else f", times gradient_accumulation_steps {num_parts}"
+            problems.append(
+                f"{name}: batch_size must be a multiple of {num_ranks}, the number of devices on "
+                f"all of the job's hosts{times}, got {settings.batch_size}"
+            )
     if problems:
         raise HyperparameterError("\n".join(problems), field="batch_size")
 
@@ -192,12 +197,17 @@ def _train(
     settings = hyperparameters.of(stage.name)
     num_parameters = sum(parameter.numel() for parameter in stage.model.parameters())
     logger.info("training %s, %s parameters", stage.name, f"{num_parameters:,}")
-    identity = {"seed": hyperparameters.seed, **settings.identity(), **stage.identity()}
+    identity = {
+        "engine": engine_of(hyperparameters, stage.name),
+        "seed": hyperparameters.seed,
+        **settings.identity(),
+        **stage.identity(),
+    }
     require_equal_everywhere(identity, ranks)
     result = fit(
         stage,
         hyperparameters,
-        engine=TorchEngine(stage, settings, device, ranks),
+        engine=choose_engine(stage, stage.name, hyperparameters, device, ranks),
         checkpoints=Checkpoints(
             job.paths.checkpoints / stage.name,
             identity=identity,

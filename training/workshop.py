@@ -32,7 +32,8 @@ from training.data.opening import Opened, open_data, whole_of
 from training.data.pairs import Dataset
 from training.data.parts import agreed
 from training.data.tokenised import fits, tokenise
-from training.engine import check_precision
+from training.engine.choice import device_of_new
+from training.engine.devices import check_precision
 from training.hyperparameter_fields import Hyperparameters, StageHyperparameters
 from training.job_report import build_report, unfinished
 from training.loop import FitResult, Stage
@@ -132,19 +133,21 @@ class Workshop:
     def _build(self, name: StageName) -> Stage:
         torch.manual_seed(self._hyperparameters.seed)
         settings = self._hyperparameters.of(name)
+        device = device_of_new(self._hyperparameters, name, self._device)
         match self._config(name):
             case DVAEConfig() as config:
-                dvae = DiscreteVAE(config).to(self._device)
+                dvae = DiscreteVAE(config).to(device)
                 return DVAEStage(dvae, self._data(settings, None))
             case TransformerConfig() as config:
                 trained = self._artefact.dvae
                 assert trained is not None, "the worker orders the stages"
-                model = Dalle(config).to(self._device)
+                model = Dalle(config).to(device)
+                model.checkpoints_activations = settings.activation_checkpointing
                 train = self._tokenised(settings, trained)
                 data = self._data(settings, self._tokenizer(), train)
                 return TransformerStage(model, trained, data)
             case ClipConfig() as config:
-                clip = Clip(config).to(self._device)
+                clip = Clip(config).to(device)
                 return ClipStage(clip, self._data(settings, self._tokenizer()))
 
     def keep(self, stage: Stage, result: FitResult) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dalle.attention import KeyValueCache, SelfAttention, visibility
 from dalle.layers import ChannelDropout, FeedForward, LayerScale, build_norm
@@ -214,6 +215,9 @@ class Dalle(nn.Module):
         self.to_text_logits = nn.Linear(W, config.text_vocab_size)
         self.code_heads = nn.ModuleList(CodeHead(config, m) for m in range(M))
         self.dropout = ChannelDropout(config.dropout)
+        # Whether training keeps only what goes into a block, and computes the rest once more in
+        # the backward pass (Chen et al. 2016). Of a run, not of the model: no part of its config.
+        self.checkpoints_activations = False
         self._initialise()
 
     def _initialise(self) -> None:
@@ -232,19 +236,30 @@ class Dalle(nn.Module):
         """The blocks' matrices; embeddings, heads, gains and biases are for AdamW."""
         return [parameter for parameter in self.blocks.parameters() if parameter.ndim == 2]
 
-    def loss(self, text_tokens: Tensor, image_tokens: Tensor, ranks: Ranks = ONE_RANK) -> DalleLoss:
+    def loss(
+        self,
+        text_tokens: Tensor,
+        image_tokens: Tensor,
+        ranks: Ranks = ONE_RANK,
+        *,
+        step_text_tokens: Tensor | None = None,
+    ) -> DalleLoss:
         """text_tokens [B, T], image_tokens [B, N, M] -> cross-entropies, regularised in training.
 
         Text counts up to and including its first padding, which is how a caption ends.
+        step_text_tokens: [P * B, T], those of all P parts of a step, when these are one of them;
+        the mean of the parts' losses is then the loss of the step.
         """
         seen_text, seen_image = self._disturb(text_tokens, image_tokens[:, :-1])
         text_hidden, image_hidden = self._hidden(seen_text, seen_image)
         text_logits = self.to_text_logits(self.text_norm(text_hidden))
-        ended = (text_tokens == PADDING).cumsum(dim=1) > 1
-        targets = text_tokens.masked_fill(ended, -100)
+        targets = text_tokens.masked_fill(_has_ended(text_tokens), -100)
         text_sum = F.cross_entropy(text_logits.flatten(0, 1), targets.flatten(), reduction="sum")
-        # Captions differ in length: the mean over all ranks' tokens is not that of their means.
-        text = text_sum * ranks.size / ranks.total((~ended).sum())
+        # Captions differ in length: the mean over all ranks' and parts' tokens is not that of
+        # their means.
+        whole = text_tokens if step_text_tokens is None else step_text_tokens
+        num_shares = ranks.size * len(whole) // len(text_tokens)
+        text = text_sum * num_shares / ranks.total((~_has_ended(whole)).sum())
         image = -self._log_probabilities(image_hidden, image_tokens).mean()
         return DalleLoss(image + self.config.text_loss_weight * text, text, image)
 
@@ -354,8 +369,17 @@ class Dalle(nn.Module):
     def _run(self, inputs: Tensor, cache: KeyValueCache | None) -> Tensor:
         """Inputs [B, n, W] through all blocks; a cache moves on by n."""
         hidden = inputs
+        recomputes = self.checkpoints_activations and self.training and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
-            hidden = block(hidden, cache, layer)
+            if recomputes:
+                hidden = checkpoint(block, hidden, cache, layer, use_reentrant=False)
+            else:
+                hidden = block(hidden, cache, layer)
         if cache is not None:
             cache.filled += inputs.shape[1]
         return hidden
+
+
+def _has_ended(text_tokens: Tensor) -> Tensor:
+    """Which places come after a caption's first padding: [B, T] -> bool [B, T]."""
+    return (text_tokens == PADDING).cumsum(dim=1) > 1

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from dalle.errors import DataError
 from training.data.loader import ImageLoader
 from training.data.memory import InMemory
 from training.data.order import Last, Order
@@ -50,21 +51,50 @@ class Batch:
     captions: B of them, each pair's caption of the epoch.
     indices: [B] int64, the pairs' numbers in `Batches.dataset`.
     text_tokens: [B, T] int64, None when no tokenizer was given.
+    step_text_tokens: [P * B, T], of a batch that is one of P parts: those of all parts.
     """
 
     images: Tensor
     captions: list[str]
     indices: Tensor
     text_tokens: Tensor | None
+    step_text_tokens: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on a device."""
+
+        def there(tokens: Tensor | None) -> Tensor | None:
+            return None if tokens is None else tokens.to(device, non_blocking=True)
+
         return Batch(
             self.images.to(device, non_blocking=True),
             self.captions,
             self.indices.to(device, non_blocking=True),
-            None if self.text_tokens is None else self.text_tokens.to(device, non_blocking=True),
+            there(self.text_tokens),
+            there(self.step_text_tokens),
         )
+
+    def parts(self, number: int) -> list[Batch]:
+        """So many equal batches, in order, that are this one together.
+
+        Raises DataError when its pairs cannot be shared out evenly.
+        """
+        size, rest = divmod(len(self.captions), number)
+        if rest:
+            raise DataError(
+                f"gradient_accumulation_steps={number} needs batches of a multiple of as many "
+                f"pairs on each device, but one has {len(self.captions)}"
+            )
+        return [
+            Batch(
+                self.images[start : start + size],
+                self.captions[start : start + size],
+                self.indices[start : start + size],
+                None if self.text_tokens is None else self.text_tokens[start : start + size],
+                self.text_tokens,
+            )
+            for start in range(0, number * size, size)
+        ]
 
 
 class Batches:

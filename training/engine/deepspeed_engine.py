@@ -1,0 +1,287 @@
+"""The engine that shares out a model's training state among the ranks: DeepSpeed's ZeRO.
+
+DeepSpeed trains a twin of the stage's model, in whose modules it puts its hooks. The stage's own
+stays plain: it has no weights while the twin is trained, and all of them, in fp32, whenever they
+are looked at: in validation, and for good at the end. Needs neither a compiler nor MPI.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dalle.errors import HyperparameterError
+from training.averaging import average_decay
+from training.engine.deepspeed_settings import configuration
+from training.engine.devices import AUTOCAST_TYPES, check_precision
+from training.engine.partitions import AVERAGE, MOMENTS, Partitions
+from training.engine.protocol import Trainable
+from training.hyperparameter_fields import Hyperparameters, StageHyperparameters
+from training.optimiser import OptimiserPair
+from training.ranks import ALONE, Ranks
+
+LOSS_SCALING = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""What DeepSpeed's dynamic loss scale goes on from."""
+
+
+class DeepSpeedEngine:
+    """The weights of one stage's model, AdamW's state and the gradients, by ZeRO.
+
+    Raises HyperparameterError for a precision that the device does not have, and for a
+    `deepspeed_config` that DeepSpeed does not take.
+    """
+
+    def __init__(
+        self,
+        stage: Trainable,
+        hyperparameters: Hyperparameters,
+        settings: StageHyperparameters,
+        device: torch.device,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        check_precision(settings, device)
+        self._model = stage.model
+        self._stage = stage
+        self._settings = settings
+        self._device = device
+        self._ranks = ranks
+        self._zero_stage = hyperparameters.zero_stage
+        self._config = configuration(
+            hyperparameters,
+            settings,
+            num_ranks=ranks.size,
+            num_parameters=sum(parameter.numel() for parameter in stage.model.parameters()),
+            is_on_cpu=device.type == "cpu",
+        )
+        self._gradient_norm: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def begin(self, state: dict[str, Any] | None) -> None:
+        # The tensors of a large model go from rank to rank one by one.
+        small = None if state is None else {k: state[k] for k in ("num_steps", "loss_scaling")}
+        small = self._ranks.share(small)
+        names = [name for name, _ in self._model.named_parameters()]
+        if small is not None:
+            self._model.load_state_dict(
+                {
+                    name: self._ranks.share(None if state is None else state["model"][name])
+                    for name in self._model.state_dict()
+                }
+            )
+        self._initialise()
+        if small is None:
+            return
+        kinds: dict[str, str | None] = {"model": None} | {key: key for key in self._kept()}
+        for kind, key in kinds.items():
+            for name in names:
+                value = self._ranks.share(None if state is None else state[kind][name])
+                self._partitions.put(name, value, key)
+        self._partitions.num_steps = small["num_steps"]
+        for name, value in small["loss_scaling"].items():
+            setattr(self._engine.optimizer.loss_scaler, name, value)
+
+    def loss(self, batch: Any, progress: float) -> tuple[Tensor, Mapping[str, Tensor]]:
+        loss: Tensor = self._engine(batch, progress)
+        return loss, self._loss.scalars
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # counts the part
+
+    def step(self, step: int, progress: float) -> float:
+        share = self._optimisers.schedule(step, progress)
+        clipping = self._settings.gradient_clipping
+        self._gradient_norm = None
+        if clipping and self._zero_stage == 0:
+            self._gradient_norm = nn.utils.clip_grad_norm_(self._twin.parameters(), clipping)
+        self._engine.step()
+        if clipping and self._zero_stage and self._engine.was_step_applied():
+            norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32)
+            # DeepSpeed says -1 of a gradient that is not finite.
+            self._gradient_norm = torch.where(norm < 0, torch.nan, norm)
+        if self._settings.ema_decay:
+            weight = 1 - average_decay(self._settings.ema_decay, step + 1)
+            with torch.no_grad():
+                torch._foreach_lerp_(self._partitions.averages, self._partitions.flat, weight)
+        return share
+
+    @property
+    def gradient_norm(self) -> Tensor | None:
+        return self._gradient_norm
+
+    @contextmanager
+    def whole_model(self) -> Iterator[None]:
+        self._fill()
+        try:
+            yield
+        finally:
+            _empty(self._model)
+
+    def state(self) -> dict[str, Any]:
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        named = [name for name, _ in self._twin.named_parameters()]
+        state: dict[str, Any] = {
+            "num_steps": self._partitions.num_steps,
+            "loss_scaling": {name: getattr(scaler, name) for name in LOSS_SCALING}
+            if self._settings.precision == "fp16"
+            else {},
+            "model": {
+                name: value.cpu()
+                for name, value in self._twin.state_dict().items()
+                if name not in named
+            },
+        }
+        kinds: dict[str, str | None] = {"model": None} | {key: key for key in self._kept()}
+        for kind, key in kinds.items():
+            values = state.setdefault(kind, {})
+            for name in named:
+                value = self._partitions.whole(name, key)
+                if self._ranks.is_first:  # has room for all of them in its host's memory
+                    values[name] = value.to("cpu", copy=True)
+        return state
+
+    def finish(self) -> None:
+        self._fill()
+        self._ranks.copy_first(self._model.state_dict().values())
+        self._engine.destroy()
+        for parameter in self._twin.parameters():
+            # DeepSpeed does not let go of every module that it ever had.
+            parameter.data = parameter.new_empty(0)
+            if hasattr(parameter, "ds_tensor"):
+                parameter.ds_tensor.data = parameter.new_empty(0)
+        del self._engine, self._partitions, self._optimisers, self._twin, self._loss
+
+    def _kept(self) -> Sequence[str]:
+        """What there is of each parameter beside its weights."""
+        return (*MOMENTS, AVERAGE) if self._settings.ema_decay else MOMENTS
+
+    def _initialise(self) -> None:
+        """Hand the model's weights over to a twin, and that to DeepSpeed."""
+        deepspeed = _deepspeed(self._device)
+        tensors = [*self._model.parameters(), *self._model.buffers()]
+        self._twin = copy.deepcopy(self._model, {id(tensor): tensor for tensor in tensors})
+        self._twin.train()
+        _empty(self._model)
+        for module in self._twin.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to(self._device)
+        precision = self._settings.precision
+        self._loss = _Loss(self._stage, self._twin, self._device, AUTOCAST_TYPES.get(precision))
+        # Before ZeRO 3, after which no weight has its shape: it says which of them decay.
+        self._optimisers = OptimiserPair(
+            self._twin,
+            learning_rate=self._settings.learning_rate,
+            weight_decay=self._settings.weight_decay,
+            warmup_steps=self._settings.warmup_steps,
+        )
+        (adam,) = self._optimisers.optimisers
+        if self._zero_stage == 3:
+            # Part by part from where they are, so that no device has to hold all of them.
+            for parameter in self._twin.parameters():
+                parameter.data = parameter.data.to(AUTOCAST_TYPES.get(precision, torch.float32))
+            deepspeed.zero.Init(module=self._loss, config_dict_or_path=self._config)
+        with redirect_stdout(sys.stderr):  # it prints; the standard output is for metrics
+            self._engine, *_ = deepspeed.initialize(
+                model=self._loss, optimizer=adam, config=self._config, dist_init_required=False
+            )
+        self._partitions = Partitions(
+            self._engine,
+            dict(self._twin.named_parameters()),
+            is_averaged=bool(self._settings.ema_decay),
+        )
+
+    def _fill(self) -> None:
+        """Give the stage's model the weights that are to be saved."""
+        key = AVERAGE if self._settings.ema_decay else None
+        for name, parameter in list(self._model.named_parameters()):
+            value = self._partitions.whole(name, key)
+            _set(self._model, name, nn.Parameter(value.clone(), parameter.requires_grad))
+
+
+class _Loss(nn.Module):
+    """The loss of a stage with another model in place of its own."""
+
+    def __init__(
+        self,
+        stage: Trainable,
+        model: nn.Module,
+        device: torch.device,
+        autocast_type: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.scalars: Mapping[str, Tensor] = {}
+        self._stage: Any = copy.copy(stage)
+        self._stage.model = model
+        self._device = device
+        self._autocast_type = autocast_type
+
+    def forward(self, batch: Any, progress: float) -> Tensor:
+        # Norms and the loss itself in fp32, though the weights are not.
+        precision = (
+            nullcontext()
+            if self._autocast_type is None
+            else torch.autocast(self._device.type, dtype=self._autocast_type)
+        )
+        loss: Tensor
+        with precision:
+            loss, self.scalars = self._stage.loss(batch, progress)
+        return loss
+
+
+def check_config(config: dict[str, Any], device: torch.device) -> None:
+    """Raises HyperparameterError for values that DeepSpeed does not take."""
+    deepspeed = _deepspeed(device)
+    try:
+        deepspeed.DeepSpeedConfig(config)
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise HyperparameterError(
+            f"deepspeed_config: DeepSpeed does not take it: {error}", field="deepspeed_config"
+        ) from error
+
+
+def _deepspeed(device: torch.device) -> Any:
+    """The library, set up for this process; importing it takes seconds."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ["LOCAL_RANK"] = str(device.index or 0)
+    if not dist.is_initialized():
+        # A job of one rank has no process group, and DeepSpeed does not work without.
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=dist.HashStore(),
+            rank=0,
+            world_size=1,
+        )
+    import deepspeed
+    import deepspeed.ops
+
+    # Its operations in C++ would be compiled now, and one of them takes all ranks to be on this
+    # host. None of them is needed.
+    deepspeed.ops.__compatible_ops__ = {}
+    # With the process group that there is: otherwise it would look for MPI.
+    deepspeed.init_distributed(dist_init_required=False)
+    return deepspeed
+
+
+def _set(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, own_name = name.rpartition(".")
+    model.get_submodule(owner)._parameters[own_name] = parameter
+
+
+def _empty(model: nn.Module) -> None:
+    """Leave a model's parameters without values."""
+    for name, parameter in list(model.named_parameters()):
+        nothing = torch.empty_like(parameter, dtype=torch.float32, device="meta")
+        _set(model, name, nn.Parameter(nothing, parameter.requires_grad))

@@ -1,0 +1,54 @@
+"""Which devices of this host a job trains on, and in which number formats they can."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from dalle.errors import DeviceError, HyperparameterError
+from training.hyperparameter_fields import FitHyperparameters
+
+logger = logging.getLogger(__name__)
+
+AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""What matrices are multiplied in, by precision; fp32 does without."""
+
+
+def check_precision(hyperparameters: FitHyperparameters, device: torch.device) -> None:
+    """Raises HyperparameterError for a number format that the device cannot train in."""
+    if hyperparameters.precision == "fp16" and device.type == "cpu":
+        raise HyperparameterError(
+            "precision=fp16 needs a GPU; on this CPU it must be fp32 or bf16", field="precision"
+        )
+
+
+def count_devices(wanted: str) -> int:
+    """How many devices of this host to train on, at least 1; `wanted` is auto, cpu or cuda."""
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return 1
+    return torch.cuda.device_count()
+
+
+def choose_device(wanted: str, number: int = 0) -> torch.device:
+    """The device to train on; `wanted` is auto, cpu or cuda. Logs the choice and its reason.
+
+    number: which of several, from 0. Raises DeviceError when cuda is asked for and there is none.
+    """
+    has_cuda = torch.cuda.is_available()
+    if wanted == "cuda" and not has_cuda:
+        raise DeviceError(f"DALLE_DEVICE=cuda, but {_why_no_cuda()}; choose a GPU instance or auto")
+    if wanted == "cpu" or not has_cuda:
+        reason = "DALLE_DEVICE=cpu" if wanted == "cpu" else _why_no_cuda()
+        logger.info("training on the CPU with %d threads: %s", torch.get_num_threads(), reason)
+        return torch.device("cpu")
+    device = torch.device("cuda", number)
+    torch.cuda.set_device(device)
+    logger.info("training on %s", torch.cuda.get_device_name(device))
+    return device
+
+
+def _why_no_cuda() -> str:
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    return f"torch {torch.__version__} sees no CUDA device (no GPU, or no driver for it)"
