@@ -48,6 +48,14 @@ class Workshop(Protocol):
         """
         ...
 
+    def settle(self, names: Sequence[StageName]) -> Hyperparameters:
+        """The job's hyperparameters with a number for every batch_size=auto of these stages.
+
+        The same on every rank, and that of the checkpoints where there are any. Raises
+        DeviceError when not even one pair fits; Stopped.
+        """
+        ...
+
     def build(self, name: StageName) -> Stage | None:
         """The stage's data and its untrained model, on the device.
 
@@ -85,7 +93,7 @@ def run(
     try:
         try:
             workshop = open_workshop(job, hyperparameters, device, stop, ranks)
-            names = _prepared(workshop, hyperparameters, device, ranks)
+            names, hyperparameters = _prepared(workshop, hyperparameters, device, ranks)
         except Stopped:
             names = None
         # One rank may be stopped where another is just done; they go on together or not at all.
@@ -110,16 +118,21 @@ def run(
 
 def _prepared(
     workshop: Workshop, hyperparameters: Hyperparameters, device: torch.device, ranks: Ranks
-) -> list[StageName]:
-    """The stages to train, with all that is wrong with them found. Raises Stopped."""
+) -> tuple[list[StageName], Hyperparameters]:
+    """The stages to train, with all that is wrong with them found, and what is left open settled.
+
+    Raises Stopped.
+    """
     names = stages_to_train(hyperparameters.stage, workshop.present)
     if ranks.is_first:
         for name, why in without_effect(hyperparameters, names, workshop.present).items():
             logger.warning("hyperparameter %s has no effect: %s", name, why)
     require_equal_shares(hyperparameters, names, ranks.size)
     workshop.check(names)
+    hyperparameters = workshop.settle(names)
+    require_equal_shares(hyperparameters, names, ranks.size)  # those of checkpoints are new here
     check_engine(hyperparameters, names, device, ranks.size)
-    return names
+    return names, hyperparameters
 
 
 def require_equal_shares(
@@ -130,6 +143,8 @@ def require_equal_shares(
     for name in names:
         settings = hyperparameters.of(name)
         num_parts = settings.gradient_accumulation_steps
+        if settings.batch_size == "auto":
+            continue
         if settings.batch_size % (num_ranks * num_parts):
             times = "" if num_parts == 1 else f", times gradient_accumulation_steps {num_parts}"
             problems.append(
