@@ -46,6 +46,9 @@ bench-peers: setup  ## measure drawing beside DALLE-pytorch 1.6.6, in turns, and
 bench-rainbow: setup  ## train and score the rainbow recipe from nothing, three seeds; the last line is JSON
 	.venv/bin/python -m training.bench_rainbow --out out/bench-rainbow $(ARGS)
 
+bench-training: setup  ## measure training steps beside DALLE-pytorch 1.6.6, the loader and the start
+	.venv/bin/python -m training.bench $(ARGS)
+
 image:  ## build the Docker image; BASE_IMAGE=NAME starts from another base
 	container/build.sh $(IMAGE)
 

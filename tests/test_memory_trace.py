@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from dalle.clip import ClipConfig
 from dalle.dvae import DVAEConfig
@@ -12,6 +11,7 @@ from dalle.transformer import TransformerConfig
 from training.dataless import dataless_stage, random_batch
 from training.engine.torch_engine import TorchEngine
 from training.hyperparameters import parse
+from training.measured_memory import peak_bytes
 from training.memory_trace import trace_passes
 from training.optimiser import Muon, muon_update_elements
 from training.plan_memory import Memory, Setting, StageMemory
@@ -63,19 +63,12 @@ def measured_peak(stage, config, batch_size, settings):
     tensors = [each for model in models for each in (*model.parameters(), *model.buffers())]
     state = [
         value
-        for optimiser in engine._optimisers.optimisers
+        for optimiser in engine.optimisers
         for values in optimiser.state.values()
         for value in values.values()
     ]
     held = sum(each.numel() * each.element_size() for each in tensors + state)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step(2)
-    now = most = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return held + most
+    return held + peak_bytes(lambda: step(2), CPU)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -129,13 +122,7 @@ def test_muons_step_takes_no_more_than_reckoned():
     for each in parameters:
         each.grad = torch.randn_like(each)
     muon.step()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        muon.step()
-    now = most = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
+    most = peak_bytes(muon.step, CPU)
     assert most == pytest.approx(4 * muon_update_elements(parameters), rel=0.15)
 
 

@@ -122,7 +122,7 @@ def render(plans: Sequence[StagePlan], devices: Devices) -> str:
             f"{each.stage}, size {each.size}: {each.num_parameters / 1e6:,.1f} million weights, "
             f"{pairs}, {each.job.part_size} pairs at once on a device, "
             f"{each.job.setting.precision}",
-            f"{'':42}{'weights':>9}{'grads':>8}{'optim.':>8}{'activ.':>8}{'other':>7}"
+            f"{'':46}{'weights':>9}{'grads':>8}{'optim.':>8}{'activ.':>8}{'other':>7}"
             f"{'total':>8}{'host':>7}  {'largest part'}",
         ]
         for row in [each.job, *each.others]:
@@ -130,7 +130,7 @@ def render(plans: Sequence[StagePlan], devices: Devices) -> str:
             verdict = {None: "", True: f"{row.largest}", False: f"{row.largest}, too large"}
             label = ("this job: " if row is each.job else "") + _label(row.setting)
             lines.append(
-                f"{label:42}"
+                f"{label:46}"
                 f"{_gib(m.weights):>9}{_gib(m.gradients):>8}{_gib(m.optimiser):>8}"
                 f"{_gib(m.activations):>8}{_gib(m.exchange + m.runtime):>7}{_gib(m.device):>8}"
                 f"{_gib(m.host):>7}  {verdict[row.fits]}"

@@ -239,8 +239,8 @@ class StageMemory:
         """The passes' most bytes, a line through two depths for a deep model."""
         # Nothing in bf16 and fp16 differs in size.
         half = None if setting.precision == "fp32" else torch.bfloat16
-        number_format = (half, None) if setting.engine == "torch" else (None, half)
-        key = (*number_format, setting.activation_checkpointing)
+        weights = None if setting.engine == "torch" else half
+        key = (half, weights, setting.activation_checkpointing)
         if key not in self._passes:
             self._passes[key] = [
                 (weight, self._trace(config, *key)) for weight, config in self._depths()
