@@ -22,22 +22,18 @@ from torch import Tensor, nn
 
 from dalle.dvae import DVAEConfig
 from dalle.names import StageName
-from dalle.transformer import TransformerConfig
 from training.configs import Config
-from training.dataless import DatalessStage, dataless_stage, random_batch
+from training.dataless import DatalessStage, dataless_stage
 from training.engine.deepspeed_settings import BUCKET_ELEMENTS, TRAINED_BY_DEEPSPEED
 from training.hyperparameter_fields import EngineName, Hyperparameters
-from training.memory_trace import FAKE_DEVICE, Passes, trace_passes, without_memory
+from training.memory_trace import without_memory
 from training.optimiser import hidden_matrices, muon_update_elements
+from training.plan_passes import StagePasses
 
 PrecisionName = Literal["fp32", "bf16", "fp16"]
 
 RUNTIME_BYTES = {"cuda": 1 << 30, "cpu": 1 << 29}
 """The CUDA context and the libraries' workspaces; Python and torch themselves."""
-
-TRACED_BATCHES = (2, 4)
-TRACED_LAYERS = (1, 2)
-"""Deeper models are traced at these depths, and what a layer adds is added for the rest."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +113,7 @@ class StageMemory:
         self.config = config
         self.dvae = dvae
         self.device_type = device_type
-        self._passes: dict[object, list[tuple[float, Passes]]] = {}
+        self._passes = StagePasses(config, dvae)
 
     @cached_property
     def _model(self) -> DatalessStage:
@@ -160,10 +156,12 @@ class StageMemory:
         update = 4 * muon_update_elements(hidden)
         if setting.num_devices == 1 and setting.num_parts == 1:
             # Gradients come as activations go.
-            most = max(self._traced(setting, part_size, True), gradients + update)
+            most = max(
+                self._passes.with_gradients(part_size, *_numbers(setting)), gradients + update
+            )
             activations = most - gradients
         else:
-            activations = max(self._traced(setting, part_size, False), update)
+            activations = max(self._passes.activations(part_size, *_numbers(setting)), update)
         return Memory(
             weights, gradients, optimiser, max(0, activations), 0, RUNTIME_BYTES[self.device_type]
         )
@@ -173,7 +171,7 @@ class StageMemory:
         P = sum(each.numel() for each in self._trained)
         width = 4 if setting.precision == "fp32" else 2
         bucket = width * min(BUCKET_ELEMENTS, P)
-        activations = self._traced(setting, part_size, False)
+        activations = self._passes.activations(part_size, *_numbers(setting))
         if zero == 0:
             return Memory(
                 4 * P + self._resident,
@@ -235,74 +233,15 @@ class StageMemory:
         sizes = [sum(each.numel() for each in block.parameters()) for block in blocks]
         return max([*sizes, *(each.numel() for each in self._trained)])
 
-    def _traced(self, setting: Setting, part_size: int, with_gradients: bool) -> int:
-        """The passes' most bytes, a line through two depths for a deep model."""
-        # Nothing in bf16 and fp16 differs in size.
-        half = None if setting.precision == "fp32" else torch.bfloat16
-        weights = None if setting.engine == "torch" else half
-        key = (half, weights, setting.activation_checkpointing)
-        if key not in self._passes:
-            self._passes[key] = [
-                (weight, self._trace(config, *key)) for weight, config in self._depths()
-            ]
-        return round(
-            sum(
-                weight
-                * (
-                    passes.with_gradients(part_size)
-                    if with_gradients
-                    else passes.activations(part_size)
-                )
-                for weight, passes in self._passes[key]
-            )
-        )
 
-    def _trace(
-        self,
-        config: Config,
-        autocast: torch.dtype | None,
-        dtype: torch.dtype | None,
-        checkpoints_activations: bool,
-    ) -> Passes:
-        return trace_passes(
-            lambda: self._stage(config, checkpoints_activations),
-            lambda size: random_batch(config, size, dvae=self.dvae),
-            # CLIP compares all pairs of a batch: that grows with its square.
-            (*TRACED_BATCHES, 6) if self.name == "clip" else TRACED_BATCHES,
-            autocast=autocast,
-            dtype=dtype,
-        )
+def _numbers(setting: Setting) -> tuple[torch.dtype | None, torch.dtype | None, bool]:
+    """Number format of the forward pass and of the weights, None for fp32; and checkpointing.
 
-    def _depths(self) -> list[tuple[float, Config]]:
-        """Configs to trace, and how much each counts: extrapolation to the true depth."""
-        config = self.config
-        few, more = TRACED_LAYERS
-        if isinstance(config, TransformerConfig):
-            is_masked = {kind != "full" for kind in config.attention_kinds}
-            if config.num_layers <= more or len(is_masked) > 1:
-                return [(1.0, config)]
-            times = (config.num_layers - few) / (more - few)
-            return [
-                (1 - times, replace(config, num_layers=few)),
-                (times, replace(config, num_layers=more)),
-            ]
-        if not isinstance(config, DVAEConfig):
-            depth = config.vision_layers
-            if isinstance(depth, int) and depth == config.text_layers and depth > more:
-                times = (depth - few) / (more - few)
-                return [
-                    (1 - times, replace(config, vision_layers=few, text_layers=few)),
-                    (times, replace(config, vision_layers=more, text_layers=more)),
-                ]
-        return [(1.0, config)]
-
-    def _stage(self, config: Config, checkpoints_activations: bool) -> DatalessStage:
-        return dataless_stage(
-            config,
-            FAKE_DEVICE,
-            dvae=self.dvae,
-            checkpoints_activations=checkpoints_activations,
-        )
+    Nothing in bf16 and fp16 differs in size.
+    """
+    half = None if setting.precision == "fp32" else torch.bfloat16
+    weights = None if setting.engine == "torch" else half
+    return half, weights, setting.activation_checkpointing
 
 
 def _num_bytes(tensors: Iterable[Tensor]) -> int:

@@ -34,7 +34,7 @@ from training.data.pairs import Dataset
 from training.data.subset import Subset
 from training.data.tokenised import fits, tokenise
 from training.engine.choice import device_of_new
-from training.engine.devices import check_precision
+from training.engine.devices import check_precision, is_emulated
 from training.hyperparameter_fields import Hyperparameters, StageHyperparameters
 from training.job_report import build_report, unfinished
 from training.loop import FitResult, Stage
@@ -99,6 +99,14 @@ class Workshop:
         if self._ranks.is_first:
             for sentence in unfinished(self._artefact, besides=names):
                 logger.warning("%s", sentence)
+            if any(
+                is_emulated(self._hyperparameters.of(name).precision, self._device)
+                for name in names
+            ):
+                logger.warning(
+                    "precision=bf16 is slower than fp32 on this CPU, which has no instructions "
+                    "for it (avx512_bf16 or amx_bf16)"
+                )
         problems: list[str] = []
         for name in names:
             try:

@@ -22,11 +22,11 @@ def check_precision(hyperparameters: FitHyperparameters, device: torch.device) -
         raise HyperparameterError(
             "precision=fp16 needs a GPU; on this CPU it must be fp32 or bf16", field="precision"
         )
-    if hyperparameters.precision == "bf16" and device.type == "cpu" and not _multiplies_in_bf16():
-        logger.warning(
-            "precision=bf16: this CPU has no instructions for it (avx512_bf16 or amx_bf16); "
-            "fp32 is quicker here"
-        )
+
+
+def is_emulated(precision: str, device: torch.device) -> bool:
+    """Whether a number format is slower than fp32 on the device, for want of instructions."""
+    return precision == "bf16" and device.type == "cpu" and not _multiplies_in_bf16()
 
 
 def _multiplies_in_bf16() -> bool:
