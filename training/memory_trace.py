@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any, Protocol
 
@@ -98,13 +99,13 @@ def trace_passes(
     for batch_size in batch_sizes:
         with without_memory():
             stage = make_stage()
-        logs.append(_trace(stage, lambda size=batch_size: make_batch(size), autocast, dtype))
+        logs.append(_trace(stage, partial(make_batch, batch_size), autocast, dtype))
     first = logs[0]
     assert all(log.entries == first.entries for log in logs), "a step depends on the batch size"
     powers = np.vander(np.asarray(batch_sizes, dtype=np.float64), increasing=True)
     sizes = np.asarray([log.sizes for log in logs], dtype=np.float64)
     return Passes(
-        coefficients=np.linalg.solve(powers, sizes),
+        coefficients=np.asarray(np.linalg.solve(powers, sizes), dtype=np.float64),
         log=np.asarray(first.entries, dtype=np.int64),
         is_gradient=np.isin(np.arange(len(first.sizes)), list(first.gradients)),
     )

@@ -266,7 +266,7 @@ def _as_hyperparameters(row: Row, job: Row) -> Iterator[str]:
         yield f"gradient_accumulation_steps={parts}"
 
 
-def _read_artefact(job: Job) -> tuple[set[str], DVAEConfig | None, int | None]:
+def _read_artefact(job: Job) -> tuple[set[StageName], DVAEConfig | None, int | None]:
     """Stages that the channel artefact brings, its dVAE's config and its vocabulary's size.
 
     Of an artefact that lies there unpacked; an archive is not opened, and nothing is taken from it.

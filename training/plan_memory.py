@@ -13,7 +13,7 @@ ZeRO: Rajbhandari et al. 2020, §5 and §7. Sizes are in bytes; P: the weights' 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from dalle.dvae import DVAEConfig
 from dalle.names import StageName
+from dalle.transformer import Dalle
 from training.configs import Config
 from training.dataless import DatalessStage, dataless_stage
 from training.engine.deepspeed_settings import BUCKET_ELEMENTS, TRAINED_BY_DEEPSPEED
@@ -94,7 +95,8 @@ class Memory:
     @property
     def device(self) -> int:
         """All of it but `host`."""
-        return sum(getattr(self, each.name) for each in fields(self) if each.name != "host")
+        kept = self.weights + self.gradients + self.optimiser
+        return kept + self.activations + self.exchange + self.runtime
 
 
 class StageMemory:
@@ -229,9 +231,11 @@ class StageMemory:
     @cached_property
     def _largest_part_of_model(self) -> int:
         """Weights of the largest block, embedding or head."""
-        blocks = getattr(self._model.model, "blocks", [])
-        sizes = [sum(each.numel() for each in block.parameters()) for block in blocks]
-        return max([*sizes, *(each.numel() for each in self._trained)])
+        sizes = [each.numel() for each in self._trained]
+        if isinstance(self._model.model, Dalle):
+            blocks = self._model.model.blocks
+            sizes += [sum(each.numel() for each in block.parameters()) for block in blocks]
+        return max(sizes)
 
 
 def _numbers(setting: Setting) -> tuple[torch.dtype | None, torch.dtype | None, bool]:
