@@ -153,3 +153,19 @@ def test_a_resumed_job_keeps_the_size_of_its_checkpoint(workshop):
     Checkpoints(job.paths.checkpoints / "dvae", identity=identity).save(1, {})
     again, _ = workshop(99)
     assert again.settle(["dvae"]).dvae.batch_size == 12
+
+
+def test_a_stop_in_the_midst_of_it_is_passed_on_to_all_ranks(workshop, monkeypatch):
+    def stopped(name, settings):
+        raise Stopped
+
+    opened, _ = workshop(12)
+    monkeypatch.setattr(opened, "_find_share", stopped)
+    gathered = []
+    gather = opened._ranks.gather
+    monkeypatch.setattr(
+        opened._ranks, "gather", lambda rows: gathered.append(rows.tolist()) or gather(rows)
+    )
+    with pytest.raises(Stopped):
+        opened.settle(["dvae"])
+    assert gathered == [[0.0]], "the others wait for this rank's answer"

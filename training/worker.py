@@ -52,7 +52,7 @@ class Workshop(Protocol):
         """The job's hyperparameters with a number for every batch_size=auto of these stages.
 
         The same on every rank, and that of the checkpoints where there are any. Raises
-        DeviceError when not even one pair fits; Stopped.
+        DeviceError when not even one pair fits; Stopped on every rank when one is stopped.
         """
         ...
 
@@ -93,13 +93,20 @@ def run(
     try:
         try:
             workshop = open_workshop(job, hyperparameters, device, stop, ranks)
-            names, hyperparameters = _prepared(workshop, hyperparameters, device, ranks)
+            names = _prepared(workshop, hyperparameters, ranks)
         except Stopped:
             names = None
         # One rank may be stopped where another is just done; they go on together or not at all.
         if ranks.any(names is None) or names is None:
             logger.warning("stopped before there was anything to train")
             return
+        try:
+            hyperparameters = workshop.settle(names)
+        except Stopped:  # of all ranks alike
+            logger.warning("stopped before there was anything to train")
+            return
+        require_equal_shares(hyperparameters, names, ranks.size)  # those of checkpoints are new
+        check_engine(hyperparameters, names, device, ranks.size)
         with _metrics(job, ranks) as metrics:
             for name in names:
                 stage = None if ranks.any(stop.is_set()) else workshop.build(name)
@@ -117,22 +124,16 @@ def run(
 
 
 def _prepared(
-    workshop: Workshop, hyperparameters: Hyperparameters, device: torch.device, ranks: Ranks
-) -> tuple[list[StageName], Hyperparameters]:
-    """The stages to train, with all that is wrong with them found, and what is left open settled.
-
-    Raises Stopped.
-    """
+    workshop: Workshop, hyperparameters: Hyperparameters, ranks: Ranks
+) -> list[StageName]:
+    """The stages to train, with all that is wrong with them found. Raises Stopped."""
     names = stages_to_train(hyperparameters.stage, workshop.present)
     if ranks.is_first:
         for name, why in without_effect(hyperparameters, names, workshop.present).items():
             logger.warning("hyperparameter %s has no effect: %s", name, why)
     require_equal_shares(hyperparameters, names, ranks.size)
     workshop.check(names)
-    hyperparameters = workshop.settle(names)
-    require_equal_shares(hyperparameters, names, ranks.size)  # those of checkpoints are new here
-    check_engine(hyperparameters, names, device, ranks.size)
-    return names, hyperparameters
+    return names
 
 
 def require_equal_shares(

@@ -130,7 +130,10 @@ class Workshop:
                     tokenizer.encode(dataset.captions(index))
 
     def settle(self, names: Sequence[StageName]) -> Hyperparameters:
-        """Find the batch sizes that were left open; see `training.auto_batch`."""
+        """Find the batch sizes that were left open; see `training.auto_batch`.
+
+        Raises DeviceError; Stopped on every rank when one is stopped.
+        """
         for name in names:
             settings = self._hyperparameters.of(name)
             if settings.batch_size != "auto":
@@ -139,9 +142,14 @@ class Workshop:
             stored = stored_identity(directory) if self._ranks.is_first else None
             batch_size = self._ranks.share((stored or {}).get("batch_size"))
             if batch_size is None:
-                share = self._find_share(name, settings)
+                try:
+                    share = self._find_share(name, settings)
+                except Stopped:
+                    share = 0  # and so all others learn of it
                 shares = self._ranks.gather(torch.tensor([float(share)]))
                 batch_size = int(shares.min()) * self._ranks.size
+                if batch_size == 0:
+                    raise Stopped
             if self._ranks.is_first:
                 logger.info("%s: batch_size is %d", name, batch_size)
             settled = settings.model_copy(update={"batch_size": batch_size})
