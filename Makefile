@@ -14,7 +14,7 @@ OUT ?= out/local
 PORT ?= 8080
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint format test demo docs tree bench-peers bench-rainbow image test-image local-train local-serve local-endpoint lock clean
+.PHONY: help setup lint format test demo docs tree bench-peers bench-rainbow bench-training image test-image local-train local-serve local-endpoint lock clean
 
 help:  ## list these targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' Makefile | expand -t 13
