@@ -71,8 +71,10 @@ def measured_peak(stage, config, batch_size, settings):
     return held + peak_bytes(lambda: step(2), CPU)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [("dvae", "fp32"), ("transformer", "fp32"), ("transformer", "bf16"), ("clip", "fp32")],
+)
 def test_the_plan_is_within_15_percent_of_what_a_step_was_measured_to_take(name, precision):
     config = CONFIGS[name]
     settings = parse({"precision": precision}).of(name)

@@ -198,8 +198,10 @@ def _plan_stage(
             part_size = -(-share // setting.num_parts)
         return Row(setting, part_size, memory.at(setting, part_size), largest)
 
+    # A job by DeepSpeed is without it; by torch it would have it.
+    with_muon = replace(setting, has_muon=settings.muon_learning_rate > 0)
     others = (
-        [row(other) for other in _alternatives(setting, memory.name) if other != setting]
+        [row(other) for other in _alternatives(with_muon, memory.name) if other != setting]
         if memory.name in TRAINED_BY_DEEPSPEED
         else []
     )
