@@ -45,7 +45,7 @@ def test_one_line_of_json_holds_the_same(plan):
 
 
 def test_a_job_that_does_not_fit_is_told_what_to_set(plan):
-    devices = ("--json", "--device-memory", "5g", "--devices-per-host", "8")
+    devices = ("--json", "--device-memory", "6g", "--devices-per-host", "8")
     wide = {"stage": "transformer", "transformer_width": 4096, **TINY}
     code, said = plan(*devices, **wide)
     (transformer,) = json.loads(said.out)["stages"]

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from dalle.dvae import DVAEConfig
 from dalle.names import StageName
-from dalle.transformer import Dalle
 from training.configs import Config
 from training.dataless import DatalessStage, dataless_stage
 from training.engine.deepspeed_settings import BUCKET_ELEMENTS, TRAINED_BY_DEEPSPEED
@@ -35,6 +34,10 @@ PrecisionName = Literal["fp32", "bf16", "fp16"]
 
 RUNTIME_BYTES = {"cuda": 1 << 30, "cpu": 1 << 29}
 """The CUDA context and the libraries' workspaces; Python and torch themselves."""
+
+
+LIVE_PARAMETERS = 1_000_000_000
+"""Weights that ZeRO 3 has fetched at one time, at most: DeepSpeed's stage3_max_live_parameters."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,8 @@ class Setting:
 class Memory:
     """Bytes on one device at the fullest moment of a step; `host`: beside it, for this device.
 
-    activations: what forward and backward pass hold, or the update if that is more.
+    activations: what forward and backward pass hold; or the update, or with DeepSpeed a
+        validation, if that is more.
     exchange: what is under way between the devices.
     """
 
@@ -174,12 +178,15 @@ class StageMemory:
         width = 4 if setting.precision == "fp32" else 2
         bucket = width * min(BUCKET_ELEMENTS, P)
         activations = self._passes.activations(part_size, *_numbers(setting))
+        validated = (
+            4 * self.num_parameters
+        )  # the whole model in fp32, for as long as it is looked at
         if zero == 0:
             return Memory(
                 4 * P + self._resident,
                 4 * P,
                 8 * P + (4 * P if setting.has_average else 0),
-                activations,
+                max(activations, validated),
                 bucket if N > 1 else 0,
                 RUNTIME_BYTES[self.device_type],
             )
@@ -193,9 +200,8 @@ class StageMemory:
             exchange += bucket
         in_host = 0
         if zero == 3:
-            # What a block needs is fetched, the next one's ahead of it.
-            gathered = width * min(P, 2 * self._largest_part_of_model) + bucket
-            exchange += gathered
+            # The layers at work and some to come, fetched ahead.
+            exchange += width * min(P, LIVE_PARAMETERS) + bucket
             weights = width * share
             if setting.offload_parameters:
                 in_host, weights = weights, 0
@@ -211,7 +217,7 @@ class StageMemory:
             weights + self._resident,
             gradients,
             kept,
-            max(activations, update),
+            max(activations, update, validated),
             exchange,
             RUNTIME_BYTES[self.device_type],
             in_host,
@@ -227,15 +233,6 @@ class StageMemory:
         ]
         tensors = [each for model in frozen for each in (*model.parameters(), *model.buffers())]
         return _num_bytes([*self._model.model.buffers(), *tensors])
-
-    @cached_property
-    def _largest_part_of_model(self) -> int:
-        """Weights of the largest block, embedding or head."""
-        sizes = [each.numel() for each in self._trained]
-        if isinstance(self._model.model, Dalle):
-            blocks = self._model.model.blocks
-            sizes += [sum(each.numel() for each in block.parameters()) for block in blocks]
-        return max(sizes)
 
 
 def _numbers(setting: Setting) -> tuple[torch.dtype | None, torch.dtype | None, bool]:
