@@ -14,7 +14,7 @@ OUT ?= out/local
 PORT ?= 8080
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint format test soak soak-training soak-serving demo docs tree bench-peers bench-rainbow image test-image local-train local-serve local-endpoint lock clean
+.PHONY: help setup lint format test soak soak-training soak-serving demo docs tree bench-peers bench-rainbow bench-training image test-image local-train local-serve local-endpoint lock clean
 
 help:  ## list these targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' Makefile | expand -t 13
@@ -54,6 +54,9 @@ bench-peers: setup  ## measure drawing beside DALLE-pytorch 1.6.6, in turns, and
 
 bench-rainbow: setup  ## train and score the rainbow recipe from nothing, three seeds; the last line is JSON
 	.venv/bin/python -m training.bench_rainbow --out out/bench-rainbow $(ARGS)
+
+bench-training: setup  ## measure training steps beside DALLE-pytorch 1.6.6, the loader and the start
+	.venv/bin/python -m training.bench $(ARGS)
 
 image:  ## build the Docker image; BASE_IMAGE=NAME starts from another base
 	container/build.sh $(IMAGE)

@@ -16,28 +16,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
-import subprocess
 import sys
-import sysconfig
-import types
-import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-_ROOT = Path(__file__).resolve().parent.parent
-_PACKAGES = (
-    "dalle-pytorch==1.6.6",
-    "axial_positional_embedding==0.3.12",
-    "einops==0.8.2",
-    "g-mlp-pytorch==0.1.5",
-    "omegaconf==2.4.0",
-    "antlr4-python3-runtime==4.13.2",
-    "rotary-embedding-torch==0.9.1",
-)
+from dalle import peers
+
 TARGETS = {"shipped": {1: 60.0}, "patched": {1: 3.0, 8: 4.0, 32: 5.0}}
 
 
@@ -60,37 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rounds=given.rounds,
         )
         return
-    python = make_environment(given.out)
-    command = [str(python), "-m", "inference.bench_peers", "--inside"]
-    for name in ("batch", "precision", "threads", "rounds"):
-        command += [f"--{name}", str(getattr(given, name))]
-    sys.exit(subprocess.run(command, check=False, env=_environment()).returncode)  # noqa: S603
-
-
-def make_environment(directory: Path) -> Path:
-    """DALLE-pytorch and what it imports, without a torch of its own; returns its Python."""
-    python = directory.resolve() / "bin" / "python"
-    stamp = directory / "packages.txt"
-    if stamp.is_file() and stamp.read_text() == "\n".join(_PACKAGES):
-        return python
-    uv = shutil.which("uv", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
-    if uv is None:
-        sys.exit("uv is not there; run make setup first")
-    shutil.rmtree(directory, ignore_errors=True)
-    subprocess.run([uv, "venv", "--python", sys.executable, directory], check=True)  # noqa: S603
-    install: list[str | Path] = [uv, "pip", "install", "--python", python, "--no-deps", *_PACKAGES]
-    subprocess.run(install, check=True)  # noqa: S603
-    packages = next((directory / "lib").glob("python*/site-packages"))
-    borrowed = [sysconfig.get_paths()["purelib"], str(_ROOT / "container"), str(_ROOT)]
-    (packages / "borrowed.pth").write_text("\n".join(borrowed) + "\n")
-    stamp.write_text("\n".join(_PACKAGES))
-    return python
-
-
-def _environment() -> dict[str, str]:
-    from dalle.threads import SPINS
-
-    return {"GOMP_SPINCOUNT": SPINS} | os.environ
+    names = ("batch", "precision", "threads", "rounds")
+    passed_on = [word for name in names for word in (f"--{name}", str(getattr(given, name)))]
+    python = peers.make_environment(given.out)
+    sys.exit(peers.run_inside(python, "inference.bench_peers", ["--inside", *passed_on]))
 
 
 def _compare(batches: list[int], precisions: list[str], threads: int, rounds: int) -> None:
@@ -102,7 +61,7 @@ def _compare(batches: list[int], precisions: list[str], threads: int, rounds: in
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
     torch.manual_seed(0)
-    theirs = _their_model()
+    theirs = peers.dalle_pytorch().eval()
     config = TransformerConfig(
         text_vocab_size=10_000,
         text_length=64,
@@ -152,23 +111,6 @@ def _compare(batches: list[int], precisions: list[str], threads: int, rounds: in
             lines.append(line)
             print("  ".join(f"{key} {value}" for key, value in line.items()), flush=True)
     print(json.dumps(described | {"weights": weights, "results": lines}))
-
-
-def _their_model() -> Any:
-    """Their DALLE in their default form."""
-    # Their module of pretrained VAEs imports a training framework for a VQGAN that is not used.
-    for name in ("taming", "taming.models", "taming.models.vqgan"):
-        sys.modules[name] = types.ModuleType(name)
-    for name in ("VQModel", "GumbelVQ"):
-        setattr(sys.modules["taming.models.vqgan"], name, object)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from dalle_pytorch import DALLE, DiscreteVAE  # type: ignore[import-not-found]
-
-    vae = DiscreteVAE(image_size=256, num_layers=3, num_tokens=8192, codebook_dim=64, hidden_dim=8)
-    return DALLE(
-        dim=512, vae=vae, num_text_tokens=10_000, text_seq_len=64, depth=12, heads=8, dim_head=64
-    ).eval()
 
 
 class _Shipped:

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import clip
@@ -277,3 +280,15 @@ def test_nothing_in_a_checkpoint_file_is_executed(tmp_path):
     with pytest.raises(ArtefactError, match="evil.pt is not an OpenAI CLIP"):
         Clip.from_openai(tmp_path / "evil.pt")
     assert not (tmp_path / "owned").exists()
+
+
+def test_importing_our_clip_brings_neither_torchvision_nor_torchs_compiler():
+    code = "import sys, dalle.clip; print({'torchvision', 'torch._dynamo'} & {*sys.modules})"
+    finished = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert finished.stdout.strip() == "set()"

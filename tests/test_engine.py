@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from dalle.errors import DeviceError, HyperparameterError
+from training.engine import devices
 from training.engine.devices import choose_device
 from training.engine.torch_engine import TorchEngine
 from training.hyperparameters import parse
@@ -106,3 +107,22 @@ def test_every_precision_trains_on_a_gpu(precision):
         engine.backward(loss)
         engine.step(step, 0.0)
     assert losses[-1] < losses[0] / 2
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "bf16", "amx", "emulated"),
+    [
+        ("bf16", "cpu", False, False, True),
+        ("bf16", "cpu", True, False, False),
+        ("bf16", "cpu", False, True, False),
+        ("fp32", "cpu", False, False, False),
+        ("bf16", "cuda", False, False, False),
+    ],
+)
+def test_bf16_is_emulated_on_a_cpu_without_instructions_for_it(
+    monkeypatch, precision, device, bf16, amx, emulated
+):
+    monkeypatch.setattr(devices.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert devices.is_emulated(precision, torch.device(device)) is emulated

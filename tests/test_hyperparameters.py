@@ -25,6 +25,7 @@ def test_without_hyperparameters_everything_has_its_default():
     settings = parse({})
     assert settings.stage == "all"
     assert settings.dvae.batch_size == 64
+    assert parse({"batch_size": "auto", "clip_batch_size": "8"}).dvae.batch_size == "auto"
     assert settings.dvae.overrides() == {}
     assert settings.given == frozenset()
 
@@ -84,8 +85,10 @@ def test_names_of_the_platform_are_ignored():
         ("epochs", "1e400", "got '1e400'"),
         ("max_minutes", "0", "max_minutes must be a number above 0 to 40,320"),
         ("max_minutes", "NaN", "got 'NaN'"),
-        ("batch_size", "auto", "batch_size must be a whole number from 1 to 65,536, got 'auto'"),
+        ("batch_size", "many", "must be a whole number from 1 to 65,536 or auto, got 'many'"),
         ("batch_size", "", "got ''"),
+        ("batch_size", "0", "got '0'"),
+        ("batch_size", "true", "got 'true'"),
         ("dvae_learning_rate", "-1", "dvae_learning_rate must be a number above 0 to 1"),
         ("ema_decay", "1", "ema_decay must be a number from 0 below 1"),
         ("precision", "fp8", "precision must be fp32, bf16 or fp16, got 'fp8'"),

@@ -55,10 +55,14 @@ class TinyWorkshop:
 
     def open(self, job, hyperparameters, device, stop, ranks):
         self.calls.append(("open", device.type))
+        self.hyperparameters = hyperparameters
         return self
 
     def check(self, names):
         self.calls.append(("check", *names))
+
+    def settle(self, names):
+        return self.hyperparameters
 
     def build(self, name):
         self.calls.append(("build", name))

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dalle.contract import DEFAULT_ROOT, Job, Paths, prepare_outputs, read_job, release_outputs
-from dalle.errors import JobError
+from dalle.errors import DalleError, JobError
 from dalle.threads import spin_briefly
-from training import channels, hyperparameters, process
+from training import channels, hyperparameters, plan_options, process
 from training.hosts import RENDEZVOUS_PORT, Patience, Place
 from training.hyperparameters import Hyperparameters
 
@@ -34,9 +34,13 @@ Train the models of a SageMaker training job, or of a directory that is laid out
 A job trains on every CUDA device of its host, or on the CPU; on several hosts, `train` is started
 on each, with ROOT/input/config/resourceconfig.json naming them, and the first one writes.
 
+`train --plan` prints what each device would hold in memory, for this job and for other engines,
+ZeRO stages and savings, and what fits. It needs the hyperparameters alone and writes nothing.
+
 Environment: DALLE_DEVICE=auto|cpu|cuda, SM_CHANNEL_TRAIN=DIR (and likewise for other channels).
 SIGTERM (or Ctrl-C) saves a checkpoint and the model, and ends with 0.
-Exit code: 0 finished or stopped, 1 failed (the cause is in ROOT/output/failure), 2 wrong usage.
+Exit code: 0 finished or stopped, 1 failed (the cause is in ROOT/output/failure), 2 wrong usage;
+of --plan: 0 it fits, 1 it does not or the job is wrong, 2 wrong usage.
 """
 
 
@@ -46,6 +50,8 @@ def main(arguments: Sequence[str] | None = None, *, patience: Patience = DEFAULT
     if options.list_hyperparameters:
         print(hyperparameters.render_table())
         return 0
+    if options.plan:
+        return _plan(options)
     spin_briefly()
     process.configure_logging()
     paths = Paths(options.root.absolute())
@@ -86,10 +92,22 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="print every hyperparameter with its range and default, then end",
     )
+    plan_options.add_plan_options(parser)
     options = parser.parse_args(arguments)
+    plan_options.check_plan_options(parser, options)
     if not options.list_hyperparameters and not options.root.is_dir():
         parser.error(f"--root {options.root} is not a directory")
     return options
+
+
+def _plan(options: argparse.Namespace) -> int:
+    """Say what the job would need; reads its hyperparameters alone and writes nothing."""
+    try:
+        job = read_job(options.root)
+        return plan_options.run_plan(job, hyperparameters.parse(job.hyperparameters), options)
+    except DalleError as error:
+        print(error, file=sys.stderr)
+        return 1
 
 
 def _checked(root: Path) -> tuple[Job, Hyperparameters]:

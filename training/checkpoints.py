@@ -130,6 +130,24 @@ class Checkpoints:
             )
 
 
+def stored_identity(directory: Path) -> dict[str, Any] | None:
+    """That of the newest readable checkpoint in a directory; None when there is none.
+
+    Reads no weights. Raises PlatformError for trouble with the disk.
+    """
+    for path in Checkpoints(directory, identity={})._complete():
+        try:
+            content = _read(path, with_tensors=False)
+        except OSError as error:
+            raise disk_error(
+                error, f"read the checkpoint {path}", if_full="give the job a larger volume"
+            ) from error
+        if content is not None:
+            identity: dict[str, Any] = content["identity"]
+            return identity
+    return None
+
+
 def seed_everything(seed: int, step: int, rank: int = 0) -> None:
     """Start every random generator of the process anew, for one step of one rank.
 
@@ -195,10 +213,13 @@ def _write_durably(path: Path, content: Mapping[str, Any]) -> None:
         raise
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """A checkpoint's content; None for a damaged file. Raises OSError, MemoryError."""
+def _read(path: Path, *, with_tensors: bool = True) -> dict[str, Any] | None:
+    """A checkpoint's content; None for a damaged file. Raises OSError, MemoryError.
+
+    with_tensors: or leave their bytes on the disk.
+    """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=not with_tensors)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # torch's reader raises many kinds for a damaged file

@@ -33,6 +33,7 @@ Codebook = Annotated[int, Field(ge=2, le=1_048_576)]
 BUDGETS = ("epochs", "max_steps", "max_minutes")
 SAVES_MEMORY = ("gradient_accumulation_steps", "activation_checkpointing")
 DEFAULT_EPOCHS = 20
+MAX_BATCH_SIZE = 65_536
 
 EngineName = Literal["torch", "deepspeed"]
 
@@ -61,8 +62,10 @@ class FitHyperparameters(_Fields):
         description="Budget of each stage in minutes, instead of epochs; those before an "
         "interruption count.",
     )
-    batch_size: int = Field(
-        default=64, ge=1, le=65_536, description="Pairs in one step, on all devices together."
+    batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH_SIZE)] | Literal["auto"] = Field(
+        default=64,
+        description="Pairs in one step, on all devices together; auto: as many as fit a GPU, or as "
+        "are still worth it on a CPU.",
     )
     gradient_accumulation_steps: int = Field(
         default=1,
@@ -114,6 +117,12 @@ class FitHyperparameters(_Fields):
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are both a budget; give one of them")
         return self
+
+    @property
+    def pairs_per_step(self) -> int:
+        """batch_size as a number: of a job whose own `auto` has been settled."""
+        assert self.batch_size != "auto", "the worker settles it before it builds a stage"
+        return self.batch_size
 
     def identity(self) -> dict[str, Any]:
         """What decides the numbers of a run.

@@ -284,10 +284,15 @@ def _summary(problems: list[str]) -> str:
 
 
 def _without_none(annotation: Any) -> Any:
-    """The type inside `X | None`, without its `Annotated` constraints."""
+    """The type inside `X | None` or `X | Literal["auto"]`, without its `Annotated` constraints."""
     if get_origin(annotation) in (Union, types.UnionType):
-        (annotation,) = (kind for kind in get_args(annotation) if kind is not type(None))
+        kinds = get_args(annotation)
+        (annotation,) = (kind for kind in kinds if kind not in (type(None), Literal["auto"]))
     return annotation.__origin__ if hasattr(annotation, "__metadata__") else annotation
+
+
+def _may_be_auto(field: FieldInfo) -> bool:
+    return Literal["auto"] in get_args(field.annotation)
 
 
 def _describe(field: FieldInfo) -> str:
@@ -307,7 +312,7 @@ def _describe(field: FieldInfo) -> str:
     noun = "a whole number" if kind is int else "a number"
     lowest = f"above {limits['gt']:,}" if "gt" in limits else f"from {limits['ge']:,}"
     highest = f"below {limits['lt']:,}" if "lt" in limits else f"to {limits['le']:,}"
-    return f"{noun} {lowest} {highest}"
+    return f"{noun} {lowest} {highest}{' or auto' if _may_be_auto(field) else ''}"
 
 
 def _limits(field: FieldInfo) -> dict[str, Any]:

@@ -298,7 +298,7 @@ class _Fit:
             name: torch.stack([scalars[name].float() for scalars in self.pending]).mean().item()
             for name in self.pending[0]
         }
-        num_samples = (self.step - last_step) * self.settings.batch_size
+        num_samples = (self.step - last_step) * self.settings.pairs_per_step
         speed = num_samples / max(seconds - last_seconds, 1e-9)
         self.metrics.report(
             self.stage.name,

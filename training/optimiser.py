@@ -9,8 +9,8 @@ without bf16 units that takes four times as long as here (12 matrices of 192 x 7
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
 import torch
@@ -95,6 +95,23 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     return x.to(matrices.dtype)
 
 
+def muon_update_elements(parameters: Sequence[Tensor]) -> int:
+    """The most numbers that a step of `Muon` holds for a moment, beside its state.
+
+    All directions, and of the largest group of equal shapes: them once more, the iteration's old
+    and new matrices, and two products.
+    """
+    groups = Counter((each.shape[0], each[0].numel()) for each in parameters)
+    largest = max(
+        (
+            number * (3 * rows * columns + 2 * min(rows, columns) ** 2)
+            for (rows, columns), number in groups.items()
+        ),
+        default=0,
+    )
+    return sum(each.numel() for each in parameters) + largest
+
+
 def _iteration_type(device: torch.device) -> torch.dtype:
     """bfloat16 is exact enough for the iteration and much quicker, where the hardware has it."""
     is_native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -118,7 +135,7 @@ class OptimiserPair:
         warmup_steps: int = 0,
     ) -> None:
         self.warmup_steps = warmup_steps
-        hidden = _hidden_matrices(model) if muon_learning_rate else []
+        hidden = hidden_matrices(model) if muon_learning_rate else []
         hidden_ids = {id(parameter) for parameter in hidden}
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in hidden_ids]
         self.optimisers: list[torch.optim.Optimizer] = []
@@ -175,7 +192,8 @@ def learning_rate_share(step: int, progress: float, warmup_steps: int) -> float:
     return rise * (1.0 - min(1.0, max(0.0, progress)))
 
 
-def _hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The weights that Muon takes, unless it is left out."""
     choose = getattr(model, "muon_parameters", None)
     if choose is None:
         return []

@@ -48,6 +48,14 @@ class Workshop(Protocol):
         """
         ...
 
+    def settle(self, names: Sequence[StageName]) -> Hyperparameters:
+        """The job's hyperparameters with a number for every batch_size=auto of these stages.
+
+        The same on every rank, and that of the checkpoints where there are any. Raises
+        DeviceError when not even one pair fits; Stopped on every rank when one is stopped.
+        """
+        ...
+
     def build(self, name: StageName) -> Stage | None:
         """The stage's data and its untrained model, on the device.
 
@@ -85,13 +93,20 @@ def run(
     try:
         try:
             workshop = open_workshop(job, hyperparameters, device, stop, ranks)
-            names = _prepared(workshop, hyperparameters, device, ranks)
+            names = _prepared(workshop, hyperparameters, ranks)
         except Stopped:
             names = None
         # One rank may be stopped where another is just done; they go on together or not at all.
         if ranks.any(names is None) or names is None:
             logger.warning("stopped before there was anything to train")
             return
+        try:
+            hyperparameters = workshop.settle(names)
+        except Stopped:  # of all ranks alike
+            logger.warning("stopped before there was anything to train")
+            return
+        require_equal_shares(hyperparameters, names, ranks.size)  # those of checkpoints are new
+        check_engine(hyperparameters, names, device, ranks.size)
         with _metrics(job, ranks) as metrics:
             for name in names:
                 stage = None if ranks.any(stop.is_set()) else workshop.build(name)
@@ -109,7 +124,7 @@ def run(
 
 
 def _prepared(
-    workshop: Workshop, hyperparameters: Hyperparameters, device: torch.device, ranks: Ranks
+    workshop: Workshop, hyperparameters: Hyperparameters, ranks: Ranks
 ) -> list[StageName]:
     """The stages to train, with all that is wrong with them found. Raises Stopped."""
     names = stages_to_train(hyperparameters.stage, workshop.present)
@@ -118,7 +133,6 @@ def _prepared(
             logger.warning("hyperparameter %s has no effect: %s", name, why)
     require_equal_shares(hyperparameters, names, ranks.size)
     workshop.check(names)
-    check_engine(hyperparameters, names, device, ranks.size)
     return names
 
 
@@ -130,6 +144,8 @@ def require_equal_shares(
     for name in names:
         settings = hyperparameters.of(name)
         num_parts = settings.gradient_accumulation_steps
+        if settings.batch_size == "auto":
+            continue
         if settings.batch_size % (num_ranks * num_parts):
             times = "" if num_parts == 1 else f", times gradient_accumulation_steps {num_parts}"
             problems.append(

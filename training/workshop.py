@@ -22,10 +22,11 @@ from dalle.dvae import DiscreteVAE, DVAEConfig
 from dalle.errors import ArtefactError, HyperparameterError
 from dalle.manifest import StageRecord
 from dalle.names import ComponentName, StageName
-from dalle.sizes import CLIP_SIZES, DVAE_SIZES, TRANSFORMER_SIZES
 from dalle.tokenizer import CaptionTokenizer
 from dalle.transformer import Dalle, TransformerConfig
 from training.budget import Budget
+from training.checkpoints import stored_identity
+from training.configs import Config, TextSizes, clip_config, dvae_config, transformer_config
 from training.data.batches import Batches
 from training.data.memory import InMemory
 from training.data.opening import Opened, open_data, whole_of
@@ -33,7 +34,7 @@ from training.data.pairs import Dataset
 from training.data.parts import agreed
 from training.data.tokenised import fits, tokenise
 from training.engine.choice import device_of_new
-from training.engine.devices import check_precision
+from training.engine.devices import check_precision, is_emulated
 from training.hyperparameter_fields import Hyperparameters, StageHyperparameters
 from training.job_report import build_report, unfinished
 from training.loop import FitResult, Stage
@@ -100,6 +101,14 @@ class Workshop:
         if self._ranks.is_first:
             for sentence in unfinished(self._artefact, besides=names):
                 logger.warning("%s", sentence)
+            if any(
+                is_emulated(self._hyperparameters.of(name).precision, self._device)
+                for name in names
+            ):
+                logger.warning(
+                    "precision=bf16 is slower than fp32 on this CPU, which has no instructions "
+                    "for it (avx512_bf16 or amx_bf16)"
+                )
         problems: list[str] = []
         for name in names:
             try:
@@ -121,6 +130,54 @@ class Workshop:
             for dataset in filter(None, (self._train, self._validation)):
                 for index in unless_stopped(range(len(dataset)), self._stop):
                     tokenizer.encode(dataset.captions(index))
+
+    def settle(self, names: Sequence[StageName]) -> Hyperparameters:
+        """Find the batch sizes that were left open; see `training.auto_batch`.
+
+        Raises DeviceError; Stopped on every rank when one is stopped.
+        """
+        for name in names:
+            settings = self._hyperparameters.of(name)
+            if settings.batch_size != "auto":
+                continue
+            directory = self._job.paths.checkpoints / name
+            stored = stored_identity(directory) if self._ranks.is_first else None
+            batch_size = self._ranks.share((stored or {}).get("batch_size"))
+            if batch_size is None:
+                try:
+                    share = self._find_share(name, settings)
+                except Stopped:
+                    share = 0  # and so all others learn of it
+                shares = self._ranks.gather(torch.tensor([float(share)]))
+                batch_size = int(shares.min()) * self._ranks.size
+                if batch_size == 0:
+                    raise Stopped
+            if self._ranks.is_first:
+                logger.info("%s: batch_size is %d", name, batch_size)
+            settled = settings.model_copy(update={"batch_size": batch_size})
+            self._hyperparameters = self._hyperparameters.model_copy(update={name: settled})
+        return self._hyperparameters
+
+    def _find_share(self, name: StageName, settings: StageHyperparameters) -> int:
+        # Imported here: torch's fake tensors take seconds, which other jobs need not wait for.
+        from training.auto_batch import find_share
+        from training.plan_memory import Setting, StageMemory
+
+        memory = StageMemory(
+            name,
+            self._config(name),
+            dvae=self._dvae_config(),
+            device_type="cuda" if self._device.type == "cuda" else "cpu",
+        )
+        setting = Setting.of(self._hyperparameters, name, num_devices=self._ranks.size)
+        return find_share(
+            memory,
+            settings,
+            setting,
+            self._device,
+            num_pairs=self._opened_train.whole.num_pairs,
+            stop=self._stop,
+        )
 
     def build(self, name: StageName) -> Stage | None:
         """A stage with its untrained model; None once a stop was asked for."""
@@ -225,7 +282,7 @@ class Workshop:
         Raises Stopped.
         """
         part = self._opened_train.part
-        num_batches = max(1, self._opened_train.whole.num_pairs // settings.batch_size)
+        num_batches = max(1, self._opened_train.whole.num_pairs // settings.pairs_per_step)
         max_steps = Budget.of(settings, num_batches).max_steps
         num_tokens = dvae.config.num_positions * dvae.config.num_codebooks
         if (
@@ -265,7 +322,7 @@ class Workshop:
         part = self._opened_train.part
         train = Batches(
             pairs,
-            batch_size=settings.batch_size,
+            batch_size=settings.pairs_per_step,
             seed=self._hyperparameters.seed,
             tokenizer=tokenizer,
             num_workers=workers,
@@ -279,7 +336,7 @@ class Workshop:
         if self._validation is not None:
             validation = Batches(
                 self._validation,
-                batch_size=min(settings.batch_size, len(self._validation)),
+                batch_size=min(settings.pairs_per_step, len(self._validation)),
                 seed=self._hyperparameters.seed,
                 tokenizer=tokenizer,
                 shuffle=False,
@@ -313,47 +370,27 @@ class Workshop:
             )
         return self._artefact.tokenizer
 
-    def _config(self, name: StageName) -> DVAEConfig | TransformerConfig | ClipConfig:
+    def _config(self, name: StageName) -> Config:
         """What a stage's model will be. Raises HyperparameterError when that cannot be built."""
-        overrides = self._hyperparameters.of(name).overrides()
-        size = self._hyperparameters.of(name).size
-        try:
-            match name:
-                case "dvae":
-                    return DVAEConfig(**DVAE_SIZES[size] | overrides)
-                case "transformer":
-                    known = self._dimensions_of_tokens()
-                    return TransformerConfig(**TRANSFORMER_SIZES[size] | overrides | known)
-                case "clip":
-                    tokenizer = self._tokenizer()
-                    known = {
-                        "image_size": self._train.image_size,
-                        # An end mark above all ids of the tokenizer, and room for it.
-                        "text_vocab_size": tokenizer.vocab_size + 1,
-                        "text_length": tokenizer.text_length + 1,
-                    }
-                    return ClipConfig(**CLIP_SIZES[size] | overrides | known)
-        except ValueError as error:
-            raise HyperparameterError(f"{name}: {error}") from error
+        match name:
+            case "dvae":
+                return dvae_config(self._hyperparameters)
+            case "transformer":
+                dvae = self._dvae_config()
+                return transformer_config(self._hyperparameters, self._text_sizes(), dvae)
+            case "clip":
+                image_size = self._train.image_size
+                return clip_config(self._hyperparameters, self._text_sizes(), image_size)
 
-    def _dimensions_of_tokens(self) -> dict[str, int]:
-        """What the transformer takes over from the tokenizer and the dVAE."""
-        tokenizer, dvae = self._tokenizer(), self._dvae_config()
-        return {
-            "text_vocab_size": tokenizer.vocab_size,
-            "text_length": tokenizer.text_length,
-            "grid_size": dvae.grid_size,
-            "codebook_size": dvae.codebook_size,
-            "num_codebooks": dvae.num_codebooks,
-        }
+    def _text_sizes(self) -> TextSizes:
+        tokenizer = self._tokenizer()
+        return TextSizes(tokenizer.vocab_size, tokenizer.text_length)
 
     def _dvae_config(self) -> DVAEConfig:
         """The artefact's, or that of the dVAE to be trained."""
         if self._artefact.dvae is not None:
             return self._artefact.dvae.config
-        config = self._config("dvae")
-        assert isinstance(config, DVAEConfig)
-        return config
+        return dvae_config(self._hyperparameters)
 
 
 def _read_inputs(job: Job, device: torch.device) -> Artefact:

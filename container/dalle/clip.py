@@ -23,14 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dalle.clip_package import clip_module
 from dalle.errors import ArtefactError
 from dalle.ranks import ONE_RANK, Ranks
 from dalle.tokenizer import CaptionTokenizer
 
-with warnings.catch_warnings():
-    # It asks pkg_resources for torch's version; setuptools warns about that once a process.
-    warnings.simplefilter("ignore")
-    from clip.model import CLIP
+CLIP = clip_module("model").CLIP
 
 # Of the images that OpenAI's models were trained on (openai/CLIP, clip.py).
 _MEAN = (0.48145466, 0.4578275, 0.40821073)

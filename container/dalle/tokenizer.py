@@ -13,6 +13,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
+from dalle.clip_package import clip_module
 from dalle.errors import ArtefactError, CaptionTooLong
 from dalle.names import TokenizerKind
 
@@ -203,9 +204,8 @@ def _lower() -> normalizers.Normalizer:
 def _clip_cleaned(caption: str) -> str:
     """What OpenAI's tokenizer makes of a caption first: broken Unicode, curly quotes and ligatures
     mended (by ftfy), HTML entities resolved, one blank for many, lower case."""
-    from clip.simple_tokenizer import basic_clean, whitespace_clean
-
-    cleaned: str = whitespace_clean(basic_clean(caption)).lower()
+    original = clip_module("simple_tokenizer")
+    cleaned: str = original.whitespace_clean(original.basic_clean(caption)).lower()
     return cleaned
 
 
@@ -214,9 +214,7 @@ def _clip_tokenizer() -> Tokenizer:
 
     The original has no padding of its own; its id 0 is "!" (openai/CLIP, simple_tokenizer.py).
     """
-    from clip.simple_tokenizer import SimpleTokenizer
-
-    original = SimpleTokenizer()
+    original = clip_module("simple_tokenizer").SimpleTokenizer()
     vocabulary = {PADDING: 0} | {token: index + 1 for token, index in original.encoder.items()}
     merges = list(original.bpe_ranks)
     tokenizer = Tokenizer(

@@ -205,7 +205,7 @@ def configuration(
     Raises HyperparameterError for a size of parts in the JSON that is not that of the batch.
     """
     parts = settings.gradient_accumulation_steps
-    part_size = settings.batch_size // (num_ranks * parts)
+    part_size = settings.pairs_per_step // (num_ranks * parts)
     zero_stage = hyperparameters.zero_stage
     # Even numbers only; and a small model needs no more than it has.
     bucket = min(BUCKET_ELEMENTS, num_parameters + num_parameters % 2)
@@ -241,7 +241,7 @@ def configuration(
         if key == _MICRO_BATCH and value not in (AUTO, part_size):
             raise HyperparameterError(
                 f"deepspeed_config: train_micro_batch_size_per_gpu must be {part_size} "
-                f"(batch_size {settings.batch_size} / {num_ranks} devices / "
+                f"(batch_size {settings.pairs_per_step} / {num_ranks} devices / "
                 f"gradient_accumulation_steps {parts}), got {value!r}",
                 field="deepspeed_config",
             )

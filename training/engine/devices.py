@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 
 import torch
 
@@ -21,6 +22,18 @@ def check_precision(hyperparameters: FitHyperparameters, device: torch.device) -
         raise HyperparameterError(
             "precision=fp16 needs a GPU; on this CPU it must be fp32 or bf16", field="precision"
         )
+
+
+def is_emulated(precision: str, device: torch.device) -> bool:
+    """Whether a number format is slower than fp32 on the device, for want of instructions."""
+    return precision == "bf16" and device.type == "cpu" and not _multiplies_in_bf16()
+
+
+def _multiplies_in_bf16() -> bool:
+    """Whether the CPU does; assumed of other architectures, of which torch does not tell."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return True
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def count_devices(wanted: str) -> int:

@@ -61,6 +61,11 @@ class TorchEngine:
     def device(self) -> torch.device:
         return self._device
 
+    @property
+    def optimisers(self) -> list[torch.optim.Optimizer]:
+        """Muon and AdamW, or one of them."""
+        return self._optimisers.optimisers
+
     def begin(self, state: dict[str, Any] | None) -> None:
         state = self._ranks.share(state)
         if state is None:
