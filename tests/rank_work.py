@@ -100,7 +100,7 @@ def work(rank, port, file):
         "gradient": rows.grad,
         "total": ranks.total(own),
         "copied": copied,
-        "agreed": ranks.agree(0.25 + rank, rank == 1),
+        "agreed": ranks.agree(0.25 + rank, rank == 1, rank == 0),
         "any": [ranks.any(flag) for flag in (rank == 0, False)],
         "shared": ranks.share(STATE if rank == 0 else {"step": -1}),
         "nothing": ranks.share(None),

@@ -19,10 +19,10 @@ def seen(tmp_path_factory):
     return [torch.load(file, weights_only=True) for file in files]
 
 
-def test_the_first_decides_progress_and_anybody_a_stop(seen):
+def test_the_first_decides_progress_and_checkpoints_and_anybody_a_stop(seen):
     assert [seen[rank]["first"] for rank in (0, 1)] == [True, False]
     for rank in (0, 1):
-        assert seen[rank]["agreed"] == (0.25, True)
+        assert seen[rank]["agreed"] == (0.25, True, True)
         assert seen[rank]["any"] == [True, False]
 
 
