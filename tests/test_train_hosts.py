@@ -45,7 +45,7 @@ def finished(two, tmp_path_factory):
     """The trees of two hosts that have trained all three models for 50 steps."""
     trees = job_trees(tmp_path_factory.mktemp("finished"), two.hosts, **TINY, max_steps=50)
     with started(trees, two) as processes:
-        assert processes[1].wait(timeout=180) == 0, log_of(trees[1])
+        assert processes[1].wait(timeout=300) == 0, log_of(trees[1])
         # Whoever started the containers may end all of them now.
         assert {"model/manifest.json", "output/data/report.html"} < written(trees[0])
         assert exit_codes(processes) == [0, 0]

@@ -149,7 +149,7 @@ def exit_codes(processes, seconds=60):
 
 def run(trees, network=None):
     with forked(trees, network) as processes:
-        codes = exit_codes(processes, seconds=180)
+        codes = exit_codes(processes, seconds=300)
     assert codes == [0] * len(trees), "\n".join(log_of(tree) for tree in trees)
 
 
