@@ -10,7 +10,8 @@ import pytest
 from infra.local.docker import docker
 from infra.local.opt_ml import OptMl, start_training
 from tests.docker_fixtures import TINY
-from tests.two_hosts import IMPATIENT, Forked, log_of, metrics_of, train, written
+from tests.forked import Forked
+from tests.two_hosts import IMPATIENT, log_of, metrics_of, train, written
 
 pytestmark = [pytest.mark.docker, pytest.mark.usefixtures("image")]
 

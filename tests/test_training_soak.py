@@ -2,19 +2,19 @@
 
 import pytest
 
-from tests.two_hosts import IMPATIENT, Forked, train
+from tests.forked import Forked
+from tests.two_hosts import IMPATIENT, train
 from training.soak import (
     IN_A_CHECKPOINT,
     KILLS,
     Interruption,
-    SoakError,
     compare,
     finish,
     interrupt,
     plan,
     soak,
 )
-from training.soak_job import SmallJob, Start
+from training.soak_job import SmallJob, SoakError, Start
 
 
 def fork(arguments, log):
