@@ -343,6 +343,8 @@ class _Fit:
         engine_state = self.engine.state()
         if self.ranks.is_first:
             self._write(engine_state)
+        # The others wait here: in an engine's own exchange their patience might be shorter.
+        self.ranks.any(False)
         self.saved_step = self.step
         self.saved_at = self.clock()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any
 
@@ -82,8 +82,7 @@ class DeepSpeedEngine:
         self._initialise()
         if small is None:
             return
-        kinds: dict[str, str | None] = {"model": None} | {key: key for key in self._kept()}
-        for kind, key in kinds.items():
+        for kind, key in self._kinds().items():
             for name in names:
                 value = self._ranks.share(None if state is None else state[kind][name])
                 self._partitions.put(name, value, key)
@@ -143,8 +142,7 @@ class DeepSpeedEngine:
                 if name not in named
             },
         }
-        kinds: dict[str, str | None] = {"model": None} | {key: key for key in self._kept()}
-        for kind, key in kinds.items():
+        for kind, key in self._kinds().items():
             values = state.setdefault(kind, {})
             for name in named:
                 value = self._partitions.whole(name, key)
@@ -163,20 +161,21 @@ class DeepSpeedEngine:
                 parameter.ds_tensor.data = parameter.new_empty(0)
         del self._engine, self._partitions, self._optimisers, self._twin, self._loss
 
-    def _kept(self) -> Sequence[str]:
-        """What there is of each parameter beside its weights."""
-        return (*MOMENTS, AVERAGE) if self._settings.ema_decay else MOMENTS
+    def _kinds(self) -> dict[str, str | None]:
+        """What a state has of each parameter, by the name that `Partitions` has for it."""
+        beside = (*MOMENTS, AVERAGE) if self._settings.ema_decay else MOMENTS
+        return {"model": None, **{key: key for key in beside}}
 
     def _initialise(self) -> None:
         """Hand the model's weights over to a twin, and that to DeepSpeed."""
         deepspeed = _deepspeed(self._device)
+        for module in self._model.modules():  # ZeRO 3 itself moves parameters only
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to(self._device)
         tensors = [*self._model.parameters(), *self._model.buffers()]
         self._twin = copy.deepcopy(self._model, {id(tensor): tensor for tensor in tensors})
         self._twin.train()
         _empty(self._model)
-        for module in self._twin.modules():
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else buffer.to(self._device)
         precision = self._settings.precision
         self._loss = _Loss(self._stage, self._twin, self._device, AUTOCAST_TYPES.get(precision))
         # Before ZeRO 3, after which no weight has its shape: it says which of them decay.
