@@ -8,7 +8,7 @@ import torch
 from dalle.errors import CaptionTooLong, DataError
 from dalle.images import encode_image
 from tests.pairs import SIZE, channel_of, picture, put
-from training.data.batches import Batches
+from training.data.batches import Batch, Batches
 from training.data.folder import open_folder
 from training.data.memory import decode_if_small
 from training.data.pairs import SkipReason
@@ -181,3 +181,19 @@ def test_a_stop_ends_the_encoding_of_captions(tmp_path, monkeypatch):
     with pytest.raises(Stopped):
         Batches(dataset, batch_size=2, seed=0, tokenizer=tokenizer, stop=stop)
     assert len(encoded) == 2
+
+
+def test_a_batchs_parts_are_the_batch_and_know_the_text_of_all_of_it():
+    batch = Batch(torch.rand(6, 3, 2, 2), list("abcdef"), torch.arange(6), torch.ones(6, 4))
+    parts = batch.parts(3)
+    assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
+    assert [part.captions for part in parts] == [["a", "b"], ["c", "d"], ["e", "f"]]
+    assert torch.cat([part.indices for part in parts]).tolist() == [0, 1, 2, 3, 4, 5]
+    assert all(len(part.text_tokens) == 2 for part in parts)
+    assert all(part.to("cpu").step_text_tokens is batch.text_tokens for part in parts)
+
+
+def test_a_batch_that_cannot_be_parted_evenly_is_refused():
+    batch = Batch(torch.rand(6, 3, 2, 2), list("abcdef"), torch.arange(6), None)
+    with pytest.raises(DataError, match=r"gradient_accumulation_steps=4 .* but one has 6"):
+        batch.parts(4)
