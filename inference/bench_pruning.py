@@ -170,7 +170,7 @@ def foresee(
             torch.stack([each.image_tokens for each in finished]),
             torch.tensor([each.log_likelihood for each in finished]),
         )
-        if len(final.unique()) == 1:
+        if bool((final == final[0]).all()):
             continue  # all alike: there is nothing to tell apart
         for row, merits in partial.items():
             survivors = merits.argsort(descending=True, stable=True)[: kept(GROUP)]

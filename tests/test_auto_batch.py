@@ -163,9 +163,12 @@ def test_a_stop_in_the_midst_of_it_is_passed_on_to_all_ranks(workshop, monkeypat
     monkeypatch.setattr(opened, "_find_share", stopped)
     gathered = []
     gather = opened._ranks.gather
-    monkeypatch.setattr(
-        opened._ranks, "gather", lambda rows: gathered.append(rows.tolist()) or gather(rows)
-    )
+
+    def noted(rows):
+        gathered.append(rows.tolist())
+        return gather(rows)
+
+    monkeypatch.setattr(opened._ranks, "gather", noted)
     with pytest.raises(Stopped):
         opened.settle(["dvae"])
     assert gathered == [[0.0]], "the others wait for this rank's answer"

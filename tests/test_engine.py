@@ -122,7 +122,7 @@ def test_every_precision_trains_on_a_gpu(precision):
 def test_bf16_is_emulated_on_a_cpu_without_instructions_for_it(
     monkeypatch, precision, device, bf16, amx, emulated
 ):
-    monkeypatch.setattr(devices.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     assert devices.is_emulated(precision, torch.device(device)) is emulated

@@ -134,9 +134,10 @@ def memory():
 
 
 def with_zero(memory, stage, **changes) -> Memory:
-    return memory.at(
+    found: Memory = memory.at(
         Setting(engine="deepspeed", zero_stage=stage, num_devices=8, has_muon=False, **changes), 4
     )
+    return found
 
 
 def test_each_zero_stage_shares_out_one_thing_more(memory):

@@ -12,19 +12,21 @@ from dalle import artefact
 from dalle.images import encode_image
 from infra.local.opt_ml import OptMl
 from infra.local.pipes import Pipe, objects
+from tests import two_hosts
 from tests.pairs import tar_of
 from tests.two_hosts import (
     LOOPBACK,
     SAMPLES,
     TINY,
     exit_codes,
+    forked,
     log_of,
     metrics_of,
-    started,
     wait_for_step,
     written,
 )
 from training.__main__ import main
+from training.data import opening
 from training.data.channel import open_channel
 
 STEPS = 60
@@ -47,7 +49,7 @@ def shard(path, samples):
 
 
 def run(trees):
-    with started(trees) as processes:
+    with forked(trees) as processes:
         codes = exit_codes(processes, 180)
     assert codes == [0] * len(trees), "\n".join(map(log_of, trees))
 
@@ -84,7 +86,7 @@ def test_hosts_with_parts_of_unequal_size_train_together_and_go_on_after_a_stop(
     assert "validation_loss" in record.metrics
 
     trees = parted_trees(tmp_path / "parts", **CLIP)
-    with started(trees) as processes:
+    with forked(trees) as processes:
         wait_for_step(trees, processes, "clip", 5)
         processes[1].send_signal(signal.SIGTERM)
         assert exit_codes(processes) == [0, 0]
@@ -94,20 +96,19 @@ def test_hosts_with_parts_of_unequal_size_train_together_and_go_on_after_a_stop(
 
 
 # The command itself, but no data set is small enough to be decoded ahead.
-LAZY = """
-import sys
-from training.__main__ import main
-from training.data import opening
-opening.is_small = lambda dataset: False
-sys.exit(main(sys.argv[1:]))
-"""
+
+
+def train_from_files(words, patience, namespace):
+    """`train` that takes no data set to be small enough for memory."""
+    vars(opening)["is_small"] = lambda *_: False
+    return two_hosts.train(words, patience, namespace)
 
 
 @pytest.mark.slow
 def test_each_host_keeps_the_image_tokens_of_its_own_part_alone(tmp_path):
     settings = TINY | {"stage": "all", "epochs": 2, "num_workers": 0}
     trees = parted_trees(tmp_path, **settings)
-    with started(trees, program=("-c", LAZY)) as processes:
+    with forked(trees, work=train_from_files) as processes:
         codes = exit_codes(processes, 180)
     assert codes == [0, 0], "\n".join(map(log_of, trees))
     tokens = [
@@ -128,7 +129,7 @@ def test_too_many_bad_pairs_of_all_parts_together_fail_every_host_alike(tmp_path
     trees = parted_trees(tmp_path, **CLIP, max_bad_share=0.05)
     for host, tree in enumerate(trees):
         tar_of(tree.root / f"input/data/train/bad{host}.tar", [("x.txt", b"alone")])
-    with started(trees) as processes:
+    with forked(trees) as processes:
         assert exit_codes(processes) == [1, 1]
     for tree in trees:
         assert "train: 2 of 33 pairs cannot be used, more than max_bad_share 0.05" in tree.failure
@@ -157,7 +158,7 @@ def test_a_job_in_pipe_mode_goes_on_after_a_stop_though_its_stream_comes_in_anot
 
     with ExitStack() as stack:
         piped(stopped, stack, shards)
-        with started([stopped]) as processes:
+        with forked([stopped]) as processes:
             wait_for_step([stopped], processes, "clip", 5)
             processes[0].send_signal(signal.SIGTERM)
             assert exit_codes(processes) == [0]

@@ -11,13 +11,12 @@ import pytest
 
 from dalle import artefact
 from tests.two_hosts import (
-    IMPATIENT,
     TINY,
+    forked,
     job_tree,
     job_trees,
     log_of,
     metrics_of,
-    started,
     wait_for_step,
 )
 from training.__main__ import main
@@ -59,7 +58,7 @@ def test_a_killed_job_of_two_hosts_is_ended_by_one_with_the_numbers_of_torch(
     by_torch, tmp_path, monkeypatch
 ):
     trees = job_trees(tmp_path, **BY_DEEPSPEED)
-    with started(trees, program=("-c", IMPATIENT)) as processes:
+    with forked(trees) as processes:
         wait_for_step(trees, processes, "transformer", 5)
         processes[1].send_signal(signal.SIGKILL)
         assert processes[0].wait(timeout=120) == 1

@@ -85,8 +85,11 @@ def started(trees, network=None):
 
 
 @contextmanager
-def forked(trees, network=None, *, patience=IMPATIENT):
-    """The same as `started`, sooner: forks of a process that has torch, see `tests.forked`."""
+def forked(trees, network=None, *, patience=IMPATIENT, work=None):
+    """The same as `started`, sooner: forks of a process that has torch, see `tests.forked`.
+
+    work: what they do in place of `train`, a function of a module.
+    """
     port = str(free_port())
     with _ended_at_last() as processes:
         for tree, namespace in zip(trees, _namespaces(trees, network), strict=True):
@@ -94,7 +97,7 @@ def forked(trees, network=None, *, patience=IMPATIENT):
             (tree.root / "log").unlink(missing_ok=True)
             processes.append(
                 Forked(
-                    train,
+                    work or train,
                     words,
                     patience,
                     namespace,

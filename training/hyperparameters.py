@@ -97,11 +97,11 @@ def parse(raw: Mapping[str, str]) -> Hyperparameters:
             settings[target.name] = value
     problems += _double_budgets(stages)
     if not problems:
-        settings = Hyperparameters.model_validate({**job, **stages, "given": given_by_author})
-        problems = deepspeed_settings.refused_combinations(settings)
+        parsed = Hyperparameters.model_validate({**job, **stages, "given": given_by_author})
+        problems = deepspeed_settings.refused_combinations(parsed)
     if problems:
         raise HyperparameterError(_summary(problems))
-    return settings
+    return parsed
 
 
 def without_effect(

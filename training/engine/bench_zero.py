@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from dalle.names import StageName
 from dalle.sizes import DVAE_SIZES, TRANSFORMER_SIZES, SizeName
@@ -159,7 +160,7 @@ def _rank(rank: int, num_ranks: int, port: int, options: argparse.Namespace) -> 
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_ranks))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if has_gpu else "gloo",
-        store=dist.TCPStore("127.0.0.1", port, wait_for_workers=False),
+        store=TCPStore("127.0.0.1", port, wait_for_workers=False),
         rank=rank,
         world_size=num_ranks,
         timeout=timedelta(minutes=10),
@@ -224,10 +225,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     num_ranks = torch.cuda.device_count() or options.ranks
     if options.batch_size % num_ranks:
         parser.error(f"--batch-size must be a multiple of {num_ranks}, got {options.batch_size}")
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     print("| engine | ZeRO | precision | ms a step | CPU ms a step | peak MB a rank |")
     print("|---|---|---|---|---|---|", flush=True)
-    multiprocessing.spawn(_rank, (num_ranks, store.port, options), nprocs=num_ranks)
+    multiprocessing.spawn(  # type: ignore[attr-defined, no-untyped-call]
+        _rank, (num_ranks, store.port, options), nprocs=num_ranks
+    )
     return 0
 
 

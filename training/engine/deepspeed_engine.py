@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from dalle.errors import HyperparameterError
 from training.averaging import average_decay
@@ -222,8 +223,9 @@ class _Loss(nn.Module):
         super().__init__()
         self.model = model
         self.scalars: Mapping[str, Tensor] = {}
-        self._stage: Any = copy.copy(stage)
-        self._stage.model = model
+        own: Any = copy.copy(stage)
+        own.model = model
+        self._stage: Trainable = own
         self._device = device
         self._autocast_type = autocast_type
 
@@ -259,7 +261,7 @@ def _deepspeed(device: torch.device) -> Any:
         # A job of one rank has no process group, and DeepSpeed does not work without.
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=dist.HashStore(),
+            store=HashStore(),
             rank=0,
             world_size=1,
         )
