@@ -50,7 +50,7 @@ def test_a_job_that_does_not_fit_is_told_what_to_set(plan):
     code, said = plan(*devices, **wide)
     (transformer,) = json.loads(said.out)["stages"]
     assert (code, transformer["job"]["fits"]) == (1, False)
-    assert transformer["advice"] == "engine=deepspeed zero_stage=2"
+    assert transformer["advice"].startswith("engine=deepspeed zero_stage=2")
     chosen = dict(pair.split("=") for pair in transformer["advice"].split())
     code, said = plan(*devices, **wide, **chosen)
     assert (code, json.loads(said.out)["stages"][0]["job"]["fits"]) == (0, True)
