@@ -1,4 +1,4 @@
-"""`python -m inference.bench_pruning`: does a partial picture tell which one will be best?
+"""`python -m inference.bench_pruning`: whether a partial picture tells which one will be best.
 
     python -m inference.bench_pruning --model out/demo/ml/model --captions captions.txt
 

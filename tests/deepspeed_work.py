@@ -74,14 +74,18 @@ class Stage:
 
 
 def parts_of(step, ranks, num_parts):
-    """A rank's share of the pairs of a step, in parts. Captions differ in length."""
-    generator = torch.Generator().manual_seed(100 + step)
+    """A rank's share of the pairs of a step, in parts: always the same ones, in another order.
+
+    Captions differ in length.
+    """
+    generator = torch.Generator().manual_seed(100)
     text_tokens = torch.randint(1, CONFIG.text_vocab_size, (NUM_PAIRS, 5), generator=generator)
     lengths = torch.randint(1, 6, (NUM_PAIRS, 1), generator=generator)
     text_tokens[torch.arange(5)[None] >= lengths] = 0
     image_tokens = torch.randint(CONFIG.codebook_size, (NUM_PAIRS, 9, 2), generator=generator)
+    order = torch.randperm(NUM_PAIRS, generator=torch.Generator().manual_seed(step))
     text_tokens, image_tokens = (
-        t.chunk(ranks.size)[ranks.rank] for t in (text_tokens, image_tokens)
+        t[order].chunk(ranks.size)[ranks.rank] for t in (text_tokens, image_tokens)
     )
     chunks = zip(text_tokens.chunk(num_parts), image_tokens.chunk(num_parts), strict=True)
     return [(text, image, text_tokens) for text, image in chunks]

@@ -135,7 +135,9 @@ def test_parts_and_recomputed_activations_change_no_loss_of_torchs_own_engine(al
 
 
 def test_nothing_but_metrics_goes_to_the_standard_output(seen):
-    assert [rank["stdout"] for rank in seen] == ["", ""]
+    lines = [line for rank in seen for line in rank["stdout"].splitlines()]
+    # Gloo itself writes a line for each group it makes.
+    assert [line for line in lines if not line.startswith("[Gloo] ")] == []
 
 
 def test_deepspeed_is_imported_only_where_it_is_used():

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import signal
 import threading
@@ -19,7 +20,7 @@ from dalle.images import encode_image
 from training import workshop
 from training.__main__ import main
 from training.checkpoints import Checkpoints
-from training.data import tokenised
+from training.data import opening, tokenised
 from training.data.folder import ImageTextFolder
 from training.engine.torch_engine import TorchEngine
 from training.hyperparameters import parse
@@ -174,7 +175,7 @@ def test_the_same_job_then_trains_as_if_nothing_had_been(tree, monkeypatch):
 def large_set(tree, monkeypatch):
     """The same job, as if its pairs were too many to be decoded: two are encoded at a time, and
     four are written together."""
-    monkeypatch.setattr(workshop, "decode_if_small", lambda dataset, stop: dataset)
+    monkeypatch.setattr(opening, "is_small", lambda *_: False)
     monkeypatch.setattr(tokenised, "images_together", lambda image_size: 2)
     monkeypatch.setattr(workshop, "tokenise", partial(tokenised.tokenise, part_pairs=4))
     tree.set_hyperparameters(**TINY, batch_size=4, max_steps=6, num_validations=0, num_workers=0)
@@ -198,7 +199,8 @@ def test_sigterm_while_a_large_set_is_encoded_ends_the_job_and_the_next_one_goes
     assert sizes == [2, 2, 2]
     assert artefacts.load(large_set.root / "model").components() == ["dvae", "tokenizer"]
     assert not (large_set.root / "output" / "failure").exists()
-    assert main(["--root", str(large_set.root)]) == 0
+    with caplog.at_level(logging.INFO, logger="training"):
+        assert main(["--root", str(large_set.root)]) == 0
     assert "image tokens: 1 of 3 parts are there already" in caplog.text
     stages = artefacts.load(large_set.root / "model").manifest.stages
     assert [(stage.stage, stage.is_finished) for stage in stages] == [

@@ -91,7 +91,7 @@ def soak(
     steps: int = 40,
     num_hosts: int = 1,
     start: Start = start_command,
-    say: Callable[[str], object] = print,
+    say: Callable[[str], object],
 ) -> dict[str, Any]:
     """Train both jobs under `out`, which must be new, and compare them. Returns what was done.
 
