@@ -1,5 +1,7 @@
-"""The model configs that a job's hyperparameters mean: a named size, the author's changes to it,
-and what each model takes over from the others."""
+"""The model configs that a job's hyperparameters mean.
+
+A named size, the author's changes to it, and what each model takes over from the others.
+"""
 
 from __future__ import annotations
 
