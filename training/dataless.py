@@ -1,5 +1,7 @@
-"""A stage without a data set, and batches that nobody photographed: for measuring what training
-takes before, or instead of, training."""
+"""A stage without a data set, on batches that nobody photographed.
+
+For measuring what training takes before, or instead of, training.
+"""
 
 from __future__ import annotations
 
