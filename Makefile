@@ -36,6 +36,9 @@ soak-training: setup  ## interrupt training at random moments, on one host and o
 	.venv/bin/python -m training.soak --out out/soak --kills 50 $(ARGS)
 	.venv/bin/python -m training.soak --out out/soak --kills 6 --hosts 2 $(ARGS)
 
+soak-serving: setup  ## callers of every habit at `serve` for 10 minutes; ARGS="--minutes 60"
+	.venv/bin/python -m tests.soak_serving $(ARGS)
+
 demo: setup  ## train on small synthetic pictures, serve, and ask for captions never seen: out/demo/report.html
 	.venv/bin/python -m training.demo --out out/demo
 
@@ -45,9 +48,6 @@ docs: setup  ## write the generated parts of the README.md files again
 
 tree:  ## what every file is, by its own first line
 	@grep -rnm1 --include='*.py' '"""' container training inference infra | sed -E 's/^([^:]*):[0-9]+:"""/\1\t/; s/"""$$//' | sort | expand -t 36
-
-soak-serving: setup  ## callers of every habit at `serve` for 10 minutes; ARGS="--minutes 60"
-	.venv/bin/python -m tests.soak_serving $(ARGS)
 
 bench-peers: setup  ## measure drawing beside DALLE-pytorch 1.6.6, in turns, and print the ratios
 	.venv/bin/python -m inference.bench_peers $(ARGS)
