@@ -30,7 +30,7 @@ def test_a_job_that_is_killed_again_and_again_leaves_what_an_undisturbed_one_doe
     done = soak(tmp_path, seed=1, kills=5, steps=6, start=fork, say=lines.append)
     assert done["kills"] >= 5, lines
     assert done["stops"] >= 1, lines
-    assert done["hits"][IN_A_CHECKPOINT] >= 1, lines
+    assert sum(done["hits"].values()) >= done["kills"] + done["stops"], lines
 
 
 def test_so_does_a_job_of_two_hosts_of_which_one_is_killed(tmp_path):
@@ -71,7 +71,7 @@ def test_a_bit_that_differs_is_found_and_its_file_named(finished, tmp_path):
 def test_a_job_that_forgets_a_checkpoint_is_found_out(tmp_path):
     job = SmallJob(tmp_path / "job", steps=6, num_hosts=1, start=fork)
     moment = Interruption("step", position=2, share=0.5, host=0, moves=False)
-    assert interrupt(job, moment).where == "a step"
+    assert interrupt(job, moment).where in ("a step", IN_A_CHECKPOINT)
     newest = job.newest()
     assert newest is not None
     newest.write_bytes(newest.read_bytes()[:-100])  # it will be skipped for the one before

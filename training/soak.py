@@ -119,8 +119,6 @@ def soak(
         say(f"{num_kills}/{kills} {each}: {outcome.where or 'too late'}")
     finish(job)
     compare(whole, job)
-    if not hits[IN_A_CHECKPOINT]:
-        raise SoakError("no kill hit the writing of a checkpoint: take more kills, or more steps")
     return {
         "seed": seed,
         "hosts": num_hosts,
@@ -270,6 +268,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             num_hosts=options.hosts,
             say=lambda line: print(line, flush=True),
         )
+        # A writer may be quicker than a kill now and then, but not all of them every time.
+        if IN_A_CHECKPOINT not in done["hits"]:
+            raise SoakError("no kill hit the writing of a checkpoint: take more kills or steps")
     except SoakError as error:
         print(error, file=sys.stderr)
         return 1
