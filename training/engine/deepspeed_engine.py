@@ -265,6 +265,9 @@ def _deepspeed(device: torch.device) -> Any:
             rank=0,
             world_size=1,
         )
+    # On import it asks torch to compile something some day, and torch asks for the user's name,
+    # which a container's user that is but a number does not have.
+    os.environ.setdefault("LOGNAME", str(os.getuid()))
     import deepspeed
     import deepspeed.ops
 
