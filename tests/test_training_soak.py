@@ -30,7 +30,8 @@ def test_a_job_that_is_killed_again_and_again_leaves_what_an_undisturbed_one_doe
     done = soak(tmp_path, seed=1, kills=5, steps=6, start=fork, say=lines.append)
     assert done["kills"] >= 5, lines
     assert done["stops"] >= 1, lines
-    assert sum(done["hits"].values()) >= done["kills"] + done["stops"], lines
+    assert sum(done["hits"].values()) == done["kills"] + done["stops"], lines
+    assert done["hits"][IN_A_CHECKPOINT] >= 1, lines
 
 
 def test_so_does_a_job_of_two_hosts_of_which_one_is_killed(tmp_path):
