@@ -164,6 +164,8 @@ def run(
     for name, (milliseconds, warm_up) in stages.items():
         print(f"{name}: {milliseconds:.2f} ms a picture, warming up {warm_up:.2f} ms", flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if device.type == "cuda":
+        described["peak_gpu_mb"] = torch.cuda.max_memory_allocated(device) // 10**6
     return described | {
         "weights": sum(each.numel() for each in model.parameters()),
         "positions": model.config.num_positions,

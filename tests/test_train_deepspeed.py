@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dalle import artefact
 from tests.two_hosts import (
@@ -42,6 +43,12 @@ def by_torch(tmp_path_factory):
         patch.setenv("DALLE_DEVICE", "cpu")
         assert main(["--root", str(tree.root)]) == 0
     return tree
+
+
+def all_weights(model):
+    """As one vector. Single weights cannot be compared: where a gradient is nothing but rounding,
+    Adam still takes steps of a whole learning rate."""
+    return torch.cat([each.float().flatten() for each in model.state_dict().values()])
 
 
 def without_compiler():
@@ -80,9 +87,8 @@ def test_a_killed_job_of_two_hosts_is_ended_by_one_with_the_numbers_of_torch(
     ours, theirs = (artefact.load(tree.root / "model") for tree in (alone, by_torch))
     assert ours.components() == ["dvae", "transformer", "clip", "tokenizer"]
     for name in ("dvae", "transformer", "clip"):
-        expected = getattr(theirs, name).state_dict()
-        for key, value in getattr(ours, name).state_dict().items():
-            assert (value.float() - expected[key].float()).abs().max() < 2e-4, f"{name} {key}"
+        found, expected = (all_weights(getattr(each, name)) for each in (ours, theirs))
+        assert (found - expected).norm() < 1e-3 * expected.norm(), name
 
     # Plain torch has a state of another form.
     other = job_tree(tmp_path / "other", **JOB)

@@ -5,7 +5,8 @@ this, and measures there. Same sizes on both sides, random weights and tokens, f
 contenders take turns, step by step, so that whatever else the machine does falls on all alike;
 medians count, and the first step of each does not:
 
-    dalle_pytorch   its loss, backward pass, clipping and Adam, as its train_dalle.py has them, fp32
+    dalle_pytorch   its loss, backward pass, clipping and Adam, as its train_dalle.py has them, in
+                    fp32; on a GPU under autocast to bf16, too, which it leaves to DeepSpeed
     ours            the loss, backward pass, clipping, Muon and AdamW of `train`, by precision
     ours_adamw      the same without Muon, which is another recipe than theirs
 
@@ -23,10 +24,13 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dalle import peers
 from training import bench_start
+
+if TYPE_CHECKING:
+    import torch
 
 TARGETS = {"fp32": 1.5, "bf16": 4.0}
 """Samples a second, in DALLE-pytorch's. That of bf16 is for processors that compute in it."""
@@ -36,7 +40,7 @@ BF16_FLAGS = ("avx512f", "avx512_bf16", "amx_bf16")
 """Of /proc/cpuinfo: with the last two a processor multiplies in bf16."""
 
 _SIZES = {"width": 512, "layers": 12, "heads": 8, "grid": 32}
-_PASSED_ON = ("batch", "precision", "threads", "rounds", *_SIZES)
+_PASSED_ON = ("batch", "precision", "device", "threads", "rounds", *_SIZES)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -46,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--batch", type=int, default=2, help="pairs in a step")
     parser.add_argument("--precision", default="fp32,bf16", help="ours: fp32,bf16")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; default %(default)s")
     parser.add_argument("--threads", type=int, default=1, help="torch threads of both sides")
     parser.add_argument("--rounds", type=int, default=4, help="steps of each that count")
     for name, size in _SIZES.items():
@@ -60,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     seconds = bench_start.seconds_to_first_step()
     print(f"train: {seconds:.1f} s to the first step", flush=True)
     steps = _compare(given)
+    import torch
+
     from training.data.bench import measure
 
     loaded = measure(256, 1.0)[0]
@@ -73,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "loader_images_per_second": round(loaded.images_per_cpu_second, 1),
         "loader_times_training": round(loaded.images_per_cpu_second / ours, 1),
     }
-    print(json.dumps(_machine() | steps | more))
+    print(json.dumps(_machine(torch.device(given.device)) | steps | more))
 
 
 def _compare(given: argparse.Namespace) -> dict[str, Any]:
@@ -82,20 +89,21 @@ def _compare(given: argparse.Namespace) -> dict[str, Any]:
     from training.measured_memory import peak_bytes
 
     torch.set_num_threads(given.threads)
-    device = torch.device("cpu")
+    device = torch.device(given.device)
     precisions = given.precision.split(",")
-    theirs = _Theirs(given)
-    contenders: dict[str, Any] = {"dalle_pytorch fp32": theirs}
+    contenders: dict[str, Any] = {"dalle_pytorch fp32": _Theirs(given, "fp32")}
+    if device.type == "cuda":
+        contenders["dalle_pytorch bf16"] = _Theirs(given, "bf16")
     for precision in precisions:
         contenders[f"ours {precision}"] = _Ours(given, precision, has_muon=True)
     contenders["ours_adamw fp32"] = _Ours(given, "fp32", has_muon=False)
     weights = {name: each.num_weights for name, each in contenders.items()}
-    print(_machine(), weights, flush=True)
+    print(_machine(device), weights, flush=True)
     held = {name: peak_bytes(each, device) for name, each in contenders.items()}  # warms up, too
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(given.rounds):
         for name, contender in contenders.items():
-            seconds[name].append(_timed(contender))
+            seconds[name].append(_timed(contender, device))
     reference = median(seconds["dalle_pytorch fp32"])
     results = []
     for name, each in seconds.items():
@@ -107,7 +115,7 @@ def _compare(given: argparse.Namespace) -> dict[str, Any]:
             "peak_megabytes": round((held[name] + contenders[name].state_bytes()) / 1e6),
         }
         precision = name.split()[1]
-        if name.startswith("ours "):
+        if name.startswith("ours ") and device.type == "cpu":
             line["target"] = TARGETS[precision]
         results.append(line)
         print("  ".join(f"{key} {value}" for key, value in line.items()), flush=True)
@@ -115,19 +123,27 @@ def _compare(given: argparse.Namespace) -> dict[str, Any]:
     return {"sizes": sizes, "weights": weights, "results": results}
 
 
-def _timed(work: Callable[[], object]) -> float:
+def _timed(work: Callable[[], object], device: torch.device) -> float:
+    import torch
+
     began = time.perf_counter()
     work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter() - began
 
 
 class _Theirs:
     """A step of their train_dalle.py: Adam, gradients clipped to 0.5."""
 
-    def __init__(self, given: argparse.Namespace) -> None:
+    def __init__(self, given: argparse.Namespace, precision: str) -> None:
         import torch
 
         torch.manual_seed(0)
+        device = torch.device(given.device)
+        self.autocast = torch.autocast(
+            device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False
+        )
         self.model = peers.dalle_pytorch(
             width=given.width,
             num_layers=given.layers,
@@ -136,17 +152,17 @@ class _Theirs:
             grid_size=given.grid,
             text_vocab_size=TEXT_VOCAB_SIZE,
             codebook_size=CODEBOOK_SIZE,
-        )
+        ).to(device)
         parameters = [each for each in self.model.parameters() if each.requires_grad]
         self.optimiser = torch.optim.Adam(parameters, lr=3e-4)
-        self.text = torch.randint(1, TEXT_VOCAB_SIZE, (given.batch, TEXT_LENGTH))
-        self.image = torch.randint(CODEBOOK_SIZE, (given.batch, given.grid**2))
+        self.text, self.image = (tokens.to(device) for tokens in _tokens(given))
         self.num_weights = sum(each.numel() for each in self.model.transformer.parameters())
 
     def __call__(self) -> None:
         from torch.nn.utils import clip_grad_norm_
 
-        loss = self.model(self.text, self.image, return_loss=True)
+        with self.autocast:
+            loss = self.model(self.text, self.image, return_loss=True)
         loss.backward()
         clip_grad_norm_(self.model.parameters(), 0.5)
         self.optimiser.step()
@@ -177,11 +193,12 @@ class _Ours:
             num_heads=given.heads,
             feed_forward="geglu",  # as theirs, so that both have as many weights
         )
-        self.model = Dalle(config).train()
-        self.text = torch.randint(1, TEXT_VOCAB_SIZE, (given.batch, TEXT_LENGTH))
-        self.image = torch.randint(CODEBOOK_SIZE, (given.batch, given.grid**2, 1))
+        device = torch.device(given.device)
+        self.model = Dalle(config).to(device).train()
+        text, image = _tokens(given)
+        self.text, self.image = text.to(device), image[:, :, None].to(device)
         raw = {"precision": precision} | ({} if has_muon else {"muon_learning_rate": "0"})
-        self.engine = TorchEngine(self, parse(raw).transformer, torch.device("cpu"))
+        self.engine = TorchEngine(self, parse(raw).transformer, device)
         self.num_weights = sum(each.numel() for each in self.model.blocks.parameters())
 
     def loss(self, batch: Any, progress: float) -> tuple[Any, dict[str, Any]]:
@@ -204,14 +221,23 @@ def _state_bytes(model: Any, optimisers: Sequence[Any]) -> int:
     return sum(each.numel() * each.element_size() for each in tensors)
 
 
-def _machine() -> dict[str, Any]:
+def _tokens(given: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
+    """Captions and pictures of both sides, at random."""
+    import torch
+
+    text = torch.randint(1, TEXT_VOCAB_SIZE, (given.batch, TEXT_LENGTH))
+    return text, torch.randint(CODEBOOK_SIZE, (given.batch, given.grid**2))
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
     """What a figure depends on."""
     import torch
 
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     values = {key.strip(): value for key, _, value in (line.partition(":") for line in lines)}
     flags = values.get("flags", "").split()
-    return {
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+    return gpu | {
         "processor": values.get("model name", platform.machine()).strip(),
         "flags": [flag for flag in BF16_FLAGS if flag in flags],
         "torch": torch.__version__,
