@@ -50,6 +50,7 @@ _STAGE_ROUNDS = 5
 _CPU_PRECISIONS = ("fp32", "fp16", "int8")
 _GPU_PRECISIONS = ("fp32", "bf16")
 _PROFILED_DEPTH = bench_steps.DEPTHS[1]
+_STEPS_TOGETHER = 8  # of a GPU, which the host goes ahead of
 _TRIED = 16  # candidates drawn together while the number of threads is chosen, as `serve` draws
 
 
@@ -194,8 +195,10 @@ def _steps(
         steps = {precision: engine.step for precision, engine in engines.items()}
         left = config.num_positions - int(config.num_positions * depth)
         profiled = depth == _PROFILED_DEPTH
-        here = min(rounds + 1, left - 1 - (bench_steps.PROFILED_STEPS if profiled else 0))
-        bench_steps.take_turns(steps, timings, depth, here, device, memory)
+        left -= 1 + (bench_steps.PROFILED_STEPS if profiled else 0)
+        here = min(rounds + 1, left)
+        together = 1 if device.type == "cpu" else min(_STEPS_TOGETHER, left // here)
+        bench_steps.take_turns(steps, timings, depth, here, device, memory, together=together)
         if profiled:
             for precision, engine in engines.items():
                 tables[precision] = engine.num_bytes / 1e6

@@ -98,6 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-images", type=int, default=4, help="default %(default)s")
     parser.add_argument("--requests", type=int, default=24, help="of a turn; default %(default)s")
     parser.add_argument("--turns", type=int, default=5, help="default %(default)s")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; default %(default)s")
     parser.add_argument("--threads", type=int, default=1, help="torch threads; default 1")
     parser.add_argument("--precision", default="fp32", help="default %(default)s")
     parser.add_argument(
@@ -116,14 +117,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ).encode()
         for number in range(given.requests)
     ]
-    generator = Generator.load(given.model, "cpu", threads=given.threads, precision=given.precision)
+    generator = Generator.load(
+        given.model, given.device, threads=given.threads, precision=given.precision
+    )
     generator.self_test()
-    with serving(given.model, given.threads, given.precision, given.clients) as server:
+    with serving(given) as server:
         turns = [
             measure(generator, server, bodies, given.clients, image_bytes=int(1e6 * given.image_mb))
             for _ in range(given.turns + 1)
         ][1:]  # the first one warms up
-    print(json.dumps(bench_steps.describe_machine(torch.device("cpu")) | figures(turns, given)))
+    machine = bench_steps.describe_machine(torch.device(given.device))
+    print(json.dumps(machine | figures(turns, given)))
 
 
 def figures(turns: Sequence[Turn], given: argparse.Namespace) -> dict[str, Any]:
@@ -255,15 +259,15 @@ def _large_body(size: int) -> bytes:
 
 
 @contextmanager
-def serving(model: Path, threads: int, precision: str, clients: int) -> Iterator[Server]:
+def serving(given: argparse.Namespace) -> Iterator[Server]:
     """`serve` on a free port; its log is shown when it does not start."""
     with TemporaryDirectory() as directory:
-        (Path(directory) / "model").symlink_to(model.resolve())
+        (Path(directory) / "model").symlink_to(given.model.resolve())
         environment = os.environ | {
-            "DALLE_DEVICE": "cpu",
-            "DALLE_THREADS": str(threads),
-            "DALLE_PRECISION": precision,
-            "DALLE_QUEUE_SIZE": str(max(16, clients)),
+            "DALLE_DEVICE": given.device,
+            "DALLE_THREADS": str(given.threads),
+            "DALLE_PRECISION": given.precision,
+            "DALLE_QUEUE_SIZE": str(max(16, given.clients)),
         }
         words = ["--root", directory, "--host", "127.0.0.1", "--port", "0"]
         process = subprocess.Popen(  # noqa: S603 - ourselves

@@ -14,10 +14,12 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from dalle.decode_step import SlotStep
 from dalle.decoding import DecodeEngine
 from dalle.names import Precision
 from dalle.ragged_step import RaggedStep
@@ -100,11 +102,21 @@ def take_turns(
     rounds: int,
     device: torch.device,
     memory: Memory | None = None,
+    *,
+    together: int = 1,
 ) -> None:
-    """Time each of the steps once a round, in turn, and the memory beside them."""
+    """Time each of the steps once a round, in turn, and the memory beside them.
+
+    together: steps in a turn, which a GPU is told of while it is still at the first.
+    """
+
+    def turn(step: Callable[[], object]) -> None:
+        for _ in range(together):
+            step()
+
     for _ in range(rounds):
         for name, step in steps.items():
-            timings[name].note(depth, timed(step, device))
+            timings[name].note(depth, timed(partial(turn, step), device) / together)
         if memory is not None:
             memory.probe()
 
@@ -137,7 +149,7 @@ def engine_at(
 
 def step_of(
     model: Dalle, batch: int, precision: str, key_ranges: list[KeyRange] | None
-) -> RaggedStep | StaticStep:
+) -> SlotStep:
     """The step of a precision; for bf16 of a model that is in it, see `in_precision`."""
     if precision == "bf16" or model.text_position.device.type != "cpu":
         return StaticStep(model, batch)

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from torch import Tensor
 
-from dalle.decoding import FinishedCandidate, Generation
 from dalle.errors import DalleError
+from dalle.generations import FinishedCandidate, Generation
 from inference.control import Control
 from inference.prepare import GenerateWork
 from inference.render import Candidate, GenerateResult, rank

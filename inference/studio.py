@@ -17,7 +17,8 @@ from itertools import groupby
 import torch
 
 from dalle.artefact import Artefact
-from dalle.decoding import DecodeEngine, FinishedCandidate
+from dalle.decoding import DecodeEngine
+from dalle.generations import FinishedCandidate
 from inference.control import Control
 from inference.drawing import Drawing, Ended
 from inference.pacing import Pace

@@ -7,15 +7,16 @@ positions, H heads, D head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle.attention import SelfAttention
+from dalle.attention import KeyValueCache, SelfAttention
 from dalle.layers import FeedForward, LayerScale
 from dalle.names import Precision
 from dalle.quantised import Matrix, matrix
@@ -31,6 +32,35 @@ class Attends(Protocol):
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Store keys and values and attend: all [B, H, D] -> [B, H * D]."""
+        ...
+
+
+class SlotStep(Protocol):
+    """A decoding step together with the keys and values of all its slots: `RaggedStep` for a CPU,
+    `StaticStep` for a GPU."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the keys and values."""
+        ...
+
+    def __call__(self, slots: np.ndarray, codes: Tensor, positions: np.ndarray) -> Tensor:
+        """Take in the codes [B, M] of the slots' [B] positions [B]: states [B, W].
+
+        The very same array of slots again means that the step goes on where the last one was.
+        """
+        ...
+
+    def code_logits(self, hidden: Tensor, m: int, codes: Tensor) -> Tensor:
+        """As `DecodeStep.code_logits`."""
+        ...
+
+    def pack(self, prefix: KeyValueCache) -> Sequence[Any]:
+        """What `load` writes for sequences that begin as a cache of one row does, by layer."""
+        ...
+
+    def load(self, slots: Tensor, packed: Sequence[Any]) -> None:
+        """Begin the same sequence in each of the slots [B]."""
         ...
 
 
@@ -157,23 +187,25 @@ def _norm(norm: nn.Module) -> Function:
 
 def _activation(feed_forward: FeedForward) -> Function:
     """The activation over `_input_gain`."""
+    is_halved = _input_gain(feed_forward) == 0.5
+
+    def geglu(x: Tensor) -> Tensor:
+        x, gate = x.chunk(2, dim=-1)
+        return _twice_gelu(gate, x * gate) if is_halved else F.gelu(gate).mul_(x)
+
     match feed_forward.kind:
         case "gelu":
-            return lambda x: _twice_gelu(x, x)
+            return (lambda x: _twice_gelu(x, x)) if is_halved else F.gelu
         case "relu2":
             return lambda x: x.relu_().square_()
         case "geglu":
-
-            def geglu(x: Tensor) -> Tensor:
-                x, gate = x.chunk(2, dim=-1)
-                return _twice_gelu(gate, x * gate)
-
             return geglu
 
 
 def _input_gain(feed_forward: FeedForward) -> float:
     """What the second matrix multiplies its input by: half of what comes from `_twice_gelu`."""
-    return 1.0 if feed_forward.kind == "relu2" else 0.5
+    is_on_cpu = feed_forward.expand.weight.device.type == "cpu"
+    return 0.5 if is_on_cpu and feed_forward.kind != "relu2" else 1.0
 
 
 def _twice_gelu(x: Tensor, factor: Tensor) -> Tensor:

@@ -5,95 +5,28 @@
 
 What a candidate is depends on its caption, options, seed and number alone, never on the load: the
 same picture as `dalle.sampling` draws. Knows ids and probabilities; no captions, pixels, clocks or
-threads: one thread calls everything.
+threads: one thread calls everything. On a GPU a step returns before it is done, and what is read
+of it waits.
 
-Letters: S slots, B busy slots (rows of a step), C candidates in the making, G those with guidance,
-N positions, M codes per position, V codebook size, P primed positions, T text length, W width.
+Letters: S slots, B busy slots (rows of a step), C candidates in the making, N positions, M codes
+per position, P primed positions, T text length, W width.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from dalle.decode_batch import Batch
+from dalle.decode_step import SlotStep
+from dalle.generations import Branch, Candidate, FinishedCandidate, Generation
 from dalle.ragged_step import RaggedStep
-from dalle.sampling import SamplingOptions, choose, image_uniforms, require_evaluation_mode
+from dalle.sampling import SamplingOptions, image_uniforms, require_evaluation_mode
 from dalle.static_step import StaticStep
 from dalle.transformer import PADDING, Dalle
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class FinishedCandidate:
-    """One image's worth of tokens, [N, M] int64, and its log p as in `SampledTokens`."""
-
-    generation: Generation
-    candidate: int
-    image_tokens: Tensor = field(repr=False)
-    log_likelihood: float
-
-
-@dataclass(eq=False)
-class Generation:
-    """A request's candidates on their way; made by `DecodeEngine.submit`."""
-
-    seed: int
-    options: SamplingOptions
-    waiting: deque[int]
-    """Numbers of the candidates that have no slot yet."""
-    prime_tokens: Tensor | None = field(repr=False)
-    branches: list[_Branch] = field(repr=False)
-    """With the caption, and with guidance without it."""
-    together: int = 1
-    """Candidates that begin in the same step, and so are always equally far."""
-    most: int | None = None
-    """Candidates that may be in the making together; None: as many as there is room for."""
-    in_slots: int = 0
-    """Candidates in the making."""
-
-    @property
-    def slots_each(self) -> int:
-        """Slots that one candidate takes."""
-        return len(self.branches)
-
-    @property
-    def may_start(self) -> bool:
-        """Whether more of its candidates wait and may begin."""
-        within = self.most is None or self.in_slots + self.next_start <= self.most
-        return bool(self.waiting) and (within or not self.in_slots)
-
-    @property
-    def next_start(self) -> int:
-        """How many candidates begin next, at once."""
-        return min(self.together, len(self.waiting))
-
-    @property
-    def is_over(self) -> bool:
-        """Whether no candidate of it is to come any more."""
-        return not self.waiting and not self.in_slots
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class _Branch:
-    """A caption's pass through the model, done once: what its candidates' slots begin with."""
-
-    packed: Sequence[tuple[Tensor, Tensor]]
-    hidden: Tensor  # [W], predicts the first position that is not primed
-
-
-@dataclass(eq=False, slots=True)
-class _Candidate:
-    """A candidate in the making."""
-
-    generation: Generation
-    number: int
-    slot: int
-    guidance_slot: int | None
-    position: int
 
 
 class DecodeEngine:
@@ -110,7 +43,7 @@ class DecodeEngine:
         num_slots: int,
         *,
         max_candidates: int | None = None,
-        step: RaggedStep | StaticStep | None = None,
+        step: SlotStep | None = None,
     ) -> None:
         if num_slots < 1:
             raise ValueError(f"num_slots must be at least 1, got {num_slots}")
@@ -124,9 +57,9 @@ class DecodeEngine:
             step = (RaggedStep if self._device.type == "cpu" else StaticStep)(model, num_slots)
         self._step = step
         self._free = list(range(num_slots))
-        self._making: list[_Candidate] = []
+        self._making: list[Candidate] = []
         self._generations: list[Generation] = []
-        self._batch: _Batch | None = None
+        self._batch: Batch | None = None
         # By slot; a candidate's own are those of its slot with the caption.
         self._hidden = model.text_position.new_zeros(num_slots, config.width)
         self._image_tokens = torch.zeros(num_slots, N, M, dtype=torch.int64, device=self._device)
@@ -222,16 +155,16 @@ class DecodeEngine:
         finished = self._admit()
         if not self._making:
             return finished
-        batch = self._batch = self._batch or _Batch(self._making, self._device)
+        N = self.model.config.num_positions
+        batch = self._batch = self._batch or Batch(self._making, N, self._device)
         codes = self._draw(batch)
-        last = self.model.config.num_positions - 1
-        ended = [each for each in self._making if each.position == last]
+        ended = [each for each in self._making if each.position == N - 1]
         finished += [self._finish(each) for each in ended]
         if self._making:
             if ended:
-                kept = [row for row, each in enumerate(batch.candidates) if each.position != last]
+                kept = [row for row, each in enumerate(batch.candidates) if each.position < N - 1]
                 codes = codes[kept]
-                batch = self._batch = _Batch(self._making, self._device)
+                batch = self._batch = Batch(self._making, N, self._device)
             self._advance(batch, codes)
         return finished
 
@@ -257,17 +190,17 @@ class DecodeEngine:
             if each.generation is generation
         }
 
-    def _prefill(self, text_tokens: Tensor, prime_tokens: Tensor | None) -> _Branch:
+    def _prefill(self, text_tokens: Tensor, prime_tokens: Tensor | None) -> Branch:
         prefix = self.model.new_cache(1)
         prime = None if prime_tokens is None else prime_tokens[None]
         hidden = self.model.prefill(text_tokens, prime, prefix)
-        return _Branch(self._step.pack(prefix), hidden[0])
+        return Branch(self._step.pack(prefix), hidden[0])
 
     def _admit(self) -> list[FinishedCandidate]:
         """Give free slots to waiting candidates, in turn to the request that has fewest."""
         finished = []
         started: dict[tuple[int, int], list[int]] = {}
-        branches: dict[tuple[int, int], _Branch] = {}
+        branches: dict[tuple[int, int], Branch] = {}
         while waiting := [each for each in self._generations if each.may_start]:
             generation = min(waiting, key=lambda each: each.in_slots)
             if not generation.branches:
@@ -291,14 +224,14 @@ class DecodeEngine:
             self._hidden[chosen] = branches[key].hidden
         return finished
 
-    def _start(self, generation: Generation) -> _Candidate:
+    def _start(self, generation: Generation) -> Candidate:
         """Take slots for a request's next candidate."""
         number = generation.waiting.popleft()
         slot = self._free.pop(0)
         guidance_slot = self._free.pop(0) if generation.slots_each == 2 else None
         prime = generation.prime_tokens
         primed = 0 if prime is None else len(prime)
-        candidate = _Candidate(generation, number, slot, guidance_slot, primed)
+        candidate = Candidate(generation, number, slot, guidance_slot, primed)
         if prime is not None:
             self._image_tokens[slot, :primed] = prime
         uniforms = image_uniforms(generation.seed, number, self._uniforms[slot].numel())
@@ -309,11 +242,11 @@ class DecodeEngine:
         self._batch = None
         return candidate
 
-    def _draw(self, batch: _Batch) -> Tensor:
+    def _draw(self, batch: Batch) -> Tensor:
         """Draw the codes [C, M] of each candidate's position, and count their likelihood."""
         C, M = len(batch.candidates), self.model.config.num_codebooks
         hidden = self._hidden.index_select(0, batch.rows)
-        places = batch.places(self.model.config.num_positions)
+        places = batch.places
         uniforms = self._uniforms.view(-1, M).index_select(0, places)
         codes = torch.zeros(C, M, dtype=torch.int64, device=self._device)
         log_likelihood = torch.zeros(C, device=self._device)
@@ -327,15 +260,13 @@ class DecodeEngine:
         self._log_likelihood.index_add_(0, batch.slots, log_likelihood)
         return codes
 
-    def _advance(self, batch: _Batch, codes: Tensor) -> None:
+    def _advance(self, batch: Batch, codes: Tensor) -> None:
         """Take in the codes [C, M] just drawn: the model's step, for all rows."""
-        positions = batch.numpy_positions()
-        hidden = self._step(batch.numpy_rows, batch.spread(codes), positions)
+        hidden = self._step(batch.numpy_rows, batch.spread(codes), batch.numpy_positions)
         self._hidden.index_copy_(0, batch.rows, hidden)
-        for each in batch.candidates:
-            each.position += 1
+        batch.advance()
 
-    def _finish(self, candidate: _Candidate) -> FinishedCandidate:
+    def _finish(self, candidate: Candidate) -> FinishedCandidate:
         self._release(candidate)
         finished = FinishedCandidate(
             candidate.generation,
@@ -357,7 +288,7 @@ class DecodeEngine:
             for number in numbers
         ]
 
-    def _release(self, candidate: _Candidate) -> None:
+    def _release(self, candidate: Candidate) -> None:
         self._making.remove(candidate)
         candidate.generation.in_slots -= 1
         self._free.append(candidate.slot)
@@ -370,67 +301,3 @@ class DecodeEngine:
         if generation in self._generations:
             self._generations.remove(generation)
         generation.branches = []
-
-
-class _Batch:
-    """The rows of a step: each candidate's, then those without caption of the ones with guidance.
-
-    Holds as long as the same candidates are in the making.
-    """
-
-    def __init__(self, candidates: Sequence[_Candidate], device: torch.device) -> None:
-        self.candidates = list(candidates)
-        guided = [row for row, each in enumerate(candidates) if each.guidance_slot is not None]
-        guidance_slots = [candidates[row].guidance_slot for row in guided]
-        slots = [each.slot for each in candidates]
-        self.numpy_rows = np.array([*slots, *guidance_slots], dtype=np.int64)
-        self.rows = torch.from_numpy(self.numpy_rows).to(device)
-        self.slots = torch.tensor(slots, device=device)
-        self._guided = torch.tensor(guided, dtype=torch.int64, device=device) if guided else None
-        self._device = device
-        scales = [candidates[row].generation.options.guidance_scale for row in guided]
-        self._scales = torch.tensor(scales, device=device)[:, None]
-        by_options: dict[SamplingOptions, list[int]] = {}
-        for row, each in enumerate(candidates):
-            options = each.generation.options
-            by_options.setdefault(
-                SamplingOptions(options.temperature, options.top_k, options.top_p), []
-            ).append(row)
-        self._draws = [
-            (options, torch.tensor(rows, device=device)) for options, rows in by_options.items()
-        ]
-
-    def numpy_positions(self) -> np.ndarray:
-        """Each row's position, [B]."""
-        positions = [each.position for each in self.candidates]
-        with_guidance = [
-            each.position for each in self.candidates if each.guidance_slot is not None
-        ]
-        return np.array([*positions, *with_guidance], dtype=np.int64)
-
-    def places(self, num_positions: int) -> Tensor:
-        """Each candidate's slot and position as one number, [C]."""
-        places = [each.slot * num_positions + each.position for each in self.candidates]
-        return torch.tensor(places, device=self._device)
-
-    def spread(self, codes: Tensor) -> Tensor:
-        """[C, M] -> [B, M]: a branch without caption takes in what its candidate drew."""
-        return codes if self._guided is None else torch.cat([codes, codes[self._guided]])
-
-    def guide(self, logits: Tensor) -> Tensor:
-        """[B, V] -> [C, V]"""
-        if self._guided is None:
-            return logits
-        C = len(self.candidates)
-        conditional, blank = logits[:C], logits[C:]
-        with_guidance = blank + self._scales * (conditional[self._guided] - blank)
-        return conditional.index_copy(0, self._guided, with_guidance)
-
-    def choose(self, logits: Tensor, uniforms: Tensor) -> Tensor:
-        """One code per candidate, [C]: together for all that draw alike."""
-        if len(self._draws) == 1:
-            return choose(logits, uniforms, self._draws[0][0])
-        chosen = torch.empty(len(logits), dtype=torch.int64, device=self._device)
-        for options, rows in self._draws:
-            chosen[rows] = choose(logits[rows], uniforms[rows], options)
-        return chosen

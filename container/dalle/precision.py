@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dalle.decode_step import SlotStep
 from dalle.decoding import DecodeEngine
 from dalle.errors import ArtefactError, DeviceError
 from dalle.names import Precision
@@ -176,7 +177,7 @@ def compare(
 
 def _convert(
     model: Dalle, num_slots: int, precision: Precision, key_ranges: Sequence[KeyRange] | None
-) -> tuple[Dalle, RaggedStep | StaticStep]:
+) -> tuple[Dalle, SlotStep]:
     """The model that reads captions, and the step that goes on from there."""
     if precision == "bf16":
         model = copy.deepcopy(model).to(torch.bfloat16)
@@ -188,7 +189,7 @@ def _convert(
 
 def _walk(
     model: Dalle,
-    step: RaggedStep | StaticStep,
+    step: SlotStep,
     captions: Tensor,
     image_tokens: Tensor,
     window: range,

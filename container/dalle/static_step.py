@@ -2,8 +2,9 @@
 
 A GPU is fed faster than it can be told what to do, so that idle slots cost nothing and launching
 kernels does: with fixed shapes and addresses the step is recorded once (a CUDA graph) and replayed.
-Keys are read up to a length that grows in blocks, one graph for each. Also runs, unrecorded,
-on a CPU.
+Nothing is awaited in between, nor sent to the device while the same slots go on, so that the host
+runs ahead. Keys are read up to a length that grows in blocks, one graph for each. Also runs,
+unrecorded, on a CPU.
 
 Letters: S slots, B busy slots, H heads, L inputs of a sequence, D head width, M codes, W width, n
 inputs that a query of a sparse kind sees.
@@ -12,6 +13,7 @@ inputs that a query of a sparse kind sees.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,6 +27,7 @@ from dalle.transformer import Dalle, TransformerConfig
 
 _BLOCK = 128  # inputs by which the keys that are read grow
 _WARM_UPS = 2  # steps before a recording, in which libraries take their memory
+_ALIGNED = 16  # keys: attention kernels copy a mask whose rows are of another length
 
 
 class StaticStep:
@@ -35,80 +38,94 @@ class StaticStep:
         self._step = DecodeStep(model)
         self._first_input = config.text_length + 1  # index of position 0 as an input
         self.code_logits = self._step.code_logits
-        self._length = config.length
-        shape = (num_slots, config.num_heads, config.length, config.head_width)
-        self._cache = KeyValueCache(config.num_layers, shape, like)
+        self._num_slots, self._length = num_slots, config.length
+        self._heads = (config.num_heads, config.head_width)
+        # A layer's keys and values side by side: what a query sees is gathered by one kernel.
+        self._tables = [
+            like.new_zeros(num_slots * config.length, 2, config.width)
+            for _ in range(config.num_layers)
+        ]
         self._kinds = [config.kind_of_layer(layer) for layer in range(config.num_layers)]
-        self._seen = {
-            kind: _seen_inputs(config, kind, like.device)
-            for kind in set(self._kinds)
-            if kind != "full"
-        }
-        self._slots = torch.arange(num_slots, device=like.device)
-        self._all_inputs = torch.arange(config.length, device=like.device)
+        self._seen = {kind: _Seen.of(config, kind, like) for kind in set(self._kinds)}
+        self._first_rows = torch.arange(num_slots, device=like.device) * config.length
         # What a recorded step reads and writes.
         self._codes = torch.zeros(
             num_slots, config.num_codebooks, dtype=torch.int64, device=like.device
         )
         self._positions = torch.zeros(num_slots, dtype=torch.int64, device=like.device)
         self._hidden = like.new_zeros(num_slots, config.width)
-        self._inputs = torch.zeros_like(self._positions)
-        self._bound = config.length
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        # Of the step that is being run.
+        self._bound = config.length
+        self._rows = self._first_rows
+        self._views: dict[AttentionKind, _View] = {}
+        # Of the last step.
+        self._last_slots: np.ndarray | None = None
+        self._busy = self._one = self._positions[:0]
 
     @property
     def num_bytes(self) -> int:
         """Memory of the keys and values."""
-        return sum(each.nbytes for each in self._cache.keys + self._cache.values)
+        return sum(each.nbytes for each in self._tables)
 
     def __call__(self, slots: np.ndarray, codes: Tensor, positions: np.ndarray) -> Tensor:
-        """Take in the codes [B, M] of the slots' [B] positions [B]: states [B, W]."""
-        device = self._hidden.device
-        rows = torch.from_numpy(slots).to(device)
-        self._codes.index_copy_(0, rows, codes)
-        self._positions.index_copy_(0, rows, torch.from_numpy(positions).to(device))
+        """Take in the codes [B, M] of the slots' [B] positions [B]: states [B, W].
+
+        The very same array of slots again means that the step goes on where the last one was.
+        """
+        if slots is self._last_slots:
+            self._positions.index_add_(0, self._busy, self._one)
+        else:
+            self._last_slots = slots
+            self._busy = torch.from_numpy(slots).to(self._hidden.device)
+            self._one = torch.ones_like(self._busy)
+            current = torch.from_numpy(positions).to(self._hidden.device)
+            self._positions.index_copy_(0, self._busy, current)
+        self._codes.index_copy_(0, self._busy, codes)
         last_input = int(positions.max()) + self._first_input
         self._bound = min(self._length, -(-(last_input + 1) // _BLOCK) * _BLOCK)
         if self._hidden.device.type == "cuda":
             self._replay()
         else:
             self._run()
-        return self._hidden.index_select(0, rows)
+        return self._hidden.index_select(0, self._busy)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Store every slot's key and value, then attend: all [S, H, D] -> [S, H * D]."""
-        kind, inputs = self._kinds[layer], self._inputs
-        keys, values = self._cache.keys[layer], self._cache.values[layer]
-        keys[self._slots, :, inputs] = key
-        values[self._slots, :, inputs] = value
-        if kind == "full":
-            keys, values = keys[:, :, : self._bound], values[:, :, : self._bound]
-            mask = self._all_inputs[: self._bound] <= inputs[:, None]
+        table, view = self._tables[layer], self._views[self._kinds[layer]]
+        table.select(1, 0).index_copy_(0, self._rows, key.flatten(1))
+        table.select(1, 1).index_copy_(0, self._rows, value.flatten(1))
+        if view.rows is None:
+            seen = table.view(self._num_slots, -1, *table.shape[1:])[:, : self._bound]
         else:
-            table, seen = self._seen[kind]
-            chosen = table.index_select(0, inputs)[:, None, :, None]
-            keys, values = (torch.take_along_dim(each, chosen, dim=2) for each in (keys, values))
-            mask = seen.index_select(0, inputs)
+            seen = table.index_select(0, view.rows).view(self._num_slots, -1, *table.shape[1:])
+        keys, values = seen.view(*seen.shape[:3], *self._heads).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(
-            query[:, :, None], keys, values, attn_mask=mask[:, None, None]
+            query[:, :, None], keys, values, attn_mask=view.mask
         )
         return attended.flatten(1)
 
-    def pack(self, prefix: KeyValueCache) -> list[tuple[Tensor, Tensor]]:
-        """What `load` writes for sequences that begin as a cache of one row does."""
+    def pack(self, prefix: KeyValueCache) -> list[Tensor]:
+        """What `load` writes for sequences that begin as a cache of one row does: [n, 2, W]."""
         return [
-            (key[0, :, : prefix.filled], value[0, :, : prefix.filled])
+            torch.stack([each[0, :, : prefix.filled] for each in (key, value)])
+            .permute(2, 0, 1, 3)
+            .flatten(2)
             for key, value in zip(prefix.keys, prefix.values, strict=True)
         ]
 
-    def load(self, slots: Tensor, packed: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def load(self, slots: Tensor, packed: Sequence[Tensor]) -> None:
         """Begin the same sequence in each of the slots [B]."""
-        for layer, (key, value) in enumerate(packed):
-            self._cache.keys[layer][slots, :, : key.shape[1]] = key
-            self._cache.values[layer][slots, :, : value.shape[1]] = value
+        for table, inputs in zip(self._tables, packed, strict=True):
+            table.view(self._num_slots, -1, *table.shape[1:])[slots, : len(inputs)] = inputs
 
     def _run(self) -> None:
-        self._inputs = self._positions + self._first_input
+        inputs = self._positions + self._first_input
+        self._rows = self._first_rows + inputs
+        self._views = {
+            kind: seen.by(inputs, self._first_rows, self._bound)
+            for kind, seen in self._seen.items()
+        }
         self._hidden.copy_(self._step(self._codes, self._positions, self))
 
     def _replay(self) -> None:
@@ -127,13 +144,45 @@ class StaticStep:
         graph.replay()
 
 
-def _seen_inputs(
-    config: TransformerConfig, kind: AttentionKind, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """For each input the indices [L, n] that it sees, filled up with 0, and which of them count."""
-    visible = visibility(kind, config.text_length, config.grid_size, config.conv_kernel_size)
-    counts = visible.sum(dim=1)
-    n = int(counts[config.text_length + 1 :].max()) if config.num_positions > 1 else 1
-    order = visible.int().argsort(dim=1, descending=True, stable=True)[:, :n]
-    counted = torch.arange(n) < counts[:, None]
-    return order.where(counted, 0).to(device), counted.to(device)
+@dataclass(frozen=True, eq=False)
+class _View:
+    """What the slots' queries see in a step of one length."""
+
+    rows: Tensor | None
+    """[S * n] of a layer's table; None: all inputs up to the bound."""
+    mask: Tensor
+    """[S, 1, 1, n]: 0 for what counts, else -inf."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """Of a kind of attention what the query at each input sees: inputs [L, n], filled up, and which
+    of them count, [L, n] as a mask to add. inputs is None where that is all there is before it."""
+
+    inputs: Tensor | None
+    mask: Tensor
+
+    @classmethod
+    def of(cls, config: TransformerConfig, kind: AttentionKind, like: Tensor) -> _Seen:
+        """like: a tensor of the device and dtype to use."""
+        visible = visibility(kind, config.text_length, config.grid_size, config.conv_kernel_size)
+        if kind == "full":
+            return cls(None, _as_mask(visible, like))
+        counts = visible.sum(dim=1)
+        n = int(counts[config.text_length + 1 :].max()) if config.num_positions > 1 else 1
+        n = min(-(-n // _ALIGNED) * _ALIGNED, config.length)
+        order = visible.int().argsort(dim=1, descending=True, stable=True)[:, :n]
+        counted = torch.arange(n) < counts[:, None]
+        return cls(order.where(counted, 0).to(like.device), _as_mask(counted, like))
+
+    def by(self, inputs: Tensor, first_rows: Tensor, bound: int) -> _View:
+        """For queries at the slots' inputs [S]; first_rows: of the slots [S] in a table."""
+        mask = self.mask[:, :bound].index_select(0, inputs)[:, None, None]
+        if self.inputs is None:
+            return _View(None, mask)
+        rows = self.inputs.index_select(0, inputs) + first_rows[:, None]
+        return _View(rows.flatten(), mask)
+
+
+def _as_mask(counted: Tensor, like: Tensor) -> Tensor:
+    return like.new_zeros(counted.shape).masked_fill_(~counted.to(like.device), -torch.inf)
