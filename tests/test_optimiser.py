@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from training.optimiser import Muon, OptimiserPair, learning_rate_share, orthogonalise
+from training.optimiser import (
+    Muon,
+    OptimiserPair,
+    learning_rate_share,
+    muon_update_elements,
+    orthogonalise,
+)
 
 
 class Model(nn.Module):
@@ -43,6 +49,21 @@ def test_orthogonalising_a_batch_is_orthogonalising_each():
     matrices = torch.randn(4, 6, 10, generator=torch.Generator().manual_seed(0))
     alone = torch.cat([orthogonalise(matrix[None]) for matrix in matrices])
     torch.testing.assert_close(orthogonalise(matrices), alone)
+
+
+def test_many_equal_matrices_are_orthogonalised_a_few_at_a_time(monkeypatch):
+    def stepped():
+        parameters = [nn.Parameter(torch.ones(4, 6)) for _ in range(5)]
+        for seed, parameter in enumerate(parameters):
+            generator = torch.Generator().manual_seed(seed)
+            parameter.grad = torch.randn(4, 6, generator=generator)
+        Muon(parameters, learning_rate=0.1).step()
+        return torch.stack(parameters)
+
+    together, needed = stepped(), muon_update_elements([torch.empty(4, 6)] * 5)
+    monkeypatch.setattr("training.optimiser.TOGETHER_ELEMENTS", 2 * 4 * 6)
+    torch.testing.assert_close(stepped(), together)
+    assert muon_update_elements([torch.empty(4, 6)] * 5) < needed
 
 
 def test_a_zero_gradient_moves_nothing():

@@ -20,6 +20,8 @@ ADAM_BETAS = (0.9, 0.99)
 MOMENTUM = 0.95
 NEWTON_SCHULZ_STEPS = 5
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+TOGETHER_ELEMENTS = 1 << 27
+"""Of the equal matrices in one product: they would be gigabytes in a large model."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -64,16 +66,18 @@ class Muon(torch.optim.Optimizer):
         if weight_decay:
             torch._foreach_mul_(parameters, 1 - lr * weight_decay)
 
-        # Equal shapes go through one batched product: on a GPU that is what fills it.
         by_shape: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
         for index, parameter in enumerate(parameters):
             by_shape[(parameter.shape[0], parameter[0].numel())].append(index)
-        for (rows, columns), indices in by_shape.items():
-            stacked = torch.stack([directions[i].reshape(rows, columns) for i in indices])
+        for (rows, columns), same in by_shape.items():
             size = lr * max(1.0, rows / columns) ** 0.5
-            for index, update in zip(indices, orthogonalise(stacked), strict=True):
-                parameter = parameters[index]
-                parameter.add_(update.view_as(parameter), alpha=-size)
+            number = _together(rows, columns)
+            for first in range(0, len(same), number):
+                indices = same[first : first + number]
+                stacked = torch.stack([directions[i].reshape(rows, columns) for i in indices])
+                for index, update in zip(indices, orthogonalise(stacked), strict=True):
+                    parameter = parameters[index]
+                    parameter.add_(update.view_as(parameter), alpha=-size)
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
@@ -98,18 +102,20 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 def muon_update_elements(parameters: Sequence[Tensor]) -> int:
     """The most numbers that a step of `Muon` holds for a moment, beside its state.
 
-    All directions, and of the largest group of equal shapes: them once more, the iteration's old
+    All directions, and of the most matrices that go together: them once more, the iteration's old
     and new matrices, and two products.
     """
+    held = [0]
     groups = Counter((each.shape[0], each[0].numel()) for each in parameters)
-    largest = max(
-        (
-            number * (3 * rows * columns + 2 * min(rows, columns) ** 2)
-            for (rows, columns), number in groups.items()
-        ),
-        default=0,
-    )
-    return sum(each.numel() for each in parameters) + largest
+    for (rows, columns), number in groups.items():
+        together = min(number, _together(rows, columns))
+        held.append(together * (3 * rows * columns + 2 * min(rows, columns) ** 2))
+    return sum(each.numel() for each in parameters) + max(held)
+
+
+def _together(rows: int, columns: int) -> int:
+    """How many matrices go through one batched product, which is what fills a GPU."""
+    return max(1, TOGETHER_ELEMENTS // (rows * columns))
 
 
 def _iteration_type(device: torch.device) -> torch.dtype:
