@@ -35,6 +35,7 @@ from training.demo_code import digest_of_code, showing_code, training_code
 from training.demo_commands import run_train
 from training.demo_recipe import read_recipe_file
 from training.demo_steps import Ledger, Step, announcer, digest_of_file, run_steps
+from training.engine.devices import choose_device
 from training.evaluate import ALL, GREEDY, NOVEL, evaluate, to_json
 from training.ground_truth import read_ground_truth
 
@@ -137,7 +138,7 @@ class SeedRun:
         run_train(self.root, {name: self.data / name for name in ("train", "validation")})
 
     def evaluate(self, name: str) -> None:
-        artefact = artefacts.load(self.model)
+        artefact = artefacts.load(self.model, choose_device("auto"))
         assert artefact.dvae is not None, "run_train leaves no artefact without one"
         evaluation = evaluate(
             artefact,
@@ -171,7 +172,9 @@ class SeedRun:
             numbers[f"{label}, right colour"] = score["per_attribute"]["colour"]
         for stage in stages:
             numbers[f"{stage['stage']} steps"] = stage["steps"]
+            numbers[f"{stage['stage']} seconds"] = stage["seconds"]
             numbers[f"{stage['stage']} core-seconds"] = stage["cpu_seconds"]
+        numbers["seconds"] = sum(stage["seconds"] for stage in stages)
         numbers["core-seconds"] = sum(stage["cpu_seconds"] for stage in stages)
         return numbers
 
