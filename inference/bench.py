@@ -197,8 +197,10 @@ def _steps(
         profiled = depth == _PROFILED_DEPTH
         left -= 1 + (bench_steps.PROFILED_STEPS if profiled else 0)
         here = min(rounds + 1, left)
-        together = 1 if device.type == "cpu" else min(_STEPS_TOGETHER, left // here)
-        bench_steps.take_turns(steps, timings, depth, here, device, memory, together=together)
+        together = 1 if device.type == "cpu" else min(_STEPS_TOGETHER, left // max(1, here))
+        bench_steps.take_turns(
+            steps, timings, depth, here, device, memory, together=max(1, together)
+        )
         if profiled:
             for precision, engine in engines.items():
                 tables[precision] = engine.num_bytes / 1e6

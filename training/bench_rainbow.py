@@ -172,9 +172,9 @@ class SeedRun:
             numbers[f"{label}, right colour"] = score["per_attribute"]["colour"]
         for stage in stages:
             numbers[f"{stage['stage']} steps"] = stage["steps"]
-            numbers[f"{stage['stage']} seconds"] = stage["seconds"]
+            numbers[f"{stage['stage']} seconds"] = stage["wall_seconds"]
             numbers[f"{stage['stage']} core-seconds"] = stage["cpu_seconds"]
-        numbers["seconds"] = sum(stage["seconds"] for stage in stages)
+        numbers["seconds"] = sum(stage["wall_seconds"] for stage in stages)
         numbers["core-seconds"] = sum(stage["cpu_seconds"] for stage in stages)
         return numbers
 

@@ -60,9 +60,14 @@ def run_rank(
     no orderly end is possible once they do not take part in what it would wait for.
     """
     # Imported here: torch takes seconds, which a job that cannot run need not wait for.
+    import torch
+
     from training import worker, workshop
     from training.engine.devices import choose_device
 
+    # Momenta of weights without a gradient fade into denormal numbers, on which a CPU takes several
+    # times as long. Before torch starts the threads that take this over.
+    torch.set_flush_denormal(True)
     device = choose_device(job.device, place.device)
     if place.size == 1:
         worker.run(job, settings, stop, workshop.open_workshop, device=device)
