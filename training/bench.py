@@ -96,7 +96,7 @@ def _compare(given: argparse.Namespace) -> dict[str, Any]:
         contenders["dalle_pytorch bf16"] = _Theirs(given, "bf16")
     for precision in precisions:
         contenders[f"ours {precision}"] = _Ours(given, precision, has_muon=True)
-    contenders["ours_adamw fp32"] = _Ours(given, "fp32", has_muon=False)
+        contenders[f"ours_adamw {precision}"] = _Ours(given, precision, has_muon=False)
     weights = {name: each.num_weights for name, each in contenders.items()}
     print(_machine(device), weights, flush=True)
     held = {name: peak_bytes(each, device) for name, each in contenders.items()}  # warms up, too
@@ -115,7 +115,7 @@ def _compare(given: argparse.Namespace) -> dict[str, Any]:
             "peak_megabytes": round((held[name] + contenders[name].state_bytes()) / 1e6),
         }
         precision = name.split()[1]
-        if name.startswith("ours ") and device.type == "cpu":
+        if name.startswith("ours") and device.type == "cpu":
             line["target"] = TARGETS[precision]
         results.append(line)
         print("  ".join(f"{key} {value}" for key, value in line.items()), flush=True)
