@@ -73,7 +73,7 @@ def find(monkeypatch):
     def find(*, num_pairs=10_000, free=1 << 30, rates=None, num_devices=1):
         monkeypatch.setattr(auto_batch, "free_host_memory", lambda: free)
         if rates is not None:
-            monkeypatch.setattr(auto_batch, "_Trial", lambda *_: trial(rates))
+            monkeypatch.setattr(auto_batch, "Trial", lambda *_: trial(rates))
         return auto_batch.find_share(
             StageMemory("dvae", DVAE, device_type="cpu"),
             parse({"batch_size": "auto"}).dvae,

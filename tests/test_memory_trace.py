@@ -8,6 +8,8 @@ import torch
 from dalle.clip import ClipConfig
 from dalle.dvae import DVAEConfig
 from dalle.transformer import TransformerConfig
+from training.auto_batch import Trial
+from training.configs import TextSizes, clip_config, dvae_config, transformer_config
 from training.dataless import dataless_stage, random_batch
 from training.engine.torch_engine import TorchEngine
 from training.hyperparameters import parse
@@ -87,14 +89,53 @@ def test_the_plan_is_within_15_percent_of_what_a_step_was_measured_to_take(name,
         assert planned.device - planned.runtime == pytest.approx(measured, rel=0.15), batch_size
 
 
-def trace(config, batch_sizes, checkpoints_activations=False):
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("name", "checkpoints"), [(name, False) for name in CONFIGS] + [("transformer", True)]
+)
+def test_the_plan_is_within_15_percent_of_what_a_gpu_takes(name, checkpoints, precision):
+    raw = {"size": "base", "precision": precision, f"{name}_batch_size": "32"}
+    if checkpoints:
+        raw["activation_checkpointing"] = "true"
+    hyperparameters = parse(raw)
+    dvae, text = dvae_config(hyperparameters), TextSizes(10_000, 64)
+    config = {
+        "dvae": lambda: dvae,
+        "transformer": lambda: transformer_config(hyperparameters, text, dvae),
+        "clip": lambda: clip_config(hyperparameters, text, dvae.image_size),
+    }[name]()
+    device = torch.device("cuda")
+    memory = StageMemory(name, config, dvae=dvae, device_type="cuda")
+    planned = memory.at(Setting.of(hyperparameters, name, num_devices=1), 32)
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    assert Trial(memory, hyperparameters.of(name), device)(32)
+    measured = torch.cuda.max_memory_allocated() - held
+    assert planned.device - planned.runtime == pytest.approx(measured, rel=0.15)
+
+
+def trace(config, batch_sizes, checkpoints_activations=False, **changes):
     return trace_passes(
         lambda: dataless_stage(
             config, CPU, dvae=DVAE, checkpoints_activations=checkpoints_activations
         ),
         lambda size: random_batch(config, size, dvae=DVAE),
         batch_sizes,
+        **changes,
     )
+
+
+def test_autocast_of_a_gpu_keeps_what_it_computes_in_fp32():
+    bf16 = {"autocast": torch.bfloat16, "checkpoints_activations": True}
+    for name in ("dvae", "transformer"):
+        on_cpu = trace(CONFIGS[name], (2, 4), autocast=torch.bfloat16).activations(16)
+        on_gpu = trace(CONFIGS[name], (2, 4), autocast=torch.bfloat16, is_for_gpu=True)
+        assert on_gpu.activations(16) > 1.1 * on_cpu, name
+    in_fp32 = trace(TRANSFORMER, (2, 4)).activations(16)
+    assert trace(TRANSFORMER, (2, 4), is_for_gpu=True).activations(16) == in_fp32
+    # What is computed a second time is computed in the same formats.
+    assert trace(TRANSFORMER, (2, 4), is_for_gpu=True, **bf16).activations(16) > 0
 
 
 def test_a_batch_size_that_was_not_traced_is_predicted_to_the_byte():

@@ -63,7 +63,7 @@ def find_share(
             f"not even one pair of stage {memory.name} fits {device}, where {free / 2**30:.1f} GiB "
             "are free; `train --plan` says what would help"
         )
-    trial = _Trial(memory, settings, device)
+    trial = Trial(memory, settings, device)
     if setting.engine == "deepspeed":
         part, why = fitting, "by the plan's figures, which engine=deepspeed is not tried against"
     elif device.type == "cuda":
@@ -106,7 +106,7 @@ def _worthwhile(
     return size, "twice as many would not fit"
 
 
-class _Trial:
+class Trial:
     """Trains an untrained copy of the stage's model on random pairs for some steps."""
 
     def __init__(

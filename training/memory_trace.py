@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from dalle.quantiser import Quantiser
 
@@ -87,6 +87,7 @@ def trace_passes(
     *,
     autocast: torch.dtype | None = None,
     dtype: torch.dtype | None = None,
+    is_for_gpu: bool = False,
 ) -> Passes:
     """One forward and backward pass of a stage in training.
 
@@ -94,12 +95,15 @@ def trace_passes(
     batch_sizes: at least two different ones; three when something grows with their square.
     autocast: the number format of the forward pass, where it is not that of the weights.
     dtype: what the trained model is converted to first, as DeepSpeed does.
+    is_for_gpu: autocast computes more in fp32 on a GPU than on a CPU.
     """
     logs = []
     for batch_size in batch_sizes:
         with without_memory():
             stage = make_stage()
-        logs.append(_trace(stage, partial(make_batch, batch_size), autocast, dtype))
+        mode = _AutocastOfGPU() if is_for_gpu and autocast else nullcontext()
+        with mode:
+            logs.append(_trace(stage, partial(make_batch, batch_size), autocast, dtype))
     first = logs[0]
     assert all(log.entries == first.entries for log in logs), "a step depends on the batch size"
     powers = np.vander(np.asarray(batch_sizes, dtype=np.float64), increasing=True)
@@ -137,7 +141,8 @@ def _trace(
         precision = nullcontext() if autocast is None else torch.autocast("cpu", dtype=autocast)
         with precision:
             loss, reported = stage.loss(batch, 0.0)
-        loss.backward()  # type: ignore[no-untyped-call]
+        # Not loss.backward(), within which a function mode would not see what is computed again.
+        torch.autograd.backward(loss)
         parameters = [each for each in stage.model.parameters() if each.grad is not None]
         gradients = {allocations.number(each.grad) for each in parameters if each.grad is not None}
         sizes, entries = list(allocations.sizes), _ordered(allocations.entries)
@@ -195,6 +200,32 @@ class _Allocations(TorchDispatchMode):
 
         self._alive[key] = (number, weakref.ref(storage, drop))
         return number
+
+
+class _AutocastOfGPU(TorchFunctionMode):
+    """Under autocast, computes in fp32 what on a GPU is computed so."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _FP32_ON_GPU and torch.is_autocast_enabled("cpu"):
+            args, kwargs = tree_map(_in_fp32, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+_FP32_ON_GPU = {
+    *("binary_cross_entropy_with_logits", "cosine_similarity", "cross_entropy", "cumsum", "exp"),
+    *("group_norm", "kl_div", "l1_loss", "layer_norm", "log", "log_softmax", "mse_loss"),
+    *("nll_loss", "norm", "normalize", "pow", "prod", "reciprocal", "rsqrt", "smooth_l1_loss"),
+    *("softmax", "softplus", "square", "sum"),
+}
+"""Those of https://docs.pytorch.org/docs/stable/amp.html that a model here may use."""
+
+
+def _in_fp32(value: object) -> object:
+    is_half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+    return value.float() if is_half and isinstance(value, Tensor) else value
 
 
 class _Uninitialised(TorchFunctionMode):

@@ -119,7 +119,7 @@ class StageMemory:
         self.config = config
         self.dvae = dvae
         self.device_type = device_type
-        self._passes = StagePasses(config, dvae)
+        self._passes = StagePasses(config, dvae, is_for_gpu=device_type == "cuda")
 
     @cached_property
     def _model(self) -> DatalessStage:

@@ -27,10 +27,11 @@ class StagePasses:
     Number formats are those of the forward pass and of the weights, None for fp32.
     """
 
-    def __init__(self, config: Config, dvae: DVAEConfig | None) -> None:
+    def __init__(self, config: Config, dvae: DVAEConfig | None, *, is_for_gpu: bool) -> None:
         """dvae: of the frozen one that a transformer's images go through."""
         self._config = config
         self._dvae = dvae
+        self._is_for_gpu = is_for_gpu
         self._traces: dict[object, list[tuple[float, Passes]]] = {}
 
     def activations(
@@ -79,6 +80,7 @@ class StagePasses:
             CLIP_BATCHES if isinstance(config, ClipConfig) else BATCHES,
             autocast=forward,
             dtype=weights,
+            is_for_gpu=self._is_for_gpu,
         )
 
     def _depths(self) -> list[tuple[float, Config]]:

@@ -37,7 +37,8 @@ class FeedForward(nn.Module):
                 x, gate = x.chunk(2, dim=-1)
                 x = x * F.gelu(gate)
             case "relu2":
-                x = F.relu(x).square()
+                x = F.relu(x)
+                x = x * x  # autocast would compute and keep `square` in fp32 on a GPU
         contracted: Tensor = self.contract(x)
         return contracted
 
