@@ -98,8 +98,17 @@ def container_versions(container: Container) -> dict[str, str]:
     return dict(re.findall(r"(\S+)=(\S+)", first))
 
 
-def this_machine(root: Path = Path("/")) -> Hardware:
-    """This machine's processor, and how much of it there is. root: where /proc is found."""
+def this_machine(device: Device = "cpu", root: Path = Path("/")) -> Hardware:
+    """This machine's processor, and how much of it there is; for cuda also the GPU by its driver.
+
+    root: where /proc is found.
+    """
+    gpu = None
+    if device == "cuda":
+        told = [_read(file) for file in root.glob("proc/driver/nvidia/gpus/*/information")]
+        gpu = next(
+            (found[1] for each in told if (found := re.search(r"Model:\s*(.+)", each))), None
+        )
     text = _read(root / "proc/cpuinfo")
     name = re.search(r"model name\s*:\s*(.+)", text)
     family = re.search(r"cpu family\s*:\s*(\d+)\nmodel\s*:\s*(\d+)", text)
@@ -108,6 +117,7 @@ def this_machine(root: Path = Path("/")) -> Hardware:
         processor=processor_name(name[1] if name else None, family.groups() if family else None),
         num_cpus=os.cpu_count(),
         memory_bytes=int(memory[1]) * 1024 if memory else None,
+        gpu=gpu,
     )
 
 

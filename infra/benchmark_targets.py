@@ -78,9 +78,10 @@ def url_subject(
             f"{url} is not ready: {error}; start it, and wait until /ping answers 200",
             field="--url",
         ) from error
-    hardware = this_machine() if is_here else Hardware()
+    hardware = this_machine(device) if is_here else Hardware()
     if processor:
-        hardware = hardware.model_copy(update={"processor": processor})
+        named = "gpu" if device == "cuda" else "processor"
+        hardware = hardware.model_copy(update={named: processor})
     parts = urlsplit(url)
     place = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
     return Subject("", "url", place, target, device, hardware, _versions(target))

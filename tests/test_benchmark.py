@@ -326,6 +326,15 @@ def test_a_processor_that_hides_its_model_is_told_by_its_numbers(name, family, e
     assert processor_name(name, family) == expected
 
 
+def test_the_gpu_of_a_server_here_is_named_by_its_driver(tmp_path):
+    (tmp_path / "proc/driver/nvidia/gpus/0000:06:00.0").mkdir(parents=True)
+    told = tmp_path / "proc/driver/nvidia/gpus/0000:06:00.0/information"
+    told.write_text("Model: \t\t NVIDIA H100 80GB HBM3\nIRQ:   \t\t 42\n")
+    assert this_machine("cuda", tmp_path).gpu == "NVIDIA H100 80GB HBM3"
+    assert this_machine("cuda", tmp_path / "proc").gpu is None
+    assert this_machine("cpu", tmp_path).gpu is None
+
+
 def test_what_others_use_of_the_processors_is_told_from_what_the_server_used(tmp_path, monkeypatch):
     ticks = os.sysconf("SC_CLK_TCK")
     stat = tmp_path / "proc" / "stat"
