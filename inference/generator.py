@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dalle import artefact as artefacts
 from dalle.artefact import Artefact
@@ -89,7 +90,11 @@ class Generator:
         if artefact.transformer is not None and artefact.dvae is not None:
             chunk = self._pace.max_chunk_size
             engine = build_engine(
-                artefact.transformer, _SLOTS_EACH * chunk, precision, max_candidates=chunk
+                artefact.transformer,
+                _SLOTS_EACH * chunk,
+                precision,
+                max_candidates=chunk,
+                captions=_example_captions(artefact, device),
             )
             self._engine = engine
             self._studio = Studio(artefact, engine, self._pace)
@@ -305,6 +310,12 @@ class Generator:
         if isinstance(outcome, GenerateResult):
             return outcome
         raise outcome
+
+
+def _example_captions(artefact: Artefact, device: torch.device) -> Tensor | None:
+    """Text tokens [K, T] of the captions that the artefact brings along; None without any."""
+    examples, tokenizer = artefact.manifest.captions, artefact.tokenizer
+    return tokenizer.encode(examples).to(device) if examples and tokenizer is not None else None
 
 
 def _choose_device(name: str) -> torch.device:

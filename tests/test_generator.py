@@ -13,11 +13,11 @@ from PIL import Image
 
 from dalle import artefact as artefacts
 from dalle.clip import Clip
+from dalle.decoding import DecodeEngine
 from dalle.errors import ArtefactError, DeviceError, UserError
 from dalle.sampling import sample_image_tokens
 from inference.control import Cancelled, Control, DeadlineExceeded
 from inference.generator import Generator
-from inference.pacing import Pace
 from inference.render import Candidate, GenerateResult, Preview
 from inference.schema import ClassifyRequest, CompleteRequest, GenerateRequest
 
@@ -379,24 +379,27 @@ def test_a_device_that_is_absent_is_named():
         Generator.load(Path("unused"), "cuda:63")
 
 
-def test_a_chunk_is_as_large_as_the_time_allows():
-    pace = Pace(16)
-    assert pace.chunk_size(100, False, 16, 1.0) == 16, "nothing is known yet"
-    pace.note_sampling(1, False, 16, 16.0)
-    assert pace.chunk_size(100, False, 16, 1000.0) == 16
-    assert pace.chunk_size(100, False, 16, 70.0) == 4, "at worst in proportion"
-    assert pace.chunk_size(3, False, 16, 1000.0) == 3, "no more than are wanted"
-    assert pace.chunk_size(100, True, 16, 70.0) == 2, "guidance takes two passes"
-    assert pace.chunk_size(100, False, 16, 0.5) == 1
-    pace.note_sampling(16, False, 16, 20.0)
-    assert pace.chunk_size(100, False, 16, 30.0) == 16, "measured"
-    pace.note_finishing(1, 1.0)
-    assert pace.chunk_size(100, False, 16, 30.0) == 8, "decoding counts too"
-    assert pace.chunk_size(100, False, 16, 30.0, decodes=4) == 2, "and so do previews"
-
-
 @pytest.mark.gpu
 def test_it_draws_and_scores_on_a_gpu(tiny_artefact):
     generator = Generator.load(tiny_artefact, "cuda")
     generator.self_test()
     assert len(generator.generate(ask(num_candidates=3)).ranked) == 3
+
+
+def test_number_formats_are_compared_by_captions_that_the_artefact_brings(
+    tiny_artefact, monkeypatch
+):
+    given = []
+
+    def build_engine(model, num_slots, *_, captions, **__):
+        given.append(captions)
+        return DecodeEngine(model, num_slots)
+
+    monkeypatch.setattr("inference.generator.build_engine", build_engine)
+    loaded = artefacts.load(tiny_artefact)
+    Generator(loaded, torch.device("cpu"))
+    loaded.manifest.captions = ["a", "a a"]
+    Generator(loaded, torch.device("cpu"))
+    nothing, examples = given
+    assert nothing is None
+    assert torch.equal(examples, loaded.tokenizer.encode(["a", "a a"]))

@@ -71,6 +71,17 @@ def losses(tree, stage):
     }
 
 
+def test_a_job_computes_without_denormal_numbers(tree):
+    denormal = torch.full((8,), 1e-39)
+    torch.set_flush_denormal(False)
+    assert (denormal * 1.0).count_nonzero() == 8, "this processor has none"
+    try:
+        run(tree)
+        assert (denormal * 1.0).count_nonzero() == 0
+    finally:
+        torch.set_flush_denormal(False)
+
+
 @pytest.mark.parametrize("shape", ["platform", "local", "empty"])
 def test_a_job_leaves_a_servable_artefact_a_report_and_metrics(make_opt_ml, capsys, shape):
     tree = make_opt_ml(shape)
@@ -87,6 +98,8 @@ def test_a_job_leaves_a_servable_artefact_a_report_and_metrics(make_opt_ml, caps
     assert loaded.components() == ["dvae", "transformer", "clip", "tokenizer"]
     assert [stage.stage for stage in loaded.manifest.stages] == ["dvae", "transformer", "clip"]
     assert all(stage.is_finished and stage.steps == 2 for stage in loaded.manifest.stages)
+    assert len(set(loaded.manifest.captions)) == 4
+    assert set(loaded.manifest.captions) <= {sample.caption for sample in SAMPLES}
     assert "data:image" in (tree.root / "output/data/report.html").read_text()
     assert any((tree.root / "output/tensorboard").iterdir())
     printed = capsys.readouterr().out

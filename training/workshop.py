@@ -46,6 +46,7 @@ from training.stopping import Stop, Stopped, unless_stopped
 logger = logging.getLogger(__name__)
 
 VALIDATION_PAIRS = 512  # looked at in each validation
+EXAMPLE_CAPTIONS = 4  # kept with the model
 
 
 def open_workshop(
@@ -229,6 +230,11 @@ class Workshop:
             },
         )
         self._artefact.manifest.stages.append(record)
+        if stage.name == "transformer":
+            pairs = self._validation or self._train
+            every = -(-len(pairs) // EXAMPLE_CAPTIONS)
+            examples = [pairs.captions(index)[0] for index in range(0, len(pairs), every)]
+            self._artefact.manifest.captions = examples
         self._save()
 
     def finish(self) -> None:

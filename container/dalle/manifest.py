@@ -50,6 +50,9 @@ class Manifest(BaseModel):
     licence: str = ""
     stages: list[StageRecord] = []
     """Oldest first; a stage that was trained anew has several, the last of which counts."""
+    captions: list[str] = []
+    """A few of the transformer's data, held-out ones if there were any: number formats are compared
+    by what it draws for them."""
     files: dict[str, str] = {}
     """Path within the artefact -> sha256."""
 
