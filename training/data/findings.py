@@ -138,10 +138,10 @@ class Findings:
         )
         problems = "".join(f"<li>{escape(each)}</li>" for each in self.problems)
         verdict = f"<ul>{problems}</ul>" if problems else ""
-        places = "".join(
-            f"<li>{escape(each.channel)}: <code>{escape(each.directory)}</code></li>"
+        places = [
+            f"{escape(each.channel)}: <code>{escape(each.directory)}</code>"
             for each in self.channels
-        )
+        ]
         examples = "".join(
             f'<tr><th scope="row">{escape(heading)}</th><td>'
             + "<br>".join(f'<code class="long">{escape(name)}</code>' for name in names)
@@ -149,7 +149,7 @@ class Findings:
             for heading, names in self._examples()
         )
         body = [
-            f"<h2>{'Not fit' if problems else 'Fit'} for training</h2>{verdict}<ul>{places}</ul>",
+            f"<h2>{'Not fit' if problems else 'Fit'} for training</h2>{verdict}",
             f'<h2>Counts</h2><div class="scroll"><table><thead><tr><th></th>{head}</tr></thead>'
             f"<tbody>{rows}</tbody></table></div>",
         ]
@@ -158,7 +158,7 @@ class Findings:
         return Template((templates / "report.html").read_text("utf-8")).substitute(
             title="Channel check",
             style=(templates / "report.css").read_text("utf-8"),
-            meta=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+            meta="<br>".join([f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", *places]),
             body="\n".join(body),
         )
 
