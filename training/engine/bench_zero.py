@@ -4,8 +4,8 @@
 
 Trains one transformer on random tokens by each engine in turn, on every CUDA device, or on the CPU
 in as many processes as `--ranks` says. Prints a Markdown table, and as the last line JSON. Memory
-is the most that one rank held above what it held before: on a GPU of torch's allocations, on the
-CPU of its resident memory; the steps' activations are part of it.
+is the most of torch's allocations that one rank held above what it held before, from the model's
+making to the second step's end, in a run of its own: the record slows the steps.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from pathlib import Path
 from statistics import median
 from typing import Any, get_args
 
@@ -36,6 +35,7 @@ from dalle.sizes import DVAE_SIZES, TRANSFORMER_SIZES, SizeName
 from dalle.transformer import Dalle, TransformerConfig
 from training.engine.choice import choose_engine, device_of_new
 from training.hyperparameters import parse
+from training.measured_memory import peak_bytes
 from training.ranks import Together
 
 TEXT_LENGTH, TEXT_VOCAB_SIZE = 64, 8192
@@ -107,15 +107,28 @@ def measure(
     case: Case, config: TransformerConfig, batch_size: int, num_steps: int, device: torch.device
 ) -> Measured:
     """One case, as one of the ranks. batch_size: of all ranks together."""
+    gc.collect()
+    peak = peak_bytes(lambda: _train(case, config, batch_size, 2, device), device)
+    gc.collect()
+    seconds, cpu_seconds = _train(case, config, batch_size, 1 + num_steps, device)
+    # The first step makes what all others use.
+    own = torch.tensor([median(seconds[1:]), median(cpu_seconds[1:]), peak], dtype=torch.float64)
+    dist.all_reduce(own, dist.ReduceOp.MAX)
+    return Measured(own[0].item(), own[1].item(), int(own[2]))
+
+
+def _train(
+    case: Case, config: TransformerConfig, batch_size: int, num_steps: int, device: torch.device
+) -> tuple[list[float], list[float]]:
+    """From a new model on; seconds of each step, and of the processor."""
     ranks = Together()
     hyperparameters = parse(case.hyperparameters() | {"batch_size": str(batch_size)})
-    before = _forget_peak(device)
     stage = Stage(config, batch_size // ranks.size, device)
     stage.model.to(device_of_new(hyperparameters, "transformer", device))
     engine = choose_engine(stage, "transformer", hyperparameters, device, ranks)
     engine.begin(None)
     seconds, cpu_seconds = [], []
-    for step in range(num_steps + 1):
+    for step in range(num_steps):
         started, cpu_started = time.perf_counter(), time.process_time()
         loss, _ = engine.loss(None, 0.0)
         engine.backward(loss)
@@ -124,32 +137,8 @@ def measure(
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - started)
         cpu_seconds.append(time.process_time() - cpu_started)
-    peak = _peak(device) - before
     engine.finish()
-    # The first step makes what all others use.
-    own = torch.tensor([median(seconds[1:]), median(cpu_seconds[1:]), peak], dtype=torch.float64)
-    dist.all_reduce(own, dist.ReduceOp.MAX)
-    return Measured(own[0].item(), own[1].item(), int(own[2]))
-
-
-def _forget_peak(device: torch.device) -> int:
-    """Bytes that are held now; the greatest number is counted from here."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    Path("/proc/self/clear_refs").write_text("5")  # of the kernel: resets VmHWM
-    return _peak(device)
-
-
-def _peak(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    (line,) = (
-        line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line
-    )
-    return int(line.split()[1]) * 1024
+    return seconds, cpu_seconds
 
 
 def _rank(rank: int, num_ranks: int, port: int, options: argparse.Namespace) -> None:
