@@ -32,6 +32,7 @@ _FINISH_TOGETHER = 4  # on a CPU: pictures decoded between two steps, in which t
 _FINISH_TOGETHER_GPU = 32
 _SHARE = 4  # requests that are begun though those before them want all the room there is
 _NOTE_STEPS = 32  # steps of one size that are measured together
+_STEPS_AHEAD = 8  # that a GPU is told of before it is waited for
 
 
 class Studio:
@@ -47,6 +48,7 @@ class Studio:
         self._device = engine.model.text_position.device
         self._drawings: list[Drawing] = []
         self._measured = (0, False, 0, 0.0)  # candidates, guided, steps, seconds
+        self._ahead = 0  # steps that a GPU may not have done yet
 
     @property
     def has_room(self) -> bool:
@@ -121,7 +123,10 @@ class Studio:
         began = time.monotonic()
         drawn = self._engine.step()
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+            # The host may go ahead, but not so far that a request is given up late.
+            self._ahead = 0 if drawn else (self._ahead + 1) % _STEPS_AHEAD
+            if not self._ahead:
+                torch.cuda.synchronize(self._device)
         seconds = time.monotonic() - began
         shares = {
             drawing: drawing.generation.in_slots
