@@ -29,12 +29,17 @@ LOCAL_ENVIRONMENT = {"DALLE_DEVICE": "auto"}
 
 def train(options: argparse.Namespace) -> int:
     """Train by the SDK's local mode, stage after stage. Raises UserError, JobError."""
-    console = _open(options, options.image)
     if options.input_mode == "Pipe" or options.attributes or options.validation:
         raise PlanError(
             "the SDK's local mode has no Pipe mode and takes held-out pairs from --data; "
             "`python -m infra.local train --input-mode Pipe` streams to the image on this machine"
         )
+    if options.distribution != "FullyReplicated":
+        raise PlanError(
+            "the SDK's local mode gives every host the whole channel; --distribution "
+            f"{options.distribution} needs a job at AWS"
+        )
+    console = _open(options, options.image)
     folder = Path(options.data)
     if not folder.is_dir():
         raise UserError(f"--data is a folder when --local is given, and {folder} is none")

@@ -120,6 +120,11 @@ def test_a_batch_is_drawn(image, archive, tmp_path):
         (["deploy", "--local", "--model", "m", "--dry-run"], "--local makes none"),
         (["train", "--local", "--data", "d", "--dry-run"], "--local makes none"),
         (["train", "--local", "--data", "d"], "no-such-docker is not installed"),
+        (
+            ["train", "--local", "--data", "d", "--distribution", "ShardedByS3Key"],
+            "gives every host the whole channel; --distribution ShardedByS3Key needs a job at AWS",
+        ),
+        (["train", "--local", "--data", "d", "--input-mode", "Pipe"], "has no Pipe mode"),
         (["deploy", "--local", "--model", "m"], "no-such-docker is not installed"),
     ],
 )
