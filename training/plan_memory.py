@@ -28,7 +28,7 @@ from training.engine.deepspeed_settings import BUCKET_ELEMENTS, TRAINED_BY_DEEPS
 from training.hyperparameter_fields import EngineName, Hyperparameters
 from training.memory_trace import without_memory
 from training.optimiser import hidden_matrices, muon_update_elements
-from training.plan_passes import StagePasses
+from training.plan_passes import Formats, StagePasses
 
 PrecisionName = Literal["fp32", "bf16", "fp16"]
 
@@ -163,11 +163,11 @@ class StageMemory:
         if setting.num_devices == 1 and setting.num_parts == 1:
             # Gradients come as activations go.
             most = max(
-                self._passes.with_gradients(part_size, *_numbers(setting)), gradients + update
+                self._passes.with_gradients(part_size, _formats(setting)), gradients + update
             )
             activations = most - gradients
         else:
-            activations = max(self._passes.activations(part_size, *_numbers(setting)), update)
+            activations = max(self._passes.activations(part_size, _formats(setting)), update)
         return Memory(
             weights, gradients, optimiser, max(0, activations), 0, RUNTIME_BYTES[self.device_type]
         )
@@ -177,10 +177,8 @@ class StageMemory:
         P = sum(each.numel() for each in self._trained)
         width = 4 if setting.precision == "fp32" else 2
         bucket = width * min(BUCKET_ELEMENTS, P)
-        activations = self._passes.activations(part_size, *_numbers(setting))
-        validated = (
-            4 * self.num_parameters
-        )  # the whole model in fp32, for as long as it is looked at
+        activations = self._passes.activations(part_size, _formats(setting))
+        validated = 4 * self.num_parameters  # the whole model in fp32, while it is looked at
         if zero == 0:
             return Memory(
                 4 * P + self._resident,
@@ -235,14 +233,11 @@ class StageMemory:
         return _num_bytes([*self._model.model.buffers(), *tensors])
 
 
-def _numbers(setting: Setting) -> tuple[torch.dtype | None, torch.dtype | None, bool]:
-    """Number format of the forward pass and of the weights, None for fp32; and checkpointing.
-
-    Nothing in bf16 and fp16 differs in size.
-    """
+def _formats(setting: Setting) -> Formats:
+    """Nothing in bf16 and fp16 differs in size."""
     half = None if setting.precision == "fp32" else torch.bfloat16
     weights = None if setting.engine == "torch" else half
-    return half, weights, setting.activation_checkpointing
+    return Formats(half, weights, setting.activation_checkpointing)
 
 
 def _num_bytes(tensors: Iterable[Tensor]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,65 +21,56 @@ FEW_LAYERS, MORE_LAYERS = 1, 2
 """Deeper models are traced at these depths, and what a layer adds is added for the rest."""
 
 
-class StagePasses:
-    """What a stage's passes hold, beside its weights, at every batch size and number format.
+@dataclass(frozen=True)
+class Formats:
+    """In what a stage is computed: number formats, None for fp32, and whether activations that can
+    be are computed a second time instead of kept."""
 
-    Number formats are those of the forward pass and of the weights, None for fp32.
-    """
+    forward: torch.dtype | None = None
+    weights: torch.dtype | None = None
+    checkpoints_activations: bool = False
+
+
+class StagePasses:
+    """What a stage's passes hold, beside its weights, at every batch size and in all formats."""
 
     def __init__(self, config: Config, dvae: DVAEConfig | None, *, is_for_gpu: bool) -> None:
         """dvae: of the frozen one that a transformer's images go through."""
         self._config = config
         self._dvae = dvae
         self._is_for_gpu = is_for_gpu
-        self._traces: dict[object, list[tuple[float, Passes]]] = {}
+        self._traces: dict[Formats, list[tuple[float, Passes]]] = {}
 
-    def activations(
-        self,
-        batch_size: int,
-        forward: torch.dtype | None = None,
-        weights: torch.dtype | None = None,
-        checkpoints_activations: bool = False,
-    ) -> int:
+    def activations(self, batch_size: int, formats: Formats) -> int:
         """The most bytes held at once beside weights and gradients."""
-        traces = self._traced(forward, weights, checkpoints_activations)
+        traces = self._traced(formats)
         return round(sum(times * passes.activations(batch_size) for times, passes in traces))
 
-    def with_gradients(
-        self,
-        batch_size: int,
-        forward: torch.dtype | None = None,
-        weights: torch.dtype | None = None,
-        checkpoints_activations: bool = False,
-    ) -> int:
+    def with_gradients(self, batch_size: int, formats: Formats) -> int:
         """Likewise with the gradients, which come while activations go."""
-        traces = self._traced(forward, weights, checkpoints_activations)
+        traces = self._traced(formats)
         return round(sum(times * passes.with_gradients(batch_size) for times, passes in traces))
 
-    def _traced(
-        self, forward: torch.dtype | None, weights: torch.dtype | None, checkpoints: bool
-    ) -> list[tuple[float, Passes]]:
+    def _traced(self, formats: Formats) -> list[tuple[float, Passes]]:
         """Traces, and how much of each is to be added up."""
-        key = (forward, weights, checkpoints)
-        if key not in self._traces:
-            self._traces[key] = [(times, self._trace(each, *key)) for times, each in self._depths()]
-        return self._traces[key]
+        if formats not in self._traces:
+            self._traces[formats] = [
+                (times, self._trace(each, formats)) for times, each in self._depths()
+            ]
+        return self._traces[formats]
 
-    def _trace(
-        self,
-        config: Config,
-        forward: torch.dtype | None,
-        weights: torch.dtype | None,
-        checkpoints: bool,
-    ) -> Passes:
+    def _trace(self, config: Config, formats: Formats) -> Passes:
         return trace_passes(
             lambda: dataless_stage(
-                config, FAKE_DEVICE, dvae=self._dvae, checkpoints_activations=checkpoints
+                config,
+                FAKE_DEVICE,
+                dvae=self._dvae,
+                checkpoints_activations=formats.checkpoints_activations,
             ),
             lambda size: random_batch(config, size, dvae=self._dvae),
             CLIP_BATCHES if isinstance(config, ClipConfig) else BATCHES,
-            autocast=forward,
-            dtype=weights,
+            autocast=formats.forward,
+            dtype=formats.weights,
             is_for_gpu=self._is_for_gpu,
         )
 
