@@ -180,7 +180,7 @@ def test_minutes_scale_the_training_budgets_and_nothing_else():
     usual, short = read_recipe(None, RECIPE_MINUTES), read_recipe(None, 5)
     assert training_seconds(short) < training_seconds(usual) / 2
     changed = {name for name in usual if usual[name] != short[name]}
-    assert changed == {name for name in usual if name.endswith("max_minutes")}
+    assert changed == {name for name in usual if name.endswith("max_steps")}
 
 
 def test_a_wrong_recipe_is_named_before_any_work(tmp_path, capsys):
