@@ -7,7 +7,8 @@ For each precision and number of candidates: a drawing step at four depths of th
 with the others and with a probe of the memory's speed, whose share the step reaches is the figure
 to watch with one candidate; tokens and images a second; memory. Then each stage of a picture apart,
 and whole requests that come at once, by stage from the queue to the files. Times are medians; the
-first of each kind warms up and is shown by itself. The last line is JSON.
+first of each kind warms up and is shown by itself. On a GPU up to eight steps are timed as one, for
+the host goes ahead of it. The last line is JSON.
 
 On a CPU as many threads compute as draw fastest, found as `serve` finds it, unless `--threads` says
 how many. What HTTP costs: `python -m inference.bench_http` and `python -m infra benchmark`.

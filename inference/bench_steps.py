@@ -107,16 +107,18 @@ def take_turns(
 ) -> None:
     """Time each of the steps once a round, in turn, and the memory beside them.
 
-    together: steps in a turn, which a GPU is told of while it is still at the first.
+    together: steps in a turn, which a GPU is told of while it is still at the first; the turn that
+        warms up is one step.
     """
 
-    def turn(step: Callable[[], object]) -> None:
-        for _ in range(together):
+    def turn(step: Callable[[], object], number: int) -> None:
+        for _ in range(number):
             step()
 
     for _ in range(rounds):
         for name, step in steps.items():
-            timings[name].note(depth, timed(partial(turn, step), device) / together)
+            number = together if depth in timings[name].first else 1
+            timings[name].note(depth, timed(partial(turn, step, number), device) / number)
         if memory is not None:
             memory.probe()
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -48,7 +49,11 @@ class Studio:
         self._device = engine.model.text_position.device
         self._drawings: list[Drawing] = []
         self._measured = (0, False, 0, 0.0)  # candidates, guided, steps, seconds
+        self._wait = (
+            partial(torch.cuda.synchronize, self._device) if self._device.type == "cuda" else None
+        )
         self._ahead = 0  # steps that a GPU may not have done yet
+        self._shares: dict[Drawing, int] = {}  # of the last step, in candidates
 
     @property
     def has_room(self) -> bool:
@@ -61,6 +66,7 @@ class Studio:
     def begin(self, work: GenerateWork, control: Control) -> Drawing:
         """Read the caption. Raises what `control` raises for work that is not wanted any more."""
         control.check()
+        self._catch_up()
         began = time.monotonic()
         dvae, clip = self._artefact.dvae, self._artefact.clip
         assert dvae is not None
@@ -96,6 +102,7 @@ class Studio:
         for drawing in self._drawings:
             unfinished = drawing.generation.in_slots + len(drawing.drawn)
             if not drawing.control.keep_going(self._pace.finishing_seconds(unfinished)):
+                self._catch_up()
                 self._engine.cancel(drawing.generation)
                 drawing.is_stopped = True
         if self._sample():
@@ -111,6 +118,7 @@ class Studio:
     def abandon(self) -> list[Drawing]:
         """After a failure: give up every request, and return them."""
         given_up, self._drawings = self._drawings, []
+        self._ahead, self._shares = 0, {}
         self._engine.reset()
         return given_up
 
@@ -122,26 +130,42 @@ class Studio:
         by_generation = {drawing.generation: drawing for drawing in self._drawings}
         began = time.monotonic()
         drawn = self._engine.step()
-        if self._device.type == "cuda":
+        if self._wait is not None:
             # The host may go ahead, but not so far that a request is given up late.
             self._ahead = 0 if drawn else (self._ahead + 1) % _STEPS_AHEAD
             if not self._ahead:
-                torch.cuda.synchronize(self._device)
+                self._wait()
         seconds = time.monotonic() - began
-        shares = {
+        self._shares = {
             drawing: drawing.generation.in_slots
             + sum(each.generation is drawing.generation for each in drawn)
             for drawing in self._drawings
         }
-        together = sum(shares.values())
-        for drawing, share in shares.items():
-            drawing.cost_seconds += seconds * share / max(1, together)
-        self._measure(together, seconds)
+        self._charge(seconds)
+        self._measure(sum(self._shares.values()), seconds)
         for each in drawn:
             drawing = by_generation[each.generation]
             drawing.drawn.append(each)
             self._limit(drawing)
         return True
+
+    def _catch_up(self) -> None:
+        """Wait for the steps that a GPU was told of, and count the time as theirs."""
+        if self._wait is None or not self._ahead:
+            return
+        began = time.monotonic()
+        self._wait()
+        seconds = time.monotonic() - began
+        self._ahead = 0
+        self._charge(seconds)
+        candidates, guided, steps, total = self._measured
+        self._measured = candidates, guided, steps, total + seconds
+
+    def _charge(self, seconds: float) -> None:
+        """Divide the time of the last step, or of some, among the requests."""
+        together = max(1, sum(self._shares.values()))
+        for drawing, share in self._shares.items():
+            drawing.cost_seconds += seconds * share / together
 
     def _measure(self, together: int, seconds: float) -> None:
         """Tell the pace how long steps take, many of one size at once."""
@@ -180,6 +204,7 @@ class Studio:
             at_a_row = self._engine.positions(drawing.generation).values()
             if not any(position and position % every == 0 for position in at_a_row):
                 continue
+            self._catch_up()
             unfinished = self._engine.tokens_so_far(drawing.generation)
             # Neighbours that have come equally far are decoded together.
             for _, group in groupby(
@@ -207,6 +232,7 @@ class Studio:
                     self._prune_group(drawing, group)
 
     def _prune_group(self, drawing: Drawing, numbers: Sequence[int]) -> None:
+        self._catch_up()
         began = time.monotonic()
         dvae, clip = self._artefact.dvae, self._artefact.clip
         assert dvae is not None

@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument(
         "--device", choices=("cpu", "cuda"), help="what the server computes on, if not seen here"
     )
-    where.add_argument("--processor", help="of --url elsewhere: its processor or GPU, in words")
+    where.add_argument("--processor", help="of --url: its processor or its GPU, in words")
     where.add_argument(
         "--as",
         dest="stands_for",

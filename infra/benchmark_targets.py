@@ -57,8 +57,9 @@ def url_subject(
 ) -> Subject:
     """A server that is already running somewhere.
 
-    device and processor: what it computes on, as the caller knows; of a server on this machine the
-    processor is this machine's, and the device the CPU where there is no NVIDIA driver.
+    device and processor: what it computes on, as the caller knows; with cuda `processor` names the
+    GPU. Of a server on this machine they need not be given: the names are those that /proc has, and
+    the device is the CPU where there is no NVIDIA driver.
     Raises UserError when it does not answer, or when the device is not known.
     """
     target = HttpTarget(url, timeout_seconds=timeout_seconds)

@@ -98,6 +98,21 @@ def test_things_compared_take_turns():
     assert order == list("ababab")
 
 
+def test_steps_that_are_timed_together_count_each_by_itself(monkeypatch):
+    order: list[str] = []
+    monkeypatch.setattr(
+        bench_steps,
+        "timed",
+        lambda work, _: work() or 3.0,  # seconds a turn
+    )
+    timings = {name: bench_steps.Timings() for name in "ab"}
+    steps = {name: lambda name=name: order.append(name) for name in "ab"}
+    bench_steps.take_turns(steps, timings, 0.5, 2, torch.device("cpu"), together=3)
+    assert "".join(order) == "ab" + "aaabbb", "the first turn warms up"
+    assert timings["a"].first == {0.5: 3.0}
+    assert timings["a"].later == {0.5: [1.0]}
+
+
 def test_a_step_reads_each_weight_once_and_what_its_queries_see(make_dalle):
     model = make_dalle(num_codebooks=1)
     matrices = 2 * (3 * 16 * 16 + 16 * 16 + 2 * 4 * 16 * 16) + 7 * 16

@@ -112,20 +112,24 @@ def test_so_it_does_for_every_field_of_the_config(fields, step, make_dalle):
     assert_as_sampled(model, run(engine, requests, every=1), requests)
 
 
+@pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("num_slots", [2, 3, 40])
 @pytest.mark.parametrize("every", [1, 7])
-def test_how_many_slots_there_are_and_who_comes_when_change_nothing(num_slots, every, model):
-    assert_as_sampled(model, run(DecodeEngine(model, num_slots), every=every))
+def test_how_many_slots_there_are_and_who_comes_when_change_nothing(num_slots, every, step, model):
+    engine = DecodeEngine(model, num_slots, step=step(model, num_slots))
+    assert_as_sampled(model, run(engine, every=every))
 
 
-def test_a_long_sequence_is_read_in_blocks(make_dalle):
+@pytest.mark.parametrize("step", STEPS)
+def test_a_long_sequence_is_read_in_blocks(step, make_dalle, monkeypatch):
     """Rows a block apart, and a block's first and last input."""
+    monkeypatch.setattr("dalle.static_step._BLOCK", 16)
     model = make_dalle(grid_size=10, text_length=9, num_codebooks=1)
     requests = [
         {"text_tokens": torch.zeros(1, 9).long(), "candidates": [number], "seed": 4}
         for number in range(3)
     ]
-    found = run(DecodeEngine(model, 3), requests, every=41)
+    found = run(DecodeEngine(model, 3, step=step(model, 3)), requests, every=41)
     assert_as_sampled(model, found, requests)
 
 
@@ -199,8 +203,9 @@ def test_slots_go_to_the_request_that_has_fewest(model):
     assert {each.candidate for each in finished if each.generation is short} == {0, 1}
 
 
-def test_a_cancelled_request_frees_its_slots_and_leaves_the_others_alone(model):
-    engine = DecodeEngine(model, 4)
+@pytest.mark.parametrize("step", STEPS)
+def test_a_cancelled_request_frees_its_slots_and_leaves_the_others_alone(step, model):
+    engine = DecodeEngine(model, 4, step=step(model, 4))
     gone = engine.submit(
         TEXT, candidates=range(6), seed=0, options=SamplingOptions(guidance_scale=2)
     )
@@ -220,6 +225,18 @@ def test_a_cancelled_request_frees_its_slots_and_leaves_the_others_alone(model):
     assert (torch.stack([each.image_tokens for each in by_number]) == expected).all()
     engine.cancel(kept)  # finished already: nothing to give up
     assert engine.busy_slots == 0
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_an_engine_that_was_reset_begins_anew(step, model):
+    engine = DecodeEngine(model, 5, step=step(model, 5))
+    engine.submit(TEXT, candidates=range(9), seed=1)
+    for _ in range(3):
+        engine.step()
+    engine.reset()
+    assert engine.is_idle
+    assert engine.busy_slots == 0
+    assert_as_sampled(model, run(engine))
 
 
 def test_what_is_drawn_so_far_is_the_finished_pictures_beginning(model):
@@ -281,7 +298,8 @@ def test_torchs_own_random_numbers_are_neither_read_nor_moved(model):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kinds", KINDS)
-def test_a_recorded_step_draws_what_plain_sampling_does(kinds, make_dalle):
+def test_a_recorded_step_draws_what_plain_sampling_does(kinds, make_dalle, monkeypatch):
+    monkeypatch.setattr("dalle.static_step._BLOCK", 8)  # some recordings
     model = make_dalle(attention_kinds=kinds, num_layers=3).cuda()
     requests = [
         {

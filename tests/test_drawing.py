@@ -276,3 +276,32 @@ def test_a_full_device_is_told_in_words_to_all_who_were_drawn_together(generator
 
 def test_without_a_transformer_there_is_no_room(artefact):
     assert not Generator(replace(artefact, transformer=None), CPU).has_room
+
+
+def test_a_device_that_lags_behind_is_waited_for_in_time(generator, monkeypatch):
+    """As on a GPU: after some steps, before a picture is taken, and before another request's work
+    would be charged with them."""
+    waits: list[int] = []  # steps before each
+    steps = 0
+
+    def step():
+        nonlocal steps
+        steps += 1
+        return draw()
+
+    studio, engine = generator._studio, generator._engine
+    draw = engine.step
+    monkeypatch.setattr(engine, "step", step)
+    monkeypatch.setattr(studio, "_wait", lambda: waits.append(steps))
+    first = generator.begin(generator.prepare(ask(0)), Control())
+    assert waits == []
+    for _ in range(11):
+        generator.advance()
+    assert waits == [8]
+    generator.begin(generator.prepare(ask(1)), Control())
+    assert waits == [8, 11]
+    ended = []
+    while not ended:
+        ended = generator.advance()
+    assert waits[2:] == [16], "the pictures are there"
+    assert ended[0].drawing is first

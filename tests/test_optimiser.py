@@ -61,8 +61,16 @@ def test_many_equal_matrices_are_orthogonalised_a_few_at_a_time(monkeypatch):
         return torch.stack(parameters)
 
     together, needed = stepped(), muon_update_elements([torch.empty(4, 6)] * 5)
+    numbers = []
+
+    def noted(matrices):
+        numbers.append(len(matrices))
+        return orthogonalise(matrices)
+
     monkeypatch.setattr("training.optimiser.TOGETHER_ELEMENTS", 2 * 4 * 6)
+    monkeypatch.setattr("training.optimiser.orthogonalise", noted)
     torch.testing.assert_close(stepped(), together)
+    assert numbers == [2, 2, 1]
     assert muon_update_elements([torch.empty(4, 6)] * 5) < needed
 
 

@@ -48,7 +48,7 @@ def by_torch(tmp_path_factory):
 def all_weights(model):
     """As one vector. Single weights cannot be compared: where a gradient is nothing but rounding,
     Adam still takes steps of a whole learning rate."""
-    return torch.cat([each.float().flatten() for each in model.state_dict().values()])
+    return torch.cat([each.detach().flatten() for each in model.parameters()])
 
 
 def without_compiler():
@@ -88,7 +88,7 @@ def test_a_killed_job_of_two_hosts_is_ended_by_one_with_the_numbers_of_torch(
     assert ours.components() == ["dvae", "transformer", "clip", "tokenizer"]
     for name in ("dvae", "transformer", "clip"):
         found, expected = (all_weights(getattr(each, name)) for each in (ours, theirs))
-        assert (found - expected).norm() < 1e-3 * expected.norm(), name
+        assert (found - expected).norm() < 2e-4 * expected.norm(), name
 
     # Plain torch has a state of another form.
     other = job_tree(tmp_path / "other", **JOB)

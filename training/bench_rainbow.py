@@ -138,7 +138,9 @@ class SeedRun:
         run_train(self.root, {name: self.data / name for name in ("train", "validation")})
 
     def evaluate(self, name: str) -> None:
-        artefact = artefacts.load(self.model, choose_device("auto"))
+        # On what `train` trained on.
+        device = choose_device(os.environ.get("DALLE_DEVICE", "auto"))
+        artefact = artefacts.load(self.model, device)
         assert artefact.dvae is not None, "run_train leaves no artefact without one"
         evaluation = evaluate(
             artefact,

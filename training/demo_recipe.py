@@ -41,7 +41,7 @@ def read_recipe(path: Path | None, minutes: float) -> dict[str, str]:
             if name.endswith("max_minutes"):
                 recipe[name] = f"{float(recipe[name]) * scale:.3g}"
             elif name.endswith("max_steps"):
-                recipe[name] = str(max(1, round(int(recipe[name]) * scale)))
+                recipe[name] = str(max(1, round(float(recipe[name]) * scale)))
     return recipe
 
 

@@ -218,9 +218,9 @@ _FP32_ON_GPU = {
     *("binary_cross_entropy_with_logits", "cosine_similarity", "cross_entropy", "cumsum", "exp"),
     *("group_norm", "kl_div", "l1_loss", "layer_norm", "log", "log_softmax", "mse_loss"),
     *("nll_loss", "norm", "normalize", "pow", "prod", "reciprocal", "rsqrt", "smooth_l1_loss"),
-    *("softmax", "softplus", "square", "sum"),
+    *("__pow__", "softmax", "softplus", "square", "sum"),
 }
-"""Those of https://docs.pytorch.org/docs/stable/amp.html that a model here may use."""
+"""Those of https://docs.pytorch.org/docs/stable/amp.html that a model may use; square is a pow."""
 
 
 def _in_fp32(value: object) -> object:

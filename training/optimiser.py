@@ -21,7 +21,7 @@ MOMENTUM = 0.95
 NEWTON_SCHULZ_STEPS = 5
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 TOGETHER_ELEMENTS = 1 << 27
-"""Of the equal matrices in one product: they would be gigabytes in a large model."""
+"""Most numbers in one batched product: all equal matrices of a large model would be gigabytes."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -73,11 +73,15 @@ class Muon(torch.optim.Optimizer):
             size = lr * max(1.0, rows / columns) ** 0.5
             number = _together(rows, columns)
             for first in range(0, len(same), number):
-                indices = same[first : first + number]
-                stacked = torch.stack([directions[i].reshape(rows, columns) for i in indices])
-                for index, update in zip(indices, orthogonalise(stacked), strict=True):
-                    parameter = parameters[index]
-                    parameter.add_(update.view_as(parameter), alpha=-size)
+                some = same[first : first + number]
+                _move([parameters[i] for i in some], [directions[i] for i in some], size)
+
+
+def _move(parameters: Sequence[Tensor], directions: Sequence[Tensor], size: float) -> None:
+    """Take a step of some matrices of one shape. By itself, so that it leaves nothing behind."""
+    stacked = torch.stack([each.flatten(1) for each in directions])
+    for parameter, update in zip(parameters, orthogonalise(stacked), strict=True):
+        parameter.add_(update.view_as(parameter), alpha=-size)
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:

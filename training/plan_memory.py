@@ -234,7 +234,7 @@ class StageMemory:
 
 
 def _formats(setting: Setting) -> Formats:
-    """Nothing in bf16 and fp16 differs in size."""
+    """Of a setting; bf16 stands for fp16 too, which is as large."""
     half = None if setting.precision == "fp32" else torch.bfloat16
     weights = None if setting.engine == "torch" else half
     return Formats(half, weights, setting.activation_checkpointing)

@@ -232,8 +232,8 @@ class Workshop:
         self._artefact.manifest.stages.append(record)
         if stage.name == "transformer":
             pairs = self._validation or self._train
-            every = -(-len(pairs) // EXAMPLE_CAPTIONS)
-            examples = [pairs.captions(index)[0] for index in range(0, len(pairs), every)]
+            number = min(EXAMPLE_CAPTIONS, len(pairs))
+            examples = [pairs.captions(index * len(pairs) // number)[0] for index in range(number)]
             self._artefact.manifest.captions = examples
         self._save()
 

@@ -21,8 +21,12 @@ class Batch:
     Nothing is sent to the device after it is made, so that a GPU is never waited for.
     """
 
+    candidates: list[Candidate]
+    """Of the first rows, [C]."""
     numpy_rows: np.ndarray
-    """Each row's slot, [B]; `rows` are the same on the device."""
+    """Each row's slot, [B]."""
+    rows: Tensor
+    """The same on the device."""
     numpy_positions: np.ndarray
     """Each row's position, [B]."""
     slots: Tensor

@@ -47,7 +47,8 @@ class SlotStep(Protocol):
     def __call__(self, slots: np.ndarray, codes: Tensor, positions: np.ndarray) -> Tensor:
         """Take in the codes [B, M] of the slots' [B] positions [B]: states [B, W].
 
-        The very same array of slots again means that the step goes on where the last one was.
+        The very same array of slots again means that the step goes on where the last one was: then
+        every position must be one more, and no slot may have been loaded in between.
         """
         ...
 

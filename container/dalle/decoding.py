@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dalle.decode_batch import Batch
 from dalle.decode_step import SlotStep
-from dalle.generations import Branch, Candidate, FinishedCandidate, Generation
+from dalle.generations import Candidate, FinishedCandidate, Generation, Prefix
 from dalle.ragged_step import RaggedStep
 from dalle.sampling import SamplingOptions, image_uniforms, require_evaluation_mode
 from dalle.static_step import StaticStep
@@ -118,11 +118,11 @@ class DecodeEngine:
                 raise ValueError("num_slots must be at least 2 for guidance, got 1")
             captions.append(torch.full_like(text_tokens, PADDING))
         N = self.model.config.num_positions
-        branches = []
+        prefixes = []
         # A picture that is primed whole is finished before it begins.
         if prime_tokens is None or len(prime_tokens) < N:
-            branches = [self._prefill(caption, prime_tokens) for caption in captions]
-        generation = Generation(seed, options, waiting, prime_tokens, branches, together)
+            prefixes = [self._prefill(caption, prime_tokens) for caption in captions]
+        generation = Generation(seed, options, waiting, prime_tokens, prefixes, together)
         self._generations.append(generation)
         return generation
 
@@ -190,20 +190,20 @@ class DecodeEngine:
             if each.generation is generation
         }
 
-    def _prefill(self, text_tokens: Tensor, prime_tokens: Tensor | None) -> Branch:
-        prefix = self.model.new_cache(1)
+    def _prefill(self, text_tokens: Tensor, prime_tokens: Tensor | None) -> Prefix:
+        cache = self.model.new_cache(1)
         prime = None if prime_tokens is None else prime_tokens[None]
-        hidden = self.model.prefill(text_tokens, prime, prefix)
-        return Branch(self._step.pack(prefix), hidden[0])
+        hidden = self.model.prefill(text_tokens, prime, cache)
+        return Prefix(self._step.pack(cache), hidden[0])
 
     def _admit(self) -> list[FinishedCandidate]:
         """Give free slots to waiting candidates, in turn to the request that has fewest."""
         finished = []
         started: dict[tuple[int, int], list[int]] = {}
-        branches: dict[tuple[int, int], Branch] = {}
+        prefixes: dict[tuple[int, int], Prefix] = {}
         while waiting := [each for each in self._generations if each.may_start]:
             generation = min(waiting, key=lambda each: each.in_slots)
-            if not generation.branches:
+            if not generation.prefixes:
                 finished += self._finish_primed(generation)
                 continue
             size = generation.next_start
@@ -213,15 +213,15 @@ class DecodeEngine:
             for _ in range(size):
                 candidate = self._start(generation)
                 slots = [candidate.slot, candidate.guidance_slot]
-                for number, branch in enumerate(generation.branches):
+                for number, prefix in enumerate(generation.prefixes):
                     slot = slots[number]
                     assert slot is not None
                     started.setdefault((id(generation), number), []).append(slot)
-                    branches[id(generation), number] = branch
-        for key, slots_of_branch in started.items():
-            chosen = torch.tensor(slots_of_branch, device=self._device)
-            self._step.load(chosen, branches[key].packed)
-            self._hidden[chosen] = branches[key].hidden
+                    prefixes[id(generation), number] = prefix
+        for key, slots_of_prefix in started.items():
+            chosen = torch.tensor(slots_of_prefix, device=self._device)
+            self._step.load(chosen, prefixes[key].packed)
+            self._hidden[chosen] = prefixes[key].hidden
         return finished
 
     def _start(self, generation: Generation) -> Candidate:
@@ -300,4 +300,4 @@ class DecodeEngine:
     def _forget(self, generation: Generation) -> None:
         if generation in self._generations:
             self._generations.remove(generation)
-        generation.branches = []
+        generation.prefixes = []

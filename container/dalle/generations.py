@@ -34,7 +34,7 @@ class Generation:
     waiting: deque[int]
     """Numbers of the candidates that have no slot yet."""
     prime_tokens: Tensor | None = field(repr=False)
-    branches: list[Branch] = field(repr=False)
+    prefixes: list[Prefix] = field(repr=False)
     """With the caption, and with guidance without it."""
     together: int = 1
     """Candidates that begin in the same step, and so are always equally far."""
@@ -46,7 +46,7 @@ class Generation:
     @property
     def slots_each(self) -> int:
         """Slots that one candidate takes."""
-        return len(self.branches)
+        return len(self.prefixes)
 
     @property
     def may_start(self) -> bool:
@@ -66,11 +66,11 @@ class Generation:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Branch:
+class Prefix:
     """A caption's pass through the model, done once: what its candidates' slots begin with."""
 
     packed: Sequence[Any]
-    """Of a `SlotStep`."""
+    """What `SlotStep.load` writes."""
     hidden: Tensor  # [W], predicts the first position that is not primed
 
 

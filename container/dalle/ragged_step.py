@@ -43,10 +43,7 @@ class RaggedStep:
         return self._tables.num_bytes
 
     def __call__(self, slots: np.ndarray, codes: Tensor, positions: np.ndarray) -> Tensor:
-        """Take in the codes [B, M] of the slots' [B] positions [B]: states [B, W].
-
-        The very same array of slots again means that the step goes on where the last one was.
-        """
+        """As `SlotStep`, whose rule lets plans be kept."""
         self._tables.plan(slots, positions + self._first_input)
         return self._step(codes, torch.from_numpy(positions), self._tables)
 

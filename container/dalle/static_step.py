@@ -2,12 +2,12 @@
 
 A GPU is fed faster than it can be told what to do, so that idle slots cost nothing and launching
 kernels does: with fixed shapes and addresses the step is recorded once (a CUDA graph) and replayed.
-Nothing is awaited in between, nor sent to the device while the same slots go on, so that the host
+A step awaits nothing, and sends nothing to the device while the same slots go on, so that the host
 runs ahead. Keys are read up to a length that grows in blocks, one graph for each. Also runs,
 unrecorded, on a CPU.
 
 Letters: S slots, B busy slots, H heads, L inputs of a sequence, D head width, M codes, W width, n
-inputs that a query of a sparse kind sees.
+inputs of a sequence that a query sees, or that a prefix has.
 """
 
 from __future__ import annotations
@@ -69,10 +69,7 @@ class StaticStep:
         return sum(each.nbytes for each in self._tables)
 
     def __call__(self, slots: np.ndarray, codes: Tensor, positions: np.ndarray) -> Tensor:
-        """Take in the codes [B, M] of the slots' [B] positions [B]: states [B, W].
-
-        The very same array of slots again means that the step goes on where the last one was.
-        """
+        """As `SlotStep`, whose rule lets positions stay on the device."""
         if slots is self._last_slots:
             self._positions.index_add_(0, self._busy, self._one)
         else:
@@ -138,9 +135,10 @@ class StaticStep:
                 for _ in range(_WARM_UPS):
                     self._run()
             torch.cuda.current_stream().wait_stream(aside)
-            graph = self._graphs[self._bound] = torch.cuda.CUDAGraph()
+            graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self._run()
+            self._graphs[self._bound] = graph
         graph.replay()
 
 

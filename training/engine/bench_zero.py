@@ -5,7 +5,8 @@
 Trains one transformer on random tokens by each engine in turn, on every CUDA device, or on the CPU
 in as many processes as `--ranks` says. Prints a Markdown table, and as the last line JSON. Memory
 is the most of torch's allocations that one rank held above what it held before, from the model's
-making to the second step's end, in a run of its own: the record slows the steps.
+making to the end of a job of two steps, which gathers the weights; the record slows the steps, so
+that they are timed in another.
 """
 
 from __future__ import annotations
