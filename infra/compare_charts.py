@@ -59,7 +59,7 @@ def draw_costs(comparison: Comparison) -> str:
     places = [10 ** (math.log10(LOW) + step * 6 / 240) for step in range(241)]
     most = max(option.usd(HIGH) for option in comparison.options)
     top = 10 ** math.ceil(math.log10(most))
-    plot = _Plot(64, 16, 692, 430, (LOW, HIGH), (LEAST_USD, top))
+    plot = _Plot(72, 16, 684, 430, (LOW, HIGH), (LEAST_USD, top))
     parts = [_grid_x(plot, _powers(LOW, HIGH), lambda value: f"{value:,.0f}", "requests a day")]
     parts.append(
         _grid_y(plot, _powers(LEAST_USD, top), lambda value: f"${value:,g}", "USD a month")
