@@ -98,6 +98,7 @@ def soak(
     steps: of each stage. start: how a host begins `train`. Raises SoakError.
     """
     began = time.monotonic()
+    out = out.absolute()  # as `train` names its files
     whole = SmallJob(out / "undisturbed", steps=steps, num_hosts=num_hosts, start=start)
     finish(whole)
     job = SmallJob(out / "interrupted", steps=steps, num_hosts=num_hosts, start=start)
