@@ -113,8 +113,9 @@ def soak(
         num_stops += outcome.number == signal.SIGTERM
         if outcome.where is not None:
             hits[outcome.where] += 1
-            if each.kind == "checkpoint" and outcome.where != IN_A_CHECKPOINT:
-                ahead.insert(0, each)  # its writer was quicker
+            is_of_writer = each.kind == "checkpoint" and each.host == 0
+            if is_of_writer and outcome.where != IN_A_CHECKPOINT:
+                ahead.insert(0, each)  # it was quicker
         if each.moves:
             job.move()
         say(f"{num_kills}/{kills} {each}: {outcome.where or 'too late'}")
