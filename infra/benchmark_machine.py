@@ -105,10 +105,9 @@ def this_machine(device: Device = "cpu", root: Path = Path("/")) -> Hardware:
     """
     gpu = None
     if device == "cuda":
-        told = [_read(file) for file in root.glob("proc/driver/nvidia/gpus/*/information")]
-        gpu = next(
-            (found[1] for each in told if (found := re.search(r"Model:\s*(.+)", each))), None
-        )
+        told = "".join(map(_read, root.glob("proc/driver/nvidia/gpus/*/information")))
+        model = re.search(r"Model:\s*(.+)", told)
+        gpu = model[1] if model else None
     text = _read(root / "proc/cpuinfo")
     name = re.search(r"model name\s*:\s*(.+)", text)
     family = re.search(r"cpu family\s*:\s*(\d+)\nmodel\s*:\s*(\d+)", text)

@@ -224,8 +224,9 @@ _FP32_ON_GPU = {
 
 
 def _in_fp32(value: object) -> object:
-    is_half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
-    return value.float() if is_half and isinstance(value, Tensor) else value
+    if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
+        return value.float()
+    return value
 
 
 class _Uninitialised(TorchFunctionMode):
