@@ -81,7 +81,7 @@ lock: $(UV)  ## compile requirements/*.txt again (newest versions: make lock UPG
 	$(COMPILE) --generate-hashes --universal requirements/uv.in -o requirements/uv.txt
 
 clean:  ## remove .venv, out/ and every cache
-	rm -rf .venv out build *.egg-info .mypy_cache .pytest_cache .ruff_cache && find . -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf .venv out build *.egg-info container/dalle/*.so .mypy_cache .pytest_cache .ruff_cache && find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(UV): requirements/uv.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "needs Python 3.11 or later; name one: make setup PYTHON=python3.11"; exit 1; }
@@ -90,7 +90,7 @@ $(UV): requirements/uv.txt
 	.venv/bin/python -m pip install --require-hashes -r requirements/uv.txt
 	@touch $@
 
-.venv/.stamp: $(UV) pyproject.toml requirements/dev.txt
+.venv/.stamp: $(UV) pyproject.toml requirements/dev.txt $(wildcard container/dalle/native/*)
 	$(UV) pip sync --python .venv --require-hashes --build-constraints requirements/dev.txt --compile-bytecode requirements/uv.txt requirements/dev.txt
 	$(UV) pip install --python .venv --no-deps --no-build-isolation --editable .
 	@touch $@

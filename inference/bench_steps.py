@@ -12,20 +12,22 @@ import gc
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dalle.decode_step import SlotStep
 from dalle.decoding import DecodeEngine
 from dalle.names import Precision
-from dalle.ragged_step import RaggedStep
+from dalle.native_step import NativeStep
 from dalle.sampling import SamplingOptions
 from dalle.slot_tables import KeyRange
-from dalle.static_step import StaticStep
+from dalle.steps import new_step
 from dalle.transformer import Dalle
 
 DEPTHS = (0.05, 0.35, 0.65, 0.95)  # shares of an image at which steps are timed
@@ -153,12 +155,8 @@ def step_of(
     model: Dalle, batch: int, precision: str, key_ranges: list[KeyRange] | None
 ) -> SlotStep:
     """The step of a precision; for bf16 of a model that is in it, see `in_precision`."""
-    if precision == "bf16" or model.text_position.device.type != "cpu":
-        return StaticStep(model, batch)
     weights: Precision = precision  # type: ignore[assignment]
-    return RaggedStep(
-        model, batch, precision=weights, key_ranges=key_ranges if precision == "int8" else None
-    )
+    return new_step(model, batch, weights, key_ranges)
 
 
 def in_precision(model: Dalle, precision: str) -> Dalle:
@@ -167,19 +165,37 @@ def in_precision(model: Dalle, precision: str) -> Dalle:
 
 
 def share_outside_kernels(step: Callable[[], object]) -> float:
-    """Share of a step's time that is none of torch's operators': Python's, and what lies between.
+    """Share of a step's time that is none of the operators': Python's, and what lies between.
 
     At most: the profiler's own time counts as such. Of the processor's time, on a GPU too.
     """
     whole = "engine step"
     step()  # warms up
     profiler = torch.autograd.profiler.profile(use_kineto=True)  # type: ignore[no-untyped-call]
-    with profiler as profile:
+    with _native_calls_recorded(), profiler as profile:
         for _ in range(PROFILED_STEPS - 1):
             with torch.autograd.profiler.record_function(whole):
                 step()
     (found,) = [each for each in profile.key_averages() if each.key == whole]
     return float(found.self_cpu_time_total / found.cpu_time_total)
+
+
+@contextmanager
+def _native_calls_recorded() -> Iterator[None]:
+    """The native step's calls as operators, which a profiler does not know otherwise."""
+    call = NativeStep._call
+
+    def recorded(
+        self: NativeStep, function: Callable[..., None], num_rows: int, *others: Any
+    ) -> None:
+        with torch.autograd.profiler.record_function("native step"):
+            call(self, function, num_rows, *others)
+
+    NativeStep._call = recorded  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        NativeStep._call = call  # type: ignore[method-assign]
 
 
 def wide_ranges(model: Dalle) -> list[KeyRange]:

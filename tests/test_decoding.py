@@ -6,6 +6,7 @@ import torch
 from dalle.attention import visibility
 from dalle.decoding import DecodeEngine
 from dalle.names import ATTENTION_KINDS
+from dalle.native_step import NativeStep
 from dalle.ragged_step import RaggedStep
 from dalle.row_tables import FloatRows
 from dalle.sampling import SamplingOptions, sample_image_tokens
@@ -19,7 +20,7 @@ KINDS = [
     ("axial_row", "axial_col", "conv_like"),
     ("full", "conv_like"),
 ]
-STEPS = [RaggedStep, StaticStep]
+STEPS = [NativeStep, RaggedStep, StaticStep]
 PRIME = torch.tensor([[5, 1], [0, 6], [2, 2], [3, 4], [1, 0], [6, 6]])
 REQUESTS = [
     {"text_tokens": TEXT, "candidates": range(4), "seed": 7},
@@ -138,7 +139,7 @@ def test_a_step_reads_what_its_queries_see_and_little_else(kind, make_dalle, mon
     """Rows of keys and values, of one input and head each, in one step of two candidates."""
     model = make_dalle(attention_kinds=(kind,), text_length=5, grid_size=8, num_codebooks=1)
     config = model.config
-    engine = DecodeEngine(model, 2)
+    engine = DecodeEngine(model, 2, step=RaggedStep(model, 2))
     prime = torch.zeros(40, 1, dtype=torch.int64)  # then the first of a row is drawn
     engine.submit(TEXT, candidates=range(2), seed=0, prime_tokens=prime)
     numbers_read = []

@@ -5,7 +5,7 @@ Letters: B rows of a step, C candidates in the making, N positions, V codebook s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -31,6 +31,8 @@ class Batch:
     """Each row's position, [B]."""
     slots: Tensor
     """Each candidate's slot, [C]."""
+    guided: np.ndarray
+    """The candidates with guidance, in the order of their rows without caption."""
     places: Tensor
     """Each candidate's slot and position as one number, [C]."""
 
@@ -47,6 +49,7 @@ class Batch:
         self.rows = torch.from_numpy(self.numpy_rows).to(device)
         self.slots = torch.from_numpy(slots).to(device)
         self.places = torch.from_numpy(slots * num_positions + positions).to(device)
+        self.guided = np.array(guided, dtype=np.int64)
         self._guided = torch.tensor(guided, dtype=torch.int64, device=device) if guided else None
         self._device = device
         scales = [candidates[row].generation.options.guidance_scale for row in guided]
@@ -68,11 +71,29 @@ class Batch:
         self.numpy_positions += 1
         self.places += 1
 
+    def draw(
+        self, code_logits: Callable[[Tensor, int, Tensor], Tensor], hidden: Tensor, uniforms: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Draw the candidates' codes [C, M] of what the rows' hidden [B, W] predict, and their
+        log p [C], by uniforms [C, M].
+
+        code_logits: as `SlotStep.code_logits`.
+        """
+        C, M = uniforms.shape
+        codes = torch.zeros(C, M, dtype=torch.int64, device=self._device)
+        log_likelihood = torch.zeros(C, device=self._device)
+        for m in range(M):
+            logits = code_logits(hidden, m, self.spread(codes)).float()
+            codes[:, m] = self._choose(self._guide(logits), uniforms[:, m])
+            log_p = logits[:C].log_softmax(dim=-1)
+            log_likelihood += log_p.gather(1, codes[:, m, None]).squeeze(1)
+        return codes, log_likelihood
+
     def spread(self, codes: Tensor) -> Tensor:
         """[C, M] -> [B, M]: a branch without caption takes in what its candidate drew."""
         return codes if self._guided is None else torch.cat([codes, codes[self._guided]])
 
-    def guide(self, logits: Tensor) -> Tensor:
+    def _guide(self, logits: Tensor) -> Tensor:
         """[B, V] -> [C, V]"""
         if self._guided is None:
             return logits
@@ -81,7 +102,7 @@ class Batch:
         with_guidance = blank + self._scales * (conditional[self._guided] - blank)
         return conditional.index_copy(0, self._guided, with_guidance)
 
-    def choose(self, logits: Tensor, uniforms: Tensor) -> Tensor:
+    def _choose(self, logits: Tensor, uniforms: Tensor) -> Tensor:
         """One code per candidate, [C]: together for all that draw alike."""
         if len(self._draws) == 1:
             return choose(logits, uniforms, self._draws[0][0])

@@ -1,8 +1,9 @@
 """One decoding step of a transformer for many sequences, each at a position of its own.
 
 The arithmetic of `dalle.transformer` with fewer kernels; slots and random numbers are those of
-`dalle.decoding`, keys and values of a cache. Letters: B rows, M codes, V codebook size, W width, N
-positions, H heads, D head width.
+`dalle.decoding`, keys and values of a cache.
+
+Letters: B rows, C candidates, M codes, V codebook size, W width, N positions, H heads, D head width
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle.attention import KeyValueCache, SelfAttention
+from dalle.decode_batch import Batch
 from dalle.layers import FeedForward, LayerScale
 from dalle.names import Precision
 from dalle.quantised import Matrix, matrix
@@ -52,6 +54,11 @@ class SlotStep(Protocol):
         """
         ...
 
+    def draw(self, hidden: Tensor, uniforms: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Draw the candidates' codes [C, M] of what the rows' hidden [B, W] predict, and their
+        log p [C], by uniforms [C, M]: as `Batch.draw`."""
+        ...
+
     def code_logits(self, hidden: Tensor, m: int, codes: Tensor) -> Tensor:
         """As `DecodeStep.code_logits`."""
         ...
@@ -74,13 +81,9 @@ class DecodeStep:
         self._blocks = [_Block.of(block, precision) for block in model.blocks]
         self._heads = [_Head.of(head, precision) for head in model.code_heads]
         self._heads_shape = (3, config.num_heads, config.head_width)
-        # Embeddings of every code and every position in one table: an input is one sum of rows.
-        position = (model.row_position + model.column_position).flatten(0, 1).detach().clone()
-        if config.target_position:
-            target = (model.target_row_position + model.target_column_position).flatten(0, 1)
-            position[:-1] += target[1:].detach()
-        codes = [each.get_parameter("weight").detach() for each in model.code_embeddings]
-        self._inputs = torch.cat([*codes, position])
+        # One table, so that an input is one sum of rows.
+        codes, position = input_tables(model)
+        self._inputs = torch.cat([codes, position])
         V, M = config.codebook_size, config.num_codebooks
         self._first_rows = torch.arange(M + 1, device=position.device) * V
 
@@ -141,12 +144,12 @@ class _Block:
             qkv=matrix(attention.to_qkv, precision),
             qk_norm=attention.qk_norm,
             out=matrix(attention.to_out, precision),
-            out_gain=_gain(block.attention),
+            out_gain=gain_of(block.attention),
             feed_forward_norm=_norm(block.feed_forward.norm),
             expand=matrix(feed_forward.expand, precision),
             activate=_activation(feed_forward),
             contract=matrix(feed_forward.contract, precision, _input_gain(feed_forward)),
-            contract_gain=_gain(block.feed_forward),
+            contract_gain=gain_of(block.feed_forward),
         )
 
 
@@ -176,6 +179,17 @@ class _Head:
             else matrix(head.mix.contract, precision, _input_gain(head.mix)),
             to_logits=matrix(head.to_logits, precision),
         )
+
+
+def input_tables(model: Dalle) -> tuple[Tensor, Tensor]:
+    """Embeddings of every code of every codebook [M * V, W], and of every position [N, W]: an
+    input of the image is a sum of M rows and one."""
+    position = (model.row_position + model.column_position).flatten(0, 1).detach().clone()
+    if model.config.target_position:
+        target = (model.target_row_position + model.target_column_position).flatten(0, 1)
+        position[:-1] += target[1:].detach()
+    codes = [each.get_parameter("weight").detach() for each in model.code_embeddings]
+    return torch.cat(codes), position
 
 
 def _norm(norm: nn.Module) -> Function:
@@ -220,5 +234,6 @@ def _add(x: Tensor, branch: Tensor, gain: Tensor | None) -> Tensor:
     return x.add_(branch) if gain is None else x.addcmul_(branch, gain)
 
 
-def _gain(branch: Branch) -> Tensor | None:
+def gain_of(branch: Branch) -> Tensor | None:
+    """What a branch multiplies its channels by, [W]."""
     return branch.scale.gain.detach() if isinstance(branch.scale, LayerScale) else None

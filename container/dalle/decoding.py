@@ -23,9 +23,8 @@ from torch import Tensor
 from dalle.decode_batch import Batch
 from dalle.decode_step import SlotStep
 from dalle.generations import Candidate, FinishedCandidate, Generation, Prefix
-from dalle.ragged_step import RaggedStep
 from dalle.sampling import SamplingOptions, image_uniforms, require_evaluation_mode
-from dalle.static_step import StaticStep
+from dalle.steps import new_step
 from dalle.transformer import PADDING, Dalle
 
 
@@ -53,9 +52,7 @@ class DecodeEngine:
         config = model.config
         N, M = config.num_positions, config.num_codebooks
         self._device = model.text_position.device
-        if step is None:
-            step = (RaggedStep if self._device.type == "cpu" else StaticStep)(model, num_slots)
-        self._step = step
+        self._step = step or new_step(model, num_slots)
         self._free = list(range(num_slots))
         self._making: list[Candidate] = []
         self._generations: list[Generation] = []
@@ -244,18 +241,11 @@ class DecodeEngine:
 
     def _draw(self, batch: Batch) -> Tensor:
         """Draw the codes [C, M] of each candidate's position, and count their likelihood."""
-        C, M = len(batch.candidates), self.model.config.num_codebooks
+        M = self.model.config.num_codebooks
         hidden = self._hidden.index_select(0, batch.rows)
         places = batch.places
         uniforms = self._uniforms.view(-1, M).index_select(0, places)
-        codes = torch.zeros(C, M, dtype=torch.int64, device=self._device)
-        log_likelihood = torch.zeros(C, device=self._device)
-        for m in range(M):
-            logits = self._step.code_logits(hidden, m, batch.spread(codes)).float()
-            conditional = logits[:C]
-            codes[:, m] = batch.choose(batch.guide(logits), uniforms[:, m])
-            log_p = conditional.log_softmax(dim=-1)
-            log_likelihood += log_p.gather(1, codes[:, m, None]).squeeze(1)
+        codes, log_likelihood = self._step.draw(hidden, uniforms, batch)
         self._image_tokens.view(-1, M).index_copy_(0, places, codes)
         self._log_likelihood.index_add_(0, batch.slots, log_likelihood)
         return codes

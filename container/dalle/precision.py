@@ -22,10 +22,9 @@ from dalle.decode_step import SlotStep
 from dalle.decoding import DecodeEngine
 from dalle.errors import ArtefactError, DeviceError
 from dalle.names import Precision
-from dalle.ragged_step import RaggedStep
 from dalle.sampling import SamplingOptions, choose, complete_captions, image_uniforms
 from dalle.slot_tables import KeyRange
-from dalle.static_step import StaticStep
+from dalle.steps import describe_step, needs_key_ranges, new_step
 from dalle.transformer import Dalle
 
 logger = logging.getLogger(__name__)
@@ -69,6 +68,7 @@ def build_engine(
     Raises `ArtefactError` for a model that fewer bytes change beyond the bounds, `DeviceError`
     where they cannot be computed with.
     """
+    logger.info("decoding by %s", describe_step(model, precision))
     if precision == "fp32":
         return DecodeEngine(model, num_slots, max_candidates=max_candidates)
     device = model.text_position.device.type
@@ -77,7 +77,7 @@ def build_engine(
         raise DeviceError(f"precision on device {device} must be {fitting}, got {precision}")
     bounds = bounds or AccuracyBounds()
     sample = draw_sample(model, captions)
-    key_ranges = measure_key_ranges(model, sample) if precision == "int8" else None
+    key_ranges = measure_key_ranges(model, sample) if needs_key_ranges(model, precision) else None
     accuracy = compare(model, sample, precision, key_ranges)
     logger.info(
         "decoding in %s: likeliest token the same in %.1f %% of draws, log p apart by %.4f nats",
@@ -181,10 +181,7 @@ def _convert(
     """The model that reads captions, and the step that goes on from there."""
     if precision == "bf16":
         model = copy.deepcopy(model).to(torch.bfloat16)
-    elif model.text_position.device.type == "cpu":
-        step = RaggedStep(model, num_slots, precision=precision, key_ranges=key_ranges)
-        return model, step
-    return model, StaticStep(model, num_slots)
+    return model, new_step(model, num_slots, precision, key_ranges)
 
 
 def _walk(

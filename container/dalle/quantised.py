@@ -70,7 +70,7 @@ def _byte(linear: nn.Linear, input_gain: float) -> Matrix:
     weight, bias = linear.weight.detach().float() * input_gain, _bias(linear)
     # Without VNNI pairs of products are added in 16 bits: 7-bit weights keep them from overflowing.
     levels = 127 if getattr(torch.cpu, "_is_vnni_supported", lambda: False)() else 63
-    scale = weight.abs().amax(dim=1).clamp(min=_TINY) / levels
+    scale = byte_scales(weight, levels)
     operators: Any = torch.ops.quantized
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of the type, not of the kernels
@@ -97,6 +97,11 @@ def _byte(linear: nn.Linear, input_gain: float) -> Matrix:
         return torch.addcmul(bias, multiply(x / greatest, 1 / 127, _MIDDLE, packed), greatest)
 
     return with_bias
+
+
+def byte_scales(weight: Tensor, levels: int = 127) -> Tensor:
+    """What 1 means in the bytes of each output's weights, [N], given all [N, K]."""
+    return weight.abs().amax(dim=1).clamp(min=_TINY) / levels
 
 
 def _greatest(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dalle.attention import KeyValueCache
+from dalle.decode_batch import Batch
 from dalle.decode_step import DecodeStep
 from dalle.names import Precision
 from dalle.slot_tables import KeyRange, SlotTables
@@ -46,6 +47,10 @@ class RaggedStep:
         """As `SlotStep`, whose rule lets plans be kept."""
         self._tables.plan(slots, positions + self._first_input)
         return self._step(codes, torch.from_numpy(positions), self._tables)
+
+    def draw(self, hidden: Tensor, uniforms: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """As `SlotStep`."""
+        return batch.draw(self.code_logits, hidden, uniforms)
 
     def pack(self, prefix: KeyValueCache) -> list[tuple[Tensor, Tensor]]:
         """What `load` writes for sequences that begin as a cache of one row does."""

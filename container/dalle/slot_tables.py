@@ -224,12 +224,7 @@ class _SparsePlan:
 
     def __init__(self, config: TransformerConfig, kind: AttentionKind) -> None:
         self.H, self.D, self.length = config.num_heads, config.head_width, config.length
-        visible = visibility(
-            kind, config.text_length, config.grid_size, config.conv_kernel_size
-        ).numpy()
-        counts = visible.sum(axis=1)
-        # Of each query the inputs that it sees, in order, and from there on the first again.
-        order = np.argsort(~visible, axis=1, kind="stable")[:, : int(counts.max())]
+        order, counts = inputs_seen(config, kind)
         self._first_image = config.text_length + 1
         n = int(counts[self._first_image :].max()) if len(counts) > self._first_image else 1
         unseen = np.arange(n) >= counts[:, None]
@@ -287,6 +282,17 @@ class _SparseLayer:
     def load(self, slots: Tensor, key: Tensor, value: Tensor) -> None:
         for rows, each in ((self.keys, key), (self.values, value)):
             rows.table.view(*self._shape, -1)[slots, :, : each.shape[1]] = each
+
+
+def inputs_seen(config: TransformerConfig, kind: AttentionKind) -> tuple[np.ndarray, np.ndarray]:
+    """Of the query at each input, the inputs that it sees in order, [L, most], and how many: [L].
+
+    What stands behind them is no part of it.
+    """
+    grid_size, kernel_size = config.grid_size, config.conv_kernel_size
+    visible = visibility(kind, config.text_length, grid_size, kernel_size).numpy()
+    counts = visible.sum(axis=1)
+    return np.argsort(~visible, axis=1, kind="stable")[:, : int(counts.max())], counts
 
 
 def _int32(numbers: np.ndarray) -> Tensor:

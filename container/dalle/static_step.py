@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dalle.attention import KeyValueCache, visibility
+from dalle.decode_batch import Batch
 from dalle.decode_step import DecodeStep
 from dalle.names import AttentionKind
 from dalle.transformer import Dalle, TransformerConfig
@@ -101,6 +102,10 @@ class StaticStep:
             query[:, :, None], keys, values, attn_mask=view.mask
         )
         return attended.flatten(1)
+
+    def draw(self, hidden: Tensor, uniforms: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """As `SlotStep`."""
+        return batch.draw(self.code_logits, hidden, uniforms)
 
     def pack(self, prefix: KeyValueCache) -> list[Tensor]:
         """What `load` writes for sequences that begin as a cache of one row does: [n, 2, W]."""
