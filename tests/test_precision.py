@@ -46,16 +46,6 @@ def test_a_matrix_is_close_to_its_layer(precision, close, has_bias):
         assert (found != expected).any()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
-@pytest.mark.parametrize("has_bias", [True, False])
-def test_an_input_gain_is_that_of_the_input_and_not_of_the_bias(precision, has_bias):
-    torch.manual_seed(0)
-    linear = torch.nn.Linear(64, 40, bias=has_bias).requires_grad_(False)
-    x = torch.randn(3, 64)
-    plain, halved = matrix(linear, precision), matrix(linear, precision, 0.5)
-    torch.testing.assert_close(halved(x), plain(x / 2))
-
-
 def test_bytes_give_a_row_the_same_whatever_stands_beside_it():
     torch.manual_seed(0)
     multiply = matrix(torch.nn.Linear(64, 40).requires_grad_(False), "int8")

@@ -148,7 +148,7 @@ class _Block:
             feed_forward_norm=_norm(block.feed_forward.norm),
             expand=matrix(feed_forward.expand, precision),
             activate=_activation(feed_forward),
-            contract=matrix(feed_forward.contract, precision, _input_gain(feed_forward)),
+            contract=matrix(feed_forward.contract, precision),
             contract_gain=gain_of(block.feed_forward),
         )
 
@@ -174,9 +174,7 @@ class _Head:
             norm=_norm(head.norm),
             expand=None if head.mix is None else matrix(head.mix.expand, precision),
             activate=F.relu if head.mix is None else _activation(head.mix),
-            contract=None
-            if head.mix is None
-            else matrix(head.mix.contract, precision, _input_gain(head.mix)),
+            contract=None if head.mix is None else matrix(head.mix.contract, precision),
             to_logits=matrix(head.to_logits, precision),
         )
 
@@ -201,32 +199,17 @@ def _norm(norm: nn.Module) -> Function:
 
 
 def _activation(feed_forward: FeedForward) -> Function:
-    """The activation over `_input_gain`."""
-    is_halved = _input_gain(feed_forward) == 0.5
-
     def geglu(x: Tensor) -> Tensor:
         x, gate = x.chunk(2, dim=-1)
-        return _twice_gelu(gate, x * gate) if is_halved else F.gelu(gate).mul_(x)
+        return F.gelu(gate).mul_(x)
 
     match feed_forward.kind:
         case "gelu":
-            return (lambda x: _twice_gelu(x, x)) if is_halved else F.gelu
+            return F.gelu
         case "relu2":
             return lambda x: x.relu_().square_()
         case "geglu":
             return geglu
-
-
-def _input_gain(feed_forward: FeedForward) -> float:
-    """What the second matrix multiplies its input by: half of what comes from `_twice_gelu`."""
-    is_on_cpu = feed_forward.expand.weight.device.type == "cpu"
-    return 0.5 if is_on_cpu and feed_forward.kind != "relu2" else 1.0
-
-
-def _twice_gelu(x: Tensor, factor: Tensor) -> Tensor:
-    """2 · factor · Φ(x): with x as the factor twice `F.gelu`, which on a CPU takes longer to be set
-    up than to run for so few rows."""
-    return torch.addcmul(factor, factor, torch.mul(x, 0.5**0.5).erf_())
 
 
 def _add(x: Tensor, branch: Tensor, gain: Tensor | None) -> Tensor:

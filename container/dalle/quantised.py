@@ -1,4 +1,4 @@
-"""A model's matrices in fewer bytes, for decoding on a CPU.
+"""A model's matrices in fewer bytes, for decoding on a CPU by torch's kernels.
 
 A decoding step reads every weight once, so that its bytes decide its time. All matrices of the
 256-pixel model, milliseconds on one thread with AVX512 and VNNI for 1, 8 and 32 rows: fp32 11.3,
@@ -28,46 +28,45 @@ _FEW = 2048  # numbers whose greatest one kernel finds sooner than two that are 
 _MIDDLE = 128  # the byte that means 0
 
 
-def matrix(linear: nn.Linear, precision: Precision, input_gain: float = 1.0) -> Matrix:
+def matrix(linear: nn.Linear, precision: Precision) -> Matrix:
     """The same linear map with its weights in another precision; fp32 and bf16: as they are.
 
     It then shares the layer's memory, laid out anew: [in, out] is read a quarter faster on a CPU.
-    input_gain: a factor of the input, which costs nothing here; exact where it is a power of two.
     Raises `DeviceError` where this processor or this build of torch has no such kernel.
     """
     try:
         if precision == "fp16":
-            return _half(linear, input_gain)
+            return _half(linear)
         if precision == "int8":
-            return _byte(linear, input_gain)
+            return _byte(linear)
     except (AttributeError, RuntimeError) as error:
         raise DeviceError(
             f"{precision} weights need an x86 processor and a torch with FBGEMM; this one says: "
             f"{str(error).splitlines()[0]}; use fp32"
         ) from error
-    return _float(linear, input_gain)
+    return _float(linear)
 
 
-def _float(linear: nn.Linear, input_gain: float) -> Matrix:
+def _float(linear: nn.Linear) -> Matrix:
     if linear.weight.device.type == "cpu":
         linear.weight.data = linear.weight.data.t().contiguous().t()
     weight, bias = linear.weight.detach().t(), _bias(linear)
     if bias is None:
-        return lambda x: torch.mm(x, weight) if input_gain == 1.0 else x.mm(weight).mul_(input_gain)
-    return lambda x: torch.addmm(bias, x, weight, alpha=input_gain)
+        return lambda x: torch.mm(x, weight)
+    return lambda x: torch.addmm(bias, x, weight)
 
 
-def _half(linear: nn.Linear, input_gain: float) -> Matrix:
-    weight, bias = linear.weight.detach().float() * input_gain, _bias(linear)
+def _half(linear: nn.Linear) -> Matrix:
+    weight, bias = linear.weight.detach().float(), _bias(linear)
     operators: Any = torch.ops.quantized
     packed = operators.linear_prepack_fp16(weight.contiguous(), bias)
     multiply = _bare(operators.linear_dynamic_fp16)
     return lambda x: multiply(x, packed)
 
 
-def _byte(linear: nn.Linear, input_gain: float) -> Matrix:
+def _byte(linear: nn.Linear) -> Matrix:
     """Weights symmetric, one scale for each output; activations symmetric, one for each row."""
-    weight, bias = linear.weight.detach().float() * input_gain, _bias(linear)
+    weight, bias = linear.weight.detach().float(), _bias(linear)
     # Without VNNI pairs of products are added in 16 bits: 7-bit weights keep them from overflowing.
     levels = 127 if getattr(torch.cpu, "_is_vnni_supported", lambda: False)() else 63
     scale = byte_scales(weight, levels)
