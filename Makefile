@@ -92,5 +92,6 @@ $(UV): requirements/uv.txt
 
 .venv/.stamp: $(UV) pyproject.toml requirements/dev.txt $(wildcard container/dalle/native/*)
 	$(UV) pip sync --python .venv --require-hashes --build-constraints requirements/dev.txt --compile-bytecode requirements/uv.txt requirements/dev.txt
+	rm -f container/dalle/_native*.so
 	$(UV) pip install --python .venv --no-deps --no-build-isolation --editable .
 	@touch $@

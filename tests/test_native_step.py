@@ -3,6 +3,7 @@
 import os
 import platform
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -178,6 +179,7 @@ def test_where_logits_are_equal_no_more_than_k_codes_are_drawn(make_dalle):
 
 
 @runs_here
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 def test_a_forked_process_does_not_wait_for_threads_that_it_has_not(make_dalle, threads):
     torch.set_num_threads(2)
     model = make_dalle()
@@ -186,8 +188,13 @@ def test_a_forked_process_does_not_wait_for_threads_that_it_has_not(make_dalle, 
     walk(step, [0], torch.zeros(1, 1, 2, dtype=torch.int64))
     child = os.fork()
     if child == 0:
+        status = 1
+        try:
+            walk(step, [0], torch.zeros(1, 1, 2, dtype=torch.int64))
+        except RuntimeError as error:
+            status = 0 if "forked" in str(error) else 2
         del step
-        os._exit(0)
+        os._exit(status)
     assert os.waitpid(child, 0)[1] == 0
 
 
@@ -207,13 +214,15 @@ def test_why_it_cannot_be_is_said_and_another_step_draws(make_dalle, monkeypatch
         )
     model = make_dalle()
     monkeypatch.setattr(native_step, "library", lambda: None)
-    assert describe_step(model, "int8").startswith("torch's kernels, as it was not built")
+    assert describe_step(model, "int8").startswith("torch's kernels, as it is not built")
     assert needs_key_ranges(model, "int8")
     assert not needs_key_ranges(model, "fp16")
     assert isinstance(new_step(model, 1), RaggedStep)
-    assert isinstance(new_step(model.to(torch.bfloat16), 1), StaticStep)
-    with pytest.raises(ValueError, match="no native step: it was not built"):
+    with pytest.raises(ValueError, match="no native step: it is not built"):
         NativeStep(model, 1)
+    assert isinstance(new_step(model.to(torch.bfloat16), 1), StaticStep)
+    assert describe_step(model, "bf16") == "a recorded graph"
+    assert why_not(model, "fp32") == "it is for float32 on a CPU, not for torch.bfloat16 on cpu"
 
 
 def test_a_processor_without_avx512_draws_by_torch(make_dalle, monkeypatch):
@@ -225,6 +234,53 @@ def test_a_processor_without_avx512_draws_by_torch(make_dalle, monkeypatch):
     assert describe_step(make_dalle(), "fp32") == (
         "torch's kernels, as the processor has no AVX-512"
     )
+
+
+@runs_here
+def test_logits_that_are_no_numbers_are_an_error(make_dalle):
+    model = make_dalle()
+    engine = DecodeEngine(model, 1, step=NativeStep(model, 1))
+    engine.submit(TEXT, candidates=[0], seed=0)
+    model.code_heads[0].norm.bias.fill_(torch.nan)  # which the step shares
+    with pytest.raises(FloatingPointError, match="no number"):
+        engine.step()
+
+
+class Loaded:
+    """Compiled code of another platform, or of another version."""
+
+    def __init__(self, support, layout):
+        self.dalle_support = lambda: support
+        if layout is not None:
+            self.dalle_layout = layout
+
+
+@pytest.mark.parametrize("layout", [None, lambda sizes: None])
+def test_code_of_another_version_is_not_used(layout, monkeypatch, caplog):
+    monkeypatch.setattr(
+        native_structures.importlib.util, "find_spec", lambda name: SimpleNamespace(origin="it.so")
+    )
+    monkeypatch.setattr(native_structures.ctypes, "CDLL", lambda path: Loaded(1, layout))
+    assert native_structures.library.__wrapped__() is None
+    assert "it.so is of another version" in caplog.text
+
+
+def test_on_another_platform_its_code_says_no_more_than_that(monkeypatch):
+    monkeypatch.setattr(
+        native_structures.importlib.util, "find_spec", lambda name: SimpleNamespace(origin="it.so")
+    )
+    monkeypatch.setattr(native_structures.ctypes, "CDLL", lambda path: Loaded(0, None))
+    assert native_structures.library.__wrapped__().dalle_support() == 0
+
+
+def test_code_that_cannot_be_loaded_is_not_used(monkeypatch, caplog, tmp_path):
+    broken = tmp_path / "it.so"
+    broken.write_bytes(b"no library")
+    monkeypatch.setattr(
+        native_structures.importlib.util, "find_spec", lambda name: SimpleNamespace(origin=broken)
+    )
+    assert native_structures.library.__wrapped__() is None
+    assert "it.so cannot be loaded" in caplog.text
 
 
 @runs_here

@@ -38,8 +38,7 @@ class Attends(Protocol):
 
 
 class SlotStep(Protocol):
-    """A decoding step together with the keys and values of all its slots: `RaggedStep` for a CPU,
-    `StaticStep` for a GPU."""
+    """A decoding step together with the keys and values of all its slots: see `dalle.steps`."""
 
     @property
     def num_bytes(self) -> int:

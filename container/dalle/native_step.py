@@ -1,7 +1,7 @@
 """The decoding step for a CPU in one call of compiled code, `container/dalle/native`.
 
 The same arithmetic as `dalle.ragged_step`, which is for processors and machines that this one is
-not for: it wants Linux, AVX-512 (with VNNI for bytes), and a C++ compiler where it was installed.
+not for: it wants Linux, AVX-512, and a C++ compiler where it was installed.
 `why_not` says so.
 
 Letters: S slots, B busy slots, C candidates, H heads, L inputs of a sequence, D head width, D' the
@@ -27,8 +27,9 @@ from dalle.decode_batch import Batch
 from dalle.decode_step import input_tables
 from dalle.names import AttentionKind, Precision
 from dalle.native_structures import (
+    CODES,
     LANES,
-    PRECISIONS,
+    MOST_HEAD_WIDTH,
     NativeDraw,
     NativeHead,
     NativeLayer,
@@ -39,20 +40,21 @@ from dalle.native_structures import (
 )
 from dalle.transformer import Dalle
 
-_MOST_HEAD_WIDTH = 128
-
 
 def why_not(model: Dalle, precision: Precision) -> str | None:
     """What keeps `NativeStep` from drawing with a model here; None where nothing does."""
+    place = model.text_position
+    if place.device.type != "cpu" or place.dtype != torch.float32:
+        return f"it is for float32 on a CPU, not for {place.dtype} on {place.device.type}"
     compiled = library()
     if compiled is None:
-        return "it was not built: installing the package needs a C++ compiler for that"
+        return "it is not built: g++ 11 or later and then `make setup` build it"
     if compiled.dalle_support() == 0:
         return "the processor has no AVX-512"
-    if precision not in PRECISIONS:
+    if precision not in CODES:
         return f"there is none for {precision}"
-    if model.config.head_width > _MOST_HEAD_WIDTH:
-        return f"head width must be at most {_MOST_HEAD_WIDTH}, got {model.config.head_width}"
+    if model.config.head_width > MOST_HEAD_WIDTH:
+        return f"head width must be at most {MOST_HEAD_WIDTH}, got {model.config.head_width}"
     return None
 
 
@@ -108,9 +110,12 @@ class NativeStep:
             inner_width=config.feed_forward_ratio * config.width,
             precision=structures.precision,
         )
-        self._step: int = compiled.dalle_new_step(ctypes.byref(self._model), num_slots)
-        # Before what it reads: a finaliser runs when the object's own fields are still there.
-        weakref.finalize(self, _delete, compiled, self._step, os.getpid())
+        self._step: int | None = compiled.dalle_new_step(ctypes.byref(self._model), num_slots)
+        if not self._step:
+            raise MemoryError(f"no memory for a native step of {num_slots} slots")
+        # Not when the process ends: another thread may be in a step, and all end with it anyway.
+        self._process = os.getpid()
+        weakref.finalize(self, _delete, compiled, self._step, self._process).atexit = False
 
     @property
     def num_bytes(self) -> int:
@@ -121,6 +126,7 @@ class NativeStep:
         """As `SlotStep`."""
         B = len(slots)
         codes = codes.contiguous()
+        slots, positions = (np.ascontiguousarray(each, np.int64) for each in (slots, positions))
         hidden = torch.empty(B, self._config.width)
         self._call(
             self._library.dalle_step,
@@ -151,6 +157,8 @@ class NativeStep:
             codes.data_ptr(),
             log_likelihood.data_ptr(),
         )
+        if not bool(log_likelihood.isfinite().all()):
+            raise FloatingPointError("a logit is no number")
         return codes, log_likelihood
 
     def code_logits(self, hidden: Tensor, m: int, codes: Tensor) -> Tensor:
@@ -190,6 +198,8 @@ class NativeStep:
     def _call(self, function: Callable[..., None], num_rows: int, *others: Any) -> None:
         """All time outside Python, and so what benchmarks look at."""
         assert num_rows <= self._num_slots
+        if os.getpid() != self._process:
+            raise RuntimeError("a native step cannot be used in a process forked from its own")
         function(self._step, torch.get_num_threads(), num_rows, *others)
 
 
@@ -253,7 +263,7 @@ class _Draws:
             draw.top_p = 1.0 if options.top_p is None else options.top_p
             draw.temperature = options.temperature
             draw.guidance_scale = options.guidance_scale
-            draw.top_k = codebook_size if options.top_k is None else options.top_k
+            draw.top_k = min(options.top_k or codebook_size, codebook_size)
             draw.blank_row = blank_rows.get(row, -1)
         candidates = torch.from_numpy(np.concatenate([np.arange(C), batch.guided]))
         return cls(batch, candidates.int(), draws)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import logging
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_void_p
 from functools import cache
@@ -25,8 +26,12 @@ from dalle.quantised import byte_scales
 from dalle.slot_tables import inputs_seen
 from dalle.transformer import Block, CodeHead, Dalle
 
+logger = logging.getLogger(__name__)
+
 LANES = 16
-PRECISIONS: dict[Precision, int] = {"fp32": 0, "fp16": 1, "int8": 2}
+MOST_HEAD_WIDTH = 128
+_MOST_HALF = 65504.0
+CODES: dict[Precision, int] = {"fp32": 0, "fp16": 1, "int8": 2}
 _SMALL_BYTES = 3  # int8 without VNNI, in 7 bits
 _ACTIVATIONS: dict[FeedForwardKind, int] = {"gelu": 0, "geglu": 1, "relu2": 2}
 
@@ -119,7 +124,7 @@ class Structures:
     """A model's parts as compiled code reads them, and the tensors that must outlive that."""
 
     def __init__(self, precision: Precision, support: int) -> None:
-        self.precision = PRECISIONS[precision]
+        self.precision = CODES[precision]
         if precision == "int8" and support == 1:
             self.precision = _SMALL_BYTES
         self.kept: list[Tensor] = []
@@ -135,13 +140,14 @@ class Structures:
     def matrix(self, linear: nn.Linear) -> NativeMatrix:
         N, K = linear.weight.shape
         shared = {"bias": self.pointer(linear.bias), "inputs": K, "outputs": N}
-        if self.precision == PRECISIONS["fp32"]:
+        if self.precision == CODES["fp32"]:
             # Laid out row by row in the layer itself, so that both read the same memory.
             linear.weight.data = linear.weight.data.contiguous()
             return NativeMatrix(weights=self.pointer(linear.weight), **shared)
         weight = linear.weight.detach().float()
-        if self.precision == PRECISIONS["fp16"]:
-            return NativeMatrix(weights=self.pointer(weight.half()), **shared)
+        if self.precision == CODES["fp16"]:
+            half = weight.clamp(-_MOST_HALF, _MOST_HALF).half()
+            return NativeMatrix(weights=self.pointer(half), **shared)
         scales = byte_scales(weight, 63 if self.precision == _SMALL_BYTES else 127)
         rounded = (weight / scales[:, None]).round_().to(torch.int8)
         quads = F.pad(rounded, (0, -K % 4, 0, -N % LANES)).view(-(-N // LANES), LANES, -1, 4)
@@ -212,21 +218,46 @@ class Structures:
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled code, which setuptools puts beside this file; None where there is none."""
+    """The compiled code, which setuptools puts beside this file; None where there is none that
+    fits. Where its `dalle_support` is 0 it may have no other function."""
     found = importlib.util.find_spec("dalle._native")
     if found is None or found.origin is None:
         return None
-    loaded = ctypes.CDLL(found.origin)
+    try:
+        loaded = ctypes.CDLL(found.origin)
+    except OSError as error:
+        logger.warning("%s cannot be loaded: %s", found.origin, error)
+        return None
     loaded.dalle_support.restype = c_int32
+    if loaded.dalle_support() == 0:
+        return loaded
+    if not _has_our_layout(loaded):
+        logger.warning("%s is of another version: run `make setup` again", found.origin)
+        return None
     loaded.dalle_new_step.restype = c_void_p
     loaded.dalle_new_step.argtypes = (POINTER(NativeModel), c_int32)
     loaded.dalle_delete_step.argtypes = (c_void_p,)
-    loaded.dalle_delete_step.restype = None
     # The step, threads, rows, and where things are.
     own = (c_void_p, c_int32, c_int32)
     loaded.dalle_step.argtypes = (*own, c_void_p, c_void_p, c_void_p, c_void_p)
     loaded.dalle_code_logits.argtypes = (*own, c_void_p, c_int32, c_void_p, c_int64, c_void_p)
     loaded.dalle_draw.argtypes = (*own, c_void_p, c_int32, *[c_void_p] * 5)
-    for function in (loaded.dalle_step, loaded.dalle_code_logits, loaded.dalle_draw):
+    for function in (
+        loaded.dalle_delete_step,
+        loaded.dalle_step,
+        loaded.dalle_code_logits,
+        loaded.dalle_draw,
+    ):
         function.restype = None
     return loaded
+
+
+def _has_our_layout(loaded: ctypes.CDLL) -> bool:
+    structures = (NativeModel, NativeLayer, NativeHead, NativeDraw)
+    ours = [*map(ctypes.sizeof, structures), LANES, MOST_HEAD_WIDTH]
+    theirs = (c_int32 * len(ours))()
+    try:
+        loaded.dalle_layout(theirs)
+    except AttributeError:
+        return False
+    return list(theirs) == ours

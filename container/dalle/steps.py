@@ -25,7 +25,7 @@ def new_step(
 
     key_ranges: one a layer where `needs_key_ranges`, otherwise not read.
     """
-    if model.text_position.device.type != "cpu" or model.text_position.dtype != torch.float32:
+    if _is_for_graphs(model):
         return StaticStep(model, num_slots)
     if why_not(model, precision) is None:
         return NativeStep(model, num_slots, precision=precision)
@@ -40,7 +40,12 @@ def needs_key_ranges(model: Dalle, precision: Precision) -> bool:
 
 def describe_step(model: Dalle, precision: Precision) -> str:
     """For people: which step draws, and why no other."""
-    if model.text_position.device.type != "cpu":
+    if _is_for_graphs(model):
         return "a recorded graph"
     reason = why_not(model, precision)
     return "the native step" if reason is None else f"torch's kernels, as {reason}"
+
+
+def _is_for_graphs(model: Dalle) -> bool:
+    """On a GPU; and bf16, wherever it is."""
+    return model.text_position.device.type != "cpu" or model.text_position.dtype != torch.float32

@@ -13,7 +13,8 @@
 
 constexpr int kMostHeadWidth = 128;
 
-// Keys or values of a layer. A row is one input's of one head; the lanes between D and D' are 0 in keys.
+// Keys or values of a layer. A row is one input's of one head. What lies between D and D' counts for nothing: the
+// query is 0 there.
 struct Table {
   void* rows;     // float or byte [S, H, L, D']
   float* ranges;  // with bytes: [S, H, L, 2], what 1 means and what 0 means; null with floats
@@ -89,7 +90,7 @@ inline void normalise_head(__m512 (&x)[C], int width) {
   const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / width);
   __m512 squares = _mm512_setzero_ps();
   for (int c = 0; c < C; ++c) {
-    x[c] = _mm512_maskz_sub_ps(c * kLanes < width ? first_lanes(width - c * kLanes) : 0, x[c], mean);
+    x[c] = _mm512_maskz_sub_ps(first_lanes(width - c * kLanes), x[c], mean);
     squares = _mm512_fmadd_ps(x[c], x[c], squares);
   }
   const __m512 factor = _mm512_set1_ps(1 / std::sqrt(_mm512_reduce_add_ps(squares) / width + 1e-5f));

@@ -8,10 +8,14 @@
 // Letters: B rows, W width, M codes per position, V codebook size; see also attention.h.
 #if defined(__x86_64__) && defined(__linux__)
 
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")
+// No VNNI: the same code runs without it. Its one instruction is written out in matrix.h.
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
 
 #include <algorithm>
 #include <cstdint>
+#include <exception>
+#include <iterator>
+#include <map>
 #include <utility>
 #include <vector>
 
@@ -40,36 +44,31 @@ class Step {
         most_scores_(model.length + kLanes) {}
 
   void run(int threads, int rows, const int64_t* slots, const int64_t* codes, const int64_t* positions, float* hidden) {
-    by_precision(threads, [&]<Precision p>(int member, int members) {
-      const Part part{member, members, rows};
-      step<p>(part, slots, codes, positions, hidden);
-    });
+    together(threads, rows, [&]<Precision p>(const Part& part) { step<p>(part, slots, codes, positions, hidden); });
   }
 
   void code_logits(int threads, int rows, const float* hidden, int m, const int64_t* codes, int64_t codes_stride,
                    float* logits) {
-    by_precision(threads, [&]<Precision p>(int member, int members) {
-      const Part part{member, members, rows};
-      head<p>(part, hidden, m, [&](int b) { return codes + b * codes_stride; }, {logits, model_.codebook_size});
+    together(threads, rows, [&]<Precision p>(const Part& part) {
+      predict<p>(part, hidden, m, [&](int b) { return codes + b * codes_stride; }, {logits, model_.codebook_size});
     });
   }
 
   void draw(int threads, int rows, const float* hidden, int candidates, const int32_t* candidate_of_row,
             const Draw* draws, const float* uniforms, int64_t* codes, float* log_likelihood) {
-    while (static_cast<int>(rooms_.size()) < threads) rooms_.emplace_back(model_.codebook_size);
     const int M = model_.num_codebooks, V = model_.codebook_size;
-    by_precision(threads, [&]<Precision p>(int member, int members) {
-      const Part part{member, members, rows};
+    together(threads, rows, [&]<Precision p>(const Part& part) {
+      DrawRoom& room = rooms_[part.member];
       for (int m = 0; m < M; ++m) {
-        head<p>(part, hidden, m, [&](int b) { return codes + candidate_of_row[b] * M; }, {logits_.row(0), logits_.stride});
+        const auto codes_of = [&](int b) { return codes + candidate_of_row[b] * M; };
+        predict<p>(part, hidden, m, codes_of, {logits_.row(0), logits_.stride});
         part.each(candidates, [&](int c) {
-          DrawRoom& room = rooms_[member];
           guide(draws[c], logits_.row(c), room.logits.data());
           const int code = draw_code(draws[c], uniforms[c * M + m], V, room);
           codes[c * M + m] = code;
           log_likelihood[c] += log_probability(logits_.row(c), V, code);
         });
-        team_.meet();  // until all codes are known
+        part.team.meet();  // until all codes are known
       }
     });
   }
@@ -77,6 +76,7 @@ class Step {
  private:
   // What one thread does of something.
   struct Part {
+    Team& team;
     int member, members, rows;
 
     template <class Work>
@@ -89,15 +89,19 @@ class Step {
     }
   };
 
+  // Call work<precision>(part) in so many threads.
   template <class Work>
-  void by_precision(int threads, Work work) {
+  void together(int threads, int rows, Work work) {
+    Team& team = teams_.try_emplace(threads, threads).first->second;
     scores_.resize(std::max<size_t>(scores_.size(), threads * most_scores_));
-    team_.run(threads, [&](int member, int members) {
+    while (static_cast<int>(rooms_.size()) < threads) rooms_.emplace_back(model_.codebook_size);
+    team.run([&](int member) {
+      const Part part{team, member, threads, rows};
       switch (model_.precision) {
-        case kFloat: return work.template operator()<kFloat>(member, members);
-        case kHalf: return work.template operator()<kHalf>(member, members);
-        case kByte: return work.template operator()<kByte>(member, members);
-        case kSmallByte: return work.template operator()<kSmallByte>(member, members);
+        case kFloat: return work.template operator()<kFloat>(part);
+        case kHalf: return work.template operator()<kHalf>(part);
+        case kByte: return work.template operator()<kByte>(part);
+        case kSmallByte: return work.template operator()<kSmallByte>(part);
       }
     });
   }
@@ -106,20 +110,21 @@ class Step {
 
   template <Precision p>
   void product(const Part& part, const Matrix& matrix, Outputs outputs) {
-    team_.meet();  // until all rows are there
+    part.team.meet();  // until all rows are there
     multiply<p>(matrix, inputs(), part.rows, outputs, part.member, part.members);
-    team_.meet();
+    part.team.meet();
   }
 
+  // Of what is in inputs_, what the next matrix reads.
   template <Precision p>
-  void is_ready(int b, int width) {
+  void encode_row(int b, int width) {
     if constexpr (is_bytes(p)) inputs().to_bytes(b, width);
   }
 
   template <Precision p>
   void normalise_row(const Norm& norm, int b) {
     normalise(norm, x_.row(b), model_.width, inputs_.row(b));
-    is_ready<p>(b, model_.width);
+    encode_row<p>(b, model_.width);
   }
 
   // The branch of a feed-forward network whose normalised inputs are ready.
@@ -129,7 +134,7 @@ class Step {
     product<p>(part, network.expand, {inner_.row(0), inner_.stride});
     part.each_row([&](int b) {
       activate(network.activation, inner_.row(b), inner, inputs_.row(b));
-      is_ready<p>(b, inner);
+      encode_row<p>(b, inner);
     });
     product<p>(part, network.contract, {branch_.row(0), branch_.stride});
   }
@@ -151,8 +156,8 @@ class Step {
         attend_head<p>(part, layer, b, h, slots[b], static_cast<int>(positions[b]) + model_.text_length + 1);
       });
       if constexpr (is_bytes(p)) {  // a row's bytes depend on all of its heads
-        team_.meet();
-        part.each_row([&](int b) { is_ready<p>(b, W); });
+        part.team.meet();
+        part.each_row([&](int b) { encode_row<p>(b, W); });
       }
       product<p>(part, layer.out, {branch_.row(0), branch_.stride});
       part.each_row([&](int b) {
@@ -173,7 +178,7 @@ class Step {
 
   // codes_of(b): the codes before m of what row b predicts.
   template <Precision p, class Codes>
-  void head(const Part& part, const float* hidden, int m, Codes codes_of, Outputs logits) {
+  void predict(const Part& part, const float* hidden, int m, Codes codes_of, Outputs logits) {
     const int W = model_.width;
     const Head& head = model_.heads[m];
     part.each_row([&](int b) {
@@ -233,15 +238,27 @@ class Step {
   std::vector<float> scales_, scores_;
   std::vector<DrawRoom> rooms_;
   const int64_t most_scores_;
-  Team team_;
+  std::map<int, Team> teams_;  // by size: whoever tries several numbers of threads starts them once
 };
 
 }  // namespace
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
-// model and what it points to must outlive the step.
-EXPORTED void* dalle_new_step(const Model* model, int32_t most_rows) { return new Step(*model, most_rows); }
+// What this and `dalle.native_structures` must agree on.
+EXPORTED void dalle_layout(int32_t* sizes) {
+  const int32_t own[] = {sizeof(Model), sizeof(Layer), sizeof(Head), sizeof(Draw), kLanes, kMostHeadWidth};
+  std::copy(std::begin(own), std::end(own), sizes);
+}
+
+// What the model points to must outlive the step. Null where there is no memory for it.
+EXPORTED void* dalle_new_step(const Model* model, int32_t most_rows) {
+  try {
+    return new Step(*model, most_rows);
+  } catch (const std::exception&) {
+    return nullptr;
+  }
+}
 
 EXPORTED void dalle_delete_step(void* step) { delete static_cast<Step*>(step); }
 

@@ -93,5 +93,5 @@ inline int draw_code(const Draw& draw, float uniform, int V, DrawRoom& room) {
     sum += room.weights[code];
     if (sum > threshold) return code;
   }
-  return V - 1;  // only where no logit is a number
+  return V - 1;  // where the sum is no number: the log p is none either, for the caller to see
 }

@@ -100,7 +100,10 @@ inline void multiply_numbers(const Matrix& m, const Rows& x, int b, int n, Outpu
 // Four products of bytes, x unsigned and w signed, added to each of 16 sums.
 template <Precision precision>
 inline __m512i add_four_products(__m512i sums, __m512i x, __m512i w) {
-  if constexpr (precision == kByte) return _mm512_dpbusd_epi32(sums, x, w);
+  if constexpr (precision == kByte) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(x), "vm"(w));
+    return sums;
+  }
   const __m512i pairs = _mm512_maddubs_epi16(x, w);  // of 7-bit weights, which do not overflow
   return _mm512_add_epi32(sums, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
 }

@@ -7,7 +7,7 @@ extern "C" __attribute__((visibility("default"))) int32_t dalle_support() {
   __builtin_cpu_init();
   const bool runs = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                    __builtin_cpu_supports("fma");
+                    __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   return !runs ? 0 : __builtin_cpu_supports("avx512vnni") ? 2 : 1;
 #else
   return 0;

@@ -10,20 +10,30 @@
 #include <vector>
 
 // A step waits about a hundred times, for less than a microsecond each where all threads run: it spins then. Where
-// another process has taken the processor of one of them, the others give theirs away.
+// another process has taken the processor of one of them, the others give theirs away. Between two calls they sleep.
 class Team {
  public:
-  ~Team() { dismiss(); }
+  // size: members, the calling thread being member 0.
+  explicit Team(int size) : size_(size) {
+    for (int member = 1; member < size; ++member) threads_.emplace_back([this, member] { serve(member); });
+  }
 
-  // Call work(member, size) once for each member, the caller being member 0; return when all have.
-  void run(int size, const std::function<void(int, int)>& work) {
-    if (size != size_) hire(size);
-    if (size == 1) return work(0, 1);
+  ~Team() {
+    is_over_ = true;
+    begin_round();
+    for (auto& thread : threads_) thread.join();
+  }
+
+  Team(const Team&) = delete;
+  Team& operator=(const Team&) = delete;
+
+  // Call work(member) once for each member; return when all have.
+  void run(const std::function<void(int)>& work) {
+    if (size_ == 1) return work(0);
     work_ = &work;
-    running_.store(size, std::memory_order_relaxed);
-    round_.fetch_add(1, std::memory_order_release);
-    round_.notify_all();
-    finish();
+    running_.store(size_ - 1, std::memory_order_relaxed);
+    begin_round();
+    work(0);
     await([&] { return running_.load(std::memory_order_acquire) == 0; });
   }
 
@@ -53,42 +63,27 @@ class Team {
     }
   }
 
-  void finish(int member = 0) {
-    (*work_)(member, size_);
-    running_.fetch_sub(1, std::memory_order_release);
+  void begin_round() {
+    round_.fetch_add(1, std::memory_order_release);
+    round_.notify_all();
   }
 
-  void hire(int size) {
-    dismiss();
-    size_ = size;
-    for (int member = 1; member < size; ++member) {
-      threads_.emplace_back([this, member, seen = round_.load()]() mutable {
-        for (;;) {
-          for (int spins = 0; spins < kSpins && round_.load(std::memory_order_acquire) == seen; ++spins) _mm_pause();
-          round_.wait(seen, std::memory_order_acquire);  // sleeps where nothing has come meanwhile
-          ++seen;
-          if (is_over_) return;
-          finish(member);
-        }
-      });
+  void serve(int member) {
+    for (uint32_t seen = 0;; ++seen) {
+      for (int spins = 0; spins < kSpins && round_.load(std::memory_order_acquire) == seen; ++spins) _mm_pause();
+      round_.wait(seen, std::memory_order_acquire);
+      if (is_over_) return;
+      (*work_)(member);
+      running_.fetch_sub(1, std::memory_order_release);
     }
   }
 
-  void dismiss() {
-    is_over_ = true;
-    round_.fetch_add(1, std::memory_order_release);
-    round_.notify_all();
-    for (auto& thread : threads_) thread.join();
-    threads_.clear();
-    is_over_ = false;
-  }
-
-  int size_ = 1;
+  const int size_;
   bool is_over_ = false;
-  const std::function<void(int, int)>* work_ = nullptr;
-  std::vector<std::thread> threads_;
+  const std::function<void(int)>* work_ = nullptr;
   alignas(64) std::atomic<uint32_t> round_{0};
   alignas(64) std::atomic<uint32_t> meeting_{0};
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<int> running_{0};
+  std::vector<std::thread> threads_;
 };
