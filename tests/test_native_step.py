@@ -257,28 +257,22 @@ class Loaded:
 
 @pytest.mark.parametrize("layout", [None, lambda sizes: None])
 def test_code_of_another_version_is_not_used(layout, monkeypatch, caplog):
-    monkeypatch.setattr(
-        native_structures.importlib.util, "find_spec", lambda name: SimpleNamespace(origin="it.so")
-    )
-    monkeypatch.setattr(native_structures.ctypes, "CDLL", lambda path: Loaded(1, layout))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: SimpleNamespace(origin="it.so"))
+    monkeypatch.setattr("ctypes.CDLL", lambda path: Loaded(1, layout))
     assert native_structures.library.__wrapped__() is None
     assert "it.so is of another version" in caplog.text
 
 
 def test_on_another_platform_its_code_says_no_more_than_that(monkeypatch):
-    monkeypatch.setattr(
-        native_structures.importlib.util, "find_spec", lambda name: SimpleNamespace(origin="it.so")
-    )
-    monkeypatch.setattr(native_structures.ctypes, "CDLL", lambda path: Loaded(0, None))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: SimpleNamespace(origin="it.so"))
+    monkeypatch.setattr("ctypes.CDLL", lambda path: Loaded(0, None))
     assert native_structures.library.__wrapped__().dalle_support() == 0
 
 
 def test_code_that_cannot_be_loaded_is_not_used(monkeypatch, caplog, tmp_path):
     broken = tmp_path / "it.so"
     broken.write_bytes(b"no library")
-    monkeypatch.setattr(
-        native_structures.importlib.util, "find_spec", lambda name: SimpleNamespace(origin=broken)
-    )
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: SimpleNamespace(origin=broken))
     assert native_structures.library.__wrapped__() is None
     assert "it.so cannot be loaded" in caplog.text
 

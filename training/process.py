@@ -20,6 +20,7 @@ from typing import NoReturn
 
 from dalle.contract import Job, Paths, write_failure
 from dalle.errors import DalleError
+from training.allocation import keep_memory
 from training.hosts import Patience, Place
 from training.hyperparameters import Hyperparameters
 from training.stopping import Stopped
@@ -59,6 +60,7 @@ def run_rank(
     is the only rank. One of several tells the others of its error and ends the process at once:
     no orderly end is possible once they do not take part in what it would wait for.
     """
+    keep_memory()
     # Imported here: torch takes seconds, which a job that cannot run need not wait for.
     import torch
 
