@@ -1,8 +1,7 @@
 """The decoding step for a CPU in one call of compiled code, `container/dalle/native`.
 
 The same arithmetic as `dalle.ragged_step`, which is for processors and machines that this one is
-not for: it wants Linux, AVX-512, and a C++ compiler where it was installed.
-`why_not` says so.
+not for: it wants Linux, AVX-512, and a C++ compiler where it was installed, or `why_not` says so.
 
 Letters: S slots, B busy slots, C candidates, H heads, L inputs of a sequence, D head width, D' the
 same rounded up to 16, M codes, V codebook size, W width.
@@ -48,7 +47,7 @@ def why_not(model: Dalle, precision: Precision) -> str | None:
         return f"it is for float32 on a CPU, not for {place.dtype} on {place.device.type}"
     compiled = library()
     if compiled is None:
-        return "it is not built: g++ 11 or later and then `make setup` build it"
+        return "it is not built: install g++ 11 or later, `rm .venv/.stamp` and `make setup`"
     if compiled.dalle_support() == 0:
         return "the processor has no AVX-512"
     if precision not in CODES:
