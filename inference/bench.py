@@ -69,7 +69,8 @@ class StepFigures:
     bandwidth_share: float
     """Of the measured speed of memory, by the bytes that a step must read at least."""
     outside_kernels: float
-    """Share of a step at a third of the image that is none of torch's operators' time."""
+    """Share of a step at a third of the image that is no operator's time, the native step's calls
+    being operators: Python's, mostly."""
     tables_mb: float
     """Keys and values of all candidates."""
 

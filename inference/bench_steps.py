@@ -186,7 +186,7 @@ def _native_calls_recorded() -> Iterator[None]:
     call = NativeStep._call
 
     def recorded(
-        self: NativeStep, function: Callable[..., None], num_rows: int, *others: Any
+        self: NativeStep, function: Callable[..., int], num_rows: int, *others: Any
     ) -> None:
         with torch.autograd.profiler.record_function("native step"):
             call(self, function, num_rows, *others)

@@ -11,6 +11,7 @@ from dalle.ragged_step import RaggedStep
 from dalle.row_tables import FloatRows
 from dalle.sampling import SamplingOptions, sample_image_tokens
 from dalle.static_step import StaticStep
+from tests.native import runs_here
 
 T, N, M, V = 5, 16, 2, 7  # of conftest's tiny transformer
 TEXT = torch.tensor([[3, 1, 4, 0, 0]])
@@ -20,7 +21,7 @@ KINDS = [
     ("axial_row", "axial_col", "conv_like"),
     ("full", "conv_like"),
 ]
-STEPS = [NativeStep, RaggedStep, StaticStep]
+STEPS = [pytest.param(NativeStep, marks=runs_here), RaggedStep, StaticStep]
 PRIME = torch.tensor([[5, 1], [0, 6], [2, 2], [3, 4], [1, 0], [6, 6]])
 REQUESTS = [
     {"text_tokens": TEXT, "candidates": range(4), "seed": 7},

@@ -47,7 +47,7 @@ def test_no_driver_is_demanded_before_a_line_of_log_can_be_written(instructions)
 def test_the_base_can_be_chosen_and_is_plain_python_otherwise(instructions):
     assert instructions[0] == ("ARG", "BASE_IMAGE=python:3.11-slim-bookworm")
     bases = [words.split()[0] for words in words_of(instructions, "FROM")]
-    assert set(bases) == {"${BASE_IMAGE}", "dependencies"}
+    assert set(bases) == {"${BASE_IMAGE}", "dependencies", "compiler"}
 
 
 def test_both_builders_can_read_it(instructions):

@@ -17,7 +17,8 @@ _KEPT_IN_ALL = 256 << 20
 
 
 def keep_memory() -> None:
-    """Keep what is freed for the next step, up to 256 MiB. Without glibc it does nothing."""
+    """Keep what is freed for the next step: blocks below 32 MiB, and up to 256 MiB at each arena's
+    end. Without glibc it does nothing."""
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None:
         set_option(_M_MMAP_THRESHOLD, _KEPT_BLOCK)

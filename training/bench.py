@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from dalle import peers
 from training import bench_start
+from training.allocation import keep_memory
 
 if TYPE_CHECKING:
     import torch
@@ -88,6 +89,7 @@ def _compare(given: argparse.Namespace) -> dict[str, Any]:
 
     from training.measured_memory import peak_bytes
 
+    keep_memory()  # as `train` does, for both sides
     torch.set_num_threads(given.threads)
     device = torch.device(given.device)
     precisions = given.precision.split(",")

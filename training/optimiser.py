@@ -153,10 +153,7 @@ def _together(rows: int, columns: int) -> int:
 
 def _iteration_type(device: torch.device) -> torch.dtype:
     """bfloat16 is exact enough for the iteration and much quicker, where the hardware has it."""
-    if device.type == "cuda":
-        is_native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        is_native = torch.cpu._is_amx_tile_supported()
+    is_native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if is_native else torch.float32
 
 

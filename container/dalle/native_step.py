@@ -61,8 +61,8 @@ class NativeStep:
     """A model's decoding step with the keys and values of all its slots.
 
     In fp32 it shares the model's weights; in int8 keys and values are bytes, too, over the range
-    of each one's own. Torch's number of threads is its own, and between two calls it keeps none of
-    torch's waiting. Raises ValueError where `why_not` says a reason.
+    of each one's own. It computes in threads of its own, as many as torch has, which sleep between
+    calls. Raises ValueError where `why_not` says a reason.
     """
 
     def __init__(self, model: Dalle, num_slots: int, *, precision: Precision = "fp32") -> None:
@@ -194,12 +194,14 @@ class NativeStep:
             for table, part in zip(tables, parts, strict=True):
                 table.load(slots, part)
 
-    def _call(self, function: Callable[..., None], num_rows: int, *others: Any) -> None:
+    def _call(self, function: Callable[..., int], num_rows: int, *others: Any) -> None:
         """All time outside Python, and so what benchmarks look at."""
-        assert num_rows <= self._num_slots
+        if num_rows > self._num_slots:
+            raise ValueError(f"{num_rows} rows, but the step has {self._num_slots} slots")
         if os.getpid() != self._process:
             raise RuntimeError("a native step cannot be used in a process forked from its own")
-        function(self._step, torch.get_num_threads(), num_rows, *others)
+        if not function(self._step, torch.get_num_threads(), num_rows, *others):
+            raise RuntimeError(f"cannot start {torch.get_num_threads()} threads for a native step")
 
 
 _Packed = tuple[Tensor, Tensor | None]

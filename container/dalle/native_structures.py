@@ -242,22 +242,18 @@ def library() -> ctypes.CDLL | None:
     loaded.dalle_step.argtypes = (*own, c_void_p, c_void_p, c_void_p, c_void_p)
     loaded.dalle_code_logits.argtypes = (*own, c_void_p, c_int32, c_void_p, c_int64, c_void_p)
     loaded.dalle_draw.argtypes = (*own, c_void_p, c_int32, *[c_void_p] * 5)
-    for function in (
-        loaded.dalle_delete_step,
-        loaded.dalle_step,
-        loaded.dalle_code_logits,
-        loaded.dalle_draw,
-    ):
-        function.restype = None
+    loaded.dalle_delete_step.restype = None
+    for function in (loaded.dalle_step, loaded.dalle_code_logits, loaded.dalle_draw):
+        function.restype = c_int32  # whether it was done
     return loaded
 
 
 def _has_our_layout(loaded: ctypes.CDLL) -> bool:
     structures = (NativeModel, NativeLayer, NativeHead, NativeDraw)
     ours = [*map(ctypes.sizeof, structures), LANES, MOST_HEAD_WIDTH]
-    theirs = (c_int32 * len(ours))()
+    theirs = (c_int32 * 64)()  # room for whatever another version has to say
     try:
         loaded.dalle_layout(theirs)
     except AttributeError:
         return False
-    return list(theirs) == ours
+    return theirs[: len(ours)] == ours and not any(theirs[len(ours) :])

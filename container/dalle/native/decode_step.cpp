@@ -245,6 +245,21 @@ class Step {
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
+namespace {
+
+// Whether the work was done: 0 where there was no memory or no thread for it. No exception leaves this library.
+template <class Work>
+int32_t is_done(Work work) {
+  try {
+    work();
+    return 1;
+  } catch (const std::exception&) {
+    return 0;
+  }
+}
+
+}  // namespace
+
 // What this and `dalle.native_structures` must agree on.
 EXPORTED void dalle_layout(int32_t* sizes) {
   const int32_t own[] = {sizeof(Model), sizeof(Layer), sizeof(Head), sizeof(Draw), kLanes, kMostHeadWidth};
@@ -253,34 +268,34 @@ EXPORTED void dalle_layout(int32_t* sizes) {
 
 // What the model points to must outlive the step. Null where there is no memory for it.
 EXPORTED void* dalle_new_step(const Model* model, int32_t most_rows) {
-  try {
-    return new Step(*model, most_rows);
-  } catch (const std::exception&) {
-    return nullptr;
-  }
+  Step* step = nullptr;
+  is_done([&] { step = new Step(*model, most_rows); });
+  return step;
 }
 
 EXPORTED void dalle_delete_step(void* step) { delete static_cast<Step*>(step); }
 
 // Take in the codes [B, M] of the slots' [B] positions [B]: hidden [B, W].
-EXPORTED void dalle_step(void* step, int32_t threads, int32_t rows, const int64_t* slots, const int64_t* codes,
-                         const int64_t* positions, float* hidden) {
-  static_cast<Step*>(step)->run(threads, rows, slots, codes, positions, hidden);
+EXPORTED int32_t dalle_step(void* step, int32_t threads, int32_t rows, const int64_t* slots, const int64_t* codes,
+                            const int64_t* positions, float* hidden) {
+  return is_done([&] { static_cast<Step*>(step)->run(threads, rows, slots, codes, positions, hidden); });
 }
 
 // Logits [B, V] of code m of the position that hidden [B, W] predicts, from the codes before it: m of each row's.
-EXPORTED void dalle_code_logits(void* step, int32_t threads, int32_t rows, const float* hidden, int32_t m,
-                                const int64_t* codes, int64_t codes_stride, float* logits) {
-  static_cast<Step*>(step)->code_logits(threads, rows, hidden, m, codes, codes_stride, logits);
+EXPORTED int32_t dalle_code_logits(void* step, int32_t threads, int32_t rows, const float* hidden, int32_t m,
+                                   const int64_t* codes, int64_t codes_stride, float* logits) {
+  return is_done([&] { static_cast<Step*>(step)->code_logits(threads, rows, hidden, m, codes, codes_stride, logits); });
 }
 
 // Draw the codes [candidates, M] of what hidden [B, W] predicts, and add their log p [candidates]. The first rows are the
 // candidates' own.
-EXPORTED void dalle_draw(void* step, int32_t threads, int32_t rows, const float* hidden, int32_t candidates,
-                         const int32_t* candidate_of_row, const Draw* draws, const float* uniforms, int64_t* codes,
-                         float* log_likelihood) {
-  static_cast<Step*>(step)->draw(threads, rows, hidden, candidates, candidate_of_row, draws, uniforms, codes,
-                                 log_likelihood);
+EXPORTED int32_t dalle_draw(void* step, int32_t threads, int32_t rows, const float* hidden, int32_t candidates,
+                            const int32_t* candidate_of_row, const Draw* draws, const float* uniforms, int64_t* codes,
+                            float* log_likelihood) {
+  return is_done([&] {
+    static_cast<Step*>(step)->draw(threads, rows, hidden, candidates, candidate_of_row, draws, uniforms, codes,
+                                   log_likelihood);
+  });
 }
 
 #endif

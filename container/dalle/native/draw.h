@@ -45,14 +45,16 @@ inline void weigh(const float* logits, int V, float temperature, float* weights)
   }
 }
 
-// log p of a code by its logits [V].
+// log p of a code by its logits [V]; no number where one of those is none.
 inline float log_probability(const float* logits, int V, int code) {
   const float greatest = greatest_of(logits, V);
+  __mmask16 none = 0;
   const float total = sum_of(V, [&](__mmask16 lanes, int i) {
-    const __m512 apart = _mm512_sub_ps(_mm512_loadu_ps(logits + i), _mm512_set1_ps(greatest));
-    return _mm512_maskz_mov_ps(lanes, exponential(apart));
+    const __m512 each = _mm512_loadu_ps(logits + i);
+    none |= _mm512_mask_cmp_ps_mask(lanes, each, each, _CMP_UNORD_Q);
+    return _mm512_maskz_mov_ps(lanes, exponential(_mm512_sub_ps(each, _mm512_set1_ps(greatest))));
   });
-  return logits[code] - greatest - std::log(total);
+  return none ? NAN : logits[code] - greatest - std::log(total);
 }
 
 // Leave weight to the k greatest logits only; of equal ones to those that come first.
@@ -93,5 +95,5 @@ inline int draw_code(const Draw& draw, float uniform, int V, DrawRoom& room) {
     sum += room.weights[code];
     if (sum > threshold) return code;
   }
-  return V - 1;  // where the sum is no number: the log p is none either, for the caller to see
+  return V - 1;  // where logits are no numbers, which the log p tells
 }

@@ -15,14 +15,15 @@ class Team {
  public:
   // size: members, the calling thread being member 0.
   explicit Team(int size) : size_(size) {
-    for (int member = 1; member < size; ++member) threads_.emplace_back([this, member] { serve(member); });
+    try {
+      for (int member = 1; member < size; ++member) threads_.emplace_back([this, member] { serve(member); });
+    } catch (...) {
+      dismiss();
+      throw;
+    }
   }
 
-  ~Team() {
-    is_over_ = true;
-    begin_round();
-    for (auto& thread : threads_) thread.join();
-  }
+  ~Team() { dismiss(); }
 
   Team(const Team&) = delete;
   Team& operator=(const Team&) = delete;
@@ -50,7 +51,7 @@ class Team {
   }
 
  private:
-  static constexpr int kSpins = 2000;  // tens of microseconds
+  static constexpr int kSpins = 2000;  // some ten to a hundred microseconds
 
   template <class Condition>
   static void await(Condition holds) {
@@ -61,6 +62,12 @@ class Team {
         std::this_thread::yield();
       }
     }
+  }
+
+  void dismiss() {
+    is_over_ = true;
+    begin_round();
+    for (auto& thread : threads_) thread.join();
   }
 
   void begin_round() {
