@@ -3,8 +3,8 @@
 Muon is Keller Jordan's (https://kellerjordan.github.io/posts/muon/, 2024): the momentum of a
 matrix is replaced by the nearest matrix with orthonormal rows or columns, which a few
 Newton-Schulz iterations approximate. `torch.optim.Muon` iterates in bfloat16 only; on a CPU
-without bf16 units that takes four times as long as in float32 (12 matrices of 192 x 768, one
-thread: 260 ms against 65 ms), and it refuses weights that are not matrices.
+without bf16 units that takes four times as long as here (12 matrices of 192 x 768, one thread:
+260 ms against 65 ms), and it refuses weights that are not matrices.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ ADAM_BETAS = (0.9, 0.99)
 MOMENTUM = 0.95
 NEWTON_SCHULZ_STEPS = 5
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-_WIDE = 2  # columns for each row from which on iterating on the Gram matrix is less work
 TOGETHER_ELEMENTS = 1 << 27
 """Most numbers in one batched product: all equal matrices of a large model would be gigabytes."""
 
@@ -90,59 +89,31 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
     Quintic Newton-Schulz iteration: not exact, the values end up between about 0.7 and 1.2.
     """
+    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     x = matrices.to(_iteration_type(matrices.device))
     is_tall = x.shape[-2] > x.shape[-1]
     if is_tall:
         x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    is_wide = x.shape[-1] >= _WIDE * x.shape[-2]
-    x = _iterate_on_gram(x) if is_wide and x.dtype == torch.float32 else _iterate(x)
-    if is_tall:
-        x = x.mT
-    return x.to(matrices.dtype)
-
-
-def _iterate(x: Tensor) -> Tensor:
-    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x
-
-
-def _iterate_on_gram(x: Tensor) -> Tensor:
-    """The same of wide matrices with two products of their width instead of ten.
-
-    Each step multiplies x from the left by a polynomial of its Gram matrix. Those commute, so that
-    the steps can be made on the Gram matrix alone, and x is multiplied by all of them at the end.
-    Wants float32: a square has twice the range of what it is the square of.
-    """
-    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
-    gram = x @ x.mT
-    together = None
-    for step in range(NEWTON_SCHULZ_STEPS):
-        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        factor.diagonal(dim1=-2, dim2=-1).add_(a)
-        together = factor if together is None else factor @ together
-        if step + 1 < NEWTON_SCHULZ_STEPS:
-            gram = factor @ gram @ factor
-    assert together is not None
-    return together @ x
+    if is_tall:
+        x = x.mT
+    return x.to(matrices.dtype)
 
 
 def muon_update_elements(parameters: Sequence[Tensor]) -> int:
     """The most numbers that a step of `Muon` holds for a moment, beside its state.
 
     All directions, and of the most matrices that go together: them once more, the iteration's old
-    and new matrices, and two or three squares.
+    and new matrices, and two products.
     """
     held = [0]
     groups = Counter((each.shape[0], each[0].numel()) for each in parameters)
     for (rows, columns), number in groups.items():
         together = min(number, _together(rows, columns))
-        side = min(rows, columns)
-        squares = 3 if rows * columns >= _WIDE * side**2 else 2
-        held.append(together * (3 * rows * columns + squares * side**2))
+        held.append(together * (3 * rows * columns + 2 * min(rows, columns) ** 2))
     return sum(each.numel() for each in parameters) + max(held)
 
 
