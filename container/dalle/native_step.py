@@ -74,7 +74,7 @@ class NativeStep:
         assert compiled is not None
         self._library = compiled
         structures = Structures(precision, compiled.dalle_support())
-        self._draws = _Draws(None, torch.zeros(0), None)
+        self._draws: _Draws | None = None
         shape = (num_slots, config.num_heads, config.length)
         # Keys, then values, of each layer.
         self._tables = [
@@ -139,8 +139,9 @@ class NativeStep:
 
     def draw(self, hidden: Tensor, uniforms: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """As `SlotStep`."""
-        if self._draws.batch is not batch:
-            self._draws = _Draws.of(batch, self._config.codebook_size)
+        draws = self._draws
+        if draws is None or draws.batch is not batch:
+            draws = self._draws = _Draws.of(batch, self._config.codebook_size)
         B, C = len(hidden), len(uniforms)
         hidden, uniforms = hidden.contiguous(), uniforms.contiguous()
         codes = torch.zeros(C, self._config.num_codebooks, dtype=torch.int64)
@@ -150,8 +151,8 @@ class NativeStep:
             B,
             hidden.data_ptr(),
             C,
-            self._draws.candidates.data_ptr(),
-            self._draws.array,
+            draws.candidates.data_ptr(),
+            draws.array,
             uniforms.data_ptr(),
             codes.data_ptr(),
             log_likelihood.data_ptr(),
@@ -249,7 +250,7 @@ class _SlotTable:
 class _Draws:
     """How the candidates of a batch are drawn, for as long as it lasts."""
 
-    batch: Batch | None
+    batch: Batch
     candidates: Tensor
     """[B] int32: the candidate of each row."""
     array: Any

@@ -98,7 +98,7 @@ def _byte(linear: nn.Linear) -> Matrix:
     return with_bias
 
 
-def byte_scales(weight: Tensor, levels: int = 127) -> Tensor:
+def byte_scales(weight: Tensor, levels: int) -> Tensor:
     """What 1 means in the bytes of each output's weights, [N], given all [N, K]."""
     return weight.abs().amax(dim=1).clamp(min=_TINY) / levels
 
