@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from dalle.decode_step import SlotStep
+from dalle.decode_step import EngineStep
 from dalle.decoding import DecodeEngine
 from dalle.names import Precision
 from dalle.native_step import NativeStep
@@ -153,7 +153,7 @@ def engine_at(
 
 def step_of(
     model: Dalle, batch: int, precision: str, key_ranges: list[KeyRange] | None
-) -> SlotStep:
+) -> EngineStep:
     """The step of a precision; for bf16 of a model that is in it, see `in_precision`."""
     weights: Precision = precision  # type: ignore[assignment]
     return new_step(model, batch, weights, key_ranges)

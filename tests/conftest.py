@@ -1,11 +1,17 @@
 """Fixtures that several test files share: directories laid out as SageMaker lays out /opt/ml, and
 tiny models with random weights."""
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+
+# Before anything imports Triton, whose own functions are made for a GPU or for its interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 from dalle import artefact as artefacts
 from dalle import sizes

@@ -125,8 +125,9 @@ def test_how_many_slots_there_are_and_who_comes_when_change_nothing(num_slots, e
 @pytest.mark.parametrize("step", STEPS)
 def test_a_long_sequence_is_read_in_blocks(step, make_dalle, monkeypatch):
     """Rows a block apart, and a block's first and last input."""
-    monkeypatch.setattr("dalle.static_step._BLOCK", 16)
-    model = make_dalle(grid_size=10, text_length=9, num_codebooks=1)
+    monkeypatch.setattr("dalle.static_step._BLOCK", 8)
+    kinds = ("full", "axial_row")  # of which the second sees more than a block at first
+    model = make_dalle(grid_size=10, text_length=9, num_codebooks=1, attention_kinds=kinds)
     requests = [
         {"text_tokens": torch.zeros(1, 9).long(), "candidates": [number], "seed": 4}
         for number in range(3)
@@ -310,6 +311,6 @@ def test_a_recorded_step_draws_what_plain_sampling_does(kinds, make_dalle, monke
         }
         for request in REQUESTS
     ]
-    found = run(DecodeEngine(model, 5), requests)
+    found = run(DecodeEngine(model, 5, step=StaticStep(model, 5)), requests)
     assert_as_sampled(model, found, requests)
     assert all(tokens.device.type == "cuda" for tokens, _ in found.values())

@@ -221,7 +221,9 @@ def test_why_it_cannot_be_is_said_and_another_step_draws(make_dalle, monkeypatch
     with pytest.raises(ValueError, match="no native step: it is not built"):
         NativeStep(model, 1)
     assert isinstance(new_step(model.to(torch.bfloat16), 1), StaticStep)
-    assert describe_step(model, "bf16") == "a recorded graph"
+    assert describe_step(model, "bf16") == (
+        "torch's kernels, as the fused ones are for a GPU, not for cpu"
+    )
     assert why_not(model, "fp32") == "it is for float32 on a CPU, not for torch.bfloat16 on cpu"
 
 

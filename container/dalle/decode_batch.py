@@ -1,11 +1,14 @@
 """The rows of a decoding step, for as long as the same candidates are in the making.
 
-Letters: B rows of a step, C candidates in the making, N positions, V codebook size, M codes.
+Letters: S slots, B rows of a step, C candidates in the making, N positions, V codebook size, M
+codes, W width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -13,63 +16,91 @@ from torch import Tensor
 
 from dalle.generations import Candidate
 from dalle.sampling import SamplingOptions, choose
+from dalle.transformer import TransformerConfig
+
+
+@dataclass(frozen=True, eq=False)
+class SlotState:
+    """What an engine knows of its slots; a candidate's own is that of its slot with the caption."""
+
+    hidden: Tensor
+    """[S, W]: what predicts the next position."""
+    image_tokens: Tensor
+    """[S, N, M] int64."""
+    log_likelihood: Tensor
+    """[S]: log p of what is drawn, in nats."""
+    uniforms: Tensor
+    """[S, N, M] in [0, 1): what draws it."""
+
+    @classmethod
+    def new(cls, config: TransformerConfig, num_slots: int, like: Tensor) -> SlotState:
+        """like: a tensor of the model's device and dtype."""
+        shape = (num_slots, config.num_positions, config.num_codebooks)
+        exact = like.new_zeros(0, dtype=torch.float32)
+        return cls(
+            hidden=like.new_zeros(num_slots, config.width),
+            image_tokens=torch.zeros(shape, dtype=torch.int64, device=like.device),
+            log_likelihood=exact.new_zeros(num_slots),
+            uniforms=exact.new_zeros(shape),
+        )
 
 
 class Batch:
     """The rows of a step: each candidate's, then those without caption of the ones with guidance.
 
-    Nothing is sent to the device after it is made, so that a GPU is never waited for.
+    Tensors are made when they are first asked for, and nothing is sent to the device after that, so
+    that a GPU is never waited for.
     """
 
     candidates: list[Candidate]
     """Of the first rows, [C]."""
     numpy_rows: np.ndarray
     """Each row's slot, [B]."""
-    rows: Tensor
-    """The same on the device."""
     numpy_positions: np.ndarray
     """Each row's position, [B]."""
-    slots: Tensor
-    """Each candidate's slot, [C]."""
     guided: np.ndarray
     """The candidates with guidance, in the order of their rows without caption."""
-    places: Tensor
-    """Each candidate's slot and position as one number, [C]."""
 
     def __init__(
         self, candidates: Sequence[Candidate], num_positions: int, device: torch.device
     ) -> None:
         self.candidates = list(candidates)
         guided = [row for row, each in enumerate(candidates) if each.guidance_slot is not None]
-        slots = np.array([each.slot for each in candidates], dtype=np.int64)
-        positions = np.array([each.position for each in candidates], dtype=np.int64)
+        slots = [each.slot for each in candidates]
         guidance_slots = [candidates[row].guidance_slot for row in guided]
+        positions = np.array([each.position for each in candidates], dtype=np.int64)
         self.numpy_rows = np.array([*slots, *guidance_slots], dtype=np.int64)
         self.numpy_positions = np.concatenate([positions, positions[guided]])
-        self.rows = torch.from_numpy(self.numpy_rows).to(device)
-        self.slots = torch.from_numpy(slots).to(device)
-        self.places = torch.from_numpy(slots * num_positions + positions).to(device)
         self.guided = np.array(guided, dtype=np.int64)
-        self._guided = torch.tensor(guided, dtype=torch.int64, device=device) if guided else None
-        self._device = device
-        scales = [candidates[row].generation.options.guidance_scale for row in guided]
-        self._scales = torch.tensor(scales, device=device)[:, None]
-        by_options: dict[SamplingOptions, list[int]] = {}
-        for row, each in enumerate(candidates):
-            options = each.generation.options
-            by_options.setdefault(
-                SamplingOptions(options.temperature, options.top_k, options.top_p), []
-            ).append(row)
-        self._draws = [
-            (options, torch.tensor(rows, device=device)) for options, rows in by_options.items()
-        ]
+        self._num_positions, self._device = num_positions, device
+        self._places: Tensor | None = None
 
     def advance(self) -> None:
         """Every candidate is one position further."""
         for each in self.candidates:
             each.position += 1
         self.numpy_positions += 1
-        self.places += 1
+        if self._places is not None:
+            self._places += 1
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """`numpy_rows` on the device."""
+        return torch.from_numpy(self.numpy_rows).to(self._device)
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """Each candidate's slot, [C]."""
+        return self.rows[: len(self.candidates)]
+
+    @property
+    def places(self) -> Tensor:
+        """Each candidate's slot and position as one number, [C]."""
+        if self._places is None:
+            C = len(self.candidates)
+            numbers = self.numpy_rows[:C] * self._num_positions + self.numpy_positions[:C]
+            self._places = torch.from_numpy(numbers).to(self._device)
+        return self._places
 
     def draw(
         self, code_logits: Callable[[Tensor, int, Tensor], Tensor], hidden: Tensor, uniforms: Tensor
@@ -91,11 +122,36 @@ class Batch:
 
     def spread(self, codes: Tensor) -> Tensor:
         """[C, M] -> [B, M]: a branch without caption takes in what its candidate drew."""
-        return codes if self._guided is None else torch.cat([codes, codes[self._guided]])
+        return torch.cat([codes, codes[self._guided]]) if len(self.guided) else codes
+
+    @cached_property
+    def _guided(self) -> Tensor:
+        """`guided` on the device."""
+        return torch.from_numpy(self.guided).to(self._device)
+
+    @cached_property
+    def _scales(self) -> Tensor:
+        """Of the guided ones, [., 1]."""
+        scales = [self.candidates[row].generation.options.guidance_scale for row in self.guided]
+        return torch.tensor(scales, device=self._device)[:, None]
+
+    @cached_property
+    def _draws(self) -> list[tuple[SamplingOptions, Tensor]]:
+        """The candidates that draw alike, by how they do."""
+        by_options: dict[SamplingOptions, list[int]] = {}
+        for row, each in enumerate(self.candidates):
+            options = each.generation.options
+            by_options.setdefault(
+                SamplingOptions(options.temperature, options.top_k, options.top_p), []
+            ).append(row)
+        return [
+            (options, torch.tensor(rows, device=self._device))
+            for options, rows in by_options.items()
+        ]
 
     def _guide(self, logits: Tensor) -> Tensor:
         """[B, V] -> [C, V]"""
-        if self._guided is None:
+        if not len(self.guided):
             return logits
         C = len(self.candidates)
         conditional, blank = logits[:C], logits[C:]

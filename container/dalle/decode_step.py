@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle.attention import KeyValueCache, SelfAttention
-from dalle.decode_batch import Batch
+from dalle.decode_batch import Batch, SlotState
 from dalle.layers import FeedForward, LayerScale
 from dalle.names import Precision
 from dalle.quantised import Matrix, matrix
@@ -26,7 +26,7 @@ from dalle.transformer import Block, Branch, CodeHead, Dalle
 
 Function = Callable[[Tensor], Tensor]
 
-_QK_EPSILON = 1e-5  # of `F.layer_norm`, which the model calls
+QK_EPSILON = 1e-5  # of `F.layer_norm`, which the model calls
 
 
 class Attends(Protocol):
@@ -53,11 +53,6 @@ class SlotStep(Protocol):
         """
         ...
 
-    def draw(self, hidden: Tensor, uniforms: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Draw the candidates' codes [C, M] of what the rows' hidden [B, W] predict, and their
-        log p [C], by uniforms [C, M]: as `Batch.draw`."""
-        ...
-
     def code_logits(self, hidden: Tensor, m: int, codes: Tensor) -> Tensor:
         """As `DecodeStep.code_logits`."""
         ...
@@ -69,6 +64,32 @@ class SlotStep(Protocol):
     def load(self, slots: Tensor, packed: Sequence[Any]) -> None:
         """Begin the same sequence in each of the slots [B]."""
         ...
+
+
+class DrawingStep(SlotStep, Protocol):
+    """A step that draws what it is told, row by row."""
+
+    def draw(self, hidden: Tensor, uniforms: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Draw the candidates' codes [C, M] of what the rows' hidden [B, W] predict, and their
+        log p [C], by uniforms [C, M]: as `Batch.draw`."""
+        ...
+
+
+@runtime_checkable
+class MovingStep(SlotStep, Protocol):
+    """A step that moves an engine's candidates on where they are kept."""
+
+    def move(self, batch: Batch, state: SlotState) -> None:
+        """Draw the codes of each candidate's position, keep them and add up their log p, and take
+        them in: hidden is what predicts the next position then, if there is one.
+
+        The same state every time; the very same batch again means that it goes on where the last
+        one was.
+        """
+        ...
+
+
+EngineStep = DrawingStep | MovingStep
 
 
 class DecodeStep:
@@ -98,7 +119,7 @@ class DecodeStep:
             qkv = block.qkv(block.attention_norm(x)).view(-1, *self._heads_shape)
             query_key = qkv.narrow(1, 0, 2)
             if block.qk_norm:
-                query_key = torch.native_layer_norm(query_key, head, None, None, _QK_EPSILON)[0]
+                query_key = torch.native_layer_norm(query_key, head, None, None, QK_EPSILON)[0]
             query, key = query_key.unbind(1)
             attended = block.out(cache.attend(layer, query, key, qkv.select(1, 2)))
             x = _add(x, attended, block.out_gain)

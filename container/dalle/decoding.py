@@ -20,8 +20,8 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import Tensor
 
-from dalle.decode_batch import Batch
-from dalle.decode_step import SlotStep
+from dalle.decode_batch import Batch, SlotState
+from dalle.decode_step import EngineStep, MovingStep
 from dalle.generations import Candidate, FinishedCandidate, Generation, Prefix
 from dalle.sampling import SamplingOptions, image_uniforms, require_evaluation_mode
 from dalle.steps import new_step
@@ -42,26 +42,22 @@ class DecodeEngine:
         num_slots: int,
         *,
         max_candidates: int | None = None,
-        step: SlotStep | None = None,
+        step: EngineStep | None = None,
     ) -> None:
         if num_slots < 1:
             raise ValueError(f"num_slots must be at least 1, got {num_slots}")
         require_evaluation_mode(model)
         self.model, self.num_slots = model, num_slots
         self.max_candidates = max_candidates or num_slots
-        config = model.config
-        N, M = config.num_positions, config.num_codebooks
         self._device = model.text_position.device
-        self._step = step or new_step(model, num_slots)
+        self._step = step = step or new_step(model, num_slots)
+        self._mover = step if isinstance(step, MovingStep) else None
+        self._drawer = None if isinstance(step, MovingStep) else step
         self._free = list(range(num_slots))
         self._making: list[Candidate] = []
         self._generations: list[Generation] = []
         self._batch: Batch | None = None
-        # By slot; a candidate's own are those of its slot with the caption.
-        self._hidden = model.text_position.new_zeros(num_slots, config.width)
-        self._image_tokens = torch.zeros(num_slots, N, M, dtype=torch.int64, device=self._device)
-        self._log_likelihood = torch.zeros(num_slots, device=self._device)
-        self._uniforms = torch.zeros(num_slots, N, M, device=self._device)
+        self._state = SlotState.new(model.config, num_slots, model.text_position.detach())
 
     @property
     def is_idle(self) -> bool:
@@ -154,6 +150,12 @@ class DecodeEngine:
             return finished
         N = self.model.config.num_positions
         batch = self._batch = self._batch or Batch(self._making, N, self._device)
+        if self._mover is not None:
+            self._mover.move(batch, self._state)
+            batch.advance()
+            return finished + [
+                self._finish(each) for each in batch.candidates if each.position == N
+            ]
         codes = self._draw(batch)
         ended = [each for each in self._making if each.position == N - 1]
         finished += [self._finish(each) for each in ended]
@@ -174,7 +176,7 @@ class DecodeEngine:
     def tokens_so_far(self, generation: Generation) -> list[tuple[int, Tensor]]:
         """Number and drawn positions [P, M] of each of a request's candidates in the making."""
         return [
-            (each.number, self._image_tokens[each.slot, : each.position].clone())
+            (each.number, self._state.image_tokens[each.slot, : each.position].clone())
             for each in self._making
             if each.generation is generation
         ]
@@ -182,7 +184,7 @@ class DecodeEngine:
     def log_likelihood_so_far(self, generation: Generation) -> dict[int, float]:
         """Of each of a request's candidates in the making, log p of what is drawn, in nats."""
         return {
-            each.number: float(self._log_likelihood[each.slot])
+            each.number: float(self._state.log_likelihood[each.slot])
             for each in self._making
             if each.generation is generation
         }
@@ -218,7 +220,7 @@ class DecodeEngine:
         for key, slots_of_prefix in started.items():
             chosen = torch.tensor(slots_of_prefix, device=self._device)
             self._step.load(chosen, prefixes[key].packed)
-            self._hidden[chosen] = prefixes[key].hidden
+            self._state.hidden[chosen] = prefixes[key].hidden
         return finished
 
     def _start(self, generation: Generation) -> Candidate:
@@ -230,10 +232,12 @@ class DecodeEngine:
         primed = 0 if prime is None else len(prime)
         candidate = Candidate(generation, number, slot, guidance_slot, primed)
         if prime is not None:
-            self._image_tokens[slot, :primed] = prime
-        uniforms = image_uniforms(generation.seed, number, self._uniforms[slot].numel())
-        self._uniforms[slot] = torch.from_numpy(uniforms).view(self._uniforms[slot].shape)
-        self._log_likelihood[slot] = 0.0
+            self._state.image_tokens[slot, :primed] = prime
+        uniforms = image_uniforms(generation.seed, number, self._state.uniforms[slot].numel())
+        self._state.uniforms[slot] = torch.from_numpy(uniforms).view(
+            self._state.uniforms[slot].shape
+        )
+        self._state.log_likelihood[slot] = 0.0
         generation.in_slots += 1
         self._making.append(candidate)
         self._batch = None
@@ -242,18 +246,19 @@ class DecodeEngine:
     def _draw(self, batch: Batch) -> Tensor:
         """Draw the codes [C, M] of each candidate's position, and count their likelihood."""
         M = self.model.config.num_codebooks
-        hidden = self._hidden.index_select(0, batch.rows)
+        hidden = self._state.hidden.index_select(0, batch.rows)
         places = batch.places
-        uniforms = self._uniforms.view(-1, M).index_select(0, places)
-        codes, log_likelihood = self._step.draw(hidden, uniforms, batch)
-        self._image_tokens.view(-1, M).index_copy_(0, places, codes)
-        self._log_likelihood.index_add_(0, batch.slots, log_likelihood)
+        uniforms = self._state.uniforms.view(-1, M).index_select(0, places)
+        assert self._drawer is not None
+        codes, log_likelihood = self._drawer.draw(hidden, uniforms, batch)
+        self._state.image_tokens.view(-1, M).index_copy_(0, places, codes)
+        self._state.log_likelihood.index_add_(0, batch.slots, log_likelihood)
         return codes
 
     def _advance(self, batch: Batch, codes: Tensor) -> None:
         """Take in the codes [C, M] just drawn: the model's step, for all rows."""
         hidden = self._step(batch.numpy_rows, batch.spread(codes), batch.numpy_positions)
-        self._hidden.index_copy_(0, batch.rows, hidden)
+        self._state.hidden.index_copy_(0, batch.rows, hidden)
         batch.advance()
 
     def _finish(self, candidate: Candidate) -> FinishedCandidate:
@@ -261,8 +266,8 @@ class DecodeEngine:
         finished = FinishedCandidate(
             candidate.generation,
             candidate.number,
-            self._image_tokens[candidate.slot].clone(),
-            float(self._log_likelihood[candidate.slot]),
+            self._state.image_tokens[candidate.slot].clone(),
+            float(self._state.log_likelihood[candidate.slot]),
         )
         if candidate.generation.is_over:
             self._forget(candidate.generation)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalle.decode_step import SlotStep
+from dalle.decode_step import EngineStep, SlotStep
 from dalle.decoding import DecodeEngine
 from dalle.errors import ArtefactError, DeviceError
 from dalle.names import Precision
@@ -177,7 +177,7 @@ def compare(
 
 def _convert(
     model: Dalle, num_slots: int, precision: Precision, key_ranges: Sequence[KeyRange] | None
-) -> tuple[Dalle, SlotStep]:
+) -> tuple[Dalle, EngineStep]:
     """The model that reads captions, and the step that goes on from there."""
     if precision == "bf16":
         model = copy.deepcopy(model).to(torch.bfloat16)

@@ -1,13 +1,10 @@
-"""The decoding step for a GPU: every slot every time, in shapes that never change.
+"""A decoding step for a GPU by torch's kernels: see `dalle.recorded_step`. For GPUs and machines
+that `dalle.fused_step` is not for.
 
-A GPU is fed faster than it can be told what to do, so that idle slots cost nothing and launching
-kernels does: with fixed shapes and addresses the step is recorded once (a CUDA graph) and replayed.
-A step awaits nothing, and sends nothing to the device while the same slots go on, so that the host
-runs ahead. Keys are read up to a length that grows in blocks, one graph for each. Also runs,
-unrecorded, on a CPU.
+Keys are read up to a length that grows in blocks, one recording for each.
 
-Letters: S slots, B busy slots, H heads, L inputs of a sequence, D head width, M codes, W width, n
-inputs of a sequence that a query sees, or that a prefix has.
+Letters: S slots, H heads, L inputs of a sequence, D head width, M codes, W width, n inputs that a
+query sees, or that a prefix has.
 """
 
 from __future__ import annotations
@@ -15,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,69 +20,39 @@ from dalle.attention import KeyValueCache, visibility
 from dalle.decode_batch import Batch
 from dalle.decode_step import DecodeStep
 from dalle.names import AttentionKind
+from dalle.recorded_step import RecordedStep
 from dalle.transformer import Dalle, TransformerConfig
 
 _BLOCK = 128  # inputs by which the keys that are read grow
-_WARM_UPS = 2  # steps before a recording, in which libraries take their memory
 _ALIGNED = 16  # keys: attention kernels copy a mask whose rows are of another length
 
 
-class StaticStep:
+class StaticStep(RecordedStep):
     """A model's decoding step with the keys and values of all its slots, in the model's dtype."""
 
     def __init__(self, model: Dalle, num_slots: int) -> None:
+        super().__init__(model, num_slots)
         config, like = model.config, model.text_position.detach()
         self._step = DecodeStep(model)
-        self._first_input = config.text_length + 1  # index of position 0 as an input
         self.code_logits = self._step.code_logits
-        self._num_slots, self._length = num_slots, config.length
-        self._heads = (config.num_heads, config.head_width)
         # A layer's keys and values side by side: what a query sees is gathered by one kernel.
         self._tables = [
             like.new_zeros(num_slots * config.length, 2, config.width)
             for _ in range(config.num_layers)
         ]
+        self._heads = (config.num_heads, config.head_width)
         self._kinds = [config.kind_of_layer(layer) for layer in range(config.num_layers)]
         self._seen = {kind: _Seen.of(config, kind, like) for kind in set(self._kinds)}
         self._first_rows = torch.arange(num_slots, device=like.device) * config.length
-        # What a recorded step reads and writes.
-        self._codes = torch.zeros(
-            num_slots, config.num_codebooks, dtype=torch.int64, device=like.device
-        )
-        self._positions = torch.zeros(num_slots, dtype=torch.int64, device=like.device)
-        self._hidden = like.new_zeros(num_slots, config.width)
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         # Of the step that is being run.
-        self._bound = config.length
         self._rows = self._first_rows
         self._views: dict[AttentionKind, _View] = {}
-        # Of the last step.
-        self._last_slots: np.ndarray | None = None
-        self._busy = self._one = self._positions[:0]
+        self._bound = config.length
 
     @property
     def num_bytes(self) -> int:
         """Memory of the keys and values."""
         return sum(each.nbytes for each in self._tables)
-
-    def __call__(self, slots: np.ndarray, codes: Tensor, positions: np.ndarray) -> Tensor:
-        """As `SlotStep`, whose rule lets positions stay on the device."""
-        if slots is self._last_slots:
-            self._positions.index_add_(0, self._busy, self._one)
-        else:
-            self._last_slots = slots
-            self._busy = torch.from_numpy(slots).to(self._hidden.device)
-            self._one = torch.ones_like(self._busy)
-            current = torch.from_numpy(positions).to(self._hidden.device)
-            self._positions.index_copy_(0, self._busy, current)
-        self._codes.index_copy_(0, self._busy, codes)
-        last_input = int(positions.max()) + self._first_input
-        self._bound = min(self._length, -(-(last_input + 1) // _BLOCK) * _BLOCK)
-        if self._hidden.device.type == "cuda":
-            self._replay()
-        else:
-            self._run()
-        return self._hidden.index_select(0, self._busy)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Store every slot's key and value, then attend: all [S, H, D] -> [S, H * D]."""
@@ -108,7 +74,7 @@ class StaticStep:
         return batch.draw(self.code_logits, hidden, uniforms)
 
     def pack(self, prefix: KeyValueCache) -> list[Tensor]:
-        """What `load` writes for sequences that begin as a cache of one row does: [n, 2, W]."""
+        """As `SlotStep`: [n, 2, W]."""
         return [
             torch.stack([each[0, :, : prefix.filled] for each in (key, value)])
             .permute(2, 0, 1, 3)
@@ -117,11 +83,18 @@ class StaticStep:
         ]
 
     def load(self, slots: Tensor, packed: Sequence[Tensor]) -> None:
-        """Begin the same sequence in each of the slots [B]."""
+        """As `SlotStep`."""
         for table, inputs in zip(self._tables, packed, strict=True):
             table.view(self._num_slots, -1, *table.shape[1:])[slots, : len(inputs)] = inputs
 
-    def _run(self) -> None:
+    def _run(self, last_input: int) -> None:
+        self._bound = min(self._length, -(-(last_input + 1) // _BLOCK) * _BLOCK)
+        if self._bound not in self._recordings:
+            # Repeated, a step writes the same keys in the same places.
+            self._recordings.add(self._bound, self._compute)
+        self._recordings.replay(self._bound)
+
+    def _compute(self) -> None:
         inputs = self._positions + self._first_input
         self._rows = self._first_rows + inputs
         self._views = {
@@ -129,22 +102,6 @@ class StaticStep:
             for kind, seen in self._seen.items()
         }
         self._hidden.copy_(self._step(self._codes, self._positions, self))
-
-    def _replay(self) -> None:
-        graph = self._graphs.get(self._bound)
-        if graph is None:
-            # Repeating a step changes nothing: it writes the same keys in the same places.
-            aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                for _ in range(_WARM_UPS):
-                    self._run()
-            torch.cuda.current_stream().wait_stream(aside)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._run()
-            self._graphs[self._bound] = graph
-        graph.replay()
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,9 +137,10 @@ class _Seen:
 
     def by(self, inputs: Tensor, first_rows: Tensor, bound: int) -> _View:
         """For queries at the slots' inputs [S]; first_rows: of the slots [S] in a table."""
-        mask = self.mask[:, :bound].index_select(0, inputs)[:, None, None]
         if self.inputs is None:
+            mask = self.mask[:, :bound].index_select(0, inputs)[:, None, None]
             return _View(None, mask)
+        mask = self.mask.index_select(0, inputs)[:, None, None]
         rows = self.inputs.index_select(0, inputs) + first_rows[:, None]
         return _View(rows.flatten(), mask)
 

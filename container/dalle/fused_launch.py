@@ -1,0 +1,157 @@
+"""Kernels in Triton's language without Triton's launcher, which is C code that it compiles where it
+runs: with this, neither a C compiler nor header files need to be there.
+
+Triton makes machine code of a function, and the CUDA driver is asked to run it by the bindings that
+torch brings along.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from cuda.bindings import driver
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+_TYPES = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+}
+_INTEGER = "i32"
+_ALIGNMENT = 16  # bytes: of a pointer that may be read in the widest words
+_LAUNCHER_ARGUMENTS = 2  # pointers to scratch memory, of which these kernels use none
+_SHARED_MEMORY = 48 * 1024  # bytes that every function may have
+
+
+class Kernel:
+    """A kernel: `kernel[programs](*arguments, num_warps=4)` runs it on the current stream.
+
+    Arguments are tensors, integers of 32 bits, and what the function calls constexpr. Under
+    Triton's interpreter it runs on the CPU.
+    """
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function: Any = triton.jit(function)
+        self._loaded: dict[object, _Loaded] = {}
+
+    def __getitem__(self, programs: tuple[int, ...]) -> Callable[..., None]:
+        if not isinstance(self._function, JITFunction):
+            interpreted: Callable[..., None] = self._function[programs]
+            return interpreted
+
+        def launch(*arguments: Any, num_warps: int = 4) -> None:
+            device = next(each.device for each in arguments if isinstance(each, Tensor))
+            with torch.cuda.device(device):
+                self._launch(programs, arguments, num_warps, device)
+
+        return launch
+
+    def compile(self, arguments: tuple[Any, ...], num_warps: int, target: GPUTarget) -> Any:
+        """Machine code for arguments like these: Triton's compiled kernel."""
+        signature, constants, attributes = {}, {}, {}
+        for parameter, argument in zip(self._function.params, arguments, strict=True):
+            place = (parameter.num,)
+            signature[parameter.name] = _type_of(argument, parameter.is_constexpr)
+            if parameter.is_constexpr:
+                constants[place] = argument
+            elif _is_aligned(argument):
+                attributes[place] = [["tt.divisibility", _ALIGNMENT]]
+        source = ASTSource(self._function, signature, constants, attributes)
+        return triton.compile(source, target=target, options={"num_warps": num_warps})
+
+    def _launch(
+        self,
+        programs: tuple[int, ...],
+        arguments: tuple[Any, ...],
+        num_warps: int,
+        device: torch.device,
+    ) -> None:
+        constant = [each.is_constexpr for each in self._function.params]
+        kinds = [
+            argument if is_constant else (_type_of(argument, False), _is_aligned(argument))
+            for argument, is_constant in zip(arguments, constant, strict=True)
+        ]
+        key = device, num_warps, *kinds
+        loaded = self._loaded.get(key)
+        if loaded is None:
+            major, minor = torch.cuda.get_device_capability(device)
+            target = GPUTarget("cuda", 10 * major + minor, 32)
+            loaded = self._loaded[key] = _Loaded.of(self.compile(arguments, num_warps, target))
+        values = [
+            each for each, is_constant in zip(arguments, constant, strict=True) if not is_constant
+        ]
+        loaded.launch(programs, values)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """Machine code in a device's memory."""
+
+    function: Any
+    threads: int
+    shared_memory: int  # bytes
+
+    @classmethod
+    def of(cls, compiled: Any) -> _Loaded:
+        """In the memory of the current device."""
+        name, metadata = compiled.metadata.name, compiled.metadata
+        module = _checked(driver.cuModuleLoadData(compiled.asm["cubin"]))
+        function = _checked(driver.cuModuleGetFunction(module, name.encode()))
+        if metadata.shared > _SHARED_MEMORY:
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _checked(driver.cuFuncSetAttribute(function, attribute, metadata.shared))
+        return cls(function, 32 * metadata.num_warps, metadata.shared)
+
+    def launch(self, programs: tuple[int, ...], values: list[Any]) -> None:
+        """On the current stream."""
+        numbers = [each.data_ptr() if isinstance(each, Tensor) else each for each in values]
+        types: list[Any] = [
+            ctypes.c_void_p if isinstance(each, Tensor) else ctypes.c_int32 for each in values
+        ]
+        numbers += [0] * _LAUNCHER_ARGUMENTS
+        types += [ctypes.c_void_p] * _LAUNCHER_ARGUMENTS
+        grid = (*programs, 1, 1)[:3]
+        stream = torch.cuda.current_stream().cuda_stream
+        _checked(
+            driver.cuLaunchKernel(
+                self.function,
+                *grid,
+                self.threads,
+                1,
+                1,
+                self.shared_memory,
+                stream,
+                (tuple(numbers), tuple(types)),
+                0,
+            )
+        )
+
+
+def _type_of(argument: Any, is_constant: bool) -> str:
+    if is_constant:
+        return "constexpr"
+    return _TYPES[argument.dtype] if isinstance(argument, Tensor) else _INTEGER
+
+
+def _is_aligned(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and argument.data_ptr() % _ALIGNMENT == 0
+
+
+def _checked(result: tuple[Any, ...]) -> Any:
+    """What a function of the driver returns beside its status. Raises RuntimeError for another
+    status than success."""
+    status, *values = result
+    if status.value != 0:
+        raise RuntimeError(f"the CUDA driver says {status.name}")
+    return values[0] if values else None

@@ -1,0 +1,259 @@
+"""The decoding step for a GPU: torch's products, between them kernels of our own, all recorded.
+
+A step reads the weights and the keys and values that its queries see; what else there is to do is
+little, but of torch's kernels there would be two dozen for each block, where these are four and
+four products. A position is drawn and taken in by one replay, in the engine's own memory.
+
+Letters: S slots, B rows, M codes, N positions, V codebook size, W width, H heads, D head width, L
+inputs of a sequence, n inputs that a query sees or that a prefix has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from dalle.attention import KeyValueCache
+from dalle.decode_batch import Batch, SlotState
+from dalle.decode_step import QK_EPSILON, input_tables
+from dalle.fused_draw import IDLE, NO_GUIDANCE, OPTIONS, draw_code
+from dalle.fused_kernels import attend, sum_of_rows, take_in
+from dalle.fused_layers import FusedBlock, FusedHead, add
+from dalle.names import AttentionKind
+from dalle.recorded_step import RecordedStep
+from dalle.slot_tables import inputs_seen
+from dalle.transformer import Dalle, TransformerConfig
+
+_KEYS = 32  # read at a time
+
+
+class FusedStep(RecordedStep):
+    """A model's decoding step with the keys and values of all its slots, in the model's dtype; the
+    residual stream is float32."""
+
+    def __init__(self, model: Dalle, num_slots: int) -> None:
+        super().__init__(model, num_slots)
+        config, like = model.config, model.text_position.detach()
+        self._config = config
+        self._blocks = [FusedBlock.of(block) for block in model.blocks]
+        self._heads = [FusedHead.of(head) for head in model.code_heads]
+        kinds = [config.kind_of_layer(layer) for layer in range(config.num_layers)]
+        seen = {kind: _Seen.of(config, kind, like.device) for kind in set(kinds)}
+        self._seen = [seen[kind] for kind in kinds]
+        # One table, so that an input is one sum of rows.
+        self._inputs = torch.cat(input_tables(model))
+        S, W = num_slots, config.width
+        # What one kernel leaves to the next.
+        self._x = like.new_zeros(S, W, dtype=torch.float32)
+        self._normed, self._attended, self._added = (like.new_zeros(S, W) for _ in range(3))
+        self._qkv = like.new_zeros(S, 3 * W)
+        mixes = [head.mix for head in self._heads if head.mix is not None]
+        networks = [block.feed_forward for block in self._blocks] + mixes
+        self._room = {each.sizes: each.new_room(S) for each in networks}
+        self._logits = like.new_zeros(S, config.codebook_size)
+        self._drawn = torch.zeros_like(self._codes)
+        self._options = torch.zeros(S, OPTIONS, dtype=torch.float64, device=like.device)
+        self._batch: Batch | None = None
+        shape = (S, config.num_heads, config.length, 2, config.head_width)
+        self._tables = [like.new_zeros(shape) for _ in range(config.num_layers)]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the keys and values."""
+        return sum(each.nbytes for each in self._tables)
+
+    def move(self, batch: Batch, state: SlotState) -> None:
+        """As `MovingStep`."""
+        if state not in self._recordings:
+            # What is done while it is recorded would be done twice.
+            self._become(None)
+            self._recordings.add(state, partial(self._draw_and_take_in, state))
+        if batch is not self._batch:
+            self._become(batch)
+        self._recordings.replay(state)
+
+    def code_logits(self, hidden: Tensor, m: int, codes: Tensor) -> Tensor:
+        """As `SlotStep`."""
+        B = len(hidden)
+        all_hidden = F.pad(hidden, (0, 0, 0, self._num_slots - B))
+        self._drawn[:B, :m] = codes[:, :m]
+        return self._compute_logits(all_hidden, m)[:B] + self._heads[m].to_logits.bias
+
+    def pack(self, prefix: KeyValueCache) -> list[Tensor]:
+        """As `SlotStep`: [H, n, 2, D]."""
+        n = prefix.filled
+        return [
+            torch.stack([key[0, :, :n], value[0, :, :n]], dim=2)
+            for key, value in zip(prefix.keys, prefix.values, strict=True)
+        ]
+
+    def load(self, slots: Tensor, packed: Sequence[Tensor]) -> None:
+        """As `SlotStep`."""
+        for table, inputs in zip(self._tables, packed, strict=True):
+            table[slots, :, : inputs.shape[1]] = inputs
+
+    def _run(self, last_input: int) -> None:
+        if "step" not in self._recordings:
+            self._recordings.add("step", self._take_in_codes)
+        self._recordings.replay("step")
+
+    def _take_in_codes(self) -> None:
+        self._take_in(self._codes)
+        self._hidden.copy_(self._x)
+
+    def _draw_and_take_in(self, state: SlotState) -> None:
+        config, S = self._config, self._num_slots
+        N, M, V, W = config.num_positions, config.num_codebooks, config.codebook_size, config.width
+        for m in range(M):
+            draw_code[S,](
+                self._compute_logits(state.hidden, m),
+                self._heads[m].to_logits.bias,
+                self._options,
+                self._positions,
+                state.uniforms,
+                self._drawn,
+                state.image_tokens,
+                state.log_likelihood,
+                m,
+                M,
+                N,
+                V,
+                OPTIONS,
+                triton.next_power_of_2(V),
+                num_warps=8,
+            )
+        self._take_in(self._drawn)
+        take_in[S,](
+            self._x,
+            self._options,
+            self._positions,
+            state.hidden,
+            OPTIONS,
+            W,
+            triton.next_power_of_2(W),
+        )
+
+    def _compute_logits(self, hidden: Tensor, m: int) -> Tensor:
+        """Of code m [S, V], given those drawn before it and hidden [S, W]; without the bias."""
+        head = self._heads[m]
+        if head.mix is not None:
+            self._sum_rows(head.earlier, self._drawn, m, before=hidden)
+            hidden = self._x
+            head.norm(hidden, self._normed)
+            head.mix(self._normed, self._room[head.mix.sizes], self._added)
+            add(hidden, self._added, head.mix.contract, head.norm, self._normed)
+        else:
+            head.norm(hidden, self._normed)
+        head.to_logits(self._normed, self._logits)
+        return self._logits
+
+    def _take_in(self, codes: Tensor) -> None:
+        """Codes [S, M] of all slots' positions into x."""
+        config, x = self._config, self._x
+        H, D = config.num_heads, config.head_width
+        self._sum_rows(self._inputs, codes, config.num_codebooks, positions=self._positions)
+        self._blocks[0].attention_norm(x, self._normed)
+        norms = [block.attention_norm for block in self._blocks[1:]] + [None]
+        for block, next_norm, seen, table in zip(
+            self._blocks, norms, self._seen, self._tables, strict=True
+        ):
+            block.qkv(self._normed, self._qkv)
+            attend[self._num_slots, H](
+                self._qkv,
+                table,
+                self._positions,
+                seen.inputs,
+                seen.counts,
+                self._attended,
+                self._first_input,
+                self._length,
+                seen.inputs.shape[1],
+                H,
+                D,
+                QK_EPSILON,
+                config.qk_norm,
+                seen.is_all,
+                triton.next_power_of_2(D),
+                _KEYS,
+                num_warps=1,
+            )
+            block.out(self._attended, self._added)
+            add(x, self._added, block.out, block.feed_forward_norm, self._normed)
+            network = block.feed_forward
+            network(self._normed, self._room[network.sizes], self._added)
+            add(x, self._added, network.contract, next_norm, self._normed)
+
+    def _sum_rows(
+        self,
+        table: Tensor,
+        codes: Tensor,
+        num_codes: int,
+        *,
+        before: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> None:
+        """Into x."""
+        config = self._config
+        sum_of_rows[self._num_slots,](
+            table if before is None else before,
+            table,
+            codes,
+            codes if positions is None else positions,
+            self._x,
+            num_codes,
+            config.num_codebooks,
+            config.num_positions,
+            config.codebook_size,
+            config.width,
+            before is not None,
+            positions is not None,
+            triton.next_power_of_2(config.width),
+        )
+
+    def _become(self, batch: Batch | None) -> None:
+        """Draw a batch's candidates from now on, as far as they are; None: nothing."""
+        self._batch = batch
+        V = self._config.codebook_size
+        plan = np.tile(np.array([IDLE, 1.0, V, 1.0, 1.0, 0.0, 0.0]), (self._num_slots, 1))
+        for each in [] if batch is None else batch.candidates:
+            options, blank = each.generation.options, each.guidance_slot
+            plan[each.slot] = (
+                NO_GUIDANCE if blank is None else blank,
+                options.temperature,
+                min(options.top_k or V, V),
+                1.0 if options.top_p is None else options.top_p,
+                options.guidance_scale,
+                True,
+                each.position,
+            )
+            if blank is not None:
+                plan[blank, -2:] = True, each.position
+        self._options.copy_(torch.from_numpy(plan))
+        self._positions.copy_(self._options[:, -1])
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """Of a kind of attention what the query at each input sees, [L, n], and how many, [L]."""
+
+    inputs: Tensor
+    counts: Tensor
+    is_all: bool
+    """That is everything before it, and neither is read."""
+
+    @classmethod
+    def of(cls, config: TransformerConfig, kind: AttentionKind, device: torch.device) -> _Seen:
+        if kind == "full":
+            nothing = torch.zeros(1, 1, dtype=torch.int32, device=device)
+            return cls(nothing, nothing, is_all=True)
+        inputs, counts = (
+            torch.from_numpy(each).to(device, torch.int32) for each in inputs_seen(config, kind)
+        )
+        return cls(inputs.contiguous(), counts, is_all=False)
