@@ -204,9 +204,9 @@ def _steps(
             steps, timings, depth, here, device, memory, together=max(1, together)
         )
         if profiled:
-            for precision, engine in engines.items():
-                tables[precision] = engine.num_bytes / 1e6
-                outside[precision] = bench_steps.share_outside_kernels(engine.step)
+            for precision in precisions:
+                tables[precision] = engines[precision].num_bytes / 1e6
+                outside[precision] = bench_steps.share_outside_kernels(steps[precision])
         del engines, steps
         bench_steps.forget()
     figures = []

@@ -130,7 +130,9 @@ class Scheduler:
     def drain(self, timeout_seconds: float) -> bool:
         """Refuse new work, end what was accepted, and return whether all of it ended in time.
 
-        Deadlines are brought forward, so that long requests answer with the best so far.
+        Deadlines are brought forward, so that long requests answer with the best so far. The
+        model's thread has ended then as well: one that is in the middle of a library's code when
+        the process ends may take it down with an error.
         """
         limit = time.monotonic() + timeout_seconds
         with self._jobs.changed:
@@ -139,7 +141,10 @@ class Scheduler:
             for job in self._jobs.accepted():
                 job.control.shorten(limit - min(_FINISHING_SECONDS, timeout_seconds / 2))
             self._jobs.changed.notify_all()
-        return self._jobs.wait_until_empty(limit - time.monotonic())
+        is_complete = self._jobs.wait_until_empty(limit - time.monotonic())
+        if is_complete and self._engine is not None:
+            self._thread.join(max(0.0, limit - time.monotonic()))
+        return is_complete
 
     def cancel_all(self) -> None:
         """Refuse new work and give up what was accepted. Takes no lock: for signal handlers."""

@@ -11,6 +11,7 @@ import torch
 from dalle import steps
 from dalle.decoding import DecodeEngine
 from dalle.precision import _walk, draw_sample
+from dalle.recorded_step import Recordings
 from dalle.sampling import SamplingOptions
 from dalle.steps import describe_step, new_step, why_not_fused
 from tests.fused import FusedStep
@@ -37,6 +38,20 @@ FEW = [
         "options": SamplingOptions(guidance_scale=3.0),
     },
 ]
+
+
+@pytest.fixture(autouse=True)
+def recorded(monkeypatch):
+    """On a CPU, too, what is recorded is done beforehand, as it is on a GPU."""
+    if torch.cuda.is_available():
+        return
+    add = Recordings.add
+
+    def add_after_a_run(self, name, work):
+        work()
+        add(self, name, work)
+
+    monkeypatch.setattr(Recordings, "add", add_after_a_run)
 
 
 def engine_of(model, num_slots):

@@ -23,6 +23,7 @@ from torch import Tensor
 from dalle.decode_batch import Batch, SlotState
 from dalle.decode_step import EngineStep, MovingStep
 from dalle.generations import Candidate, FinishedCandidate, Generation, Prefix
+from dalle.row_mover import RowMover
 from dalle.sampling import SamplingOptions, image_uniforms, require_evaluation_mode
 from dalle.steps import new_step
 from dalle.transformer import PADDING, Dalle
@@ -51,8 +52,7 @@ class DecodeEngine:
         self.max_candidates = max_candidates or num_slots
         self._device = model.text_position.device
         self._step = step = step or new_step(model, num_slots)
-        self._mover = step if isinstance(step, MovingStep) else None
-        self._drawer = None if isinstance(step, MovingStep) else step
+        self._mover = step if isinstance(step, MovingStep) else RowMover(step)
         self._free = list(range(num_slots))
         self._making: list[Candidate] = []
         self._generations: list[Generation] = []
@@ -150,22 +150,9 @@ class DecodeEngine:
             return finished
         N = self.model.config.num_positions
         batch = self._batch = self._batch or Batch(self._making, N, self._device)
-        if self._mover is not None:
-            self._mover.move(batch, self._state)
-            batch.advance()
-            return finished + [
-                self._finish(each) for each in batch.candidates if each.position == N
-            ]
-        codes = self._draw(batch)
-        ended = [each for each in self._making if each.position == N - 1]
-        finished += [self._finish(each) for each in ended]
-        if self._making:
-            if ended:
-                kept = [row for row, each in enumerate(batch.candidates) if each.position < N - 1]
-                codes = codes[kept]
-                batch = self._batch = Batch(self._making, N, self._device)
-            self._advance(batch, codes)
-        return finished
+        self._mover.move(batch, self._state)
+        batch.advance()
+        return finished + [self._finish(each) for each in batch.candidates if each.position == N]
 
     def positions(self, generation: Generation) -> dict[int, int]:
         """Of each of a request's candidates in the making, how many positions are drawn."""
@@ -233,33 +220,15 @@ class DecodeEngine:
         candidate = Candidate(generation, number, slot, guidance_slot, primed)
         if prime is not None:
             self._state.image_tokens[slot, :primed] = prime
-        uniforms = image_uniforms(generation.seed, number, self._state.uniforms[slot].numel())
-        self._state.uniforms[slot] = torch.from_numpy(uniforms).view(
-            self._state.uniforms[slot].shape
+        own = self._state.uniforms[slot]
+        own.copy_(
+            torch.from_numpy(image_uniforms(generation.seed, number, own.numel())).view_as(own)
         )
         self._state.log_likelihood[slot] = 0.0
         generation.in_slots += 1
         self._making.append(candidate)
         self._batch = None
         return candidate
-
-    def _draw(self, batch: Batch) -> Tensor:
-        """Draw the codes [C, M] of each candidate's position, and count their likelihood."""
-        M = self.model.config.num_codebooks
-        hidden = self._state.hidden.index_select(0, batch.rows)
-        places = batch.places
-        uniforms = self._state.uniforms.view(-1, M).index_select(0, places)
-        assert self._drawer is not None
-        codes, log_likelihood = self._drawer.draw(hidden, uniforms, batch)
-        self._state.image_tokens.view(-1, M).index_copy_(0, places, codes)
-        self._state.log_likelihood.index_add_(0, batch.slots, log_likelihood)
-        return codes
-
-    def _advance(self, batch: Batch, codes: Tensor) -> None:
-        """Take in the codes [C, M] just drawn: the model's step, for all rows."""
-        hidden = self._step(batch.numpy_rows, batch.spread(codes), batch.numpy_positions)
-        self._state.hidden.index_copy_(0, batch.rows, hidden)
-        batch.advance()
 
     def _finish(self, candidate: Candidate) -> FinishedCandidate:
         self._release(candidate)

@@ -166,8 +166,8 @@ def attend(
     BLOCK_D: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ):
-    """Store the key and value of a slot's input, and attend to what its query sees. Nothing happens
-    at the position after the last, which is no input.
+    """Store the key and value of a slot's input, and attend to what its query sees; nothing at the
+    last position or behind it, which are no inputs.
 
     The maximum and the sum of the softmax are kept while keys are read (Milakov & Gimelshein 2018).
     Programs: [S, H].
