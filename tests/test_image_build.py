@@ -62,6 +62,14 @@ def test_no_compiler_installer_or_index_address_of_the_build_stays_inside(image_
     assert [text for text in image_config["Env"] if "INDEX" in text or "CERT" in text] == []
 
 
+def test_kernels_for_a_gpu_are_compiled_without_a_compiler_of_c():
+    script = Path(__file__).with_name("compile_fused.py")
+    mounted = ("--volume", f"{script}:/tmp/compile_fused.py:ro", "--user", "12345:54321")
+    words = "90", "bfloat16", "relu2", "layer"
+    compiled = inside("/tmp/compile_fused.py", *words, entrypoint=PYTHON, options=mounted)
+    assert "attend" in compiled.split()
+
+
 def test_no_certificate_of_the_building_machine_stays_inside():
     bundle = Path("/etc/ssl/certs/ca-certificates.crt")
     theirs = inside("-c", f"cat {bundle}")
