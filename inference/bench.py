@@ -68,9 +68,9 @@ class StepFigures:
     images_per_second: float
     bandwidth_share: float
     """Of the measured speed of memory, by the bytes that a step must read at least."""
-    outside_kernels: float
+    outside_kernels: float | None
     """Share of a step at a third of the image that is no operator's time, the native step's calls
-    being operators: Python's, mostly."""
+    being operators: Python's, mostly. None on a GPU, which works while Python goes on."""
     tables_mb: float
     """Keys and values of all candidates."""
 
@@ -85,6 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--precision",
         help="fp32,fp16,int8 on a CPU, fp32,bf16 on a GPU; default: the first and the last",
+    )
+    parser.add_argument(
+        "--torch-kernels", action="store_true", help="steps without our own kernels, to compare"
     )
     parser.add_argument("--candidates", default="1,8,32", help="drawn together: 1,8,32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -123,6 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         [int(each) for each in given.candidates.split(",")],
         rounds=given.rounds,
         probe_bytes=given.probe_mb << 20,
+        own_kernels=not given.torch_kernels,
     )
     if given.requests:
         whole = replace(artefact, transformer=model)
@@ -140,6 +144,7 @@ def run(
     *,
     rounds: int,
     probe_bytes: int = bench_steps.PROBE_BYTES,
+    own_kernels: bool = True,
 ) -> dict[str, Any]:
     """Measure everything, print it as it comes, and return it all."""
     device = model.text_position.device
@@ -152,15 +157,16 @@ def run(
     )
     steps = []
     for batch in batches:
-        for figures in _steps(model, batch, precisions, rounds, memory):
+        for figures in _steps(model, batch, precisions, rounds, memory, own_kernels):
             steps.append(figures)
+            outside = figures.outside_kernels
             print(
                 f"{figures.precision}, {figures.candidates} candidates: {figures.step_ms:.2f} ms "
                 f"a step (warming up {figures.warm_up_ms:.2f}, quartiles "
                 f"{figures.spread:.0%} apart), {figures.tokens_per_second:.1f} tokens/s, "
                 f"{figures.images_per_second:.3f} images/s, {figures.bandwidth_share:.0%} of "
-                f"{memory.bytes_per_second / 1e9:.1f} GB/s, {figures.outside_kernels:.0%} outside "
-                "kernels",
+                f"{memory.bytes_per_second / 1e9:.1f} GB/s"
+                + ("" if outside is None else f", {outside:.0%} outside kernels"),
                 flush=True,
             )
     stages = _stages(artefact, model, device)
@@ -170,6 +176,7 @@ def run(
     if device.type == "cuda":
         described["peak_gpu_mb"] = torch.cuda.max_memory_allocated(device) // 10**6
     return described | {
+        "own_kernels": own_kernels,
         "weights": sum(each.numel() for each in model.parameters()),
         "positions": model.config.num_positions,
         "memory_gb_per_second": round(memory.bytes_per_second / 1e9, 2),
@@ -181,7 +188,12 @@ def run(
 
 
 def _steps(
-    model: Dalle, batch: int, precisions: Sequence[str], rounds: int, memory: Memory
+    model: Dalle,
+    batch: int,
+    precisions: Sequence[str],
+    rounds: int,
+    memory: Memory,
+    own_kernels: bool,
 ) -> list[StepFigures]:
     config, device = model.config, model.text_position.device
     ranges = bench_steps.wide_ranges(model)
@@ -189,9 +201,12 @@ def _steps(
     timings = {precision: Timings() for precision in precisions}
     tables: dict[str, float] = {}
     outside: dict[str, float] = {}
+    on_cpu = device.type == "cpu"
     for depth in bench_steps.DEPTHS:
         engines = {
-            precision: bench_steps.engine_at(models[precision], batch, depth, precision, ranges)
+            precision: bench_steps.engine_at(
+                models[precision], batch, depth, precision, ranges, own_kernels=own_kernels
+            )
             for precision in precisions
         }
         steps = {precision: engine.step for precision, engine in engines.items()}
@@ -199,14 +214,15 @@ def _steps(
         profiled = depth == _PROFILED_DEPTH
         left -= 1 + (bench_steps.PROFILED_STEPS if profiled else 0)
         here = min(rounds + 1, left)
-        together = 1 if device.type == "cpu" else min(_STEPS_TOGETHER, left // max(1, here))
+        together = 1 if on_cpu else min(_STEPS_TOGETHER, left // max(1, here))
         bench_steps.take_turns(
             steps, timings, depth, here, device, memory, together=max(1, together)
         )
         if profiled:
             for precision in precisions:
                 tables[precision] = engines[precision].num_bytes / 1e6
-                outside[precision] = bench_steps.share_outside_kernels(steps[precision])
+                if on_cpu:
+                    outside[precision] = bench_steps.share_outside_kernels(steps[precision])
         del engines, steps
         bench_steps.forget()
     figures = []
@@ -223,7 +239,7 @@ def _steps(
                 tokens_per_second=batch * config.num_codebooks / seconds,
                 images_per_second=batch / (seconds * config.num_positions),
                 bandwidth_share=needed / seconds / memory.bytes_per_second,
-                outside_kernels=outside[precision],
+                outside_kernels=outside.get(precision),
                 tables_mb=tables[precision],
             )
         )

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-from dalle.decode_step import EngineStep
 from dalle.decoding import DecodeEngine
 from dalle.names import Precision
 from dalle.native_step import NativeStep
@@ -126,9 +125,18 @@ def take_turns(
 
 
 def engine_at(
-    model: Dalle, batch: int, depth: float, precision: str, key_ranges: list[KeyRange] | None
+    model: Dalle,
+    batch: int,
+    depth: float,
+    precision: str,
+    key_ranges: list[KeyRange] | None,
+    *,
+    own_kernels: bool = True,
 ) -> DecodeEngine:
-    """An engine whose slots are all drawing at a depth. Tokens before it are random."""
+    """An engine whose slots are all drawing at a depth. Tokens before it are random.
+
+    own_kernels: as of `new_step`.
+    """
     config = model.config
     device = model.text_position.device
     generator = torch.Generator().manual_seed(0)
@@ -140,7 +148,10 @@ def engine_at(
         (int(config.num_positions * depth), config.num_codebooks),
         generator=generator,
     )
-    engine = DecodeEngine(model, batch, step=step_of(model, batch, precision, key_ranges))
+    # For bf16 of a model that is in it, see `in_precision`.
+    weights: Precision = precision  # type: ignore[assignment]
+    step = new_step(model, batch, weights, key_ranges, own_kernels=own_kernels)
+    engine = DecodeEngine(model, batch, step=step)
     engine.submit(
         text_tokens.to(device),
         candidates=range(batch),
@@ -151,14 +162,6 @@ def engine_at(
     return engine
 
 
-def step_of(
-    model: Dalle, batch: int, precision: str, key_ranges: list[KeyRange] | None
-) -> EngineStep:
-    """The step of a precision; for bf16 of a model that is in it, see `in_precision`."""
-    weights: Precision = precision  # type: ignore[assignment]
-    return new_step(model, batch, weights, key_ranges)
-
-
 def in_precision(model: Dalle, precision: str) -> Dalle:
     """The model that reads captions beside a step of a precision."""
     return copy.deepcopy(model).to(torch.bfloat16) if precision == "bf16" else model
@@ -167,7 +170,7 @@ def in_precision(model: Dalle, precision: str) -> Dalle:
 def share_outside_kernels(step: Callable[[], object]) -> float:
     """Share of a step's time that is none of the operators': Python's, and what lies between.
 
-    At most: the profiler's own time counts as such. Of the processor's time, on a GPU too.
+    At most: the profiler's own time counts as such.
     """
     whole = "engine step"
     step()  # warms up

@@ -130,9 +130,9 @@ class Scheduler:
     def drain(self, timeout_seconds: float) -> bool:
         """Refuse new work, end what was accepted, and return whether all of it ended in time.
 
-        Deadlines are brought forward, so that long requests answer with the best so far. The
-        model's thread has ended then as well: one that is in the middle of a library's code when
-        the process ends may take it down with an error.
+        Deadlines are brought forward, so that long requests answer with the best so far. Where a
+        model was loaded its thread is waited for as well, within the time: one that is in a
+        library's code when the process ends may take it down with an error.
         """
         limit = time.monotonic() + timeout_seconds
         with self._jobs.changed:

@@ -11,7 +11,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 
 from dalle.decode_batch import SlotState
-from dalle.fused_launch import Kernel
+from dalle.fused_launch import Kernel, check_launch
 from dalle.fused_step import FusedStep
 from dalle.transformer import Dalle, TransformerConfig
 
@@ -21,8 +21,10 @@ def main() -> None:
     compiled = set()
 
     def compile_only(kernel, programs):
-        def launch(*arguments, num_warps=4):
-            compiled.add(kernel.compile(arguments, num_warps, target).metadata.name)
+        def launch(*arguments, num_warps=4, **constants):
+            kernel_for_target = kernel.compile(arguments, constants, num_warps, target)
+            check_launch(kernel_for_target, len(arguments))
+            compiled.add(kernel_for_target.metadata.name)
 
         return launch
 

@@ -124,6 +124,16 @@ def test_a_step_reads_each_weight_once_and_what_its_queries_see(make_dalle):
     assert bench_steps.step_bytes(sparse, 3, "fp32") < bench_steps.step_bytes(model, 3, "fp32")
 
 
+def test_steps_without_our_own_kernels_can_be_measured(monkeypatch, capsys):
+    monkeypatch.setattr("dalle.steps.NativeStep", None)
+    arguments = ["--size", "tiny", "--candidates", "2", "--rounds", "2", "--probe-mb", "8"]
+    arguments += ["--device", "cpu", "--threads", "1", "--requests", "0", "--torch-kernels"]
+    bench.main(arguments)
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [each["precision"] for each in figures["steps"]] == ["fp32", "int8"]
+    assert not figures["own_kernels"]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_bf16_has_its_share_of_the_memorys_speed(capsys):

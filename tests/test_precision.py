@@ -7,6 +7,7 @@ from dalle.decoding import DecodeEngine
 from dalle.errors import ArtefactError, DeviceError
 from dalle.names import ATTENTION_KINDS
 from dalle.precision import (
+    Accuracy,
     AccuracyBounds,
     build_engine,
     compare,
@@ -121,6 +122,13 @@ def test_an_engine_is_built_in_the_precision_asked_for(precision, model, text_to
         if precision == "fp32":
             assert (each.image_tokens == expected.image_tokens[each.candidate]).all()
         assert each.log_likelihood == pytest.approx(likelihood, rel=0.1)
+
+
+def test_an_accuracy_that_is_no_number_is_refused(model, monkeypatch):
+    nothing = Accuracy(greedy_agreement=1.0, likelihood_change=float("nan"))
+    monkeypatch.setattr("dalle.precision.compare", lambda *_: nothing)
+    with pytest.raises(ArtefactError, match="log p differs by nan nats"):
+        build_engine(model, 1, "fp16")
 
 
 @pytest.mark.parametrize(

@@ -324,6 +324,30 @@ def test_a_drain_ends_what_was_accepted_and_refuses_the_rest():
         assert all(isinstance(last_event(job), GenerateResult) for job in jobs)
 
 
+def test_a_drain_waits_for_the_models_thread_to_end(monkeypatch):
+    turn = Scheduler._take_turn
+    last_turn, gate = threading.Event(), threading.Event()
+
+    def with_a_long_end(self, *arguments):
+        if goes_on := turn(self, *arguments):
+            return goes_on
+        last_turn.set()
+        assert gate.wait(PATIENCE)
+        return False
+
+    monkeypatch.setattr(Scheduler, "_take_turn", with_a_long_end)
+    with started(Engine()) as scheduler:
+        drained: list[bool] = []
+        drain = threading.Thread(target=lambda: drained.append(scheduler.drain(PATIENCE)))
+        drain.start()
+        assert last_turn.wait(PATIENCE)
+        assert drained == []
+        gate.set()
+        drain.join(PATIENCE)
+        assert drained == [True]
+        assert not scheduler._thread.is_alive()
+
+
 def test_a_drain_brings_deadlines_forward():
     class OneThenHold(Engine):
         def run(self, work: Work, control: Control) -> Result:

@@ -36,12 +36,11 @@ class SlotState:
     def new(cls, config: TransformerConfig, num_slots: int, like: Tensor) -> SlotState:
         """like: a tensor of the model's device and dtype."""
         shape = (num_slots, config.num_positions, config.num_codebooks)
-        exact = like.new_zeros(0, dtype=torch.float32)
         return cls(
             hidden=like.new_zeros(num_slots, config.width),
-            image_tokens=torch.zeros(shape, dtype=torch.int64, device=like.device),
-            log_likelihood=exact.new_zeros(num_slots),
-            uniforms=exact.new_zeros(shape),
+            image_tokens=like.new_zeros(shape, dtype=torch.int64),
+            log_likelihood=like.new_zeros(num_slots, dtype=torch.float32),
+            uniforms=like.new_zeros(shape, dtype=torch.float32),
         )
 
 

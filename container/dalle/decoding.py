@@ -14,6 +14,7 @@ per position, P primed positions, T text length, W width.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Collection, Iterable
 
@@ -231,12 +232,16 @@ class DecodeEngine:
         return candidate
 
     def _finish(self, candidate: Candidate) -> FinishedCandidate:
+        """Raises FloatingPointError where a logit was no number."""
+        log_likelihood = float(self._state.log_likelihood[candidate.slot])
+        if not math.isfinite(log_likelihood):
+            raise FloatingPointError("a logit is no number")
         self._release(candidate)
         finished = FinishedCandidate(
             candidate.generation,
             candidate.number,
             self._state.image_tokens[candidate.slot].clone(),
-            float(self._state.log_likelihood[candidate.slot]),
+            log_likelihood,
         )
         if candidate.generation.is_over:
             self._forget(candidate.generation)

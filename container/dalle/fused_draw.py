@@ -10,17 +10,20 @@ import triton.language as tl
 
 from dalle.fused_launch import Kernel
 
-OPTIONS = 7
-"""Of a slot: that of its branch without caption, temperature, top_k, top_p, guidance scale,
-whether it is active, its position at first."""
+PLAN_COLUMNS = BLANK, TEMPERATURE, TOP_K, TOP_P, GUIDANCE_SCALE, IS_ACTIVE, POSITION = range(7)
+"""What a plan says of a slot: that of its branch without caption, how its candidate is drawn,
+whether there is one, and at which position it begins."""
 
-IDLE = -2
-"""In place of the first: nothing is drawn here."""
+NOT_DRAWN = -2
+"""In place of the branch without caption: this is one itself, or idle."""
 
 NO_GUIDANCE = -1
-"""In place of the first: there is no such branch."""
+"""In place of the branch without caption: there is none."""
 
-_IDLE = tl.constexpr(IDLE)
+_BLANK, _TEMPERATURE, _TOP_K = tl.constexpr(BLANK), tl.constexpr(TEMPERATURE), tl.constexpr(TOP_K)
+_TOP_P, _GUIDANCE_SCALE = tl.constexpr(TOP_P), tl.constexpr(GUIDANCE_SCALE)
+_PLAN_SIZE = tl.constexpr(len(PLAN_COLUMNS))
+_NOT_DRAWN = tl.constexpr(NOT_DRAWN)
 _LEAST_TEMPERATURE = tl.constexpr(1e-30)  # a division by less might be one by 0
 _INFINITY_BITS = tl.constexpr(0x7F800000)
 
@@ -29,29 +32,28 @@ _INFINITY_BITS = tl.constexpr(0x7F800000)
 def draw_code(
     logits,  # [S, V], without the bias
     bias,  # [V]
-    plan,  # [S, OPTIONS] float64
+    plan,  # [S, PLAN_COLUMNS] float64
     positions,  # [S] int64
     uniforms,  # [S, N, M] float32 in [0, 1)
     codes,  # [S, M] int64: written, for both branches
     image_tokens,  # [S, N, M] int64: written
-    log_likelihood,  # [S] float32: log p of the code is added
+    log_likelihood,  # [S] float32: log p of the code is added; no number where logits are none
     m,
     M: tl.constexpr,
     N: tl.constexpr,
     V: tl.constexpr,
-    OPTIONS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """Draw code m of every candidate's position. Programs: [S]."""
     slot = tl.program_id(0)
-    mine = plan + slot * OPTIONS
-    blank = tl.load(mine).to(tl.int64)
-    if blank == _IDLE:
+    mine = plan + slot * _PLAN_SIZE
+    blank = tl.load(mine + _BLANK).to(tl.int64)
+    if blank == _NOT_DRAWN:
         return
-    temperature = tl.load(mine + 1).to(tl.float32)
-    top_k = tl.load(mine + 2).to(tl.int32)
-    top_p = tl.load(mine + 3)
-    scale = tl.load(mine + 4).to(tl.float32)
+    temperature = tl.load(mine + _TEMPERATURE).to(tl.float32)
+    top_k = tl.load(mine + _TOP_K).to(tl.int32)
+    top_p = tl.load(mine + _TOP_P)
+    scale = tl.load(mine + _GUIDANCE_SCALE).to(tl.float32)
     place = (slot * N + tl.load(positions + slot)) * M + m
     tokens = tl.arange(0, BLOCK_V)
     real = tokens < V
@@ -74,7 +76,7 @@ def draw_code(
         threshold = tl.load(uniforms + place).to(tl.float64) * tl.max(cumulative, 0)
         # Sums in parallel need not stay where a weight is 0.
         code = tl.min(tl.where((cumulative > threshold) & (weights > 0.0), tokens, V), 0)
-    # V: where logits are no numbers, which the log p tells.
+    is_number = code < V  # not where logits are none
     code = tl.minimum(code, V - 1)
     tl.store(codes + slot * M + m, code.to(tl.int64))
     if blank >= 0:
@@ -83,6 +85,7 @@ def draw_code(
     most = tl.max(own, 0)
     drawn = tl.sum(tl.where(tokens == code, own, 0.0), 0)
     log_p = drawn - most - tl.log(tl.sum(tl.exp(own - most), 0))
+    log_p = tl.where(is_number, log_p, float("nan"))
     tl.store(log_likelihood + slot, tl.load(log_likelihood + slot) + log_p)
 
 

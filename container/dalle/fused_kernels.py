@@ -15,7 +15,6 @@ import triton.language as tl
 
 from dalle.fused_launch import Kernel
 
-_IS_ACTIVE = tl.constexpr(5)  # which of the options
 _HALF_OF_ROOT = tl.constexpr(0.7071067811865476)  # 1 / sqrt(2)
 
 
@@ -130,16 +129,17 @@ def _gelu(x):
 @Kernel
 def take_in(
     x,  # [S, W] float32
-    plan,  # [S, OPTIONS] float64, see `dalle.fused_draw`
+    plan,  # [S, PLAN_COLUMNS] float64, see `dalle.fused_draw`
     positions,  # [S] int64
     hidden,  # [S, W]
-    OPTIONS: tl.constexpr,
+    PLAN_SIZE: tl.constexpr,
+    IS_ACTIVE: tl.constexpr,  # which column
     W: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
     """Active slots have x as their hidden state and are one position further. Programs: [S]."""
     slot = tl.program_id(0)
-    is_active = tl.load(plan + slot * OPTIONS + _IS_ACTIVE).to(tl.int64)
+    is_active = tl.load(plan + slot * PLAN_SIZE + IS_ACTIVE).to(tl.int64)
     channels = tl.arange(0, BLOCK_W)
     inside = (channels < W) & (is_active != 0)
     each = tl.load(x + slot * W + channels, inside, 0.0)

@@ -8,7 +8,8 @@ torch brings along.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,10 +36,10 @@ _SHARED_MEMORY = 48 * 1024  # bytes that every function may have
 
 
 class Kernel:
-    """A kernel: `kernel[programs](*arguments, num_warps=4)` runs it on the current stream.
+    """A kernel: `kernel[programs](x, out, m, WIDTH=512, num_warps=4)` runs on the current stream.
 
-    Arguments are tensors, integers of 32 bits, and what the function calls constexpr. Under
-    Triton's interpreter it runs on the CPU.
+    Arguments are tensors and integers of 32 bits, by keyword what the function calls constexpr.
+    Under Triton's interpreter it runs on the CPU.
     """
 
     def __init__(self, function: Callable[..., None]) -> None:
@@ -50,48 +51,41 @@ class Kernel:
             interpreted: Callable[..., None] = self._function[programs]
             return interpreted
 
-        def launch(*arguments: Any, num_warps: int = 4) -> None:
+        def launch(*arguments: Any, num_warps: int = 4, **constants: Any) -> None:
             device = next(each.device for each in arguments if isinstance(each, Tensor))
             with torch.cuda.device(device):
-                self._launch(programs, arguments, num_warps, device)
+                kinds = tuple((_type_of(each), _is_aligned(each)) for each in arguments)
+                values = tuple((name, type(each), each) for name, each in constants.items())
+                key = device, num_warps, kinds, values
+                if key not in self._loaded:
+                    major, minor = torch.cuda.get_device_capability(device)
+                    target = GPUTarget("cuda", 10 * major + minor, 32)
+                    compiled = self.compile(arguments, constants, num_warps, target)
+                    self._loaded[key] = _Loaded.of(compiled, len(arguments))
+                self._loaded[key].launch(programs, arguments)
 
         return launch
 
-    def compile(self, arguments: tuple[Any, ...], num_warps: int, target: GPUTarget) -> Any:
-        """Machine code for arguments like these: Triton's compiled kernel."""
-        signature, constants, attributes = {}, {}, {}
-        for parameter, argument in zip(self._function.params, arguments, strict=True):
-            place = (parameter.num,)
-            signature[parameter.name] = _type_of(argument, parameter.is_constexpr)
-            if parameter.is_constexpr:
-                constants[place] = argument
-            elif _is_aligned(argument):
-                attributes[place] = [["tt.divisibility", _ALIGNMENT]]
-        source = ASTSource(self._function, signature, constants, attributes)
-        return triton.compile(source, target=target, options={"num_warps": num_warps})
-
-    def _launch(
+    def compile(
         self,
-        programs: tuple[int, ...],
-        arguments: tuple[Any, ...],
+        arguments: Sequence[Any],
+        constants: Mapping[str, Any],
         num_warps: int,
-        device: torch.device,
-    ) -> None:
-        constant = [each.is_constexpr for each in self._function.params]
-        kinds = [
-            argument if is_constant else (_type_of(argument, False), _is_aligned(argument))
-            for argument, is_constant in zip(arguments, constant, strict=True)
-        ]
-        key = device, num_warps, *kinds
-        loaded = self._loaded.get(key)
-        if loaded is None:
-            major, minor = torch.cuda.get_device_capability(device)
-            target = GPUTarget("cuda", 10 * major + minor, 32)
-            loaded = self._loaded[key] = _Loaded.of(self.compile(arguments, num_warps, target))
-        values = [
-            each for each, is_constant in zip(arguments, constant, strict=True) if not is_constant
-        ]
-        loaded.launch(programs, values)
+        target: GPUTarget,
+    ) -> Any:
+        """Machine code for arguments like these: Triton's compiled kernel."""
+        names: list[str] = self._function.arg_names
+        types = dict(zip(names, map(_type_of, arguments), strict=False))
+        if types.keys() | constants.keys() != set(names) or types.keys() & constants.keys():
+            raise TypeError(f"{self._function.__name__} takes {names}, got {[*types, *constants]}")
+        aligned = [place for place, each in enumerate(arguments) if _is_aligned(each)]
+        source = ASTSource(
+            self._function,
+            {name: types.get(name, "constexpr") for name in names},
+            {(names.index(name),): each for name, each in constants.items()},
+            {(place,): [["tt.divisibility", _ALIGNMENT]] for place in aligned},
+        )
+        return triton.compile(source, target=target, options={"num_warps": num_warps})
 
 
 @dataclass(frozen=True)
@@ -103,8 +97,9 @@ class _Loaded:
     shared_memory: int  # bytes
 
     @classmethod
-    def of(cls, compiled: Any) -> _Loaded:
+    def of(cls, compiled: Any, num_arguments: int) -> _Loaded:
         """In the memory of the current device."""
+        check_launch(compiled, num_arguments)
         name, metadata = compiled.metadata.name, compiled.metadata
         module = _checked(driver.cuModuleLoadData(compiled.asm["cubin"]))
         function = _checked(driver.cuModuleGetFunction(module, name.encode()))
@@ -113,7 +108,7 @@ class _Loaded:
             _checked(driver.cuFuncSetAttribute(function, attribute, metadata.shared))
         return cls(function, 32 * metadata.num_warps, metadata.shared)
 
-    def launch(self, programs: tuple[int, ...], values: list[Any]) -> None:
+    def launch(self, programs: tuple[int, ...], values: Sequence[Any]) -> None:
         """On the current stream."""
         numbers = [each.data_ptr() if isinstance(each, Tensor) else each for each in values]
         types: list[Any] = [
@@ -138,9 +133,22 @@ class _Loaded:
         )
 
 
-def _type_of(argument: Any, is_constant: bool) -> str:
-    if is_constant:
-        return "constexpr"
+def check_launch(compiled: Any, num_arguments: int) -> None:
+    """Raises RuntimeError for a kernel that its Triton would launch in another way than is done
+    here: what it is handed beside its arguments is no part of what Triton promises."""
+    name, metadata = compiled.metadata.name, compiled.metadata
+    taken = len(re.findall(rf"\.param\b.*\b{name}_param_\d+,?$", compiled.asm["ptx"], re.MULTILINE))
+    expected = num_arguments + _LAUNCHER_ARGUMENTS
+    scratch = metadata.global_scratch_size + metadata.profile_scratch_size
+    if taken != expected or scratch or metadata.num_ctas != 1:
+        raise RuntimeError(
+            f"kernels of Triton {triton.__version__} cannot be launched from here: {name} takes "
+            f"{taken} arguments instead of {expected}, {scratch} bytes of scratch memory and "
+            f"{metadata.num_ctas} blocks together"
+        )
+
+
+def _type_of(argument: Any) -> str:
     return _TYPES[argument.dtype] if isinstance(argument, Tensor) else _INTEGER
 
 

@@ -85,12 +85,12 @@ def _normalise(
         x if norm is None else norm.gain,
         x if norm is None else norm.bias,
         out,
-        W,
-        0.0 if norm is None else norm.epsilon,
-        added is not None,
-        gain is not None,
-        "none" if norm is None else norm.kind,
-        triton.next_power_of_2(W),
+        W=W,
+        EPSILON=0.0 if norm is None else norm.epsilon,
+        ADDS=added is not None,
+        GAIN=gain is not None,
+        NORM="none" if norm is None else norm.kind,
+        BLOCK_W=triton.next_power_of_2(W),
     )
 
 
@@ -114,7 +114,7 @@ class FusedFeedForward:
     @property
     def sizes(self) -> tuple[int, int]:
         """Channels before and behind the activation."""
-        return len(self.expand.bias), len(self.contract.transposed)
+        return self.expand.transposed.shape[1], self.contract.transposed.shape[0]
 
     def new_room(self, num_slots: int) -> Room:
         """For as many slots."""
@@ -126,7 +126,9 @@ class FusedFeedForward:
         expanded, inner = room
         self.expand(x, expanded)
         S, F = inner.shape
-        activate[S, triton.cdiv(F, _INNER)](expanded, self.expand.bias, inner, F, self.kind, _INNER)
+        activate[S, triton.cdiv(F, _INNER)](
+            expanded, self.expand.bias, inner, F=F, KIND=self.kind, BLOCK=_INNER
+        )
         self.contract(inner, out)
 
 

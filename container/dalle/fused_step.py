@@ -1,8 +1,8 @@
 """The decoding step for a GPU: torch's products, between them kernels of our own, all recorded.
 
 A step reads the weights and the keys and values that its queries see; what else there is to do is
-little, but of torch's kernels there would be two dozen for each block, where these are four and
-four products. A position is drawn and taken in by one replay, in the engine's own memory.
+little, but takes torch a dozen kernels for each block beside the products, where these are four. A
+position is drawn and taken in by one replay, in the engine's own memory.
 
 Letters: S slots, B rows, M codes, N positions, V codebook size, W width, H heads, D head width, L
 inputs of a sequence, n inputs that a query sees or that a prefix has.
@@ -16,14 +16,25 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 
 from dalle.attention import KeyValueCache
 from dalle.decode_batch import Batch, SlotState
 from dalle.decode_step import QK_EPSILON, input_tables
-from dalle.fused_draw import IDLE, NO_GUIDANCE, OPTIONS, draw_code
+from dalle.fused_draw import (
+    BLANK,
+    GUIDANCE_SCALE,
+    IS_ACTIVE,
+    NO_GUIDANCE,
+    NOT_DRAWN,
+    PLAN_COLUMNS,
+    POSITION,
+    TEMPERATURE,
+    TOP_K,
+    TOP_P,
+    draw_code,
+)
 from dalle.fused_kernels import attend, sum_of_rows, take_in
 from dalle.fused_layers import FusedBlock, FusedHead, add
 from dalle.names import AttentionKind
@@ -61,15 +72,10 @@ class FusedStep(RecordedStep):
         self._room = {each.sizes: each.new_room(S) for each in networks}
         self._logits = like.new_zeros(S, config.codebook_size)
         self._drawn = torch.zeros_like(self._codes)
-        self._options = torch.zeros(S, OPTIONS, dtype=torch.float64, device=like.device)
+        self._plan = like.new_zeros(S, len(PLAN_COLUMNS), dtype=torch.float64)
         self._batch: Batch | None = None
         shape = (S, config.num_heads, config.length, 2, config.head_width)
         self._tables = [like.new_zeros(shape) for _ in range(config.num_layers)]
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory of the keys and values."""
-        return sum(each.nbytes for each in self._tables)
 
     def move(self, batch: Batch, state: SlotState) -> None:
         """As `MovingStep`."""
@@ -81,11 +87,13 @@ class FusedStep(RecordedStep):
         self._recordings.replay(state)
 
     def code_logits(self, hidden: Tensor, m: int, codes: Tensor) -> Tensor:
-        """As `SlotStep`."""
+        """As `SlotStep`, in float32."""
         B = len(hidden)
-        all_hidden = F.pad(hidden, (0, 0, 0, self._num_slots - B))
+        all_hidden = torch.zeros_like(self._hidden)
+        all_hidden[:B] = hidden
         self._drawn[:B, :m] = codes[:, :m]
-        return self._compute_logits(all_hidden, m)[:B] + self._heads[m].to_logits.bias
+        logits = self._compute_logits(all_hidden, m)[:B].float()
+        return logits + self._heads[m].to_logits.bias.float()
 
     def pack(self, prefix: KeyValueCache) -> list[Tensor]:
         """As `SlotStep`: [H, n, 2, D]."""
@@ -101,6 +109,7 @@ class FusedStep(RecordedStep):
             table[slots, :, : inputs.shape[1]] = inputs
 
     def _run(self, last_input: int) -> None:
+        self._batch = None
         if "step" not in self._recordings:
             self._recordings.add("step", self._take_in_codes)
         self._recordings.replay("step")
@@ -116,29 +125,29 @@ class FusedStep(RecordedStep):
             draw_code[S,](
                 self._compute_logits(state.hidden, m),
                 self._heads[m].to_logits.bias,
-                self._options,
+                self._plan,
                 self._positions,
                 state.uniforms,
                 self._drawn,
                 state.image_tokens,
                 state.log_likelihood,
                 m,
-                M,
-                N,
-                V,
-                OPTIONS,
-                triton.next_power_of_2(V),
+                M=M,
+                N=N,
+                V=V,
+                BLOCK_V=triton.next_power_of_2(V),
                 num_warps=8,
             )
         self._take_in(self._drawn)
         take_in[S,](
             self._x,
-            self._options,
+            self._plan,
             self._positions,
             state.hidden,
-            OPTIONS,
-            W,
-            triton.next_power_of_2(W),
+            PLAN_SIZE=len(PLAN_COLUMNS),
+            IS_ACTIVE=IS_ACTIVE,
+            W=W,
+            BLOCK_W=triton.next_power_of_2(W),
         )
 
     def _compute_logits(self, hidden: Tensor, m: int) -> Tensor:
@@ -177,13 +186,13 @@ class FusedStep(RecordedStep):
                 self._first_input,
                 self._length,
                 seen.inputs.shape[1],
-                H,
-                D,
-                QK_EPSILON,
-                config.qk_norm,
-                seen.is_all,
-                triton.next_power_of_2(D),
-                keys,
+                H=H,
+                D=D,
+                EPSILON=QK_EPSILON,
+                QK_NORM=config.qk_norm,
+                FULL=seen.is_all,
+                BLOCK_D=triton.next_power_of_2(D),
+                BLOCK_KEYS=keys,
                 num_warps=warps,
             )
             block.out(self._attended, self._added)
@@ -209,37 +218,37 @@ class FusedStep(RecordedStep):
             codes,
             codes if positions is None else positions,
             self._x,
-            num_codes,
-            config.num_codebooks,
-            config.num_positions,
-            config.codebook_size,
-            config.width,
-            before is not None,
-            positions is not None,
-            triton.next_power_of_2(config.width),
+            NUM_CODES=num_codes,
+            M=config.num_codebooks,
+            N=config.num_positions,
+            V=config.codebook_size,
+            W=config.width,
+            ADDS=before is not None,
+            POSITIONS=positions is not None,
+            BLOCK_W=triton.next_power_of_2(config.width),
         )
 
     def _become(self, batch: Batch | None) -> None:
         """Draw a batch's candidates from now on, from where they are; None: nothing."""
         self._batch = batch
-        V, N = self._config.codebook_size, self._config.num_positions
-        # Idle slots are behind their last position, where nothing is read or stored.
-        plan = np.tile(np.array([IDLE, 1.0, V, 1.0, 1.0, False, N]), (self._num_slots, 1))
+        self._last_slots = None
+        V = self._config.codebook_size
+        plan = np.zeros((self._num_slots, len(PLAN_COLUMNS)))
+        plan[:, BLANK] = NOT_DRAWN
+        # Idle slots are behind their last position, where no keys are read or stored.
+        plan[:, POSITION] = self._config.num_positions
         for each in [] if batch is None else batch.candidates:
             options, blank = each.generation.options, each.guidance_slot
-            plan[each.slot] = (
-                NO_GUIDANCE if blank is None else blank,
-                options.temperature,
-                min(options.top_k or V, V),
-                1.0 if options.top_p is None else options.top_p,
-                options.guidance_scale,
-                True,
-                each.position,
-            )
-            if blank is not None:
-                plan[blank, -2:] = True, each.position
-        self._options.copy_(torch.from_numpy(plan))
-        self._positions.copy_(self._options[:, -1])
+            mine = plan[each.slot]
+            mine[BLANK] = NO_GUIDANCE if blank is None else blank
+            mine[TEMPERATURE] = options.temperature
+            mine[TOP_K] = min(options.top_k or V, V)
+            mine[TOP_P] = 1.0 if options.top_p is None else options.top_p
+            mine[GUIDANCE_SCALE] = options.guidance_scale
+            for slot in [each.slot] if blank is None else [each.slot, blank]:
+                plan[slot, IS_ACTIVE], plan[slot, POSITION] = True, each.position
+        self._plan.copy_(torch.from_numpy(plan))
+        self._positions.copy_(self._plan[:, POSITION])
 
 
 @dataclass(frozen=True, eq=False)

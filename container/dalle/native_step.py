@@ -138,7 +138,7 @@ class NativeStep:
         return hidden
 
     def draw(self, hidden: Tensor, uniforms: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """As `SlotStep`."""
+        """As `DrawingStep`."""
         draws = self._draws
         if draws is None or draws.batch is not batch:
             draws = self._draws = _Draws.of(batch, self._config.codebook_size)

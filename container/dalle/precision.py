@@ -85,9 +85,10 @@ def build_engine(
         100 * accuracy.greedy_agreement,
         accuracy.likelihood_change,
     )
-    if (
-        accuracy.greedy_agreement < bounds.greedy_agreement
-        or accuracy.likelihood_change > bounds.likelihood_change
+    # Also where these are no numbers.
+    if not (
+        accuracy.greedy_agreement >= bounds.greedy_agreement
+        and accuracy.likelihood_change <= bounds.likelihood_change
     ):
         raise ArtefactError(
             f"decoding in {precision} would change this model too much: the likeliest token is "

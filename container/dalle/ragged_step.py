@@ -49,7 +49,7 @@ class RaggedStep:
         return self._step(codes, torch.from_numpy(positions), self._tables)
 
     def draw(self, hidden: Tensor, uniforms: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """As `SlotStep`."""
+        """As `DrawingStep`."""
         return batch.draw(self.code_logits, hidden, uniforms)
 
     def pack(self, prefix: KeyValueCache) -> list[tuple[Tensor, Tensor]]:

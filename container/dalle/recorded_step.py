@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
+from functools import cache
 
 import numpy as np
 import torch
@@ -24,7 +25,10 @@ _WARM_UPS = 2  # runs before a recording, in which libraries take their memory
 
 
 class RecordedStep(ABC):
-    """What a recorded step reads and writes, by slot."""
+    """A step with what its recordings read and write, by slot, in the model's dtype."""
+
+    _tables: list[Tensor]
+    """Keys and values, by layer."""
 
     def __init__(self, model: Dalle, num_slots: int) -> None:
         config, like = model.config, model.text_position.detach()
@@ -39,6 +43,11 @@ class RecordedStep(ABC):
         # Of the last step.
         self._last_slots: np.ndarray | None = None
         self._busy = self._one = self._positions[:0]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the keys and values."""
+        return sum(each.nbytes for each in self._tables)
 
     def __call__(self, slots: np.ndarray, codes: Tensor, positions: np.ndarray) -> Tensor:
         """As `SlotStep`, whose rule lets positions stay on the device."""
@@ -64,7 +73,7 @@ class Recordings:
     """Pieces of work by name: on a GPU as CUDA graphs."""
 
     def __init__(self, device: torch.device) -> None:
-        self._is_on_gpu = device.type == "cuda"
+        self._device = device
         self._replays: dict[Hashable, Callable[[], None]] = {}
 
     def __contains__(self, name: Hashable) -> bool:
@@ -72,21 +81,30 @@ class Recordings:
 
     def add(self, name: Hashable, work: Callable[[], None]) -> None:
         """Record a piece of work; it is done a few times, which must change nothing."""
-        self._replays[name] = _record(work).replay if self._is_on_gpu else work
+        on_gpu = self._device.type == "cuda"
+        self._replays[name] = _record(work, self._device).replay if on_gpu else work
 
     def replay(self, name: Hashable) -> None:
         """Do it."""
         self._replays[name]()
 
 
-def _record(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(_WARM_UPS):
+def _record(work: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
+    # Streams are a device's own, and what is given no stream would be recorded on another device's.
+    with torch.cuda.device(device):
+        aside = _stream(device)
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(_WARM_UPS):
+                work()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=aside):
             work()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
     return graph
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings on a device: libraries keep memory for each stream."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

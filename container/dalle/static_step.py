@@ -49,11 +49,6 @@ class StaticStep(RecordedStep):
         self._views: dict[AttentionKind, _View] = {}
         self._bound = config.length
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory of the keys and values."""
-        return sum(each.nbytes for each in self._tables)
-
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Store every slot's key and value, then attend: all [S, H, D] -> [S, H * D]."""
         table, view = self._tables[layer], self._views[self._kinds[layer]]
@@ -70,7 +65,7 @@ class StaticStep(RecordedStep):
         return attended.flatten(1)
 
     def draw(self, hidden: Tensor, uniforms: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """As `SlotStep`."""
+        """As `DrawingStep`."""
         return batch.draw(self.code_logits, hidden, uniforms)
 
     def pack(self, prefix: KeyValueCache) -> list[Tensor]:

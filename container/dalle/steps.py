@@ -23,19 +23,22 @@ def new_step(
     num_slots: int,
     precision: Precision = "fp32",
     key_ranges: Sequence[KeyRange] | None = None,
+    *,
+    own_kernels: bool = True,
 ) -> EngineStep:
     """A step of a model whose weights are as they are on a GPU: precision is that of a CPU.
 
-    key_ranges: one a layer where `needs_key_ranges`, otherwise not read.
+    key_ranges: one a layer where `needs_key_ranges` or without our own kernels, otherwise not read.
+    own_kernels: False draws by torch's alone, to compare with.
     """
     if _is_for_graphs(model):
-        if why_not_fused(model) is not None:
+        if not own_kernels or why_not_fused(model) is not None:
             return StaticStep(model, num_slots)
         # Here, because Triton may be absent, and takes its time.
         from dalle.fused_step import FusedStep
 
         return FusedStep(model, num_slots)
-    if why_not(model, precision) is None:
+    if own_kernels and why_not(model, precision) is None:
         return NativeStep(model, num_slots, precision=precision)
     as_bytes = key_ranges if precision == "int8" else None
     return RaggedStep(model, num_slots, precision=precision, key_ranges=as_bytes)
