@@ -1,8 +1,8 @@
-"""Kernels in Triton's language without Triton's launcher, which is C code that it compiles where it
-runs: with this, neither a C compiler nor header files need to be there.
+"""Kernels in Triton's language that are launched without a C compiler.
 
-Triton makes machine code of a function, and the CUDA driver is asked to run it by the bindings that
-torch brings along.
+Triton's own launcher is C code that it compiles where it runs, with a compiler and header files
+that have to be there. Here Triton makes machine code of a function, and the CUDA driver is asked to
+run it by the bindings that torch brings along.
 """
 
 from __future__ import annotations

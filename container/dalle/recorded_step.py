@@ -1,5 +1,4 @@
-"""What the decoding steps for a GPU have in common: every slot every time, in shapes that never
-change.
+"""What the decoding steps for a GPU have in common: every slot every time, in fixed shapes.
 
 A GPU is fed faster than it can be told what to do, so that idle slots cost nothing and launching
 kernels does: with fixed shapes and addresses a step is recorded once (a CUDA graph) and replayed.

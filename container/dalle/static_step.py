@@ -1,7 +1,6 @@
-"""A decoding step for a GPU by torch's kernels: see `dalle.recorded_step`. For GPUs and machines
-that `dalle.fused_step` is not for.
+"""A decoding step for a GPU by torch's kernels, where `dalle.fused_step` is not for it.
 
-Keys are read up to a length that grows in blocks, one recording for each.
+See `dalle.recorded_step`. Keys are read up to a length that grows in blocks, one recording for each.
 
 Letters: S slots, H heads, L inputs of a sequence, D head width, M codes, W width, n inputs that a
 query sees, or that a prefix has.
