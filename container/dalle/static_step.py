@@ -1,6 +1,7 @@
 """A decoding step for a GPU by torch's kernels, where `dalle.fused_step` is not for it.
 
-See `dalle.recorded_step`. Keys are read up to a length that grows in blocks, one recording for each.
+See `dalle.recorded_step`. Keys are read up to a length that grows in blocks, one recording for
+each.
 
 Letters: S slots, H heads, L inputs of a sequence, D head width, M codes, W width, n inputs that a
 query sees, or that a prefix has.
