@@ -1,5 +1,6 @@
 """The kernels for a GPU: interpreted here, half a second a step, and compiled where one is."""
 
+import copy
 import itertools
 import os
 import subprocess
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dalle import fused_draw, fused_layers, fused_step, steps
+from dalle import fused_draw, fused_launch, fused_layers, fused_step, steps
 from dalle.decoding import DecodeEngine
 from dalle.precision import _walk, draw_sample
 from dalle.recorded_step import Recordings
@@ -133,22 +134,13 @@ def test_bf16_draws_tokens_as_likely_as_they_are_in_fp32(make_dalle):
     model = make_dalle(**SMALL)
     for parameter in model.parameters():
         parameter.mul_(0.5)
-    options = SamplingOptions(guidance_scale=2.0)
-    engine = engine_of(make_dalle(**SMALL).bfloat16(), 4)
-    engine.model.load_state_dict(model.state_dict())
-    engine = engine_of(engine.model, 4)
+    engine = engine_of(copy.deepcopy(model).bfloat16(), 4)
     engine.submit(TEXT, candidates=range(2), seed=3)
-    engine.submit(TEXT, candidates=range(2, 4), seed=3, options=options)
+    guidance = SamplingOptions(guidance_scale=2.0)
+    engine.submit(TEXT, candidates=range(2, 4), seed=3, options=guidance)
     for finished in finished_by(engine).values():
-        primed = finished.image_tokens[None]
-        logits = model.prefill(TEXT, None, cache := model.new_cache(1))
-        log_p = 0.0
-        for position, codes in enumerate(finished.image_tokens):
-            each = model.code_logits(logits, 0, codes[None]).log_softmax(dim=-1)
-            log_p += float(each[0, codes[0]])
-            if position + 1 < len(finished.image_tokens):
-                logits = model.decode_one(primed[:, position], position, cache)
-        assert finished.log_likelihood == pytest.approx(log_p, abs=0.1)
+        exact = float(model.log_likelihood(TEXT, finished.image_tokens[None]))
+        assert finished.log_likelihood == pytest.approx(exact, abs=0.1)
 
 
 @interpreted
@@ -235,6 +227,18 @@ def test_every_kernel_compiles_for_a_gpu_that_is_not_here(arguments, tmp_path):
     assert ended.returncode == 0, ended.stderr
     compiled = ended.stdout.split()
     assert compiled == ["activate", "attend", "draw_code", "normalise", "sum_of_rows", "take_in"]
+
+
+def test_a_kernel_that_is_to_be_launched_in_another_way_is_refused():
+    ptx = ".visible .entry f(\n\t.param .u64 .ptr f_param_0,\n\t.param .u32 f_param_1\n)"
+    metadata = {"name": "f", "global_scratch_size": 0, "profile_scratch_size": 0, "num_ctas": 1}
+    made = SimpleNamespace(asm={"ptx": ptx}, metadata=SimpleNamespace(**metadata))
+    fused_launch._check_launch(made, 0)
+    with pytest.raises(RuntimeError, match="f takes 2 arguments instead of 3"):
+        fused_launch._check_launch(made, 1)
+    made.metadata.global_scratch_size = 8
+    with pytest.raises(RuntimeError, match="8 bytes of scratch"):
+        fused_launch._check_launch(made, 0)
 
 
 def test_a_gpu_that_it_is_not_for_draws_by_torch_and_the_reason_is_told(monkeypatch):

@@ -1,4 +1,4 @@
-"""The rows of a decoding step, for as long as the same candidates are in the making.
+"""What an engine hands a decoding step: what it knows of its slots, and the rows of a step.
 
 Letters: S slots, B rows of a step, C candidates in the making, N positions, V codebook size, M
 codes, W width.
@@ -45,7 +45,8 @@ class SlotState:
 
 
 class Batch:
-    """The rows of a step: each candidate's, then those without caption of the ones with guidance.
+    """The rows of a step, for as long as the same candidates are in the making: each candidate's,
+    then those without caption of the ones with guidance.
 
     Tensors are made when they are first asked for, and nothing is sent to the device after that, so
     that a GPU is never waited for.

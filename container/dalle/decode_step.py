@@ -186,11 +186,10 @@ class _Head:
     @classmethod
     def of(cls, head: nn.Module, precision: Precision) -> _Head:
         assert isinstance(head, CodeHead)
-        tables = [each.get_parameter("weight").detach() for each in head.earlier]
         weight = head.to_logits.weight
         return cls(
-            earlier=torch.cat(tables) if tables else weight.new_zeros(0, 0),
-            first_rows=torch.arange(len(tables), device=weight.device) * len(weight),
+            earlier=earlier_table(head),
+            first_rows=torch.arange(len(head.earlier), device=weight.device) * len(weight),
             norm=_norm(head.norm),
             expand=None if head.mix is None else matrix(head.mix.expand, precision),
             activate=F.relu if head.mix is None else _activation(head.mix),
@@ -208,6 +207,12 @@ def input_tables(model: Dalle) -> tuple[Tensor, Tensor]:
         position[:-1] += target[1:].detach()
     codes = [each.get_parameter("weight").detach() for each in model.code_embeddings]
     return torch.cat(codes), position
+
+
+def earlier_table(head: CodeHead) -> Tensor:
+    """Embeddings of every code of the codebooks before a head's own, [m * V, W]."""
+    tables = [each.get_parameter("weight").detach() for each in head.earlier]
+    return torch.cat(tables) if tables else head.to_logits.weight.new_zeros(0, 0)
 
 
 def _norm(norm: nn.Module) -> Function:

@@ -1,6 +1,6 @@
-"""The kernel that draws codes from logits, as `dalle.sampling.choose` does, for `dalle.fused_step`.
+"""The kernels by which `dalle.fused_step` goes by a plan: what it draws, and who goes on.
 
-Letters: S slots, N positions, M codes, V codebook size.
+Letters: S slots, N positions, M codes, V codebook size, W width.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ NO_GUIDANCE = -1
 _BLANK, _TEMPERATURE, _TOP_K = tl.constexpr(BLANK), tl.constexpr(TEMPERATURE), tl.constexpr(TOP_K)
 _TOP_P, _GUIDANCE_SCALE = tl.constexpr(TOP_P), tl.constexpr(GUIDANCE_SCALE)
 _PLAN_SIZE = tl.constexpr(len(PLAN_COLUMNS))
+_IS_ACTIVE = tl.constexpr(IS_ACTIVE)
 _NOT_DRAWN = tl.constexpr(NOT_DRAWN)
 _LEAST_TEMPERATURE = tl.constexpr(1e-30)  # a division by less might be one by 0
 _INFINITY_BITS = tl.constexpr(0x7F800000)
@@ -44,7 +45,7 @@ def draw_code(
     V: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Draw code m of every candidate's position. Programs: [S]."""
+    """Draw code m of every candidate's position, as `dalle.sampling.choose`. Programs: [S]."""
     slot = tl.program_id(0)
     mine = plan + slot * _PLAN_SIZE
     blank = tl.load(mine + _BLANK).to(tl.int64)
@@ -87,6 +88,25 @@ def draw_code(
     log_p = drawn - most - tl.log(tl.sum(tl.exp(own - most), 0))
     log_p = tl.where(is_number, log_p, float("nan"))
     tl.store(log_likelihood + slot, tl.load(log_likelihood + slot) + log_p)
+
+
+@Kernel
+def take_in(
+    x,  # [S, W] float32
+    plan,  # [S, PLAN_COLUMNS] float64
+    positions,  # [S] int64
+    hidden,  # [S, W]
+    W: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """Active slots have x as their hidden state and are one position further. Programs: [S]."""
+    slot = tl.program_id(0)
+    is_active = tl.load(plan + slot * _PLAN_SIZE + _IS_ACTIVE).to(tl.int64)
+    channels = tl.arange(0, BLOCK_W)
+    inside = (channels < W) & (is_active != 0)
+    each = tl.load(x + slot * W + channels, inside, 0.0)
+    tl.store(hidden + slot * W + channels, each.to(hidden.dtype.element_ty), inside)
+    tl.store(positions + slot, tl.load(positions + slot) + is_active)
 
 
 @triton.jit

@@ -84,8 +84,9 @@ def normalise(
         tl.store(x + places, each, inside)
     if NORM != "none":
         if NORM == "layer":
-            each = tl.where(inside, each - tl.sum(each, 0) / W, 0.0)
-        each *= tl.rsqrt(tl.sum(each * each, 0) / W + EPSILON)
+            each = _normalised(each, inside, W, EPSILON)
+        else:
+            each *= tl.rsqrt(tl.sum(each * each, 0) / W + EPSILON)
         each *= tl.load(norm_gain + channels, inside, 0.0).to(tl.float32)
         if NORM == "layer":
             each += tl.load(norm_bias + channels, inside, 0.0).to(tl.float32)
@@ -124,27 +125,6 @@ def activate(
 @triton.jit
 def _gelu(x):
     return 0.5 * x * (1.0 + tl.erf(x * _HALF_OF_ROOT))
-
-
-@Kernel
-def take_in(
-    x,  # [S, W] float32
-    plan,  # [S, PLAN_COLUMNS] float64, see `dalle.fused_draw`
-    positions,  # [S] int64
-    hidden,  # [S, W]
-    PLAN_SIZE: tl.constexpr,
-    IS_ACTIVE: tl.constexpr,  # which column
-    W: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
-    """Active slots have x as their hidden state and are one position further. Programs: [S]."""
-    slot = tl.program_id(0)
-    is_active = tl.load(plan + slot * PLAN_SIZE + IS_ACTIVE).to(tl.int64)
-    channels = tl.arange(0, BLOCK_W)
-    inside = (channels < W) & (is_active != 0)
-    each = tl.load(x + slot * W + channels, inside, 0.0)
-    tl.store(hidden + slot * W + channels, each.to(hidden.dtype.element_ty), inside)
-    tl.store(positions + slot, tl.load(positions + slot) + is_active)
 
 
 @Kernel
@@ -222,8 +202,8 @@ def attend(
 
 
 @triton.jit
-def _normalised(x, inside, D: tl.constexpr, EPSILON: tl.constexpr):
+def _normalised(x, inside, W: tl.constexpr, EPSILON: tl.constexpr):
     """As `F.layer_norm` without gains."""
-    mean = tl.sum(x, 0) / D
+    mean = tl.sum(x, 0) / W
     apart = tl.where(inside, x - mean, 0.0)
-    return apart * tl.rsqrt(tl.sum(apart * apart, 0) / D + EPSILON)
+    return apart * tl.rsqrt(tl.sum(apart * apart, 0) / W + EPSILON)

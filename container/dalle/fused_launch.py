@@ -60,13 +60,13 @@ class Kernel:
                 if key not in self._loaded:
                     major, minor = torch.cuda.get_device_capability(device)
                     target = GPUTarget("cuda", 10 * major + minor, 32)
-                    compiled = self.compile(arguments, constants, num_warps, target)
+                    compiled = self._compile(arguments, constants, num_warps, target)
                     self._loaded[key] = _Loaded.of(compiled, len(arguments))
                 self._loaded[key].launch(programs, arguments)
 
         return launch
 
-    def compile(
+    def _compile(
         self,
         arguments: Sequence[Any],
         constants: Mapping[str, Any],
@@ -99,7 +99,7 @@ class _Loaded:
     @classmethod
     def of(cls, compiled: Any, num_arguments: int) -> _Loaded:
         """In the memory of the current device."""
-        check_launch(compiled, num_arguments)
+        _check_launch(compiled, num_arguments)
         name, metadata = compiled.metadata.name, compiled.metadata
         module = _checked(driver.cuModuleLoadData(compiled.asm["cubin"]))
         function = _checked(driver.cuModuleGetFunction(module, name.encode()))
@@ -133,7 +133,7 @@ class _Loaded:
         )
 
 
-def check_launch(compiled: Any, num_arguments: int) -> None:
+def _check_launch(compiled: Any, num_arguments: int) -> None:
     """Raises RuntimeError for a kernel that its Triton would launch in another way than is done
     here: what it is handed beside its arguments is no part of what Triton promises."""
     name, metadata = compiled.metadata.name, compiled.metadata

@@ -13,7 +13,7 @@ import triton
 from torch import Tensor, nn
 
 from dalle.attention import SelfAttention
-from dalle.decode_step import gain_of
+from dalle.decode_step import earlier_table, gain_of
 from dalle.fused_kernels import activate, normalise
 from dalle.layers import FeedForward
 from dalle.names import FeedForwardKind
@@ -168,9 +168,8 @@ class FusedHead:
     @classmethod
     def of(cls, head: nn.Module) -> FusedHead:
         assert isinstance(head, CodeHead)
-        tables = [each.get_parameter("weight").detach() for each in head.earlier]
         return cls(
-            torch.cat(tables) if tables else head.to_logits.weight.new_zeros(0),
+            earlier_table(head),
             Norm.of(head.norm),
             None if head.mix is None else FusedFeedForward.of(head.mix),
             Linear.of(head.to_logits),

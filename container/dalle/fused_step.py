@@ -34,15 +34,17 @@ from dalle.fused_draw import (
     TOP_K,
     TOP_P,
     draw_code,
+    take_in,
 )
-from dalle.fused_kernels import attend, sum_of_rows, take_in
+from dalle.fused_kernels import attend, sum_of_rows
 from dalle.fused_layers import FusedBlock, FusedHead, add
 from dalle.names import AttentionKind
 from dalle.recorded_step import RecordedStep
 from dalle.slot_tables import inputs_seen
 from dalle.transformer import Dalle, TransformerConfig
 
-# Keys read at a time, and warps that read them, on an H100 the fastest: of many keys, and of few.
+# Keys read at a time, and warps that read them, on an H100 the fastest
+# (2026-11-26): of many keys, and of few.
 _FULL = 128, 4
 _SPARSE = 32, 1
 
@@ -144,8 +146,6 @@ class FusedStep(RecordedStep):
             self._plan,
             self._positions,
             state.hidden,
-            PLAN_SIZE=len(PLAN_COLUMNS),
-            IS_ACTIVE=IS_ACTIVE,
             W=W,
             BLOCK_W=triton.next_power_of_2(W),
         )

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle.attention import SelfAttention
-from dalle.decode_step import gain_of
+from dalle.decode_step import earlier_table, gain_of
 from dalle.layers import FeedForward
 from dalle.names import AttentionKind, FeedForwardKind, Precision
 from dalle.quantised import byte_scales
@@ -197,8 +197,7 @@ class Structures:
         assert isinstance(head, CodeHead)
         structure = NativeHead(norm=self.norm(head.norm), to_logits=self.matrix(head.to_logits))
         if head.mix is not None:
-            tables = [each.get_parameter("weight").detach() for each in head.earlier]
-            structure.earlier = self.pointer(torch.cat(tables))
+            structure.earlier = self.pointer(earlier_table(head))
             structure.mix = self.feed_forward(head.norm, head.mix)
         return structure
 
