@@ -37,23 +37,23 @@ soak-training: setup  ## interrupt training at random moments, on one host and o
 	.venv/bin/python -m training.soak --out out/soak --kills 6 --hosts 2 $(ARGS)
 
 soak-serving: setup  ## callers of every habit at `serve` for 10 minutes; ARGS="--minutes 60"
-	.venv/bin/python -m tests.soak_serving $(ARGS)
+	.venv/bin/python -m tests.inference.soak_serving $(ARGS)
 
 demo: setup  ## train on small synthetic pictures, serve, and ask for captions never seen: out/demo/report.html
 	.venv/bin/python -m training.demo --out out/demo
 
 docs: setup  ## write the generated parts of the README.md files again
-	.venv/bin/python tests/test_readme.py
-	.venv/bin/python tests/test_readme_infra.py
+	.venv/bin/python tests/repository/test_readme.py
+	.venv/bin/python tests/repository/test_readme_infra.py
 
 tree:  ## what every file is, by its own first line
 	@grep -rnm1 --include='*.py' '"""' container training inference infra | sed -E 's/^([^:]*):[0-9]+:"""/\1\t/; s/"""$$//' | sort | expand -t 36
 
 bench-peers: setup  ## measure drawing beside DALLE-pytorch 1.6.6, in turns, and print the ratios
-	.venv/bin/python -m inference.bench_peers $(ARGS)
+	.venv/bin/python -m inference.bench.peers $(ARGS)
 
 bench-rainbow: setup  ## train and score the rainbow recipe from nothing, three seeds; the last line is JSON
-	.venv/bin/python -m training.bench_rainbow --out out/bench-rainbow $(ARGS)
+	.venv/bin/python -m training.bench.rainbow --out out/bench-rainbow $(ARGS)
 
 bench-training: setup  ## measure training steps beside DALLE-pytorch 1.6.6, the loader and the start
 	.venv/bin/python -m training.bench $(ARGS)
@@ -81,7 +81,7 @@ lock: $(UV)  ## compile requirements/*.txt again (newest versions: make lock UPG
 	$(COMPILE) --generate-hashes --universal requirements/uv.in -o requirements/uv.txt
 
 clean:  ## remove .venv, out/ and every cache
-	rm -rf .venv out build *.egg-info container/dalle/*.so .mypy_cache .pytest_cache .ruff_cache && find . -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf .venv out build *.egg-info container/dalle/decoding/cpu/*.so .mypy_cache .pytest_cache .ruff_cache && find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(UV): requirements/uv.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "needs Python 3.11 or later; name one: make setup PYTHON=python3.11"; exit 1; }
@@ -90,8 +90,8 @@ $(UV): requirements/uv.txt
 	.venv/bin/python -m pip install --require-hashes -r requirements/uv.txt
 	@touch $@
 
-.venv/.stamp: $(UV) pyproject.toml requirements/dev.txt $(wildcard container/dalle/native/*)
+.venv/.stamp: $(UV) pyproject.toml requirements/dev.txt $(wildcard container/dalle/decoding/cpu/native/*)
 	$(UV) pip sync --python .venv --require-hashes --build-constraints requirements/dev.txt --compile-bytecode requirements/uv.txt requirements/dev.txt
-	rm -f container/dalle/_native*.so
+	rm -f container/dalle/decoding/cpu/_native*.so
 	$(UV) pip install --python .venv --no-deps --no-build-isolation --editable .
 	@touch $@

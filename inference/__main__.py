@@ -12,14 +12,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dalle.contract import DEFAULT_ROOT, Paths
 from dalle.errors import UserError
-from dalle.threads import spin_briefly
+from dalle.platform.environment import DEFAULT_ROOT, Paths
+from dalle.platform.threads import spin_briefly
 from dalle.versions import versions_line
 from inference.settings import OURS, PLATFORMS, Settings, read_port, read_settings
 
 if TYPE_CHECKING:
-    from inference.generator import Generator
+    from inference.engine.model_runner import Generator
 
 logger = logging.getLogger("inference")
 
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         logger.error("%s", error)
         return 2
 
-    from inference.server import Server
+    from inference.server.server import Server
 
     server = Server(lambda: _load(model, settings), settings, host=options.host, port=port)
     server.run()  # gunicorn leaves by SystemExit, in this process and in the worker's
@@ -69,8 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _load(model: Path, settings: Settings) -> Generator:
     """In the model's thread: import torch, choose threads and device, load the artefact."""
-    from inference.cpus import usable_cpus
-    from inference.generator import Generator
+    from dalle.platform.limits import usable_cpus
+    from inference.engine.model_runner import Generator
 
     return Generator.load(
         model,

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from dalle.errors import UserError
-from dalle.names import PRECISIONS, Precision
-from inference.schema import MAX_DEADLINE_SECONDS, MAX_PRUNINGS, Limits
+from dalle.types import PRECISIONS, Precision
+from inference.api.schema import MAX_DEADLINE_SECONDS, MAX_PRUNINGS, Limits
 
 BATCH_DEADLINE_SECONDS = 590.0  # the platform ends a batch invocation after 600 unless told
 MEGABYTE = 1_000_000

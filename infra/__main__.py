@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DalleError as error:
         return _failed(error, as_json=getattr(options, "json", False))
     except Exception as error:
-        from infra.aws import told  # loads boto3, which not every command needs
+        from infra.aws.client import told  # loads boto3, which not every command needs
 
         explained = told(error)
         if explained is None:

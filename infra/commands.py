@@ -20,22 +20,22 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "bootstrap": Command(
-        "infra.bootstrap",
+        "infra.setup.bootstrap",
         "make the project's bucket, image repository and role, as one stack",
         ("bootstrap", "bootstrap --read-bucket our-pictures --region eu-central-1"),
     ),
     "push": Command(
-        "infra.push",
+        "infra.setup.push",
         "push the Docker image into the project's repository, and look that hosts will take it",
         ("push", "push --image dalle-sagemaker:trial --tag trial"),
     ),
     "upload": Command(
-        "infra.upload",
+        "infra.setup.upload",
         "copy a folder of pictures and captions to the bucket; what is there already is skipped",
         ("upload out/job/input/data --name rainbow", "upload pictures --name stars --delete"),
     ),
     "train": Command(
-        "infra.train",
+        "infra.jobs.train",
         "train on SageMaker: all stages in one job, or a chain of jobs",
         (
             "train --data rainbow --set size=small --spot",
@@ -47,7 +47,7 @@ COMMANDS: dict[str, Command] = {
         ),
     ),
     "tune": Command(
-        "infra.tune",
+        "infra.jobs.tune",
         "search hyperparameters by a tuning job",
         (
             "tune --data rainbow --float transformer_learning_rate=0.0001:0.01:log --max-jobs 8",
@@ -55,17 +55,17 @@ COMMANDS: dict[str, Command] = {
         ),
     ),
     "status": Command(
-        "infra.status",
+        "infra.account.status",
         "show what the project has and how its jobs and endpoints are",
         ("status", "status dalle-1a2b3c4d5e-all", "status --json"),
     ),
     "logs": Command(
-        "infra.logs",
+        "infra.jobs.logs",
         "show the log of a job or an endpoint",
         ("logs", "logs dalle-1a2b3c4d5e-all --follow", "logs dalle --tail 200"),
     ),
     "deploy": Command(
-        "infra.deploy",
+        "infra.endpoint.deploy",
         "serve a trained model: always on, scaled to zero, serverless, or one batch",
         (
             "deploy --mode async --instance-type ml.g5.xlarge",
@@ -75,7 +75,7 @@ COMMANDS: dict[str, Command] = {
         ),
     ),
     "invoke": Command(
-        "infra.invoke",
+        "infra.endpoint.invoke",
         "draw pictures for a caption by an endpoint, and write them as files",
         (
             "invoke 'big filled orange star' --out out/star",
@@ -83,17 +83,17 @@ COMMANDS: dict[str, Command] = {
         ),
     ),
     "teardown": Command(
-        "infra.teardown",
+        "infra.account.teardown",
         "find everything the project made, say what it costs, delete it, and look again",
         ("teardown", "teardown --yes", "teardown --keep-storage"),
     ),
     "prices": Command(
-        "infra.prices",
+        "infra.cost.prices",
         "show the dated price table, or refresh it from AWS",
         ("prices", "prices refresh --type ml.g5.xlarge --region eu-west-1 --out prices.json"),
     ),
     "benchmark": Command(
-        "infra.benchmark",
+        "infra.benchmark.command",
         "measure how long pictures take, on the local image or an endpoint",
         (
             "benchmark --url http://127.0.0.1:8080 --clients 1 --clients 8",
@@ -102,7 +102,7 @@ COMMANDS: dict[str, Command] = {
         ),
     ),
     "compare": Command(
-        "infra.compare",
+        "infra.compare.command",
         "join measurements with prices: dollars per thousand pictures, and which way to serve",
         (
             "compare RUN.json=ml.c7i.large,serverless",

@@ -14,20 +14,20 @@ if not torch.cuda.is_available():
 
 
 from dalle import artefact as artefacts
-from dalle import sizes
-from dalle.clip import Clip, ClipConfig
-from dalle.dvae import DiscreteVAE, DVAEConfig
-from dalle.tokenizer import CaptionTokenizer
-from dalle.transformer import Dalle, TransformerConfig
+from dalle.models import sizes
+from dalle.models.clip import Clip, ClipConfig
+from dalle.models.dvae import DiscreteVAE, DVAEConfig
+from dalle.models.transformer import Dalle, TransformerConfig
+from dalle.preprocess.tokenizer import CaptionTokenizer
 from infra.local.opt_ml import OptMl
 from training import rainbow
 
 pytest_plugins = [
-    "tests.app_fixtures",
-    "tests.aws_fixtures",
-    "tests.docker_fixtures",
-    "tests.endpoint_fixtures",
-    "tests.registry_fixtures",
+    "tests.inference.server.app_fixtures",
+    "tests.infra.aws_fixtures",
+    "tests.image.docker_fixtures",
+    "tests.infra.endpoint_fixtures",
+    "tests.infra.registry_fixtures",
 ]
 
 torch.set_num_threads(1)

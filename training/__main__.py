@@ -11,12 +11,21 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from dalle.contract import DEFAULT_ROOT, Job, Paths, prepare_outputs, read_job, release_outputs
 from dalle.errors import DalleError, JobError
-from dalle.threads import spin_briefly
-from training import channels, hyperparameters, plan_options, process
-from training.hosts import RENDEZVOUS_PORT, Patience, Place
-from training.hyperparameters import Hyperparameters
+from dalle.platform.environment import (
+    DEFAULT_ROOT,
+    Job,
+    Paths,
+    prepare_outputs,
+    read_job,
+    release_outputs,
+)
+from dalle.platform.threads import spin_briefly
+from training.config import hyperparameters
+from training.config.hyperparameters import Hyperparameters
+from training.distributed.topology import RENDEZVOUS_PORT, Patience, Place
+from training.job import channels, process
+from training.memory import options as plan_options
 
 DEFAULT_PATIENCE = Patience()
 
@@ -134,8 +143,8 @@ def _run(
     job: Job, settings: Hyperparameters, stop: threading.Event, port: int, patience: Patience
 ) -> int:
     # Imported here: torch takes seconds, which a job that cannot run need not wait for.
-    from training import launch
     from training.engine.devices import count_devices
+    from training.job import launch
 
     num_devices = count_devices(job.device)
     if num_devices > 1:

@@ -33,9 +33,9 @@ from torch import Tensor
 
 from dalle import artefact as artefacts
 from dalle.artefact import Artefact
+from dalle.decoding.sampling import SamplingOptions
 from dalle.errors import DalleError, DataError
-from dalle.sampling import SamplingOptions
-from training.pictures import draw
+from training.report.samples import draw
 
 IMAGE_SIZE = 64
 CELL_SIZE = IMAGE_SIZE // 2

@@ -28,14 +28,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dalle.clip import Clip, ClipConfig
-from dalle.disk import disk_error, is_full, sync
-from dalle.dvae import DiscreteVAE, DVAEConfig
 from dalle.errors import ArtefactError, DiskFullError
 from dalle.manifest import FORMAT_VERSION, MANIFEST, STAGING, Manifest, read_manifest
-from dalle.names import COMPONENTS, ComponentName, StageName
-from dalle.tokenizer import CaptionTokenizer
-from dalle.transformer import Dalle, TransformerConfig
+from dalle.models.clip import Clip, ClipConfig
+from dalle.models.dvae import DiscreteVAE, DVAEConfig
+from dalle.models.transformer import Dalle, TransformerConfig
+from dalle.platform.disk import disk_error, is_full, sync
+from dalle.preprocess.tokenizer import CaptionTokenizer
+from dalle.types import COMPONENTS, ComponentName, StageName
 
 CONFIG = "config.json"
 WEIGHTS = "weights.safetensors"

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dalle.errors import ArtefactError
-from dalle.names import StageName
+from dalle.types import StageName
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

@@ -1,7 +1,7 @@
 """DALLE-pytorch 1.6.6 to compare with, in an environment of its own. Standard library.
 
 It borrows torch from the environment that makes it, so that both sides run the same kernels. Only
-the benchmarks import this, `inference.bench_peers` and `training.bench`.
+the benchmarks import this, `inference.bench.peers` and `training.bench`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dalle.threads import SPINS
+from dalle.platform.threads import SPINS
 
 PACKAGES = (
     "dalle-pytorch==1.6.6",

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from infra.local.docker import image_name, why_no_docker
+from infra.docker import image_name, why_no_docker
 from infra.local.endpoint import RuntimeFacade
 from infra.local.opt_ml import STOP_TRAINING_SECONDS, OptMl, pack_model, start_training
 from infra.local.pipes import Pipe, stream_of

@@ -13,7 +13,7 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.request import urlopen
 
-from infra.local.docker import docker
+from infra.docker import docker
 
 DIRECTORY = "com.docker.compose.project.working_dir"
 SERVICE = "com.docker.compose.service"

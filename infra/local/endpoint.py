@@ -27,7 +27,7 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import unquote
 
-from infra.local.call import PART_BYTES, BrokenError, Call, StoppingError, TimedOutError
+from infra.local.client import PART_BYTES, BrokenError, Call, StoppingError, TimedOutError
 from infra.local.event_stream import MEDIA_TYPE, exception, payload_part
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from infra.local.docker import Container, image_name
+from infra.docker import Container, image_name
 
 STOP_TRAINING_SECONDS = 120
 """Between SIGTERM and SIGKILL on the platform."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infra.local.docker import PATIENCE, Container, docker, image_name
+from infra.docker import PATIENCE, Container, docker, image_name
 
 STOP_SERVING_SECONDS = 30
 """Between SIGTERM and SIGKILL on the platform."""

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import get_args
 
 from dalle.errors import DataError, UserError
-from dalle.names import TokenizerKind
-from training.data import cub
-from training.data.bench import measure
-from training.data.channel import open_channel
-from training.data.check import CheckOptions, check
+from dalle.types import TokenizerKind
+from training.config.fields import JobHyperparameters
 from training.data.pairs import DEFAULT_MAX_BAD_SHARE
-from training.data.sharding import write_shards
-from training.hyperparameter_fields import JobHyperparameters
+from training.data.sources.channel import open_channel
+from training.data.tools import cub
+from training.data.tools.bench import measure
+from training.data.tools.check import CheckOptions, check
+from training.data.tools.sharding import write_shards
 
 FINE, BAD, USAGE = 0, 1, 2
 

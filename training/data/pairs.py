@@ -17,7 +17,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from dalle.errors import DataError
-from dalle.images import ImageError, ImageFault, Pixels
+from dalle.preprocess.images import ImageError, ImageFault, Pixels
 
 log = logging.getLogger(__name__)
 

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from dalle.errors import HyperparameterError
-from training.averaging import average_decay
-from training.engine.deepspeed_settings import configuration
+from training.config.deepspeed import configuration
+from training.config.fields import Hyperparameters, StageHyperparameters
+from training.distributed.process_group import ALONE, Ranks
 from training.engine.devices import AUTOCAST_TYPES, check_precision
+from training.engine.ema import average_decay
+from training.engine.interface import Trainable
+from training.engine.optimizer import OptimiserPair
 from training.engine.partitions import AVERAGE, MOMENTS, Partitions
-from training.engine.protocol import Trainable
-from training.hyperparameter_fields import Hyperparameters, StageHyperparameters
-from training.optimiser import OptimiserPair
-from training.ranks import ALONE, Ranks
 
 LOSS_SCALING = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """What DeepSpeed's dynamic loss scale goes on from."""

@@ -8,7 +8,7 @@ import platform
 import torch
 
 from dalle.errors import DeviceError, HyperparameterError
-from training.hyperparameter_fields import FitHyperparameters
+from training.config.fields import FitHyperparameters
 
 logger = logging.getLogger(__name__)
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
-from training.averaging import WeightAverage
+from training.config.fields import FitHyperparameters
+from training.distributed.process_group import ALONE, Ranks
 from training.engine.devices import AUTOCAST_TYPES, check_precision
-from training.engine.protocol import Trainable
-from training.hyperparameter_fields import FitHyperparameters
-from training.optimiser import OptimiserPair
-from training.ranks import ALONE, Ranks
+from training.engine.ema import WeightAverage
+from training.engine.interface import Trainable
+from training.engine.optimizer import OptimiserPair
 
 
 class TorchEngine:

@@ -1,0 +1,301 @@
+// One decoding step of a transformer for many sequences, each at a position of its own: the arithmetic of
+// `dalle.decoding.step` in one call. A step of few rows is hundreds of operations of microseconds each, which take longer to
+// be told than to be done; here the weights' way from the memory is what a step takes.
+//
+// All threads go through all of it together (`Team`), by turns in rows (norms, activations), in outputs of a matrix, and in
+// heads.
+//
+// Letters: B rows, W width, M codes per position, V codebook size; see also attention.h.
+#if defined(__x86_64__) && defined(__linux__)
+
+// No VNNI: the same code runs without it. Its one instruction is written out in matrix.h.
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
+
+#include <algorithm>
+#include <cstdint>
+#include <exception>
+#include <iterator>
+#include <map>
+#include <utility>
+#include <vector>
+
+#include "attention.h"
+#include "draw.h"
+#include "matrix.h"
+#include "model.h"
+#include "rows.h"
+#include "team.h"
+
+namespace {
+
+class Step {
+ public:
+  Step(const Model& model, int most_rows)
+      : model_(model),
+        widest_(std::max(model.width, model.inner_width)),
+        x_(most_rows, model.width),
+        branch_(most_rows, model.width),
+        qkv_(most_rows, 3 * model.width),
+        inner_(most_rows, 2 * model.inner_width),
+        inputs_(most_rows, widest_),
+        logits_(most_rows, model.codebook_size),
+        bytes_(most_rows * inputs_.stride),
+        scales_(most_rows),
+        most_scores_(model.length + kLanes) {}
+
+  void run(int threads, int rows, const int64_t* slots, const int64_t* codes, const int64_t* positions, float* hidden) {
+    together(threads, rows, [&]<Precision p>(const Part& part) { step<p>(part, slots, codes, positions, hidden); });
+  }
+
+  void code_logits(int threads, int rows, const float* hidden, int m, const int64_t* codes, int64_t codes_stride,
+                   float* logits) {
+    together(threads, rows, [&]<Precision p>(const Part& part) {
+      predict<p>(part, hidden, m, [&](int b) { return codes + b * codes_stride; }, {logits, model_.codebook_size});
+    });
+  }
+
+  void draw(int threads, int rows, const float* hidden, int candidates, const int32_t* candidate_of_row,
+            const Draw* draws, const float* uniforms, int64_t* codes, float* log_likelihood) {
+    const int M = model_.num_codebooks, V = model_.codebook_size;
+    together(threads, rows, [&]<Precision p>(const Part& part) {
+      DrawRoom& room = rooms_[part.member];
+      for (int m = 0; m < M; ++m) {
+        const auto codes_of = [&](int b) { return codes + candidate_of_row[b] * M; };
+        predict<p>(part, hidden, m, codes_of, {logits_.row(0), logits_.stride});
+        part.each(candidates, [&](int c) {
+          guide(draws[c], logits_.row(c), room.logits.data());
+          const int code = draw_code(draws[c], uniforms[c * M + m], V, room);
+          codes[c * M + m] = code;
+          log_likelihood[c] += log_probability(logits_.row(c), V, code);
+        });
+        part.team.meet();  // until all codes are known
+      }
+    });
+  }
+
+ private:
+  // What one thread does of something.
+  struct Part {
+    Team& team;
+    int member, members, rows;
+
+    template <class Work>
+    void each(int64_t number, Work work) const {
+      for (int64_t i = number * member / members; i < number * (member + 1) / members; ++i) work(static_cast<int>(i));
+    }
+    template <class Work>
+    void each_row(Work work) const {
+      each(rows, work);
+    }
+  };
+
+  // Call work<precision>(part) in so many threads.
+  template <class Work>
+  void together(int threads, int rows, Work work) {
+    Team& team = teams_.try_emplace(threads, threads).first->second;
+    scores_.resize(std::max<size_t>(scores_.size(), threads * most_scores_));
+    while (static_cast<int>(rooms_.size()) < threads) rooms_.emplace_back(model_.codebook_size);
+    team.run([&](int member) {
+      const Part part{team, member, threads, rows};
+      switch (model_.precision) {
+        case kFloat: return work.template operator()<kFloat>(part);
+        case kHalf: return work.template operator()<kHalf>(part);
+        case kByte: return work.template operator()<kByte>(part);
+        case kSmallByte: return work.template operator()<kSmallByte>(part);
+      }
+    });
+  }
+
+  Rows inputs() { return {inputs_.row(0), bytes_.data(), scales_.data(), inputs_.stride}; }
+
+  template <Precision p>
+  void product(const Part& part, const Matrix& matrix, Outputs outputs) {
+    part.team.meet();  // until all rows are there
+    multiply<p>(matrix, inputs(), part.rows, outputs, part.member, part.members);
+    part.team.meet();
+  }
+
+  // Of what is in inputs_, what the next matrix reads.
+  template <Precision p>
+  void encode_row(int b, int width) {
+    if constexpr (is_bytes(p)) inputs().to_bytes(b, width);
+  }
+
+  template <Precision p>
+  void normalise_row(const Norm& norm, int b) {
+    normalise(norm, x_.row(b), model_.width, inputs_.row(b));
+    encode_row<p>(b, model_.width);
+  }
+
+  // The branch of a feed-forward network whose normalised inputs are ready.
+  template <Precision p>
+  void feed_forward(const Part& part, const FeedForward& network) {
+    const int inner = network.contract.inputs;
+    product<p>(part, network.expand, {inner_.row(0), inner_.stride});
+    part.each_row([&](int b) {
+      activate(network.activation, inner_.row(b), inner, inputs_.row(b));
+      encode_row<p>(b, inner);
+    });
+    product<p>(part, network.contract, {branch_.row(0), branch_.stride});
+  }
+
+  template <Precision p>
+  void step(const Part& part, const int64_t* slots, const int64_t* codes, const int64_t* positions, float* hidden) {
+    const int W = model_.width;
+    part.each_row([&](int b) {
+      float* x = x_.row(b);
+      std::copy_n(model_.position_inputs + positions[b] * W, W, x);
+      embed(codes + b * model_.num_codebooks, model_.num_codebooks, model_.code_inputs, x);
+      normalise_row<p>(model_.layers[0].norm, b);
+    });
+    for (int l = 0; l < model_.num_layers; ++l) {
+      const Layer& layer = model_.layers[l];
+      product<p>(part, layer.qkv, {qkv_.row(0), qkv_.stride});
+      part.each(part.rows * model_.num_heads, [&](int unit) {
+        const int b = unit / model_.num_heads, h = unit % model_.num_heads;
+        attend_head<p>(part, layer, b, h, slots[b], static_cast<int>(positions[b]) + model_.text_length + 1);
+      });
+      if constexpr (is_bytes(p)) {  // a row's bytes depend on all of its heads
+        part.team.meet();
+        part.each_row([&](int b) { encode_row<p>(b, W); });
+      }
+      product<p>(part, layer.out, {branch_.row(0), branch_.stride});
+      part.each_row([&](int b) {
+        add(x_.row(b), branch_.row(b), layer.out_gain, W);
+        normalise_row<p>(layer.feed_forward.norm, b);
+      });
+      feed_forward<p>(part, layer.feed_forward);
+      part.each_row([&](int b) {
+        add(x_.row(b), branch_.row(b), layer.contract_gain, W);
+        if (l + 1 < model_.num_layers) {
+          normalise_row<p>(model_.layers[l + 1].norm, b);
+        } else {
+          std::copy_n(x_.row(b), W, hidden + static_cast<int64_t>(b) * W);
+        }
+      });
+    }
+  }
+
+  // codes_of(b): the codes before m of what row b predicts.
+  template <Precision p, class Codes>
+  void predict(const Part& part, const float* hidden, int m, Codes codes_of, Outputs logits) {
+    const int W = model_.width;
+    const Head& head = model_.heads[m];
+    part.each_row([&](int b) {
+      std::copy_n(hidden + static_cast<int64_t>(b) * W, W, x_.row(b));
+      embed(codes_of(b), m, head.earlier, x_.row(b));
+      normalise_row<p>(m ? head.mix.norm : head.norm, b);
+    });
+    if (m) {
+      feed_forward<p>(part, head.mix);
+      part.each_row([&](int b) {
+        add(x_.row(b), branch_.row(b), nullptr, W);
+        normalise_row<p>(head.norm, b);
+      });
+    }
+    product<p>(part, head.to_logits, logits);
+  }
+
+  // Logits of a candidate's own row, moved away from those without the caption.
+  void guide(const Draw& draw, const float* own, float* guided) {
+    if (draw.blank_row < 0) {
+      std::copy_n(own, model_.codebook_size, guided);
+      return;
+    }
+    const float* blank = logits_.row(draw.blank_row);
+    for (int v = 0; v < model_.codebook_size; ++v) guided[v] = blank[v] + draw.guidance_scale * (own[v] - blank[v]);
+  }
+
+  // Add the embeddings of some codes, of which each has a table of its own.
+  void embed(const int64_t* codes, int number, const float* tables, float* x) {
+    for (int m = 0; m < number; ++m) {
+      add(x, tables + (static_cast<int64_t>(m) * model_.codebook_size + codes[m]) * model_.width, nullptr, model_.width);
+    }
+  }
+
+  template <Precision p>
+  void attend_head(const Part& part, const Layer& layer, int b, int h, int64_t slot, int i) {
+    const int D = model_.width / model_.num_heads;
+    const float* query = qkv_.row(b) + h * D;
+    const int64_t first = (slot * model_.num_heads + h) * model_.length;
+    with_lanes(D, std::make_integer_sequence<int, kMostHeadWidth / kLanes>(), [&]<int C>() {
+      const auto call = layer.keys.ranges ? attend<C, ByteTable> : attend<C, FloatTable>;
+      call(layer.keys, layer.values, layer.seen, first, i, D, layer.normalises_heads, query, query + model_.width,
+           query + 2 * model_.width, scores_.data() + part.member * most_scores_, inputs_.row(b) + h * D);
+    });
+  }
+
+  // Call work<C>() for the C of 1, 2, … whose lanes hold `width` numbers.
+  template <int... I, class Work>
+  static void with_lanes(int width, std::integer_sequence<int, I...>, Work work) {
+    ((width > I * kLanes && width <= (I + 1) * kLanes ? work.template operator()<I + 1>() : void()), ...);
+  }
+
+  const Model model_;
+  const int widest_;
+  Buffer x_, branch_, qkv_, inner_, inputs_, logits_;
+  std::vector<uint8_t> bytes_;
+  std::vector<float> scales_, scores_;
+  std::vector<DrawRoom> rooms_;
+  const int64_t most_scores_;
+  std::map<int, Team> teams_;  // by size: whoever tries several numbers of threads starts them once
+};
+
+}  // namespace
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+// Whether the work was done: 0 where there was no memory or no thread for it. No exception leaves this library.
+template <class Work>
+int32_t is_done(Work work) {
+  try {
+    work();
+    return 1;
+  } catch (const std::exception&) {
+    return 0;
+  }
+}
+
+}  // namespace
+
+// What this and `dalle.decoding.cpu.structures` must agree on.
+EXPORTED void dalle_layout(int32_t* sizes) {
+  const int32_t own[] = {sizeof(Model), sizeof(Layer), sizeof(Head), sizeof(Draw), kLanes, kMostHeadWidth};
+  std::copy(std::begin(own), std::end(own), sizes);
+}
+
+// What the model points to must outlive the step. Null where there is no memory for it.
+EXPORTED void* dalle_new_step(const Model* model, int32_t most_rows) {
+  Step* step = nullptr;
+  is_done([&] { step = new Step(*model, most_rows); });
+  return step;
+}
+
+EXPORTED void dalle_delete_step(void* step) { delete static_cast<Step*>(step); }
+
+// Take in the codes [B, M] of the slots' [B] positions [B]: hidden [B, W].
+EXPORTED int32_t dalle_step(void* step, int32_t threads, int32_t rows, const int64_t* slots, const int64_t* codes,
+                            const int64_t* positions, float* hidden) {
+  return is_done([&] { static_cast<Step*>(step)->run(threads, rows, slots, codes, positions, hidden); });
+}
+
+// Logits [B, V] of code m of the position that hidden [B, W] predicts, from the codes before it: m of each row's.
+EXPORTED int32_t dalle_code_logits(void* step, int32_t threads, int32_t rows, const float* hidden, int32_t m,
+                                   const int64_t* codes, int64_t codes_stride, float* logits) {
+  return is_done([&] { static_cast<Step*>(step)->code_logits(threads, rows, hidden, m, codes, codes_stride, logits); });
+}
+
+// Draw the codes [candidates, M] of what hidden [B, W] predicts, and add their log p [candidates]. The first rows are the
+// candidates' own.
+EXPORTED int32_t dalle_draw(void* step, int32_t threads, int32_t rows, const float* hidden, int32_t candidates,
+                            const int32_t* candidate_of_row, const Draw* draws, const float* uniforms, int64_t* codes,
+                            float* log_likelihood) {
+  return is_done([&] {
+    static_cast<Step*>(step)->draw(threads, rows, hidden, candidates, candidate_of_row, draws, uniforms, codes,
+                                   log_likelihood);
+  });
+}
+
+#endif

@@ -1,0 +1,278 @@
+"""The decoding step for a CPU in one call of compiled code, `container/dalle/native`.
+
+The same arithmetic as `dalle.decoding.torch_step`, which is for processors and machines that this
+one is not for: it wants Linux, AVX-512, and a C++ compiler where it was installed, or `why_not`
+says so.
+
+Letters: S slots, B busy slots, C candidates, H heads, L inputs of a sequence, D head width, D' the
+same rounded up to 16, M codes, V codebook size, W width.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dalle.decoding.cpu.structures import (
+    CODES,
+    LANES,
+    MOST_HEAD_WIDTH,
+    NativeDraw,
+    NativeHead,
+    NativeLayer,
+    NativeModel,
+    NativeSeen,
+    Structures,
+    library,
+)
+from dalle.decoding.input_batch import Batch
+from dalle.decoding.step import input_tables
+from dalle.models.attention import KeyValueCache
+from dalle.models.transformer import Dalle
+from dalle.types import AttentionKind, Precision
+
+
+def why_not(model: Dalle, precision: Precision) -> str | None:
+    """What keeps `NativeStep` from drawing with a model here; None where nothing does."""
+    place = model.text_position
+    if place.device.type != "cpu" or place.dtype != torch.float32:
+        return f"it is for float32 on a CPU, not for {place.dtype} on {place.device.type}"
+    compiled = library()
+    if compiled is None:
+        return "it is not built: install g++ 11 or later, `rm .venv/.stamp` and `make setup`"
+    if compiled.dalle_support() == 0:
+        return "the processor has no AVX-512"
+    if precision not in CODES:
+        return f"there is none for {precision}"
+    if model.config.head_width > MOST_HEAD_WIDTH:
+        return f"head width must be at most {MOST_HEAD_WIDTH}, got {model.config.head_width}"
+    return None
+
+
+class NativeStep:
+    """A model's decoding step with the keys and values of all its slots.
+
+    In fp32 it shares the model's weights; in int8 keys and values are bytes, too, over the range
+    of each one's own. It computes in threads of its own, as many as torch has, which sleep between
+    calls. Raises ValueError where `why_not` says a reason.
+    """
+
+    def __init__(self, model: Dalle, num_slots: int, *, precision: Precision = "fp32") -> None:
+        if reason := why_not(model, precision):
+            raise ValueError(f"no native step: {reason}")
+        config = model.config
+        self._config, self._num_slots = config, num_slots
+        compiled = library()
+        assert compiled is not None
+        self._library = compiled
+        structures = Structures(precision, compiled.dalle_support())
+        self._draws: _Draws | None = None
+        shape = (num_slots, config.num_heads, config.length)
+        # Keys, then values, of each layer.
+        self._tables = [
+            [_SlotTable(shape, config.head_width, precision == "int8") for _ in range(2)]
+            for _ in model.blocks
+        ]
+        seen: dict[AttentionKind, NativeSeen] = {}
+        layers = []
+        for layer, block in enumerate(model.blocks):
+            attention_kind = config.kind_of_layer(layer)
+            if attention_kind not in seen:
+                seen[attention_kind] = structures.seen(model, attention_kind)
+            tables = [structures.table(each.rows, each.ranges) for each in self._tables[layer]]
+            layers.append(structures.layer(block, tables, seen[attention_kind]))
+        heads = [structures.head(head) for head in model.code_heads]
+        code_inputs, position_inputs = input_tables(model)
+        self._kept = structures.kept
+        self._layers = (NativeLayer * len(layers))(*layers)
+        self._heads = (NativeHead * len(heads))(*heads)
+        self._model = NativeModel(
+            layers=self._layers,
+            heads=self._heads,
+            code_inputs=structures.pointer(code_inputs),
+            position_inputs=structures.pointer(position_inputs),
+            width=config.width,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            length=config.length,
+            text_length=config.text_length,
+            num_codebooks=config.num_codebooks,
+            codebook_size=config.codebook_size,
+            inner_width=config.feed_forward_ratio * config.width,
+            precision=structures.precision,
+        )
+        self._step: int | None = compiled.dalle_new_step(ctypes.byref(self._model), num_slots)
+        if not self._step:
+            raise MemoryError(f"no memory for a native step of {num_slots} slots")
+        # Not when the process ends: another thread may be in a step, and all end with it anyway.
+        self._process = os.getpid()
+        weakref.finalize(self, _delete, compiled, self._step, self._process).atexit = False
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the keys and values."""
+        return sum(each.num_bytes for layer in self._tables for each in layer)
+
+    def __call__(self, slots: np.ndarray, codes: Tensor, positions: np.ndarray) -> Tensor:
+        """As `SlotStep`."""
+        B = len(slots)
+        codes = codes.contiguous()
+        slots, positions = (np.ascontiguousarray(each, np.int64) for each in (slots, positions))
+        hidden = torch.empty(B, self._config.width)
+        self._call(
+            self._library.dalle_step,
+            B,
+            slots.ctypes.data,
+            codes.data_ptr(),
+            positions.ctypes.data,
+            hidden.data_ptr(),
+        )
+        return hidden
+
+    def draw(self, hidden: Tensor, uniforms: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """As `DrawingStep`."""
+        draws = self._draws
+        if draws is None or draws.batch is not batch:
+            draws = self._draws = _Draws.of(batch, self._config.codebook_size)
+        B, C = len(hidden), len(uniforms)
+        hidden, uniforms = hidden.contiguous(), uniforms.contiguous()
+        codes = torch.zeros(C, self._config.num_codebooks, dtype=torch.int64)
+        log_likelihood = torch.zeros(C)
+        self._call(
+            self._library.dalle_draw,
+            B,
+            hidden.data_ptr(),
+            C,
+            draws.candidates.data_ptr(),
+            draws.array,
+            uniforms.data_ptr(),
+            codes.data_ptr(),
+            log_likelihood.data_ptr(),
+        )
+        if not bool(log_likelihood.isfinite().all()):
+            raise FloatingPointError("a logit is no number")
+        return codes, log_likelihood
+
+    def code_logits(self, hidden: Tensor, m: int, codes: Tensor) -> Tensor:
+        """As `SlotStep`."""
+        B = len(hidden)
+        hidden, codes = hidden.contiguous(), codes.contiguous()
+        logits = torch.empty(B, self._config.codebook_size)
+        self._call(
+            self._library.dalle_code_logits,
+            B,
+            hidden.data_ptr(),
+            m,
+            codes.data_ptr(),
+            codes.shape[1],
+            logits.data_ptr(),
+        )
+        return logits
+
+    def pack(self, prefix: KeyValueCache) -> list[list[_Packed]]:
+        """As `SlotStep`: of each layer, keys and values."""
+        return [
+            [
+                table.encode(each[0, :, : prefix.filled])
+                for table, each in zip(tables, keys_and_values, strict=True)
+            ]
+            for tables, *keys_and_values in zip(
+                self._tables, prefix.keys, prefix.values, strict=True
+            )
+        ]
+
+    def load(self, slots: Tensor, packed: Sequence[Sequence[_Packed]]) -> None:
+        """As `SlotStep`."""
+        for tables, parts in zip(self._tables, packed, strict=True):
+            for table, part in zip(tables, parts, strict=True):
+                table.load(slots, part)
+
+    def _call(self, function: Callable[..., int], num_rows: int, *others: Any) -> None:
+        """All time outside Python, and so what benchmarks look at."""
+        if num_rows > self._num_slots:
+            raise ValueError(f"{num_rows} rows, but the step has {self._num_slots} slots")
+        if os.getpid() != self._process:
+            raise RuntimeError("a native step cannot be used in a process forked from its own")
+        if not function(self._step, torch.get_num_threads(), num_rows, *others):
+            raise RuntimeError(f"cannot start {torch.get_num_threads()} threads for a native step")
+
+
+_Packed = tuple[Tensor, Tensor | None]
+"""The first n rows of a slot [H, n, D'], and with bytes their ranges [H, n, 2]."""
+
+
+class _SlotTable:
+    """Keys or values of a layer, of all slots: floats, or bytes spread over the range of each row.
+
+    rows: [S, H, L, D']. ranges: with bytes [S, H, L, 2], what 1 means in a row and what 0 means.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], head_width: int, as_bytes: bool) -> None:
+        """shape: S, H, L."""
+        self._padding = -head_width % LANES
+        kind = torch.uint8 if as_bytes else torch.float32
+        self.rows = torch.zeros(*shape, head_width + self._padding, dtype=kind)
+        self.ranges = torch.zeros(*shape, 2) if as_bytes else None
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of both."""
+        return self.rows.nbytes + (0 if self.ranges is None else self.ranges.nbytes)
+
+    def encode(self, x: Tensor) -> _Packed:
+        """Keys or values [H, n, D] as they are here."""
+        if self.ranges is None:
+            return F.pad(x, (0, self._padding)), None
+        least, greatest = x.aminmax(dim=-1, keepdim=True)
+        scale = ((greatest - least) / 255).clamp(min=1e-20)
+        rows = ((x - least) / scale).round_().to(torch.uint8)
+        return F.pad(rows, (0, self._padding)), torch.cat([scale, least], dim=-1)
+
+    def load(self, slots: Tensor, packed: _Packed) -> None:
+        """The same in each of the slots [B]."""
+        rows, ranges = packed
+        n = rows.shape[1]
+        self.rows[slots, :, :n] = rows
+        if self.ranges is not None:
+            assert ranges is not None
+            self.ranges[slots, :, :n] = ranges
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """How the candidates of a batch are drawn, for as long as it lasts."""
+
+    batch: Batch
+    candidates: Tensor
+    """[B] int32: the candidate of each row."""
+    array: Any
+
+    @classmethod
+    def of(cls, batch: Batch, codebook_size: int) -> _Draws:
+        C = len(batch.candidates)
+        blank_rows = {int(candidate): C + place for place, candidate in enumerate(batch.guided)}
+        draws = (NativeDraw * C)()
+        for row, (draw, candidate) in enumerate(zip(draws, batch.candidates, strict=True)):
+            options = candidate.generation.options
+            draw.top_p = 1.0 if options.top_p is None else options.top_p
+            draw.temperature = options.temperature
+            draw.guidance_scale = options.guidance_scale
+            draw.top_k = min(options.top_k or codebook_size, codebook_size)
+            draw.blank_row = blank_rows.get(row, -1)
+        candidates = torch.from_numpy(np.concatenate([np.arange(C), batch.guided]))
+        return cls(batch, candidates.int(), draws)
+
+
+def _delete(compiled: ctypes.CDLL, step: int, process: int) -> None:
+    # A process that was forked from the step's has none of its threads to wait for.
+    if os.getpid() == process:
+        compiled.dalle_delete_step(step)

@@ -1,0 +1,151 @@
+"""The kernels by which `dalle.decoding.gpu.step` goes by a plan: what it draws, and who goes on.
+
+Letters: S slots, N positions, M codes, V codebook size, W width.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from dalle.decoding.gpu.launch import Kernel
+
+PLAN_COLUMNS = BLANK, TEMPERATURE, TOP_K, TOP_P, GUIDANCE_SCALE, IS_ACTIVE, POSITION = range(7)
+"""What a plan says of a slot: that of its branch without caption, how its candidate is drawn,
+whether there is one, and at which position it begins."""
+
+NOT_DRAWN = -2
+"""In place of the branch without caption: this is one itself, or idle."""
+
+NO_GUIDANCE = -1
+"""In place of the branch without caption: there is none."""
+
+_BLANK, _TEMPERATURE, _TOP_K = tl.constexpr(BLANK), tl.constexpr(TEMPERATURE), tl.constexpr(TOP_K)
+_TOP_P, _GUIDANCE_SCALE = tl.constexpr(TOP_P), tl.constexpr(GUIDANCE_SCALE)
+_PLAN_SIZE = tl.constexpr(len(PLAN_COLUMNS))
+_IS_ACTIVE = tl.constexpr(IS_ACTIVE)
+_NOT_DRAWN = tl.constexpr(NOT_DRAWN)
+_LEAST_TEMPERATURE = tl.constexpr(1e-30)  # a division by less might be one by 0
+_INFINITY_BITS = tl.constexpr(0x7F800000)
+
+
+@Kernel
+def draw_code(
+    logits,  # [S, V], without the bias
+    bias,  # [V]
+    plan,  # [S, PLAN_COLUMNS] float64
+    positions,  # [S] int64
+    uniforms,  # [S, N, M] float32 in [0, 1)
+    codes,  # [S, M] int64: written, for both branches
+    image_tokens,  # [S, N, M] int64: written
+    log_likelihood,  # [S] float32: log p of the code is added; no number where logits are none
+    m,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Draw code m of every candidate's position, as `dalle.decoding.sampling.choose`. Programs:
+    [S]."""
+    slot = tl.program_id(0)
+    mine = plan + slot * _PLAN_SIZE
+    blank = tl.load(mine + _BLANK).to(tl.int64)
+    if blank == _NOT_DRAWN:
+        return
+    temperature = tl.load(mine + _TEMPERATURE).to(tl.float32)
+    top_k = tl.load(mine + _TOP_K).to(tl.int32)
+    top_p = tl.load(mine + _TOP_P)
+    scale = tl.load(mine + _GUIDANCE_SCALE).to(tl.float32)
+    place = (slot * N + tl.load(positions + slot)) * M + m
+    tokens = tl.arange(0, BLOCK_V)
+    real = tokens < V
+    added = tl.load(bias + tokens, real, 0.0).to(tl.float32)
+    own = tl.load(logits + slot * V + tokens, real, float("-inf")).to(tl.float32) + added
+    guided = own
+    if blank >= 0:
+        without = tl.load(logits + blank * V + tokens, real, 0.0).to(tl.float32) + added
+        guided = tl.where(real, without + scale * (own - without), float("-inf"))
+    greatest = tl.max(guided, 0)
+    code = tl.min(tl.where(guided == greatest, tokens, V), 0)
+    if temperature >= _LEAST_TEMPERATURE:
+        # Probabilities in units of the greatest.
+        weights = tl.exp((guided - greatest) / temperature)
+        if top_k < V:
+            weights = _keep_likeliest(guided, weights, top_k)
+        if top_p < 1.0:
+            weights = _keep_nucleus(weights, top_p)
+        cumulative = tl.cumsum(weights.to(tl.float64), 0)
+        threshold = tl.load(uniforms + place).to(tl.float64) * tl.max(cumulative, 0)
+        # Sums in parallel need not stay where a weight is 0.
+        code = tl.min(tl.where((cumulative > threshold) & (weights > 0.0), tokens, V), 0)
+    is_number = code < V  # not where logits are none
+    code = tl.minimum(code, V - 1)
+    tl.store(codes + slot * M + m, code.to(tl.int64))
+    if blank >= 0:
+        tl.store(codes + blank * M + m, code.to(tl.int64))
+    tl.store(image_tokens + place, code.to(tl.int64))
+    most = tl.max(own, 0)
+    drawn = tl.sum(tl.where(tokens == code, own, 0.0), 0)
+    log_p = drawn - most - tl.log(tl.sum(tl.exp(own - most), 0))
+    log_p = tl.where(is_number, log_p, float("nan"))
+    tl.store(log_likelihood + slot, tl.load(log_likelihood + slot) + log_p)
+
+
+@Kernel
+def take_in(
+    x,  # [S, W] float32
+    plan,  # [S, PLAN_COLUMNS] float64
+    positions,  # [S] int64
+    hidden,  # [S, W]
+    W: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """Active slots have x as their hidden state and are one position further. Programs: [S]."""
+    slot = tl.program_id(0)
+    is_active = tl.load(plan + slot * _PLAN_SIZE + _IS_ACTIVE).to(tl.int64)
+    channels = tl.arange(0, BLOCK_W)
+    inside = (channels < W) & (is_active != 0)
+    each = tl.load(x + slot * W + channels, inside, 0.0)
+    tl.store(hidden + slot * W + channels, each.to(hidden.dtype.element_ty), inside)
+    tl.store(positions + slot, tl.load(positions + slot) + is_active)
+
+
+@triton.jit
+def _keep_likeliest(logits, weights, k):
+    """Leave weight to the k greatest logits only; of equal ones to those that come first."""
+    bits = logits.to(tl.int32, bitcast=True)
+    order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # of integers as of the floats
+    # The greatest number that at least k are not below: a bit for each halving.
+    low = tl.full((), -(2**31), tl.int64)
+    high = tl.full((), 2**31, tl.int64)
+    for _ in range(32):
+        middle = (low + high) >> 1
+        enough = tl.sum((order >= middle).to(tl.int32), 0) >= k
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+    above = order > low
+    equal = order == low
+    places = k - tl.sum(above.to(tl.int32), 0)
+    first = equal & (tl.cumsum(equal.to(tl.int32), 0) <= places)
+    return tl.where(above | first, weights, 0.0)
+
+
+@triton.jit
+def _keep_nucleus(weights, top_p):
+    """Leave weight to the fewest likeliest codes whose probabilities reach the sum: to each before
+    which, greatest first, there is less than that."""
+    exact = weights.to(tl.float64)
+    enough = top_p * tl.sum(exact, 0)
+    order = weights.to(tl.int32, bitcast=True)  # of integers as of floats that are not below 0
+    # The least weight above which there is less than enough.
+    low = tl.full((), -1, tl.int64)
+    high = tl.full((), _INFINITY_BITS, tl.int64)
+    for _ in range(31):
+        middle = (low + high) >> 1
+        is_less = tl.sum(tl.where(order > middle, exact, 0.0), 0) < enough
+        high = tl.where(is_less, middle, high)
+        low = tl.where(is_less, low, middle)
+    above = order > high
+    equal = order == high
+    before = tl.sum(tl.where(above, exact, 0.0), 0) + (tl.cumsum(equal.to(tl.int32), 0) - 1) * exact
+    return tl.where(above | (equal & (before < enough)), weights, 0.0)

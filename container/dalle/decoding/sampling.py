@@ -1,0 +1,227 @@
+"""Text tokens -> image tokens, and text tokens -> more text tokens: one position after another.
+
+Knows ids and probabilities; knows no captions, pixels or HTTP.
+Letters: K candidates, T text length, N positions, M codes per position, V codebook size,
+P primed positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dalle.models.transformer import PADDING, Dalle
+
+_IMAGE_STREAM, _TEXT_STREAM = 0, 1
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How a token is drawn from its logits."""
+
+    temperature: float = 1.0
+    """Logits are divided by it; 0 takes the likeliest token and ignores the seed."""
+    top_k: int | None = None
+    """Draw from this many likeliest tokens only."""
+    top_p: float | None = None
+    """Draw from the fewest likeliest tokens whose probabilities reach this sum, in (0, 1]."""
+    guidance_scale: float = 1.0
+    """uncond + s · (cond − uncond); 1.0 skips the unconditional pass, half of the work."""
+
+
+@dataclass(frozen=True)
+class SampledTokens:
+    image_tokens: Tensor
+    """[K, N, M] int64 in [0, V)."""
+    log_likelihood: Tensor
+    """[K] float32: log p of the sampled tokens given the caption, in nats, before temperature,
+    filters and guidance; primed positions are not counted."""
+
+
+class SamplingStopped(Exception):  # noqa: N818 - not an error: the caller asked for it
+    """`on_step` returned False."""
+
+
+@torch.inference_mode()
+def sample_image_tokens(
+    model: Dalle,
+    text_tokens: Tensor,
+    *,
+    candidates: Sequence[int],
+    seed: int,
+    options: SamplingOptions | None = None,
+    prime_tokens: Tensor | None = None,
+    on_step: Callable[[int], bool] | None = None,
+    on_tokens: Callable[[Tensor], None] | None = None,
+) -> SampledTokens:
+    """Draw an image's worth of tokens for each of the numbered candidates.
+
+    text_tokens: [1, T] int64, one caption for all, or [K, T], a caption for each; not modified.
+    candidates: their numbers; candidate k of a seed and a caption is the same picture whichever
+    others are drawn beside it. prime_tokens: [P, M], the first P
+    positions in raster order, kept as they are. on_step: called with the number of positions done
+    after each; returning False ends the call with SamplingStopped. on_tokens: called before that
+    with the tokens drawn so far, [K, n, M], which are neither to be changed nor to be kept.
+    Raises ValueError for a model in training mode, whose dropout would change what is drawn.
+    """
+    require_evaluation_mode(model)
+    options = options or SamplingOptions()
+    config = model.config
+    N, M, K = config.num_positions, config.num_codebooks, len(candidates)
+    device = text_tokens.device
+    primed = 0 if prime_tokens is None else len(prime_tokens)
+    image_tokens = torch.zeros(K, N, M, dtype=torch.int64, device=device)
+    log_likelihood = torch.zeros(K, device=device)
+    uniforms = torch.from_numpy(
+        np.stack([image_uniforms(seed, k, N * M).reshape(N, M) for k in candidates])
+    ).to(device)
+    if prime_tokens is not None:
+        image_tokens[:, :primed] = prime_tokens
+        if primed == N:
+            return SampledTokens(image_tokens, log_likelihood)
+
+    branches = [_Branch(model, text_tokens, prime_tokens, K)]
+    if options.guidance_scale != 1.0:
+        blank = torch.full_like(text_tokens, PADDING)
+        branches.append(_Branch(model, blank, prime_tokens, K))
+    for position in range(primed, N):
+        codes = image_tokens[:, position]
+        for m in range(M):
+            logits = [branch.code_logits(m, codes) for branch in branches]
+            guided = logits[0]
+            if len(logits) == 2:
+                guided = logits[1] + options.guidance_scale * (logits[0] - logits[1])
+            codes[:, m] = choose(guided, uniforms[:, position, m], options)
+            log_p = logits[0].log_softmax(dim=-1)
+            log_likelihood += log_p.gather(1, codes[:, m, None]).squeeze(1)
+        if on_tokens is not None:
+            on_tokens(image_tokens[:, : position + 1])
+        if on_step is not None and not on_step(position + 1):
+            raise SamplingStopped
+        if position + 1 < N:
+            for branch in branches:
+                branch.advance(codes, position)
+    return SampledTokens(image_tokens, log_likelihood)
+
+
+class _Branch:
+    """One caption's pass through the model: its cache, and the state that predicts what is next."""
+
+    def __init__(
+        self, model: Dalle, text_tokens: Tensor, prime_tokens: Tensor | None, num_candidates: int
+    ) -> None:
+        self.model = model
+        rows = len(text_tokens)
+        if rows not in (1, num_candidates):
+            raise ValueError(f"text_tokens must have 1 or {num_candidates} rows, got {rows}")
+        prime = None if prime_tokens is None else prime_tokens.expand(rows, -1, -1)
+        self.cache = model.new_cache(rows)
+        self.hidden = model.prefill(text_tokens, prime, self.cache)
+        if rows < num_candidates:
+            # A caption that candidates share is computed once, in one row.
+            prefix, self.cache = self.cache, model.new_cache(num_candidates)
+            self.cache.copy_from(prefix)
+            self.hidden = self.hidden.expand(num_candidates, -1)
+
+    def code_logits(self, m: int, codes: Tensor) -> Tensor:
+        """[K, V] for code m of the position, given its codes before m."""
+        return self.model.code_logits(self.hidden, m, codes).float()
+
+    def advance(self, codes: Tensor, position: int) -> None:
+        self.hidden = self.model.decode_one(codes, position, self.cache)
+
+
+@torch.inference_mode()
+def complete_captions(
+    model: Dalle,
+    prefix_tokens: Tensor,
+    *,
+    num_completions: int,
+    seed: int,
+    options: SamplingOptions | None = None,
+    on_step: Callable[[int], bool] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Continue a caption: prefix_tokens [n] without padding, 0 <= n <= T.
+
+    Returns text tokens [K, T] (each ends at its first padding) and the log-likelihood [K] of what
+    was added, in nats, the end included. guidance_scale has no meaning here and is not read.
+    on_step: called with the number of positions done after each, the prefix's included; returning
+    False ends the call with SamplingStopped. Raises ValueError for a model in training mode.
+    """
+    require_evaluation_mode(model)
+    options = options or SamplingOptions()
+    T = model.config.text_length
+    K, start = num_completions, len(prefix_tokens)
+    text_tokens = torch.full((K, T), PADDING, dtype=torch.int64, device=prefix_tokens.device)
+    text_tokens[:, :start] = prefix_tokens
+    log_likelihood = torch.zeros(K, device=prefix_tokens.device)
+    uniforms = np.stack([_uniforms(seed, k, _TEXT_STREAM, T) for k in range(K)])
+    draws = torch.from_numpy(uniforms).to(prefix_tokens.device)
+    ended = torch.zeros(K, dtype=torch.bool, device=prefix_tokens.device)
+    for position in range(start, T):
+        # A caption is short: each step runs the whole prefix again rather than keep a cache.
+        logits = model.text_logits(text_tokens)[:, position].float()
+        chosen = choose(logits, draws[:, position], options).where(~ended, PADDING)
+        log_p = logits.log_softmax(dim=-1).gather(1, chosen[:, None]).squeeze(1)
+        log_likelihood += log_p.where(~ended, 0.0)
+        text_tokens[:, position] = chosen
+        ended |= chosen == PADDING
+        if on_step is not None and not on_step(position + 1):
+            raise SamplingStopped
+        if bool(ended.all()):
+            break
+    return text_tokens, log_likelihood
+
+
+def choose(logits: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor:
+    """One token per row: logits [K, V] and uniform draws [K] in [0, 1) -> [K] int64.
+
+    Inverse transform sampling: one random number decides a token, so that what a candidate draws
+    depends on its own numbers and nothing else.
+    """
+    if options.temperature == 0.0:
+        return logits.argmax(dim=-1)
+    if options.temperature != 1.0:
+        # From the greatest, so that a temperature close to 0 overflows to -inf, never to NaN.
+        logits = logits.double()
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / options.temperature
+    if options.top_k is not None and options.top_k < logits.shape[-1]:
+        # By index and not by value: of equal logits, too, no more than k stay.
+        kept = logits.topk(options.top_k, dim=-1).indices
+        logits = torch.full_like(logits, -torch.inf).scatter(1, kept, logits.gather(1, kept))
+    probabilities = logits.softmax(dim=-1, dtype=torch.float64)
+    if options.top_p is not None and options.top_p < 1.0:
+        ordered, order = probabilities.sort(dim=-1, descending=True)
+        # A token stays while the sum before it has not reached top_p: the first always does.
+        dropped = ordered.cumsum(dim=-1) - ordered >= options.top_p
+        probabilities = probabilities.masked_fill(dropped.gather(1, order.argsort(dim=-1)), 0.0)
+    cumulative = probabilities.cumsum(dim=-1)
+    threshold = uniforms.double()[:, None] * cumulative[:, -1:]
+    # right=True: the first token whose sum exceeds the threshold, never one of probability 0.
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
+
+
+def require_evaluation_mode(model: Dalle) -> None:
+    """Raises ValueError for a model whose dropout would change what is drawn."""
+    if model.training:
+        raise ValueError(
+            "the model must be in evaluation mode to sample from it; call eval() first"
+        )
+
+
+def image_uniforms(seed: int, candidate: int, count: int) -> np.ndarray:
+    """The random numbers [count] float32 in [0, 1) that draw a candidate's image tokens."""
+    return _uniforms(seed, candidate, _IMAGE_STREAM, count)
+
+
+def _uniforms(seed: int, candidate: int, stream: int, count: int) -> np.ndarray:
+    """[count] float32 in [0, 1), a function of its arguments alone: Philox is counter-based
+    (Salmon et al. 2011), so no candidate's numbers depend on another's."""
+    # As one list of numbers, (2**32, 0, 0) would be the same entropy as (0, 1, 0).
+    sequence = np.random.SeedSequence(seed, spawn_key=(candidate, stream))
+    key = sequence.generate_state(2, np.uint64)
+    return np.random.Generator(np.random.Philox(key=key)).random(count, dtype=np.float32)

@@ -1,0 +1,144 @@
+"""A decoding step for a GPU by torch's kernels, where `dalle.decoding.gpu.step` is not for it.
+
+See `dalle.decoding.gpu.cuda_graph`. Keys are read up to a length that grows in blocks, one
+recording for each.
+
+Letters: S slots, H heads, L inputs of a sequence, D head width, M codes, W width, n inputs that a
+query sees, or that a prefix has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dalle.decoding.gpu.cuda_graph import RecordedStep
+from dalle.decoding.input_batch import Batch
+from dalle.decoding.step import DecodeStep
+from dalle.models.attention import KeyValueCache, visibility
+from dalle.models.transformer import Dalle, TransformerConfig
+from dalle.types import AttentionKind
+
+_BLOCK = 128  # inputs by which the keys that are read grow
+_ALIGNED = 16  # keys: attention kernels copy a mask whose rows are of another length
+
+
+class StaticStep(RecordedStep):
+    """A model's decoding step with the keys and values of all its slots, in the model's dtype."""
+
+    def __init__(self, model: Dalle, num_slots: int) -> None:
+        super().__init__(model, num_slots)
+        config, like = model.config, model.text_position.detach()
+        self._step = DecodeStep(model)
+        self.code_logits = self._step.code_logits
+        # A layer's keys and values side by side: what a query sees is gathered by one kernel.
+        self._tables = [
+            like.new_zeros(num_slots * config.length, 2, config.width)
+            for _ in range(config.num_layers)
+        ]
+        self._heads = (config.num_heads, config.head_width)
+        self._kinds = [config.kind_of_layer(layer) for layer in range(config.num_layers)]
+        self._seen = {kind: _Seen.of(config, kind, like) for kind in set(self._kinds)}
+        self._first_rows = torch.arange(num_slots, device=like.device) * config.length
+        # Of the step that is being run.
+        self._rows = self._first_rows
+        self._views: dict[AttentionKind, _View] = {}
+        self._bound = config.length
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Store every slot's key and value, then attend: all [S, H, D] -> [S, H * D]."""
+        table, view = self._tables[layer], self._views[self._kinds[layer]]
+        table.select(1, 0).index_copy_(0, self._rows, key.flatten(1))
+        table.select(1, 1).index_copy_(0, self._rows, value.flatten(1))
+        if view.rows is None:
+            seen = table.view(self._num_slots, -1, *table.shape[1:])[:, : self._bound]
+        else:
+            seen = table.index_select(0, view.rows).view(self._num_slots, -1, *table.shape[1:])
+        keys, values = seen.view(*seen.shape[:3], *self._heads).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(
+            query[:, :, None], keys, values, attn_mask=view.mask
+        )
+        return attended.flatten(1)
+
+    def draw(self, hidden: Tensor, uniforms: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """As `DrawingStep`."""
+        return batch.draw(self.code_logits, hidden, uniforms)
+
+    def pack(self, prefix: KeyValueCache) -> list[Tensor]:
+        """As `SlotStep`: [n, 2, W]."""
+        return [
+            torch.stack([each[0, :, : prefix.filled] for each in (key, value)])
+            .permute(2, 0, 1, 3)
+            .flatten(2)
+            for key, value in zip(prefix.keys, prefix.values, strict=True)
+        ]
+
+    def load(self, slots: Tensor, packed: Sequence[Tensor]) -> None:
+        """As `SlotStep`."""
+        for table, inputs in zip(self._tables, packed, strict=True):
+            table.view(self._num_slots, -1, *table.shape[1:])[slots, : len(inputs)] = inputs
+
+    def _run(self, last_input: int) -> None:
+        self._bound = min(self._length, -(-(last_input + 1) // _BLOCK) * _BLOCK)
+        if self._bound not in self._recordings:
+            # Repeated, a step writes the same keys in the same places.
+            self._recordings.add(self._bound, self._compute)
+        self._recordings.replay(self._bound)
+
+    def _compute(self) -> None:
+        inputs = self._positions + self._first_input
+        self._rows = self._first_rows + inputs
+        self._views = {
+            kind: seen.by(inputs, self._first_rows, self._bound)
+            for kind, seen in self._seen.items()
+        }
+        self._hidden.copy_(self._step(self._codes, self._positions, self))
+
+
+@dataclass(frozen=True, eq=False)
+class _View:
+    """What the slots' queries see in a step of one length."""
+
+    rows: Tensor | None
+    """[S * n] of a layer's table; None: all inputs up to the bound."""
+    mask: Tensor
+    """[S, 1, 1, n]: 0 for what counts, else -inf."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """Of a kind of attention what the query at each input sees: inputs [L, n], filled up, and which
+    of them count, [L, n] as a mask to add. inputs is None where that is all there is before it."""
+
+    inputs: Tensor | None
+    mask: Tensor
+
+    @classmethod
+    def of(cls, config: TransformerConfig, kind: AttentionKind, like: Tensor) -> _Seen:
+        """like: a tensor of the device and dtype to use."""
+        visible = visibility(kind, config.text_length, config.grid_size, config.conv_kernel_size)
+        if kind == "full":
+            return cls(None, _as_mask(visible, like))
+        counts = visible.sum(dim=1)
+        n = int(counts[config.text_length + 1 :].max()) if config.num_positions > 1 else 1
+        n = min(-(-n // _ALIGNED) * _ALIGNED, config.length)
+        order = visible.int().argsort(dim=1, descending=True, stable=True)[:, :n]
+        counted = torch.arange(n) < counts[:, None]
+        return cls(order.where(counted, 0).to(like.device), _as_mask(counted, like))
+
+    def by(self, inputs: Tensor, first_rows: Tensor, bound: int) -> _View:
+        """For queries at the slots' inputs [S]; first_rows: of the slots [S] in a table."""
+        if self.inputs is None:
+            mask = self.mask[:, :bound].index_select(0, inputs)[:, None, None]
+            return _View(None, mask)
+        mask = self.mask.index_select(0, inputs)[:, None, None]
+        rows = self.inputs.index_select(0, inputs) + first_rows[:, None]
+        return _View(rows.flatten(), mask)
+
+
+def _as_mask(counted: Tensor, like: Tensor) -> Tensor:
+    return like.new_zeros(counted.shape).masked_fill_(~counted.to(like.device), -torch.inf)

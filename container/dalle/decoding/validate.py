@@ -1,0 +1,223 @@
+"""How exactly an engine in fewer bytes draws what the model does, and the engine built if it does.
+
+The model draws some images itself, and both engines say how likely each of their tokens was. Two
+numbers sum that up: how often the likeliest token is the same one, and by how much a drawn token's
+log p differs. An engine beyond the bounds is refused, not served.
+
+Letters: K captions, T text length, N positions, n positions of a window, M codes, V codebook size.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dalle.decoding.engine import DecodeEngine
+from dalle.decoding.kv_cache import KeyRange
+from dalle.decoding.sampling import SamplingOptions, choose, complete_captions, image_uniforms
+from dalle.decoding.select import describe_step, needs_key_ranges, new_step
+from dalle.decoding.step import EngineStep, SlotStep
+from dalle.errors import ArtefactError, DeviceError
+from dalle.models.transformer import Dalle
+from dalle.types import Precision
+
+logger = logging.getLogger(__name__)
+
+_CAPTIONS = 4
+_WINDOW = 48  # positions at the image's beginning and as many at its end
+_MARGIN = 0.1  # of the keys' range, on either side: other captions go beyond what was seen
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """What fewer bytes change, over the tokens that the model drew."""
+
+    greedy_agreement: float
+    """Share of tokens of which the likeliest is the same."""
+    likelihood_change: float
+    """Mean absolute difference of a drawn token's log p, in nats."""
+
+
+@dataclass(frozen=True)
+class AccuracyBounds:
+    """What an engine may change at most."""
+
+    greedy_agreement: float = 0.97
+    likelihood_change: float = 0.02
+
+
+def build_engine(
+    model: Dalle,
+    num_slots: int,
+    precision: Precision = "fp32",
+    *,
+    max_candidates: int | None = None,
+    captions: Tensor | None = None,
+    bounds: AccuracyBounds | None = None,
+) -> DecodeEngine:
+    """An engine in the precision asked for; other than fp32 it is compared with the model first.
+
+    max_candidates: see `DecodeEngine`. captions: text tokens [K, T] to compare with, at best real
+    ones; None: the model's own.
+    Raises `ArtefactError` for a model that fewer bytes change beyond the bounds, `DeviceError`
+    where they cannot be computed with.
+    """
+    logger.info("decoding by %s", describe_step(model, precision))
+    if precision == "fp32":
+        return DecodeEngine(model, num_slots, max_candidates=max_candidates)
+    device = model.text_position.device.type
+    if (device == "cpu") == (precision == "bf16"):
+        fitting = "fp32, fp16 or int8" if device == "cpu" else "fp32 or bf16"
+        raise DeviceError(f"precision on device {device} must be {fitting}, got {precision}")
+    bounds = bounds or AccuracyBounds()
+    sample = draw_sample(model, captions)
+    key_ranges = measure_key_ranges(model, sample) if needs_key_ranges(model, precision) else None
+    accuracy = compare(model, sample, precision, key_ranges)
+    logger.info(
+        "decoding in %s: likeliest token the same in %.1f %% of draws, log p apart by %.4f nats",
+        precision,
+        100 * accuracy.greedy_agreement,
+        accuracy.likelihood_change,
+    )
+    # Also where these are no numbers.
+    if not (
+        accuracy.greedy_agreement >= bounds.greedy_agreement
+        and accuracy.likelihood_change <= bounds.likelihood_change
+    ):
+        raise ArtefactError(
+            f"decoding in {precision} would change this model too much: the likeliest token is "
+            f"the same in {accuracy.greedy_agreement:.1%} of draws (at least "
+            f"{bounds.greedy_agreement:.1%} is right), log p differs by "
+            f"{accuracy.likelihood_change:.3f} nats (at most {bounds.likelihood_change:.3f}); "
+            "use fp32"
+        )
+    model, step = _convert(model, num_slots, precision, key_ranges)
+    return DecodeEngine(model, num_slots, max_candidates=max_candidates, step=step)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the model drew. text_tokens [K, T]; image_tokens [K, N, M], of which `windows` count."""
+
+    text_tokens: Tensor
+    image_tokens: Tensor
+    windows: Sequence[range]
+    log_p: Tensor
+    """[positions of all windows, K, M]: of each token drawn."""
+    likeliest: Tensor
+    """The same shape: each token that would have been drawn at temperature 0."""
+
+
+@torch.inference_mode()
+def draw_sample(model: Dalle, captions: Tensor | None = None, *, seed: int = 0) -> Sample:
+    """Draw the first and the last positions of an image for each caption, by the model itself.
+
+    The positions between repeat the first ones: they only fill the cache.
+    """
+    config = model.config
+    N, M = config.num_positions, config.num_codebooks
+    if captions is None:
+        nothing = torch.zeros(0, dtype=torch.int64, device=model.text_position.device)
+        captions, _ = complete_captions(model, nothing, num_completions=_CAPTIONS, seed=seed)
+    captions = captions[:_CAPTIONS]
+    K, n = len(captions), min(_WINDOW, N)
+    uniforms = torch.from_numpy(
+        np.stack([image_uniforms(seed, k, N * M).reshape(N, M) for k in range(K)])
+    ).to(captions.device)
+    image_tokens = torch.zeros(K, N, M, dtype=torch.int64, device=captions.device)
+    _, step = _convert(model, K, "fp32", None)
+    windows = [range(n)] if 2 * n >= N else [range(n), range(N - n, N)]
+    walks = []
+    for window in windows:
+        if window.start:
+            repeats = -(-N // n)
+            image_tokens[:, n:] = image_tokens[:, :n].repeat(1, repeats, 1)[:, n:N]
+        walks.append(_walk(model, step, captions, image_tokens, window, uniforms))
+    log_p, likeliest = (torch.cat(each) for each in zip(*walks, strict=True))
+    return Sample(captions, image_tokens, windows, log_p, likeliest)
+
+
+@torch.inference_mode()
+def measure_key_ranges(model: Dalle, sample: Sample) -> list[KeyRange]:
+    """The keys' range in each layer over a sample, and a little more."""
+    K = len(sample.text_tokens)
+    cache = model.new_cache(K)
+    model.prefill(sample.text_tokens, sample.image_tokens[:, :-1], cache)
+    ranges = []
+    for keys in cache.keys:
+        seen = keys[:, :, : cache.filled]
+        least, greatest = seen.amin(dim=(0, 2)), seen.amax(dim=(0, 2))
+        margin = _MARGIN * (greatest - least)
+        ranges.append(KeyRange(least - margin, greatest + margin))
+    return ranges
+
+
+@torch.inference_mode()
+def compare(
+    model: Dalle, sample: Sample, precision: Precision, key_ranges: Sequence[KeyRange] | None
+) -> Accuracy:
+    """Say again how likely a sample's tokens are, in another precision."""
+    K = len(sample.text_tokens)
+    model, step = _convert(model, K, precision, key_ranges)
+    walks = [
+        _walk(model, step, sample.text_tokens, sample.image_tokens, window, None)
+        for window in sample.windows
+    ]
+    log_p, likeliest = (torch.cat(each) for each in zip(*walks, strict=True))
+    return Accuracy(
+        greedy_agreement=float((likeliest == sample.likeliest).float().mean()),
+        likelihood_change=float((log_p - sample.log_p).abs().mean()),
+    )
+
+
+def _convert(
+    model: Dalle, num_slots: int, precision: Precision, key_ranges: Sequence[KeyRange] | None
+) -> tuple[Dalle, EngineStep]:
+    """The model that reads captions, and the step that goes on from there."""
+    if precision == "bf16":
+        model = copy.deepcopy(model).to(torch.bfloat16)
+    return model, new_step(model, num_slots, precision, key_ranges)
+
+
+def _walk(
+    model: Dalle,
+    step: SlotStep,
+    captions: Tensor,
+    image_tokens: Tensor,
+    window: range,
+    uniforms: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """log p and likeliest tokens [n, K, M] of a window.
+
+    uniforms: draw the tokens and write them; None: take those that are there.
+    """
+    K, _, M = image_tokens.shape
+    device = image_tokens.device
+    hidden = []
+    for row in range(K):
+        prefix = model.new_cache(1)
+        prime = image_tokens[row : row + 1, : window.start] if window.start else None
+        hidden.append(model.prefill(captions[row : row + 1], prime, prefix))
+        step.load(torch.tensor([row], device=device), step.pack(prefix))
+    state = torch.cat(hidden)
+    rows = np.arange(K)
+    log_p = torch.zeros(len(window), K, M, device=device)
+    likeliest = torch.zeros(len(window), K, M, dtype=torch.int64, device=device)
+    for done, position in enumerate(window):
+        codes = image_tokens[:, position]
+        for m in range(M):
+            logits = step.code_logits(state, m, codes).float()
+            if uniforms is not None:
+                codes[:, m] = choose(logits, uniforms[:, position, m], SamplingOptions())
+            each = logits.log_softmax(dim=-1)
+            log_p[done, :, m] = each.gather(1, codes[:, m, None]).squeeze(1)
+            likeliest[done, :, m] = logits.argmax(dim=-1)
+        if position + 1 < window.stop:
+            state = step(rows, codes, np.full(K, position))
+    return log_p, likeliest

@@ -1,0 +1,132 @@
+"""Named model sizes: a table per model, name -> the config fields it sets. No torch.
+
+What depends on the data or on the other models (image size of the grid, vocabulary, text length)
+is filled in by whoever builds the model. "small" is for pictures of 32 pixels and a laptop; "base"
+for 256 pixels and one GPU; the two last are the GPT-3 XL shape and the DALL-E paper's own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from dalle.types import AttentionKind
+
+SizeName = Literal["tiny", "small", "base", "dalle-1.3b", "dalle-12b"]
+
+# The paper's pattern (Ramesh et al. 2021, §2.3 and figure 11): rows, a column every fourth layer.
+_PAPER_PATTERN: tuple[AttentionKind, ...] = ("axial_row", "axial_col", "axial_row", "axial_row")
+
+_DVAE_256: dict[str, Any] = {
+    "image_size": 256,
+    "patch_size": 2,
+    "num_downsamples": 2,
+    "width": 256,
+    "num_blocks": 2,
+    "codebook_size": 8192,
+    "num_codebooks": 1,
+    "code_width": 128,
+    "quantiser": "gumbel",
+    "reconstruction": "l1",
+}
+
+DVAE_SIZES: dict[SizeName, dict[str, Any]] = {
+    "tiny": {
+        "image_size": 16,
+        "patch_size": 4,
+        "num_downsamples": 0,
+        "width": 32,
+        "num_blocks": 1,
+        "codebook_size": 32,
+        "num_codebooks": 2,
+        "code_width": 8,
+        "quantiser": "vq",
+        "reconstruction": "bce",
+        "encoder_kernel_size": 1,
+    },
+    "small": {
+        "image_size": 32,
+        "patch_size": 4,
+        "num_downsamples": 0,
+        "width": 192,
+        "num_blocks": 2,
+        "codebook_size": 256,
+        "num_codebooks": 2,
+        "code_width": 8,
+        "quantiser": "vq",
+        "reconstruction": "bce",
+        "encoder_kernel_size": 1,
+    },
+    "base": _DVAE_256,
+    "dalle-1.3b": _DVAE_256,
+    "dalle-12b": _DVAE_256,
+}
+
+TRANSFORMER_SIZES: dict[SizeName, dict[str, Any]] = {
+    "tiny": {"width": 32, "num_layers": 2, "num_heads": 2},
+    "small": {
+        "width": 192,
+        "num_layers": 4,
+        "num_heads": 4,
+        "dropout": 0.1,
+        "caption_dropout": 0.1,
+    },
+    "base": {
+        "width": 512,
+        "num_layers": 12,
+        "num_heads": 8,
+        "attention_kinds": (*_PAPER_PATTERN[:3], "conv_like"),
+        "dropout": 0.1,
+        "caption_dropout": 0.1,
+    },
+    "dalle-1.3b": {
+        "width": 2048,
+        "num_layers": 24,
+        "num_heads": 32,
+        "attention_kinds": _PAPER_PATTERN,
+        "dropout": 0.1,
+        "caption_dropout": 0.1,
+    },
+    "dalle-12b": {
+        "width": 3968,
+        "num_layers": 64,
+        "num_heads": 62,
+        # 63 layers of the pattern; the last one is convolutional.
+        "attention_kinds": (*(_PAPER_PATTERN * 16)[:63], "conv_like"),
+        "conv_kernel_size": 11,
+        "dropout": 0.1,
+        "caption_dropout": 0.1,
+    },
+}
+
+CLIP_SIZES: dict[SizeName, dict[str, Any]] = {
+    "tiny": {
+        "embed_size": 32,
+        "patch_size": 4,
+        "vision_layers": 1,
+        "vision_width": 64,
+        "text_width": 32,
+        "text_heads": 2,
+        "text_layers": 1,
+    },
+    "small": {
+        "embed_size": 128,
+        "patch_size": 4,
+        "vision_layers": 3,
+        "vision_width": 128,
+        "text_width": 128,
+        "text_heads": 4,
+        "text_layers": 2,
+    },
+    # ViT-B/32 of OpenAI's CLIP, at the image size of the data.
+    "base": {
+        "embed_size": 512,
+        "patch_size": 32,
+        "vision_layers": 12,
+        "vision_width": 768,
+        "text_width": 512,
+        "text_heads": 8,
+        "text_layers": 12,
+    },
+}
+# A larger generator is still ranked by the base CLIP.
+CLIP_SIZES["dalle-1.3b"] = CLIP_SIZES["dalle-12b"] = CLIP_SIZES["base"]

@@ -1,0 +1,227 @@
+"""Bytes of a body into requests, and what is wrong with them in words that say what would be right.
+
+Knows nothing of torch, Flask or the platform.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import difflib
+import json
+import re
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import annotated_types
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from dalle.errors import UserError
+from inference.api.content_types import JSON, BodyKind, body_kind
+from inference.api.schema import DEFAULT_LIMITS, REQUEST_KINDS, GenerateRequest, Limits, Request
+
+_PIECE_CHARACTERS = 2**18  # of base64 at once, in about a millisecond; a multiple of 4
+_MAX_DIGITS = 1_000  # of an integer; longer ones take Python a time to read that grows as a square
+
+
+def parse_request(
+    body: bytes, content_type: str | None = JSON, *, limits: Limits = DEFAULT_LIMITS
+) -> Request:
+    """One request from a JSON object or, as text/plain, from a bare caption.
+
+    Raises `UserError`: 415 for another media type, 400 for what cannot be read, 422 for what can
+    be read but not done; all faults of a body in one message. JSON lines go through
+    `split_lines` first.
+    """
+    kind = body_kind(content_type)
+    if len(body) > limits.max_request_bytes:
+        raise too_large(limits)
+    if kind is BodyKind.TEXT:
+        return _validate(GenerateRequest, {"caption": _decode(body)}, limits)
+    fields = _read_object(body)
+    kinds = [key for key in REQUEST_KINDS if key in fields]
+    if len(kinds) != 1:
+        problem = (
+            f"{' and '.join(kinds)} exclude each other"
+            if kinds
+            else "caption, images or complete is missing"
+        )
+        raise UserError(
+            f"{problem}: give one of caption (draw pictures), images with classes (classify) "
+            f"or complete (continue a caption), got keys {_as_json(sorted(fields))}",
+            field=kinds[0] if kinds else "caption",
+            status=422,
+            code="invalid_request",
+        )
+    return _validate(REQUEST_KINDS[kinds[0]], fields, limits)
+
+
+def split_lines(body: bytes) -> list[bytes]:
+    """The lines of a JSON-lines body; an empty line in the middle is a line, one at the end not."""
+    lines = body.removesuffix(b"\n").split(b"\n")
+    if not body.strip():
+        raise UserError("the body has no lines; send one JSON object a line", code="malformed_body")
+    return lines
+
+
+def decode_base64(text: str, *, field: str) -> bytes:
+    """The bytes of a base64 value; line breaks and a `data:…;base64,` prefix are allowed.
+
+    Raises `UserError` 400 that names the field.
+    """
+    if re.match(r"(https?|file|s3)://", text):
+        raise UserError(
+            f"{field} is an address, {_short(text)}; addresses are not fetched, send the image "
+            "file itself in base64",
+            field=field,
+            code="bad_base64",
+        )
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    text = "".join("".join(piece.split()) for piece in _pieces(text))
+    try:
+        if "=" in text[:-2]:  # which a piece by itself might take for its own end
+            return base64.b64decode(text, validate=True)
+        return b"".join(base64.b64decode(piece, validate=True) for piece in _pieces(text))
+    except (binascii.Error, ValueError) as error:
+        raise UserError(
+            f"{field} is not base64 ({error}), got {_short(text)}", field=field, code="bad_base64"
+        ) from error
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A long text part by part; between two of them other threads, such as pings, have a turn."""
+    return (text[at : at + _PIECE_CHARACTERS] for at in range(0, len(text), _PIECE_CHARACTERS))
+
+
+def too_large(limits: Limits) -> UserError:
+    """The refusal of a body over the limit."""
+    return UserError(
+        f"the body is larger than {limits.max_request_bytes:,} bytes; send smaller images or fewer",
+        status=413,
+        code="payload_too_large",
+    )
+
+
+def _decode(body: bytes) -> str:
+    try:
+        return body.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"the body is not UTF-8: byte {error.start} is 0x{body[error.start]:02x}",
+            code="malformed_body",
+        ) from error
+
+
+def _read_object(body: bytes) -> dict[str, Any]:
+    text = _decode(body)
+    try:
+        fields = json.loads(text, parse_constant=_refuse_constant, parse_int=_read_integer)
+    except RecursionError as error:
+        raise UserError("the body is nested too deeply", code="malformed_body") from error
+    except ValueError as error:
+        raise UserError(
+            f"the body is not JSON ({error}), got {_short(text)}", code="malformed_body"
+        ) from error
+    if not isinstance(fields, dict):
+        raise UserError(
+            f"the body must be a JSON object, got {_short(text)}", code="malformed_body"
+        )
+    return fields
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _read_integer(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits):,} digits is too long to be one")
+    return int(digits)
+
+
+def _validate(kind: type[Request], fields: dict[str, Any], limits: Limits) -> Request:
+    try:
+        return kind.model_validate(fields, context={"limits": limits})
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        shown = [_explain(kind, detail, limits) for detail in details[:10]]
+        if len(details) > len(shown):
+            shown.append(f"and {len(details) - len(shown)} more")
+        raise UserError(
+            "; ".join(shown), field=_name(details[0]), status=422, code="invalid_request"
+        ) from error
+
+
+def _explain(kind: type[Request], detail: ErrorDetails, limits: Limits) -> str:
+    """One pydantic error in our words: the thing, what would be right, the value it had."""
+    name, code = _name(detail), detail["type"]
+    if code == "missing":
+        return f"{name} is missing"
+    if code == "extra_forbidden":
+        near = difflib.get_close_matches(name, kind.model_fields, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(kind.model_fields)}"
+        return f"{name} is unknown: {hint}"
+    if not detail["loc"]:  # from a model validator, whose message is whole
+        return detail["msg"]
+    wanted = detail["msg"].replace("Input should be", "must be")
+    if code in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
+        wanted = f"must be {_range(name, kind.model_fields[str(detail['loc'][0])], limits)}"
+    if code in ("too_short", "too_long"):
+        low, high = _lengths(kind.model_fields[name])
+        return f"{name} must have {low:,} to {high:,} items, got {len(detail['input']):,}"
+    if code in ("string_too_short", "string_too_long"):
+        wanted = wanted.replace("String should", "must")
+    if code == "string_pattern_mismatch":
+        wanted = "must not be blank"
+    return f"{name} {wanted}, got {_as_json(detail['input'])}"
+
+
+def _name(detail: ErrorDetails) -> str:
+    """`images[2]` of a location; a model validator's errors carry the field's name as type."""
+    first, *rest = detail["loc"] or (detail["type"],)
+    return str(first) + "".join(f"[{part}]" for part in rest if isinstance(part, int))
+
+
+def _lengths(field: FieldInfo) -> tuple[int, int]:
+    """How many items a list may have."""
+    low = high = 0
+    for bound in field.metadata:
+        if isinstance(bound, annotated_types.MinLen):
+            low = bound.min_length
+        elif isinstance(bound, annotated_types.MaxLen):
+            high = bound.max_length
+    return low, high
+
+
+def _range(name: str, field: FieldInfo, limits: Limits) -> str:
+    lower = ""
+    servers = {"num_candidates": limits.max_candidates, "num_images": limits.max_images}
+    upper = str(servers.get(name, ""))
+    for bound in field.metadata:
+        if isinstance(bound, annotated_types.Ge):
+            lower = f"{bound.ge}"
+        elif isinstance(bound, annotated_types.Gt):
+            lower = f"above {bound.gt}"
+        elif isinstance(bound, annotated_types.Le):
+            upper = f"{bound.le}"
+    if not upper:
+        return f"{lower} or more"
+    return f"{lower} and at most {upper}" if lower.startswith("above") else f"{lower} to {upper}"
+
+
+def _as_json(value: object) -> str:
+    """A value as the request wrote it, cut where it is long."""
+    text = json.dumps(value, ensure_ascii=False, default=repr)
+    # Half a surrogate pair could not be sent back.
+    return _cut(text.encode("utf-8", "backslashreplace").decode())
+
+
+def _short(text: str) -> str:
+    return _cut(repr(text))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:60]}… ({len(text):,} characters)"

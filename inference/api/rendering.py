@@ -1,0 +1,241 @@
+"""What the model's thread hands over, and its forms in a reply. Knows nothing of torch or Flask.
+
+    GenerateResult -> GenerateReply | the best picture's file and headers | lines of a stream
+
+Encoding is done here, in the request's own thread, so that the device goes on with the next.
+Letters: H height, W width.
+"""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from dalle.errors import DalleError, UserError
+from dalle.preprocess.images import ImageFormat, Pixels, encode_image
+from inference.api.replies import (
+    CandidateLine,
+    CompleteReply,
+    ErrorDetail,
+    GenerateReply,
+    Prediction,
+    PreviewLine,
+    RankedBy,
+    RankedCandidate,
+    RankedImage,
+    RankingLine,
+    Timings,
+)
+from inference.api.schema import GenerateRequest, Limits
+
+CUSTOM_ATTRIBUTES = "X-Amzn-SageMaker-Custom-Attributes"  # the one header the platform passes on
+
+# Bytes per pixel at worst: noise as PNG is a little over its raw size; the others were measured
+# on noise at the quality that `encode_image` uses (256 pixels: 2.04 and 0.89).
+_WORST_BYTES_PER_PIXEL: Mapping[ImageFormat, float] = {"png": 3.02, "jpeg": 2.1, "webp": 1.0}
+_HEADER_BYTES = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One finished picture. pixels: uint8 [H, W, 3]; clip_score: cosine, None without a CLIP;
+    merit: what it is ranked by, the greatest first."""
+
+    number: int
+    log_likelihood: float
+    clip_score: float | None
+    merit: float
+    pixels: Pixels = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """A picture that is drawn down to `rows` of the grid. pixels: uint8 [H, W, 3], grey below."""
+
+    number: int
+    rows: int
+    pixels: Pixels = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateResult:
+    """All finished candidates of a request, best first, never none."""
+
+    ranked: Sequence[Candidate]
+    ranked_by: RankedBy
+    seed: int
+    num_candidates: int
+    sample_seconds: float
+    decode_seconds: float
+    rank_seconds: float
+    pruned: int = 0
+    """Candidates that were dropped in mid-drawing."""
+
+    @property
+    def begun(self) -> int:
+        """Candidates that were drawn to where they ended."""
+        return len(self.ranked) + self.pruned
+
+    @property
+    def is_cut_short(self) -> bool:
+        """Whether a deadline came before the last candidate."""
+        return self.begun < self.num_candidates
+
+
+@dataclass(frozen=True, slots=True)
+class ClassifyResult:
+    """One prediction for each image, in the request's order."""
+
+    predictions: Sequence[Prediction]
+
+
+@dataclass(frozen=True, slots=True)
+class CompleteResult:
+    """Continued captions."""
+
+    reply: CompleteReply
+
+
+Result = GenerateResult | ClassifyResult | CompleteResult
+
+
+def rank(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Order candidates by merit, the best first.
+
+    Equal ones keep the order of their numbers, so that the order is always the same.
+    """
+    return sorted(candidates, key=lambda each: (-each.merit, each.number))
+
+
+def check_reply_size(request: GenerateRequest, image_size: int, limits: Limits) -> None:
+    """Refuse, before any work, a JSON reply that could become larger than the limit.
+
+    image_size: side of the square pictures in pixels. Raises `UserError` 422.
+    """
+    worst = _WORST_BYTES_PER_PIXEL[request.format] * image_size**2 + _HEADER_BYTES
+    encoded = int(worst * 4 / 3)
+    fitting = limits.max_reply_bytes // encoded
+    if request.num_images > fitting:
+        raise UserError(
+            f"num_images must be at most {fitting} for {image_size} x {image_size} "
+            f"{request.format} pictures, got {request.num_images}: the reply could exceed "
+            f"{limits.max_reply_bytes:,} bytes; ask for fewer, for format jpeg or webp, or for "
+            "Accept: application/jsonlines",
+            field="num_images",
+            status=422,
+            code="reply_too_large",
+        )
+
+
+def render_json(
+    result: GenerateResult, request: GenerateRequest, *, queue_seconds: float
+) -> GenerateReply:
+    """The best `num_images` candidates with their pictures."""
+    began = time.monotonic()
+    images = [
+        RankedImage(
+            rank=rank_number,
+            candidate=candidate.number,
+            clip_score=candidate.clip_score,
+            log_likelihood=candidate.log_likelihood,
+            image=_base64(candidate.pixels, request.format),
+        )
+        for rank_number, candidate in enumerate(result.ranked[: request.num_images], start=1)
+    ]
+    return GenerateReply(
+        images=images,
+        seed=result.seed,
+        num_candidates=result.num_candidates,
+        completed_candidates=len(result.ranked),
+        pruned_candidates=result.pruned,
+        ranked_by=result.ranked_by,
+        timings=stage_timings(result, queue_seconds, time.monotonic() - began),
+    )
+
+
+def render_best(result: GenerateResult, format: ImageFormat) -> tuple[bytes, dict[str, str]]:
+    """The best picture's file and headers that say what a JSON reply would."""
+    best = result.ranked[0]
+    facts = {
+        "seed": f"{result.seed}",
+        "candidate": f"{best.number}",
+        "clip_score": "" if best.clip_score is None else f"{best.clip_score:.6f}",
+        "log_likelihood": f"{best.log_likelihood:.6f}",
+        "ranked_by": result.ranked_by,
+        "num_candidates": f"{result.num_candidates}",
+        "completed_candidates": f"{len(result.ranked)}",
+        "pruned_candidates": f"{result.pruned}",
+    }
+    facts = {name: value for name, value in facts.items() if value}
+    headers = {f"X-Dalle-{name.replace('_', '-').title()}": facts[name] for name in facts}
+    # The platform drops headers it does not know; this one reaches the caller of an endpoint.
+    headers[CUSTOM_ATTRIBUTES] = ";".join(f"{name}={facts[name]}" for name in facts)
+    return encode_image(best.pixels, format), headers
+
+
+def render_preview(preview: Preview, format: ImageFormat) -> PreviewLine:
+    """An unfinished candidate as a line of a stream."""
+    return PreviewLine(
+        candidate=preview.number, rows=preview.rows, image=_base64(preview.pixels, format)
+    )
+
+
+def render_candidate(candidate: Candidate, format: ImageFormat) -> CandidateLine:
+    """A finished candidate as a line of a stream."""
+    return CandidateLine(
+        candidate=candidate.number,
+        clip_score=candidate.clip_score,
+        log_likelihood=candidate.log_likelihood,
+        image=_base64(candidate.pixels, format),
+    )
+
+
+def render_ranking(
+    result: GenerateResult, *, queue_seconds: float, encode_seconds: float
+) -> RankingLine:
+    """The last line of a stream: the order, without the pictures that were sent before."""
+    return RankingLine(
+        ranking=[
+            RankedCandidate(
+                rank=rank_number,
+                candidate=candidate.number,
+                clip_score=candidate.clip_score,
+                log_likelihood=candidate.log_likelihood,
+            )
+            for rank_number, candidate in enumerate(result.ranked, start=1)
+        ],
+        seed=result.seed,
+        num_candidates=result.num_candidates,
+        completed_candidates=len(result.ranked),
+        pruned_candidates=result.pruned,
+        ranked_by=result.ranked_by,
+        timings=stage_timings(result, queue_seconds, encode_seconds),
+    )
+
+
+def render_error(error: Exception) -> tuple[int, ErrorDetail]:
+    """Status and body of an error; of one that was not raised on purpose only that it happened."""
+    if isinstance(error, DalleError):
+        return error.status, ErrorDetail(code=error.code, message=str(error), field=error.field)
+    return 500, ErrorDetail(
+        code="internal_error",
+        message="something went wrong on the server; its log has the details",
+        field=None,
+    )
+
+
+def stage_timings(result: GenerateResult, queue_seconds: float, encode_seconds: float) -> Timings:
+    """What one generation spent where."""
+    return Timings(
+        queue_seconds=queue_seconds,
+        sample_seconds=result.sample_seconds,
+        decode_seconds=result.decode_seconds,
+        rank_seconds=result.rank_seconds,
+        encode_seconds=encode_seconds,
+    )
+
+
+def _base64(pixels: Pixels, format: ImageFormat) -> str:
+    return base64.b64encode(encode_image(pixels, format)).decode("ascii")

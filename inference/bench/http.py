@@ -1,0 +1,305 @@
+"""`python -m inference.bench.http`: how much of the engine's speed is left through HTTP.
+
+    python -m inference.bench.http --model out/demo/ml/model --clients 8
+
+Starts the real `serve` on a free port of loopback and, in this process, the same engine without a
+server. Both are asked the same requests, `--clients` at a time, in turns of `--requests`; the ratio
+of a turn is that of its two throughputs, so what else the machine does falls on both. The median of
+the ratios is the figure. Then /ping is asked beside the same load, where it cannot disturb the
+ratio. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import http.client
+import io
+import json
+import os
+import queue
+import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from inference.api.rendering import GenerateResult
+from inference.api.replies import GenerateReply
+from inference.api.schema import GenerateRequest
+from inference.bench import steps as bench_steps
+from inference.engine.control import Control
+from inference.engine.model_runner import Generator
+
+_CAPTIONS = ("big filled orange star", "small violet circle", "red square", "blue star")
+_PATIENCE = 600.0  # seconds for a request
+_PING_PAUSE = 0.02  # seconds between two pings
+_LARGE_CLIENTS = 8  # that send large images, where that is asked for
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn: images drawn per second either way, and seconds of each ping beside the load."""
+
+    engine: float
+    http: float
+    pings: list[float]
+
+
+class Server:
+    """A running `serve` on loopback."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+
+    def ask(self, connection: http.client.HTTPConnection, body: bytes) -> int:
+        """Send one request; the number of candidates that were drawn for it."""
+        connection.request("POST", "/invocations", body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        content = response.read()
+        if response.status != 200:
+            raise RuntimeError(f"the server answered {response.status}: {content[:300]!r}")
+        return GenerateReply.model_validate_json(content).completed_candidates
+
+    def connect(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=_PATIENCE)
+
+    def ping(self) -> float:
+        """Seconds that one ping takes, on a connection of its own as the platform's are."""
+        began = time.perf_counter()
+        connection = self.connect()
+        try:
+            connection.request("GET", "/ping")
+            connection.getresponse().read()
+        finally:
+            connection.close()
+        return time.perf_counter() - began
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m inference.bench.http",
+        description="Measure the engine's throughput through HTTP beside its own.",
+    )
+    parser.add_argument("--model", type=Path, required=True, help="an artefact's directory")
+    parser.add_argument("--clients", type=int, default=8, help="default %(default)s")
+    parser.add_argument("--num-candidates", type=int, default=16, help="default %(default)s")
+    parser.add_argument("--num-images", type=int, default=4, help="default %(default)s")
+    parser.add_argument("--requests", type=int, default=24, help="of a turn; default %(default)s")
+    parser.add_argument("--turns", type=int, default=5, help="default %(default)s")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; default %(default)s")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads; default 1")
+    parser.add_argument("--precision", default="fp32", help="default %(default)s")
+    parser.add_argument(
+        "--image-mb", type=float, default=0.0, help="beside pings, 8 clients send such images"
+    )
+    given = parser.parse_args(arguments)
+    bodies = [
+        json.dumps(
+            {
+                "caption": _CAPTIONS[number % len(_CAPTIONS)],
+                "seed": number,
+                "num_candidates": given.num_candidates,
+                "num_images": given.num_images,
+                "deadline_seconds": _PATIENCE,
+            }
+        ).encode()
+        for number in range(given.requests)
+    ]
+    generator = Generator.load(
+        given.model, given.device, threads=given.threads, precision=given.precision
+    )
+    generator.self_test()
+    with serving(given) as server:
+        turns = [
+            measure(generator, server, bodies, given.clients, image_bytes=int(1e6 * given.image_mb))
+            for _ in range(given.turns + 1)
+        ][1:]  # the first one warms up
+    machine = bench_steps.describe_machine(torch.device(given.device))
+    print(json.dumps(machine | figures(turns, given)))
+
+
+def figures(turns: Sequence[Turn], given: argparse.Namespace) -> dict[str, Any]:
+    """What is printed at the end."""
+    ratios = [turn.http / turn.engine for turn in turns]
+    pings = sorted(ping for turn in turns for ping in turn.pings)
+    for turn, ratio in zip(turns, ratios, strict=True):
+        print(f"engine {turn.engine:.2f} images/s, HTTP {turn.http:.2f}: {ratio:.3f}", flush=True)
+    return {
+        "clients": given.clients,
+        "num_candidates": given.num_candidates,
+        "image_mb": given.image_mb,
+        "engine_images_per_second": round(statistics.median(turn.engine for turn in turns), 3),
+        "http_images_per_second": round(statistics.median(turn.http for turn in turns), 3),
+        "ratio": round(statistics.median(ratios), 3),
+        "ratios": [round(each, 3) for each in ratios],
+        "pings": len(pings),
+        "ping_p50_ms": round(1000 * pings[len(pings) // 2], 2) if pings else None,
+        "ping_p99_ms": round(1000 * pings[int(0.99 * len(pings))], 2) if pings else None,
+        "ping_max_ms": round(1000 * pings[-1], 2) if pings else None,
+    }
+
+
+def measure(
+    generator: Generator,
+    server: Server,
+    bodies: Sequence[bytes],
+    clients: int,
+    *,
+    image_bytes: int = 0,
+) -> Turn:
+    """One turn: the same requests by the engine alone, through HTTP, and beside pings; image_bytes:
+    beside classifications of large images, too."""
+    engine = _by_engine(generator, bodies, clients)
+    through = _by_http(server, bodies, clients)
+    pings: list[float] = []
+    works = [lambda: _ping(server, pings)]
+    if image_bytes:
+        body = _large_body(image_bytes)
+        works += [lambda: _classify(server, body)] * _LARGE_CLIENTS
+    with beside(*works):
+        _by_http(server, bodies, clients)
+    return Turn(engine, through, pings)
+
+
+def _by_engine(generator: Generator, bodies: Sequence[bytes], clients: int) -> float:
+    """Images per second with `clients` requests begun at any time."""
+    waiting = [GenerateRequest.model_validate_json(body) for body in bodies]
+    begun, drawn = 0, 0
+    began = time.perf_counter()
+    while waiting or begun:
+        while waiting and begun < clients and generator.has_room:
+            generator.begin(generator.prepare(waiting.pop(0)), Control())
+            begun += 1
+        for ended in generator.advance():
+            assert isinstance(ended.outcome, GenerateResult)
+            drawn += len(ended.outcome.ranked)
+            begun -= 1
+    return drawn / (time.perf_counter() - began)
+
+
+def _by_http(server: Server, bodies: Sequence[bytes], clients: int) -> float:
+    waiting: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    for body in bodies:
+        waiting.put(body)
+    drawn: list[int] = []
+
+    def client() -> None:
+        connection = server.connect()
+        try:
+            while True:
+                drawn.append(server.ask(connection, waiting.get_nowait()))
+        except queue.Empty:
+            connection.close()
+
+    threads = [threading.Thread(target=client) for _ in range(clients)]
+    began = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(drawn) / (time.perf_counter() - began)
+
+
+@contextmanager
+def beside(*works: Callable[[], None]) -> Iterator[None]:
+    """Repeat works, each in a thread of its own, while the block runs."""
+    over = threading.Event()
+
+    def repeat(work: Callable[[], None]) -> None:
+        while not over.is_set():
+            work()
+
+    threads = [threading.Thread(target=repeat, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
+def _ping(server: Server, pings: list[float]) -> None:
+    pings.append(server.ping())
+    time.sleep(_PING_PAUSE)
+
+
+def _classify(server: Server, body: bytes) -> None:
+    connection = server.connect()
+    try:
+        connection.request("POST", "/invocations", body, {"Content-Type": "application/json"})
+        connection.getresponse().read()
+    except OSError:
+        pass  # refused before its body was read
+    finally:
+        connection.close()
+
+
+def _large_body(size: int) -> bytes:
+    """A classification whose one image, noise as BMP, has about `size` bytes in base64."""
+    side = int((size * 0.75 / 3) ** 0.5)
+    noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, format="BMP")
+    image = base64.b64encode(file.getvalue()).decode()
+    return json.dumps({"images": [image], "classes": ["a star", "a circle"]}).encode()
+
+
+@contextmanager
+def serving(given: argparse.Namespace) -> Iterator[Server]:
+    """`serve` on a free port; its log is shown when it does not start."""
+    with TemporaryDirectory() as directory:
+        (Path(directory) / "model").symlink_to(given.model.resolve())
+        environment = os.environ | {
+            "DALLE_DEVICE": given.device,
+            "DALLE_THREADS": str(given.threads),
+            "DALLE_PRECISION": given.precision,
+            "DALLE_QUEUE_SIZE": str(max(16, given.clients)),
+        }
+        words = ["--root", directory, "--host", "127.0.0.1", "--port", "0"]
+        process = subprocess.Popen(  # noqa: S603 - ourselves
+            [sys.executable, "-m", "inference", *words],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stderr is not None
+        with process.stderr as log:
+            reader = threading.Thread(target=log.read)  # or the log would fill its pipe
+            try:
+                port = _port_when_ready(log)
+                reader.start()
+                yield Server(port)
+            finally:
+                process.terminate()
+                process.wait()
+                if reader.ident is not None:
+                    reader.join()
+
+
+def _port_when_ready(log: Iterable[str]) -> int:
+    port, lines = 0, []
+    for line in log:
+        lines.append(line)
+        if found := re.search(r"Listening at: http://[\d.]+:(\d+)", line):
+            port = int(found[1])
+        if line.rstrip().endswith("scheduler: ready"):
+            return port
+    raise RuntimeError("serve did not start:\n" + "".join(lines))
+
+
+if __name__ == "__main__":
+    main()

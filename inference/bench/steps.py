@@ -1,0 +1,256 @@
+"""What the benchmarks measure with: the memory's speed, and an engine's steps at several depths.
+
+Measurements that are to be compared are taken in turn, so that whatever else the machine does falls
+on all of them alike; medians, and what was asked of a thing for the first time does not count.
+Letters: B candidates drawn together, N positions, M codes per position.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dalle.decoding.cpu.step import NativeStep
+from dalle.decoding.engine import DecodeEngine
+from dalle.decoding.kv_cache import KeyRange
+from dalle.decoding.sampling import SamplingOptions
+from dalle.decoding.select import new_step
+from dalle.models.transformer import Dalle
+from dalle.types import Precision
+
+DEPTHS = (0.05, 0.35, 0.65, 0.95)  # shares of an image at which steps are timed
+PROFILED_STEPS = 5  # the first of them warms up
+PROBE_BYTES = 512 * 1024**2  # more than a processor's caches hold
+
+
+@dataclass
+class Timings:
+    """Seconds of one thing's steps, by depth."""
+
+    first: dict[float, float] = field(default_factory=dict)
+    """The step that warms up."""
+    later: dict[float, list[float]] = field(default_factory=dict)
+
+    def note(self, depth: float, seconds: float) -> None:
+        """The first of a depth is the one that warms up."""
+        if depth in self.first:
+            self.later.setdefault(depth, []).append(seconds)
+        else:
+            self.first[depth] = seconds
+
+    @property
+    def step_seconds(self) -> float:
+        """The median of each depth, and the mean of those: an image's time by its positions."""
+        return statistics.mean(statistics.median(each) for each in self.later.values())
+
+    @property
+    def spread(self) -> float:
+        """Quartile distance of the steps of a depth, in medians, at the worst depth."""
+        return max(
+            (lambda quarters: (quarters[2] - quarters[0]) / quarters[1])(
+                statistics.quantiles(each, n=4)
+            )
+            for each in self.later.values()
+        )
+
+
+class Memory:
+    """The speed at which this process reads memory, bytes per second. One probe at a time."""
+
+    def __init__(self, device: torch.device, probe_bytes: int = PROBE_BYTES) -> None:
+        self._device = device
+        self._probe = torch.ones(probe_bytes // 4, device=device).view(4096, -1)
+        self._vector = torch.ones(self._probe.shape[1], device=device)
+        self._speeds: list[float] = []
+
+    def probe(self) -> None:
+        """Read the probe twice, by a sum and by a product; the faster counts."""
+        fastest = min(
+            timed(lambda: self._probe.sum(), self._device),
+            timed(lambda: torch.mv(self._probe, self._vector), self._device),
+        )
+        self._speeds.append(4 * self._probe.numel() / fastest)
+
+    @property
+    def bytes_per_second(self) -> float:
+        return statistics.median(self._speeds)
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, the device's own work included."""
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def take_turns(
+    steps: Mapping[str, Callable[[], object]],
+    timings: Mapping[str, Timings],
+    depth: float,
+    rounds: int,
+    device: torch.device,
+    memory: Memory | None = None,
+    *,
+    together: int = 1,
+) -> None:
+    """Time each of the steps once a round, in turn, and the memory beside them.
+
+    together: steps in a turn, which a GPU is told of while it is still at the first; the turn that
+        warms up is one step.
+    """
+
+    def turn(step: Callable[[], object], number: int) -> None:
+        for _ in range(number):
+            step()
+
+    for _ in range(rounds):
+        for name, step in steps.items():
+            number = together if depth in timings[name].first else 1
+            timings[name].note(depth, timed(partial(turn, step, number), device) / number)
+        if memory is not None:
+            memory.probe()
+
+
+def engine_at(
+    model: Dalle,
+    batch: int,
+    depth: float,
+    precision: str,
+    key_ranges: list[KeyRange] | None,
+    *,
+    own_kernels: bool = True,
+) -> DecodeEngine:
+    """An engine whose slots are all drawing at a depth. Tokens before it are random.
+
+    own_kernels: as of `new_step`.
+    """
+    config = model.config
+    device = model.text_position.device
+    generator = torch.Generator().manual_seed(0)
+    text_tokens = torch.randint(
+        1, config.text_vocab_size, (1, config.text_length), generator=generator
+    )
+    prime = torch.randint(
+        config.codebook_size,
+        (int(config.num_positions * depth), config.num_codebooks),
+        generator=generator,
+    )
+    # For bf16 of a model that is in it, see `in_precision`.
+    weights: Precision = precision  # type: ignore[assignment]
+    step = new_step(model, batch, weights, key_ranges, own_kernels=own_kernels)
+    engine = DecodeEngine(model, batch, step=step)
+    engine.submit(
+        text_tokens.to(device),
+        candidates=range(batch),
+        seed=0,
+        options=SamplingOptions(),
+        prime_tokens=prime.to(device),
+    )
+    return engine
+
+
+def in_precision(model: Dalle, precision: str) -> Dalle:
+    """The model that reads captions beside a step of a precision."""
+    return copy.deepcopy(model).to(torch.bfloat16) if precision == "bf16" else model
+
+
+def share_outside_kernels(step: Callable[[], object]) -> float:
+    """Share of a step's time that is none of the operators': Python's, and what lies between.
+
+    At most: the profiler's own time counts as such.
+    """
+    whole = "engine step"
+    step()  # warms up
+    profiler = torch.autograd.profiler.profile(use_kineto=True)  # type: ignore[no-untyped-call]
+    with _native_calls_recorded(), profiler as profile:
+        for _ in range(PROFILED_STEPS - 1):
+            with torch.autograd.profiler.record_function(whole):
+                step()
+    (found,) = [each for each in profile.key_averages() if each.key == whole]
+    return float(found.self_cpu_time_total / found.cpu_time_total)
+
+
+@contextmanager
+def _native_calls_recorded() -> Iterator[None]:
+    """The native step's calls as operators, which a profiler does not know otherwise."""
+    call = NativeStep._call
+
+    def recorded(
+        self: NativeStep, function: Callable[..., int], num_rows: int, *others: Any
+    ) -> None:
+        with torch.autograd.profiler.record_function("native step"):
+            call(self, function, num_rows, *others)
+
+    NativeStep._call = recorded  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        NativeStep._call = call  # type: ignore[method-assign]
+
+
+def wide_ranges(model: Dalle) -> list[KeyRange]:
+    """Key ranges for weights that were never trained, when only time counts."""
+    shape = (model.config.num_heads, model.config.head_width)
+    return [KeyRange(torch.full(shape, -8.0), torch.full(shape, 8.0))] * model.config.num_layers
+
+
+def step_bytes(model: Dalle, batch: int, precision: str) -> float:
+    """What a step must read at least, in bytes, at mid-image: each weight once, and of each
+    candidate the keys and values that its query sees."""
+    config = model.config
+    weight_bytes = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}[precision]
+    each_key = 1 if precision == "int8" else 2 if precision == "bf16" else 4
+    weights = sum(each.numel() for each in model.blocks.parameters() if each.ndim == 2)
+    weights += sum(head.get_parameter("to_logits.weight").numel() for head in model.code_heads)
+    seen = 0.0
+    for layer in range(config.num_layers):
+        kind = config.kind_of_layer(layer)
+        text, grid = config.text_length + 1, config.grid_size
+        seen += (
+            text
+            + {
+                "full": config.num_positions / 2,
+                "axial_row": grid / 2,
+                "axial_col": grid / 2,
+                "conv_like": config.conv_kernel_size**2 / 2,
+            }[kind]
+        )
+    return weights * weight_bytes + batch * seen * 2 * config.width * each_key
+
+
+def describe_machine(device: torch.device) -> dict[str, str | int]:
+    """What a figure depends on."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        named = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        name = named[0].partition(":")[2].strip() if named else name
+    described: dict[str, str | int] = {
+        "device": str(device),
+        "processor": name,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    if device.type == "cuda":
+        described["gpu"] = torch.cuda.get_device_name(device)
+    return described
+
+
+def forget() -> None:
+    """Give back what the last measurement held before the next one begins."""
+    gc.collect()

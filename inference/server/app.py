@@ -1,0 +1,244 @@
+"""HTTP in, HTTP out: the only module that knows Flask. No model code, no globals.
+
+GET  /ping                   503 loading or stopping, 200 ready, 500 dead
+POST /invocations            schema -> scheduler -> render
+GET  /execution-parameters   for batch transform
+GET  /metrics                Prometheus text
+GET  /openapi.json           the schema
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from flask import Flask, Response, g, jsonify, request
+from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntityTooLarge
+
+from dalle.errors import DalleError, UserError
+from inference.api import openapi, parsing
+from inference.api.content_types import BodyKind, body_kind, negotiate
+from inference.api.rendering import CUSTOM_ATTRIBUTES, render_error
+from inference.api.replies import ErrorDetail, ErrorReply
+from inference.api.schema import Limits
+from inference.engine.control import Cancelled
+from inference.engine.engine_core import Scheduler, State
+from inference.engine.request_queue import Busy
+from inference.server.body_process import Shrinker
+from inference.server.handler import Answer, Waiter
+from inference.server.metrics import Metrics
+from inference.settings import MEGABYTE, Settings
+
+logger = logging.getLogger(__name__)
+
+_PING_STATUS = {State.LOADING: 503, State.READY: 200, State.STOPPING: 503, State.DEAD: 500}
+_MAX_ATTRIBUTES = 1024  # characters, by the platform's contract
+
+
+def create_app(scheduler: Scheduler, settings: Settings) -> Flask:
+    """The WSGI application around a scheduler, which may still be loading."""
+    app = Flask("inference")
+    # One byte more than is allowed: a chunked body is cut there without a word, and seen to be.
+    app.config["MAX_CONTENT_LENGTH"] = settings.limits.max_request_bytes + 1
+    app.json.sort_keys = False  # type: ignore[attr-defined]  # the default provider has it
+    metrics = Metrics(
+        queue_depth=lambda: scheduler.queue_depth,
+        is_ready=lambda: scheduler.state is State.READY,
+        busy_slots=lambda: engine.busy_slots if (engine := scheduler.loaded_engine) else 0,
+        threads=lambda: engine.threads if (engine := scheduler.loaded_engine) else 0,
+    )
+    # Beyond these, requests are refused unread, so that threads remain for pings.
+    places = threading.BoundedSemaphore(settings.max_invocations)
+    shrinker = Shrinker()
+    document = openapi.document(settings.limits)
+
+    @app.get("/ping")
+    def ping() -> tuple[Response, int]:
+        state = scheduler.state
+        body = {"status": str(state)}
+        if state is State.DEAD and scheduler.cause:
+            body["cause"] = scheduler.cause
+        return jsonify(body), _PING_STATUS[state]
+
+    @app.get("/execution-parameters")
+    def execution_parameters() -> dict[str, Any]:
+        # One line a request gives each its own deadline; two at once keep the device busy while
+        # the last reply is sent.
+        return {
+            "MaxConcurrentTransforms": 2,
+            "BatchStrategy": "SINGLE_RECORD",
+            "MaxPayloadInMB": min(50, max(1, settings.limits.max_request_bytes // MEGABYTE)),
+        }
+
+    @app.get("/metrics")
+    def prometheus() -> Response:
+        return Response(metrics.render(), content_type=metrics.content_type)
+
+    @app.get("/openapi.json")
+    def openapi_document() -> dict[str, Any]:
+        return document
+
+    @app.post("/invocations")
+    def invocations() -> Response:
+        g.arrival = time.monotonic()
+        _check_attributes()
+        if not places.acquire(blocking=False):
+            raise Busy(
+                f"{settings.max_invocations} requests are being answered, which is all that may",
+                code="queue_full",
+                status=429,
+                retry_after=1,
+            )
+        try:
+            answer = answer_invocation()
+        except BaseException:
+            places.release()
+            raise
+        response = Response(answer.body, mimetype=answer.media_type, headers=answer.headers)
+        response.call_on_close(places.release)
+        return response
+
+    def answer_invocation() -> Answer:
+        # Headers, then state, then body, then work: each is cheaper than the next.
+        kind = body_kind(request.headers.get("Content-Type"))
+        accept = request.headers.get("Accept")
+        negotiate(accept)  # what nothing at all can answer is refused before its body is read
+        if request.content_encoding not in (None, "", "identity"):
+            raise UserError(
+                f"Content-Encoding {request.content_encoding!r} is not read; send the body plain",
+                field="Content-Encoding",
+                status=415,
+                code="unsupported_media_type",
+            )
+        scheduler.engine()
+        body = _read_body(settings.limits)
+        waiter = Waiter(
+            scheduler,
+            shrinker,
+            settings.limits,
+            metrics,
+            arrival=g.arrival,
+            gone=_watch(request.environ.get("gunicorn.socket")),
+            on_error=_log_error,
+        )
+        if kind is BodyKind.JSON_LINES:
+            return waiter.answer_lines(parsing.split_lines(body), accept)
+        return waiter.answer_one(waiter.parse(body, request.headers.get("Content-Type")), accept)
+
+    @app.after_request
+    def echo_attributes(response: Response) -> Response:
+        attributes = request.headers.get(CUSTOM_ATTRIBUTES)
+        if attributes is not None and _is_passable(attributes):
+            response.headers[CUSTOM_ATTRIBUTES] = attributes
+        if "arrival" in g:
+            arrival, status = g.arrival, response.status_code
+            response.call_on_close(lambda: finish(status, arrival))
+        return response
+
+    def finish(status: int, arrival: float) -> None:
+        seconds = time.monotonic() - arrival
+        metrics.count_invocation(status, seconds)
+        logger.info("invocation_status=%d; invocation_seconds=%.3f;", status, seconds)
+
+    @app.errorhandler(RequestEntityTooLarge)
+    def too_large(error: RequestEntityTooLarge) -> tuple[Response, int]:
+        return any_error(parsing.too_large(settings.limits))
+
+    @app.errorhandler(HTTPException)
+    def http_error(error: HTTPException) -> tuple[Response, int]:
+        status = error.code or 500
+        code = (error.name or "error").lower().replace(" ", "_")
+        detail = ErrorDetail(
+            code=code, message=f"{request.method} {request.path}: {error.name}", field=None
+        )
+        return _error_response(detail), status
+
+    @app.errorhandler(Exception)
+    def any_error(error: Exception) -> tuple[Response, int]:
+        _log_error(error)
+        status, detail = render_error(error)
+        response = _error_response(detail)
+        if isinstance(error, Busy) and error.retry_after is not None:
+            response.headers["Retry-After"] = str(error.retry_after)
+        return response, status
+
+    return app
+
+
+def _read_body(limits: Limits) -> bytes:
+    try:
+        body = request.get_data(cache=False)
+    except ClientDisconnected as error:
+        # werkzeug says so of everything that a socket can raise, and leaves that as the context.
+        if isinstance(error.__context__, TimeoutError):
+            raise UserError(
+                "the body did not arrive in time; send it without a pause",
+                status=408,
+                code="request_timeout",
+            ) from error
+        raise UserError(
+            "the body broke off in the middle, or its chunks cannot be read", code="malformed_body"
+        ) from error
+    if len(body) > limits.max_request_bytes:
+        raise parsing.too_large(limits)
+    expected = request.content_length
+    if expected is not None and len(body) < expected:
+        raise UserError(
+            f"the body ended after {len(body):,} of {expected:,} bytes", code="malformed_body"
+        )
+    return body
+
+
+def _check_attributes() -> None:
+    attributes = request.headers.get(CUSTOM_ATTRIBUTES)
+    if attributes is not None and not _is_passable(attributes):
+        raise UserError(
+            f"{CUSTOM_ATTRIBUTES} must be at most {_MAX_ATTRIBUTES:,} visible ASCII characters, "
+            f"got {len(attributes):,} characters",
+            field=CUSTOM_ATTRIBUTES,
+            code="bad_custom_attributes",
+        )
+
+
+def _is_passable(attributes: str) -> bool:
+    is_visible = attributes.isascii() and attributes.isprintable()
+    return len(attributes) <= _MAX_ATTRIBUTES and is_visible
+
+
+def _watch(connection: socket.socket | None) -> Callable[[], bool]:
+    """A question to ask while waiting: has the client closed its end of the connection?"""
+    if connection is None:
+        return lambda: False
+    poller = select.poll()
+    poller.register(connection, select.POLLIN)
+
+    def is_gone() -> bool:
+        try:
+            if not poller.poll(0):
+                return False
+            return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    return is_gone
+
+
+def _log_error(error: Exception) -> None:
+    if isinstance(error, Cancelled):
+        logger.info("cancelled: %s", error)
+    elif isinstance(error, DalleError):
+        logger.info("refused: status=%d; code=%s; %s", error.status, error.code, error)
+    else:
+        logger.error("internal error", exc_info=error)
+
+
+def _error_response(detail: ErrorDetail) -> Response:
+    body = ErrorReply(error=detail).model_dump_json()
+    return Response(body, mimetype="application/json")

@@ -1,0 +1,87 @@
+"""What GET /metrics tells: Prometheus text from a registry of its own. Never touches the queue."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+
+from inference.api.rendering import GenerateResult
+from inference.api.replies import Timings
+
+_SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 3600)
+
+
+class Metrics:
+    """The server's counters. Every method may be called by any thread.
+
+    queue_depth, is_ready, busy_slots, threads: asked whenever the metrics are read.
+    """
+
+    content_type = CONTENT_TYPE_PLAIN_0_0_4
+
+    def __init__(
+        self,
+        *,
+        queue_depth: Callable[[], float],
+        is_ready: Callable[[], float],
+        busy_slots: Callable[[], float],
+        threads: Callable[[], float],
+    ) -> None:
+        registry = CollectorRegistry()
+        self._registry = registry
+        self._invocations = Counter(
+            "dalle_invocations", "Answered invocations.", ["status"], registry=registry
+        )
+        self._invocation_seconds = Histogram(
+            "dalle_invocation_seconds",
+            "From a request's arrival to the end of its reply.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._stage_seconds = Histogram(
+            "dalle_stage_seconds",
+            "Seconds of one generation spent in a stage.",
+            ["stage"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._candidates = Counter(
+            "dalle_candidates", "Candidates drawn to the end.", registry=registry
+        )
+        self._cut_short = Counter(
+            "dalle_cut_short", "Generations that a deadline ended early.", registry=registry
+        )
+        self._pruned = Counter(
+            "dalle_pruned", "Candidates dropped in mid-drawing.", registry=registry
+        )
+        for name, says, ask in (
+            ("dalle_queue_depth", "Work that waits or runs.", queue_depth),
+            ("dalle_ready", "1 when generations are answered.", is_ready),
+            ("dalle_busy_slots", "Sequences that are being drawn.", busy_slots),
+            ("dalle_threads", "Threads that compute on the CPU; 0 while loading.", threads),
+        ):
+            Gauge(name, says, registry=registry).set_function(ask)
+
+    def count_invocation(self, status: int, seconds: float) -> None:
+        """One answered request of POST /invocations."""
+        self._invocations.labels(str(status)).inc()
+        self._invocation_seconds.observe(seconds)
+
+    def count_candidates(self, number: int) -> None:
+        """Candidates by themselves: those of a stream that ended before its generation did."""
+        self._candidates.inc(number)
+
+    def count_generation(self, result: GenerateResult, timings: Timings) -> None:
+        """One finished generation, whole or cut short."""
+        self.count_candidates(len(result.ranked))
+        self._pruned.inc(result.pruned)
+        if result.is_cut_short:
+            self._cut_short.inc()
+        for stage in ("queue", "sample", "decode", "rank", "encode"):
+            self._stage_seconds.labels(stage).observe(getattr(timings, f"{stage}_seconds"))
+
+    def render(self) -> bytes:
+        """The Prometheus text format."""
+        return generate_latest(self._registry)

@@ -1,0 +1,137 @@
+"""gunicorn around the app: the port, the worker process and its end.
+
+The port is bound before anything heavy is imported; the worker process loads the model in its own
+thread and answers /ping with 503 meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gunicorn.app.base import BaseApplication
+from gunicorn.glogging import Logger
+
+from dalle.errors import DalleError
+from inference.engine.engine_core import Scheduler
+from inference.engine.engines import Engine
+from inference.server.gunicorn_worker import Worker
+from inference.settings import Settings
+
+if TYPE_CHECKING:
+    from flask import Flask
+
+logger = logging.getLogger(__name__)
+
+_KILL_SECONDS = 28  # after SIGTERM; the platform itself kills after 30
+_KEEP_ALIVE_SECONDS = 75  # longer than the platform keeps a connection idle, so it never races us
+_CAUSE_BYTES = 4096  # of a cause; a pipe takes so many at once without anybody reading
+
+
+class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no annotations
+    """The gunicorn application of `serve`.
+
+    load: makes the engine; called in the worker process, in the model's thread.
+    """
+
+    def __init__(
+        self, load: Callable[[], Engine], settings: Settings, *, host: str, port: int
+    ) -> None:
+        self.settings = settings
+        self.death: Exception | None = None
+        self.worker: Worker | None = None
+        self.scheduler = Scheduler(
+            load,
+            queue_size=settings.queue_size,
+            stall_seconds=settings.stall_seconds,
+            on_death=self._note_death,
+        )
+        self._pid = os.getpid()
+        self._causes, self._cause = os.pipe()  # from the worker process to this one
+        os.set_blocking(self._causes, False)
+        self._bind = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        super().__init__()
+
+    def load_config(self) -> None:
+        """Called by gunicorn. No file and no environment variable of gunicorn's is read."""
+        values: dict[str, Any] = {
+            "bind": self._bind,
+            "workers": 1,
+            "worker_class": Worker,
+            "threads": self.settings.http_threads,
+            "logger_class": _Log,
+            # Requests may take an hour. A worker whose main loop hangs does not answer pings, by
+            # which the platform replaces the whole container; gunicorn need not watch it too.
+            "timeout": 0,
+            "graceful_timeout": _KILL_SECONDS,
+            "keepalive": _KEEP_ALIVE_SECONDS,
+            "worker_tmp_dir": _writable_directory(),
+            "control_socket_disable": True,  # it would be written under HOME
+            "proc_name": "serve",
+        }
+        for name, value in values.items():
+            self.cfg.set(name, value)
+
+    def run(self) -> None:
+        """Serve until stopped; leaves by SystemExit, with gunicorn's status.
+
+        When the worker process could not begin, the last line of the log says why: gunicorn's own
+        say only that it did not.
+        """
+        try:
+            super().run()
+        except SystemExit:
+            if os.getpid() == self._pid and (cause := self._read_cause()):
+                logger.error("serve cannot begin: %s", cause)
+            raise
+
+    def load(self) -> Flask:
+        """Called by gunicorn in the worker process: start loading, return the app at once."""
+        try:
+            from inference.server.app import create_app  # not before the port is bound
+
+            self.scheduler.start()
+            return create_app(self.scheduler, self.settings)
+        except Exception as error:
+            self._tell_cause(error)
+            raise
+
+    def _tell_cause(self, error: Exception) -> None:
+        kind = "" if isinstance(error, DalleError) else f"{type(error).__name__}: "
+        line = " ".join(f"{kind}{error}".split())
+        os.write(self._cause, line.encode()[:_CAUSE_BYTES])
+
+    def _read_cause(self) -> str:
+        try:
+            return os.read(self._causes, _CAUSE_BYTES).decode(errors="replace")
+        except BlockingIOError:
+            return ""
+
+    def _note_death(self, error: Exception) -> None:
+        """A model that never worked ends the process; one that broke later answers pings 500."""
+        if not self.scheduler.was_ready:
+            self._tell_cause(error)
+            self.death = error
+            if self.worker is not None:
+                self.worker.stop_soon()
+
+
+class _Log(Logger):  # type: ignore[misc]  # gunicorn has no annotations
+    """gunicorn's messages through the handlers that `__main__` set up."""
+
+    def setup(self, cfg: Any) -> None:
+        self.cfg = cfg
+        self.error_log.propagate = True
+        self.error_log.setLevel(logging.INFO)
+
+
+def _writable_directory() -> str | None:
+    """In memory where possible: gunicorn's heartbeat file must not wait for a slow disk."""
+    for directory in ("/dev/shm", tempfile.gettempdir()):  # noqa: S108 - no name is guessed there
+        if Path(directory).is_dir() and os.access(directory, os.W_OK | os.X_OK):
+            return directory
+    return None

@@ -1,0 +1,284 @@
+"""How long pictures take, and how many a second: one workload against a URL, image or endpoint.
+
+    python -m infra benchmark --url http://127.0.0.1:8080 --clients 1 --clients 8
+    python -m infra benchmark --image dalle-sagemaker --model model.tar.gz --cpus 1 --cpus 2
+    python -m infra benchmark --endpoint dalle --rate 0.5
+
+Writes RUN.json, prints a table, and ends with one line of JSON. `infra.benchmark.measure` does the
+measuring, `infra.benchmark.load` sends the requests, `infra.benchmark.targets` knows what they are
+sent to."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dalle.errors import AwsError, UserError
+from infra.aws import client as aws
+from infra.aws.output import Console, aligned
+from infra.benchmark.http import TIMEOUT_SECONDS
+from infra.benchmark.machine import load_average
+from infra.benchmark.measure import Load, Plan, measure
+from infra.benchmark.run_file import Run, save_run
+from infra.benchmark.targets import Subject, endpoint_subject, image_subjects, url_subject
+from infra.benchmark.workload import Workload, read_captions
+from infra.cost.prices import add_table_argument, load_prices
+
+DEFAULT_CLIENTS = (1, 8, 64)
+P_NAMES = ("p50", "p95", "p99")
+
+
+# --- the command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of `benchmark`."""
+    where = parser.add_argument_group("what is measured (one of the first three)")
+    target = where.add_mutually_exclusive_group(required=True)
+    target.add_argument("--url", help="a running server, such as http://127.0.0.1:8080")
+    target.add_argument("--image", metavar="NAME", help="the local image, started here by Docker")
+    target.add_argument("--endpoint", metavar="NAME", help="a SageMaker endpoint, by boto3")
+    where.add_argument("--model", type=Path, help="of --image: a model.tar.gz or its directory")
+    where.add_argument(
+        "--cpus", type=float, action="append", help="of --image: processors; repeatable, in turns"
+    )
+    where.add_argument("--memory", metavar="LIMIT", help="of --image: such as 6g")
+    where.add_argument(
+        "--docker-option",
+        action="append",
+        default=[],
+        metavar="WORD",
+        help="of --image: a further word of `docker run`, such as --docker-option=--gpus=all",
+    )
+    where.add_argument(
+        "--device", choices=("cpu", "cuda"), help="what the server computes on, if not seen here"
+    )
+    where.add_argument("--processor", help="of --url: its processor or its GPU, in words")
+    where.add_argument(
+        "--as",
+        dest="stands_for",
+        action="append",
+        default=[],
+        metavar="TYPE",
+        help="the instance type (or serverless, lambda) whose price this run is joined with; "
+        "an assumption of yours, printed as such; repeatable",
+    )
+    work = parser.add_argument_group("what is asked for")
+    work.add_argument("--captions", type=Path, metavar="FILE", help="one caption a line")
+    work.add_argument("--caption", action="append", metavar="TEXT", help="repeatable")
+    work.add_argument("--num-candidates", type=int, default=16, help="default %(default)s")
+    work.add_argument("--num-images", type=int, default=4, help="default %(default)s")
+    work.add_argument("--format", choices=("png", "jpeg", "webp"), default="png")
+    work.add_argument("--guidance-scale", type=float, default=1.0, help="default %(default)s: off")
+    work.add_argument("--seed", type=int, default=0, help="of request 0; default %(default)s")
+    load = parser.add_argument_group("load")
+    load.add_argument(
+        "--clients",
+        type=int,
+        action="append",
+        help="closed loop: clients at once; repeatable; default 1, 8 and 64",
+    )
+    load.add_argument(
+        "--rate", type=float, action="append", help="open loop: arrivals a second; repeatable"
+    )
+    load.add_argument(
+        "--requests",
+        type=int,
+        default=100,
+        help="of each load; default %(default)s, and in each round at least 2 for each client",
+    )
+    load.add_argument("--warm-up", type=int, default=3, help="of each load; default %(default)s")
+    load.add_argument("--rounds", type=int, help="default 1, with several --cpus 3")
+    load.add_argument(
+        "--max-seconds", type=float, default=120.0, help="of each load; default %(default)s"
+    )
+    load.add_argument("--timeout", type=float, default=TIMEOUT_SECONDS, help="seconds; default 70")
+    parser.add_argument("--out", type=Path, default=Path("RUN.json"), help="default %(default)s")
+    add_table_argument(parser)
+    aws.add_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do what `add_arguments` read. Raises UserError, AccessError, AwsError."""
+    console = Console(as_json=options.json, dry_run=options.dry_run)
+    plan = _plan(options)
+    if options.dry_run:
+        print(json.dumps(_dry_run(options, plan), ensure_ascii=False, indent=1))
+        return 0
+    before = load_average()
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    with _subjects(options, console) as subjects:
+        scenarios = measure(plan, subjects, console.say)
+        runs = {
+            _out(options.out, subject, len(subjects)): Run(
+                date=now,
+                kind=subject.kind,
+                target=subject.place,
+                device=subject.device,
+                stands_for=options.stands_for or subject.stands_for,
+                hardware=subject.hardware,
+                versions=subject.versions,
+                workload=plan.workload,
+                scenarios=found,
+                ready_seconds=subject.ready_seconds,
+                peak_memory_bytes=subject.peak_memory_bytes(),
+                load_average=before,
+                rounds=plan.rounds,
+                interleaved_with=[each.name for each in subjects if each is not subject],
+            )
+            for subject, found in zip(subjects, scenarios, strict=True)
+        }
+    if not any(each.outcomes.get("200") for each in sum(scenarios, [])):
+        outcomes = {name: n for each in sum(scenarios, []) for name, n in each.outcomes.items()}
+        raise AwsError(f"no request was answered: {outcomes or 'all were refused, to the end'}")
+    for path, each in runs.items():
+        save_run(each, path)
+        console.say(f"\n{path}: {each.hardware.describe()}\n{render_run(each)}")
+    if len(runs) > 1:
+        console.say(f"\n{render_ratios(list(runs.values()))}")
+    print(json.dumps({"runs": [_brief(path, each) for path, each in runs.items()]}))
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    problems = [
+        f"--{name.replace('_', '-')} must be {least} or more, got {value}"
+        for name, least in (("requests", 1), ("warm_up", 0), ("rounds", 1))
+        if (value := getattr(options, name)) is not None and value < least
+    ]
+    problems += [f"--clients must be 1 to 512, got {n}" for n in options.clients or () if n < 1]
+    problems += [f"--rate must be above 0, got {rate}" for rate in options.rate or () if rate <= 0]
+    if bool(options.image) != bool(options.model):
+        problems.append("--image and --model go together")
+    if problems:
+        raise UserError("; ".join(problems))
+    workload = Workload(
+        captions=read_captions(options.captions, options.caption),
+        num_candidates=options.num_candidates,
+        num_images=options.num_images,
+        format=options.format,
+        guidance_scale=options.guidance_scale,
+        seed=options.seed,
+    )
+    workload.check()
+    clients = options.clients or (() if options.rate else DEFAULT_CLIENTS)
+    loads = [Load(clients=each) for each in clients]
+    loads += [Load(rate_per_second=each) for each in options.rate or ()]
+    rounds = options.rounds or (3 if len(options.cpus or ()) > 1 else 1)
+    rounds = min(rounds, options.requests)
+    return Plan(workload, loads, options.requests, options.warm_up, rounds, options.max_seconds)
+
+
+@contextlib.contextmanager
+def _subjects(options: argparse.Namespace, console: Console) -> Iterator[list[Subject]]:
+    if options.url:
+        yield [
+            url_subject(
+                options.url,
+                device=options.device,
+                processor=options.processor,
+                timeout_seconds=options.timeout,
+            )
+        ]
+    elif options.image:
+        with image_subjects(
+            options.image,
+            options.model,
+            cpus=options.cpus or (),
+            memory=options.memory,
+            options=options.docker_option,
+            timeout_seconds=options.timeout,
+            say=console.say,
+        ) as subjects:
+            yield subjects
+    else:
+        account = aws.connect(options, console)
+        table = load_prices(options.prices)
+        yield [endpoint_subject(account, options.endpoint, table, device=options.device)]
+
+
+def _out(out: Path, subject: Subject, subjects: int) -> Path:
+    if subjects == 1:
+        return out
+    return out.with_name(f"{out.stem}-{subject.name.replace(' ', '')}{out.suffix}")
+
+
+def _dry_run(options: argparse.Namespace, plan: Plan) -> dict[str, Any]:
+    return {
+        "target": options.url or options.image or options.endpoint,
+        "cpus": options.cpus,
+        "workload": plan.workload.describe(),
+        "loads": [
+            {"clients": each.clients} if each.clients else {"rate": each.rate_per_second}
+            for each in plan.loads
+        ],
+        "requests": plan.requests,
+        "rounds": plan.rounds,
+        "first_request": json.loads(plan.workload.request(0)),
+    }
+
+
+def render_run(run: Run) -> str:
+    """A table for the terminal, a line a scenario, and one of seconds by stage."""
+    head = ["load", "requests", "failed", "requests/s", "images/s", *P_NAMES]
+    lines: list[Sequence[str]] = [[*head, "mean seconds by stage"]]
+    for each in run.scenarios:
+        seconds = [f"{getattr(each.latency, p):.3f}" if each.latency else "-" for p in P_NAMES]
+        stages = " ".join(f"{name} {found.mean:.3f}" for name, found in each.stages.items())
+        rates = [f"{each.requests_per_second:.3g}", f"{each.images_per_second:.3g}"]
+        lines.append([each.name, str(each.requests), str(each.errors), *rates, *seconds, stages])
+    notes = [
+        f"refused and asked again: {each.refusals} ({each.name})"
+        for each in run.scenarios
+        if each.refusals
+    ]
+    return "\n".join([*aligned(lines), *notes])
+
+
+def render_ratios(runs: Sequence[Run]) -> str:
+    """How many times as many requests a second each run answers as the first, load by load.
+
+    The median of the rounds' own ratios: a disturbance in one round leaves the others alone.
+    """
+    first = runs[0]
+    lines = []
+    for place, base in enumerate(first.scenarios):
+        for other in runs[1:]:
+            pairs = zip(base.by_round, other.scenarios[place].by_round, strict=True)
+            ratios = [theirs / ours for ours, theirs in pairs if ours]
+            if ratios and base.load == "closed":
+                span = f", {min(ratios):.2f} to {max(ratios):.2f}" if len(ratios) > 1 else ""
+                lines.append(
+                    f"{base.name}: {_limit(other)} answer {statistics.median(ratios):.2f} times "
+                    f"the requests of {_limit(first)} (median of {len(ratios)} rounds{span})"
+                )
+    return "\n".join(lines)
+
+
+def _limit(run: Run) -> str:
+    limit = run.hardware.cpu_limit
+    return f"{limit:g} processors" if limit else "all processors"
+
+
+def _brief(path: Path, run: Run) -> dict[str, Any]:
+    return {
+        "out": str(path),
+        "device": run.device,
+        "hardware": run.hardware.describe(),
+        "peak_memory_bytes": run.peak_memory_bytes,
+        "scenarios": {
+            each.name: {
+                "requests_per_second": round(each.requests_per_second, 4),
+                "images_per_second": round(each.images_per_second, 4),
+                **{p: round(getattr(each.latency, p), 4) for p in P_NAMES if each.latency},
+                "failed": each.errors,
+            }
+            for each in run.scenarios
+        },
+    }

@@ -1,0 +1,204 @@
+"""What a picture costs, and which way to serve: measured runs joined with dated prices.
+
+    python -m infra compare RUN.json=ml.c7i.large,serverless
+    python -m infra compare cpu.json=ml.c5.large gpu.json=ml.g5.xlarge --html out/compare.html
+
+Prints a recommendation with its reasons and the tables behind it; writes JSON and one HTML page
+when asked. The arithmetic is `infra.cost.costs`, the joining `infra.compare.join`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dalle.errors import UserError
+from infra.aws.output import Console, aligned
+from infra.benchmark.run_file import Run, load_run
+from infra.compare.join import Comparison, join
+from infra.compare.page import write_page
+from infra.compare.tables import Table, tables
+from infra.compare.words import claims, quietness, recommendation
+from infra.cost.assumptions import Assumptions
+from infra.cost.prices import DEFAULT_REGION, add_table_argument, load_prices
+
+DEFAULT_VOLUMES = (10.0, 100.0, 1_000.0, 10_000.0, 100_000.0)
+TITLE = "What a picture costs"
+WIDTH = 100
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of `compare`."""
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN.json[=TYPE,...]",
+        help="a run as `benchmark` wrote it, and what it stands for: instance types, serverless, "
+        "lambda; without =TYPE what its --as said",
+    )
+    parser.add_argument("--region", default=DEFAULT_REGION, help="of the prices; %(default)s")
+    parser.add_argument(
+        "--requests-per-day", type=float, action="append", metavar="N", help="repeatable"
+    )
+    parser.add_argument(
+        "--assume",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change an assumption that the report lists; repeatable",
+    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write everything as JSON")
+    parser.add_argument("--title", default=TITLE, help="of the page; default %(default)r")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON, only")
+    add_table_argument(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do what `add_arguments` read. Raises UserError, PriceMissing."""
+    console = Console(as_json=options.json)
+    comparison = join(
+        read_runs(options.runs),
+        load_prices(options.prices),
+        region=options.region,
+        assumptions=Assumptions().with_values(_assumed(options.assume)),
+        volumes=_volumes(options.requests_per_day),
+    )
+    whole = as_json(comparison)
+    console.say(render_text(comparison))
+    if options.html:
+        date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+        write_page(comparison, options.html, title=options.title, date=date)
+        console.say(f"\n{options.html} written")
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = options.out.with_name(f"{options.out.name}.tmp")
+        unfinished.write_text(json.dumps(whole, ensure_ascii=False, indent=1) + "\n", "utf-8")
+        os.replace(unfinished, options.out)
+        console.say(f"{options.out} written")
+    return console.finish(**whole)
+
+
+def read_runs(words: Sequence[str]) -> list[tuple[str, Run, list[str]]]:
+    """Name, run and what it stands for, of words such as `out/cpu.json=ml.c5.large,serverless`."""
+    found: list[tuple[str, Run, list[str]]] = []
+    for word in words:
+        path, _, types = word.partition("=")
+        name = Path(path).stem
+        if name in {each[0] for each in found}:
+            name = path
+        kinds = [each.strip() for each in types.split(",") if each.strip()]
+        found.append((name, load_run(Path(path)), kinds))
+    return found
+
+
+def _volumes(given: Sequence[float] | None) -> list[float]:
+    for each in given or ():
+        if not 1 <= each <= 1e6:
+            raise UserError(f"--requests-per-day must be 1 to 1,000,000, got {each:g}")
+    return list(given or DEFAULT_VOLUMES)
+
+
+def _assumed(words: Sequence[str]) -> dict[str, float]:
+    found = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            raise UserError(f"--assume must be NAME=NUMBER, got {word!r}", field=name) from None
+    return found
+
+
+def render_text(comparison: Comparison) -> str:
+    """The comparison for the terminal."""
+    parts = []
+    for line in [*recommendation(comparison), *quietness(comparison)]:
+        parts.append(textwrap.fill(line, WIDTH, subsequent_indent="  "))
+    parts += [_text_table(each) for each in tables(comparison)]
+    return "\n\n".join(parts)
+
+
+def _text_table(table: Table) -> str:
+    """Columns side by side; where the last ones hold sentences, they stand below instead."""
+    rows = [[name.removeprefix("#") for name in table.columns], *map(list, table.rows)]
+    if max(len(line) for line in aligned(rows)) <= 2 * WIDTH - 40:
+        body = aligned(rows)
+    else:
+        long = [
+            column
+            for column in range(1, len(rows[0]))
+            if max(len(row[column]) for row in rows) > WIDTH // 3
+        ]
+        short = [column for column in range(len(rows[0])) if column not in long]
+        heads, *lines = aligned([[row[column] for column in short] for row in rows])
+        body = [heads]
+        for line, row in zip(lines, table.rows, strict=True):
+            body.append(line)
+            for column in long:
+                if row[column]:
+                    body += textwrap.wrap(
+                        row[column], WIDTH, initial_indent="    ", subsequent_indent="    "
+                    )
+    return "\n".join([table.title.upper(), *body])
+
+
+def as_json(comparison: Comparison) -> dict[str, Any]:
+    """Everything that the tables show, as values."""
+    return {
+        "region": comparison.region,
+        "recommendation": recommendation(comparison),
+        "quietness": quietness(comparison),
+        "options": [
+            {
+                "name": option.name,
+                "kind": option.kind,
+                "stands_for": option.joined.stands_for,
+                "run": option.joined.name,
+                "device": option.joined.run.device,
+                "problem": option.problem or None,
+                "busy": asdict(option.busy),
+                "months": [asdict(option.month(each)) for each in comparison.volumes],
+                "prices": [price.model_dump() for price in option.prices],
+            }
+            for option in comparison.options
+        ],
+        "not_measured": [
+            {
+                "instance_type": each.instance_type,
+                "gpu": each.hardware.gpu,
+                "price": each.price.model_dump(),
+                "usd_per_month_always_on": each.usd_per_month,
+                "speedup_needed": each.speedup,
+                "against": each.base.joined.stands_for if each.base else None,
+            }
+            for each in comparison.not_measured
+        ],
+        "cheapest_while_callers_wait": [
+            {"from_requests_per_day": e.low, "to_requests_per_day": e.high, "option": e.option.name}
+            for e in comparison.ranges_at_once
+        ],
+        "cheapest_of_all": [
+            {"from_requests_per_day": e.low, "to_requests_per_day": e.high, "option": e.option.name}
+            for e in comparison.ranges_any
+        ],
+        "break_even": [
+            {
+                "requests_per_day": each.requests_per_day,
+                "usd_per_month": each.usd,
+                "cheaper_below": each.cheaper_below.name,
+                "cheaper_above": each.cheaper_above.name,
+            }
+            for each in comparison.crossings
+        ],
+        "article": [asdict(each) for each in claims(comparison)],
+        "assumptions": asdict(comparison.assumptions),
+        "stands_for": {each.stands_for: each.assumption for each in comparison.joined},
+    }

@@ -1,0 +1,192 @@
+"""Measured runs joined with dated prices: what each way to serve would cost, and which is best.
+
+What was not measured stays "not measured", with what it would have to do to be worth its price.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dalle.errors import UserError
+from infra.benchmark.run_file import Run
+from infra.compare.options import ORDER, Joined, Option, joined_of, options_of, types_of
+from infra.cost import costs
+from infra.cost.assumptions import Assumptions
+from infra.cost.prices import InstanceType, Price, PriceTable
+
+GPUS_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class NotMeasured:
+    """An instance with a GPU that no run stands for.
+
+    base: the measured instance with the cheapest pictures. speedup: how many times its requests
+    this one must answer so that a picture costs the same. None where no instance was measured.
+    """
+
+    instance_type: str
+    hardware: InstanceType
+    price: Price
+    usd_per_month: float
+    base: Option | None
+    speedup: float | None
+
+
+@dataclass(frozen=True)
+class Range:
+    """The cheapest option from so many requests a day to so many."""
+
+    low: float
+    high: float
+    option: Option
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """Where two options cost the same. cheaper_below: the one to take at fewer requests a day."""
+
+    requests_per_day: float
+    usd: float
+    cheaper_below: Option
+    cheaper_above: Option
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that a report shows."""
+
+    region: str
+    joined: list[Joined]
+    options: list[Option]
+    not_measured: list[NotMeasured]
+    assumptions: Assumptions
+    table: PriceTable
+    volumes: list[float]
+    ranges_at_once: list[Range]
+    ranges_any: list[Range]
+    crossings: list[Crossing]
+
+    @property
+    def has_gpu(self) -> bool:
+        """Whether a run used one."""
+        return any(each.run.device == "cuda" for each in self.joined)
+
+    @property
+    def runs(self) -> dict[str, Run]:
+        """Every run once, by its name."""
+        return {each.name: each.run for each in self.joined}
+
+    @property
+    def prices(self) -> list[Price]:
+        """Every price that a figure rests on, once."""
+        used = [price for option in self.options for price in option.prices]
+        used += [each.price for each in self.not_measured]
+        return list(dict.fromkeys(used))
+
+
+LOW, HIGH = 1.0, 1e6  # requests a day that are looked at
+
+
+def join(
+    runs: Sequence[tuple[str, Run, Sequence[str]]],
+    table: PriceTable,
+    *,
+    region: str,
+    assumptions: Assumptions,
+    volumes: Sequence[float],
+) -> Comparison:
+    """Compare runs, each with a name and what it stands for.
+
+    Raises UserError for a run that stands for nothing, or for a GPU when it has none, and
+    PriceMissing for a type without a price.
+    """
+    joined = [
+        joined_of(name, run, stands_for, table)
+        for name, run, types in runs
+        for stands_for in types_of(name, run, types)
+    ]
+    seen: dict[str, str] = {}
+    for each in joined:
+        if each.stands_for in seen:
+            raise UserError(
+                f"{seen[each.stands_for]} and {each.name} both stand for {each.stands_for}; "
+                "leave one of them"
+            )
+        seen[each.stands_for] = each.name
+    options = [option for each in joined for option in options_of(each, table, region, assumptions)]
+    options.sort(key=lambda option: (ORDER.index(option.kind), option.prices[0].usd))
+    usable = [each for each in options if not each.problem]
+    at_once = cheapest([each for each in usable if each.answers_at_once])
+    return Comparison(
+        region=region,
+        joined=joined,
+        options=options,
+        not_measured=_not_measured(joined, options, table, region, assumptions),
+        assumptions=assumptions,
+        table=table,
+        volumes=sorted(volumes),
+        ranges_at_once=at_once,
+        ranges_any=cheapest(usable),
+        crossings=_crossings(at_once),
+    )
+
+
+def _not_measured(
+    joined: Sequence[Joined],
+    options: Sequence[Option],
+    table: PriceTable,
+    region: str,
+    assumptions: Assumptions,
+) -> list[NotMeasured]:
+    """The cheapest instances with one GPU that no run stands for."""
+    measured = {each.stands_for for each in joined}
+    hourly = [
+        each
+        for each in table.prices
+        if each.component == "Hosting" and each.region == region and each.item not in measured
+    ]
+    always = [each for each in options if each.kind == "always on"]
+    bases = [each for each in always if not each.problem] or always
+    base = min(bases, key=lambda each: each.busy.usd_per_1000_requests, default=None)
+    found = [
+        NotMeasured(
+            each.item,
+            table.instance_types[each.item],
+            each,
+            each.usd * assumptions.hours_per_month,
+            base,
+            each.usd / base.busy.usd_per_hour if base else None,
+        )
+        for each in hourly
+        if each.item in table.instance_types and table.instance_types[each.item].gpus == 1
+    ]
+    return sorted(found, key=lambda each: each.price.usd)[:GPUS_SHOWN]
+
+
+def cheapest(options: Sequence[Option]) -> list[Range]:
+    """Which option costs least, from LOW to HIGH requests a day; neighbours of one are joined."""
+    if not options:
+        return []
+    places = {LOW, HIGH}
+    for number, first in enumerate(options):
+        for second in options[number + 1 :]:
+            places |= set(costs.crossings(first.usd, second.usd, low=LOW, high=HIGH))
+    ranges: list[Range] = []
+    ordered = sorted(places)
+    for low, high in zip(ordered, ordered[1:], strict=False):
+        middle = (low * high) ** 0.5
+        best = min(options, key=lambda option: option.usd(middle))
+        if ranges and ranges[-1].option is best:
+            ranges[-1] = Range(ranges[-1].low, high, ranges[-1].option)
+        else:
+            ranges.append(Range(low, high, best))
+    return ranges
+
+
+def _crossings(ranges: Sequence[Range]) -> list[Crossing]:
+    return [
+        Crossing(before.high, after.option.usd(before.high), before.option, after.option)
+        for before, after in zip(ranges, ranges[1:], strict=False)
+    ]

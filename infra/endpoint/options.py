@@ -1,0 +1,152 @@
+"""The options of `deploy`, and the deployment that they and the defaults of each mode describe."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dalle.errors import PlanError
+from infra.aws import project
+from infra.aws.limits import MODES, Deployment, Mode, default_ami, has_gpu
+from infra.aws.project import IMAGE_TAG, Image
+
+DEFAULT_INSTANCE: dict[Mode, str | None] = {
+    "realtime": "ml.c7i.2xlarge",
+    "async": "ml.g5.xlarge",
+    "serverless": None,
+    "batch": "ml.g5.xlarge",
+}
+DEFAULT_CONCURRENT: dict[Mode, int] = {"realtime": 4, "async": 1, "serverless": 1, "batch": 2}
+# What the server is told of its limits: a little less than the platform's own, so that the reply
+# that explains arrives before the platform breaks off.
+DEADLINES: dict[Mode, int] = {"realtime": 55, "serverless": 55, "async": 890, "batch": 590}
+REPLY_MB: dict[Mode, int] = {"realtime": 5, "serverless": 3, "async": 100, "batch": 90}
+DEFAULT_MEMORY_MB = 6144
+LOCAL_PORT = 8080
+DEFAULT_CONCURRENCY = 5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--mode", choices=MODES, default="async", help="default: async")
+    parser.add_argument(
+        "--name", help="tells several endpoints of one project apart; becomes PROJECT-NAME"
+    )
+    parser.add_argument(
+        "--model", metavar="URI", help="s3://…/model.tar.gz; default: of the newest completed job"
+    )
+    parser.add_argument("--tag", default=IMAGE_TAG, help=f"the image's tag; default: {IMAGE_TAG}")
+    parser.add_argument(
+        "--env",
+        action="append",
+        type=project.pair,
+        default=[],
+        metavar="NAME=VALUE",
+        help="for the server (`serve --help` lists the names); repeatable",
+    )
+    parser.add_argument("--isolate", action="store_true", help="give the container no network")
+    parser.add_argument(
+        "--no-wait", dest="wait", action="store_false", help="return before it is in service"
+    )
+    parser.add_argument(
+        "--local",
+        action="store_true",
+        help="serve the image on this machine until Ctrl-C; --model is then a file or folder",
+    )
+    parser.add_argument(
+        "--port", type=int, default=LOCAL_PORT, help=f"with --local; default: {LOCAL_PORT}"
+    )
+    hosts = parser.add_argument_group("instances (realtime, async, batch)")
+    hosts.add_argument(
+        "--instance-type",
+        help=f"default: {DEFAULT_INSTANCE['async']}, for realtime {DEFAULT_INSTANCE['realtime']}",
+    )
+    hosts.add_argument(
+        "--min-instances", type=int, help="default: 1, and 0 for async, which then costs nothing"
+    )
+    hosts.add_argument("--max-instances", type=int, help="default: 1, or --min-instances")
+    hosts.add_argument(
+        "--concurrent",
+        type=int,
+        help="requests that one instance is to have at once; default: 4, async 1, batch 2",
+    )
+    hosts.add_argument(
+        "--ami", help="InferenceAmiVersion; default: what has a driver for the image's CUDA"
+    )
+    hosts.add_argument("--startup-seconds", type=int, default=600, help="default: 600")
+    hosts.add_argument("--download-seconds", type=int, default=600, help="default: 600")
+    hosts.add_argument("--volume-gb", type=int, help="default: the platform's")
+    share = parser.add_argument_group("serverless")
+    share.add_argument("--memory-mb", type=int, help=f"default: {DEFAULT_MEMORY_MB}")
+    share.add_argument("--max-concurrency", type=int, help=f"default: {DEFAULT_CONCURRENCY}")
+    share.add_argument("--provisioned-concurrency", type=int, help="always warm; default: none")
+    work = parser.add_argument_group("batch")
+    work.add_argument("--captions", type=Path, help="a text file, one caption a line")
+    work.add_argument("--out", type=Path, help="a folder for the pictures; default: out/batch")
+    parser.add_argument(
+        "--invocation-seconds", type=int, help="for one request; default: 60, async and batch 900"
+    )
+
+
+def check_given(options: argparse.Namespace) -> None:
+    """Raises PlanError for options that belong to another mode, or lack one they need."""
+    if options.mode == "batch" and options.captions is None:
+        raise PlanError("--mode batch needs --captions, a text file with one caption a line")
+    if options.local and options.model is None:
+        raise PlanError("--local needs --model, such as out/local/model.tar.gz")
+    if options.mode != "batch":
+        for name in ("captions", "out"):
+            if getattr(options, name) is not None:
+                raise PlanError(f"--{name} is for --mode batch alone")
+
+
+def endpoint_name(project_name: str, name: str | None) -> str:
+    """What the endpoint is called at AWS. `name` may be given with or without the project."""
+    if not name or name == project_name:
+        return project_name
+    return name if name.startswith(f"{project_name}-") else f"{project_name}-{name}"
+
+
+def read(
+    options: argparse.Namespace, project_name: str, image: Image, model_data: str
+) -> Deployment:
+    """The deployment that the options describe, each mode's defaults filled in."""
+    mode: Mode = options.mode
+    kind = options.instance_type or DEFAULT_INSTANCE[mode]
+    is_gpu = kind is not None and has_gpu(kind)
+    seconds = options.invocation_seconds
+    is_long = mode in ("async", "batch")
+    environment = {
+        # A GPU that cannot be used shall fail the start, not cost its price for a CPU's pace.
+        "DALLE_DEVICE": "cuda" if is_gpu else "cpu",
+        "DALLE_DEADLINE_SECONDS": str(max(1, seconds - 10) if seconds else DEADLINES[mode]),
+        "DALLE_MAX_REPLY_MB": str(REPLY_MB[mode]),
+        **dict(options.env),
+    }
+    if options.min_instances is not None:
+        least = options.min_instances
+    else:
+        least = 0 if mode == "async" else 1
+    serverless = mode == "serverless"
+    memory, most = options.memory_mb, options.max_concurrency
+    return Deployment(
+        name=endpoint_name(project_name, options.name),
+        mode=mode,
+        image_uri=image.uri,
+        model_data=model_data,
+        image_bytes=image.num_bytes,
+        compressed_bytes=image.compressed_bytes,
+        instance_type=kind,
+        min_instances=least,
+        max_instances=max(1, least) if options.max_instances is None else options.max_instances,
+        concurrent_per_instance=options.concurrent or DEFAULT_CONCURRENT[mode],
+        memory_mb=DEFAULT_MEMORY_MB if serverless and memory is None else memory,
+        max_concurrency=DEFAULT_CONCURRENCY if serverless and most is None else most,
+        provisioned_concurrency=options.provisioned_concurrency,
+        ami=options.ami or (default_ami(kind) if kind and mode != "batch" else None),
+        startup_seconds=options.startup_seconds,
+        download_seconds=options.download_seconds,
+        invocation_seconds=seconds or (900 if is_long else 60),
+        volume_gb=options.volume_gb,
+        environment=environment,
+        isolate=options.isolate,
+    )

@@ -1,0 +1,280 @@
+"""`train`: one job for all stages, or a chain of jobs that hand the artefact on.
+
+A job is named by a digest of what it is to learn from what. So a second run finds the jobs that
+are there: it waits for one that runs, takes the model of one that is done, and starts a failed one
+anew, from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, get_args
+
+from dalle.errors import AwsError, PlanError, UserError
+from dalle.types import STAGES
+from infra.aws import project
+from infra.aws.project import IMAGE_TAG, Outputs, Project
+from infra.aws.request import Call
+from infra.endpoint import local_runs
+from infra.jobs import progress
+from infra.jobs.training_job import (
+    Distribution,
+    InputMode,
+    Run,
+    Stage,
+    check_run,
+    job_name,
+    model_uri,
+    training_call,
+)
+
+MAX_ATTEMPTS = 20
+ENDED_BADLY = ("Failed", "Stopped")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run_arguments(parser)
+    parser.add_argument(
+        "--stages",
+        type=stages,
+        default=("all",),
+        metavar="STAGE,…",
+        help="all in one job (default), or a chain such as dvae,transformer,clip, a job each",
+    )
+    parser.add_argument(
+        "--no-wait", dest="wait", action="store_false", help="return once the job is started"
+    )
+    parser.add_argument(
+        "--local", action="store_true", help="train the image on this machine instead of at AWS"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/local"), help="with --local: folder; out/local"
+    )
+    parser.add_argument("--image", default=None, help="with --local: the image's name")
+    project.add_arguments(parser)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `train` and `tune` have in common."""
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="NAME|URI",
+        help="a name given to `upload`, or s3://…/ with train/ and, if you like, validation/; "
+        "with --local a folder",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        type=project.pair,
+        default=[],
+        metavar="NAME=VALUE",
+        help="a hyperparameter (training/README.md, Hyperparameters); repeatable",
+    )
+    parser.add_argument("--artefact", metavar="URI", help="an earlier model.tar.gz to go on from")
+    parser.add_argument("--clip", metavar="URI", help="a pretrained OpenAI CLIP file")
+    parser.add_argument("--tag", default=IMAGE_TAG, help=f"the image's tag; default: {IMAGE_TAG}")
+    parser.add_argument(
+        "--run",
+        default="",
+        metavar="NAME",
+        help="a word in the names of its jobs; another word is another run",
+    )
+    parser.add_argument("--instance-type", default="ml.g5.xlarge", help="default: ml.g5.xlarge")
+    parser.add_argument("--instance-count", type=int, default=1, help="hosts; default: 1")
+    parser.add_argument("--volume-gb", type=int, default=50, help="disk; default: 50")
+    parser.add_argument("--max-hours", type=float, default=24.0, help="of running; default: 24")
+    parser.add_argument("--spot", action="store_true", help="spare capacity: cheaper, may pause")
+    parser.add_argument(
+        "--max-wait-hours", type=float, help="with --spot, waiting included; default: twice"
+    )
+    parser.add_argument(
+        "--input-mode",
+        choices=get_args(InputMode),
+        default="File",
+        help="File copies the data first; FastFile streams it, for tar shards of 50 MB and more; "
+        "Pipe brings it once through a pipe, as an augmented manifest must come",
+    )
+    parser.add_argument(
+        "--distribution",
+        choices=get_args(Distribution),
+        default="FullyReplicated",
+        help="of the training data: all of it to every host, or other shards to each",
+    )
+    parser.add_argument(
+        "--attributes",
+        type=attributes,
+        default=(),
+        metavar="NAME,…",
+        help="the data are an augmented manifest (--data s3://….manifest): the image's attribute "
+        "in it, and then the captions'",
+    )
+    parser.add_argument(
+        "--validation", metavar="URI", help="held-out pairs: s3://…/, with --attributes a manifest"
+    )
+    parser.add_argument(
+        "--env", action="append", type=project.pair, default=[], metavar="NAME=VALUE"
+    )
+    parser.add_argument(
+        "--keep-alive-minutes", type=float, default=0.0, help="warm pool for the next job"
+    )
+    parser.add_argument("--isolate", action="store_true", help="give the container no network")
+
+
+def attributes(text: str) -> tuple[str, ...]:
+    """Names of an augmented manifest's attributes. For argparse."""
+    names = tuple(text.split(","))
+    if all(names) and len(set(names)) == len(names) and len(names) >= 2:
+        return names
+    raise argparse.ArgumentTypeError(
+        f"expected the image's attribute and then the captions', such as source-ref,caption, got "
+        f"{text!r}"
+    )
+
+
+def stages(text: str) -> tuple[Stage, ...]:
+    """`all`, or stages in the order of training. For argparse."""
+    found = tuple(text.split(","))
+    known = get_args(Stage)
+    in_order = found == ("all",) or found == tuple(stage for stage in STAGES if stage in found)
+    if found and in_order and all(stage in known for stage in found):
+        return found  # type: ignore[return-value]
+    raise argparse.ArgumentTypeError(
+        f"expected all, or some of {','.join(STAGES)} in this order, got {text!r}"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.local:
+        return local_runs.train(options)
+    opened = project.open_project(options)
+    wanted = read_run(options, opened)
+    artefact = options.artefact
+    jobs = []
+    for stage in options.stages:
+        job = start(opened, wanted, stage, artefact)
+        jobs.append(job)
+        is_last = stage == options.stages[-1]
+        if not opened.aws.dry_run and (options.wait or not is_last):
+            finish(opened, job)
+        artefact = model_uri(wanted, job)
+    waited = options.wait
+    opened.console.say(
+        f"\nmodel: {artefact}" if waited else f"\nmodel, when it is done: {artefact}"
+    )
+    return opened.console.finish(run=wanted.name, jobs=jobs, model=artefact, waited=waited)
+
+
+def read_run(options: argparse.Namespace, opened: Project) -> Run:
+    """The run that the options describe. Raises PlanError for what the platform cannot do."""
+    given = dict(options.set)
+    if "stage" in given:
+        raise PlanError("the stage is given by --stages, not by --set stage=…")
+    outputs = opened.outputs()
+    image = opened.image(outputs.repository, options.tag)
+    if options.attributes:
+        if not options.data.startswith("s3://") or options.data.endswith("/"):
+            raise PlanError(
+                f"with --attributes, --data is an augmented manifest in S3, got {options.data}"
+            )
+        channels = {"train": options.data}
+    else:
+        channels = data_channels(opened, outputs, options.data)
+    if options.validation:
+        channels["validation"] = options.validation
+    if options.clip:
+        channels["clip"] = options.clip
+    wait = options.max_wait_hours
+    wanted = Run(
+        project=opened.name,
+        image_uri=image.uri,
+        role_arn=outputs.role_arn,
+        bucket=outputs.bucket,
+        channels=channels,
+        hyperparameters=given,
+        instance_type=options.instance_type,
+        instance_count=options.instance_count,
+        volume_gb=options.volume_gb,
+        max_runtime_seconds=round(options.max_hours * 3600),
+        max_wait_seconds=None if wait is None else round(wait * 3600),
+        spot=options.spot,
+        keep_alive_seconds=round(options.keep_alive_minutes * 60),
+        input_mode=options.input_mode,
+        distribution=options.distribution,
+        attributes=options.attributes,
+        isolate=options.isolate,
+        environment=dict(options.env),
+        note=options.run,
+    )
+    check_run(wanted)
+    return wanted
+
+
+def data_channels(opened: Project, outputs: Outputs, data: str) -> dict[str, str]:
+    """The channels `train` and, where there is one, `validation`. Raises UserError without data.
+
+    A folder without train/ in it is the channel `train` itself.
+    """
+    base = data if data.startswith("s3://") else f"s3://{outputs.bucket}/data/{data}"
+    # Without the slash, a channel would also take in what only begins alike: train, train_old.
+    base = base.rstrip("/") + "/"
+    if holds_objects(opened, f"{base}train/"):
+        found = {"train": f"{base}train/"}
+        if holds_objects(opened, f"{base}validation/"):
+            found["validation"] = f"{base}validation/"
+        return found
+    if holds_objects(opened, base):
+        return {"train": base}
+    raise UserError(
+        f"there is nothing at {base}; `python -m infra upload FOLDER --name {data}` puts it there"
+    )
+
+
+def holds_objects(opened: Project, uri: str) -> bool:
+    bucket, prefix = project.split_uri(uri)
+    answer = opened.aws.call(
+        Call("s3", "ListObjectsV2", {"Bucket": bucket, "Prefix": prefix, "MaxKeys": 1}),
+        answer={"KeyCount": 1},
+    )
+    return bool(answer["KeyCount"])
+
+
+def start(opened: Project, wanted: Run, stage: Stage, artefact: str | None) -> str:
+    """Start the stage's job unless it runs or is done; returns its name."""
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        name = job_name(wanted, stage, attempt)
+        found = opened.aws.find(describe(name))
+        if found is None:
+            break
+        status = found["TrainingJobStatus"]
+        if status == "Completed" and not holds_objects(opened, model_uri(wanted, name)):
+            status = "Completed, but its model is gone"
+        elif status not in ENDED_BADLY:
+            opened.console.item(f"training job {name}", f"already there, {status}")
+            return name
+        opened.console.item(f"training job {name}", f"{status}; another attempt")
+    else:
+        raise UserError(
+            f"{MAX_ATTEMPTS} attempts at {job_name(wanted, stage)} have failed; "
+            f"`python -m infra status {name}` says why, and --run gives another name"
+        )
+    opened.aws.call(training_call(wanted, stage, name, opened.tags, artefact))
+    opened.console.item(f"training job {name}", "made")
+    return name
+
+
+def finish(opened: Project, name: str) -> dict[str, Any]:
+    """Show the job's progress until it ends. Raises AwsError with the reason when it fails."""
+    done = progress.follow(opened, name)
+    status = done["TrainingJobStatus"]
+    if status != "Completed":
+        raise AwsError(
+            f"training job {name} is {status}: {done.get('FailureReason') or 'no reason given'}\n"
+            f"its log: python -m infra logs {name}"
+        )
+    return done
+
+
+def describe(name: str) -> Call:
+    return Call("sagemaker", "DescribeTrainingJob", {"TrainingJobName": name})

@@ -1,0 +1,232 @@
+"""The request for one training job: pure functions from a run to CreateTrainingJob's parameters.
+
+`train` sends it, and `tune` takes the same parts into its job definition.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dalle.platform.environment import Paths
+from dalle.platform.metric_lines import METRIC_DEFINITIONS
+from dalle.types import StageName
+from infra.aws import limits
+from infra.aws.request import Call, digest
+
+InputMode = Literal["File", "FastFile", "Pipe"]
+Distribution = Literal["FullyReplicated", "ShardedByS3Key"]
+DATA = ("train", "validation")
+Stage = Literal[StageName, "all"]
+MODEL_FILE = "model.tar.gz"
+MAX_NOTE = 15
+NOTE_PATTERN = rf"(?=.{{1,{MAX_NOTE}}}$)[a-zA-Z0-9]+(-[a-zA-Z0-9]+)*"
+"""A job's name has 63 characters: the project's, the note, a digest, a stage and an attempt."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one `train` command asks for; the same run has the same digest, and so the same names.
+
+    channels: name -> s3 address of a folder (or, for `artefact` and `clip`, of a file).
+    spot: spare capacity, cheaper and interruptible. keep_alive_seconds: of a warm pool.
+    distribution: of the channel train over the hosts. attributes: of an augmented manifest, where
+    the data are one.
+    note: a word for people in the names.
+    """
+
+    project: str
+    image_uri: str
+    role_arn: str
+    bucket: str
+    channels: Mapping[str, str]
+    hyperparameters: Mapping[str, str] = field(default_factory=dict)
+    instance_type: str = "ml.g5.xlarge"
+    instance_count: int = 1
+    volume_gb: int = 50
+    max_runtime_seconds: int = 24 * 3600
+    max_wait_seconds: int | None = None
+    spot: bool = False
+    keep_alive_seconds: int = 0
+    input_mode: InputMode = "File"
+    distribution: Distribution = "FullyReplicated"
+    attributes: tuple[str, ...] = ()
+    isolate: bool = False
+    environment: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def digest(self) -> str:
+        """Of everything that decides what is learned; how long one may wait for it does not."""
+        return digest(
+            [
+                self.image_uri,
+                self.bucket,
+                dict(self.channels),
+                dict(self.hyperparameters),
+                dict(self.environment),
+                self.instance_type,
+                self.instance_count,
+                self.note,
+                *([self.distribution] if self.distribution != "FullyReplicated" else []),
+                *self.attributes,
+            ]
+        )
+
+    @property
+    def name(self) -> str:
+        return "-".join(part for part in (self.project, self.note, self.digest) if part)
+
+
+def check_run(run: Run) -> None:
+    """Raises PlanError with a line for every limit that the run would break."""
+    wrong = list(limits.check_instance_type(run.instance_type))
+    if run.note and not re.fullmatch(NOTE_PATTERN, run.note):
+        wrong.append(
+            f"--run is 1 to {MAX_NOTE} letters, digits and single dashes, got {run.note!r}"
+        )
+    if not 1 <= run.max_runtime_seconds <= limits.MAX_RUNTIME_SECONDS:
+        wrong.append(
+            f"a job may run for 1 s to {limits.MAX_RUNTIME_SECONDS:,} s (28 days), "
+            f"got {run.max_runtime_seconds:,}"
+        )
+    if run.max_wait_seconds is not None and not run.spot:
+        wrong.append("--max-wait-hours is for --spot alone")
+    if run.max_wait_seconds is not None and run.max_wait_seconds < run.max_runtime_seconds:
+        wrong.append(
+            f"--max-wait-hours counts waiting and running, and must be at least --max-hours, "
+            f"which is {run.max_runtime_seconds / 3600:g}, got {run.max_wait_seconds / 3600:g}"
+        )
+    if not 0 <= run.keep_alive_seconds <= limits.KEEP_ALIVE_SECONDS:
+        wrong.append(
+            f"a warm pool is kept for at most {limits.KEEP_ALIVE_SECONDS // 60} minutes, "
+            f"got {run.keep_alive_seconds / 60:g}"
+        )
+    if run.keep_alive_seconds and run.spot:
+        wrong.append("a warm pool (--keep-alive-minutes) cannot be of spot instances (--spot)")
+    if run.instance_count < 1:
+        wrong.append(f"a job trains on 1 instance or more, got {run.instance_count}")
+    if run.attributes and run.input_mode != "Pipe":
+        wrong.append(
+            f"an augmented manifest (--attributes) comes by --input-mode Pipe alone, got "
+            f"{run.input_mode}"
+        )
+    if len(run.attributes) > limits.ATTRIBUTES:
+        wrong.append(
+            f"--attributes are at most {limits.ATTRIBUTES} names, got {len(run.attributes)}"
+        )
+    wrong += _check_hyperparameters(run.hyperparameters)
+    limits.raise_all(f"training run {run.name}", wrong)
+
+
+def _check_hyperparameters(hyperparameters: Mapping[str, str]) -> list[str]:
+    wrong = []
+    if len(hyperparameters) > limits.HYPERPARAMETERS:
+        wrong.append(
+            f"at most {limits.HYPERPARAMETERS} hyperparameters, got {len(hyperparameters)}"
+        )
+    for name, value in hyperparameters.items():
+        if len(name) > limits.HYPERPARAMETER_NAME:
+            wrong.append(f"hyperparameter {name[:40]}… has a name of {len(name)} characters")
+        if len(value) > limits.HYPERPARAMETER_VALUE:
+            wrong.append(
+                f"hyperparameter {name} has at most {limits.HYPERPARAMETER_VALUE} characters, "
+                f"got {len(value)}"
+            )
+    return wrong
+
+
+def job_name(run: Run, stage: Stage, attempt: int = 1) -> str:
+    """Of one job of the run; a job that failed leaves its name to the next attempt's number."""
+    return f"{run.name}-{stage}" + (f"-{attempt}" if attempt > 1 else "")
+
+
+def model_uri(run: Run, job: str) -> str:
+    """Where the platform puts what a job of that name has trained."""
+    return f"s3://{run.bucket}/models/{job}/output/{MODEL_FILE}"
+
+
+def training_call(
+    run: Run, stage: Stage, job: str, tags: list[dict[str, str]], artefact: str | None = None
+) -> Call:
+    """The request that starts one job. artefact: an earlier job's model.tar.gz, if there is one."""
+    channels = {**run.channels, **({"artefact": artefact} if artefact else {})}
+    request: dict[str, Any] = {
+        "TrainingJobName": job,
+        "HyperParameters": {**run.hyperparameters, "stage": stage},
+        **definition(run, channels),
+        "ResourceConfig": resources(run),
+        # One folder for all attempts: a new one goes on where the last was interrupted.
+        "CheckpointConfig": {
+            "S3Uri": f"s3://{run.bucket}/checkpoints/{job_name(run, stage)}/",
+            "LocalPath": str(Paths().checkpoints),
+        },
+        "TensorBoardOutputConfig": {
+            "S3OutputPath": f"s3://{run.bucket}/tensorboard/{job_name(run, stage)}/",
+            "LocalPath": str(Paths().tensorboard),
+        },
+        "ProfilerConfig": {"DisableProfiler": True},
+        "Tags": tags,
+    }
+    if run.environment:
+        request["Environment"] = dict(run.environment)
+    return Call("sagemaker", "CreateTrainingJob", request)
+
+
+def definition(run: Run, channels: Mapping[str, str]) -> dict[str, Any]:
+    """What a training job and the definition within a tuning job have in common."""
+    stopping = {"MaxRuntimeInSeconds": run.max_runtime_seconds}
+    if run.spot:
+        stopping["MaxWaitTimeInSeconds"] = run.max_wait_seconds or 2 * run.max_runtime_seconds
+    common: dict[str, Any] = {
+        "AlgorithmSpecification": {
+            "TrainingImage": run.image_uri,
+            "TrainingInputMode": "File",
+            "MetricDefinitions": [dict(metric) for metric in METRIC_DEFINITIONS],
+        },
+        "RoleArn": run.role_arn,
+        "InputDataConfig": [channel(run, name, uri) for name, uri in sorted(channels.items())],
+        "OutputDataConfig": {"S3OutputPath": f"s3://{run.bucket}/models/"},
+        "StoppingCondition": stopping,
+    }
+    if run.spot:
+        common["EnableManagedSpotTraining"] = True
+    if run.isolate:
+        common["EnableNetworkIsolation"] = True
+    return common
+
+
+def resources(run: Run) -> dict[str, Any]:
+    """The instances. A family with disks of its own takes no notice of the volume."""
+    found: dict[str, Any] = {
+        "InstanceType": run.instance_type,
+        "InstanceCount": run.instance_count,
+        "VolumeSizeInGB": run.volume_gb,
+    }
+    if run.keep_alive_seconds:
+        found["KeepAlivePeriodInSeconds"] = run.keep_alive_seconds
+    return found
+
+
+def channel(run: Run, name: str, uri: str) -> dict[str, Any]:
+    """One input. Models are files that are unpacked, and so always copied; data may be streamed.
+
+    Held-out data go to every host: they are few, and none looks at more than a sample.
+    """
+    source: dict[str, Any] = {
+        "S3DataType": "S3Prefix",
+        "S3Uri": uri,
+        "S3DataDistributionType": run.distribution if name == "train" else "FullyReplicated",
+    }
+    found: dict[str, Any] = {
+        "ChannelName": name,
+        "DataSource": {"S3DataSource": source},
+        "InputMode": run.input_mode if name in DATA else "File",
+    }
+    if run.attributes and name in DATA:
+        source["S3DataType"] = "AugmentedManifestFile"
+        source["AttributeNames"] = list(run.attributes)
+        found["RecordWrapperType"] = "RecordIO"  # or nothing would tell where one value ends
+    return found

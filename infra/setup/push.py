@@ -1,0 +1,145 @@
+"""`push`: the image from this machine into the project's repository, in a form that hosts take.
+
+SageMaker refuses manifests of OCI media types and indexes of attestations, and says so only when an
+endpoint is made. So the manifest is looked at here, after the push, in the registry itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import os
+from typing import Any
+
+from dalle.errors import AwsError, PlanError
+from infra import docker_cli
+from infra.aws import project
+from infra.aws.limits import SERVERLESS_IMAGE_BYTES
+from infra.aws.output import size_words
+from infra.aws.project import IMAGE_TAG, Project, image_size_tag
+from infra.aws.request import Call, placeholder
+from infra.docker_cli import LocalImage
+
+PLATFORM = "linux/amd64"
+DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
+MANIFEST_TYPES = [
+    DOCKER_MANIFEST,
+    "application/vnd.docker.distribution.manifest.list.v2+json",
+    "application/vnd.oci.image.manifest.v1+json",
+    "application/vnd.oci.image.index.v1+json",
+]
+DEFAULT_IMAGE = "dalle-sagemaker"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--image",
+        default=os.environ.get("DALLE_IMAGE") or DEFAULT_IMAGE,
+        help=f"an image of this machine; default: DALLE_IMAGE or {DEFAULT_IMAGE}",
+    )
+    parser.add_argument("--tag", default=IMAGE_TAG, help=f"its tag there; default: {IMAGE_TAG}")
+    project.add_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    opened = project.open_project(options)
+    console = opened.console
+    image = docker_cli.inspect(options.image)
+    check_image(image)
+    repository = opened.outputs().repository
+    about = opened.repository(repository)
+    manifest = read_manifest(opened, repository, options.tag)
+    if manifest is not None and image.identity in (manifest["config"], manifest["digest"]):
+        state = "already there"
+    else:
+        state = "pushed"
+        push(opened, image, f"{about['uri']}:{options.tag}")
+        manifest = read_manifest(opened, repository, options.tag)
+    if not opened.aws.dry_run:
+        check_manifest(manifest, repository, options.tag)
+    digest = manifest["digest"] if manifest else placeholder("digest of the image")
+    note_size(opened, about, options.tag, f"{digest} {image.num_bytes}")
+    console.item(f"image {repository}:{options.tag}", state)
+    console.item("", f"{size_words(image.num_bytes)} unpacked, docker media types")
+    if image.num_bytes > SERVERLESS_IMAGE_BYTES:
+        console.item("", "too large for a serverless endpoint, which takes 10 GiB")
+    return console.finish(
+        image=f"{about['uri']}@{digest}", tag=options.tag, num_bytes=image.num_bytes, state=state
+    )
+
+
+def check_image(image: LocalImage) -> None:
+    """Raises PlanError for an image that no host of SageMaker could run."""
+    if image.platform != PLATFORM:
+        raise PlanError(
+            f"image {image.name} is for {image.platform}, and hosts need {PLATFORM}; "
+            f"build it with --platform {PLATFORM}"
+        )
+
+
+def push(opened: Project, image: LocalImage, target: str) -> None:
+    """Log in, tag and push. The password is read from AWS and not kept."""
+    token = opened.aws.call(
+        Call("ecr", "GetAuthorizationToken", {}), answer={"authorizationData": []}
+    )
+    if opened.aws.dry_run:
+        return
+    about = token["authorizationData"][0]
+    user, _, password = base64.b64decode(about["authorizationToken"]).decode().partition(":")
+    opened.console.say(f"pushing {size_words(image.num_bytes)}; layers that are there are skipped")
+    docker_cli.run("tag", image.name, target)
+    try:
+        with docker_cli.logged_in(about["proxyEndpoint"], user, password) as environment:
+            docker_cli.run("push", "--quiet", target, environment=environment)
+    finally:
+        docker_cli.run("rmi", "--no-prune", target)
+
+
+def read_manifest(opened: Project, repository: str, tag: str) -> dict[str, Any] | None:
+    """`type` (its media type), `digest` and `config` of what is in the registry; None without."""
+    call = Call(
+        "ecr",
+        "BatchGetImage",
+        {
+            "repositoryName": repository,
+            "imageIds": [{"imageTag": tag}],
+            "acceptedMediaTypes": MANIFEST_TYPES,
+        },
+    )
+    found = opened.aws.call(call, answer={"images": []})["images"]
+    if not found:
+        return None
+    manifest = json.loads(found[0]["imageManifest"])
+    kind = found[0].get("imageManifestMediaType") or manifest.get("mediaType", "")
+    return {
+        "type": kind,
+        "digest": found[0]["imageId"]["imageDigest"],
+        "config": manifest.get("config", {}).get("digest"),
+    }
+
+
+def check_manifest(manifest: dict[str, Any] | None, repository: str, tag: str) -> None:
+    """Raises AwsError when the registry does not hold what hosts take."""
+    if manifest is None:
+        raise AwsError(f"the repository {repository} has no image {tag!r} after the push")
+    if manifest["type"] != DOCKER_MANIFEST:
+        raise AwsError(
+            f"the image's manifest is of type {manifest['type']}, which SageMaker refuses; it must "
+            f"be {DOCKER_MANIFEST}. Build without attestations and with docker media types: "
+            "`make image`, or docker buildx build --provenance=false --sbom=false "
+            "--output type=docker,oci-mediatypes=false"
+        )
+
+
+def note_size(opened: Project, about: dict[str, Any], tag: str, note: str) -> None:
+    """Keep the unpacked size beside the image: the registry knows only the packed one."""
+    key = image_size_tag(tag)
+    if about["tags"].get(key) != note:
+        opened.aws.call(
+            Call(
+                "ecr",
+                "TagResource",
+                {"resourceArn": about["arn"], "tags": [{"Key": key, "Value": note}]},
+            )
+        )

@@ -1,0 +1,11 @@
+"""Whether the compiled decoding step runs on this machine."""
+
+import pytest
+
+from dalle.decoding.cpu import structures as native_structures
+
+_compiled = native_structures.library()
+runs_here = pytest.mark.skipif(
+    _compiled is None or _compiled.dalle_support() == 0,
+    reason="no compiled decoding step for this machine",
+)

@@ -1,0 +1,51 @@
+"""dalle.platform.free_memory: a container's own limit counts, and caches do not."""
+
+import pytest
+
+from dalle.platform.free_memory import free_host_memory
+
+GIB = 1 << 30
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """Writes files under a root that stands for /; a host with 16 GiB available."""
+
+    def write(path, text):
+        file = tmp_path / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        return tmp_path
+
+    write("proc/meminfo", f"MemTotal: 99 kB\nMemAvailable:   {16 * GIB // 1024} kB\n")
+    return write
+
+
+def test_without_limits_it_is_the_hosts(machine):
+    machine("proc/self/cgroup", "0::/\n")
+    root = machine("sys/fs/cgroup/memory.max", "max\n")
+    assert free_host_memory(root) == 16 * GIB
+
+
+def test_a_limit_above_this_process_counts_less_what_is_used_besides_file_caches(machine):
+    machine("proc/self/cgroup", "0::/system/job\n")
+    machine("sys/fs/cgroup/system/job/memory.max", "max")
+    machine("sys/fs/cgroup/system/memory.max", f"{4 * GIB}")
+    machine("sys/fs/cgroup/system/memory.current", f"{3 * GIB}")
+    root = machine("sys/fs/cgroup/system/memory.stat", f"anon 5\ninactive_file {GIB}\n")
+    assert free_host_memory(root) == 2 * GIB
+
+
+def test_cgroups_of_version_1_count_too_and_their_number_for_no_limit_does_not(machine):
+    machine("proc/self/cgroup", "5:memory:/docker/abc\n")
+    machine("sys/fs/cgroup/memory/memory.limit_in_bytes", f"{2 * GIB}")
+    machine("sys/fs/cgroup/memory/memory.usage_in_bytes", f"{GIB}")
+    machine("sys/fs/cgroup/memory/docker/abc/memory.limit_in_bytes", "9223372036854771712")
+    root = machine("sys/fs/cgroup/memory/docker/abc/memory.usage_in_bytes", "0")
+    assert free_host_memory(root) == GIB
+
+
+def test_more_use_than_the_limit_is_no_free_memory(machine):
+    machine("sys/fs/cgroup/memory.max", f"{GIB}")
+    root = machine("sys/fs/cgroup/memory.current", f"{2 * GIB}")
+    assert free_host_memory(root) == 0

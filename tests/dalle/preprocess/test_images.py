@@ -1,0 +1,209 @@
+"""Images: what is refused before decoding, and what every odd kind of file becomes."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dalle.errors import DataError
+from dalle.preprocess.images import (
+    MAX_PIXELS,
+    ImageError,
+    ImageFault,
+    contact_sheet,
+    decode_image,
+    encode_image,
+    to_square,
+)
+
+
+def encoded(image, format="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, format=format, **options)
+    return file.getvalue()
+
+
+def pixel(data, x=0, y=0):
+    return decode_image(data, what="picture").getpixel((x, y))
+
+
+def png_claiming(width, height):
+    """A PNG whose header announces a size and that holds hardly any pixels."""
+
+    def chunk(kind, body):
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return (
+        b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+    )
+
+
+def noise(width, height, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize(
+    ("data", "fault", "says"),
+    [
+        (b"", ImageFault.EMPTY, "has no bytes"),
+        (b"<!DOCTYPE html><p>404", ImageFault.FOREIGN, "<!DOCTYPE html>"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", ImageFault.FOREIGN, "not an image"),
+        (png_claiming(10_000, 10_000), ImageFault.GIANT, "10000 x 10000 = 100,000,000 pixels"),
+        (png_claiming(60_000, 60_000), ImageFault.GIANT, "the limit is 40,000,000"),
+        (png_claiming(8, 8), ImageFault.DAMAGED, "truncated or damaged"),
+        (encoded(noise(64, 64))[:4000], ImageFault.DAMAGED, "truncated or damaged"),
+        (encoded(noise(64, 64), "JPEG")[:1500], ImageFault.DAMAGED, "truncated or damaged"),
+        (encoded(noise(64, 64), "WEBP")[:1500], ImageFault.DAMAGED, "truncated or damaged"),
+        (encoded(noise(64, 64))[:20], ImageFault.DAMAGED, "truncated or damaged"),
+    ],
+)
+def test_bytes_that_are_no_usable_image_are_refused_with_what_to_do(data, fault, says):
+    with pytest.raises(ImageError, match="^train/7.png ") as refusal:
+        decode_image(data, what="train/7.png")
+    assert refusal.value.fault is fault
+    assert says in str(refusal.value)
+    assert isinstance(refusal.value, DataError)
+
+
+def test_the_largest_allowed_image_is_decoded_and_one_more_row_is_not():
+    width = 20_000
+    image = Image.new("1", (width, MAX_PIXELS // width))
+    assert decode_image(encoded(image), what="picture").size == image.size
+    with pytest.raises(ImageError, match="has 20000 x 2001"):
+        decode_image(encoded(Image.new("1", (width, 2001))), what="picture")
+
+
+def test_cmyk_becomes_rgb():
+    data = encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")
+    red, green, blue = pixel(data)
+    assert red > 200
+    assert max(green, blue) < 60
+
+
+def test_sixteen_bit_grey_keeps_its_shades():
+    ramp = np.array([[0, 16_384, 32_768, 65_535]], dtype=np.uint16)
+    decoded = decode_image(encoded(Image.fromarray(ramp)), what="picture")
+    assert np.asarray(decoded)[0, :, 0].tolist() == [0, 64, 128, 255]
+
+
+def test_sixteen_bit_colour_is_accepted():
+    row = b"\0" + struct.pack(">3H", 65_535, 32_768, 0)
+    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n"
+    for kind, body in ((b"IHDR", header), (b"IDAT", zlib.compress(row)), (b"IEND", b"")):
+        checksum = struct.pack(">I", zlib.crc32(kind + body))
+        data += struct.pack(">I", len(body)) + kind + body + checksum
+    assert pixel(data) == (255, 128, 0)
+
+
+def test_a_transparent_palette_is_put_on_white():
+    image = Image.new("P", (4, 4), 0)
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((1, 0), 1)
+    data = encoded(image, transparency=0)
+    assert pixel(data) == (255, 255, 255)
+    assert pixel(data, 1, 0) == (0, 0, 255)
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (Image.new("RGBA", (2, 2), (255, 0, 0, 0)), (255, 255, 255)),
+        (Image.new("RGBA", (2, 2), (0, 0, 0, 127)), (128, 128, 128)),
+        (Image.new("LA", (2, 2), (0, 0)), (255, 255, 255)),
+        (Image.new("L", (2, 2), 7), (7, 7, 7)),
+        (Image.new("1", (2, 2), 1), (255, 255, 255)),
+    ],
+)
+def test_other_modes_become_opaque_rgb(image, expected):
+    assert pixel(encoded(image)) == expected
+
+
+@pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP"])
+def test_an_animation_gives_its_first_frame(format):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (0, 0, 255))]
+    options = {"lossless": True} if format == "WEBP" else {}
+    data = encoded(frames[0], format, save_all=True, append_images=frames[1:], **options)
+    assert pixel(data) == (255, 0, 0)
+
+
+def test_a_photograph_is_turned_upright():
+    image = Image.new("RGB", (16, 8), "black")
+    image.paste((255, 255, 255), (0, 0, 8, 8))  # the left half
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate a quarter clockwise
+    decoded = decode_image(encoded(image, "JPEG", exif=exif, quality=95), what="picture")
+    assert decoded.size == (8, 16)
+    assert decoded.getpixel((4, 2)) > (200, 200, 200)
+    assert decoded.getpixel((4, 13)) < (60, 60, 60)
+
+
+def test_an_unreadable_exif_block_leaves_the_picture_as_it_is():
+    broken = b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\xff" * 40
+    decoded = decode_image(encoded(noise(16, 8), "JPEG", exif=broken), what="picture")
+    assert decoded.size == (16, 8)
+
+
+def test_a_large_jpeg_is_decoded_no_smaller_than_asked():
+    data = encoded(noise(800, 400), "JPEG")
+    assert decode_image(data, what="picture", min_side=90).size == (200, 100)
+    assert decode_image(data, what="picture").size == (800, 400)
+
+
+def test_an_image_of_the_right_size_is_not_touched():
+    image = noise(32, 32)
+    assert np.array_equal(to_square(image, 32), np.asarray(image))
+
+
+def test_the_centre_is_cropped_and_shrinking_averages():
+    pixels = np.zeros((64, 192, 3), dtype=np.uint8)
+    pixels[:, 64:128:2] = 255  # fine stripes in the middle third, black beside it
+    square = to_square(Image.fromarray(pixels), 16)
+    assert square.shape == (16, 16, 3)
+    assert square.dtype == np.uint8
+    assert 120 <= square[4:12, 4:12].mean() <= 135
+
+
+def test_png_is_exact_and_the_others_are_near():
+    pixels = np.asarray(Image.linear_gradient("L").convert("RGB"))
+    for format in ("png", "jpeg", "webp"):
+        data = encode_image(pixels, format)
+        again = np.asarray(decode_image(data, what=format))
+        assert Image.open(io.BytesIO(data)).format == format.upper()
+        tolerance = 0 if format == "png" else 8
+        assert np.abs(again.astype(int) - pixels.astype(int)).max() <= tolerance
+
+
+def test_only_uint8_rgb_in_known_formats_is_encoded():
+    pixels = np.zeros((4, 4, 3), dtype=np.uint8)
+    with pytest.raises(ValueError, match="png, jpeg, webp, got 'gif'"):
+        encode_image(pixels, "gif")
+    with pytest.raises(ValueError, match=r"got float64 \[4, 4, 3\]"):
+        encode_image(pixels.astype(float), "png")
+    with pytest.raises(ValueError, match=r"got uint8 \[4, 4\]"):
+        encode_image(pixels[..., 0], "png")
+
+
+def test_a_contact_sheet_has_every_image_in_its_place():
+    images = [np.full((2, 3, 3), value, dtype=np.uint8) for value in (10, 20, 30)]
+    sheet = contact_sheet([images[:2], images[2:]], padding=1, scale=2)
+    assert sheet.shape == (2 * (4 + 1) + 1, 2 * (6 + 1) + 1, 3)
+    assert (sheet[1:5, 1:7] == 10).all()
+    assert (sheet[1:5, 8:14] == 20).all()
+    assert (sheet[6:10, 1:7] == 30).all()
+    assert (sheet[6:10, 8:14] == 255).all()
+    assert (sheet[:, 0] == 255).all()
+
+
+def test_a_contact_sheet_needs_images_of_one_size():
+    with pytest.raises(ValueError, match="one size, got none"):
+        contact_sheet([])
+    with pytest.raises(ValueError, match="one size"):
+        contact_sheet([[np.zeros((2, 2, 3), np.uint8), np.zeros((3, 2, 3), np.uint8)]])

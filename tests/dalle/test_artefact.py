@@ -1,0 +1,178 @@
+"""Artefacts: what is saved is what is loaded, and a save is whole or refused."""
+
+import hashlib
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from dalle import artefact as artefacts
+from dalle.artefact import Artefact
+from dalle.errors import ArtefactError, DiskFullError, PlatformError
+from dalle.manifest import Manifest, StageRecord, read_manifest
+from dalle.types import COMPONENTS, STAGES
+from tests.dalle.artefact_files import files_under, read, small_disk
+
+CAPTIONS = ["big filled red star", "small halftone cyan circle rotated twice"]
+
+
+def answers(artefact: Artefact) -> list[torch.Tensor]:
+    """A number or more from every component."""
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    text_tokens = artefact.tokenizer.encode(CAPTIONS)
+    image_tokens = artefact.dvae.encode(images)
+    return [
+        text_tokens,
+        image_tokens,
+        artefact.dvae.decode(image_tokens),
+        artefact.transformer.text_logits(text_tokens),
+        artefact.transformer.log_likelihood(text_tokens, image_tokens),
+        artefact.clip.encode_image(images),
+        artefact.clip.encode_text(text_tokens),
+    ]
+
+
+def test_what_is_loaded_answers_bit_for_bit_as_what_was_saved(tiny_models, artefact_copy):
+    loaded = artefacts.load(artefact_copy)
+    assert loaded.components() == [*COMPONENTS]
+    for one, other in zip(answers(tiny_models), answers(loaded), strict=True):
+        assert torch.equal(one, other)
+    for name in STAGES:
+        model, original = getattr(loaded, name), getattr(tiny_models, name)
+        assert model.config == original.config
+        assert not model.training
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        state = original.state_dict()
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_a_loaded_artefact_saves_to_the_same_files(artefact_copy, tmp_path):
+    manifest = artefacts.save(tmp_path / "again", artefacts.load(artefact_copy))
+    assert manifest.files == read(artefact_copy)["files"]
+
+
+def test_configs_keep_their_tuples(tiny_models, make_dalle, tmp_path):
+    transformer = make_dalle(attention_kinds=("axial_row", "conv_like"), layer_scale=0.1)
+    artefacts.save(tmp_path, Artefact(transformer=transformer))
+    assert artefacts.load(tmp_path).transformer.config == transformer.config
+
+
+def test_the_directory_holds_the_components_and_the_manifest_their_hashes(artefact_copy):
+    files = read(artefact_copy)["files"]
+    weights = {
+        f"{name}/{file}" for name in STAGES for file in ("config.json", "weights.safetensors")
+    }
+    assert set(files) == weights | {"tokenizer/tokenizer.json"}
+    assert files_under(artefact_copy) == set(files) | {"manifest.json"}
+    for name, digest in files.items():
+        assert hashlib.sha256((artefact_copy / name).read_bytes()).hexdigest() == digest
+
+
+def test_the_manifest_keeps_how_it_came_about(tiny_models, tmp_path):
+    record = StageRecord(
+        stage="dvae",
+        job_name="rainbow-1",
+        finished_at="2026-01-02T03:04:05+00:00",
+        steps=100,
+        is_finished=True,
+        wall_seconds=1.5,
+        cpu_seconds=2.5,
+        hyperparameters={"learning_rate": 0.001, "size": None},
+        metrics={"validation_loss": 0.25},
+        dataset_fingerprint="abc",
+        dataset_counts={"train": 10},
+    )
+    manifest = Manifest(licence="MIT – ©", stages=[record])
+    saved = artefacts.save(
+        tmp_path, replace(tiny_models, manifest=manifest), git_revision="0123abc"
+    )
+    loaded = artefacts.load(tmp_path).manifest
+    assert loaded == saved == read_manifest(tmp_path)
+    assert (loaded.licence, loaded.git_revision, loaded.format_version) == ("MIT – ©", "0123abc", 1)
+    assert loaded.stages == [record]
+    assert manifest.files == {}, "the one that was given is not changed"
+
+
+@pytest.mark.parametrize("missing", COMPONENTS)
+def test_a_component_may_be_missing(missing, tiny_models, tmp_path):
+    artefacts.save(tmp_path, replace(tiny_models, **{missing: None}))
+    loaded = artefacts.load(tmp_path)
+    assert loaded.components() == [name for name in COMPONENTS if name != missing]
+    assert getattr(loaded, missing) is None
+
+
+def test_saving_over_an_older_artefact_leaves_nothing_of_it(tiny_models, artefact_copy, make_dalle):
+    (artefact_copy / "report.html").write_text("somebody else's")
+    other = make_dalle()
+    artefacts.save(artefact_copy, Artefact(transformer=other, tokenizer=tiny_models.tokenizer))
+    loaded = artefacts.load(artefact_copy)
+    assert loaded.components() == ["transformer", "tokenizer"]
+    assert loaded.transformer.config == other.config
+    assert sorted(path.name for path in artefact_copy.iterdir()) == [
+        "manifest.json",
+        "report.html",
+        "tokenizer",
+        "transformer",
+    ]
+
+
+@pytest.mark.parametrize("survivors", range(6))
+def test_an_interrupted_save_is_refused_and_can_be_repeated(
+    survivors, tiny_models, artefact_copy, make_dalle, monkeypatch
+):
+    """The disk fails at each of the renames: four components and the manifest."""
+    other = replace(tiny_models, transformer=make_dalle())
+    really_replace, done = os.replace, []
+
+    def fail(*arguments: object) -> None:
+        if len(done) == survivors:
+            raise OSError(5, "Input/output error")
+        done.append(arguments)
+        really_replace(*arguments)
+
+    monkeypatch.setattr(os, "replace", fail)
+    if survivors == 5:
+        artefacts.save(artefact_copy, other)
+    else:
+        with pytest.raises(PlatformError, match="cannot write the artefact .*Input/output"):
+            artefacts.save(artefact_copy, other)
+        assert not (artefact_copy / ".staging").exists()
+        with pytest.raises(ArtefactError, match=r"manifest.json is missing \(was its writing"):
+            artefacts.load(artefact_copy)
+    monkeypatch.undo()
+    artefacts.save(artefact_copy, other)
+    assert artefacts.load(artefact_copy).transformer.config == other.transformer.config
+    assert sorted(path.name for path in artefact_copy.iterdir()) == sorted(
+        [*COMPONENTS, "manifest.json"]
+    )
+
+
+def test_a_full_disk_leaves_the_old_artefact_and_nothing_else(tiny_models, artefact_copy):
+    with small_disk(), pytest.raises(DiskFullError, match="no room to write the artefact"):
+        artefacts.save(artefact_copy, tiny_models)
+    assert artefacts.load(artefact_copy).components() == [*COMPONENTS]
+    assert not (artefact_copy / ".staging").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (SafetensorError("I/O error: No space left on device (os error 28)"), DiskFullError),
+        (OSError(28, "No space left on device"), DiskFullError),
+        (SafetensorError("I/O error: Input/output error (os error 5)"), PlatformError),
+        (SafetensorError("an invalid tensor"), SafetensorError),
+    ],
+)
+def test_a_save_that_fails_before_its_renames_leaves_the_old_one(
+    error, raised, tiny_models, artefact_copy, monkeypatch
+):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(artefacts, "save_file", fail)
+    with pytest.raises(raised):
+        artefacts.save(artefact_copy, tiny_models)
+    assert artefacts.load(artefact_copy).components() == [*COMPONENTS]
+    assert not (artefact_copy / ".staging").exists()

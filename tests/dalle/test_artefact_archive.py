@@ -1,0 +1,155 @@
+"""An artefact in a channel: the directory itself, or a model.tar.gz, unpacked with distrust."""
+
+import gzip
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from dalle import artefact as artefacts
+from dalle.errors import ArtefactError, DiskFullError
+from dalle.types import COMPONENTS
+from tests.dalle.artefact_files import files_under, small_disk
+from tests.permissions import common_user, directory_for_all
+
+
+def pack(path: Path, *entries: tarfile.TarInfo | tuple[Path, str]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w:gz") as archive:
+        for entry in entries:
+            if isinstance(entry, tarfile.TarInfo):
+                archive.addfile(entry, io.BytesIO(b"x" * entry.size))
+            else:
+                archive.add(entry[0], arcname=entry[1])
+    return path
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    info.size = 3 if kind == tarfile.REGTYPE else 0
+    return info
+
+
+def test_an_artefact_is_located_in_a_directory_as_it_is(artefact_copy, tmp_path):
+    pack(artefact_copy / "model.tar.gz", (artefact_copy / "dvae", "dvae"))
+    assert artefacts.locate(artefact_copy, tmp_path / "scratch") == artefact_copy
+    assert not (tmp_path / "scratch").exists()
+
+
+@pytest.mark.parametrize("name", ["model.tar.gz", "other.tar.gz"])
+@pytest.mark.parametrize("root", [".", ""])
+def test_an_artefact_is_located_in_an_archive(name, root, artefact_copy, tmp_path):
+    entries = [(path, f"./{path.name}" if root else path.name) for path in artefact_copy.iterdir()]
+    pack(tmp_path / "channel" / name, *entries)
+    found = artefacts.locate(tmp_path / "channel", tmp_path / "scratch")
+    assert found == tmp_path / "scratch"
+    assert artefacts.load(found).components() == [*COMPONENTS]
+
+
+@pytest.mark.parametrize(
+    "names", [[], ["a.tar.gz", "b.tar.gz"], ["picture.png"], ["model.tar", "model.zip"]]
+)
+def test_none_or_several_archives_are_refused_with_what_is_there(names, tmp_path):
+    channel = tmp_path / "channel"
+    channel.mkdir()
+    for name in names:
+        (channel / name).write_bytes(b"")
+    with pytest.raises(ArtefactError, match="must hold manifest.json or exactly one") as caught:
+        artefacts.locate(channel, tmp_path / "scratch")
+    assert str(names) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        (member("../evil"), "cannot be unpacked"),
+        (member("dvae/../../evil"), "cannot be unpacked"),
+        (member("evil", tarfile.SYMTYPE, "/etc/passwd"), "evil is not a plain file"),
+        (member("evil", tarfile.SYMTYPE, "dvae"), "evil is not a plain file"),
+        (member("evil", tarfile.LNKTYPE, "/etc/passwd"), "evil is not a plain file"),
+        (member("evil", tarfile.CHRTYPE), "evil is not a plain file"),
+        (member("evil", tarfile.FIFOTYPE), "evil is not a plain file"),
+    ],
+)
+def test_an_archive_that_reaches_outside_is_refused(entry, says, tmp_path):
+    pack(tmp_path / "channel" / "model.tar.gz", entry)
+    with pytest.raises(ArtefactError, match=says):
+        artefacts.locate(tmp_path / "channel", tmp_path / "scratch")
+    assert files_under(tmp_path) == {"channel/model.tar.gz"}
+
+
+def test_an_absolute_path_in_an_archive_stays_within_the_scratch_directory(tmp_path):
+    pack(tmp_path / "channel" / "model.tar.gz", member(f"{tmp_path}/evil"))
+    found = artefacts.locate(tmp_path / "channel", tmp_path / "scratch")
+    assert not (tmp_path / "evil").exists()
+    with pytest.raises(ArtefactError, match="is not an artefact"):
+        artefacts.load(found)
+
+
+def test_nothing_in_an_archive_is_executable_by_others_or_setuid(artefact_copy, tmp_path):
+    entry = member("tool")
+    entry.mode = 0o6777
+    pack(tmp_path / "channel" / "model.tar.gz", entry)
+    artefacts.locate(tmp_path / "channel", tmp_path / "scratch")
+    assert (tmp_path / "scratch" / "tool").stat().st_mode & 0o7022 == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x1f\x8b\x08", b"PK\x03\x04" + b"\0" * 99])
+def test_a_file_that_is_no_archive_is_named(content, tmp_path):
+    path = tmp_path / "channel" / "model.tar.gz"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with pytest.raises(ArtefactError, match=r"model\.tar\.gz cannot be unpacked"):
+        artefacts.locate(path.parent, tmp_path / "scratch")
+
+
+def test_a_full_disk_is_not_the_archives_fault(artefact_copy, tmp_path):
+    path = pack(tmp_path / "channel" / "model.tar.gz", (artefact_copy, "."))
+    with small_disk(), pytest.raises(DiskFullError, match=r"no room to unpack .*model\.tar\.gz"):
+        artefacts.locate(path.parent, tmp_path / "scratch")
+
+
+@pytest.mark.parametrize("place", [0.01, 0.2, 0.4, 0.6, 0.8, 0.95])
+@pytest.mark.parametrize("damage", ["cut off", "overwritten"])
+def test_a_damaged_archive_is_refused_when_it_is_unpacked_or_loaded(
+    damage, place, artefact_copy, tmp_path
+):
+    path = pack(tmp_path / "channel" / "model.tar.gz", (artefact_copy, "."))
+    content = bytearray(path.read_bytes())
+    start = int(place * len(content))
+    if damage == "cut off":
+        del content[start:]
+    else:
+        content[start : start + 64] = b"\xff" * 64
+    path.write_bytes(content)
+    with pytest.raises(ArtefactError):
+        artefacts.load(artefacts.locate(path.parent, tmp_path / "scratch"))
+
+
+def test_a_channel_that_cannot_be_read_is_named(tmp_path):
+    with directory_for_all() as folder:
+        folder.chmod(0)
+        with common_user(), pytest.raises(ArtefactError, match=f"{folder} cannot be read: Perm"):
+            artefacts.locate(folder, tmp_path / "scratch")
+
+
+def test_a_file_that_is_larger_than_the_free_disk_is_refused_before_it_is_written(tmp_path):
+    channel, scratch = tmp_path / "channel", tmp_path / "scratch"
+    channel.mkdir()
+    giant = member("dvae/weights.safetensors")
+    giant.size = 1 << 50
+    with gzip.open(channel / "model.tar.gz", "wb") as file:
+        file.write(giant.tobuf() + b"\0" * 10_240)  # a bomb: all but its beginning is missing
+    says = r"dvae/weights.safetensors has 1,125,899,906,842,624 bytes, [\d,]+ are free; give it a"
+    with pytest.raises(DiskFullError, match=says):
+        artefacts.locate(channel, scratch)
+    assert files_under(scratch) == set()
+
+
+def test_more_files_than_an_artefact_can_have_are_refused(tmp_path):
+    entries = [member(f"{number}") for number in range(artefacts.MAX_ENTRIES + 1)]
+    pack(tmp_path / "channel" / "model.tar.gz", *entries)
+    with pytest.raises(ArtefactError, match=r"model.tar.gz has more than 1,000 entries"):
+        artefacts.locate(tmp_path / "channel", tmp_path / "scratch")

@@ -1,0 +1,121 @@
+"""Bytes of a body into requests, or into a refusal that says what would be right."""
+
+import base64
+import json
+from typing import Any
+
+import pytest
+
+from dalle.errors import UserError
+from inference.api import parsing
+from inference.api.parsing import decode_base64, parse_request, split_lines
+from inference.api.schema import GenerateRequest, Limits
+
+LIMITS = Limits(max_candidates=8, max_images=4, max_request_bytes=10_000)
+
+
+def parse(fields: object, limits: Limits = LIMITS) -> Any:
+    return parse_request(json.dumps(fields).encode(), "application/json", limits=limits)
+
+
+def test_plain_text_is_the_caption():
+    request = parse_request("zwei Würfel\n".encode(), "text/plain; charset=utf-8")
+    assert isinstance(request, GenerateRequest)
+    assert request.caption == "zwei Würfel"
+
+
+def test_a_number_too_long_to_be_read_is_told_without_pythons_advice():
+    with pytest.raises(UserError, match="a number of 5,000 digits is too long") as caught:
+        parse_request(b'{"caption": "a", "seed": ' + b"1" * 5_000 + b"}")
+    assert caught.value.code == "malformed_body"
+    assert "sys." not in str(caught.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_body():
+    body = b'\xef\xbb\xbf{"caption": "a"}'
+    assert parse_request(body, "application/json") == parse({"caption": "a"}, Limits())
+
+
+def test_all_faults_are_told_at_once():
+    with pytest.raises(UserError) as caught:
+        parse({"caption": "a", "temperature": -1, "top_k": 0, "colour": 1})
+    assert all(name in str(caught.value) for name in ("temperature", "top_k", "colour"))
+
+
+def test_a_long_value_is_not_repeated_whole():
+    with pytest.raises(UserError) as caught:
+        parse({"caption": "a", "format": "x" * 5000})
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b"", "the body is not JSON"),
+        (b"{", "the body is not JSON"),
+        (b"[1]", "the body must be a JSON object, got '[1]'"),
+        (b'"a"', "the body must be a JSON object"),
+        (b'{"caption": "\xff"}', "the body is not UTF-8: byte 13 is 0xff"),
+        (b'{"caption": "a", "temperature": NaN}', "NaN is not a JSON number"),
+        (b"[" * 9_000, "the body is nested too deeply"),
+    ],
+)
+def test_a_body_that_cannot_be_read_is_a_400(body, says):
+    with pytest.raises(UserError) as caught:
+        parse_request(body, "application/json", limits=LIMITS)
+    assert says in str(caught.value)
+    assert (caught.value.status, caught.value.code) == (400, "malformed_body")
+
+
+def test_a_body_over_the_limit_is_a_413():
+    with pytest.raises(UserError, match="larger than 10,000 bytes") as caught:
+        parse({"caption": "a", "prime_image": "a" * 10_000})
+    assert caught.value.status == 413
+
+
+def test_every_line_counts_but_the_end_of_the_last():
+    assert split_lines(b"a\nb\n") == [b"a", b"b"]
+    assert split_lines(b"a\n\nb") == [b"a", b"", b"b"]
+
+
+def test_a_body_without_lines_is_refused():
+    with pytest.raises(UserError, match="has no lines"):
+        split_lines(b" \n\n")
+
+
+def test_base64_may_be_wrapped_or_a_data_address():
+    text = base64.b64encode(b"hello" * 30).decode()
+    wrapped = "\n".join(text[start : start + 76] for start in range(0, len(text), 76))
+    assert decode_base64(wrapped, field="x") == b"hello" * 30
+    assert decode_base64(f"data:image/png;base64,{text}", field="x") == b"hello" * 30
+
+
+@pytest.mark.parametrize("size", [0, 1, 5, 6, 7, 11, 12, 13])
+def test_base64_longer_than_a_piece_is_decoded_whole(monkeypatch, size):
+    monkeypatch.setattr(parsing, "_PIECE_CHARACTERS", 8)
+    data = bytes(range(size))
+    text = base64.b64encode(data).decode()
+    assert decode_base64(text, field="x") == data
+    assert decode_base64("\n".join(text), field="x") == data
+
+
+@pytest.mark.parametrize("text", ["AAAAAA==AAAA", "AAAAAAA=AAAAAAA=", "AAAAAAAAA", "AAAAAAAA="])
+def test_base64_that_ends_in_its_middle_is_refused(monkeypatch, text):
+    monkeypatch.setattr(parsing, "_PIECE_CHARACTERS", 8)
+    with pytest.raises(UserError, match="is not base64"):
+        decode_base64(text, field="x")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("a", "is not base64"), ("!!!!", "is not base64"), ("https://x/y.png", "not fetched")],
+)
+def test_what_is_not_base64_names_its_field(text, says):
+    with pytest.raises(UserError, match=says) as caught:
+        decode_base64(text, field="images[1]")
+    assert (caught.value.status, caught.value.field) == (400, "images[1]")
+
+
+def test_a_request_survives_its_own_json():
+    request = GenerateRequest(caption="a", seed=3, num_candidates=2)
+    assert parse_request(request.model_dump_json().encode()) == request

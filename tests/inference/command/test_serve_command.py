@@ -1,0 +1,333 @@
+"""The real `serve` in its own process, over real HTTP: start, answer, drain, refuse, fail."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from dalle.platform.limits import usable_cpus
+from inference.settings import OURS, PLATFORMS, read_settings
+from tests import REPOSITORY
+from tests.inference.served import PATIENCE, Served, running
+
+
+@pytest.fixture(scope="module")
+def root(tiny_artefact: Path, tmp_path_factory) -> Path:
+    root: Path = tmp_path_factory.mktemp("ml")
+    shutil.copytree(tiny_artefact, root / "model")
+    return root
+
+
+@pytest.fixture(scope="module")
+def served(root) -> Iterator[Served]:
+    # One candidate at a time, and many of them: a generation that lasts as long as a test needs.
+    variables = {
+        "DALLE_CHUNK_SIZE": "1",
+        "DALLE_MAX_CANDIDATES": "512",
+        "DALLE_MAX_REQUEST_MB": "1",
+    }
+    with running(root, **variables) as served:
+        yield served.ready()
+
+
+def test_a_caption_is_answered_with_ranked_pictures(served):
+    response = served.ask(num_candidates=3, num_images=2)
+    assert response.status_code == 200
+    reply = response.json()
+    assert [image["rank"] for image in reply["images"]] == [1, 2]
+    assert (reply["seed"], reply["completed_candidates"], reply["ranked_by"]) == (7, 3, "clip")
+
+
+def test_the_same_seed_gives_the_same_picture_to_requests_at_the_same_time(served):
+    replies: list[dict[str, Any]] = []
+    threads = [
+        threading.Thread(target=lambda n=n: replies.append(served.ask(num_candidates=n).json()))
+        for n in (1, 4, 6)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    pictures = {
+        image["image"] for reply in replies for image in reply["images"] if image["candidate"] == 0
+    }
+    assert len(replies) == 3
+    assert len(pictures) == 1
+
+
+def test_a_png_is_answered_to_who_accepts_one(served):
+    response = served.ask(accept="image/png")
+    assert response.headers["Content-Type"] == "image/png"
+    assert response.content.startswith(b"\x89PNG")
+    assert float(response.headers["X-Dalle-Clip-Score"]) <= 1
+
+
+def test_ping_and_metrics_are_answered_while_candidates_are_streamed(served):
+    with served.ask(num_candidates=512, accept="application/jsonlines", stream=True) as response:
+        assert response.headers["Transfer-Encoding"] == "chunked"
+        first = json.loads(next(response.iter_lines()))
+        assert (first["event"], first["candidate"]) == ("candidate", 0)
+        assert served.get("/ping").status_code == 200
+        metrics = served.get("/metrics")
+        assert metrics.headers["Content-Type"].startswith("text/plain")
+        assert "dalle_queue_depth 1.0" in metrics.text, "the stream has not ended"
+
+
+def test_a_client_that_goes_away_gives_its_place_up(served):
+    body = b'{"caption": "red", "num_candidates": 512, "deadline_seconds": 600}'
+    address = served.url.removeprefix("http://").split(":")
+    with socket.create_connection((address[0], int(address[1]))) as connection:
+        connection.sendall(
+            b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+        )
+        while "dalle_queue_depth 1.0" not in served.get("/metrics").text:
+            pass
+    assert served.ask(deadline_seconds=600).status_code == 200
+    served.wait_for("cancelled: the client closed the connection")
+
+
+def test_who_stops_watching_a_picture_being_drawn_gives_the_place_up(served):
+    stream = served.ask(
+        num_candidates=512,
+        preview_rows=1,
+        guidance_scale=3.0,
+        deadline_seconds=600,
+        accept="application/jsonlines",
+        stream=True,
+    )
+    lines = stream.iter_lines(chunk_size=1)
+    first = json.loads(next(lines))
+    assert (first["event"], first["candidate"], first["rows"]) == ("preview", 0, 1)
+    while json.loads(next(lines))["event"] == "preview":
+        pass
+    before = cancellations(served)
+    stream.close()
+    while cancellations(served) == before:
+        pass
+    while "dalle_queue_depth 0.0" not in served.get("/metrics").text:
+        pass
+
+
+def cancellations(served: Served) -> int:
+    return sum("cancelled: the client closed" in line for line in served.lines)
+
+
+def test_a_deadline_is_kept_with_the_best_so_far(served):
+    reply = served.ask(num_candidates=512, deadline_seconds=1).json()
+    assert 1 <= reply["completed_candidates"] < 512
+
+
+def test_lines_are_answered_one_by_one_and_in_order(served):
+    lines = [b'{"caption": "red", "num_candidates": 1, "seed": %d}' % seed for seed in range(4)]
+    lines[2] = b"\xff"
+    response = requests.post(
+        f"{served.url}/invocations",
+        data=b"\n".join(lines),
+        headers={"Content-Type": "application/jsonlines"},
+        timeout=PATIENCE,
+    )
+    replies = [json.loads(line) for line in response.text.splitlines()]
+    assert [reply.get("seed") for reply in replies] == [0, 1, None, 3]
+    assert replies[2]["error"]["code"] == "malformed_body"
+
+
+def test_a_body_over_the_limit_is_refused(served):
+    response = requests.post(f"{served.url}/invocations", data=b" " * 1_200_000, timeout=PATIENCE)
+    assert (response.status_code, response.json()["error"]["code"]) == (413, "payload_too_large")
+
+
+def test_refusals_come_as_json_over_real_http_too(served):
+    assert served.ask(caption="red " * 9).json()["error"]["code"] == "caption_too_long"
+    assert served.get("/nothing").json()["error"]["code"] == "not_found"
+
+
+def test_the_first_line_of_the_log_names_the_versions(served):
+    assert re.search(
+        r"serve python=3\S+ dalle-sagemaker=\S+ torch=2\S+ .*gunicorn=", served.lines[0]
+    )
+
+
+def test_sigterm_ends_what_runs_refuses_what_is_new_and_exits_with_0(root):
+    variables = {
+        "DALLE_CHUNK_SIZE": "1",
+        "DALLE_MAX_CANDIDATES": "512",
+        "DALLE_DRAIN_SECONDS": "4",
+    }
+    with running(root, **variables) as served:
+        served.ready()
+        stream = served.ask(
+            num_candidates=512, deadline_seconds=600, accept="application/jsonlines", stream=True
+        )
+        lines = stream.iter_lines()
+        assert json.loads(next(lines))["event"] == "candidate"
+        served.process.send_signal(signal.SIGTERM)
+        while (ping := served.get("/ping")).status_code == 200:
+            pass
+        assert (ping.status_code, ping.json()["status"]) == (503, "stopping")
+        refused = served.ask()
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_stopping")
+        assert "Retry-After" in refused.headers
+        last = json.loads(list(lines)[-1])
+        assert last["event"] == "ranking"
+        assert 1 <= last["completed_candidates"] < 512
+        # Sooner than gunicorn would give up by itself, though these clients keep their connections.
+        assert served.process.wait(20) == 0
+        assert not any("Traceback" in line for line in served.lines)
+
+
+def test_the_port_is_open_before_the_model_is_loaded(root):
+    with running(root) as served:
+        assert served.listening().get("/ping").status_code == 503
+        response = served.ask()
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_loading")
+        served.wait_for(r"scheduler: ready$")
+        assert served.get("/ping").status_code == 200
+
+
+def test_the_platforms_port_is_honoured_and_parameters_are_integers(root):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables = {"SAGEMAKER_BIND_TO_PORT": str(port), "SAGEMAKER_BATCH": "true"}
+    with running(root, "--host", "127.0.0.1", **variables) as served:
+        assert served.listening().url.endswith(f":{port}")
+        parameters = served.get("/execution-parameters").json()
+        assert {
+            type(parameters[name]) for name in ("MaxConcurrentTransforms", "MaxPayloadInMB")
+        } == {int}
+
+
+def test_nothing_is_written_beside_the_model_or_at_home(root, tmp_path):
+    home = tmp_path / "home"
+    home.mkdir(mode=0o500)
+    for path in (root / "model").rglob("*"):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    before = sorted(root.rglob("*"))
+    with running(root, HOME=str(home)) as served:
+        served.ready()
+        assert served.ask().status_code == 200
+        assert sorted(home.iterdir()) == []
+        assert sorted(root.rglob("*")) == before
+
+
+def test_a_damaged_artefact_ends_the_process_with_its_reason(tiny_artefact, tmp_path):
+    shutil.copytree(tiny_artefact, tmp_path / "model")
+    weights = tmp_path / "model" / "dvae" / "weights.safetensors"
+    weights.chmod(0o644)
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    with running(tmp_path) as served:
+        assert served.end() == 4
+        served.wait_for(r"loading failed: .*weights.safetensors does not match its sha256")
+        assert "weights.safetensors does not match its sha256" in served.lines[-1]
+        assert not any("Traceback" in line for line in served.lines)
+
+
+def test_an_empty_model_directory_ends_the_process_with_its_reason(tmp_path):
+    (tmp_path / "model").mkdir()
+    with running(tmp_path) as served:
+        assert served.end() == 4
+        assert re.search("serve cannot begin: .*/model must hold manifest.json", served.lines[-1])
+
+
+def test_an_installation_that_is_broken_ends_the_process_with_its_reason(root, tmp_path):
+    (tmp_path / "prometheus_client.py").write_text("raise ImportError('half installed')")
+    paths = (tmp_path, REPOSITORY / "container", REPOSITORY)
+    with running(root, PYTHONPATH=os.pathsep.join(map(str, paths))) as served:
+        assert served.end() == 3
+        assert served.lines[-1].endswith("serve cannot begin: ImportError: half installed")
+
+
+def test_a_port_that_is_taken_ends_the_process_with_its_reason(root):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with running(root, "--port", str(port)) as served:
+            assert served.end() == 1
+            assert str(port) in served.lines[-1]
+
+
+def test_a_missing_model_directory_is_told_at_once(tmp_path):
+    with running(tmp_path) as served:
+        assert served.end() == 2
+        served.wait_for("model is not a directory; --root must be")
+
+
+def test_every_variable_that_is_wrong_is_named(root):
+    wrong = {"DALLE_QUEUE_SIZE": "0", "DALLE_DEVICE": "tpu", "DALLE_DEADLINE_SECONDS": "soon"}
+    with running(root, **wrong) as served:
+        assert served.end() == 2
+        line = served.wait_for("DALLE_QUEUE_SIZE must be a whole number from 1 to 512, got '0'")
+    assert "DALLE_DEVICE must be auto, cpu" in line.string
+    assert "DALLE_DEADLINE_SECONDS must be a number from 1 to 3600, got 'soon'" in line.string
+
+
+def test_help_documents_every_variable():
+    help_text = subprocess.run(
+        [sys.executable, "-m", "inference", "--help"],
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": f"{REPOSITORY / 'container'}{os.pathsep}{REPOSITORY}"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=PATIENCE,
+    ).stdout
+    for variable in (*OURS, *PLATFORMS):
+        assert variable.name in help_text
+        assert variable.description in help_text
+
+
+def test_a_batch_job_has_its_own_deadline_and_payload():
+    limits = read_settings({"SAGEMAKER_BATCH": "true", "SAGEMAKER_MAX_PAYLOAD_IN_MB": "40"}).limits
+    assert (limits.deadline_seconds, limits.max_request_bytes) == (590, 40_000_000)
+    assert read_settings({"SAGEMAKER_MAX_PAYLOAD_IN_MB": "40"}).limits.deadline_seconds == 55
+    both = {"SAGEMAKER_BATCH": "true", "DALLE_DEADLINE_SECONDS": "30"}
+    assert read_settings(both).limits.deadline_seconds == 30
+
+
+@pytest.mark.parametrize(
+    ("files", "most"),
+    [
+        ({}, None),
+        ({"sys/fs/cgroup/cpu.max": "max 100000"}, None),
+        ({"sys/fs/cgroup/cpu.max": "50000 100000"}, 1),
+        (
+            {
+                "proc/self/cgroup": "0::/a/b\n",
+                "sys/fs/cgroup/a/cpu.max": "90000 100000",
+                "sys/fs/cgroup/a/b/cpu.max": "max 100000",
+            },
+            1,
+        ),
+        (
+            {
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "100000",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000",
+            },
+            1,
+        ),
+        (
+            {
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000",
+            },
+            None,
+        ),
+    ],
+)
+def test_processors_that_a_container_may_not_use_are_not_counted(tmp_path, files, most):
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert usable_cpus(tmp_path) == (most or len(os.sched_getaffinity(0)))

@@ -1,0 +1,198 @@
+"""The benchmark runs, and its last line can be read by a program."""
+
+import json
+
+import pytest
+import torch
+
+from dalle.models import sizes
+from inference.bench import __main__ as bench
+from inference.bench import http as bench_http
+from inference.bench import pruning as bench_pruning
+from inference.bench import steps as bench_steps
+
+
+def test_the_last_line_is_json_with_every_figure(capsys):
+    bench.main(
+        [
+            "--size",
+            "tiny",
+            "--candidates",
+            "1,3",
+            "--rounds",
+            "2",
+            "--device",
+            "cpu",
+            "--probe-mb",
+            "8",
+        ]
+        + ["--precision", "fp32,fp16,int8"]
+    )
+    lines = capsys.readouterr().out.splitlines()
+    figures = json.loads(lines[-1])
+    assert [(each["precision"], each["candidates"]) for each in figures["steps"]] == [
+        (precision, candidates) for candidates in (1, 3) for precision in ("fp32", "fp16", "int8")
+    ]
+    for each in figures["steps"]:
+        assert each["step_ms"] > 0
+        assert each["tokens_per_second"] == pytest.approx(
+            1000 * each["candidates"] * 2 / each["step_ms"]
+        )
+        assert each["images_per_second"] == pytest.approx(each["tokens_per_second"] / (16 * 2))
+        assert 0 < each["outside_kernels"] < 1
+        assert each["tables_mb"] > 0
+    assert set(figures["stages_ms"]) == {"decode", "encode", "rank"}
+    assert figures["torch"] == torch.__version__
+    assert figures["positions"] == 16
+    assert set(figures["request_seconds"]) == {"queue", "sample", "decode", "rank", "encode"}
+    assert figures["request_images_per_second"] > 0
+    assert "1" in figures["threads_ms"], "one thread was tried"
+    assert len(lines) == 1 + 1 + 6 + 3 + 1 + 1
+
+
+def test_an_artefact_is_measured_as_it_is(tiny_artefact, capsys):
+    arguments = [
+        "--model",
+        str(tiny_artefact),
+        "--candidates",
+        "2",
+        "--rounds",
+        "2",
+        "--full",
+        "--probe-mb",
+        "8",
+    ]
+    bench.main([*arguments, "--precision", "fp32", "--threads", "1", "--requests", "0"])
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (figures["size"], figures["full"]) == (None, True)
+    assert figures["threads_ms"] == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--precision", "int4"], "--precision must be of"),
+        (
+            ["--precision", "bf16", "--size", "tiny", "--device", "cpu"],
+            "'int8') on cpu, got ['bf16']",
+        ),
+        (["--size", "huge"], "invalid choice: 'huge'"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(arguments, says, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(arguments)
+    assert says in capsys.readouterr().err
+
+
+def test_the_first_step_of_a_depth_does_not_count():
+    timings = bench_steps.Timings()
+    for depth, seconds in ((0.1, 9.0), (0.1, 1.0), (0.1, 3.0), (0.1, 2.0), (0.9, 9.0), (0.9, 4.0)):
+        timings.note(depth, seconds)
+    assert timings.first == {0.1: 9.0, 0.9: 9.0}
+    assert timings.step_seconds == pytest.approx((2.0 + 4.0) / 2)
+
+
+def test_things_compared_take_turns():
+    order: list[str] = []
+    timings = {name: bench_steps.Timings() for name in "ab"}
+    steps = {name: lambda name=name: order.append(name) for name in "ab"}
+    bench_steps.take_turns(steps, timings, 0.5, 3, torch.device("cpu"))
+    assert order == list("ababab")
+
+
+def test_steps_that_are_timed_together_count_each_by_itself(monkeypatch):
+    order: list[str] = []
+    monkeypatch.setattr(
+        bench_steps,
+        "timed",
+        lambda work, _: work() or 3.0,  # seconds a turn
+    )
+    timings = {name: bench_steps.Timings() for name in "ab"}
+    steps = {name: lambda name=name: order.append(name) for name in "ab"}
+    bench_steps.take_turns(steps, timings, 0.5, 2, torch.device("cpu"), together=3)
+    assert "".join(order) == "ab" + "aaabbb", "the first turn warms up"
+    assert timings["a"].first == {0.5: 3.0}
+    assert timings["a"].later == {0.5: [1.0]}
+
+
+def test_a_step_reads_each_weight_once_and_what_its_queries_see(make_dalle):
+    model = make_dalle(num_codebooks=1)
+    matrices = 2 * (3 * 16 * 16 + 16 * 16 + 2 * 4 * 16 * 16) + 7 * 16
+    keys_and_values = 2 * (6 + 16 / 2) * 2 * 16  # layers, inputs seen at mid-image, two of a width
+    assert bench_steps.step_bytes(model, 3, "fp32") == 4 * (matrices + 3 * keys_and_values)
+    assert bench_steps.step_bytes(model, 3, "fp16") == 2 * matrices + 4 * 3 * keys_and_values
+    assert bench_steps.step_bytes(model, 3, "int8") == matrices + 3 * keys_and_values
+    sparse = make_dalle(num_codebooks=1, attention_kinds=("axial_row",))
+    assert bench_steps.step_bytes(sparse, 3, "fp32") < bench_steps.step_bytes(model, 3, "fp32")
+
+
+def test_steps_without_our_own_kernels_can_be_measured(monkeypatch, capsys):
+    monkeypatch.setattr("dalle.decoding.select.NativeStep", None)
+    arguments = ["--size", "tiny", "--candidates", "2", "--rounds", "2", "--probe-mb", "8"]
+    arguments += ["--device", "cpu", "--threads", "1", "--requests", "0", "--torch-kernels"]
+    bench.main(arguments)
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [each["precision"] for each in figures["steps"]] == ["fp32", "int8"]
+    assert not figures["own_kernels"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_bf16_has_its_share_of_the_memorys_speed(capsys):
+    arguments = ["--size", "tiny", "--candidates", "2", "--rounds", "2", "--probe-mb", "8"]
+    bench.main([*arguments, "--device", "cuda"])
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [each["precision"] for each in figures["steps"]] == ["fp32", "bf16"]
+    assert all(0 < each["bandwidth_share"] < 1 for each in figures["steps"])
+    assert figures["gpu"]
+
+
+def test_the_engine_that_is_measured_in_bf16_draws_whole_pictures(make_dalle):
+    model = bench_steps.in_precision(make_dalle(), "bf16")
+    engine = bench_steps.engine_at(model, 3, 0.5, "bf16", None)
+    finished = []
+    while not engine.is_idle:
+        finished += engine.step()
+    assert len(finished) == 3
+    assert engine.num_bytes == 2 * 2 * 3 * (5 + 16) * 16 * 2  # layers, two of each input, a width
+
+
+def test_what_lies_outside_kernels_is_what_torch_does_not_do():
+    numbers = torch.ones(300_000)
+
+    def beside_torch():
+        sum(range(300_000))
+
+    assert bench_steps.share_outside_kernels(lambda: numbers.sort()) < 0.5
+    assert bench_steps.share_outside_kernels(beside_torch) > 0.9
+
+
+def test_every_size_has_what_the_benchmark_builds():
+    assert set(sizes.DVAE_SIZES) == set(sizes.TRANSFORMER_SIZES) == set(sizes.CLIP_SIZES)
+
+
+def test_pruning_is_measured_on_an_artefact(tiny_artefact, capsys):
+    bench_pruning.main(["--model", str(tiny_artefact), "--limit", "2", "--num-candidates", "8"])
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [each["rows"] for each in figures["foresight"]] == [1, 2, 3]
+    assert all(-1 <= each["spearman"] <= 1 for each in figures["foresight"])
+    assert [each["captions"] for each in figures["foresight"]] == [2, 2, 2]
+    assert [each["prune_at"] for each in figures["savings"]] == [
+        [0.25],
+        [0.5],
+        [0.75],
+        [0.25, 0.5],
+    ]
+    assert all(each["time_share"] > 0 for each in figures["savings"])
+
+
+def test_the_share_left_through_http_is_a_ratio_of_the_same_requests(tiny_artefact, capsys):
+    words = ["--clients", "2", "--requests", "3", "--turns", "2", "--num-candidates", "2"]
+    bench_http.main(["--model", str(tiny_artefact), "--num-images", "1", *words])
+    lines = capsys.readouterr().out.splitlines()
+    figures = json.loads(lines[-1])
+    assert len(lines) == len(figures["ratios"]) + 1 == 3
+    assert 0 < min(figures["ratios"]) <= figures["ratio"] <= max(figures["ratios"])
+    assert figures["pings"] >= 2
+    assert figures["ping_p50_ms"] <= figures["ping_p99_ms"] <= figures["ping_max_ms"]

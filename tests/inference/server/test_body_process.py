@@ -1,0 +1,148 @@
+"""Large bodies read by a process of their own: the same requests, the same refusals."""
+
+import base64
+import io
+import json
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dalle.errors import PlatformError, UserError
+from dalle.preprocess.images import decode_image, to_square
+from inference.api.parsing import parse_request
+from inference.api.schema import ClassifyRequest, GenerateRequest, Limits
+from inference.server.body_process import Shrinker, shrunk
+
+LIMITS = Limits(max_candidates=7)
+
+
+def picture(width: int = 300, height: int = 200, format: str = "PNG") -> str:
+    file = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, format=format)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def pixels_of(text: str | None, size: int) -> np.ndarray:
+    assert text is not None
+    return to_square(decode_image(base64.b64decode(text), what="x"), size)
+
+
+@pytest.fixture(scope="module")
+def shrinker():
+    shrinker = Shrinker(large_bytes=1000)
+    yield shrinker
+    shrinker.close()
+
+
+def parse(shrinker: Shrinker, body: object, content_type: str | None = None):
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return shrinker.parse(data, content_type, limits=LIMITS, prime_size=16, clip_size=24)
+
+
+def test_the_model_sees_the_very_pixels_it_would_have_seen(shrinker):
+    images = [picture(), picture(50, 70, "JPEG")]
+    large = {"images": images, "classes": ["a", "b"], "top": 1}
+    request = parse(shrinker, large)
+    assert isinstance(request, ClassifyRequest)
+    assert (request.classes, request.top) == (["a", "b"], 1)
+    for given, small in zip(images, request.images, strict=True):
+        assert len(small) < len(given)
+        assert (pixels_of(small, 24) == pixels_of(given, 24)).all()
+    prime = picture()
+    drawing = {"caption": "a star", "seed": 3, "prime_image": prime, "prime_rows": 1}
+    request = parse(shrinker, drawing)
+    assert isinstance(request, GenerateRequest)
+    assert (pixels_of(request.prime_image, 16) == pixels_of(prime, 16)).all()
+    plain = parse_request(json.dumps(drawing).encode(), limits=LIMITS)
+    same = {"prime_image": request.prime_image}
+    assert request == plain.model_copy(update=same), "everything else is as it was"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{" + b" " * 2000,
+        b"\xff" * 2000,
+        {"caption": "a" * 3000},
+        {"caption": "a", "num_candidates": 8, "prime_image": "x" * 2000, "prime_rows": 1},
+        {"images": [picture()], "classes": ["a"], "topp": 1},
+        {"images": [picture()], "classes": [""]},
+    ],
+)
+def test_what_is_wrong_is_told_as_of_a_small_body(shrinker, body):
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    with pytest.raises(UserError) as here:
+        parse_request(data, limits=LIMITS)
+    with pytest.raises(UserError) as there:
+        parse(shrinker, data)
+    for name in ("status", "code", "field"):
+        assert getattr(there.value, name) == getattr(here.value, name)
+    assert str(there.value) == str(here.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("####" * 500, r"images\[1\] is not base64"),
+        (base64.b64encode(b"hello" * 500).decode(), r"images\[1\] is not an image"),
+        (picture()[:2000], r"images\[1\] is truncated or damaged"),
+        ("https://example.com/" + "a" * 2000, "addresses are not fetched"),
+    ],
+)
+def test_a_picture_that_cannot_be_used_is_named(shrinker, text, says):
+    with pytest.raises(UserError, match=says) as caught:
+        parse(shrinker, {"images": [picture(), text], "classes": ["a"]})
+    assert (caught.value.status, caught.value.field) == (400, "images[1]")
+
+
+def test_a_small_body_is_read_here(shrinker):
+    fresh = Shrinker()
+    assert parse(fresh, {"caption": "a"}).caption == "a"
+    assert fresh._child is None
+
+
+def test_plain_text_has_its_limit_too(shrinker):
+    with pytest.raises(UserError, match="must have at most 2000 characters"):
+        parse(shrinker, b"a " * 2000, "text/plain")
+
+
+def test_a_child_that_has_died_is_replaced(shrinker):
+    body = {"images": [picture()], "classes": ["a"]}
+    parse(shrinker, body)
+    child = shrinker._child
+    child.kill()
+    child.wait()
+    assert isinstance(parse(shrinker, body), ClassifyRequest)
+    assert shrinker._child is not child
+
+
+def test_a_body_that_kills_each_child_is_refused(monkeypatch, tmp_path):
+    broken = Shrinker(large_bytes=10)
+    monkeypatch.setattr("sys.executable", "/bin/true")
+    with pytest.raises(PlatformError, match="died of this one") as caught:
+        parse(broken, {"images": [picture()], "classes": ["a"]})
+    assert caught.value.status == 503
+
+
+def test_many_threads_get_their_own_requests_back(shrinker):
+    found: dict[int, str] = {}
+
+    def ask(number: int) -> None:
+        body = {"images": [picture()], "classes": [f"class {number}"]}
+        found[number] = parse(shrinker, body).classes[0]
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == {number: f"class {number}" for number in range(6)}
+
+
+def test_a_body_made_small_is_json_whatever_it_was():
+    assert json.loads(
+        shrunk(b"a star", "text/plain", limits=LIMITS, prime_size=1, clip_size=1)
+    ) == {"caption": "a star", "num_candidates": 7, "num_images": 4}

@@ -1,0 +1,95 @@
+"""What SageMaker does on its own, done for real: a job trains, an endpoint serves.
+
+moto answers that a job has completed and that an endpoint is in service, and runs neither. Here
+CreateTrainingJob runs `train` on the channels of the request, and leaves its log and its model
+where the platform would; CreateEndpoint serves that model by `serve`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from infra.local.opt_ml import pack_model
+from infra.local.serving import unpack_model
+from tests import REPOSITORY
+from tests.inference.served import running
+from tests.infra.aws_account import Account
+
+TRAIN_SECONDS = 300
+
+
+class Platform:
+    """The jobs and the endpoints of one account; `close` ends what still runs."""
+
+    def __init__(self, account: Account, scratch: Path) -> None:
+        self.account = account
+        self.scratch = scratch
+        self._running = ExitStack()
+        account.handlers |= {
+            "CreateTrainingJob": self._train,
+            "CreateEndpoint": self._serve,
+        }
+
+    def close(self) -> None:
+        self._running.close()
+
+    def _train(self, request: dict[str, Any]) -> dict[str, Any]:
+        job = request["TrainingJobName"]
+        root = self.scratch / job
+        config = root / "input/config"
+        config.mkdir(parents=True)
+        (config / "hyperparameters.json").write_text(json.dumps(request["HyperParameters"]))
+        for channel in request["InputDataConfig"]:
+            source = channel["DataSource"]["S3DataSource"]["S3Uri"]
+            self._download(source, root / "input/data" / channel["ChannelName"])
+        path = f"{REPOSITORY / 'container'}{os.pathsep}{REPOSITORY}"
+        environment = {name: text for name, text in os.environ.items() if name[:3] != "AWS"}
+        done = subprocess.run(
+            [sys.executable, "-m", "training", "--root", root],
+            env={**environment, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            cwd=self.scratch,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=TRAIN_SECONDS,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout
+        lines = [line.replace(str(root), "/opt/ml") for line in done.stdout.splitlines() if line]
+        self.account.write_log("/aws/sagemaker/TrainingJobs", f"{job}/algo-1-1", lines)
+        archive = pack_model(root / "model", root / "model.tar.gz")
+        bucket, folder = request["OutputDataConfig"]["S3OutputPath"][5:].split("/", 1)
+        self.account.put_object(f"{folder}{job}/output/model.tar.gz", archive.read_bytes(), bucket)
+        answer = self.account.client("sagemaker").create_training_job(**request)
+        return {"TrainingJobArn": answer["TrainingJobArn"]}
+
+    def _serve(self, request: dict[str, Any]) -> dict[str, Any]:
+        sagemaker = self.account.client("sagemaker")
+        config = sagemaker.describe_endpoint_config(
+            EndpointConfigName=request["EndpointConfigName"]
+        )
+        name = config["ProductionVariants"][0]["ModelName"]
+        container = sagemaker.describe_model(ModelName=name)["PrimaryContainer"]
+        root = self.scratch / f"endpoint-{request['EndpointName']}"
+        root.mkdir()
+        self._download(container["ModelDataUrl"], root / "packed")
+        unpack_model(root / "packed/model.tar.gz", root / "model")
+        wanted = {**container["Environment"], "DALLE_DEVICE": "cpu", "DALLE_THREADS": "1"}
+        served = self._running.enter_context(running(root, **wanted)).ready()
+        self.account.serve_async(f"{served.url}/invocations")
+        answer = sagemaker.create_endpoint(**request)
+        return {"EndpointArn": answer["EndpointArn"]}
+
+    def _download(self, source: str, directory: Path) -> None:
+        bucket, prefix = source[5:].split("/", 1)
+        s3 = self.account.client("s3")
+        base = prefix if prefix.endswith("/") else prefix.rpartition("/")[0] + "/"
+        for page in s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+            for found in page["Contents"]:
+                path = directory / found["Key"].removeprefix(base)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                s3.download_file(bucket, found["Key"], str(path))

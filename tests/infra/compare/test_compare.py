@@ -1,0 +1,257 @@
+"""What a comparison says and shows: the article's figures, words, tables, page, charts, command."""
+
+import html.parser
+import json
+import re
+
+import pytest
+
+from infra.__main__ import main
+from infra.benchmark.run_file import load_run, save_run
+from infra.compare.charts import draw_costs, draw_latencies
+from infra.compare.page import render_page
+from infra.compare.tables import tables
+from infra.compare.words import about, claims, quietness, recommendation, usd
+from infra.cost.prices import load_prices
+from tests import REPOSITORY
+from tests.infra.measured_runs import CPU, GPU, a_run, compare, scenario
+
+# --- the article
+
+
+def test_the_articles_fifty_dollars_stand_beside_what_the_table_gives():
+    first, second = claims(compare(("cpu", CPU, ["ml.m5.large", "serverless"])))
+    assert first.ours == "ml.t2.medium: 0.056 USD per hour (undated, B) x 730 hours = $40.88"
+    assert "18% lower" in first.verdict
+    # 40.88 / (0.00002 x 6 x 1.0 s) = 340,667
+    assert "serverless answers 340,000 requests a month at the measured 1.00 s" in first.verdict
+    assert "13.2 x ml.t2.medium" in second.ours
+    assert second.verdict.startswith("In price it holds. In speed: 2.00 requests/s measured")
+    assert second.verdict.endswith("the GPU not measured.")
+
+
+def test_where_the_price_is_less_than_three_times_the_claim_does_not_hold():
+    dear = [
+        each.model_copy(update={"usd": 0.5}) if each.item == "ml.m5.large" else each
+        for each in load_prices().prices
+    ]
+    table = load_prices().model_copy(update={"prices": dear})
+    claim = claims(compare(("cpu", CPU, ["ml.m5.large"]), table=table))[1]
+    assert claim.verdict.startswith("In price it does not hold for all")
+
+
+# --- words
+
+
+def test_a_machine_that_was_shared_is_told():
+    shared = a_run(scenario(1, 1.0, 1.0, others_share=0.4), scenario(8, 2.0, 4.0, others_share=0.1))
+    quiet = a_run(scenario(1, 1.0, 1.0, others_share=0.02))
+    unknown = a_run(load_average=1.5)
+    comparison = compare(
+        ("shared", shared, ["ml.m5.large"]),
+        ("quiet", quiet, ["ml.c5.large"]),
+        ("unknown", unknown, ["serverless"]),
+    )
+    first, second, third = quietness(comparison)
+    assert "shared: the machine was shared; others used up to 40%" in first
+    assert "at most 2%" in second
+    assert "load average of the measuring machine was 1.5" in third
+
+
+def test_prices_that_are_doubtful_are_named_beside_the_recommendation():
+    said = recommendation(compare(("cpu", CPU, ["ml.c6i.large"])))[-1]
+    assert "ml.c6i.large (Hosting)" in said
+    assert "prices refresh" in said
+
+
+@pytest.mark.parametrize(
+    ("amount", "text"),
+    [(40.88, "$40.88"), (0.0042, "$0.0042"), (0.1, "$0.100"), (1240.4, "$1,240"), (0, "$0.00"),
+     (0.000031, "$0.000031")],
+)  # fmt: skip
+def test_dollars_have_the_digits_that_say_something(amount, text):
+    assert usd(amount) == text
+
+
+@pytest.mark.parametrize(("number", "text"), [(34_127, "34,000"), (7.2, "7"), (999, "1,000")])
+def test_about_is_two_digits(number, text):
+    assert about(number) in (text, "990")
+
+
+# --- the report
+
+
+class Checker(html.parser.HTMLParser):
+    """Whether every element is closed where it should be, and what it fetches."""
+
+    VOID = frozenset({"meta"})
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.fetched, self.text = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.fetched += [value for name, value in attributes if name in ("src", "href")]
+
+    def handle_startendtag(self, tag, attributes):
+        self.fetched += [value for name, value in attributes if name in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture
+def comparison():
+    return compare(("cpu <1>", CPU, ["ml.m5.large", "ml.c7i.large", "serverless", "lambda"]))
+
+
+def test_the_page_is_whole_and_fetches_nothing(comparison):
+    page = render_page(comparison, title="What a picture costs", date="2026-11-22")
+    checker = Checker()
+    checker.feed(page)
+    assert checker.open == []
+    assert checker.fetched == []
+    assert not re.search(r"url\(|@import|https?://", page)
+    text = " ".join(checker.text)
+    for table in tables(comparison):
+        assert table.title in text
+        for row in table.rows:
+            for cell in row:
+                assert cell in text, f"{table.title}: {cell}"
+    assert "cpu <1>" in text
+
+
+def test_every_assumption_and_every_price_used_is_printed(comparison):
+    shown = {table.title: table for table in tables(comparison)}
+    names = [row[0] for row in shown["Assumptions"].rows]
+    assert {"hours_per_month", "peak_to_mean", "async_cold_start_seconds"} <= set(names)
+    assert names.count("stands for") == 4
+    assert "async price" in names
+    for each in comparison.prices:
+        assert any(
+            row[:2] == [each.item, each.component] and row[4:6] == [each.dated, each.confidence]
+            for row in shown["Prices in us-east-1"].rows
+        )
+
+
+def numbers(points: str) -> list[tuple[float, float]]:
+    pairs = (each.split(",") for each in points.split())
+    return [(float(x), float(y)) for x, y in pairs]
+
+
+def test_the_lines_of_costs_stay_inside_the_chart_and_cheap_is_low(comparison):
+    svg = draw_costs(comparison)
+    drawn = re.findall(r'points="([^"]+)"[^>]*><title>([^<]+)</title>', svg)
+    assert [name for _, name in drawn] == [each.name for each in comparison.options]
+    for points, _ in drawn:
+        assert all(0 <= x <= 1000 and 0 <= y <= 500 for x, y in numbers(points))
+    lines = {name: dict(numbers(points)) for points, name in drawn}
+    places = sorted(lines["serverless"])
+    ends = {name: points[places[-1]] for name, points in lines.items()}
+    assert ends["ml.m5.large, scaled to zero"] > ends["serverless"], "down is cheaper"
+
+
+def test_the_break_even_is_marked_where_the_lines_cross(comparison):
+    svg = draw_costs(comparison)
+    (x, y) = map(
+        float, re.search(r'<circle class="mark" cx="([\d.]+)" cy="([\d.]+)"', svg).groups()
+    )
+    drawn = {
+        name: numbers(points)
+        for points, name in re.findall(r'points="([^"]+)"[^>]*><title>([^<]+)</title>', svg)
+    }
+    for name in ("serverless", "ml.m5.large, always on"):
+        near = min(drawn[name], key=lambda point: abs(point[0] - x))
+        assert near[1] == pytest.approx(y, abs=6), name
+    assert f"{about(comparison.crossings[0].requests_per_day)} a day" in svg
+
+
+def test_a_distribution_rises_from_nothing_to_all(comparison):
+    svg = draw_latencies(comparison.runs, 60)
+    drawn = re.findall(r'points="([^"]+)"', svg)
+    assert len(drawn) == 2
+    for points in drawn:
+        xs, ys = zip(*numbers(points), strict=True)
+        assert list(xs) == sorted(xs)
+        assert list(ys) == sorted(ys, reverse=True)
+    assert "limit 60 s" in svg
+
+
+# --- the command
+
+
+@pytest.fixture
+def files(tmp_path):
+    save_run(CPU, tmp_path / "cpu.json")
+    save_run(GPU, tmp_path / "gpu.json")
+    return tmp_path
+
+
+def test_the_command_prints_the_tables_and_writes_page_and_json(files, capsys):
+    page, out = files / "deep" / "c.html", files / "deep" / "c.json"
+    words = [f"{files}/cpu.json=ml.m5.large,serverless", "--html", str(page), "--out", str(out)]
+    assert main(["compare", *words, "--requests-per-day", "50"]) == 0
+    told = capsys.readouterr().out
+    assert "While callers wait: serverless up to" in told
+    for title in ("USD A MONTH", "LATENCY IN SECONDS", "PRICES IN US-EAST-1", "ASSUMPTIONS"):
+        assert title in told
+    assert "50 a day" in told
+    assert page.read_text("utf-8").startswith("<!doctype html>")
+    whole = json.loads(out.read_text("utf-8"))
+    assert whole["options"][0]["months"][0]["requests_per_day"] == 50
+    assert whole["break_even"][0]["cheaper_below"] == "serverless"
+    assert whole["not_measured"][0]["instance_type"] == "ml.g4dn.xlarge"
+
+
+def test_json_alone_goes_to_stdout_when_it_is_asked_for(files, capsys):
+    assert main(["compare", f"{files}/cpu.json=ml.m5.large", "--json"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["stands_for"]["ml.m5.large"]
+    assert "LATENCY" in told.err
+
+
+def test_an_assumption_can_be_changed(files, capsys):
+    words = ["compare", f"{files}/cpu.json=ml.m5.large", "--json", "--requests-per-day", "1"]
+    assert main([*words, "--assume", "hours_per_month=100", "--assume", "volume_gb=0"]) == 0
+    always = json.loads(capsys.readouterr().out)["options"][0]
+    assert always["months"][0]["usd_compute"] == pytest.approx(11.5)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["cpu.json=ml.g5.xlarge"], "a run of one never stands for the other"),
+        (["cpu.json"], "does not say which instance type it stands for"),
+        (["none.json=ml.m5.large"], "none.json cannot be read"),
+        (["cpu.json=ml.m5.large", "--assume", "peak"], "--assume must be NAME=NUMBER, got 'peak'"),
+        (["cpu.json=ml.m5.large", "--assume", "peak=1"], "there is no assumption 'peak'"),
+        (["cpu.json=ml.m5.large", "--requests-per-day", "0"], "must be 1 to 1,000,000, got 0"),
+        (["cpu.json=ml.m5.large", "--region", "eu-west-1"], "no price is known for ml.m5.large"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_by_name(files, capsys, monkeypatch, words, says):
+    monkeypatch.chdir(files)
+    assert main(["compare", *words]) == 1
+    assert says in capsys.readouterr().err
+
+
+REPORTS = sorted((REPOSITORY / "infra" / "reports").glob("*/*.json"))
+
+
+@pytest.mark.parametrize("path", REPORTS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_the_runs_of_the_reports_in_the_repository_can_still_be_compared(path):
+    run = load_run(path)
+    assert run.date[:10] in path.parent.name
+    comparison = compare((path.stem, run, run.stands_for or ["ml.c5.large"]))
+    assert comparison.options
+
+
+def test_there_is_a_report():
+    assert REPORTS
+    for path in REPORTS:
+        assert (path.parent / "compare.html").exists()

@@ -1,0 +1,247 @@
+"""`invoke` and batches: a real `serve` behind the runtime's protocol, pictures as files."""
+
+import pytest
+from PIL import Image
+
+from infra.endpoint import invoke
+from infra.local.endpoint import RuntimeFacade
+from tests.infra.aws_account import BUCKET
+
+REALTIME = ["--mode", "realtime", "--instance-type", "ml.m5.large"]
+ASYNC = ["--mode", "async", "--instance-type", "ml.g4dn.xlarge"]
+ASK = ["invoke", "a red square", "--num-candidates", 3, "--num-images", 2, "--seed", 7]
+
+
+@pytest.fixture
+def asynchronous(endpoint, serve_url, monkeypatch):
+    account = endpoint(*ASYNC)
+    monkeypatch.delenv("AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME")
+    account.serve_async(f"{serve_url}/invocations")
+    return account
+
+
+def test_pictures_are_written_best_first(endpoint, infra, tmp_path):
+    endpoint(*REALTIME)
+    told = infra(*ASK, "--out", tmp_path, "--json")
+    assert told.code == 0, told.err
+    assert [image["rank"] for image in told.json["images"]] == [1, 2]
+    scores = [image["clip_score"] for image in told.json["images"]]
+    assert scores == sorted(scores, reverse=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rank-1.png", "rank-2.png"]
+    with Image.open(tmp_path / "rank-1.png") as picture:
+        assert (picture.format, picture.size) == ("PNG", (16, 16))
+    assert told.json["seed"] == 7
+
+
+def test_the_same_seed_writes_the_same_files(endpoint, infra, tmp_path):
+    endpoint(*REALTIME)
+    infra(*ASK, "--out", tmp_path)
+    told = infra(*ASK, "--out", tmp_path)
+    assert told.out.count("unchanged") == 2
+    assert "seed 7, 3 of 3 candidates, ranked by clip" in told.out
+    told = infra("invoke", "a red square", "--seed", 8, "--out", tmp_path)
+    assert "written" in told.out
+
+
+def test_a_format_is_asked_for_and_named(endpoint, infra, tmp_path):
+    endpoint(*REALTIME)
+    infra(*ASK, "--format", "webp", "--out", tmp_path)
+    with Image.open(tmp_path / "rank-1.webp") as picture:
+        assert picture.format == "WEBP"
+
+
+def test_a_stream_writes_every_candidate_and_ends_with_the_ranking(endpoint, infra, tmp_path):
+    endpoint(*REALTIME)
+    told = infra(*ASK, "--stream", "--out", tmp_path, "--json")
+    assert told.code == 0, told.err
+    names = [f"candidate-{number}.png" for number in range(3)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert [ranked["rank"] for ranked in told.json["ranking"]] == [1, 2, 3]
+    plain = infra(*ASK, "--out", tmp_path / "plain", "--json").json
+    best = told.json["ranking"][0]["file"]
+    assert (tmp_path / "plain/rank-1.png").read_bytes() == (tmp_path / best).read_bytes()
+    assert plain["images"][0]["clip_score"] == told.json["ranking"][0]["clip_score"]
+
+
+def test_an_async_reply_comes_through_the_bucket(asynchronous, infra, tmp_path):
+    told = infra(*ASK, "--out", tmp_path)
+    assert told.code == 0, told.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rank-1.png", "rank-2.png"]
+    (request,) = [key for key in asynchronous.keys_in() if "/requests/" in key]
+    assert request.startswith("async/dalle/requests/")
+    assert "a first one wakes an instance" in told.out
+
+
+def test_what_an_async_endpoint_could_not_do_is_told(asynchronous, infra, tmp_path):
+    told = infra("invoke", "a red square", "--num-candidates", 513, "--out", tmp_path)
+    assert told.code == 1
+    assert "could not answer: num_candidates must be 1 to 512, got 513" in told.err
+
+
+def test_an_async_reply_that_does_not_come_is_given_up(asynchronous, infra):
+    answer = asynchronous.runtime
+
+    def lose(path, headers, body):
+        found = answer(path, headers, body)
+        for key in asynchronous.keys_in():
+            if "/replies/" in key:
+                asynchronous.client("s3").delete_object(Bucket=BUCKET, Key=key)
+        return found
+
+    asynchronous.runtime = lose
+    told = infra(*ASK, "--timeout", 0)
+    assert told.code == 1
+    assert "no reply within 0 s; it will be at s3://" in told.err
+
+
+def test_an_async_endpoint_does_not_stream(asynchronous, infra):
+    told = infra(*ASK, "--stream")
+    assert told.code == 1
+    assert "endpoint dalle is async, and only a realtime one can stream" in told.err
+
+
+def test_what_the_server_refuses_is_told_in_its_words(endpoint, infra):
+    endpoint(*REALTIME)
+    told = infra("invoke", "a red square", "--num-candidates", 513)
+    assert told.code == 1
+    assert told.err == "the endpoint answered 422: num_candidates must be 1 to 512, got 513\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["", "--seed", 1], "caption"),
+        (["x", "--temperature", 11], "temperature must be 0.0 to 10.0, got 11.0"),
+        (["x", "--num-images", 9, "--num-candidates", 3], "num_images must be 1 to num_candidates"),
+        (["x", "--prime-rows", 2], "prime_image and prime_rows go together"),
+        (["x", "--prime-image", "/nowhere.png", "--prime-rows", 2], "cannot read /nowhere.png"),
+    ],
+)
+def test_a_wrong_request_is_told_before_anything_is_sent(account, infra, words, says):
+    told = infra("invoke", *words)
+    assert told.code == 1
+    assert says in told.err
+    assert account.requests.total() == 0
+
+
+def test_an_endpoint_that_is_not_there_is_told(account, infra):
+    told = infra("invoke", "a red square", "--endpoint", "stars")
+    assert told.code == 1
+    assert "there is no endpoint dalle-stars; `python -m infra status` shows" in told.err
+
+
+def test_a_payload_larger_than_the_endpoint_takes_is_refused_by_number(endpoint, infra, tmp_path):
+    endpoint("--mode", "serverless")
+    (tmp_path / "large.png").write_bytes(b"x" * 4_000_000)
+    told = infra("invoke", "x", "--prime-image", tmp_path / "large.png", "--prime-rows", 1)
+    assert told.code == 1
+    assert "a request to a serverless endpoint has at most 4,000,000 bytes, got 5,333" in told.err
+
+
+def test_a_local_endpoint_needs_no_account(account, infra, serve_url, monkeypatch, tmp_path):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name)
+    with RuntimeFacade({"dalle": int(serve_url.rpartition(":")[2])}) as facade:
+        port = facade.url.rpartition(":")[2]
+        told = infra(*ASK, "--local", "--port", port, "--out", tmp_path)
+    assert told.code == 0, told.err
+    assert (tmp_path / "rank-1.png").exists()
+    assert account.requests.total() == 0
+
+
+@pytest.mark.parametrize(
+    ("chunks", "lines"),
+    [
+        ([b'{"a":1}\n{"b":', b"2}\n"], [b'{"a":1}', b'{"b":2}']),
+        ([b"\n\n", b"x"], [b"x"]),
+        ([], []),
+    ],
+)
+def test_lines_are_put_together_from_parts_that_are_cut_anywhere(chunks, lines):
+    assert list(invoke.lines(iter(chunks))) == lines
+
+
+# --- batches
+
+BATCH = ["--mode", "batch", "--instance-type", "ml.g4dn.xlarge"]
+
+
+@pytest.fixture
+def batch(account, infra, serve_url, tmp_path):
+    """A function: captions -> what `deploy --mode batch` says of them."""
+    infra("bootstrap")
+    account.put_image()
+    account.serve_batches(f"{serve_url}/invocations")
+    model = f"s3://{BUCKET}/models/job/output/model.tar.gz"
+
+    def run(captions: str, *words: object):
+        (tmp_path / "captions.txt").write_text(captions, "utf-8")
+        files = ["--captions", tmp_path / "captions.txt", "--out", tmp_path / "out"]
+        return infra("deploy", *BATCH, "--model", model, *files, *words)
+
+    return run
+
+
+def test_a_batch_draws_every_caption(account, batch, tmp_path):
+    told = batch("a red square\n\na blue star\n")
+    assert told.code == 0, told.err
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == [f"{line:04}-rank-{rank}.png" for line in (1, 2) for rank in (1, 2, 3, 4)]
+    (job,) = [body for name, body in account.sent if name == "CreateTransformJob"]
+    assert job["BatchStrategy"] == "SingleRecord"
+    assert job["TransformInput"]["SplitType"] == job["TransformOutput"]["AssembleWith"] == "Line"
+    resources = job["TransformResources"]
+    assert resources["TransformAmiVersion"] == "al2-ami-sagemaker-batch-gpu-535"
+    assert account.names("endpoints") == []
+
+
+def test_a_second_batch_of_the_same_captions_runs_no_job(account, batch):
+    batch("a red square")
+    told = batch("a red square")
+    assert told.code == 0
+    assert account.requests["CreateTransformJob"] == 1
+    assert "already there" in told.out
+
+
+def test_a_caption_that_cannot_be_drawn_does_not_sink_the_others(batch, tmp_path):
+    told = batch("a red square\n" + "very " * 40 + "long\na blue star\n", "--json")
+    assert told.code == 0, told.err
+    assert (told.json["pictures"], told.json["refused"]) == (8, 1)
+    assert "caption 2" in told.err
+    assert not (tmp_path / "out" / "0002-rank-1.png").exists()
+
+
+def test_a_batch_needs_captions(account, infra, tmp_path):
+    assert "--mode batch needs --captions" in infra("deploy", "--mode", "batch").err
+    told = infra("deploy", "--mode", "async", "--captions", "x.txt")
+    assert "--captions is for --mode batch alone" in told.err
+    assert account.requests.total() == 0
+
+
+@pytest.mark.parametrize(
+    ("captions", "says"), [("\n \n", "has no captions"), (None, "cannot read")]
+)
+def test_a_file_without_captions_is_refused(account, infra, batch, tmp_path, captions, says):
+    told = (
+        batch(captions)
+        if captions
+        else infra(
+            "deploy", *BATCH, "--model", "s3://b/m.tar.gz", "--captions", tmp_path / "none.txt"
+        )
+    )
+    assert told.code == 1
+    assert says in told.err
+    assert account.requests["CreateModel"] == 0
+
+
+def test_a_reply_that_has_no_pictures_is_told(endpoint, infra, monkeypatch):
+    account = endpoint(*REALTIME)
+    monkeypatch.delenv("AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME")
+    account.runtime = lambda path, headers, body: (
+        200,
+        [("Content-Type", "application/json")],
+        b'{"predictions": []}',
+    )
+    told = infra(*ASK)
+    assert told.code == 1
+    assert "the endpoint's reply has no pictures" in told.err

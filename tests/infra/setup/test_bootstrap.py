@@ -1,0 +1,139 @@
+"""`bootstrap`: one stack, made once, changed when the template or its parameters change."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra.setup import bootstrap
+from tests.infra.aws_account import BUCKET, NUMBER
+
+
+@pytest.fixture
+def role_policy(account):
+    """The statements of the role's policy by their names, as IAM has them."""
+
+    def read() -> dict[str, Any]:
+        iam = account.client("iam")
+        (role,) = (r for r in iam.list_roles()["Roles"] if r["RoleName"].startswith("dalle-"))
+        name = role["RoleName"]
+        policy = iam.get_role_policy(RoleName=name, PolicyName="own-things-only")
+        # moto keeps a policy that came by a stack in Python's spelling.
+        statements = ast.literal_eval(policy["PolicyDocument"])["Statement"]
+        # It also keeps a statement that AWS::NoValue takes out, as None.
+        return {statement["Sid"]: statement for statement in statements if statement}
+
+    return read
+
+
+def test_the_template_passes_the_linter():
+    linter = Path(sys.executable).with_name("cfn-lint")
+    done = subprocess.run(
+        [linter, "--non-zero-exit-code", "informational", bootstrap.TEMPLATE],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_it_makes_bucket_repository_and_role(account, infra):
+    told = infra("bootstrap", "--json")
+    assert told.code == 0, told.err
+    assert told.json["bucket"] == BUCKET
+    assert told.json["repository"] == "dalle"
+    assert told.json["role_arn"].startswith(f"arn:aws:iam::{NUMBER}:role/")
+    assert [b["Name"] for b in account.client("s3").list_buckets()["Buckets"]] == [BUCKET]
+    repositories = account.client("ecr").describe_repositories()["repositories"]
+    assert [r["repositoryName"] for r in repositories] == ["dalle"]
+
+
+def test_a_second_run_changes_nothing(account, infra):
+    infra("bootstrap")
+    told = infra("bootstrap")
+    assert told.code == 0
+    assert {line.split("  ")[-1].strip() for line in told.out.splitlines()} == {"already there"}
+    assert account.requests["CreateStack"] == 1
+    assert account.requests["UpdateStack"] == 0
+
+
+def test_the_role_reads_another_bucket_when_it_is_named(account, infra, role_policy):
+    infra("bootstrap", "--read-bucket", "our-pictures")
+    other = role_policy()["ReadAnotherBucket"]
+    assert other["Resource"] == ["arn:aws:s3:::our-pictures", "arn:aws:s3:::our-pictures/*"]
+    assert set(other["Action"]) == {"s3:GetObject", "s3:ListBucket"}
+
+
+def test_the_role_reads_no_other_bucket_by_itself(account, infra, role_policy):
+    infra("bootstrap")
+    assert "ReadAnotherBucket" not in role_policy()
+
+
+def test_a_changed_parameter_updates_the_stack_and_is_remembered(account, infra):
+    def read_bucket() -> str:
+        (stack,) = account.client("cloudformation").describe_stacks()["Stacks"]
+        values = {p["ParameterKey"]: p["ParameterValue"] for p in stack["Parameters"]}
+        return str(values["ReadBucket"])
+
+    infra("bootstrap")
+    assert "brought up to date" in infra("bootstrap", "--read-bucket", "our-pictures").out
+    assert read_bucket() == "our-pictures"
+    assert "already there" in infra("bootstrap").out
+    assert read_bucket() == "our-pictures"
+    assert "brought up to date" in infra("bootstrap", "--read-bucket", "").out
+    assert read_bucket() == ""
+
+
+def test_the_role_may_write_nothing_outside_its_project(account, infra, role_policy):
+    infra("bootstrap")
+    for name, statement in role_policy().items():
+        actions = statement["Action"]
+        actions = [actions] if isinstance(actions, str) else actions
+        assert not any(action.endswith("*") for action in actions), name
+        if statement["Resource"] == "*":
+            assert set(actions) <= {"ecr:GetAuthorizationToken", "cloudwatch:PutMetricData"}
+    assert role_policy()["UseItsObjects"]["Resource"] == f"arn:aws:s3:::{BUCKET}/*"
+    assert role_policy()["WriteMetrics"]["Condition"]
+
+
+def test_two_projects_live_side_by_side(account, infra):
+    infra("bootstrap")
+    assert infra("bootstrap", "--project", "stars").code == 0
+    names = {b["Name"] for b in account.client("s3").list_buckets()["Buckets"]}
+    assert names == {BUCKET, BUCKET.replace("dalle", "stars")}
+
+
+def test_the_project_may_come_from_the_environment(account, infra, monkeypatch):
+    monkeypatch.setenv("DALLE_PROJECT", "stars")
+    assert infra("bootstrap", "--json").json["repository"] == "stars"
+
+
+@pytest.mark.parametrize("name", ["Stars", "a" * 21, "1st", "a--b", "a_b", ""])
+def test_a_name_that_a_bucket_could_not_have_is_refused(account, infra, name):
+    told = infra("bootstrap", "--project", name)
+    assert told.code == 2
+    assert "project's name is 1 to 20 small letters" in told.err
+    assert account.requests.total() == 0
+
+
+def test_a_stack_that_cannot_be_made_is_told_with_its_reason(account, infra):
+    account.refuse("CreateStack", "InsufficientCapabilitiesException", "needs CAPABILITY_IAM")
+    told = infra("bootstrap")
+    assert told.code == 1
+    assert told.err == (
+        "cloudformation:CreateStack was refused: InsufficientCapabilitiesException: "
+        "needs CAPABILITY_IAM\n"
+    )
+
+
+def test_the_template_keeps_the_image_of_an_endpoint_whose_tag_has_moved_on():
+    template = bootstrap.TEMPLATE.read_text("utf-8")
+    text = template[template.index("LifecyclePolicyText: |") :].split("|", 1)[1]
+    rules, _ = json.JSONDecoder().raw_decode(text.strip())
+    (rule,) = rules["rules"]
+    assert rule["selection"]["tagStatus"] == "any"
+    assert rule["selection"]["countType"] == "imageCountMoreThan"

@@ -1,0 +1,89 @@
+"""`upload`: a folder to the bucket; what is there is skipped, what changed is sent again."""
+
+import pytest
+
+from infra.setup import upload
+from tests.infra.aws_account import BUCKET
+
+
+@pytest.fixture
+def folder(account, infra, tmp_path):
+    infra("bootstrap")
+    for name in ("train/0.txt", "train/sub/1.txt", "validation/2.txt", ".git/config", "train/.x"):
+        path = tmp_path / "pictures" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    return tmp_path / "pictures"
+
+
+KEYS = [
+    "data/pictures/train/0.txt",
+    "data/pictures/train/sub/1.txt",
+    "data/pictures/validation/2.txt",
+]
+
+
+def test_everything_that_is_not_hidden_is_uploaded(account, infra, folder):
+    told = infra("upload", folder, "--json")
+    assert told.code == 0, told.err
+    assert account.keys_in() == KEYS
+    assert told.json["uri"] == f"s3://{BUCKET}/data/pictures/"
+    assert (told.json["uploaded"], told.json["unchanged"]) == (3, 0)
+    body = account.client("s3").get_object(Bucket=BUCKET, Key=KEYS[1])["Body"].read()
+    assert body == b"train/sub/1.txt"
+
+
+def test_a_second_run_sends_only_what_changed(account, infra, folder):
+    infra("upload", folder)
+    (folder / "train/0.txt").write_text("TRAIN/0.txt")  # as long as before
+    told = infra("upload", folder, "--json")
+    assert (told.json["uploaded"], told.json["unchanged"]) == (1, 2)
+    told = infra("upload", folder)
+    assert told.out.splitlines()[0].split("  ")[0] == "0 files, 0 bytes"
+    assert "3 files" in told.out.splitlines()[1]
+
+
+def test_what_is_gone_here_is_deleted_there_only_when_asked(account, infra, folder):
+    infra("upload", folder)
+    (folder / "validation/2.txt").unlink()
+    assert "left there (--delete removes them)" in infra("upload", folder).out
+    assert account.keys_in() == KEYS
+    assert infra("upload", folder, "--delete", "--json").json["deleted"] == 1
+    assert account.keys_in() == KEYS[:2]
+
+
+def test_another_data_set_is_not_touched(account, infra, folder):
+    account.put_object("data/pictures-old/0.txt")
+    infra("upload", folder, "--delete")
+    assert "data/pictures-old/0.txt" in account.keys_in()
+
+
+def test_what_was_kept_is_told(account, infra, folder):
+    infra("upload", folder)
+    (folder / "validation/2.txt").unlink()
+    account.refuse(f"POST /{BUCKET}", "AccessDenied", "not authorized to perform: s3:DeleteObject")
+    assert "may not do s3:DeleteObject" in infra("upload", folder, "--delete").err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["nowhere"], "nowhere is not a folder"),
+        (["EMPTY"], "has no files in it"),
+        (["FULL", "--name", "a/b"], "--name is letters, digits, dots, dashes and underscores"),
+    ],
+)
+def test_a_folder_that_cannot_be_sent_is_told(infra, folder, tmp_path, words, says):
+    (tmp_path / "empty").mkdir()
+    places = {"EMPTY": tmp_path / "empty", "FULL": folder}
+    told = infra("upload", *[places.get(word, word) for word in words])
+    assert told.code == 1
+    assert says in told.err
+
+
+def test_a_file_too_large_for_one_object_is_refused_by_number(infra, folder):
+    with (folder / "train/large.tar").open("wb") as file:
+        file.truncate(upload.MAX_BYTES + 1)  # a hole: takes no room
+    told = infra("upload", folder)
+    assert told.code == 1
+    assert "5,368,709,121 bytes, and an object is sent in one piece of at most" in told.err

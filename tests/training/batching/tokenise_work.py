@@ -1,0 +1,44 @@
+"""What each rank does in test_tokenised.py."""
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from tests.training.pairs import SIZE
+from training.data.batching import token_cache as tokenised
+from training.data.sources.folder import open_folder
+from training.distributed.process_group import ALONE, Together
+
+
+def encode(images):
+    """Each picture's number as its tokens: [B, 2, 1]."""
+    numbers = (images[:, 0, 0, :2] * 255).round().long()
+    return numbers[:, :, None]
+
+
+def tokenise(channel, out, ranks=ALONE, encode=encode, **options):
+    """The pictures of a channel, three a step and six a part."""
+    dataset = open_folder(channel, image_size=SIZE, max_bad_share=0.5)
+    fixed = {"dvae_hash": "d", "codebook_size": 256, "device": torch.device("cpu")}
+    fixed |= {"step_pairs": 3, "part_pairs": 6}
+    return tokenised.tokenise(
+        dataset,
+        encode,
+        **{"directory": out, "num_workers": 0, "ranks": ranks} | fixed | options,
+    )
+
+
+def work(rank, port, channel, out):
+    """Writes tokens, pairs and what was left out, as this rank sees them."""
+    store = TCPStore("127.0.0.1", port, wait_for_workers=False)
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    own = out / str(rank)  # each host has its own disk
+    found = tokenise(channel, own, Together())
+    dist.destroy_process_group()
+    names = [found.name(index) for index in range(len(found))]
+    content = {"tokens": found.tokens, "names": names, "skips": found.skips.as_dict()}
+    torch.save(content, out / f"{rank}.pt")

@@ -1,0 +1,98 @@
+"""What each rank does in test_parts.py: python tests/training/data/part_work.py RANK SIZE PORT
+FOLDER OUT."""
+
+import sys
+from datetime import timedelta
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from dalle.errors import DataError
+from dalle.platform.environment import Channel
+from training.data import open as opening
+from training.data.batching.batches import Batches
+from training.data.batching.preload import InMemory
+from training.distributed.process_group import Together
+from training.loop.stages import StageData
+
+SIZE = 8  # of the pictures in tests/training/pairs.py, which cannot be imported from here
+HOSTS = 2
+STEPS = 12
+
+
+def opened(folder, ranks, max_bad_share=0.2):
+    """A channel whose parts are the folder's sub-folders 0 and 1."""
+    directory = folder / str(ranks.rank // (ranks.size // HOSTS))
+    return opening.open_data(
+        Channel("train", directory, distribution="ShardedByS3Key"),
+        image_size=SIZE,
+        max_bad_share=max_bad_share,
+        caption_key=None,
+        ranks=ranks,
+        num_hosts=HOSTS,
+        stop=type("Never", (), {"is_set": lambda self: False})(),
+    )
+
+
+def refusal(folder, ranks):
+    try:
+        opened(folder, ranks, max_bad_share=0.03)
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+def batches(found, ranks, **options):
+    given = {"rank": ranks.rank, "world_size": ranks.size, "part": found.part}
+    given |= {"whole": found.whole, "num_workers": 0, "batch_size": 4, "seed": 3}
+    return Batches(found.pairs, **given | options)
+
+
+def validation(found, ranks):
+    """The mean over all pairs of the numbers in their captions."""
+    own = batches(found, ranks, rank=0, world_size=1, part=None, shuffle=False, last="keep")
+    data = StageData(own, own, torch.device("cpu"), ranks=ranks, is_validation_parted=True)
+
+    def measure(batch):
+        numbers = [float(caption.split()[1]) for caption in batch.captions]
+        return {"number": torch.tensor(numbers).mean()}
+
+    return data.validation_means(measure)["number"]
+
+
+def work(rank, size, port, folder):
+    torch.set_num_threads(1)
+    store = TCPStore("127.0.0.1", port, wait_for_workers=False)
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60)
+    )
+    ranks = Together()
+    found = opened(folder, ranks)
+    with patch.object(opening, "is_small", lambda dataset: rank == 0):  # not so on one host alone
+        lazy = opened(folder, ranks)
+    mine = batches(found, ranks)
+    captions = (caption for i in range(len(found.pairs)) for caption in found.pairs.captions(i))
+    options = {"vocab_size": 300, "text_length": 16}
+    seen = {
+        "steps": [mine.batch(step).captions for step in range(STEPS)],
+        "num_per_epoch": mine.num_per_epoch,
+        "identity": {key: str(value) for key, value in mine.identity().items()},
+        "skips": found.pairs.skips.as_dict(),
+        "examples": found.pairs.skips.describe(),
+        "whole": [found.whole.num_pairs, found.whole.num_captions],
+        "decoded": [isinstance(each.pairs, InMemory) for each in (found, lazy)],
+        "validation": validation(found, ranks),
+        "word": found.part.tokenizer(captions, kind="word", **options).identity(),
+        "siblings": found.part.siblings.each(rank),
+        "refusal": refusal(folder, ranks),
+    }
+    dist.destroy_process_group()
+    return seen
+
+
+if __name__ == "__main__":
+    rank, size, port = map(int, sys.argv[1:4])
+    torch.save(work(rank, size, port, Path(sys.argv[4])), sys.argv[5])

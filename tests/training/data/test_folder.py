@@ -1,0 +1,232 @@
+"""What is found in a channel, and what is skipped, counted and named."""
+
+import io
+import logging
+import os
+import socket
+import threading
+
+import pytest
+from PIL import Image
+
+from dalle.errors import DataError
+from dalle.preprocess.images import encode_image
+from tests.training.pairs import SIZE, channel_of, picture, put
+from training.data.batching.preload import decode_if_small
+from training.data.pairs import SkipReason
+from training.data.sources.folder import open_folder
+from training.stopping import Stopped
+
+
+def test_pairs_are_found_in_sub_folders_and_whatever_the_case_of_the_suffix(tmp_path):
+    put(tmp_path, "a/b/one", encode_image(picture(1), "png"), b" a star \r\n\r\nthe star\r\n")
+    (tmp_path / "two.JPG").write_bytes(encode_image(picture(2), "jpeg"))
+    (tmp_path / "two.TXT").write_bytes("\ufeffein Stern über dem Haus".encode())
+    (tmp_path / "a/three.webp").write_bytes(encode_image(picture(3), "webp"))
+    (tmp_path / "a/three.txt").write_bytes(b"a square")
+    folder = open_folder(tmp_path, image_size=SIZE)
+    names = [folder.name(index) for index in range(len(folder))]
+    assert names == ["a/b/one.png", "a/three.webp", "two.JPG"]
+    assert folder.captions(0) == ("a star", "the star")
+    assert folder.captions(2) == ("ein Stern über dem Haus",)
+    assert (folder.image(0) == 1).all()
+    assert folder.skips.counts.total() == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "reason", "named"),
+    [
+        (lambda f: put(f, "x", text=b"alone"), SkipReason.CAPTION_WITHOUT_IMAGE, "x.txt"),
+        (
+            lambda f: put(f, "x", encode_image(picture(1), "png")),
+            SkipReason.IMAGE_WITHOUT_CAPTION,
+            "x.png",
+        ),
+        (lambda f: put(f, "x", b"", b"a"), SkipReason.EMPTY_IMAGE, "x.png"),
+        (
+            lambda f: put(f, "x", encode_image(picture(1), "png"), b"caf\xe9"),
+            SkipReason.NOT_UTF8,
+            "x.txt",
+        ),
+        (
+            lambda f: put(f, "x", encode_image(picture(1), "png"), b" \n\t\n"),
+            SkipReason.EMPTY_CAPTION,
+            "x.txt",
+        ),
+        (
+            lambda f: put(f, "x", encode_image(picture(1), "png"), b"a" * (1 << 20) + b"b"),
+            SkipReason.GIANT_CAPTION,
+            "x.txt",
+        ),
+        (lambda f: put(f, "x", b"<html>", b"a"), SkipReason.NOT_AN_IMAGE, "x.png"),
+        (
+            lambda f: put(f, "x", encode_image(picture(1), "png")[:48], b"a"),
+            SkipReason.DAMAGED_IMAGE,
+            "x.png",
+        ),
+        (
+            lambda f: (f / "000.jpg").write_bytes(encode_image(picture(1), "jpeg")),
+            SkipReason.SECOND_IMAGE,
+            "000.png",
+        ),
+        (lambda f: (f / "x.png").symlink_to("nowhere.png"), SkipReason.UNREADABLE, "x.png"),
+        (lambda f: (f / "x.png").symlink_to("x.png"), SkipReason.UNREADABLE, "x.png"),
+    ],
+)
+def test_what_cannot_be_a_pair_is_skipped_counted_and_named(tmp_path, caplog, make, reason, named):
+    make(channel_of(tmp_path / "train", 20))
+    dataset = decode_if_small(open_folder(tmp_path / "train", image_size=SIZE))
+    assert len(dataset) == 20
+    assert dataset.skips.counts == {reason: 1}
+    assert dataset.skips.examples == {reason: [named]}
+    (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert named in record.getMessage()
+
+
+def test_a_100_megapixel_png_is_a_counted_skip(tmp_path):
+    file = io.BytesIO()
+    Image.new("1", (10_000, 10_000)).save(file, format="PNG")
+    put(channel_of(tmp_path / "train", 20), "x", file.getvalue(), b"huge")
+    dataset = decode_if_small(open_folder(tmp_path / "train", image_size=SIZE))
+    assert len(dataset) == 20
+    assert dataset.skips.counts == {SkipReason.GIANT_IMAGE: 1}
+
+
+def test_links_may_point_within_the_channel_but_not_out_of_it(tmp_path):
+    put(tmp_path, "secret", encode_image(picture(9), "png"), b"secret")
+    folder = channel_of(tmp_path / "train", 20)
+    (folder / "inside.png").symlink_to("001.png")
+    (folder / "inside.txt").symlink_to(folder / "001.txt")
+    (folder / "outside.png").symlink_to(tmp_path / "secret.png")
+    (folder / "outside.txt").symlink_to("../secret.txt")
+    (folder / "all").symlink_to(tmp_path)
+    (folder / "ring").symlink_to(folder)
+    dataset = open_folder(folder, image_size=SIZE, max_bad_share=0.2)
+    assert len(dataset) == 21
+    assert dataset.skips.counts == {SkipReason.OUTSIDE: 3, SkipReason.IGNORED: 1}
+    assert dataset.skips.examples[SkipReason.OUTSIDE] == ["all", "outside.png", "outside.txt"]
+
+
+def test_foreign_files_are_counted_but_nobody_is_told(tmp_path, caplog):
+    folder = channel_of(tmp_path / "train", 2)
+    for name in ("_SUCCESS", ".DS_Store", "train_$folder$", "metadata.csv", "._000.png"):
+        (folder / name).write_bytes(b"")
+    (folder / ".ipynb_checkpoints").mkdir()
+    put(folder, ".ipynb_checkpoints/000-checkpoint", b"", b"")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.path.relpath(folder / "s.png"))
+        dataset = open_folder(folder, image_size=SIZE)
+    assert len(dataset) == 2
+    assert dataset.skips.counts == {SkipReason.IGNORED: 7}
+    assert dataset.skips.num_bad == 0
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_only_the_first_few_of_a_reason_are_logged(tmp_path, caplog):
+    folder = channel_of(tmp_path / "train", 20)
+    for number in range(9):
+        put(folder, f"x{number}", text=b"alone")
+    dataset = open_folder(folder, image_size=SIZE, max_bad_share=0.5)
+    assert dataset.skips.counts == {SkipReason.CAPTION_WITHOUT_IMAGE: 9}
+    assert len([record for record in caplog.records if record.levelno == logging.WARNING]) == 3
+    assert dataset.skips.describe() == "9 caption without image (x0.txt, x1.txt, x2.txt, …)"
+
+
+def test_a_name_that_is_not_utf8_is_written_with_escapes(tmp_path, caplog):
+    folder = channel_of(tmp_path / "train", 20)
+    (folder / os.fsdecode(b"caf\xe9.txt")).write_bytes(b"alone")
+    dataset = open_folder(folder, image_size=SIZE)
+    assert dataset.skips.examples == {SkipReason.CAPTION_WITHOUT_IMAGE: ["caf\\udce9.txt"]}
+    assert len(dataset.fingerprint) == 64
+    caplog.text.encode()
+
+
+@pytest.mark.parametrize("make", ["missing", "empty", "only foreign", "a file"])
+def test_a_channel_without_pairs_is_refused_with_what_it_must_look_like(tmp_path, make):
+    root = tmp_path / "train"
+    if make == "a file":
+        root.write_bytes(b"")
+    elif make != "missing":
+        root.mkdir()
+    if make == "only foreign":
+        (root / "shard-0000.tar").write_bytes(b"x")
+    with pytest.raises(DataError, match="train: .*0017.png, 0017.txt.* one caption a line"):
+        open_folder(root, image_size=SIZE)
+
+
+def test_a_channel_of_bad_pairs_only_says_what_was_wrong_with_them(tmp_path):
+    put(tmp_path, "x", text=b"alone")
+    with pytest.raises(DataError, match=r"skipped: 1 caption without image \(x.txt\)"):
+        open_folder(tmp_path, image_size=SIZE)
+
+
+def test_too_many_bad_pairs_stop_the_job_with_the_reasons(tmp_path):
+    folder = channel_of(tmp_path / "train", 8)
+    put(folder, "x", text=b"alone")
+    put(folder, "y", b"GIF, honestly", b"a")
+    with pytest.raises(DataError, match="train: 1 of 10 pairs .*max_bad_share 0.05 allows: 1 capt"):
+        open_folder(folder, image_size=SIZE, max_bad_share=0.05)
+    dataset = open_folder(folder, image_size=SIZE, max_bad_share=0.15)
+    with pytest.raises(DataError, match="2 of 10 pairs .*1 caption without.*1 not an image") as no:
+        decode_if_small(dataset)
+    assert no.value.field == "max_bad_share"
+    assert len(decode_if_small(open_folder(folder, image_size=SIZE, max_bad_share=0.2))) == 8
+
+
+def test_the_fingerprint_tells_data_sets_apart_but_not_their_copies(tmp_path):
+    def fingerprint(folder):
+        return open_folder(folder, image_size=SIZE).fingerprint
+
+    first = fingerprint(channel_of(tmp_path / "a", 3))
+    assert fingerprint(channel_of(tmp_path / "b", 3)) == first
+    (tmp_path / "b" / "000.txt").write_text("another caption")
+    (tmp_path / "a" / "001.png").rename(tmp_path / "a" / "009.png")
+    (tmp_path / "a" / "001.txt").rename(tmp_path / "a" / "009.txt")
+    more = fingerprint(channel_of(tmp_path / "c", 4))
+    assert len({first, fingerprint(tmp_path / "a"), fingerprint(tmp_path / "b"), more}) == 4
+
+
+def test_a_read_only_channel_works_and_is_left_as_it_was(tmp_path):
+    folder = channel_of(tmp_path / "train", 4)
+    before = sorted(path.stat().st_mtime_ns for path in [folder, *folder.iterdir()])
+    for path in folder.iterdir():
+        path.chmod(0o444)
+    folder.chmod(0o555)
+    try:
+        assert len(decode_if_small(open_folder(folder, image_size=SIZE))) == 4
+        after = sorted(path.stat().st_mtime_ns for path in [folder, *folder.iterdir()])
+        assert after == before
+    finally:
+        folder.chmod(0o755)
+
+
+class StopAtTheFirstWarning(logging.Handler):
+    def __init__(self, stop):
+        super().__init__(logging.WARNING)
+        self.stop = stop
+
+    def emit(self, record):
+        self.stop.set()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda folder, name: (folder / f"{name}.gif").symlink_to("nowhere"),  # met when listed
+        lambda folder, name: (folder / f"{name}.txt").write_bytes(b"caf\xe9"),  # met when read
+    ],
+)
+def test_a_stop_ends_the_listing_and_the_reading_of_captions(tmp_path, caplog, spoil):
+    folder = channel_of(tmp_path, 5)
+    for name in ("001", "003"):
+        spoil(folder, name)
+    stop = threading.Event()
+    handler = StopAtTheFirstWarning(stop)
+    logger = logging.getLogger("training.data.pairs")
+    logger.addHandler(handler)
+    try:
+        with pytest.raises(Stopped):
+            open_folder(folder, image_size=SIZE, max_bad_share=1, stop=stop)
+    finally:
+        logger.removeHandler(handler)
+    assert len([record for record in caplog.records if record.levelno == logging.WARNING]) == 1

@@ -1,0 +1,204 @@
+"""training.job.components: a job's data and models, opened from its channels."""
+
+import logging
+import shutil
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from dalle import artefact as artefacts
+from dalle.manifest import Manifest, StageRecord
+from dalle.platform.environment import prepare_outputs, read_job
+from dalle.preprocess.images import encode_image
+from dalle.types import COMPONENTS
+from tests.training.pairs import tar_of
+from training.config.hyperparameters import parse
+from training.data.batching.preload import to_planes
+from training.data.batching.token_cache import Tokenised
+from training.job.components import open_workshop as open_job
+from training.stopping import Stopped
+
+TINY = {"size": "tiny", "image_size": "16", "batch_size": "4", "tokenizer_kind": "word"}
+
+
+def fill(folder, num_pairs):
+    for number in range(num_pairs):
+        pixels = np.full((16, 16, 3), number, dtype=np.uint8)
+        (folder / f"{number}.png").write_bytes(encode_image(pixels, "png"))
+        (folder / f"{number}.txt").write_text(f"picture {number}")
+    return folder
+
+
+@pytest.fixture
+def open_workshop(opt_ml):
+    """A function: hyperparameters and a stop -> the workshop of the job in `opt_ml`."""
+
+    def open_workshop(stop=None, **raw):
+        job = read_job(opt_ml.root, {"DALLE_DEVICE": "cpu"})
+        prepare_outputs(job.paths)
+        device = torch.device("cpu")
+        return open_job(job, parse(TINY | raw), device, stop or threading.Event())
+
+    return open_workshop
+
+
+def put_artefact(opt_ml, models, **stopped_at):
+    """Models into the channel artefact. stopped_at: stage -> the step its training stopped at."""
+    fields = {"job_name": "earlier-1", "finished_at": "", "wall_seconds": 1, "cpu_seconds": 1}
+    fields |= {"hyperparameters": {}, "metrics": {}, "dataset_fingerprint": ""}
+    records = [
+        StageRecord(stage=stage, steps=step, is_finished=False, dataset_counts={}, **fields)
+        for stage, step in stopped_at.items()
+    ]
+    finished = records[0].model_copy(update={"stage": "clip", "is_finished": True})
+    manifest = Manifest(stages=[*records, finished])
+    artefacts.save(opt_ml.add_channel("artefact"), replace(models, manifest=manifest))
+
+
+def test_validation_leaves_out_no_pair(opt_ml, open_workshop):
+    fill(opt_ml.add_channel("train"), 4)
+    fill(opt_ml.add_channel("validation"), 5)
+    stage = open_workshop().build("dvae")
+    sizes = [len(batch.captions) for batch in stage.data.validation_batches()]
+    assert sizes == [4, 1]
+
+
+def test_everything_that_the_channels_brought_is_present_and_nothing_learned_later(
+    opt_ml, open_workshop, tiny_artefact
+):
+    fill(opt_ml.add_channel("train"), 4)
+    workshop = open_workshop()
+    workshop.check(["transformer"])  # which learns a tokenizer
+    assert workshop.present == set()
+    shutil.copytree(tiny_artefact, opt_ml.add_channel("artefact"), dirs_exist_ok=True)
+    assert open_workshop().present == set(COMPONENTS)
+
+
+def test_a_component_whose_training_was_stopped_is_taken_with_a_warning_and_a_note(
+    opt_ml, open_workshop, tiny_models, caplog
+):
+    fill(opt_ml.add_channel("train"), 4)
+    put_artefact(opt_ml, replace(tiny_models, transformer=None), clip=7, transformer=5, dvae=1300)
+    workshop = open_workshop(stage="transformer")
+    workshop.check(["transformer"])
+    (warning,) = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    assert warning.startswith("The training of dvae was stopped at step 1,300, before its budget")
+    assert warning.endswith(
+        "run the job earlier-1 again with its hyperparameters, channels and checkpoints."
+    )
+    workshop.finish()
+    assert warning in (opt_ml.root / "output/data/report.html").read_text()
+
+
+def test_a_component_that_is_trained_anew_is_not_warned_of(
+    opt_ml, open_workshop, tiny_models, caplog
+):
+    fill(opt_ml.add_channel("train"), 4)
+    put_artefact(opt_ml, replace(tiny_models, transformer=None), dvae=1300)
+    open_workshop().check(["dvae"])
+    assert "stopped" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("channels", "says"),
+    [
+        (["train"], "channel train, which was trained on: without the channel validation"),
+        (["train", "validation"], "4 pairs of the channel validation, which this job did not"),
+    ],
+)
+def test_the_report_says_whose_pictures_it_shows(
+    opt_ml, open_workshop, tiny_artefact, channels, says
+):
+    for name in channels:
+        fill(opt_ml.add_channel(name), 4)
+    shutil.copytree(tiny_artefact, opt_ml.add_channel("artefact"), dirs_exist_ok=True)
+    open_workshop().finish()
+    assert says in (opt_ml.root / "output/data/report.html").read_text()
+
+
+class StopAtAWarning(logging.Handler):
+    """A stop that comes with the first warning of a damaged image: while images are decoded."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.stop = threading.Event()
+
+    def emit(self, record):
+        self.stop.set()
+
+
+@pytest.fixture
+def stop_at_a_warning():
+    handler = StopAtAWarning()
+    logger = logging.getLogger("training.data.pairs")
+    logger.addHandler(handler)
+    yield handler.stop
+    logger.removeHandler(handler)
+
+
+def test_a_stop_ends_the_opening(opt_ml, open_workshop, stop_at_a_warning):
+    channel = fill(opt_ml.add_channel("train"), 40)
+    (channel / "7.png").write_bytes(b"no image")
+    with pytest.raises(Stopped):
+        open_workshop(stop_at_a_warning)
+    assert stop_at_a_warning.is_set()
+
+
+def test_after_a_stop_nothing_is_built_and_the_report_is_left_out(
+    opt_ml, open_workshop, tiny_models
+):
+    fill(opt_ml.add_channel("train"), 4)
+    artefacts.save(opt_ml.add_channel("artefact"), replace(tiny_models, transformer=None))
+    stop = threading.Event()
+    workshop = open_workshop(stop)
+    workshop.check(["transformer"])
+    assert workshop.build("transformer") is not None
+    stop.set()
+    assert [workshop.build(name) for name in ("dvae", "transformer")] == [None, None]
+    with pytest.raises(Stopped):
+        workshop.check(["transformer"])
+    workshop.finish()
+    assert artefacts.load(opt_ml.root / "model").components() == ["dvae", "clip", "tokenizer"]
+    assert not (opt_ml.root / "output/data/report.html").exists()
+
+
+@pytest.fixture
+def nothing_is_small(monkeypatch):
+    """No data set is decoded into memory."""
+    monkeypatch.setattr("training.data.open.is_small", lambda dataset: False)
+
+
+@pytest.mark.parametrize(
+    ("budget", "is_ahead"), [({"epochs": "2"}, True), ({"max_steps": "3"}, False)]
+)
+def test_images_that_are_seen_twice_are_encoded_ahead_and_give_the_same_loss(
+    opt_ml, open_workshop, tiny_models, nothing_is_small, budget, is_ahead
+):
+    fill(opt_ml.add_channel("train"), 8)
+    artefacts.save(opt_ml.add_channel("artefact"), replace(tiny_models, transformer=None))
+    stage = open_workshop(num_workers="0", stage="transformer", **budget).build("transformer")
+    dataset = stage.batches.dataset
+    assert isinstance(dataset, Tokenised) is is_ahead
+    batch = stage.batches.batch(0)
+    assert batch.images.numel() == (0 if is_ahead else 4 * 3 * 16 * 16)
+    images = torch.stack([to_planes(dataset.image(index)) for index in batch.indices.tolist()])
+    tokens = stage.dvae.encode(images.float() / 255)
+    expected = stage.model.eval().loss(batch.text_tokens, tokens).total
+    assert torch.equal(stage.loss(batch, 0.0)[0], expected)
+    folder = opt_ml.root / "checkpoints" / "image-tokens"
+    assert bool(list(folder.glob("*/part-*"))) is is_ahead
+
+
+def test_a_channel_of_shards_is_trained_on_and_json_captions_are_found(
+    opt_ml, open_workshop, tmp_path
+):
+    members = []
+    for number in range(4):
+        image = encode_image(np.full((16, 16, 3), number, dtype=np.uint8), "png")
+        members += [(f"{number}.png", image), (f"{number}.json", b'{"alt": "picture"}')]
+    tar_of(opt_ml.add_channel("train") / "a.tar", members)
+    stage = open_workshop(caption_key="alt").build("dvae")
+    assert stage.batches.batch(0).captions == ["picture"] * 4

@@ -1,0 +1,69 @@
+"""training.job.launch: several devices of a host, here processes on the CPU, train as one."""
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+
+import pytest
+
+from dalle import artefact
+from dalle.platform.environment import prepare_outputs, read_job
+from tests.training.two_hosts import ENDLESS, TINY, job_tree, metrics_of
+from training.__main__ import main
+from training.config.hyperparameters import parse
+from training.distributed.topology import Patience
+from training.job.launch import run_on_devices
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    monkeypatch.setenv("DALLE_DEVICE", "cpu")
+
+
+def run(tree, stop=None):
+    job = read_job(tree.root)
+    prepare_outputs(job.paths)
+    return run_on_devices(
+        job,
+        parse(job.hyperparameters),
+        num_devices=2,
+        port=0,
+        patience=Patience(join=60, silence=3, collective=60),
+        stop=stop or threading.Event(),
+    )
+
+
+def test_two_devices_have_the_losses_of_one(tmp_path):
+    settings = TINY | {"stage": "clip", "max_steps": 10}
+    one, two = (job_tree(tmp_path / name, **settings) for name in ("one", "two"))
+    assert main(["--root", str(one.root)]) == 0
+    assert run(two) == 0
+    assert artefact.load(two.root / "model").components() == ["clip", "tokenizer"]
+    assert metrics_of(two).keys() == metrics_of(one).keys()
+    assert metrics_of(two) == pytest.approx(metrics_of(one), rel=1e-4)
+
+
+def test_a_stop_reaches_processes_that_are_still_starting(tmp_path):
+    tree = job_tree(tmp_path / "job", **ENDLESS)
+    stop = threading.Event()
+    stop.set()
+    assert run(tree, stop) == 0
+    assert not (tree.root / "output/failure").exists()
+
+
+def test_a_killed_process_ends_the_host_and_is_named(tmp_path):
+    tree = job_tree(tmp_path / "job", **ENDLESS)
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(run(tree)))
+    thread.start()
+    metrics = tree.root / "output/data/metrics.jsonl"
+    while not (metrics.exists() and json.dumps({"step": 3})[1:-1] in metrics.read_text()):
+        thread.join(timeout=0.05)
+        assert thread.is_alive()
+    (second,) = (p for p in multiprocessing.active_children() if p.name == "device 1")
+    os.kill(second.pid, signal.SIGKILL)
+    thread.join(timeout=60)
+    assert codes == [1]
+    assert "were killed: device 1 by SIGKILL" in tree.failure

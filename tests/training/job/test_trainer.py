@@ -1,0 +1,217 @@
+"""training.job.trainer: which stages a job trains, in order, and what a stop or a restart keeps."""
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dalle.errors import ArtefactError, DeviceError, HyperparameterError
+from dalle.platform.environment import prepare_outputs, read_job
+from training.config.hyperparameters import parse
+from training.job import trainer as worker
+from training.stopping import Stopped
+
+
+class TinyBatches:
+    num_per_epoch = 3
+    are_closed = False
+
+    def batch(self, step):
+        return torch.randn(4, 2, generator=torch.Generator().manual_seed(step))
+
+    def close(self):
+        self.are_closed = True
+
+
+class TinyStage:
+    def __init__(self, name, before_step):
+        self.name = name
+        self.batches = TinyBatches()
+        torch.manual_seed(5)
+        self.model = nn.Linear(2, 2)
+        self.before_step = before_step
+
+    def loss(self, batch, progress):
+        self.before_step(self.name, progress)
+        return F.mse_loss(self.model(batch), batch), {}
+
+    def validate(self):
+        return {}
+
+    def identity(self):
+        return {"stage": self.name}
+
+
+class TinyWorkshop:
+    """Notes what is asked of it."""
+
+    def __init__(self, present=(), before_step=lambda name, progress: None):
+        self.present = present
+        self.before_step = before_step
+        self.calls = []
+        self.results = {}
+
+    def open(self, job, hyperparameters, device, stop, ranks):
+        self.calls.append(("open", device.type))
+        self.hyperparameters = hyperparameters
+        return self
+
+    def check(self, names):
+        self.calls.append(("check", *names))
+
+    def settle(self, names):
+        return self.hyperparameters
+
+    def build(self, name):
+        self.calls.append(("build", name))
+        return TinyStage(name, self.before_step)
+
+    def keep(self, stage, result):
+        assert not stage.model.training
+        assert stage.batches.are_closed
+        self.calls.append(("keep", stage.name))
+        self.results[stage.name] = result
+
+    def finish(self):
+        self.calls.append(("finish",))
+
+
+@pytest.fixture
+def run(opt_ml):
+    """A function that runs a job on the CPU; calls share the checkpoints, as restarts do."""
+    opt_ml.add_channel("train")
+
+    def run(workshop, raw, stop=None):
+        job = read_job(opt_ml.root, {"DALLE_DEVICE": "cpu"})
+        prepare_outputs(job.paths)
+        settings = parse({"max_steps": "4", "log_every": "2", **raw})
+        stop = stop or threading.Event()
+        worker.run(job, settings, stop, workshop.open, device=torch.device("cpu"))
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("stage", "present", "expected"),
+    [
+        ("all", [], ["dvae", "transformer", "clip"]),
+        ("all", ["clip"], ["dvae", "transformer"]),
+        ("all", ["dvae", "transformer"], ["clip"]),
+        ("dvae", [], ["dvae"]),
+        ("dvae", ["dvae"], ["dvae"]),
+        ("transformer", ["dvae"], ["transformer"]),
+        ("clip", [], ["clip"]),
+        ("clip", ["dvae", "transformer", "clip"], ["clip"]),
+    ],
+)
+def test_a_job_trains_what_is_asked_for_in_order(stage, present, expected):
+    assert worker.stages_to_train(stage, present) == expected
+
+
+@pytest.mark.parametrize(
+    ("stage", "present", "says"),
+    [
+        ("all", ["dvae", "transformer", "clip"], "set stage to the one to train anew"),
+        ("all", ["transformer"], "a transformer without the dvae"),
+        ("transformer", ["clip"], "stage=transformer needs a trained dvae"),
+        ("dvae", ["dvae", "transformer"], "leave out the channel `artefact`"),
+    ],
+)
+def test_a_stage_that_cannot_be_trained_is_refused(stage, present, says):
+    with pytest.raises(ArtefactError, match=says):
+        worker.stages_to_train(stage, present)
+
+
+def test_each_stage_is_built_trained_and_kept_before_the_next(run, opt_ml):
+    workshop = TinyWorkshop(present=["clip"])
+    run(workshop, {})
+    assert workshop.calls == [
+        ("open", "cpu"),
+        ("check", "dvae", "transformer"),
+        ("build", "dvae"),
+        ("keep", "dvae"),
+        ("build", "transformer"),
+        ("keep", "transformer"),
+        ("finish",),
+    ]
+    assert all(result.is_finished for result in workshop.results.values())
+    checkpoints = (opt_ml.root / "checkpoints").rglob("*.pt")
+    assert {path.parent.name for path in checkpoints} == {"dvae", "transformer"}
+    assert (opt_ml.root / "output/data/metrics.jsonl").read_text().count("\n") == 4
+
+
+def test_after_a_stop_what_there_is_is_kept_and_a_restart_goes_on_from_it(run):
+    stop = threading.Event()
+
+    def stop_in_the_second_stage(name, progress):
+        if name == "transformer" and progress >= 0.25:
+            stop.set()
+
+    stopped = TinyWorkshop(before_step=stop_in_the_second_stage)
+    run(stopped, {}, stop)
+    assert stopped.calls[-2:] == [("keep", "transformer"), ("finish",)]
+    assert [r.is_finished for r in stopped.results.values()] == [True, False]
+
+    steps = []
+    restarted = TinyWorkshop(before_step=lambda name, progress: steps.append((name, progress)))
+    run(restarted, {})
+    assert list(restarted.results) == ["dvae", "transformer", "clip"]
+    assert steps[:2] == [("transformer", 0.5), ("transformer", 0.75)]
+    assert {name for name, _ in steps} == {"transformer", "clip"}, "the dvae was finished"
+
+
+def test_a_stop_while_a_stage_is_prepared_ends_the_job_in_order(run):
+    workshop = TinyWorkshop()
+    workshop.build = lambda name: None
+    run(workshop, {})
+    checked = ("check", "dvae", "transformer", "clip")
+    assert workshop.calls == [("open", "cpu"), checked, ("finish",)]
+
+
+def test_a_setting_without_effect_is_warned_of(run, caplog):
+    run(TinyWorkshop(), {"stage": "clip", "dvae_width": "32", "clip_text_width": "32"})
+    assert "hyperparameter dvae_width has no effect" in caplog.text
+    assert "clip_text_width" not in caplog.text
+
+
+def test_batches_that_cannot_be_shared_out_are_named_before_anything_is_trained(run):
+    settings = parse({"clip_batch_size": "7", "transformer_batch_size": "1", "batch_size": "8"})
+    worker.require_equal_shares(settings, ["dvae"], 4)
+    with pytest.raises(HyperparameterError) as caught:
+        worker.require_equal_shares(settings, ["dvae", "transformer", "clip"], 4)
+    assert str(caught.value).splitlines() == [
+        f"{name}: batch_size must be a multiple of 4, the number of devices on all of the job's "
+        f"hosts, got {size}"
+        for name, size in (("transformer", 1), ("clip", 7))
+    ]
+
+
+def test_a_tokenizer_setting_is_without_effect_when_a_channel_brings_a_tokenizer(run, caplog):
+    settings = {"stage": "clip", "tokenizer_kind": "word", "clip_text_width": "32"}
+    run(TinyWorkshop(present=["tokenizer"]), settings)
+    says = "hyperparameter tokenizer_kind has no effect: the channel artefact brings a tokenizer"
+    assert says in caplog.text
+
+
+def test_a_stop_while_the_data_is_opened_ends_the_job_in_order(run, caplog):
+    def stop(*_):
+        raise Stopped
+
+    workshop = TinyWorkshop()
+    workshop.open = stop
+    run(workshop, {})
+    workshop = TinyWorkshop()
+    workshop.check = stop
+    run(workshop, {})
+    assert workshop.calls == [("open", "cpu")]
+    assert caplog.text.count("stopped before there was anything to train") == 2
+
+
+def test_too_little_device_memory_says_what_to_set(run):
+    def fail(name, progress):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(DeviceError, match="set a smaller batch_size"):
+        run(TinyWorkshop(before_step=fail), {})

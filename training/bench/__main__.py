@@ -1,0 +1,251 @@
+"""`python -m training.bench`: training steps beside DALLE-pytorch 1.6.6, the loader, the start.
+
+Makes an environment for DALLE-pytorch under out/peers, which borrows torch from the one that runs
+this, and measures there. Same sizes on both sides, random weights and tokens, full attention. The
+contenders take turns, step by step, so that whatever else the machine does falls on all alike;
+medians count, and the first step of each does not:
+
+    dalle_pytorch   its loss, backward pass, clipping and Adam, as its train_dalle.py has them, in
+                    fp32; on a GPU under autocast to bf16, too, which it leaves to DeepSpeed
+    ours            the loss, backward pass, clipping, Muon and AdamW of `train`, by precision
+    ours_adamw      the same without Muon, which is another recipe than theirs
+
+Beside the steps: their peak memory by torch's own record, how many images a second one core loads
+from shards of 256 x 256, and the seconds from `train` to its first step. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from dalle import peers
+from training.bench import start as bench_start
+from training.memory.malloc import keep_memory
+
+if TYPE_CHECKING:
+    import torch
+
+TARGETS = {"fp32": 1.5, "bf16": 4.0}
+"""Samples a second, in DALLE-pytorch's. That of bf16 is for processors that compute in it."""
+
+TEXT_LENGTH, TEXT_VOCAB_SIZE, CODEBOOK_SIZE = 64, 10_000, 8192
+BF16_FLAGS = ("avx512f", "avx512_bf16", "amx_bf16")
+"""Of /proc/cpuinfo: with the last two a processor multiplies in bf16."""
+
+_SIZES = {"width": 512, "layers": 12, "heads": 8, "grid": 32}
+_PASSED_ON = ("batch", "precision", "device", "threads", "rounds", *_SIZES)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.bench",
+        description="Measure training beside DALLE-pytorch 1.6.6, the loader and the start.",
+    )
+    parser.add_argument("--batch", type=int, default=2, help="pairs in a step")
+    parser.add_argument("--precision", default="fp32,bf16", help="ours: fp32,bf16")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; default %(default)s")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads of both sides")
+    parser.add_argument("--rounds", type=int, default=4, help="steps of each that count")
+    for name, size in _SIZES.items():
+        parser.add_argument(f"--{name}", type=int, default=size, help="of the transformer")
+    parser.add_argument("--out", type=Path, default=Path("out/peers"), help="their environment")
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if not given.inside:
+        passed_on = [word for name in _PASSED_ON for word in (f"--{name}", str(vars(given)[name]))]
+        python = peers.make_environment(given.out)
+        sys.exit(peers.run_inside(python, "training.bench", ["--inside", *passed_on]))
+    seconds = bench_start.seconds_to_first_step()
+    print(f"train: {seconds:.1f} s to the first step", flush=True)
+    steps = _compare(given)
+    import torch
+
+    from training.data.tools.bench import measure
+
+    loaded = measure(256, 1.0)[0]
+    ours = max(each["samples_per_second"] for each in steps["results"])
+    print(
+        f"loader: {loaded.images_per_cpu_second:,.0f} images/s by one core, "
+        f"{loaded.images_per_cpu_second / ours:,.0f} times the steps' rate"
+    )
+    more = {
+        "start_seconds": round(seconds, 2),
+        "loader_images_per_second": round(loaded.images_per_cpu_second, 1),
+        "loader_times_training": round(loaded.images_per_cpu_second / ours, 1),
+    }
+    print(json.dumps(_machine(torch.device(given.device)) | steps | more))
+
+
+def _compare(given: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from training.memory.peak import peak_bytes
+
+    keep_memory()  # as `train` does, for both sides
+    torch.set_num_threads(given.threads)
+    device = torch.device(given.device)
+    precisions = given.precision.split(",")
+    contenders: dict[str, Any] = {"dalle_pytorch fp32": _Theirs(given, "fp32")}
+    if device.type == "cuda":
+        contenders["dalle_pytorch bf16"] = _Theirs(given, "bf16")
+    for precision in precisions:
+        contenders[f"ours {precision}"] = _Ours(given, precision, has_muon=True)
+        contenders[f"ours_adamw {precision}"] = _Ours(given, precision, has_muon=False)
+    weights = {name: each.num_weights for name, each in contenders.items()}
+    print(_machine(device), weights, flush=True)
+    held = {name: peak_bytes(each, device) for name, each in contenders.items()}  # warms up, too
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(given.rounds):
+        for name, contender in contenders.items():
+            seconds[name].append(_timed(contender, device))
+    reference = median(seconds["dalle_pytorch fp32"])
+    results = []
+    for name, each in seconds.items():
+        line: dict[str, Any] = {
+            "contender": name,
+            "step_seconds": round(median(each), 3),
+            "samples_per_second": round(given.batch / median(each), 4),
+            "times_dalle_pytorch": round(reference / median(each), 2),
+            "peak_megabytes": round((held[name] + contenders[name].state_bytes()) / 1e6),
+        }
+        precision = name.split()[1]
+        if name.startswith("ours") and device.type == "cpu":
+            line["target"] = TARGETS[precision]
+        results.append(line)
+        print("  ".join(f"{key} {value}" for key, value in line.items()), flush=True)
+    sizes = {name: vars(given)[name] for name in ("batch", "threads", "rounds", *_SIZES)}
+    return {"sizes": sizes, "weights": weights, "results": results}
+
+
+def _timed(work: Callable[[], object], device: torch.device) -> float:
+    import torch
+
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+class _Theirs:
+    """A step of their train_dalle.py: Adam, gradients clipped to 0.5."""
+
+    def __init__(self, given: argparse.Namespace, precision: str) -> None:
+        import torch
+
+        torch.manual_seed(0)
+        device = torch.device(given.device)
+        self.autocast = torch.autocast(
+            device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False
+        )
+        self.model = peers.dalle_pytorch(
+            width=given.width,
+            num_layers=given.layers,
+            num_heads=given.heads,
+            text_length=TEXT_LENGTH,
+            grid_size=given.grid,
+            text_vocab_size=TEXT_VOCAB_SIZE,
+            codebook_size=CODEBOOK_SIZE,
+        ).to(device)
+        parameters = [each for each in self.model.parameters() if each.requires_grad]
+        self.optimiser = torch.optim.Adam(parameters, lr=3e-4)
+        self.text, self.image = (tokens.to(device) for tokens in _tokens(given))
+        self.num_weights = sum(each.numel() for each in self.model.transformer.parameters())
+
+    def __call__(self) -> None:
+        from torch.nn.utils import clip_grad_norm_
+
+        with self.autocast:
+            loss = self.model(self.text, self.image, return_loss=True)
+        loss.backward()
+        clip_grad_norm_(self.model.parameters(), 0.5)
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+
+    def state_bytes(self) -> int:
+        return _state_bytes(self.model, [self.optimiser])
+
+
+class _Ours:
+    """A step of `train` in its engine."""
+
+    def __init__(self, given: argparse.Namespace, precision: str, *, has_muon: bool) -> None:
+        import torch
+
+        from dalle.models.transformer import Dalle, TransformerConfig
+        from training.config.hyperparameters import parse
+        from training.engine.torch_engine import TorchEngine
+
+        torch.manual_seed(0)
+        config = TransformerConfig(
+            text_vocab_size=TEXT_VOCAB_SIZE,
+            text_length=TEXT_LENGTH,
+            grid_size=given.grid,
+            codebook_size=CODEBOOK_SIZE,
+            width=given.width,
+            num_layers=given.layers,
+            num_heads=given.heads,
+            feed_forward="geglu",  # as theirs, so that both have as many weights
+        )
+        device = torch.device(given.device)
+        self.model = Dalle(config).to(device).train()
+        text, image = _tokens(given)
+        self.text, self.image = text.to(device), image[:, :, None].to(device)
+        raw = {"precision": precision} | ({} if has_muon else {"muon_learning_rate": "0"})
+        self.engine = TorchEngine(self, parse(raw).transformer, device)
+        self.num_weights = sum(each.numel() for each in self.model.blocks.parameters())
+
+    def loss(self, batch: Any, progress: float) -> tuple[Any, dict[str, Any]]:
+        return self.model.loss(*batch).total, {}
+
+    def __call__(self) -> None:
+        loss, _ = self.engine.loss((self.text, self.image), 0.0)
+        self.engine.backward(loss)
+        self.engine.step(1_000, 0.5)
+
+    def state_bytes(self) -> int:
+        return _state_bytes(self.model, self.engine.optimisers)
+
+
+def _state_bytes(model: Any, optimisers: Sequence[Any]) -> int:
+    """Of weights and moments."""
+    states = [state for each in optimisers for state in each.state.values()]
+    moments = [each for state in states for each in state.values() if hasattr(each, "numel")]
+    tensors = [*model.parameters(), *model.buffers(), *moments]
+    return sum(each.numel() * each.element_size() for each in tensors)
+
+
+def _tokens(given: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
+    """Captions and pictures of both sides, at random."""
+    import torch
+
+    text = torch.randint(1, TEXT_VOCAB_SIZE, (given.batch, TEXT_LENGTH))
+    return text, torch.randint(CODEBOOK_SIZE, (given.batch, given.grid**2))
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    """What a figure depends on."""
+    import torch
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    values = {key.strip(): value for key, _, value in (line.partition(":") for line in lines)}
+    flags = values.get("flags", "").split()
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+    return gpu | {
+        "processor": values.get("model name", platform.machine()).strip(),
+        "flags": [flag for flag in BF16_FLAGS if flag in flags],
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+if __name__ == "__main__":
+    main()

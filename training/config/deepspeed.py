@@ -1,0 +1,278 @@
+"""DeepSpeed's configuration, from hyperparameters and from the JSON a job may bring. No torch.
+
+What a hyperparameter decides stands in one place. The JSON (`deepspeed_config`) may say it in the
+hyperparameter's stead, or the same as it, but nothing else; and it may set what there is no
+hyperparameter for, as far as that changes how DeepSpeed works and not what it computes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dalle.errors import HyperparameterError
+from dalle.types import StageName
+from training.config.fields import Hyperparameters, StageHyperparameters
+
+TRAINED_BY_DEEPSPEED: tuple[StageName, ...] = ("transformer",)
+"""dVAE and CLIP stay with torch's engine: of any size they fit on a device many times over.
+
+Nor would they come out right. The dVAE's quantiser puts new vectors into weights in the midst of
+training, which the copies that ZeRO updates would undo a step later; and DeepSpeed 0.19 cannot
+send around a parameter without dimensions, which CLIP's logit scale is.
+"""
+
+AUTO = "auto"
+"""A value that stands for the hyperparameter's own, as others write it in such files."""
+
+BUCKET_ELEMENTS = 50_000_000
+"""Largest number of gradients, or weights, that are exchanged at once: 100 MB of bf16."""
+
+Key = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Implied:
+    """A hyperparameter that the JSON decides by a key.
+
+    text: its value, as a job's author would write it.
+    """
+
+    key: Key
+    name: str
+    text: str
+
+
+def _plain(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, bool) else str(value)
+
+
+def _is_on_cpu(value: Any) -> str:
+    words = {"cpu": "true", "none": "false"}
+    if value not in words:
+        raise ValueError(f"must be cpu or none, got {value!r}")
+    return words[value]
+
+
+# Key -> the hyperparameter that decides the same, and the JSON's value in its words.
+_DECIDED: dict[Key, tuple[str, Callable[[Any], str]]] = {
+    ("train_batch_size",): ("batch_size", _plain),
+    ("gradient_accumulation_steps",): ("gradient_accumulation_steps", _plain),
+    ("gradient_clipping",): ("gradient_clipping", _plain),
+    ("zero_optimization", "stage"): ("zero_stage", _plain),
+    ("zero_optimization", "offload_optimizer", "device"): ("offload_optimizer", _is_on_cpu),
+    ("zero_optimization", "offload_param", "device"): ("offload_parameters", _is_on_cpu),
+}
+_PRECISIONS: dict[Key, str] = {("fp16", "enabled"): "fp16", ("bf16", "enabled"): "bf16"}
+_MICRO_BATCH: Key = ("train_micro_batch_size_per_gpu",)
+
+# What may be set besides.
+_FREE: frozenset[Key] = frozenset(
+    [
+        ("communication_data_type",),
+        ("comms_logger", "enabled"),
+        ("comms_logger", "verbose"),
+        ("data_types", "grad_accum_dtype"),
+        ("dump_state",),
+        ("gradient_predivide_factor",),
+        ("memory_breakdown",),
+        ("prescale_gradients",),
+        ("steps_per_print",),
+        ("wall_clock_breakdown",),
+        *[
+            ("fp16", name)
+            for name in (
+                "consecutive_hysteresis",
+                "hysteresis",
+                "initial_scale_power",
+                "loss_scale",
+                "loss_scale_window",
+                "min_loss_scale",
+            )
+        ],
+        *[
+            ("zero_optimization", name)
+            for name in (
+                "allgather_bucket_size",
+                "allgather_partitions",
+                "contiguous_gradients",
+                "overlap_comm",
+                "reduce_bucket_size",
+                "reduce_scatter",
+                "round_robin_gradients",
+                "stage3_max_live_parameters",
+                "stage3_max_reuse_distance",
+                "stage3_param_persistence_threshold",
+                "stage3_prefetch_bucket_size",
+                "sub_group_size",
+            )
+        ],
+        ("zero_optimization", "offload_optimizer", "pin_memory"),
+        ("zero_optimization", "offload_param", "pin_memory"),
+    ]
+)
+
+# Why the commonest of the others are refused.
+_INSTEAD: dict[str, str] = {
+    "optimizer": "it is AdamW; set learning_rate and weight_decay",
+    "scheduler": "set learning_rate and warmup_steps",
+    "activation_checkpointing": "set activation_checkpointing=true as a hyperparameter",
+    "tensorboard": "TensorBoard's files are written anyway",
+    "amp": "set precision",
+    "torch_autocast": "set precision",
+}
+
+
+def read_json(text: str) -> list[Implied]:
+    """The hyperparameters that a `deepspeed_config` decides; none for an empty text.
+
+    Raises HyperparameterError with every key that is not DeepSpeed's, not supported, or decided
+    by something else.
+    """
+    implied: list[Implied] = []
+    problems: list[str] = []
+    enabled: list[Key] = []
+    for key, value in _leaves(_parsed(text)):
+        name = ".".join(key)
+        if value == AUTO:
+            if key not in _DECIDED and key not in _PRECISIONS and key != _MICRO_BATCH:
+                problems.append(f"{name} must be given; auto stands for a hyperparameter's value")
+        elif key in _DECIDED:
+            hyperparameter, in_words = _DECIDED[key]
+            try:
+                implied.append(Implied(key, hyperparameter, in_words(value)))
+            except ValueError as error:
+                problems.append(f"{name} {error}")
+        elif key in _PRECISIONS:
+            if not isinstance(value, bool):
+                problems.append(f"{name} must be true or false, got {value!r}")
+            elif value:
+                enabled.append(key)
+        elif key not in _FREE and key != _MICRO_BATCH:
+            instead = _INSTEAD.get(key[0])
+            problems.append(
+                f"{name} is not for a job to set"
+                if instead is None
+                else f"{key[0]} is not for a job to set: {instead}"
+            )
+    if len(enabled) > 1:
+        problems.append("fp16 and bf16 are both enabled; enable one of them")
+    elif enabled:
+        implied.append(Implied(enabled[0], "precision", _PRECISIONS[enabled[0]]))
+    if problems:
+        raise HyperparameterError(
+            "\n".join(f"deepspeed_config: {problem}" for problem in dict.fromkeys(problems)),
+            field="deepspeed_config",
+        )
+    return implied
+
+
+def refused_combinations(hyperparameters: Hyperparameters) -> list[str]:
+    """A line for each pair of hyperparameters that DeepSpeed cannot train with together."""
+    if hyperparameters.engine != "deepspeed":
+        return []
+    problems = []
+    zero_stage = hyperparameters.zero_stage
+    if hyperparameters.offload_optimizer and zero_stage == 0:
+        problems.append(
+            "offload_optimizer needs zero_stage 1, 2 or 3: at 0 no device has only its share"
+        )
+    if hyperparameters.offload_parameters and zero_stage != 3:
+        problems.append(f"offload_parameters needs zero_stage=3, got zero_stage={zero_stage}")
+    for stage in TRAINED_BY_DEEPSPEED:
+        precision = hyperparameters.of(stage).precision
+        is_trained = hyperparameters.stage in ("all", stage)
+        if is_trained and zero_stage == 0 and precision != "fp32":
+            problems.append(
+                f"{stage}: precision={precision} needs zero_stage 1, 2 or 3: at 0 there are no "
+                "fp32 weights for updates that are small beside them"
+            )
+    return problems
+
+
+def configuration(
+    hyperparameters: Hyperparameters,
+    settings: StageHyperparameters,
+    *,
+    num_ranks: int,
+    num_parameters: int,
+    is_on_cpu: bool,
+) -> dict[str, Any]:
+    """What `deepspeed.initialize` is given for one stage.
+
+    Raises HyperparameterError for a size of parts in the JSON that is not that of the batch.
+    """
+    parts = settings.gradient_accumulation_steps
+    part_size = settings.pairs_per_step // (num_ranks * parts)
+    zero_stage = hyperparameters.zero_stage
+    # Even numbers only; and a small model needs no more than it has.
+    bucket = min(BUCKET_ELEMENTS, num_parameters + num_parameters % 2)
+    zero: dict[str, Any] = {
+        "stage": zero_stage,
+        "allgather_bucket_size": bucket,
+        "reduce_bucket_size": bucket,
+    }
+    if zero_stage == 3:
+        zero["stage3_prefetch_bucket_size"] = bucket
+    # Page-locked memory is for a device that fetches from it by itself.
+    in_host_memory = {"device": "cpu", "pin_memory": not is_on_cpu}
+    if hyperparameters.offload_optimizer:
+        zero["offload_optimizer"] = in_host_memory
+    if hyperparameters.offload_parameters:
+        zero["offload_param"] = in_host_memory
+    config: dict[str, Any] = {
+        "train_batch_size": part_size * num_ranks * parts,
+        "train_micro_batch_size_per_gpu": part_size,
+        "gradient_accumulation_steps": parts,
+        # Without the key it is 1. At ZeRO 0 the engine clips by itself, to know the norm.
+        "gradient_clipping": settings.gradient_clipping if zero_stage else 0.0,
+        "fp16": {"enabled": settings.precision == "fp16"},
+        # A gradient that is not finite ends the job, and is not passed over as with fp16.
+        "bf16": {"enabled": settings.precision == "bf16", "check_grad_overflow": False},
+        "zero_optimization": zero,
+        # torch's own AdamW, in host memory too: DeepSpeed's would have to be compiled first.
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if parts > 1 and settings.precision != "fp32":
+        config["data_types"] = {"grad_accum_dtype": "fp32"}  # sums of rounded numbers round again
+    for key, value in _leaves(_parsed(hyperparameters.deepspeed_config)):
+        if key == _MICRO_BATCH and value not in (AUTO, part_size):
+            raise HyperparameterError(
+                f"deepspeed_config: train_micro_batch_size_per_gpu must be {part_size} "
+                f"(batch_size {settings.pairs_per_step} / {num_ranks} devices / "
+                f"gradient_accumulation_steps {parts}), got {value!r}",
+                field="deepspeed_config",
+            )
+        if key in _FREE and value != AUTO:
+            section = config
+            for name in key[:-1]:
+                section = section.setdefault(name, {})
+            section[key[-1]] = value
+    return config
+
+
+def _parsed(text: str) -> Mapping[str, Any]:
+    if not text:
+        return {}
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise HyperparameterError(
+            f"deepspeed_config is not JSON: {error}", field="deepspeed_config"
+        ) from None
+    if not isinstance(config, dict):
+        raise HyperparameterError(
+            f"deepspeed_config must be a JSON object, got {text[:40]!r}", field="deepspeed_config"
+        )
+    return config
+
+
+def _leaves(config: Mapping[str, Any], above: Key = ()) -> Iterator[tuple[Key, Any]]:
+    """Every value that is no object, by the keys that lead to it."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, (*above, name))
+        else:
+            yield (*above, name), value

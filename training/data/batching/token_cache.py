@@ -1,0 +1,210 @@
+"""A large data set's image tokens, computed once by a frozen dVAE and kept beside the checkpoints.
+
+Training a transformer then neither decodes nor encodes an image. They are written in parts, so that
+an interrupted job goes on with the next one. Knows a function from images to tokens, not models.
+
+Letters: M pairs, B pairs at a time, N image-token positions, C codebooks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+from tqdm import tqdm
+
+from dalle.platform.disk import disk_error
+from dalle.preprocess.images import ImageError
+from training.data.batching.loader import ImageLoader
+from training.data.batching.preload import images_together
+from training.data.batching.sampler import Order
+from training.data.batching.subset import View
+from training.data.pairs import Dataset, SkipReason
+from training.distributed.process_group import ALONE, Ranks
+from training.stopping import NEVER, Stop, Stopped
+
+log = logging.getLogger(__name__)
+
+PART_PAIRS = 4096
+MAX_TOKEN_BYTES = 4 << 30  # in memory, and copied to S3 once
+UNUSABLE = -1
+
+Encode = Callable[[Tensor], Tensor]
+"""Images [B, 3, H, W] in [0, 1] -> image tokens [B, N, C]."""
+
+
+class Tokenised(View):
+    """The pairs of another data set whose image could be decoded, and its image tokens.
+
+    tokens: [M, N, C] int16 or int32, on the CPU.
+    """
+
+    def __init__(self, source: Dataset, tokens: Tensor, indices: Sequence[int]) -> None:
+        super().__init__(source, indices)
+        self.tokens = tokens
+
+
+def fits(num_pairs: int, num_tokens: int, codebook_size: int) -> bool:
+    """Whether the tokens of so many pairs, `num_tokens` (N * C) each, are few enough to keep."""
+    return num_pairs * num_tokens * _type(codebook_size).itemsize <= MAX_TOKEN_BYTES
+
+
+def tokenise(
+    dataset: Dataset,
+    encode: Encode,
+    *,
+    directory: Path,
+    dvae_hash: str,
+    codebook_size: int,
+    device: torch.device,
+    num_workers: int | None = None,
+    ranks: Ranks = ALONE,
+    stop: Stop = NEVER,
+    step_pairs: int | None = None,
+    part_pairs: int = PART_PAIRS,
+) -> Tokenised:
+    """Encode every image, or read what an earlier run of the job has encoded.
+
+    directory: where the parts are kept, each data set and dVAE (told by `dvae_hash`, of its
+        weights) in a folder of its own. Ranks share the work; the first one reads and writes.
+    step_pairs, part_pairs: pairs that are encoded together, as many as suit the dVAE when None, and
+        that are written together, at most.
+    Raises `DataError` when too many images are unusable; PlatformError when the disk is full;
+    Stopped.
+    """
+    step_pairs = step_pairs or images_together(dataset.image_size)
+    part_steps = max(1, part_pairs // step_pairs)
+    order = Order(num_pairs=len(dataset), batch_size=step_pairs, seed=0, shuffle=False, last="keep")
+    num_parts = -(-order.num_per_epoch // part_steps)
+    folder = directory / _key(dataset, dvae_hash, step_pairs * part_steps)
+    # As bytes: gloo cannot send int16.
+    read = [part.view(torch.uint8) for part in _read_parts(folder)] if ranks.is_first else []
+    found = [part.view(_type(codebook_size)) for part in ranks.share(read)]
+    if found and ranks.is_first:
+        log.info("image tokens: %d of %d parts are there already", len(found), num_parts)
+    parts = list(found)
+    loader = ImageLoader(dataset, order, num_workers)
+    bar = tqdm(total=num_parts, desc="encoding images", unit="parts", disable=None, delay=0.5)
+    bar.update(len(parts))
+    try:
+        while len(parts) < num_parts:
+            # Each rank takes one of the next parts; behind the last one there is nothing to do.
+            first = (len(parts) + ranks.rank) * part_steps
+            rows: list[Tensor] = []
+            for step in range(first, min(first + part_steps, order.num_per_epoch)):
+                if stop.is_set():
+                    break
+                rows.append(_encode_step(loader, step, step_pairs, len(dataset), encode, device))
+            if ranks.any(stop.is_set()):
+                raise Stopped
+            new = [part.to(_type(codebook_size)) for part in _gathered(rows, ranks)]
+            for part in new[: num_parts - len(parts)]:
+                if ranks.is_first:
+                    _write_part(folder, len(parts), part)
+                parts.append(part)
+                bar.update()
+    finally:
+        bar.close()
+        loader.close()
+    return _usable(dataset, torch.cat(parts))
+
+
+def _usable(dataset: Dataset, tokens: Tensor) -> Tokenised:
+    """The pairs that have tokens; the others are counted on every rank, whoever met them."""
+    is_usable = tokens[:, 0, 0] != UNUSABLE
+    for index in (~is_usable).nonzero().flatten().tolist():
+        try:
+            dataset.image(index)
+        except ImageError as error:
+            dataset.skips.add_damaged(SkipReason.of(error), dataset.name(index), str(error))
+    dataset.skips.check_share(dataset.max_bad_share)
+    usable = is_usable.nonzero().flatten()
+    return Tokenised(dataset, tokens if is_usable.all() else tokens[usable], usable.tolist())
+
+
+def _encode_step(
+    loader: ImageLoader,
+    step: int,
+    step_pairs: int,
+    num_pairs: int,
+    encode: Encode,
+    device: torch.device,
+) -> Tensor:
+    """One step's tokens [B, N, C] int32 on the CPU; rows of unusable images are `UNUSABLE`."""
+    decoded = loader.images(step)
+    first = step * step_pairs
+    expected = torch.arange(first, min(first + step_pairs, num_pairs))
+    tokens = encode(decoded.images.to(device).float() / 255).to("cpu", torch.int32)
+    # Another pair stands in for an unusable one; here it has a row of its own.
+    tokens[torch.from_numpy(decoded.indices) != expected] = UNUSABLE
+    return tokens
+
+
+def _gathered(rows: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
+    """Every rank's steps as one part, in the order of ranks; those without any have none."""
+    if ranks.size == 1:
+        return [torch.cat(list(rows))]
+    # The first rank's part is never shorter than another's, and the last one may be short.
+    shape = ranks.share(torch.tensor(torch.cat(list(rows)).shape) if ranks.is_first else None)
+    length, *rest = shape.tolist()
+    # Filled up to one size, with a last row that says how many are real.
+    filled = torch.full((length + 1, *rest), UNUSABLE, dtype=torch.int32)
+    num_rows = sum(map(len, rows))
+    if rows:
+        filled[:num_rows] = torch.cat(list(rows))
+    filled[-1] = num_rows
+    parts = torch.split(ranks.gather(filled), length + 1)
+    return [part[: int(part[-1].flatten()[0])] for part in parts if part[-1].any()]
+
+
+def _type(codebook_size: int) -> torch.dtype:
+    return torch.int16 if codebook_size <= torch.iinfo(torch.int16).max else torch.int32
+
+
+def _key(dataset: Dataset, dvae_hash: str, part_pairs: int) -> str:
+    content = f"{dataset.fingerprint} {len(dataset)} {dataset.image_size} {dvae_hash} {part_pairs}"
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _part_path(folder: Path, number: int) -> Path:
+    return folder / f"part-{number:06}.safetensors"
+
+
+def _read_parts(folder: Path) -> list[Tensor]:
+    """The parts from the first one on, as far as they are there and whole."""
+    parts: list[Tensor] = []
+    while (path := _part_path(folder, len(parts))).is_file():
+        try:
+            parts.append(load_file(path)["tokens"])
+        except (SafetensorError, OSError, KeyError) as error:
+            log.warning("%s cannot be read (%s); its images are encoded again", path, error)
+            break
+    return parts
+
+
+def _write_part(folder: Path, number: int, tokens: Tensor) -> None:
+    path = _part_path(folder, number)
+    temporary = path.with_suffix(".tmp")
+    content = save({"tokens": tokens.contiguous()})
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise disk_error(
+            error,
+            f"write the image tokens {path}",
+            if_full="the parts before it are kept. Give the job a larger volume",
+            directory=folder,
+            num_bytes=len(content),
+        ) from error

@@ -1,0 +1,71 @@
+"""RecordIO, in which SageMaker wraps what it streams: a stream parted into records.
+
+Each part of a record is a magic number, a word with its length and its place in the record, its
+bytes, and zeros up to a multiple of four (the format of MXNet's dmlc-core, `recordio.h`). A record
+in which the magic number itself occurs is written in several parts, without that number.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dalle.errors import DataError
+from training.data.pipe.stream import Stream
+
+MAGIC = 0xCED7230A
+MAGIC_BYTES = struct.pack("<I", MAGIC)
+MAX_RECORD_BYTES = 512 << 20
+_WHOLE, _FIRST, _MIDDLE, _LAST = range(4)
+
+
+@dataclass(frozen=True)
+class Record:
+    """offset: of its first byte, the magic number's, in the stream."""
+
+    offset: int
+    data: bytes
+
+
+def records(stream: Stream) -> Iterator[Record]:
+    """All records of a stream. Raises DataError, with the offset, where it is no such stream."""
+    parts: list[bytes] = []
+    begin = 0
+    while True:
+        offset = stream.tell()
+        header = stream.read(8)
+        if not header and not parts:
+            return
+        if len(header) < 8:
+            raise _cut_off(stream)
+        magic, word = struct.unpack("<II", header)
+        place, length = word >> 29, word & ((1 << 29) - 1)
+        if magic != MAGIC:
+            raise DataError(
+                f"{stream.name}: no RecordIO record begins at byte {offset:,}: found "
+                f"{header[:4]!r}, not {MAGIC_BYTES!r}"
+            )
+        if (place in (_WHOLE, _FIRST)) == bool(parts) or place > _LAST:
+            raise DataError(f"{stream.name}: a RecordIO record is out of order at byte {offset:,}")
+        data = stream.read(length + -length % 4)
+        if len(data) < length + -length % 4:
+            raise _cut_off(stream)
+        if not parts:
+            begin = offset
+        parts.append(data[:length])
+        if sum(map(len, parts)) > MAX_RECORD_BYTES:
+            raise DataError(
+                f"{stream.name}: the record at byte {begin:,} has more than "
+                f"{MAX_RECORD_BYTES:,} bytes; one image, or one caption, is expected"
+            )
+        if place in (_WHOLE, _LAST):
+            yield Record(begin, MAGIC_BYTES.join(parts))
+            parts = []
+
+
+def _cut_off(stream: Stream) -> DataError:
+    return DataError(
+        f"{stream.name} ended at byte {stream.tell():,}, in the midst of a record: the channel is "
+        "not complete"
+    )

@@ -1,0 +1,224 @@
+"""What `python -m training.data doctor` has found, as a verdict, a table, JSON and HTML."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from html import escape
+from importlib import resources
+from string import Template
+from typing import Any
+
+from training.data.pairs import SkipReason
+
+EXAMPLES = 5
+
+
+@dataclass(frozen=True)
+class Doubles:
+    """Pictures that are another's, pixel by pixel as the models see them."""
+
+    count: int
+    names: Sequence[str]
+
+
+@dataclass(frozen=True)
+class LongCaptions:
+    """Captions of more text tokens than `text_length`. unchecked: why nobody looked."""
+
+    text_length: int
+    unchecked: str | None = None
+    count: int = 0
+    names: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class ChannelFindings:
+    """One channel. refusal: why it could not be read at all; num_bytes: of its images."""
+
+    channel: str
+    directory: str
+    refusal: str | None = None
+    layout: str = ""
+    num_pairs: int = 0
+    num_captions: int = 0
+    num_bytes: int = 0
+    num_bad: int = 0
+    fingerprint: str = ""
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    examples: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    doubles: Doubles = Doubles(0, ())
+
+    def problems(self, max_bad_share: float) -> Iterator[str]:
+        """What would stop a job, or spoil what it learns."""
+        if self.refusal is not None:
+            yield self.refusal
+            return
+        total = self.num_pairs + self.num_bad
+        if self.num_bad > max_bad_share * total:
+            yield (
+                f"{self.channel}: {self.num_bad:,} of {total:,} pairs cannot be used, more than "
+                f"max_bad_share {max_bad_share:g} allows: a job would fail"
+            )
+        elif self.num_pairs == 0:
+            yield f"{self.channel}: not one image can be decoded: a job would fail"
+        if self.doubles.count > max_bad_share * total:
+            yield (
+                f"{self.channel}: {self.doubles.count:,} of {self.num_pairs:,} pictures are there "
+                "more than once; give a picture all its captions in one text file"
+            )
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All channels together.
+
+    leaks: held-out pictures that are trained on. num_shared_captions: held-out captions that are.
+    """
+
+    channels: Sequence[ChannelFindings]
+    leaks: Doubles
+    num_shared_captions: int
+    long_captions: LongCaptions
+    max_bad_share: float
+
+    @property
+    def problems(self) -> list[str]:
+        """Nothing when the channels are fit for training."""
+        found = [each for one in self.channels for each in one.problems(self.max_bad_share)]
+        if self.long_captions.count:
+            found.append(
+                f"{self.long_captions.count:,} captions are longer than text_length "
+                f"{self.long_captions.text_length} text tokens: a job would fail; shorten them, or "
+                "raise text_length"
+            )
+        held_out = self.channels[-1].num_pairs
+        if self.leaks.count > self.max_bad_share * held_out:
+            found.append(
+                f"{self.leaks.count:,} of {held_out:,} pictures of validation are trained on too: "
+                "its losses would be too good to be true; take them out of one of the two"
+            )
+        return found
+
+    def as_json(self) -> str:
+        """One object; the names of doubles and of long captions are cut to a few."""
+        content: dict[str, Any] = {"is_fine": not self.problems, "problems": self.problems}
+        content |= _shortened(asdict(self))
+        return json.dumps(content, indent=1, ensure_ascii=False)
+
+    def as_text(self) -> str:
+        """A table for a terminal, and the problems below it."""
+        rows = [("", *(each.channel for each in self.channels))]
+        rows += [(name, *values) for name, values in self._rows()]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = [
+            "  ".join(
+                cell.rjust(width) if column else cell.ljust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ]
+        for heading, names in self._examples():
+            lines += ["", f"{heading}:", *(f"  {name}" for name in names)]
+        lines.append("")
+        lines += [f"problem: {each}" for each in self.problems] or ["fit for training"]
+        return "\n".join(lines)
+
+    def as_html(self) -> str:
+        """A page that needs nothing else."""
+        templates = resources.files("training.report") / "templates"
+        head = "".join(f'<th class="number">{escape(each.channel)}</th>' for each in self.channels)
+        rows = "".join(
+            f'<tr><th scope="row">{escape(name)}</th>'
+            + "".join(f'<td class="number">{escape(value)}</td>' for value in values)
+            + "</tr>"
+            for name, values in self._rows()
+        )
+        problems = "".join(f"<li>{escape(each)}</li>" for each in self.problems)
+        verdict = f"<ul>{problems}</ul>" if problems else ""
+        places = [
+            f"{escape(each.channel)}: <code>{escape(each.directory)}</code>"
+            for each in self.channels
+        ]
+        examples = "".join(
+            f'<tr><th scope="row">{escape(heading)}</th><td>'
+            + "<br>".join(f'<code class="long">{escape(name)}</code>' for name in names)
+            + "</td></tr>"
+            for heading, names in self._examples()
+        )
+        body = [
+            f"<h2>{'Not fit' if problems else 'Fit'} for training</h2>{verdict}",
+            f'<h2>Counts</h2><div class="scroll"><table><thead><tr><th></th>{head}</tr></thead>'
+            f"<tbody>{rows}</tbody></table></div>",
+        ]
+        if examples:
+            body.append(f"<h2>Which</h2><table><tbody>{examples}</tbody></table>")
+        return Template((templates / "report.html").read_text("utf-8")).substitute(
+            title="Channel check",
+            style=(templates / "report.css").read_text("utf-8"),
+            meta="<br>".join([f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", *places]),
+            body="\n".join(body),
+        )
+
+    def _rows(self) -> Iterator[tuple[str, list[str]]]:
+        """Name -> a value for each channel."""
+        yield "layout", [each.layout or "unreadable" for each in self.channels]
+        yield "pairs", [f"{each.num_pairs:,}" for each in self.channels]
+        yield "captions", [f"{each.num_captions:,}" for each in self.channels]
+        yield "size of the images", [_size(each.num_bytes) for each in self.channels]
+        reasons = list(dict.fromkeys(reason for each in self.channels for reason in each.skipped))
+        for reason in reasons:
+            yield reason, [f"{each.skipped.get(reason, 0):,}" for each in self.channels]
+        yield "same picture again", [f"{each.doubles.count:,}" for each in self.channels]
+        if len(self.channels) > 1:
+            yield "picture trained on too", ["", f"{self.leaks.count:,}"]
+            yield "caption trained on too", ["", f"{self.num_shared_captions:,}"]
+        blanks = [""] * (len(self.channels) - 1)
+        unchecked = self.long_captions.unchecked
+        number = f"{self.long_captions.count:,}" if unchecked is None else "not checked"
+        yield f"captions over {self.long_captions.text_length} tokens", [number, *blanks]
+
+    def _examples(self) -> Iterator[tuple[str, list[str]]]:
+        """Heading -> some names."""
+        if self.long_captions.unchecked is not None:
+            yield "length of captions not checked", [self.long_captions.unchecked]
+        for each in self.channels:
+            for reason, names in each.examples.items():
+                if reason != SkipReason.IGNORED:
+                    yield f"{each.channel}, {reason}", _some(names, each.skipped[reason])
+            if each.doubles.count:
+                heading = f"{each.channel}, same picture again"
+                yield heading, _some(each.doubles.names, each.doubles.count)
+        if self.leaks.count:
+            yield "validation, picture trained on too", _some(self.leaks.names, self.leaks.count)
+        if self.long_captions.count:
+            yield "captions too long", _some(self.long_captions.names, self.long_captions.count)
+
+
+def _size(num_bytes: int) -> str:
+    """
+    >>> _size(38_400)
+    '38.4 kB'
+    """
+    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:,.1f} {unit}"
+    return f"{num_bytes} bytes"
+
+
+def _some(names: Sequence[str], count: int) -> list[str]:
+    return [*names[:EXAMPLES], *(["…"] if count > min(len(names), EXAMPLES) else [])]
+
+
+def _shortened(value: Any) -> Any:
+    """The same with at most `EXAMPLES` of every list of names."""
+    if isinstance(value, dict):
+        return {
+            key: list(each)[:EXAMPLES] if key == "names" else _shortened(each)
+            for key, each in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_shortened(each) for each in value]
+    return value

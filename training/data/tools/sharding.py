@@ -1,0 +1,135 @@
+"""Any channel as WebDataset tar shards, in an order that does not depend on who writes them.
+
+A shard of 50 to 150 MB is quick to fetch from S3 and quick to read; thousands of small files are
+neither. Image files are copied as they are, unless they are to be shrunk: photographs of a camera's
+size keep a job waiting for their pixels. The same input gives the same bytes: members carry no
+times or owners, and the order is drawn from the seed.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import posixpath
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from dalle.errors import UserError
+from dalle.preprocess.images import ImageError, decode_image
+from training.data.batching.sampler import Order
+from training.data.pairs import SkipReason, printable
+from training.data.sources.index import StoredPairs
+
+BLOCK = tarfile.BLOCKSIZE
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written. num_bytes: of all shards together."""
+
+    num_shards: int
+    num_pairs: int
+    num_captions: int
+    num_bytes: int
+
+
+def write_shards(
+    dataset: StoredPairs,
+    out: Path,
+    *,
+    megabytes: float,
+    seed: int = 0,
+    shrink_to: int | None = None,
+) -> Written:
+    """Write shards of about `megabytes` (of 10**6 bytes) into a new or empty directory.
+
+    shrink_to: pixels of the shorter side; images that have more are written anew with so many, as
+        JPEG (quality 95) if they were that, else as PNG. Shards then get smaller, too.
+    An image file that cannot be read, or is too large, is left out and counted in the data set's
+    skips. Raises UserError when something is in the directory already: it might be left of other
+    data; DataError when more than the data set's `max_bad_share` are left out.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    if any(out.iterdir()):
+        raise UserError(f"{out} is not empty; give a new directory")
+    order = Order(num_pairs=len(dataset), batch_size=1, seed=seed).permutation(0)
+    ends = np.cumsum([_tar_bytes(dataset, index) for index in order.tolist()])
+    num_shards = max(1, round(float(ends[-1]) / (megabytes * 1e6)))
+    # A pair goes where its middle lies: all shards are of one size, but for half a pair.
+    sizes = np.diff(ends, prepend=0)
+    shard_of = ((ends - sizes / 2) * num_shards // ends[-1]).astype(int)
+    bar = tqdm(total=len(dataset), desc=f"writing {out}", unit="pairs", disable=None, delay=0.5)
+    num_pairs = num_captions = num_bytes = 0
+    for number in range(num_shards):
+        path = out / f"shard-{number:06}.tar"
+        temporary = path.with_name(f"{path.name}.tmp")
+        with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as archive:
+            for index in order[shard_of == number].tolist():
+                bar.update()
+                try:
+                    suffix, image = _image(dataset, index, shrink_to)
+                except ImageError as error:
+                    reason = SkipReason.of(error)
+                    dataset.skips.add_damaged(reason, dataset.name(index), str(error))
+                    dataset.skips.check_share(dataset.max_bad_share)
+                    continue
+                key = key_of(dataset.name(index))
+                _add_file(archive, key + suffix, image)
+                _add_file(archive, f"{key}.txt", _text(dataset, index))
+                num_pairs += 1
+                num_captions += len(dataset.captions(index))
+        num_bytes += temporary.stat().st_size
+        os.replace(temporary, path)
+    bar.close()
+    return Written(num_shards, num_pairs, num_captions, num_bytes)
+
+
+def key_of(name: str) -> str:
+    """A pair's name without its suffix, as a key: no dot in its last part, no two alike.
+
+    >>> key_of("a.b/IMG_0.5.jpg")
+    'a.b/IMG_0%2E5'
+    """
+    folder, base = posixpath.split(posixpath.splitext(name)[0])
+    return posixpath.join(folder, base.replace("%", "%25").replace(".", "%2E"))
+
+
+def _tar_bytes(dataset: StoredPairs, index: int) -> int:
+    """What a pair takes in a shard, names of ordinary length presumed."""
+    parts = (dataset.num_bytes(index), len(_text(dataset, index)))
+    return sum(BLOCK + -(-num_bytes // BLOCK) * BLOCK for num_bytes in parts)
+
+
+def _text(dataset: StoredPairs, index: int) -> bytes:
+    return "".join(f"{caption}\n" for caption in dataset.captions(index)).encode()
+
+
+def _image(dataset: StoredPairs, index: int, shrink_to: int | None) -> tuple[str, bytes]:
+    """Suffix and bytes of an image file. Raises `ImageError`."""
+    name, data = dataset.name(index), dataset.image_bytes(index)
+    suffix = posixpath.splitext(name)[1].lower()
+    if shrink_to is None:
+        return suffix, data
+    image = decode_image(data, what=f"{dataset.channel}/{printable(name)}")
+    scale = shrink_to / min(image.size)
+    if scale >= 1:
+        return suffix, data
+    width, height = (max(shrink_to, round(scale * side)) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    file = io.BytesIO()
+    if suffix in (".jpg", ".jpeg"):
+        image.save(file, format="JPEG", quality=95)
+        return suffix, file.getvalue()
+    image.save(file, format="PNG")
+    return ".png", file.getvalue()
+
+
+def _add_file(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)  # without times and owners
+    info.size = len(data)
+    archive.addfile(info, io.BytesIO(data))

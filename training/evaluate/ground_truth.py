@@ -1,0 +1,166 @@
+"""The real pictures that generated ones are held against: classes, and which one is nearest.
+
+A class is one distinct picture of a data set, pixel by pixel, with all captions it has. Knows
+data sets and pixels; knows no models and no vocabulary.
+Letters: C classes, Q queries, S image size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dalle.errors import DataError
+from dalle.preprocess.images import ImageError
+from training.data.batching.preload import decode_if_small, to_planes
+from training.data.pairs import Dataset, SkipReason
+from training.data.sources.folder import open_folder
+
+TRAIN, VALIDATION, ATTRIBUTES = "train", "validation", "attributes.json"
+CHUNK_BYTES = 64 << 20  # of pictures as float64 at a time
+
+Attributes = Mapping[str, Mapping[str, str]]  # caption -> attribute -> word
+
+
+class GroundTruth:
+    """All distinct pictures of two data sets and the captions they go with.
+
+    held_out: the captions of `validation`, each once, in their order.
+    captions: class -> its captions. in_training: class -> whether `train` has the picture.
+    attributes: caption -> attribute -> word; may lack captions, or be empty.
+    fingerprint: of the data set `train`.
+    """
+
+    def __init__(
+        self, train: Dataset, validation: Dataset, attributes: Attributes | None = None
+    ) -> None:
+        """Read all pictures once; those that cannot be used are counted in their data set's skips.
+
+        Raises DataError when too many cannot.
+        """
+        if train.image_size != validation.image_size:
+            raise ValueError(f"image sizes: {train.image_size} and {validation.image_size}")
+        self.image_size = train.image_size
+        self.fingerprint = train.fingerprint
+        self.attributes: Attributes = attributes or {}
+        self.captions: list[set[str]] = []
+        self.in_training: list[bool] = []
+        self._where: list[tuple[Dataset, int]] = []
+        classes_of: defaultdict[str, set[int]] = defaultdict(set)
+        held_out: dict[str, None] = {}
+        class_of_digest: dict[bytes, int] = {}
+        for dataset in (train, validation):
+            for index, picture in _pictures(dataset):
+                digest = hashlib.blake2b(picture.tobytes(), digest_size=16).digest()
+                number = class_of_digest.setdefault(digest, len(self.captions))
+                if number == len(self.captions):
+                    self.captions.append(set())
+                    self.in_training.append(dataset is train)
+                    self._where.append((dataset, index))
+                for caption in dataset.captions(index):
+                    self.captions[number].add(caption)
+                    classes_of[caption].add(number)
+                    if dataset is validation:
+                        held_out[caption] = None
+        self.held_out = list(held_out)
+        self._classes_of = {caption: frozenset(own) for caption, own in classes_of.items()}
+
+    def __len__(self) -> int:
+        """C"""
+        return len(self.captions)
+
+    def own(self, caption: str) -> frozenset[int]:
+        """The classes of a caption; several when it goes with different pictures."""
+        return self._classes_of[caption]
+
+    def is_novel(self, caption: str) -> bool:
+        """Whether no picture of the caption occurs in training, under any caption."""
+        return not any(self.in_training[number] for number in self.own(caption))
+
+    def has_word(self, number: int, attribute: str, word: str) -> bool:
+        """Whether any caption of the class `number` has this word for the attribute."""
+        return any(
+            self.attributes.get(caption, {}).get(attribute) == word
+            for caption in self.captions[number]
+        )
+
+    def pictures(self, numbers: Sequence[int]) -> Tensor:
+        """The pictures of some classes, uint8 [len(numbers), 3, S, S]."""
+        images = torch.empty((len(numbers), 3, self.image_size, self.image_size), dtype=torch.uint8)
+        for row, number in enumerate(numbers):
+            dataset, index = self._where[number]
+            images[row] = to_planes(dataset.image(index))
+        return images
+
+    def nearest(self, images: Tensor) -> Tensor:
+        """The class whose picture is nearest in L2 over all pixels; of equals the first.
+
+        images: uint8 [Q, 3, S, S]. Returns [Q] int64. One pass over all pictures.
+        """
+        size = max(1, CHUNK_BYTES // (8 * 3 * self.image_size**2))
+        best_distance = torch.full((len(images),), torch.inf, dtype=torch.float64)
+        best_class = torch.full((len(images),), -1)
+        for first in range(0, len(self), size):
+            # In float64 these sums of whole numbers are exact: equal pictures are found equal.
+            rows = self.pictures(range(first, min(first + size, len(self)))).flatten(1).double()
+            half_norms = rows.square().sum(dim=1) / 2
+            for start in range(0, len(images), size):
+                queries = images[start : start + size].flatten(1).double()
+                # |q - p|² / 2 without |q|², on which no order depends.
+                distance, row = (half_norms - queries @ rows.T).min(dim=1)
+                here = slice(start, start + size)
+                nearer = distance < best_distance[here]
+                best_class[here] = torch.where(nearer, row + first, best_class[here])
+                best_distance[here] = torch.where(nearer, distance, best_distance[here])
+        return best_class
+
+
+def read_ground_truth(directory: Path, image_size: int) -> GroundTruth:
+    """From `train/` and `validation/` below a directory, and its `attributes.json` if there is one.
+
+    Raises DataError naming the folder or file that cannot be used.
+    """
+    train, validation = (
+        decode_if_small(open_folder(directory / name, image_size=image_size, channel=name))
+        for name in (TRAIN, VALIDATION)
+    )
+    return GroundTruth(train, validation, read_attributes(directory / ATTRIBUTES))
+
+
+def read_attributes(path: Path) -> Attributes:
+    """Caption -> attribute -> word from a JSON file; empty without one. Raises DataError."""
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as JSON: {error}") from error
+    wanted = 'it must be {"a caption": {"an attribute": "its word", …}, …}'
+    if not isinstance(content, dict):
+        raise DataError(f"{path} holds no JSON object; {wanted}")
+    for caption, words in content.items():
+        if not isinstance(words, dict) or not all(isinstance(each, str) for each in words.values()):
+            raise DataError(f"{path}: {caption[:80]!r} has {words!r:.80}; {wanted}")
+    return content
+
+
+def _pictures(dataset: Dataset) -> Iterator[tuple[int, np.ndarray]]:
+    """The usable pictures of a data set with their numbers."""
+    for index in tqdm(
+        range(len(dataset)), f"comparing {dataset.channel}", unit="images", disable=None, delay=1
+    ):
+        try:
+            picture = dataset.image(index)
+        except ImageError as error:
+            dataset.skips.add_damaged(SkipReason.of(error), dataset.name(index), str(error))
+            continue
+        yield index, picture
+    dataset.skips.check_share(dataset.max_bad_share)

@@ -1,0 +1,82 @@
+"""Which input channels a job may have, checked before anything is read from them."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import stat
+from itertools import islice
+from pathlib import Path
+
+from dalle.errors import ChannelError
+from dalle.platform.environment import Channel, Job
+
+REQUIRED = "train"
+CHANNELS = (REQUIRED, "validation", "artefact", "clip")
+OF_FEW_FILES = ("artefact", "clip")
+"""Each of their files is needed. Those of the others are looked at as pairs, and a few may fail."""
+REPLICATED, SHARDED = "FullyReplicated", "ShardedByS3Key"
+
+
+def check(job: Job) -> None:
+    """Raises ChannelError naming every channel that is missing, unexpected or unusable."""
+    problems = []
+    if REQUIRED not in job.channels:
+        where = job.paths.input_data / REQUIRED
+        problems.append(f"the channel {REQUIRED} is missing; put image-text pairs into {where}")
+    for channel in job.channels.values():
+        problem = _problem(channel)
+        if problem:
+            problems.append(problem)
+    if problems:
+        raise ChannelError("\n".join(problems))
+
+
+def _problem(channel: Channel) -> str | None:
+    if channel.name not in CHANNELS:
+        nearest = difflib.get_close_matches(channel.name, CHANNELS, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(CHANNELS)}"
+        return f"the channel {channel.name} is unexpected; {hint}"
+    is_of_pairs = channel.name not in OF_FEW_FILES
+    modes = ("File", "FastFile", "Pipe") if is_of_pairs else ("File", "FastFile")
+    if channel.input_mode not in modes:
+        return (
+            f"the channel {channel.name} has input mode {channel.input_mode}; "
+            f"it must be {' or '.join(modes)}"
+        )
+    distributions = (REPLICATED, SHARDED) if is_of_pairs else (REPLICATED,)
+    if channel.distribution not in distributions:
+        return (
+            f"the channel {channel.name} has the S3DataDistributionType {channel.distribution}; "
+            f"it must be {' or '.join(distributions)}"
+        )
+    if channel.input_mode == "Pipe":
+        return None  # its FIFO may still have to come
+    try:
+        with os.scandir(channel.directory) as listing:
+            # Of those with pairs one is enough to know: there may be millions.
+            wanted = 1 if is_of_pairs else None
+            names = [entry.name for entry in islice(listing, wanted)]
+    except (FileNotFoundError, NotADirectoryError):
+        return f"the channel {channel.name} should be the directory {channel.directory}"
+    except OSError as error:
+        return _unreadable(channel, channel.directory, error)
+    if not names and channel.distribution == REPLICATED:  # else all hosts are told why
+        return f"the channel {channel.name} is empty: {channel.directory}"
+    if not is_of_pairs:
+        for name in sorted(names):
+            path = channel.directory / name
+            try:
+                if stat.S_ISREG(path.stat().st_mode):
+                    path.open("rb").close()
+            except OSError as error:
+                return _unreadable(channel, path, error)
+    return None
+
+
+def _unreadable(channel: Channel, path: Path, error: OSError) -> str:
+    return (
+        f"the channel {channel.name} cannot be read: {path}: {error.strerror}; "
+        f"the job runs as user {os.geteuid()}, who must be allowed to list its folders and to "
+        "read its files"
+    )

@@ -1,0 +1,137 @@
+"""One process for each device of this host, when there are several.
+
+They are ranks like those of other hosts. This process has none of the work: it passes a stop on,
+waits, and answers for all of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+from collections.abc import Sequence
+from multiprocessing import resource_tracker
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+
+from dalle.platform.environment import Job, write_failure
+from training.config.hyperparameters import Hyperparameters
+from training.distributed.topology import LOOPBACK, Patience, Place
+from training.job import process
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.5
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def run_on_devices(
+    job: Job,
+    settings: Hyperparameters,
+    *,
+    num_devices: int,
+    port: int,
+    patience: Patience,
+    stop: threading.Event,
+) -> int:
+    """Start a rank for each device, wait for all of them, return this host's exit code.
+
+    port: where the first host listens; a job of one host takes any free one. On the CPU the
+    processes share its threads.
+    """
+    listener = None
+    if len(job.hosts) == 1:
+        listener = socket.create_server((LOOPBACK, 0))
+        port = listener.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(
+            target=_run_device,
+            args=(
+                job,
+                settings,
+                Place(job.hosts, job.current_host, num_devices, device),
+                port,
+                listener if device == 0 else None,
+                patience,
+            ),
+            name=f"device {device}",
+        )
+        for device in range(num_devices)
+    ]
+    # A signal to a process that is still starting would kill it: they begin with all blocked, and
+    # take what has come meanwhile when they are ready for it.
+    # The library's own helper process must be there before: starting it unblocks them again.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        for each in processes:
+            each.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if listener is not None:
+        listener.close()  # the first device has its own copy
+    _wait_for(processes, stop)
+    killed = [each for each in processes if each.exitcode is not None and each.exitcode < 0]
+    if killed:
+        names = ", ".join(
+            f"{each.name} by {signal.Signals(-(each.exitcode or 0)).name}" for each in killed
+        )
+        cause = (
+            f"the processes of these devices were killed: {names}. After SIGKILL the machine's "
+            "memory is probably too small: take a larger instance or a smaller batch_size"
+        )
+        logger.error("%s", cause)
+        write_failure(job.paths, cause)
+    return 0 if all(each.exitcode == 0 for each in processes) else 1
+
+
+def _wait_for(processes: Sequence[BaseProcess], stop: threading.Event) -> None:
+    """Until all have ended; passes a stop on to them once."""
+    is_passed_on = False
+    while running := [each for each in processes if each.is_alive()]:
+        wait([each.sentinel for each in running], timeout=POLL_SECONDS)
+        if stop.is_set() and not is_passed_on:
+            for each in running:
+                each.terminate()
+            is_passed_on = True
+
+
+def _run_device(
+    job: Job,
+    settings: Hyperparameters,
+    place: Place,
+    port: int,
+    listener: socket.socket | None,
+    patience: Patience,
+) -> None:
+    """What the process of one device does."""
+    process.configure_logging()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with process.stopped_by_signals() as stop:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+        def work() -> int:
+            _share_cpus(place.num_devices)
+            return process.run_rank(
+                job, settings, place, stop, port=port, listener=listener, patience=patience
+            )
+
+        code = process.exit_code_of(work, job.paths)
+    raise SystemExit(code)
+
+
+def _share_cpus(num_processes: int) -> None:
+    import torch
+
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_processes))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

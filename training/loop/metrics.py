@@ -1,0 +1,175 @@
+"""Where a stage's numbers go: the log or a progress bar, metrics.jsonl, and TensorBoard.
+
+On a terminal there is one bar per stage with the time left; elsewhere every report is one line of
+`name=value;` pairs (dalle.platform.metric_lines publishes the regular expressions). Knows names and
+numbers, and nothing of what they measure.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from torch.utils.tensorboard.writer import SummaryWriter
+from tqdm import tqdm
+
+from dalle.errors import PlatformError
+from dalle.platform.disk import disk_error
+from dalle.platform.metric_lines import METRIC_DEFINITIONS, METRIC_PATTERN, render_metrics
+
+__all__ = ["METRIC_DEFINITIONS", "METRIC_PATTERN", "Metrics", "Progress"]
+
+
+class Metrics:
+    """The reports of one job.
+
+    Each is one JSON object a line: {"stage", "step", "seconds", <metric>: number or null, …}.
+    Close it (or use `with`) so that TensorBoard's file is complete. Everything raises
+    DiskFullError, or PlatformError for other trouble with the disk.
+    """
+
+    def __init__(self, jsonl: Path, tensorboard: Path, *, output: TextIO | None = None) -> None:
+        self._jsonl = jsonl
+        self._tensorboard = tensorboard
+        self._output = sys.stdout if output is None else output
+        self._records: list[dict[str, Any]] = []
+        with self._disk_errors(jsonl):
+            jsonl.parent.mkdir(parents=True, exist_ok=True)
+        with self._disk_errors(tensorboard):
+            self._writer = SummaryWriter(str(tensorboard))
+        self._rewrite()
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except PlatformError:
+            if kind is None:  # what failed first is the cause
+                raise
+
+    def close(self) -> None:
+        with self._disk_errors(self._tensorboard):
+            self._writer.close()
+
+    def report(self, stage: str, step: int, seconds: float, values: Mapping[str, float]) -> None:
+        """Report plain metric names -> values; the printed ones carry the stage's name first.
+
+        seconds: spent on this stage so far.
+        """
+        record = {"stage": stage, "step": step, "seconds": round(seconds, 3)} | {
+            name: value if math.isfinite(value) else None for name, value in values.items()
+        }
+        self._records.append(record)
+        with self._disk_errors(self._jsonl), self._jsonl.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        with self._disk_errors(self._tensorboard):
+            for name, value in values.items():
+                self._writer.add_scalar(f"{stage}/{name}", value, step)
+        if not self._output.isatty():
+            printed = {f"{stage}_step": step} | {f"{stage}_{n}": v for n, v in values.items()}
+            print(render_metrics(printed), file=self._output, flush=True)
+
+    def records(self, stage: str) -> list[dict[str, Any]]:
+        """What was reported of one stage, oldest first; put into its checkpoints."""
+        return [dict(record) for record in self._records if record["stage"] == stage]
+
+    def restore(self, stage: str, records: Sequence[Mapping[str, Any]]) -> None:
+        """Replace a stage's records by a checkpoint's, so that nothing is there twice.
+
+        The output directory does not survive an interruption; the checkpoints do.
+        """
+        others = [record for record in self._records if record["stage"] != stage]
+        self._records = others + [dict(record) for record in records]
+        self._rewrite()
+        with self._disk_errors(self._tensorboard):
+            for record in records:
+                for name, value in record.items():
+                    if isinstance(value, int | float) and name not in ("step", "seconds"):
+                        self._writer.add_scalar(f"{stage}/{name}", value, record["step"])
+
+    def _rewrite(self) -> None:
+        temporary = self._jsonl.with_name(self._jsonl.name + ".tmp")
+        lines = "".join(json.dumps(record) + "\n" for record in self._records)
+        with self._disk_errors(self._jsonl):
+            temporary.write_text(lines, encoding="utf-8")
+            os.replace(temporary, self._jsonl)
+
+    @staticmethod
+    @contextmanager
+    def _disk_errors(path: Path) -> Iterator[None]:
+        """TensorBoard's come from its own thread: with some later report, or at the end."""
+        try:
+            yield
+        except OSError as error:
+            raise disk_error(
+                error,
+                f"write the metrics {path}",
+                if_full="the checkpoints are kept. Give the job a larger volume, or report less "
+                "often (log_every)",
+                directory=path,
+            ) from error
+
+
+class NoMetrics:
+    """In place of `Metrics` on the ranks that report nothing."""
+
+    def __enter__(self) -> NoMetrics:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def report(self, stage: str, step: int, seconds: float, values: Mapping[str, float]) -> None:
+        pass
+
+    def records(self, stage: str) -> list[dict[str, Any]]:
+        return []
+
+    def restore(self, stage: str, records: Sequence[Mapping[str, Any]]) -> None:
+        pass
+
+
+class Progress:
+    """A bar with the time left when the output is a terminal; nothing otherwise.
+
+    total: the budget, in steps or seconds as `unit` says. is_shown: whether on a terminal.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        *,
+        total: float,
+        done: float,
+        unit: str,
+        is_shown: bool = True,
+        output: TextIO | None = None,
+    ) -> None:
+        output = sys.stderr if output is None else output
+        self._bar = tqdm(
+            total=math.ceil(total),
+            initial=min(math.floor(done), math.ceil(total)),
+            desc=stage,
+            unit=unit,
+            file=output,
+            disable=not (is_shown and output.isatty()),
+            dynamic_ncols=True,
+        )
+        self._total = math.ceil(total)
+
+    def show(self, done: float, values: Mapping[str, float] | None = None) -> None:
+        """Move the bar to `done` of the total, with the latest values beside it."""
+        if values:
+            self._bar.set_postfix({n: f"{v:.4g}" for n, v in values.items()}, refresh=False)
+        self._bar.update(min(math.floor(done), self._total) - self._bar.n)
+
+    def close(self) -> None:
+        self._bar.close()

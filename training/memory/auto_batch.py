@@ -1,0 +1,159 @@
+"""`batch_size=auto`: how many pairs a stage takes in one step, found out before it is trained.
+
+On a GPU, as many as fit: the plan's figure for the memory that is free, with some left over, tried
+by two whole steps, and a little less while that runs out of memory. On a CPU memory is seldom the
+limit, and a larger batch soon takes as much longer as it is larger: there the batch is doubled as
+long as that brings a tenth more pairs a second. In both an epoch keeps some steps: a batch of half
+the data set would be trained quickly and badly.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections.abc import Callable
+
+import torch
+
+from dalle.errors import DeviceError
+from dalle.platform.free_memory import free_host_memory
+from dalle.types import StageName
+from training.config.fields import MAX_BATCH_SIZE, StageHyperparameters
+from training.engine.torch_engine import TorchEngine
+from training.memory.estimate import RUNTIME_BYTES, Setting, StageMemory
+from training.memory.plan import HEADROOM
+from training.memory.synthetic import dataless_stage, random_batch
+from training.stopping import Stop, Stopped
+
+logger = logging.getLogger(__name__)
+
+STEPS_PER_EPOCH = 16
+"""At least so many, where there are pairs enough."""
+
+SMALLEST: dict[StageName, int] = {"dvae": 16, "transformer": 16, "clip": 64}
+"""Where doubling begins on a CPU. CLIP tells a pair from the others of its batch: it needs some."""
+
+WORTH_DOUBLING = 1.1
+SHRINK = 0.85
+
+
+def find_share(
+    memory: StageMemory,
+    settings: StageHyperparameters,
+    setting: Setting,
+    device: torch.device,
+    *,
+    num_pairs: int,
+    stop: Stop,
+) -> int:
+    """One device's share of a batch, at least 1: pairs of all its parts together.
+
+    num_pairs: of the training data. Raises DeviceError when not even one pair fits, Stopped.
+    """
+    parts = setting.num_parts
+    at_most = min(MAX_BATCH_SIZE, num_pairs // STEPS_PER_EPOCH) // (setting.num_devices * parts)
+    at_most = max(1, at_most)
+    free = _free_memory(device)
+    # What this process took to be here is taken already.
+    budget = round(free * (1 - HEADROOM)) + RUNTIME_BYTES[memory.device_type]
+    fitting = memory.largest_part(setting, budget, at_most=at_most)
+    if fitting == 0:
+        raise DeviceError(
+            f"not even one pair of stage {memory.name} fits {device}, where {free / 2**30:.1f} GiB "
+            "are free; `train --plan` says what would help"
+        )
+    trial = Trial(memory, settings, device)
+    if setting.engine == "deepspeed":
+        part, why = fitting, "by the plan's figures, which engine=deepspeed is not tried against"
+    elif device.type == "cuda":
+        part, why = _largest(trial, fitting, stop), "by trial"
+    else:
+        smallest = min(fitting, -(-SMALLEST[memory.name] // parts))
+        part, why = _worthwhile(trial, smallest, fitting, stop)
+    if part == at_most:
+        why = f"more would leave fewer than {STEPS_PER_EPOCH} steps to an epoch"
+    logger.info(
+        "batch_size=auto: %s takes %d pairs at once on %s (%s; %d would fit %.1f GiB)",
+        *(memory.name, part, device, why, fitting, free / 2**30),
+    )
+    return part * parts
+
+
+def _largest(trial: Callable[[int], float | None], size: int, stop: Stop) -> int:
+    """The size, or what is left of it when it no longer runs out of memory."""
+    while size > 1 and trial(size) is None:
+        if stop.is_set():
+            raise Stopped
+        size = max(1, int(size * SHRINK))
+    return size
+
+
+def _worthwhile(
+    trial: Callable[[int], float | None], smallest: int, largest: int, stop: Stop
+) -> tuple[int, str]:
+    """The last size whose doubling still brought more pairs a second, and why it ended there."""
+    size, rate = smallest, trial(smallest) or 0.0
+    while 2 * size <= largest:
+        if stop.is_set():
+            raise Stopped
+        doubled = trial(2 * size)
+        if doubled is None:
+            return size, "twice as many ran out of memory"
+        if doubled < WORTH_DOUBLING * rate:
+            return size, f"{rate:,.1f} pairs/s, twice as many {doubled:,.1f}"
+        size, rate = 2 * size, doubled
+    return size, "twice as many would not fit"
+
+
+class Trial:
+    """Trains an untrained copy of the stage's model on random pairs for some steps."""
+
+    def __init__(
+        self, memory: StageMemory, settings: StageHyperparameters, device: torch.device
+    ) -> None:
+        self._memory = memory
+        self._settings = settings
+        self._device = device
+
+    def __call__(self, size: int) -> float | None:
+        """Pairs a second of parts of a size; None when they do not fit."""
+        try:
+            return self._run(size)
+        except (torch.OutOfMemoryError, MemoryError):
+            return None
+        finally:
+            gc.collect()
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _run(self, size: int) -> float:
+        config, dvae = self._memory.config, self._memory.dvae
+        with self._device:
+            stage = dataless_stage(
+                config,
+                self._device,
+                dvae=dvae,
+                checkpoints_activations=self._settings.activation_checkpointing,
+            )
+        stage.model.train()
+        settings = self._settings.model_copy(update={"gradient_accumulation_steps": 1})
+        engine = TorchEngine(stage, settings, self._device)
+        batch = random_batch(config, size, dvae=dvae)
+        seconds = []
+        for step in range(3):  # the first one allocates
+            began = time.perf_counter()
+            loss, _ = engine.loss(batch, 0.0)
+            engine.backward(loss)
+            engine.step(step, 0.0)
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            seconds.append(time.perf_counter() - began)
+        return size / min(seconds[1:])
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free
+    return free_host_memory()

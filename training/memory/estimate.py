@@ -1,0 +1,245 @@
+"""What one device holds while a stage is trained: by engine, ZeRO stage and number format.
+
+Activations are traced (training.memory.tracer); all else is counted from the weights. What is
+where:
+
+    torch       everything on every device; the running average too
+    ZeRO 1      master weights and moments, and the average, shared out among the devices
+    ZeRO 2      the gradients too         ZeRO 3   the weights too
+    offload     shares of the optimiser, or of the weights, in the host's memory instead
+
+ZeRO: Rajbhandari et al. 2020, §5 and §7. Sizes are in bytes; P: the weights' number, N: devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from dalle.models.dvae import DVAEConfig
+from dalle.types import StageName
+from training.config.deepspeed import BUCKET_ELEMENTS, TRAINED_BY_DEEPSPEED
+from training.config.fields import EngineName, Hyperparameters
+from training.config.models import Config
+from training.engine.optimizer import hidden_matrices, muon_update_elements
+from training.memory.passes import Formats, StagePasses
+from training.memory.synthetic import DatalessStage, dataless_stage
+from training.memory.tracer import without_memory
+
+PrecisionName = Literal["fp32", "bf16", "fp16"]
+
+RUNTIME_BYTES = {"cuda": 1 << 30, "cpu": 1 << 29}
+"""The CUDA context and the libraries' workspaces; Python and torch themselves."""
+
+
+LIVE_PARAMETERS = 1_000_000_000
+"""Weights that ZeRO 3 has fetched at one time, at most: DeepSpeed's stage3_max_live_parameters."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a stage is trained, as far as memory depends on it."""
+
+    engine: EngineName = "torch"
+    precision: PrecisionName = "fp32"
+    zero_stage: int = 0
+    activation_checkpointing: bool = False
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    num_parts: int = 1
+    num_devices: int = 1
+    has_muon: bool = True
+    has_average: bool = False
+
+    @classmethod
+    def of(cls, hyperparameters: Hyperparameters, stage: StageName, *, num_devices: int) -> Setting:
+        """What a job's author chose."""
+        settings = hyperparameters.of(stage)
+        setting = cls(
+            precision=settings.precision,
+            activation_checkpointing=settings.activation_checkpointing,
+            num_parts=settings.gradient_accumulation_steps,
+            num_devices=num_devices,
+            has_muon=settings.muon_learning_rate > 0,
+            has_average=settings.ema_decay > 0,
+        )
+        if hyperparameters.engine == "torch" or stage not in TRAINED_BY_DEEPSPEED:
+            return setting
+        return replace(
+            setting,
+            engine="deepspeed",
+            zero_stage=hyperparameters.zero_stage,
+            offload_optimizer=hyperparameters.offload_optimizer,
+            offload_parameters=hyperparameters.offload_parameters,
+            has_muon=False,
+        )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device at the fullest moment of a step; `host`: beside it, for this device.
+
+    activations: what forward and backward pass hold; or the update, or with DeepSpeed a
+        validation, if that is more.
+    exchange: what is under way between the devices.
+    """
+
+    weights: int
+    gradients: int
+    optimiser: int
+    activations: int
+    exchange: int
+    runtime: int
+    host: int = 0
+
+    @property
+    def device(self) -> int:
+        """All of it but `host`."""
+        kept = self.weights + self.gradients + self.optimiser
+        return kept + self.activations + self.exchange + self.runtime
+
+
+class StageMemory:
+    """The memory of one stage's model at every setting and batch size."""
+
+    def __init__(
+        self,
+        name: StageName,
+        config: Config,
+        *,
+        dvae: DVAEConfig | None = None,
+        device_type: Literal["cpu", "cuda"],
+    ) -> None:
+        """dvae: of the frozen one that the transformer's images go through."""
+        self.name = name
+        self.config = config
+        self.dvae = dvae
+        self.device_type = device_type
+        self._passes = StagePasses(config, dvae, is_for_gpu=device_type == "cuda")
+
+    @cached_property
+    def _model(self) -> DatalessStage:
+        with without_memory():
+            return dataless_stage(self.config, torch.device("meta"), dvae=self.dvae)
+
+    @cached_property
+    def _trained(self) -> list[nn.Parameter]:
+        return [each for each in self._model.model.parameters() if each.requires_grad]
+
+    @property
+    def num_parameters(self) -> int:
+        """P, with what is not trained by gradient."""
+        return sum(each.numel() for each in self._model.model.parameters())
+
+    def at(self, setting: Setting, part_size: int) -> Memory:
+        """part_size: pairs that one device computes at once."""
+        if setting.engine == "torch":
+            return self._with_torch(setting, part_size)
+        return self._with_deepspeed(setting, part_size)
+
+    def largest_part(self, setting: Setting, device_bytes: int, *, at_most: int) -> int:
+        """How many pairs one device can compute at once in so much memory; 0: not even one."""
+        low, high = 0, at_most + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.at(setting, middle).device <= device_bytes:
+                low = middle
+            else:
+                high = middle
+        return low
+
+    def _with_torch(self, setting: Setting, part_size: int) -> Memory:
+        weights = _num_bytes(self._model.model.parameters()) + self._resident
+        gradients = _num_bytes(self._trained)
+        hidden = hidden_matrices(self._model.model) if setting.has_muon else []
+        optimiser = 2 * gradients - _num_bytes(hidden)  # Muon has one moment where AdamW has two
+        if setting.has_average:
+            optimiser += _num_bytes(self._model.model.parameters())
+        update = 4 * muon_update_elements(hidden)
+        if setting.num_devices == 1 and setting.num_parts == 1:
+            # Gradients come as activations go.
+            most = max(
+                self._passes.with_gradients(part_size, _formats(setting)), gradients + update
+            )
+            activations = most - gradients
+        else:
+            activations = max(self._passes.activations(part_size, _formats(setting)), update)
+        return Memory(
+            weights, gradients, optimiser, max(0, activations), 0, RUNTIME_BYTES[self.device_type]
+        )
+
+    def _with_deepspeed(self, setting: Setting, part_size: int) -> Memory:
+        N, zero = setting.num_devices, setting.zero_stage
+        P = sum(each.numel() for each in self._trained)
+        width = 4 if setting.precision == "fp32" else 2
+        bucket = width * min(BUCKET_ELEMENTS, P)
+        activations = self._passes.activations(part_size, _formats(setting))
+        validated = 4 * self.num_parameters  # the whole model in fp32, while it is looked at
+        if zero == 0:
+            return Memory(
+                4 * P + self._resident,
+                4 * P,
+                8 * P + (4 * P if setting.has_average else 0),
+                max(activations, validated),
+                bucket if N > 1 else 0,
+                RUNTIME_BYTES[self.device_type],
+            )
+        share = -(-P // N)
+        weights = width * P
+        gradients = width * P
+        exchange = bucket
+        if zero >= 2:
+            # Sums over several parts are kept in fp32.
+            gradients = (4 if setting.num_parts > 1 else width) * share
+            exchange += bucket
+        in_host = 0
+        if zero == 3:
+            # The layers at work and some to come, fetched ahead.
+            exchange += width * min(P, LIVE_PARAMETERS) + bucket
+            weights = width * share
+            if setting.offload_parameters:
+                in_host, weights = weights, 0
+        # fp32 weights to update, two moments, the average; and the gradients' share in fp32.
+        kept = (4 + 8 + (4 if setting.has_average else 0)) * share
+        update = 4 * share
+        if setting.offload_optimizer:
+            in_host += kept + update
+            if zero >= 2:
+                gradients = 0
+            kept = update = 0
+        return Memory(
+            weights + self._resident,
+            gradients,
+            kept,
+            max(activations, update, validated),
+            exchange,
+            RUNTIME_BYTES[self.device_type],
+            in_host,
+        )
+
+    @cached_property
+    def _resident(self) -> int:
+        """Buffers, and the frozen models beside the trained one."""
+        frozen = [
+            each
+            for each in vars(self._model).values()
+            if isinstance(each, nn.Module) and each is not self._model.model
+        ]
+        tensors = [each for model in frozen for each in (*model.parameters(), *model.buffers())]
+        return _num_bytes([*self._model.model.buffers(), *tensors])
+
+
+def _formats(setting: Setting) -> Formats:
+    """Of a setting; bf16 stands for fp16 too, which is as large."""
+    half = None if setting.precision == "fp32" else torch.bfloat16
+    weights = None if setting.engine == "torch" else half
+    return Formats(half, weights, setting.activation_checkpointing)
+
+
+def _num_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(each.numel() * each.element_size() for each in tensors)

@@ -1,0 +1,267 @@
+"""What the forward and backward pass of a training step hold in memory, without computing them.
+
+A stage's own loss and its gradient run on fake tensors, which have shapes but no values: every
+storage that is made and dropped is logged. So a change to a model changes the figures by itself,
+and a model of any size is measured in a second. What a kernel takes for itself within one
+operation is not seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from dalle.models.quantiser import Quantiser
+
+FAKE_DEVICE = torch.device("cpu")
+"""For a GPU torch chooses kernels by asking it; on the CPU attention is fused as it is there."""
+
+
+class Traceable(Protocol):
+    """A stage whose loss is traced; other models among its attributes are frozen ones."""
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    def loss(self, batch: Any, progress: float) -> tuple[Tensor, Any]: ...
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The storages of one forward and backward pass, as functions of the batch size.
+
+    coefficients: [degree + 1, storages], of each storage's bytes as a polynomial in the pairs of
+        a batch; made of traces at as many batch sizes.
+    log: n >= 0 says that storage n is made, -n - 1 that it is dropped.
+    is_gradient: [storages], of those that are a weight's gradient in the end.
+    """
+
+    coefficients: NDArray[np.float64]
+    log: NDArray[np.int64]
+    is_gradient: NDArray[np.bool_]
+
+    def activations(self, batch_size: int) -> int:
+        """The most bytes that the passes hold at once beside weights and gradients."""
+        return self._peak(np.where(self.is_gradient, 0.0, self._sizes(batch_size)))
+
+    def with_gradients(self, batch_size: int) -> int:
+        """Likewise with the gradients, which come while activations go."""
+        return self._peak(self._sizes(batch_size))
+
+    def _sizes(self, batch_size: int) -> NDArray[np.float64]:
+        powers = float(batch_size) ** np.arange(len(self.coefficients))
+        sizes: NDArray[np.float64] = powers @ self.coefficients
+        return sizes
+
+    def _peak(self, sizes: NDArray[np.float64]) -> int:
+        numbers = np.where(self.log >= 0, self.log, -self.log - 1)
+        changes = np.where(self.log >= 0, sizes[numbers], -sizes[numbers])
+        return round(float(np.cumsum(changes).max(initial=0.0)))
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Modules made within have shapes, but neither memory nor initial values."""
+    with torch.device("meta"), _Uninitialised():
+        yield
+
+
+def trace_passes(
+    make_stage: Callable[[], Traceable],
+    make_batch: Callable[[int], Any],
+    batch_sizes: Sequence[int],
+    *,
+    autocast: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+    is_for_gpu: bool = False,
+) -> Passes:
+    """One forward and backward pass of a stage in training.
+
+    make_batch: a batch of so many pairs, whose values do not matter.
+    batch_sizes: at least two different ones; three when something grows with their square.
+    autocast: the number format of the forward pass, where it is not that of the weights.
+    dtype: what the trained model is converted to first, as DeepSpeed does.
+    is_for_gpu: autocast computes more in fp32 on a GPU than on a CPU.
+    """
+    logs = []
+    for batch_size in batch_sizes:
+        with without_memory():
+            stage = make_stage()
+        mode = _AutocastOfGPU() if is_for_gpu and autocast else nullcontext()
+        with mode:
+            logs.append(_trace(stage, partial(make_batch, batch_size), autocast, dtype))
+    first = logs[0]
+    assert all(log.entries == first.entries for log in logs), "a step depends on the batch size"
+    powers = np.vander(np.asarray(batch_sizes, dtype=np.float64), increasing=True)
+    sizes = np.asarray([log.sizes for log in logs], dtype=np.float64)
+    return Passes(
+        coefficients=np.asarray(np.linalg.solve(powers, sizes), dtype=np.float64),
+        log=np.asarray(first.entries, dtype=np.int64),
+        is_gradient=np.isin(np.arange(len(first.sizes)), list(first.gradients)),
+    )
+
+
+@dataclass(frozen=True)
+class _Log:
+    sizes: list[int]
+    entries: list[int]
+    gradients: set[int]
+
+
+def _trace(
+    stage: Traceable,
+    make_batch: Callable[[], Any],
+    autocast: torch.dtype | None,
+    dtype: torch.dtype | None,
+) -> _Log:
+    models = {id(each): each for each in vars(stage).values() if isinstance(each, nn.Module)}
+    with FakeTensorMode(), _Allocations() as allocations:
+        for model in models.values():
+            _materialise(model, dtype if model is stage.model else None)
+        stage.model.train()
+        for module in stage.model.modules():
+            if isinstance(module, Quantiser):
+                module.eval()  # its statistics look at values, and are as small as the codebook
+        allocations.begin()
+        batch = make_batch()
+        precision = nullcontext() if autocast is None else torch.autocast("cpu", dtype=autocast)
+        with precision:
+            loss, reported = stage.loss(batch, 0.0)
+        # Not loss.backward(), within which a function mode would not see what is computed again.
+        torch.autograd.backward(loss)
+        parameters = [each for each in stage.model.parameters() if each.grad is not None]
+        gradients = {allocations.number(each.grad) for each in parameters if each.grad is not None}
+        sizes, entries = list(allocations.sizes), _ordered(allocations.entries)
+        del loss, reported
+    return _Log(sizes, entries, gradients)
+
+
+def _ordered(entries: Iterable[int]) -> list[int]:
+    """The log with what is dropped in a row in the order of its numbers."""
+    return [
+        entry
+        for _, run in groupby(entries, key=lambda entry: entry >= 0)
+        for entry in sorted(run, key=abs)
+    ]
+
+
+class _Allocations(TorchDispatchMode):
+    """A log of storages: each has a number, from 0 in the order in which they are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._alive: dict[int, tuple[int, weakref.ref[Any]]] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the log; storages that are there already are no part of the next one."""
+        self.sizes: list[int] = []
+        self.entries: list[int] = []
+        self._alive = {key: (-1, alive[1]) for key, alive in self._alive.items()}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.number(leaf)
+        return result
+
+    def number(self, tensor: Tensor) -> int:
+        """That of a tensor's storage; -1 when it was there before the log began."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        known = self._alive.get(key)
+        if known is not None:
+            return known[0]
+        number = len(self.sizes)
+        self.sizes.append(storage.nbytes())
+        self.entries.append(number)
+
+        def drop(_: weakref.ref[Any]) -> None:
+            dropped, _ = self._alive.pop(key)
+            if dropped >= 0:
+                self.entries.append(-dropped - 1)
+
+        self._alive[key] = (number, weakref.ref(storage, drop))
+        return number
+
+
+class _AutocastOfGPU(TorchFunctionMode):
+    """Under autocast, computes in fp32 what on a GPU is computed so."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _FP32_ON_GPU and torch.is_autocast_enabled("cpu"):
+            args, kwargs = tree_map(_in_fp32, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+_FP32_ON_GPU = {
+    *("binary_cross_entropy_with_logits", "cosine_similarity", "cross_entropy", "cumsum", "exp"),
+    *("group_norm", "kl_div", "l1_loss", "layer_norm", "log", "log_softmax", "mse_loss"),
+    *("nll_loss", "norm", "normalize", "pow", "prod", "reciprocal", "rsqrt", "smooth_l1_loss"),
+    *("__pow__", "softmax", "softplus", "square", "sum"),
+}
+"""Those of https://docs.pytorch.org/docs/stable/amp.html that a model may use; square is a pow."""
+
+
+def _in_fp32(value: object) -> object:
+    if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
+        return value.float()
+    return value
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Leaves out what fills new tensors with numbers."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        name = getattr(func, "__name__", "")
+        if name.endswith("_") and name.strip("_") in _FILLING:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+_FILLING = {
+    *("normal", "uniform", "trunc_normal", "zeros", "zero", "ones", "fill", "constant"),
+    *("kaiming_uniform", "kaiming_normal", "xavier_uniform", "xavier_normal"),
+}
+
+
+def _materialise(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Put fake tensors of the same layout in the place of a model's own."""
+
+    def fake(tensor: Tensor) -> Tensor:
+        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=kind, device=FAKE_DEVICE)
+
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                replaced = nn.Parameter(fake(parameter), requires_grad=parameter.requires_grad)
+                module._parameters[name] = replaced
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = fake(buffer)
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):  # as OpenAI's CLIP keeps its masks
+                setattr(module, name, fake(value))

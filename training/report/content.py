@@ -1,0 +1,206 @@
+"""What a job's report says, as plain values. Knows nothing of HTML or figures.
+
+Everything is optional: a job reports what it did.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dalle.manifest import StageRecord
+from dalle.preprocess.images import Pixels
+from training.data.pairs import Dataset, SkipReason, Whole
+
+log = logging.getLogger(__name__)
+
+Curve = Sequence[tuple[int, float]]  # (step, value), steps ascending
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSummary:
+    """One run that trained a stage. metrics: its last validation, by name.
+
+    cpu_seconds: of the process that trained, without those that only load images.
+    is_finished: whether its budget was spent; otherwise it was stopped.
+    """
+
+    name: str
+    job_name: str
+    steps: int
+    is_finished: bool
+    wall_seconds: float
+    cpu_seconds: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, record: StageRecord) -> StageSummary:
+        """What the manifest says of the run."""
+        return cls(
+            name=record.stage,
+            job_name=record.job_name,
+            steps=record.steps,
+            is_finished=record.is_finished,
+            wall_seconds=record.wall_seconds,
+            cpu_seconds=record.cpu_seconds,
+            metrics=record.metrics,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodebookUsage:
+    """counts: how often each entry was used for some set of images, int [V]."""
+
+    name: str
+    counts: NDArray[np.int64]
+
+    @property
+    def used_share(self) -> float:
+        """The share of entries, 0 to 1, that were used at all."""
+        return float((self.counts > 0).mean())
+
+    @property
+    def perplexity(self) -> float:
+        """How many equally used entries would carry as much information: 1 to V."""
+        shares = self.counts[self.counts > 0] / max(1, self.counts.sum())
+        return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstructions:
+    """Images and what is left of them after dVAE encoding and decoding, uint8 [H, W, 3] each."""
+
+    originals: Sequence[Pixels]
+    reconstructions: Sequence[Pixels]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generated:
+    """One caption's images, uint8 [H, W, 3], best first, with the score of each.
+
+    actual: the caption's real picture, when there is one.
+    is_right: whether each image counts as the caption's own (see caption accuracy), when known.
+    """
+
+    caption: str
+    images: Sequence[Pixels]
+    scores: Sequence[float]
+    actual: Pixels | None = None
+    is_right: Sequence[bool] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieval:
+    """CLIP: how often a caption's nearest image, of num_pairs, is its own. top1: 0 to 1."""
+
+    top1: float
+    num_pairs: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionAccuracy:
+    """Caption accuracy over one set of captions; all shares 0 to 1.
+
+    scope: which captions, such as `all held-out captions`.
+    overall: method (`greedy`, `single sample`, `best of 32`) -> share that is right as a whole.
+    per_attribute: attribute (`colour`) -> method -> share in which that attribute is right.
+    """
+
+    scope: str
+    num_captions: int
+    overall: Mapping[str, float]
+    per_attribute: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSummary:
+    """What one channel held. skipped: reason -> count. examples: reason -> a few names."""
+
+    channel: str
+    num_pairs: int
+    num_captions: int
+    image_size: int
+    fingerprint: str
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    examples: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, dataset: Dataset, whole: Whole | None = None) -> DatasetSummary:
+        """Summarise a data set as it stands; images that fail later are not in it.
+
+        whole: of all hosts' parts, when the data set is one of them.
+        """
+        whole = whole or Whole.of(dataset)
+        return cls(
+            channel=dataset.channel,
+            num_pairs=whole.num_pairs,
+            num_captions=whole.num_captions,
+            image_size=dataset.image_size,
+            fingerprint=whole.fingerprint,
+            skipped=dataset.skips.as_dict(),
+            examples={reason.value: names for reason, names in dataset.skips.examples.items()},
+        )
+
+    @property
+    def num_bad(self) -> int:
+        """How many would-be pairs could not be used."""
+        return sum(self.skipped.values()) - self.skipped.get(SkipReason.IGNORED.value, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Everything a job has to say; whatever is empty or None is left out.
+
+    generated_at: with a time zone.
+    curves: `stage/metric` -> (step, value) pairs, as `read_curves` gives them; `x` and
+        `validation_x` of a stage share one chart.
+    ranked_by: what the scores of `generated` are: `clip` or `log_likelihood`.
+    notes: paragraphs for the top, such as what was skipped and why.
+    """
+
+    title: str
+    generated_at: datetime
+    notes: Sequence[str] = ()
+    stages: Sequence[StageSummary] = ()
+    curves: Mapping[str, Curve] = field(default_factory=dict)
+    codebooks: Sequence[CodebookUsage] = ()
+    reconstructions: Reconstructions | None = None
+    generated: Sequence[Generated] = ()
+    ranked_by: str = "clip"
+    accuracy: Sequence[CaptionAccuracy] = ()
+    retrieval: Retrieval | None = None
+    datasets: Sequence[DatasetSummary] = ()
+    hyperparameters: Mapping[str, object] = field(default_factory=dict)
+
+
+def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """Read metrics.jsonl back: `stage/metric` -> (step, value) pairs by ascending step.
+
+    A line is a JSON object with `stage`, `step` and numbers by name. A resumed job writes some
+    steps again: the later line counts. Lines that are no such object (a killed job leaves half a
+    line) are skipped and their number is logged. A missing file gives no curves.
+    """
+    values: dict[str, dict[int, float]] = {}
+    num_bad = 0
+    text = path.read_text("utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines():
+        try:
+            record = json.loads(line)
+            stage, step = str(record["stage"]), int(record["step"])
+        except (ValueError, TypeError, KeyError):
+            num_bad += 1
+            continue
+        for name, value in record.items():
+            if name == "step" or isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            values.setdefault(f"{stage}/{name.removeprefix(f'{stage}_')}", {})[step] = float(value)
+    if num_bad:
+        log.warning("%s: %d lines are no metrics and were skipped", path, num_bad)
+    return {key: sorted(points.items()) for key, points in values.items()}

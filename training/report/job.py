@@ -1,0 +1,102 @@
+"""What the report of a training job shows of its models and data.
+
+Knows models, pictures and data sets; how a report looks is in `training.report.page`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from datetime import UTC, datetime
+
+from dalle.artefact import Artefact
+from dalle.platform.environment import Job
+from dalle.types import ComponentName
+from training.data.batching.preload import first_usable
+from training.data.open import Opened
+from training.report import samples as pictures
+from training.report.page import DatasetSummary, Report, StageSummary, read_curves
+from training.stopping import Stop
+
+SHOWN_PAIRS = 512  # of which reconstructions, codebook usage and retrieval are told
+SHOWN_RECONSTRUCTIONS = 16
+CAPTIONS = 8
+CANDIDATES, IMAGES = 16, 4  # of each caption: drawn, and shown
+
+
+def build_report(
+    artefact: Artefact,
+    job: Job,
+    train: Opened,
+    validation: Opened | None,
+    *,
+    seed: int,
+    stop: Stop,
+) -> Report:
+    """Draw pictures for some captions of the held-out pairs, or of the training pairs without any.
+
+    Raises DataError when not one image can be decoded; Stopped.
+    """
+    shown = train if validation is None else validation
+    images, captions = first_usable(shown.pairs, SHOWN_PAIRS, stop)
+    dvae = artefact.dvae
+    can_draw = dvae is not None and artefact.transformer is not None
+    return Report(
+        title=f"Training job {job.job_name}",
+        generated_at=datetime.now(UTC),
+        notes=[_whose_pictures(shown, len(images), validation is not None), *unfinished(artefact)],
+        stages=[StageSummary.of(record) for record in artefact.manifest.stages],
+        curves=read_curves(job.paths.output_data / "metrics.jsonl"),
+        codebooks=[] if dvae is None else pictures.codebook_usage(dvae, images, stop),
+        reconstructions=None
+        if dvae is None
+        else pictures.reconstructions(dvae, images[:SHOWN_RECONSTRUCTIONS], stop),
+        generated=pictures.generated(
+            artefact,
+            captions[:CAPTIONS],
+            images[:CAPTIONS],
+            num_candidates=CANDIDATES,
+            num_images=IMAGES,
+            seed=seed,
+            stop=stop,
+        )
+        if can_draw
+        else [],
+        ranked_by="log_likelihood" if artefact.clip is None else "clip",
+        retrieval=None
+        if artefact.clip is None
+        else pictures.retrieval(artefact, images, captions, stop),
+        datasets=[
+            DatasetSummary.of(each.pairs, each.whole)
+            for each in (train, validation)
+            if each is not None
+        ],
+        hyperparameters=job.hyperparameters,
+    )
+
+
+def unfinished(artefact: Artefact, besides: Collection[ComponentName] = ()) -> list[str]:
+    """A sentence for each component whose training was stopped, and how to go on with it.
+
+    besides: components to leave out, since they are to be trained anew.
+    """
+    return [
+        f"The training of {name} was stopped at step {record.steps:,}, before its budget was "
+        f"spent; what is used is what it was by then. To train it to its end, run the job "
+        f"{record.job_name} again with its hyperparameters, channels and checkpoints."
+        for name, record in artefact.manifest.newest_records().items()
+        if name in artefact.components() and name not in besides and not record.is_finished
+    ]
+
+
+def _whose_pictures(shown: Opened, num_pairs: int, is_held_out: bool) -> str:
+    whose = "" if shown.part is None else "the first host's part of "
+    what = (
+        f"Pictures, codebook usage and retrieval are of {num_pairs:,} pairs of {whose}the channel"
+    )
+    channel = shown.pairs.channel
+    if is_held_out:
+        return f"{what} {channel}, which this job did not train on."
+    return (
+        f"{what} {channel}, which was trained on: without the channel validation, nothing "
+        "here tells how the models do with other captions and images."
+    )
