@@ -302,7 +302,7 @@ def test_a_wrong_arrow_is_caught(module, source, says):
         ),
         (
             "infra.aws.client",
-            "from dalle.platform import environment\nfrom inference.api.schema import f\nimport boto3",
+            "from dalle import errors\nfrom inference.api.schema import parse\nimport boto3",
         ),
         ("infra.local.sdk_mode", "from sagemaker.train.model_trainer import ModelTrainer"),
     ],
