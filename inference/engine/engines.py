@@ -1,4 +1,4 @@
-"""The engine's interface to what holds the model; `inference.engine.model_runner` is the real one."""
+"""The engine's interface to what holds the model. `engine.model_runner` is the real one."""
 
 from __future__ import annotations
 
