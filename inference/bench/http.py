@@ -296,7 +296,7 @@ def _port_when_ready(log: Iterable[str]) -> int:
         lines.append(line)
         if found := re.search(r"Listening at: http://[\d.]+:(\d+)", line):
             port = int(found[1])
-        if line.rstrip().endswith("scheduler: ready"):
+        if line.rstrip().endswith(": ready"):
             return port
     raise RuntimeError("serve did not start:\n" + "".join(lines))
 

@@ -151,7 +151,7 @@ def test_sigterm_in_mid_request_lets_it_end_and_refuses_what_is_new(model):
 
 def test_a_random_user_serves_a_read_only_model_without_home_or_network(model):
     with Serving(model, *HARDENED, "--memory", "2g", "--env", "HOME=/nowhere") as serving:
-        serving.wait_for("scheduler: ready$")
+        serving.wait_for(": ready$")
         code = (
             "import urllib.request as u\n"
             'b = b\'{"caption": "red circle", "num_candidates": 2}\'\n'

@@ -66,7 +66,7 @@ class Served:
         return self
 
     def ready(self) -> "Served":
-        self.listening().wait_for(r"scheduler: ready$")
+        self.listening().wait_for(r": ready$")
         return self
 
     def get(self, path: str) -> requests.Response:

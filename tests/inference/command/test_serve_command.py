@@ -192,7 +192,7 @@ def test_the_port_is_open_before_the_model_is_loaded(root):
         assert served.listening().get("/ping").status_code == 503
         response = served.ask()
         assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_loading")
-        served.wait_for(r"scheduler: ready$")
+        served.wait_for(r": ready$")
         assert served.get("/ping").status_code == 200
 
 
