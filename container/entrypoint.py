@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""The image's entry point: says what it runs on, then becomes `train` or `serve`.
+"""Entry point of the image: log versions and hardware, then run `train` or `serve`.
 
-The first lines of the log name versions, processors, memory, driver and GPU, before torch is
-imported, so that they stand there however badly the rest goes. Where CUDA cannot start they say why
-and what to change; the command then runs on the CPU, unless DALLE_DEVICE=cuda asks for a GPU.
-Standard library only.
+The first lines of the log name versions, processors, memory, driver and GPU. They are written
+before torch is imported, so that they are there however the command ends. Where CUDA cannot start
+they give the cause and the remedy; the command then runs on the CPU, unless DALLE_DEVICE=cuda asks
+for a GPU. Standard library only.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import ctypes
 import json
 import os
 import platform
+import runpy
 import shutil
 import signal
 import subprocess
@@ -21,10 +22,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
-COMMANDS = ("train", "serve")
+COMMANDS = {"train": "training", "serve": "inference"}
+"""Each command's package, run as by `python -m`."""
+
 PACKAGES = ("torch", "nvidia-cuda-runtime-cu12", "numpy", "deepspeed", "gunicorn")
 OLDEST_CUDA = 12_000
-"""What a driver must offer at least for CUDA 12.8 to run, as cuDriverGetVersion counts."""
+"""Oldest CUDA version of a driver that runs CUDA 12.8, as cuDriverGetVersion returns it."""
 OLDEST_DRIVER = 525
 PROBE_SECONDS = 60
 NO_DEVICE = 100
@@ -36,11 +39,11 @@ UPDATE = (
 
 @dataclass
 class Cuda:
-    """What the host offers.
+    """Driver and GPUs of the host.
 
-    library: libcuda.so.1 could be loaded. driver: such as "550.163.01", from the kernel module.
-    cuda: the newest CUDA of the driver, as cuDriverGetVersion counts it (12040 is 12.4).
-    error, error_name: of cuInit or of counting the devices; 0 when CUDA starts.
+    library: libcuda.so.1 can be loaded. driver: the kernel module's version, as in "550.163.01".
+    cuda: newest CUDA that the driver supports, as cuDriverGetVersion returns it (12040 is 12.4).
+    error, error_name: result of cuInit or of counting the devices; 0 when CUDA starts.
     """
 
     library: bool = False
@@ -52,9 +55,9 @@ class Cuda:
 
 
 def main() -> int:
-    """Run the command that the arguments (or the name this file was called by) choose."""
-    # The first process of a container has no default for SIGTERM: without this it would be ignored
-    # until the command sets its own.
+    """Run the command named by the first argument, or by the name that this file was called by."""
+    # The first process of a container ignores SIGTERM by default: this handler stays until the
+    # command sets one.
     signal.signal(signal.SIGTERM, _leave)
     called_as = Path(sys.argv[0]).name
     arguments = sys.argv[1:]
@@ -83,33 +86,32 @@ def main() -> int:
         _say(f"GPU: none is used: {problem}")
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch need not find out again
     sys.argv = [called_as, *arguments]
-    if called_as == "train":
-        from training.__main__ import main as train
-
-        return train()
-    from inference.__main__ import main as serve
-
-    return serve()
+    # Not os.exec: it would reset SIGTERM to the default, which the first process of a container
+    # ignores, for as long as the command takes to start.
+    runpy.run_module(COMMANDS[called_as], run_name="__main__", alter_sys=True)
+    return 0
 
 
 def versions() -> str:
-    """Of this code, Python and what decides whether a GPU works; imports nothing of them."""
+    """Return the versions of Python and of PACKAGES, none of them imported, and the git revision."""
     from dalle.versions import versions_line  # not on the probe's path
 
     return f"{versions_line(PACKAGES)} revision={os.environ.get('DALLE_GIT_REVISION', 'unknown')}"
 
 
 def host() -> str:
-    """Kernel, processors, memory and the sizes of /dev/shm and /tmp."""
+    """Return kernel, processors, memory, the sizes of /dev/shm and /tmp, and the user."""
+    from dalle.platform.limits import memory_limit  # not on the probe's path
+
     parts = [f"kernel={platform.release()}", f"cpus={len(os.sched_getaffinity(0))}"]
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    parts.append(f"memory={_size(min([pages, *_memory_limits()]))}")
+    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    parts.append(f"memory={_size(min(installed, memory_limit() or installed))}")
     parts += [f"{d}={_size(shutil.disk_usage(d).total)}" for d in ("/dev/shm", "/tmp")]  # noqa: S108
     return " ".join([*parts, f"user={os.getuid()}:{os.getgid()}"])
 
 
 def why_no_cuda(cuda: Cuda) -> str:
-    """Why CUDA cannot start here and what to change; empty when it can."""
+    """Return why CUDA cannot start and what to change; empty when it can."""
     if not cuda.library and not cuda.driver:
         return (
             "the host has no NVIDIA driver (a CPU instance), "
@@ -133,7 +135,7 @@ def why_no_cuda(cuda: Cuda) -> str:
 
 
 def probe() -> Cuda:
-    """Ask the driver, in a process of its own: after cuInit no forked worker could use a GPU."""
+    """Query the driver in a separate process: after cuInit no forked worker could use a GPU."""
     try:
         answer = subprocess.run(  # noqa: S603
             [sys.executable, "-I", "-S", __file__, "--probe"],
@@ -151,7 +153,7 @@ def probe() -> Cuda:
 
 
 def ask_driver() -> Cuda:
-    """Load libcuda and ask it for its version and its devices."""
+    """Load libcuda and read its version and devices."""
     cuda = Cuda(driver=_driver())
     try:
         library = ctypes.CDLL("libcuda.so.1")
@@ -172,7 +174,7 @@ def ask_driver() -> Cuda:
 
 
 def _device(library: ctypes.CDLL, index: int) -> str:
-    """Such as "NVIDIA A10G (compute 8.6, 22.1 GiB)"."""
+    """Describe a device, as in "NVIDIA A10G (compute 8.6, 22.1 GiB)"."""
     device = ctypes.c_int()
     library.cuDeviceGet(ctypes.byref(device), index)
     name = ctypes.create_string_buffer(256)
@@ -188,16 +190,9 @@ def _device(library: ctypes.CDLL, index: int) -> str:
 
 
 def _driver() -> str:
-    """The version of the kernel's module; empty without one."""
+    """Return the kernel module's version; empty without one."""
     words = _read(Path("/proc/driver/nvidia/version")).partition("\n")[0].split()
     return next((word for word in words if word[:1].isdigit() and "." in word), "")
-
-
-def _memory_limits() -> list[int]:
-    """Of this container, in bytes; cgroup version 2 and 1."""
-    names = ("memory.max", "memory/memory.limit_in_bytes")
-    texts = [_read(Path("/sys/fs/cgroup") / name) for name in names]
-    return [int(text) for text in texts if text.isdigit()]
 
 
 def _read(path: Path) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 
 from dalle.errors import DeviceError
-from dalle.platform.free_memory import free_host_memory
+from dalle.platform.limits import free_host_memory
 from dalle.types import StageName
 from training.config.fields import MAX_BATCH_SIZE, StageHyperparameters
 from training.engine.torch_engine import TorchEngine

@@ -68,7 +68,7 @@ def _devices(job: Job, options: argparse.Namespace) -> Devices:
     """Those named by the options; what they leave open is as on this machine."""
     import torch
 
-    from dalle.platform.free_memory import free_host_memory
+    from dalle.platform.limits import free_host_memory
     from training.memory.plan import Devices
 
     num_hosts, per_host = options.hosts or len(job.hosts), options.devices_per_host or 1

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import requests
 
-from dalle.platform.limits import usable_cpus
 from inference.settings import OURS, PLATFORMS, read_settings
 from tests import REPOSITORY
 from tests.inference.served import PATIENCE, Served, running
@@ -293,41 +292,3 @@ def test_a_batch_job_has_its_own_deadline_and_payload():
     assert read_settings({"SAGEMAKER_MAX_PAYLOAD_IN_MB": "40"}).limits.deadline_seconds == 55
     both = {"SAGEMAKER_BATCH": "true", "DALLE_DEADLINE_SECONDS": "30"}
     assert read_settings(both).limits.deadline_seconds == 30
-
-
-@pytest.mark.parametrize(
-    ("files", "most"),
-    [
-        ({}, None),
-        ({"sys/fs/cgroup/cpu.max": "max 100000"}, None),
-        ({"sys/fs/cgroup/cpu.max": "50000 100000"}, 1),
-        (
-            {
-                "proc/self/cgroup": "0::/a/b\n",
-                "sys/fs/cgroup/a/cpu.max": "90000 100000",
-                "sys/fs/cgroup/a/b/cpu.max": "max 100000",
-            },
-            1,
-        ),
-        (
-            {
-                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "100000",
-                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000",
-            },
-            1,
-        ),
-        (
-            {
-                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1",
-                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000",
-            },
-            None,
-        ),
-    ],
-)
-def test_processors_that_a_container_may_not_use_are_not_counted(tmp_path, files, most):
-    for name, text in files.items():
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    assert usable_cpus(tmp_path) == (most or len(os.sched_getaffinity(0)))
