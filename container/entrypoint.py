@@ -93,7 +93,7 @@ def main() -> int:
 
 
 def versions() -> str:
-    """Return the versions of Python and of PACKAGES, none of them imported, and the git revision."""
+    """Return the versions of Python and PACKAGES, none of them imported, and the git revision."""
     from dalle.versions import versions_line  # not on the probe's path
 
     return f"{versions_line(PACKAGES)} revision={os.environ.get('DALLE_GIT_REVISION', 'unknown')}"
