@@ -156,4 +156,4 @@ def _run(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    process.leave(main())

@@ -66,4 +66,4 @@ def _begin(work, arguments, log, environment):
         with open(log, "ab") as file:
             for stream in (sys.stdout, sys.stderr):
                 os.dup2(file.fileno(), stream.fileno())
-    raise SystemExit(work(*arguments))
+    raise SystemExit(work(*arguments))  # from a fork it is `os._exit`, with the output flushed

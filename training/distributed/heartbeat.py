@@ -81,10 +81,16 @@ class Watch:
             thread.start()
 
     def close(self) -> None:
-        """End the exchange: from now on nobody is lost."""
+        """End the exchange: from now on no rank counts as lost.
+
+        Waits for both threads, but no longer than the patience with a silent rank: a store whose
+        host is gone may keep one of them for minutes. `training.job.process.leave` then ends the
+        process regardless.
+        """
         self._closed.set()
+        deadline = time.monotonic() + self._silence
         for thread in self._threads:
-            thread.join(timeout=self._interval)
+            thread.join(timeout=max(0.0, deadline - time.monotonic()))
 
     def announce(self, cause: str) -> None:
         """Tell the others why this rank ends, and wait until they end too, but not for long."""

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from typing import NoReturn
 
 from dalle.platform.environment import Job, write_failure
 from training.config.hyperparameters import Hyperparameters
@@ -80,10 +81,12 @@ def run_on_devices(
         names = ", ".join(
             f"{each.name} by {signal.Signals(-(each.exitcode or 0)).name}" for each in killed
         )
-        cause = (
-            f"the processes of these devices were killed: {names}. After SIGKILL the machine's "
-            "memory is probably too small: take a larger instance or a smaller batch_size"
-        )
+        cause = f"the processes of these devices were killed: {names}"
+        if any(each.exitcode == -signal.SIGKILL for each in killed):
+            cause += (
+                ". After SIGKILL the machine's memory is probably too small: take a larger "
+                "instance or a smaller batch_size"
+            )
         logger.error("%s", cause)
         write_failure(job.paths, cause)
     return 0 if all(each.exitcode == 0 for each in processes) else 1
@@ -107,8 +110,8 @@ def _run_device(
     port: int,
     listener: socket.socket | None,
     patience: Patience,
-) -> None:
-    """What the process of one device does."""
+) -> NoReturn:
+    """Main function of the process of one device."""
     process.configure_logging()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with process.stopped_by_signals() as stop:
@@ -121,7 +124,7 @@ def _run_device(
             )
 
         code = process.exit_code_of(work, job.paths)
-    raise SystemExit(code)
+    process.leave(code)
 
 
 def _share_cpus(num_processes: int) -> None:

@@ -106,6 +106,21 @@ def run_rank(
     return 0
 
 
+def leave(code: int) -> NoReturn:
+    """Flush the output and end this process, whatever its threads are waiting for.
+
+    For processes that have used torch.distributed. Where Python ends by itself, a daemon thread
+    that then returns from a call of torch's store is unwound through C++ that must not be, and
+    the process dies of `terminate called without an active exception`.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            code = code or 1
+    os._exit(code)
+
+
 def describe(error: Exception) -> str:
     """What to do about it for errors raised on purpose, and what it was for all others."""
     if isinstance(error, DalleError):
@@ -139,6 +154,4 @@ def _end(paths: Paths, cause: str, trace: str = "") -> NoReturn:
     """End this process with 1 and the failure file, whatever its threads are waiting for."""
     logger.error("ending: %s", cause)
     write_failure(paths, cause, trace)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)
+    leave(1)

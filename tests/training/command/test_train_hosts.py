@@ -10,6 +10,7 @@ from dalle import artefact
 from tests.training import host_networks
 from tests.training.two_hosts import (
     ENDLESS,
+    IMPATIENT,
     SAMPLES,
     TINY,
     exit_codes,
@@ -126,7 +127,7 @@ def test_a_job_of_one_host_goes_on_on_two(alone, two, tmp_path):
     assert metrics == pytest.approx(metrics_of(alone), rel=1e-4)
 
 
-SILENT = "is lost: no sign of life for 3 s"
+SILENT = f"is lost: no sign of life for {IMPATIENT.silence:g} s"
 
 
 @pytest.mark.parametrize(
@@ -143,14 +144,14 @@ SILENT = "is lost: no sign of life for 3 s"
 def test_a_lost_host_is_named_by_the_others_which_end(three, tmp_path, how, lost, says):
     trees = job_trees(tmp_path, three.hosts, samples=SAMPLES[:18], **ENDLESS | {"batch_size": 6})
     others = [number for number in range(3) if number != lost]
-    with forked(trees, three) as processes:
+    with forked(trees, three, patience=IMPATIENT) as processes:
         wait_for_step(trees, processes, "clip", 3)
         if how != "cut off":
             processes[lost].send_signal(signal.SIGKILL if how == "killed" else signal.SIGSTOP)
         with three.cut(lost) if how == "cut off" else nullcontext():
-            assert [processes[number].wait(timeout=60) for number in others] == [1, 1]
+            assert [processes[number].wait(timeout=300) for number in others] == [1, 1]
             if how == "cut off":  # of whom it is told as little as they of it
-                assert processes[lost].wait(timeout=60) == 1
+                assert processes[lost].wait(timeout=300) == 1
                 either = tuple(f"host {three.hosts[number]} {SILENT}" for number in others)
                 assert trees[lost].failure.startswith(either)
     for number in others:

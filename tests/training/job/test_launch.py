@@ -7,13 +7,14 @@ import signal
 import threading
 
 import pytest
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from dalle import artefact
 from dalle.platform.environment import prepare_outputs, read_job
-from tests.training.two_hosts import ENDLESS, TINY, job_tree, metrics_of
+from tests.training.job import hung_heartbeat
+from tests.training.two_hosts import ENDLESS, IMPATIENT, TINY, UNHURRIED, job_tree, metrics_of
 from training.__main__ import main
 from training.config.hyperparameters import parse
-from training.distributed.topology import Patience
 from training.job.launch import run_on_devices
 
 
@@ -22,7 +23,7 @@ def on_the_cpu(monkeypatch):
     monkeypatch.setenv("DALLE_DEVICE", "cpu")
 
 
-def run(tree, stop=None):
+def run(tree, stop=None, patience=UNHURRIED):
     job = read_job(tree.root)
     prepare_outputs(job.paths)
     return run_on_devices(
@@ -30,7 +31,7 @@ def run(tree, stop=None):
         parse(job.hyperparameters),
         num_devices=2,
         port=0,
-        patience=Patience(join=60, silence=3, collective=60),
+        patience=patience,
         stop=stop or threading.Event(),
     )
 
@@ -56,7 +57,7 @@ def test_a_stop_reaches_processes_that_are_still_starting(tmp_path):
 def test_a_killed_process_ends_the_host_and_is_named(tmp_path):
     tree = job_tree(tmp_path / "job", **ENDLESS)
     codes = []
-    thread = threading.Thread(target=lambda: codes.append(run(tree)))
+    thread = threading.Thread(target=lambda: codes.append(run(tree, patience=IMPATIENT)))
     thread.start()
     metrics = tree.root / "output/data/metrics.jsonl"
     while not (metrics.exists() and json.dumps({"step": 3})[1:-1] in metrics.read_text()):
@@ -64,6 +65,16 @@ def test_a_killed_process_ends_the_host_and_is_named(tmp_path):
         assert thread.is_alive()
     (second,) = (p for p in multiprocessing.active_children() if p.name == "device 1")
     os.kill(second.pid, signal.SIGKILL)
-    thread.join(timeout=60)
+    thread.join(timeout=300)
     assert codes == [1]
-    assert "were killed: device 1 by SIGKILL" in tree.failure
+    assert "were killed: device 1 by SIGKILL. After SIGKILL the machine's memory" in tree.failure
+
+
+def test_a_device_that_has_trained_ends_with_0_though_a_thread_is_in_the_store(tmp_path, capfd):
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = multiprocessing.get_context("spawn")
+    device = context.Process(target=hung_heartbeat.run_device, args=(server.port,))
+    device.start()
+    device.join(timeout=300)
+    assert device.exitcode == 0
+    assert capfd.readouterr().out == "trained"

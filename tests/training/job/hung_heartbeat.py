@@ -1,0 +1,53 @@
+"""A device's process whose heartbeat is inside a call of torch's store when it ends."""
+
+import sys
+import threading
+import time
+from datetime import timedelta
+from types import SimpleNamespace
+
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from training.distributed.heartbeat import Sign, Watch
+from training.distributed.topology import Patience, Place
+from training.job import launch, process
+
+STORE_SECONDS = 2.0
+
+
+class SlowEnd:
+    """Keeps Python's own end busy until the store's call has returned."""
+
+    def __del__(self, sleep=time.sleep):
+        sleep(2 * STORE_SECONDS)
+
+
+def run_device(port):
+    """`launch._run_device` with a training that succeeds at once."""
+    vars(sys)["slow_end"] = SlowEnd()  # the module that goes last
+    process.run_rank = _run_rank
+    place = Place(("algo-1",), "algo-1", num_devices=2, device=1)
+    launch._run_device(SimpleNamespace(paths=None), None, place, port, None, Patience())
+
+
+def _run_rank(*_, port, **__):
+    store = TCPStore("127.0.0.1", port, wait_for_workers=False)
+    is_inside = threading.Event()
+
+    def exchange(own):
+        is_inside.set()
+        store.wait(["never"], timedelta(seconds=STORE_SECONDS))
+        return [Sign().encode()] * 2
+
+    heartbeat = Watch(
+        exchange,
+        Place(("algo-1",), "algo-1", num_devices=2, device=1),
+        patience=Patience(silence=0.1),
+        stop=threading.Event(),
+        on_lost=lambda reason: None,
+    )
+    heartbeat.start()
+    is_inside.wait()
+    heartbeat.close()
+    print("trained", end="")  # not flushed: the output is a file
+    return 0
