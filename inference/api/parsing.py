@@ -1,4 +1,4 @@
-"""Bytes of a body into requests, and what is wrong with them in words that say what would be right.
+"""Bodies to requests, and error messages that name the field, its value and the remedy.
 
 Knows nothing of torch, Flask or the platform.
 """
@@ -19,23 +19,21 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from dalle.errors import UserError
-from inference.api.content_types import JSON, BodyKind, body_kind
+from inference.api.content_types import BodyKind
 from inference.api.schema import DEFAULT_LIMITS, REQUEST_KINDS, GenerateRequest, Limits, Request
 
-_PIECE_CHARACTERS = 2**18  # of base64 at once, in about a millisecond; a multiple of 4
-_MAX_DIGITS = 1_000  # of an integer; longer ones take Python a time to read that grows as a square
+_PIECE_CHARACTERS = 2**18  # of base64 decoded at once, in about a millisecond; a multiple of 4
+_MAX_DIGITS = 1_000  # of an integer; Python's time to read one grows with the square of its length
 
 
 def parse_request(
-    body: bytes, content_type: str | None = JSON, *, limits: Limits = DEFAULT_LIMITS
+    body: bytes, kind: BodyKind = BodyKind.JSON, *, limits: Limits = DEFAULT_LIMITS
 ) -> Request:
-    """One request from a JSON object or, as text/plain, from a bare caption.
+    """Return the request in a JSON object or, for `BodyKind.TEXT`, in a bare caption.
 
-    Raises `UserError`: 415 for another media type, 400 for what cannot be read, 422 for what can
-    be read but not done; all faults of a body in one message. JSON lines go through
-    `split_lines` first.
+    Raises `UserError`: 413 for a body over the limit, 400 for one that cannot be read, 422 for one
+    that can be read but not done, with all faults in one message. `split_lines` parts JSON lines.
     """
-    kind = body_kind(content_type)
     if len(body) > limits.max_request_bytes:
         raise too_large(limits)
     if kind is BodyKind.TEXT:
@@ -49,7 +47,7 @@ def parse_request(
             else "caption, images or complete is missing"
         )
         raise UserError(
-            f"{problem}: give one of caption (draw pictures), images with classes (classify) "
+            f"{problem}: give one of caption (generate images), images with classes (classify) "
             f"or complete (continue a caption), got keys {_as_json(sorted(fields))}",
             field=kinds[0] if kinds else "caption",
             status=422,
@@ -59,15 +57,17 @@ def parse_request(
 
 
 def split_lines(body: bytes) -> list[bytes]:
-    """The lines of a JSON-lines body; an empty line in the middle is a line, one at the end not."""
-    lines = body.removesuffix(b"\n").split(b"\n")
+    """Return the lines of a JSON-lines body. An empty line counts, unless it is the last.
+
+    Raises `UserError` 400 for a blank body.
+    """
     if not body.strip():
         raise UserError("the body has no lines; send one JSON object a line", code="malformed_body")
-    return lines
+    return body.removesuffix(b"\n").split(b"\n")
 
 
 def decode_base64(text: str, *, field: str) -> bytes:
-    """The bytes of a base64 value; line breaks and a `data:…;base64,` prefix are allowed.
+    """Return the bytes of a base64 value; line breaks and a `data:…;base64,` prefix are allowed.
 
     Raises `UserError` 400 that names the field.
     """
@@ -82,7 +82,7 @@ def decode_base64(text: str, *, field: str) -> bytes:
         text = text.partition(",")[2]
     text = "".join("".join(piece.split()) for piece in _pieces(text))
     try:
-        if "=" in text[:-2]:  # which a piece by itself might take for its own end
+        if "=" in text[:-2]:  # padding in the middle: an error that a piece could not see
             return base64.b64decode(text, validate=True)
         return b"".join(base64.b64decode(piece, validate=True) for piece in _pieces(text))
     except (binascii.Error, ValueError) as error:
@@ -92,12 +92,12 @@ def decode_base64(text: str, *, field: str) -> bytes:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """A long text part by part; between two of them other threads, such as pings, have a turn."""
+    """Return a long text piece by piece; between two of them other threads can run."""
     return (text[at : at + _PIECE_CHARACTERS] for at in range(0, len(text), _PIECE_CHARACTERS))
 
 
 def too_large(limits: Limits) -> UserError:
-    """The refusal of a body over the limit."""
+    """Return the error for a body over the limit."""
     return UserError(
         f"the body is larger than {limits.max_request_bytes:,} bytes; send smaller images or fewer",
         status=413,
@@ -156,7 +156,7 @@ def _validate(kind: type[Request], fields: dict[str, Any], limits: Limits) -> Re
 
 
 def _explain(kind: type[Request], detail: ErrorDetails, limits: Limits) -> str:
-    """One pydantic error in our words: the thing, what would be right, the value it had."""
+    """Return the message of one pydantic error: the field, its range and the value."""
     name, code = _name(detail), detail["type"]
     if code == "missing":
         return f"{name} is missing"
@@ -164,7 +164,7 @@ def _explain(kind: type[Request], detail: ErrorDetails, limits: Limits) -> str:
         near = difflib.get_close_matches(name, kind.model_fields, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(kind.model_fields)}"
         return f"{name} is unknown: {hint}"
-    if not detail["loc"]:  # from a model validator, whose message is whole
+    if not detail["loc"]:  # from a model validator, whose message is complete
         return detail["msg"]
     wanted = detail["msg"].replace("Input should be", "must be")
     if code in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
@@ -180,13 +180,13 @@ def _explain(kind: type[Request], detail: ErrorDetails, limits: Limits) -> str:
 
 
 def _name(detail: ErrorDetails) -> str:
-    """`images[2]` of a location; a model validator's errors carry the field's name as type."""
+    """Return a field's name, such as `images[2]`; a model validator gives it as error type."""
     first, *rest = detail["loc"] or (detail["type"],)
     return str(first) + "".join(f"[{part}]" for part in rest if isinstance(part, int))
 
 
 def _lengths(field: FieldInfo) -> tuple[int, int]:
-    """How many items a list may have."""
+    """Return the least and the greatest number of items of a list."""
     low = high = 0
     for bound in field.metadata:
         if isinstance(bound, annotated_types.MinLen):
@@ -197,9 +197,10 @@ def _lengths(field: FieldInfo) -> tuple[int, int]:
 
 
 def _range(name: str, field: FieldInfo, limits: Limits) -> str:
+    """Return the range of a number in words, such as `1 to 8`."""
     lower = ""
-    servers = {"num_candidates": limits.max_candidates, "num_images": limits.max_images}
-    upper = str(servers.get(name, ""))
+    of_server = {"num_candidates": limits.max_candidates, "num_images": limits.max_images}
+    upper = str(of_server.get(name, ""))
     for bound in field.metadata:
         if isinstance(bound, annotated_types.Ge):
             lower = f"{bound.ge}"
@@ -213,9 +214,9 @@ def _range(name: str, field: FieldInfo, limits: Limits) -> str:
 
 
 def _as_json(value: object) -> str:
-    """A value as the request wrote it, cut where it is long."""
+    """Return a value as JSON, shortened."""
     text = json.dumps(value, ensure_ascii=False, default=repr)
-    # Half a surrogate pair could not be sent back.
+    # Half a surrogate pair cannot be encoded in a reply.
     return _cut(text.encode("utf-8", "backslashreplace").decode())
 
 

@@ -1,7 +1,7 @@
-"""HTTP in, HTTP out: the only module that knows Flask. No model code, no globals.
+"""The WSGI application: routes, headers, bodies and errors. The only module that imports Flask.
 
 GET  /ping                   503 loading or stopping, 200 ready, 500 dead
-POST /invocations            schema -> scheduler -> render
+POST /invocations            headers -> engine is ready -> body -> Handler.answer
 GET  /execution-parameters   for batch transform
 GET  /metrics                Prometheus text
 GET  /openapi.json           the schema
@@ -20,30 +20,29 @@ from typing import Any
 from flask import Flask, Response, g, jsonify, request
 from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntityTooLarge
 
-from dalle.errors import DalleError, UserError
+from dalle.errors import UserError
 from inference.api import openapi, parsing
-from inference.api.content_types import BodyKind, body_kind, negotiate
+from inference.api.content_types import Accept, body_kind
 from inference.api.rendering import CUSTOM_ATTRIBUTES, render_error
 from inference.api.replies import ErrorDetail, ErrorReply
 from inference.api.schema import Limits
-from inference.engine.control import Cancelled
 from inference.engine.engine_core import Scheduler, State
 from inference.engine.request_queue import Busy
-from inference.server.body_process import Shrinker
-from inference.server.handler import Answer, Waiter
+from inference.server.body_process import BodyProcess
+from inference.server.handler import Answer, Handler, log_error
 from inference.server.metrics import Metrics
 from inference.settings import MEGABYTE, Settings
 
 logger = logging.getLogger(__name__)
 
 _PING_STATUS = {State.LOADING: 503, State.READY: 200, State.STOPPING: 503, State.DEAD: 500}
-_MAX_ATTRIBUTES = 1024  # characters, by the platform's contract
+_MAX_ATTRIBUTES = 1024  # characters, the platform's limit
 
 
 def create_app(scheduler: Scheduler, settings: Settings) -> Flask:
-    """The WSGI application around a scheduler, which may still be loading."""
+    """Return the WSGI application around a scheduler, which may still be loading."""
     app = Flask("inference")
-    # One byte more than is allowed: a chunked body is cut there without a word, and seen to be.
+    # One byte over the limit: werkzeug cuts a chunked body there without an error.
     app.config["MAX_CONTENT_LENGTH"] = settings.limits.max_request_bytes + 1
     app.json.sort_keys = False  # type: ignore[attr-defined]  # the default provider has it
     metrics = Metrics(
@@ -52,9 +51,9 @@ def create_app(scheduler: Scheduler, settings: Settings) -> Flask:
         busy_slots=lambda: engine.busy_slots if (engine := scheduler.loaded_engine) else 0,
         threads=lambda: engine.threads if (engine := scheduler.loaded_engine) else 0,
     )
-    # Beyond these, requests are refused unread, so that threads remain for pings.
+    # More requests than these are refused unread, so that threads remain for pings.
     places = threading.BoundedSemaphore(settings.max_invocations)
-    shrinker = Shrinker()
+    body_process = BodyProcess()
     document = openapi.document(settings.limits)
 
     @app.get("/ping")
@@ -67,8 +66,8 @@ def create_app(scheduler: Scheduler, settings: Settings) -> Flask:
 
     @app.get("/execution-parameters")
     def execution_parameters() -> dict[str, Any]:
-        # One line a request gives each its own deadline; two at once keep the device busy while
-        # the last reply is sent.
+        # A request for each record has a deadline of its own; a second one keeps the device busy
+        # while the reply to the first is sent.
         return {
             "MaxConcurrentTransforms": 2,
             "BatchStrategy": "SINGLE_RECORD",
@@ -89,7 +88,8 @@ def create_app(scheduler: Scheduler, settings: Settings) -> Flask:
         _check_attributes()
         if not places.acquire(blocking=False):
             raise Busy(
-                f"{settings.max_invocations} requests are being answered, which is all that may",
+                f"{settings.max_invocations} requests are being answered, which is the most "
+                "that this server takes",
                 code="queue_full",
                 status=429,
                 retry_after=1,
@@ -104,10 +104,10 @@ def create_app(scheduler: Scheduler, settings: Settings) -> Flask:
         return response
 
     def answer_invocation() -> Answer:
-        # Headers, then state, then body, then work: each is cheaper than the next.
+        # Headers, then state, then body, then work: each check costs less than the next.
         kind = body_kind(request.headers.get("Content-Type"))
-        accept = request.headers.get("Accept")
-        negotiate(accept)  # what nothing at all can answer is refused before its body is read
+        accept = Accept.parse(request.headers.get("Accept"))
+        accept.best()  # refused before the body is read where no type at all is acceptable
         if request.content_encoding not in (None, "", "identity"):
             raise UserError(
                 f"Content-Encoding {request.content_encoding!r} is not read; send the body plain",
@@ -115,20 +115,19 @@ def create_app(scheduler: Scheduler, settings: Settings) -> Flask:
                 status=415,
                 code="unsupported_media_type",
             )
-        scheduler.engine()
+        engine = scheduler.engine()
         body = _read_body(settings.limits)
-        waiter = Waiter(
+        handler = Handler(
             scheduler,
-            shrinker,
+            engine,
+            body_process,
             settings.limits,
             metrics,
+            accept=accept,
             arrival=g.arrival,
-            gone=_watch(request.environ.get("gunicorn.socket")),
-            on_error=_log_error,
+            has_left=_connection_check(request.environ.get("gunicorn.socket")),
         )
-        if kind is BodyKind.JSON_LINES:
-            return waiter.answer_lines(parsing.split_lines(body), accept)
-        return waiter.answer_one(waiter.parse(body, request.headers.get("Content-Type")), accept)
+        return handler.answer(body, kind)
 
     @app.after_request
     def echo_attributes(response: Response) -> Response:
@@ -160,7 +159,7 @@ def create_app(scheduler: Scheduler, settings: Settings) -> Flask:
 
     @app.errorhandler(Exception)
     def any_error(error: Exception) -> tuple[Response, int]:
-        _log_error(error)
+        log_error(error)
         status, detail = render_error(error)
         response = _error_response(detail)
         if isinstance(error, Busy) and error.retry_after is not None:
@@ -174,7 +173,7 @@ def _read_body(limits: Limits) -> bytes:
     try:
         body = request.get_data(cache=False)
     except ClientDisconnected as error:
-        # werkzeug says so of everything that a socket can raise, and leaves that as the context.
+        # werkzeug raises this for every error of a socket, with that error as its context.
         if isinstance(error.__context__, TimeoutError):
             raise UserError(
                 "the body did not arrive in time; send it without a pause",
@@ -210,14 +209,14 @@ def _is_passable(attributes: str) -> bool:
     return len(attributes) <= _MAX_ATTRIBUTES and is_visible
 
 
-def _watch(connection: socket.socket | None) -> Callable[[], bool]:
-    """A question to ask while waiting: has the client closed its end of the connection?"""
+def _connection_check(connection: socket.socket | None) -> Callable[[], bool]:
+    """Return a function that returns whether the client has closed its end of a connection."""
     if connection is None:
         return lambda: False
     poller = select.poll()
     poller.register(connection, select.POLLIN)
 
-    def is_gone() -> bool:
+    def has_left() -> bool:
         try:
             if not poller.poll(0):
                 return False
@@ -227,16 +226,7 @@ def _watch(connection: socket.socket | None) -> Callable[[], bool]:
         except OSError:
             return True
 
-    return is_gone
-
-
-def _log_error(error: Exception) -> None:
-    if isinstance(error, Cancelled):
-        logger.info("cancelled: %s", error)
-    elif isinstance(error, DalleError):
-        logger.info("refused: status=%d; code=%s; %s", error.status, error.code, error)
-    else:
-        logger.error("internal error", exc_info=error)
+    return has_left
 
 
 def _error_response(detail: ErrorDetail) -> Response:

@@ -1,12 +1,13 @@
-"""Large bodies made small by a process of their own, so that nothing else waits for them.
+"""Large bodies made small by a child process, so that they do not hold up pings and the model.
+
+    body -> child process: parse, decode the images, crop and scale -> small JSON body -> Request
 
 A body of 25 MB holds Python's lock for tenths of a second while its JSON and base64 are read and
-its pictures decoded; pings and the model's thread would stand still meanwhile. So it goes to a
-child process, which answers with the same request with every picture cut to its centre square and
-scaled to what the model looks at: a few kB, read as any other body. The child knows no torch. It is
-started by the first large body, again when it has died, and ends when its parent does.
+its images decoded. So a child process returns the same request with every image cut to its centre
+square and scaled to the size that the model reads: a few kB. The child imports no torch. The first
+large body starts it, it is restarted when it has died, and it ends with its parent.
 
-Over both pipes: a line of JSON with the length of what follows, then so many bytes.
+Message on both pipes: a line of JSON with the length of the rest, then so many bytes.
 """
 
 from __future__ import annotations
@@ -23,15 +24,16 @@ from typing import IO, Any
 
 from dalle.errors import DalleError, PlatformError, UserError
 from dalle.preprocess.images import decode_image, encode_image, to_square
+from inference.api.content_types import BodyKind
 from inference.api.parsing import decode_base64, parse_request
 from inference.api.schema import ClassifyRequest, GenerateRequest, Limits, Request
 
-LARGE_BYTES = 2**18  # of a body; a smaller one is read in some milliseconds
-_ATTEMPTS = 2  # a child may have died since the last body, for want of memory
+LARGE_BYTES = 2**18  # of a body; a smaller one is parsed in a few milliseconds
+_ATTEMPTS = 2  # the child may have died since the last body
 
 
-class Shrinker:
-    """Reads requests, large ones by its child process. `parse` may be called by any thread."""
+class BodyProcess:
+    """Parser of bodies, with a child process for large ones. Any thread may call `parse`."""
 
     def __init__(self, large_bytes: int = LARGE_BYTES) -> None:
         self._large_bytes = large_bytes
@@ -41,34 +43,34 @@ class Shrinker:
     def parse(
         self,
         body: bytes,
-        content_type: str | None,
+        kind: BodyKind,
         *,
         limits: Limits,
         prime_size: int | None,
         clip_size: int | None,
     ) -> Request:
-        """As `parse_request`, whose errors it raises; pictures in a large body are made small.
+        """Return the request in a body, as `parse_request` does; images in a large one are scaled.
 
-        prime_size, clip_size: side in pixels that a prime image, and one to be classified, is
-        scaled to; None where such a request will be refused anyway. Raises `PlatformError` 503
-        when the child dies of a body.
+        prime_size, clip_size: side in pixels of a prime image and of an image to classify; None
+        where the model refuses such requests. Raises what `parse_request` raises, and
+        `PlatformError` 503 when the child dies of a body.
         """
         if len(body) > self._large_bytes:
             order = {
-                "content_type": content_type,
+                "kind": kind,
                 "limits": asdict(limits),
                 "prime_size": prime_size or 1,
                 "clip_size": clip_size or 1,
             }
-            body, content_type = self._shrink(order, body), None
-        return parse_request(body, content_type, limits=limits)
+            body, kind = self._scale_images(order, body), BodyKind.JSON
+        return parse_request(body, kind, limits=limits)
 
     def close(self) -> None:
         """End the child."""
         with self._lock:
             self._end_child()
 
-    def _shrink(self, order: Mapping[str, Any], body: bytes) -> bytes:
+    def _scale_images(self, order: Mapping[str, Any], body: bytes) -> bytes:
         with self._lock:
             for _ in range(_ATTEMPTS):
                 child = self._child or self._start_child()
@@ -84,7 +86,7 @@ class Shrinker:
                     raise UserError(**reply)
                 return small
         raise PlatformError(
-            "the process that reads large bodies died of this one, probably for want of memory; "
+            "the process that reads large bodies died of this one, probably out of memory; "
             "send smaller images or fewer"
         )
 
@@ -103,26 +105,26 @@ class Shrinker:
             child.communicate()
 
 
-def shrunk(
-    body: bytes, content_type: str | None, *, limits: Limits, prime_size: int, clip_size: int
+def scale_images(
+    body: bytes, kind: BodyKind, *, limits: Limits, prime_size: int, clip_size: int
 ) -> bytes:
-    """The same request as JSON, its pictures as PNG squares of those sides.
+    """Return the same request as JSON, with its images as PNG squares of those sides.
 
-    Raises `UserError` for what is wrong in it, the pictures included.
+    Raises `UserError` for any fault, those of the images included.
     """
-    request = parse_request(body, content_type, limits=limits)
+    request = parse_request(body, kind, limits=limits)
     fields = request.model_dump(exclude_unset=True)
     if isinstance(request, GenerateRequest) and request.prime_image is not None:
-        fields["prime_image"] = _small(request.prime_image, "prime_image", prime_size)
+        fields["prime_image"] = _scaled(request.prime_image, "prime_image", prime_size)
     if isinstance(request, ClassifyRequest):
         fields["images"] = [
-            _small(text, f"images[{number}]", clip_size)
+            _scaled(text, f"images[{number}]", clip_size)
             for number, text in enumerate(request.images)
         ]
     return json.dumps(fields).encode()
 
 
-def _small(text: str, field: str, size: int) -> str:
+def _scaled(text: str, field: str, size: int) -> str:
     try:
         pixels = to_square(decode_image(decode_base64(text, field=field), what=field), size)
     except UserError as error:
@@ -138,7 +140,7 @@ def _write(pipe: IO[bytes], header: Mapping[str, Any], body: bytes) -> None:
 
 
 def _read(pipe: IO[bytes]) -> tuple[dict[str, Any], bytes]:
-    """Raises `EOFError` when the other side has gone."""
+    """Return header and body of a message. Raises `EOFError` when the other process has ended."""
     line = pipe.readline()
     if not line:
         raise EOFError
@@ -151,7 +153,7 @@ def _read(pipe: IO[bytes]) -> tuple[dict[str, Any], bytes]:
 
 
 def _serve(orders: IO[bytes], replies: IO[bytes]) -> None:
-    """The child's life: answer until nobody asks any more."""
+    """Main loop of the child process."""
     while True:
         try:
             order, body = _read(orders)
@@ -159,14 +161,14 @@ def _serve(orders: IO[bytes], replies: IO[bytes]) -> None:
             return
         limits = Limits(**order.pop("limits"))
         try:
-            small = shrunk(body, limits=limits, **order)
+            small = scale_images(body, BodyKind(order.pop("kind")), limits=limits, **order)
         except DalleError as error:
-            told = {"message": str(error), "field": error.field}
-            _write(replies, told | {"status": error.status, "code": error.code}, b"")
+            fields = {name: getattr(error, name) for name in ("field", "status", "code")}
+            _write(replies, {"message": str(error), **fields}, b"")
         else:
             _write(replies, {}, small)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this
     _serve(sys.stdin.buffer, sys.stdout.buffer)

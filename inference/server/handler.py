@@ -1,26 +1,31 @@
-"""A parsed request through the queue to its reply: the waiting, the streams, the lines.
+"""One invocation: a body to requests, requests to the engine core, results to the reply.
 
-Knows nothing of Flask, but that somebody waits: `Waiter.gone` says when nobody does any more.
+    body -> parse_request -> Engine.prepare -> Scheduler.submit -> events -> Answer
+
+Knows nothing of Flask.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pydantic import BaseModel, TypeAdapter
 
-from dalle.errors import UserError
+from dalle.errors import DalleError, UserError
 from dalle.preprocess.images import ImageFormat
 from inference.api.content_types import (
     JSON,
     JSON_LINES,
     JSON_LINES_NAMES,
-    OFFERED_WITHOUT_PICTURE,
-    negotiate,
+    OFFERED_WITHOUT_IMAGE,
+    Accept,
+    BodyKind,
 )
+from inference.api.parsing import split_lines
 from inference.api.rendering import (
     Candidate,
     ClassifyResult,
@@ -41,14 +46,17 @@ from inference.api.replies import ErrorLine, ErrorReply, Prediction
 from inference.api.schema import GenerateRequest, Limits, Request
 from inference.engine.control import Cancelled, DeadlineExceeded
 from inference.engine.engine_core import Scheduler
+from inference.engine.engines import Engine
 from inference.engine.request import Failed, Job
 from inference.engine.request_queue import Busy
-from inference.server.body_process import Shrinker
+from inference.server.body_process import BodyProcess
 from inference.server.metrics import Metrics
 
-LINES_AHEAD = 2  # of a JSON-lines body: the next line is drawn while the last one is encoded
-_GRACE_SECONDS = 3.0  # how long the model may overrun a deadline before its answer is given up
-_LOOK_SECONDS = 0.5  # how often a waiting thread looks whether its client is still there
+logger = logging.getLogger(__name__)
+
+LINES_AHEAD = 2  # of a JSON-lines body: one is generated while the one before it is encoded
+_GRACE_SECONDS = 3.0  # by which the model may miss a deadline before its result is given up
+_CHECK_SECONDS = 0.5  # between two checks whether the client is still connected
 
 _PREDICTIONS = TypeAdapter(Sequence[Prediction])
 _IMAGE_FORMATS: dict[str, ImageFormat] = {
@@ -60,99 +68,95 @@ _IMAGE_FORMATS: dict[str, ImageFormat] = {
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A reply. body: whole, or an iterator of parts; close it to give its work up."""
+    """A reply. body: whole, or an iterator of parts, whose `close` cancels the rest."""
 
     body: bytes | Iterator[bytes]
     media_type: str
-    headers: dict[str, str]
+    headers: dict[str, str] = field(default_factory=dict)
 
 
-class Waiter:
-    """One HTTP request's way through the scheduler.
+@dataclass
+class Handler:
+    """Handler of one HTTP request.
 
-    arrival: when it arrived, on `time.monotonic()`'s scale; deadlines count from there.
-    gone: whether the client has closed the connection.
+    engine: the loaded one, which prepares requests.
+    arrival: when the request arrived, on `time.monotonic()`'s scale; deadlines count from there.
+    has_left: whether the client has closed the connection.
     """
 
-    def __init__(
-        self,
-        scheduler: Scheduler,
-        shrinker: Shrinker,
-        limits: Limits,
-        metrics: Metrics,
-        *,
-        arrival: float,
-        gone: Callable[[], bool],
-        on_error: Callable[[Exception], None],
-    ) -> None:
-        self._scheduler = scheduler
-        self._shrinker = shrinker
-        self._limits = limits
-        self._metrics = metrics
-        self._arrival = arrival
-        self._gone = gone
-        self._on_error = on_error
-        self._next_look = 0.0
+    scheduler: Scheduler
+    engine: Engine
+    body_process: BodyProcess
+    limits: Limits
+    metrics: Metrics
+    accept: Accept
+    arrival: float
+    has_left: Callable[[], bool]
+    _next_check: float = field(default=0.0, init=False)
 
-    def parse(self, body: bytes, content_type: str | None) -> Request:
-        """One request. Raises what `Shrinker.parse` and `Scheduler.engine` raise."""
-        engine = self._scheduler.engine()
-        return self._shrinker.parse(
+    def answer(self, body: bytes, kind: BodyKind) -> Answer:
+        """Return the reply to one request, or one reply line for each line of a body.
+
+        Raises what `parse_request`, `Engine.prepare` and `Scheduler.submit` raise, `UserError` 406
+        where no type in the Accept header suits the request, and the request's own error.
+        """
+        if kind is BodyKind.JSON_LINES:
+            return self._answer_lines(split_lines(body))
+        return self._answer_one(self._parse(body, kind))
+
+    def _parse(self, body: bytes, kind: BodyKind) -> Request:
+        return self.body_process.parse(
             body,
-            content_type,
-            limits=self._limits,
-            prime_size=engine.image_size,
-            clip_size=engine.clip_size,
+            kind,
+            limits=self.limits,
+            prime_size=self.engine.image_size,
+            clip_size=self.engine.clip_size,
         )
 
-    def answer_one(self, request: Request, accept: str | None) -> Answer:
-        """The reply to one request, in the type that the Accept header wishes most of those that
-        this kind of request can be answered in.
-
-        Raises whatever `Scheduler` and `Engine` raise, and `UserError` 406 where there is no such
-        type. Nothing is submitted after a refusal.
-        """
+    def _answer_one(self, request: Request) -> Answer:
         if isinstance(request, GenerateRequest):
-            accept = negotiate(accept)
+            media_type = self.accept.best()
         else:
-            what = "a request without a caption to draw"
-            accept = negotiate(accept, OFFERED_WITHOUT_PICTURE, what=what)
-        job = self._submit(request, accept, wait=False)
+            what = "a request without a caption"
+            media_type = self.accept.best(OFFERED_WITHOUT_IMAGE, what=what)
+        job = self._submit(request, media_type, wait=False)
         try:
-            if isinstance(request, GenerateRequest) and accept in JSON_LINES_NAMES:
-                # The first event is waited for, so that a failure still has its own status.
+            if isinstance(request, GenerateRequest) and media_type in JSON_LINES_NAMES:
+                # The first event is waited for, so that an early failure still sets the status.
                 first = self._next_event(job)
-                return Answer(self._stream(job, request, first), accept, {})
+                return Answer(self._stream(job, request, first), media_type)
             result = self._result(job)
         except BaseException:
             job.cancel()
             raise
-        if isinstance(result, GenerateResult) and accept in _IMAGE_FORMATS:
+        if isinstance(result, GenerateResult) and media_type in _IMAGE_FORMATS:
             began = time.monotonic()
-            file, headers = render_best(result, _IMAGE_FORMATS[accept])
+            file, headers = render_best(result, _IMAGE_FORMATS[media_type])
             encode_seconds = time.monotonic() - began
             timings = stage_timings(result, job.queue_seconds, encode_seconds)
-            self._metrics.count_generation(result, timings)
-            return Answer(file, accept, headers)
+            self.metrics.count_generation(result, timings)
+            return Answer(file, media_type, headers)
         body = self._render(result, request, job)
-        if accept in JSON_LINES_NAMES:
-            return Answer(body + b"\n", accept, {})
-        return Answer(body, JSON, {})
+        if media_type in JSON_LINES_NAMES:
+            return Answer(body + b"\n", media_type)
+        return Answer(body, JSON)
 
-    def answer_lines(self, lines: Sequence[bytes], accept: str | None) -> Answer:
-        """One reply line for each request line, in order.
+    def _answer_lines(self, lines: Sequence[bytes]) -> Answer:
+        """Return one reply line for each request line, in order.
 
-        Every line's deadline counts from the arrival of the whole body, because the platform, too,
-        gives the whole invocation one time: a line whose turn comes too late is answered with
-        deadline_exceeded in its place. Only an Accept of pictures alone, a full queue or a server
-        that is not ready refuses the whole.
+        Every line's deadline counts from the arrival of the whole body, because the platform
+        limits the whole invocation: a line that is begun too late is answered with
+        deadline_exceeded. Only an Accept of images alone, a full queue or a server that is not
+        ready refuses the whole body.
         """
-        accept = negotiate(accept, OFFERED_WITHOUT_PICTURE, what="a body of lines")
-        media_type = accept if accept in JSON_LINES_NAMES else JSON_LINES
+        media_type = self.accept.best(OFFERED_WITHOUT_IMAGE, what="a body of lines")
         first = self._start_line(lines[0], wait=False)
-        return Answer(self._lines(first, lines[1:]), media_type, {})
+        return Answer(
+            self._lines(first, lines[1:]),
+            media_type if media_type in JSON_LINES_NAMES else JSON_LINES,
+        )
 
-    def _lines(self, first: _Line, rest: Sequence[bytes]) -> Iterator[bytes]:
+    def _lines(self, first: _Line | bytes, rest: Sequence[bytes]) -> Iterator[bytes]:
         started = deque([first])
         try:
             for line in rest:
@@ -162,33 +166,34 @@ class Waiter:
             while started:
                 yield self._finish_line(started.popleft())
         except Cancelled:
-            return  # nobody reads the rest
+            return  # the client has gone
         finally:
             for each in started:
-                if each.job is not None:
+                if isinstance(each, _Line):
                     each.job.cancel()
 
-    def _start_line(self, line: bytes, *, wait: bool) -> _Line:
+    def _start_line(self, line: bytes, *, wait: bool) -> _Line | bytes:
+        """Submit a line; return it, or its reply where it is refused."""
         try:
-            request = self.parse(line.strip(), JSON)
-            return _Line(request, self._submit(request, JSON, wait=wait), None)
+            request = self._parse(line.strip(), BodyKind.JSON)
+            return _Line(request, self._submit(request, JSON, wait=wait))
         except Exception as error:
-            # Before anything was answered the whole request can still be refused; but that there
-            # is too much to do for this line's own deadline says nothing of the other lines.
+            # The first line's error can still be the status of the whole reply, unless it is
+            # about this line's deadline alone.
             if not wait and isinstance(error, Busy) and error.code != "too_busy":
                 raise
-            return _Line(None, None, self._error(error))
+            return _error_line(error)
 
-    def _finish_line(self, line: _Line) -> bytes:
-        if line.request is None or line.job is None:
-            assert line.error is not None
-            return _dump(line.error) + b"\n"
+    def _finish_line(self, line: _Line | bytes) -> bytes:
+        """Wait for a started line and return its reply."""
+        if isinstance(line, bytes):
+            return line
         try:
             return self._render(self._result(line.job), line.request, line.job) + b"\n"
         except Cancelled:
             raise
         except Exception as error:
-            return _dump(self._error(error)) + b"\n"
+            return _error_line(error)
         finally:
             line.job.cancel()
 
@@ -212,31 +217,37 @@ class Waiter:
             ranking = render_ranking(
                 event, queue_seconds=job.queue_seconds, encode_seconds=encode_seconds
             )
-            self._metrics.count_generation(event, ranking.timings)
+            self.metrics.count_generation(event, ranking.timings)
             uncounted = 0
             yield _dump(ranking) + b"\n"
-        except GeneratorExit:  # whoever sends the lines could not
-            self._on_error(Cancelled("the client closed the stream"))
+        except GeneratorExit:  # the server could not send a line
+            log_error(Cancelled("the client closed the stream"))
             raise
         except Cancelled as error:
-            self._on_error(error)
+            log_error(error)
         except Exception as error:
-            detail = self._error(error).error
-            yield _dump(ErrorLine(error=detail)) + b"\n"
+            log_error(error)
+            yield _dump(ErrorLine(error=render_error(error)[1])) + b"\n"
         finally:
-            self._metrics.count_candidates(uncounted)
+            self.metrics.count_candidates(uncounted)
             job.cancel()
 
-    def _submit(self, request: Request, accept: str, *, wait: bool) -> Job:
-        engine = self._scheduler.engine()
-        if isinstance(request, GenerateRequest) and request.preview_rows is not None:
-            _check_streamed(accept)
-        if isinstance(request, GenerateRequest) and accept == JSON and engine.image_size:
-            check_reply_size(request, engine.image_size, self._limits)
-        work = engine.prepare(request)
-        seconds = request.deadline_seconds or self._limits.deadline_seconds
-        return self._scheduler.submit(
-            work, arrival=self._arrival, deadline=self._arrival + seconds, wait=wait
+    def _submit(self, request: Request, media_type: str, *, wait: bool) -> Job:
+        if isinstance(request, GenerateRequest):
+            if request.preview_rows is not None and media_type not in JSON_LINES_NAMES:
+                raise UserError(
+                    f"preview_rows is for streams: ask with Accept: {JSON_LINES}, got "
+                    f"{media_type}; lines of one body have no previews",
+                    field="preview_rows",
+                    status=422,
+                    code="invalid_request",
+                )
+            if media_type == JSON and self.engine.image_size:
+                check_reply_size(request, self.engine.image_size, self.limits)
+        work = self.engine.prepare(request)
+        seconds = request.deadline_seconds or self.limits.deadline_seconds
+        return self.scheduler.submit(
+            work, arrival=self.arrival, deadline=self.arrival + seconds, wait=wait
         )
 
     def _result(self, job: Job) -> Result:
@@ -245,21 +256,21 @@ class Waiter:
         return event
 
     def _next_event(self, job: Job) -> Preview | Candidate | Result:
-        while (event := job.next_event(_LOOK_SECONDS)) is None:
-            self._look(job)
-        if isinstance(event, Preview | Candidate):  # they may come faster than anything times out
-            self._look(job)
+        while (event := job.next_event(_CHECK_SECONDS)) is None:
+            self._check(job)
+        if isinstance(event, Preview | Candidate):  # these may come too fast for any time-out
+            self._check(job)
         if isinstance(event, Failed):
             raise event.error
         return event
 
-    def _look(self, job: Job) -> None:
-        """Give the job up when its client has gone or its deadline is long past."""
+    def _check(self, job: Job) -> None:
+        """Cancel the job when its client has gone or its deadline is long past."""
         now = time.monotonic()
-        if now < self._next_look:
+        if now < self._next_check:
             return
-        self._next_look = now + _LOOK_SECONDS
-        if self._gone():
+        self._next_check = now + _CHECK_SECONDS
+        if self.has_left():
             job.cancel()
             raise Cancelled("the client closed the connection")
         if job.control.seconds_left() < -_GRACE_SECONDS:
@@ -275,32 +286,31 @@ class Waiter:
             return _dump(result.reply)
         assert isinstance(request, GenerateRequest)
         reply = render_json(result, request, queue_seconds=job.queue_seconds)
-        self._metrics.count_generation(result, reply.timings)
+        self.metrics.count_generation(result, reply.timings)
         return _dump(reply)
-
-    def _error(self, error: Exception) -> ErrorReply:
-        self._on_error(error)
-        return ErrorReply(error=render_error(error)[1])
 
 
 @dataclass(frozen=True, slots=True)
 class _Line:
-    """A line of a body that was started: a request with its job, or the error in their place."""
+    """A submitted line of a JSON-lines body."""
 
-    request: Request | None
-    job: Job | None
-    error: ErrorReply | None
+    request: Request
+    job: Job
 
 
-def _check_streamed(accept: str) -> None:
-    if accept not in JSON_LINES_NAMES:
-        raise UserError(
-            f"preview_rows is for streams: ask with Accept: {JSON_LINES}, got {accept}; lines of "
-            "one body have no previews",
-            field="preview_rows",
-            status=422,
-            code="invalid_request",
-        )
+def log_error(error: Exception) -> None:
+    """Log a refusal or cancellation in one line, any other error with its traceback."""
+    if isinstance(error, Cancelled):
+        logger.info("cancelled: %s", error)
+    elif isinstance(error, DalleError):
+        logger.info("refused: status=%d; code=%s; %s", error.status, error.code, error)
+    else:
+        logger.error("internal error", exc_info=error)
+
+
+def _error_line(error: Exception) -> bytes:
+    log_error(error)
+    return _dump(ErrorReply(error=render_error(error)[1])) + b"\n"
 
 
 def _dump(model: BaseModel) -> bytes:

@@ -3,7 +3,7 @@
 import pytest
 
 from dalle.errors import UserError
-from inference.api.content_types import OFFERED_WITHOUT_PICTURE, BodyKind, body_kind, negotiate
+from inference.api.content_types import OFFERED_WITHOUT_IMAGE, Accept, BodyKind, body_kind
 
 
 @pytest.mark.parametrize(
@@ -53,25 +53,25 @@ def test_another_content_type_is_a_415(content_type):
     ],
 )
 def test_accept_chooses_what_is_wished_most(accept, chosen):
-    assert negotiate(accept) == chosen
+    assert Accept.parse(accept).best() == chosen
 
 
 @pytest.mark.parametrize("accept", ["text/html", "application/json;q=0", "image", "*/*;q=2", "a/"])
 def test_an_accept_that_admits_nothing_is_a_406(accept):
     with pytest.raises(UserError) as caught:
-        negotiate(accept)
+        Accept.parse(accept).best()
     assert (caught.value.status, caught.value.field) == (406, "Accept")
 
 
 def test_a_wish_that_cannot_be_met_leaves_the_next_one():
     accept = "image/png, application/x-ndjson;q=0.2, application/json;q=0.7"
-    assert negotiate(accept) == "image/png"
-    assert negotiate(accept, OFFERED_WITHOUT_PICTURE) == "application/json"
+    assert Accept.parse(accept).best() == "image/png"
+    assert Accept.parse(accept).best(OFFERED_WITHOUT_IMAGE) == "application/json"
 
 
 def test_a_refusal_names_what_is_offered_and_each_only_once():
     with pytest.raises(UserError) as caught:
-        negotiate("image/png", OFFERED_WITHOUT_PICTURE, what="a line")
+        Accept.parse("image/png").best(OFFERED_WITHOUT_IMAGE, what="a line")
     assert str(caught.value) == (
         "Accept 'image/png' admits no type that a line is answered in: "
         "application/json, application/jsonlines"

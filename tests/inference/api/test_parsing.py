@@ -8,6 +8,7 @@ import pytest
 
 from dalle.errors import UserError
 from inference.api import parsing
+from inference.api.content_types import BodyKind
 from inference.api.parsing import decode_base64, parse_request, split_lines
 from inference.api.schema import GenerateRequest, Limits
 
@@ -15,11 +16,11 @@ LIMITS = Limits(max_candidates=8, max_images=4, max_request_bytes=10_000)
 
 
 def parse(fields: object, limits: Limits = LIMITS) -> Any:
-    return parse_request(json.dumps(fields).encode(), "application/json", limits=limits)
+    return parse_request(json.dumps(fields).encode(), limits=limits)
 
 
 def test_plain_text_is_the_caption():
-    request = parse_request("zwei Würfel\n".encode(), "text/plain; charset=utf-8")
+    request = parse_request("zwei Würfel\n".encode(), BodyKind.TEXT)
     assert isinstance(request, GenerateRequest)
     assert request.caption == "zwei Würfel"
 
@@ -33,7 +34,7 @@ def test_a_number_too_long_to_be_read_is_told_without_pythons_advice():
 
 def test_a_byte_order_mark_is_no_part_of_the_body():
     body = b'\xef\xbb\xbf{"caption": "a"}'
-    assert parse_request(body, "application/json") == parse({"caption": "a"}, Limits())
+    assert parse_request(body) == parse({"caption": "a"}, Limits())
 
 
 def test_all_faults_are_told_at_once():
@@ -62,7 +63,7 @@ def test_a_long_value_is_not_repeated_whole():
 )
 def test_a_body_that_cannot_be_read_is_a_400(body, says):
     with pytest.raises(UserError) as caught:
-        parse_request(body, "application/json", limits=LIMITS)
+        parse_request(body, limits=LIMITS)
     assert says in str(caught.value)
     assert (caught.value.status, caught.value.code) == (400, "malformed_body")
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from dalle.errors import UserError
+from inference.api.content_types import BodyKind
 from inference.api.parsing import parse_request
 from inference.api.schema import ClassifyRequest, CompleteRequest, GenerateRequest, Limits
 
@@ -13,7 +14,7 @@ LIMITS = Limits(max_candidates=8, max_images=4, max_request_bytes=10_000)
 
 
 def parse(fields: object, limits: Limits = LIMITS) -> Any:
-    return parse_request(json.dumps(fields).encode(), "application/json", limits=limits)
+    return parse_request(json.dumps(fields).encode(), limits=limits)
 
 
 def test_a_caption_is_enough_for_a_request():
@@ -69,7 +70,7 @@ def test_blanks_around_a_caption_do_not_count_but_around_a_class_they_stay():
 
 def test_a_blank_text_is_no_caption():
     with pytest.raises(UserError, match="caption must have at least 1 character") as caught:
-        parse_request(b" \n", "text/plain")
+        parse_request(b" \n", BodyKind.TEXT)
     assert caught.value.status == 422
 
 
@@ -77,7 +78,7 @@ def test_a_blank_text_is_no_caption():
     ("fields", "field", "says"),
     [
         ({}, "caption", "caption, images or complete is missing: give one of"),
-        ({"num_images": 1}, "caption", "is missing: give one of caption (draw pictures)"),
+        ({"num_images": 1}, "caption", "is missing: give one of caption (generate images)"),
         ({"caption": "a", "complete": "b"}, "caption", "caption and complete exclude each other"),
         ({"caption": ""}, "caption", 'caption must have at least 1 character, got ""'),
         ({"caption": " \n"}, "caption", "caption must have at least 1 character"),

@@ -37,7 +37,7 @@ BIG = base64.b64encode(bytes(30_000)).decode()
             {"Accept": "image/png"},
             406,
             "not_acceptable",
-            "a request without a caption to draw is answered in: application/json",
+            "a request without a caption is answered in: application/json",
         ),
         (
             b'{"caption": "a"}',

@@ -1,4 +1,4 @@
-"""Large bodies read by a process of their own: the same requests, the same refusals."""
+"""Large bodies parsed by a child process: the same requests, the same errors."""
 
 import base64
 import io
@@ -11,9 +11,10 @@ from PIL import Image
 
 from dalle.errors import PlatformError, UserError
 from dalle.preprocess.images import decode_image, to_square
+from inference.api.content_types import BodyKind
 from inference.api.parsing import parse_request
 from inference.api.schema import ClassifyRequest, GenerateRequest, Limits
-from inference.server.body_process import Shrinker, shrunk
+from inference.server.body_process import BodyProcess, scale_images
 
 LIMITS = Limits(max_candidates=7)
 
@@ -31,21 +32,21 @@ def pixels_of(text: str | None, size: int) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def shrinker():
-    shrinker = Shrinker(large_bytes=1000)
-    yield shrinker
-    shrinker.close()
+def body_process():
+    body_process = BodyProcess(large_bytes=1000)
+    yield body_process
+    body_process.close()
 
 
-def parse(shrinker: Shrinker, body: object, content_type: str | None = None):
+def parse(body_process: BodyProcess, body: object, kind: BodyKind = BodyKind.JSON):
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return shrinker.parse(data, content_type, limits=LIMITS, prime_size=16, clip_size=24)
+    return body_process.parse(data, kind, limits=LIMITS, prime_size=16, clip_size=24)
 
 
-def test_the_model_sees_the_very_pixels_it_would_have_seen(shrinker):
+def test_the_model_sees_the_very_pixels_it_would_have_seen(body_process):
     images = [picture(), picture(50, 70, "JPEG")]
     large = {"images": images, "classes": ["a", "b"], "top": 1}
-    request = parse(shrinker, large)
+    request = parse(body_process, large)
     assert isinstance(request, ClassifyRequest)
     assert (request.classes, request.top) == (["a", "b"], 1)
     for given, small in zip(images, request.images, strict=True):
@@ -53,7 +54,7 @@ def test_the_model_sees_the_very_pixels_it_would_have_seen(shrinker):
         assert (pixels_of(small, 24) == pixels_of(given, 24)).all()
     prime = picture()
     drawing = {"caption": "a star", "seed": 3, "prime_image": prime, "prime_rows": 1}
-    request = parse(shrinker, drawing)
+    request = parse(body_process, drawing)
     assert isinstance(request, GenerateRequest)
     assert (pixels_of(request.prime_image, 16) == pixels_of(prime, 16)).all()
     plain = parse_request(json.dumps(drawing).encode(), limits=LIMITS)
@@ -72,12 +73,12 @@ def test_the_model_sees_the_very_pixels_it_would_have_seen(shrinker):
         {"images": [picture()], "classes": [""]},
     ],
 )
-def test_what_is_wrong_is_told_as_of_a_small_body(shrinker, body):
+def test_what_is_wrong_is_told_as_of_a_small_body(body_process, body):
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     with pytest.raises(UserError) as here:
         parse_request(data, limits=LIMITS)
     with pytest.raises(UserError) as there:
-        parse(shrinker, data)
+        parse(body_process, data)
     for name in ("status", "code", "field"):
         assert getattr(there.value, name) == getattr(here.value, name)
     assert str(there.value) == str(here.value)
@@ -92,47 +93,47 @@ def test_what_is_wrong_is_told_as_of_a_small_body(shrinker, body):
         ("https://example.com/" + "a" * 2000, "addresses are not fetched"),
     ],
 )
-def test_a_picture_that_cannot_be_used_is_named(shrinker, text, says):
+def test_a_picture_that_cannot_be_used_is_named(body_process, text, says):
     with pytest.raises(UserError, match=says) as caught:
-        parse(shrinker, {"images": [picture(), text], "classes": ["a"]})
+        parse(body_process, {"images": [picture(), text], "classes": ["a"]})
     assert (caught.value.status, caught.value.field) == (400, "images[1]")
 
 
-def test_a_small_body_is_read_here(shrinker):
-    fresh = Shrinker()
+def test_a_small_body_is_read_here(body_process):
+    fresh = BodyProcess()
     assert parse(fresh, {"caption": "a"}).caption == "a"
     assert fresh._child is None
 
 
-def test_plain_text_has_its_limit_too(shrinker):
+def test_plain_text_has_its_limit_too(body_process):
     with pytest.raises(UserError, match="must have at most 2000 characters"):
-        parse(shrinker, b"a " * 2000, "text/plain")
+        parse(body_process, b"a " * 2000, BodyKind.TEXT)
 
 
-def test_a_child_that_has_died_is_replaced(shrinker):
+def test_a_child_that_has_died_is_replaced(body_process):
     body = {"images": [picture()], "classes": ["a"]}
-    parse(shrinker, body)
-    child = shrinker._child
+    parse(body_process, body)
+    child = body_process._child
     child.kill()
     child.wait()
-    assert isinstance(parse(shrinker, body), ClassifyRequest)
-    assert shrinker._child is not child
+    assert isinstance(parse(body_process, body), ClassifyRequest)
+    assert body_process._child is not child
 
 
 def test_a_body_that_kills_each_child_is_refused(monkeypatch, tmp_path):
-    broken = Shrinker(large_bytes=10)
+    broken = BodyProcess(large_bytes=10)
     monkeypatch.setattr("sys.executable", "/bin/true")
     with pytest.raises(PlatformError, match="died of this one") as caught:
         parse(broken, {"images": [picture()], "classes": ["a"]})
     assert caught.value.status == 503
 
 
-def test_many_threads_get_their_own_requests_back(shrinker):
+def test_many_threads_get_their_own_requests_back(body_process):
     found: dict[int, str] = {}
 
     def ask(number: int) -> None:
         body = {"images": [picture()], "classes": [f"class {number}"]}
-        found[number] = parse(shrinker, body).classes[0]
+        found[number] = parse(body_process, body).classes[0]
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
     for thread in threads:
@@ -144,5 +145,5 @@ def test_many_threads_get_their_own_requests_back(shrinker):
 
 def test_a_body_made_small_is_json_whatever_it_was():
     assert json.loads(
-        shrunk(b"a star", "text/plain", limits=LIMITS, prime_size=1, clip_size=1)
+        scale_images(b"a star", BodyKind.TEXT, limits=LIMITS, prime_size=1, clip_size=1)
     ) == {"caption": "a star", "num_candidates": 7, "num_images": 4}

@@ -7,9 +7,10 @@ import time
 import pytest
 from PIL import Image
 
+from inference.api.content_types import Accept, BodyKind
 from inference.server.app import create_app
-from inference.server.body_process import Shrinker
-from inference.server.handler import Waiter
+from inference.server.body_process import BodyProcess
+from inference.server.handler import Handler
 from inference.server.metrics import Metrics
 from tests.inference.server.app_fixtures import (
     ATTRIBUTES,
@@ -277,17 +278,19 @@ def test_deadlines_of_lines_count_from_the_arrival_of_their_body(scheduler):
     metrics = Metrics(
         queue_depth=lambda: 0, is_ready=lambda: 1, busy_slots=lambda: 0, threads=lambda: 1
     )
-    waiter = Waiter(
+    handler = Handler(
         scheduler,
-        Shrinker(),
+        scheduler.engine(),
+        BodyProcess(),
         SETTINGS.limits,
         metrics,
+        accept=Accept.parse(None),
         arrival=time.monotonic() - SETTINGS.limits.deadline_seconds,
-        gone=lambda: False,
-        on_error=lambda error: None,
+        has_left=lambda: False,
     )
     line = b'{"caption": "a", "num_candidates": 1}'
     longer = b'{"caption": "a", "num_candidates": 1, "deadline_seconds": 3600}'
-    replies = [json.loads(each) for each in waiter.answer_lines([line, longer, line], None).body]
+    answer = handler.answer(b"\n".join([line, longer, line]), BodyKind.JSON_LINES)
+    replies = [json.loads(each) for each in answer.body]
     codes = [reply.get("error", {}).get("code") for reply in replies]
     assert codes == ["deadline_exceeded", None, "deadline_exceeded"]
