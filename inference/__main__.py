@@ -79,7 +79,6 @@ def _load(model: Path, settings: Settings) -> Generator:
         most_threads=usable_cpus(),
         chunk_size=settings.chunk_size,
         precision=settings.precision,
-        prune_at=settings.prune_at,
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from dalle.errors import UserError
 from dalle.types import PRECISIONS, Precision
-from inference.api.schema import MAX_DEADLINE_SECONDS, MAX_PRUNINGS, Limits
+from inference.api.schema import MAX_DEADLINE_SECONDS, Limits
 
 BATCH_DEADLINE_SECONDS = 590.0  # the platform ends a batch invocation after 600 unless told
 MEGABYTE = 1_000_000
@@ -27,7 +27,6 @@ class Settings:
     threads: int | None = None  # None: as many as draw fastest, of the processors to use
     chunk_size: int | None = None  # None: what suits the device
     precision: Precision = "fp32"
-    prune_at: tuple[float, ...] = ()
     queue_size: int = 16
     body_seconds: float = 60.0
     stall_seconds: float = 300.0
@@ -72,11 +71,6 @@ PRECISION = Variable(
     "of drawing: fp32; on a GPU bf16; on a CPU fp16 or int8, faster; refused where it changes "
     "the model's pictures",
 )
-PRUNE_AT = Variable(
-    "DALLE_PRUNE_AT",
-    "",
-    "prune_at of requests that name none, such as 0.5 or 0.25,0.5; empty: nothing is dropped",
-)
 QUEUE_SIZE = Variable(
     "DALLE_QUEUE_SIZE", "16", "requests that may wait, 1 to 512; the next one is refused with 429"
 )
@@ -108,7 +102,6 @@ OURS = (
     THREADS,
     CHUNK_SIZE,
     PRECISION,
-    PRUNE_AT,
     QUEUE_SIZE,
     MAX_CANDIDATES,
     MAX_IMAGES,
@@ -158,18 +151,6 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         result = number(variable, int, 1, high)
         return None if result is None else int(result)
 
-    def read_prune_at() -> tuple[float, ...]:
-        try:
-            points = tuple(float(each) for each in text(PRUNE_AT).split(",") if each.strip())
-        except ValueError:
-            points = (0.0,)
-        if len(points) > MAX_PRUNINGS or not all(0 < each < 1 for each in points):
-            problems.append(
-                f"{PRUNE_AT.name} must be up to {MAX_PRUNINGS} numbers between 0 and 1 with commas "
-                f"between them, got {text(PRUNE_AT)!r}"
-            )
-        return points
-
     device = text(DEVICE)
     if device not in ("auto", "cpu", "cuda") and not (
         device.startswith("cuda:") and device[5:].isdigit()
@@ -179,7 +160,6 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
     if precision is None:
         known = ", ".join(PRECISIONS)
         problems.append(f"{PRECISION.name} must be one of {known}, got {text(PRECISION)!r}")
-    prune_at = read_prune_at()
     is_batch = text(BATCH).lower() in ("true", "1")
     request_mb = whole(REQUEST_MB, 1000) or 0
     if is_batch:
@@ -199,7 +179,6 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         threads=whole(THREADS, 1024),
         chunk_size=whole(CHUNK_SIZE, 512),
         precision=precision or "fp32",
-        prune_at=prune_at,
         queue_size=whole(QUEUE_SIZE, 512) or 0,
         body_seconds=number(BODY_SECONDS, float, 1, 3600) or 0.0,
         stall_seconds=number(STALL, float, 1, 3600) or 0.0,

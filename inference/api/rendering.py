@@ -70,18 +70,11 @@ class GenerateResult:
     sample_seconds: float
     decode_seconds: float
     rank_seconds: float
-    pruned: int = 0
-    """Candidates that were dropped in mid-drawing."""
-
-    @property
-    def begun(self) -> int:
-        """Candidates that were drawn to where they ended."""
-        return len(self.ranked) + self.pruned
 
     @property
     def is_cut_short(self) -> bool:
         """Whether a deadline came before the last candidate."""
-        return self.begun < self.num_candidates
+        return len(self.ranked) < self.num_candidates
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +142,6 @@ def render_json(
         seed=result.seed,
         num_candidates=result.num_candidates,
         completed_candidates=len(result.ranked),
-        pruned_candidates=result.pruned,
         ranked_by=result.ranked_by,
         timings=stage_timings(result, queue_seconds, time.monotonic() - began),
     )
@@ -166,7 +158,6 @@ def render_best(result: GenerateResult, format: ImageFormat) -> tuple[bytes, dic
         "ranked_by": result.ranked_by,
         "num_candidates": f"{result.num_candidates}",
         "completed_candidates": f"{len(result.ranked)}",
-        "pruned_candidates": f"{result.pruned}",
     }
     facts = {name: value for name, value in facts.items() if value}
     headers = {f"X-Dalle-{name.replace('_', '-').title()}": facts[name] for name in facts}
@@ -209,7 +200,6 @@ def render_ranking(
         seed=result.seed,
         num_candidates=result.num_candidates,
         completed_candidates=len(result.ranked),
-        pruned_candidates=result.pruned,
         ranked_by=result.ranked_by,
         timings=stage_timings(result, queue_seconds, encode_seconds),
     )

@@ -53,9 +53,6 @@ class _Drawn(_Reply):
     completed_candidates: int = Field(
         description="How many were finished before the deadline, 1 to num_candidates.", ge=1
     )
-    pruned_candidates: int = Field(
-        default=0, description="How many were dropped in mid-drawing, as prune_at asks.", ge=0
-    )
     ranked_by: RankedBy = Field(
         description="What the order rests on: clip, the clip_score; log_likelihood where the "
         "artefact has no CLIP; clip_and_log_likelihood, CLIP's logit and the log-likelihood "

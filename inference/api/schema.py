@@ -25,7 +25,6 @@ from pydantic_core import PydanticCustomError
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps exactly
 MAX_DEADLINE_SECONDS = 3600.0  # the longest that an asynchronous or batch invocation may take
 MAX_CAPTION_CHARACTERS = 2_000
-MAX_PRUNINGS = 8
 _NUM_CANDIDATES = 16  # where a request names none
 _NUM_IMAGES = 4
 
@@ -140,15 +139,6 @@ class GenerateRequest(_Request):
         description="In a stream, send each candidate as far as it is drawn whenever so many more "
         "rows of the image-token grid are done; a client that reads too slowly gets fewer of "
         "these. Each costs about as much as decoding the finished picture. At least 1; null: none.",
-    )
-    prune_at: list[Annotated[float, Field(gt=0.0, lt=1.0)]] | None = Field(
-        default=None,
-        max_length=MAX_PRUNINGS,
-        description="At each of these shares of the picture, rounded to whole rows of the "
-        "image-token grid, candidates are compared in groups of eight by number, and of each group "
-        "the worse half is dropped. It saves the time of drawing them to the end; which ones "
-        "survive depends on the seed alone. Up to 8 numbers between 0 and 1; an empty list: none "
-        "are dropped; null: the server's default, which is none.",
     )
     deadline_seconds: float | None = Field(
         default=None,

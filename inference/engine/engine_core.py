@@ -251,7 +251,7 @@ class Scheduler:
     def _measure(self, job: Job, result: Result, seconds: float) -> None:
         units = job.work.units
         if isinstance(result, GenerateResult):
-            units = result.begun  # fewer than were asked for when the deadline came first
+            units = len(result.ranked)  # fewer than were asked for when the deadline came first
         with self._jobs.changed:
             self._jobs.speeds.note(job.work.kind, units, seconds)
 

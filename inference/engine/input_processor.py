@@ -23,7 +23,6 @@ from dalle.models.transformer import PADDING
 from dalle.preprocess.images import decode_image, to_square
 from inference.api.parsing import decode_base64
 from inference.api.schema import ClassifyRequest, CompleteRequest, GenerateRequest, Request
-from inference.engine.pruning import Pruning, prune_rows, survivors
 
 _DRAWN_SEEDS = 2**32  # a drawn seed is short enough to copy by hand
 
@@ -41,10 +40,6 @@ class GenerateWork:
     options: SamplingOptions
     preview_rows: int | None = None
     num_images: int = 1
-    prune_rows: tuple[int, ...] = ()
-    """Rows of the grid after which the worse half of each group is dropped."""
-    group: int = 1
-    """Candidates that begin together, and are compared."""
     kind: str = "generate"
 
     @property
@@ -91,20 +86,18 @@ def image_size(artefact: Artefact) -> int | None:
     return artefact.dvae.config.image_size
 
 
-def prepare(artefact: Artefact, request: Request, pruning: Pruning) -> Work:
+def prepare(artefact: Artefact, request: Request) -> Work:
     """Check and convert a request. Raises `UserError` that says what to change or to train."""
     match request:
         case GenerateRequest():
-            return _prepare_generate(artefact, request, pruning)
+            return _prepare_generate(artefact, request)
         case ClassifyRequest():
             return _prepare_classify(artefact, request)
         case CompleteRequest():
             return _prepare_complete(artefact, request)
 
 
-def _prepare_generate(
-    artefact: Artefact, request: GenerateRequest, pruning: Pruning
-) -> GenerateWork:
+def _prepare_generate(artefact: Artefact, request: GenerateRequest) -> GenerateWork:
     dvae, transformer, tokenizer = artefact.dvae, artefact.transformer, artefact.tokenizer
     if dvae is None:
         _lacks("dvae", "dvae", "draw pictures")
@@ -119,7 +112,6 @@ def _prepare_generate(
         raise _out_of_range("preview_rows", 1, grid_size - 1, request.preview_rows)
     if request.top_k is not None and request.top_k > codebook_size:
         raise _out_of_range("top_k", 1, codebook_size, request.top_k)
-    pruned_at = _prune_rows(request, grid_size, pruning)
     prime = None
     if request.prime_image is not None:
         prime = _read_image(request.prime_image, "prime_image", dvae.config.image_size)
@@ -138,32 +130,7 @@ def _prepare_generate(
         ),
         preview_rows=request.preview_rows,
         num_images=request.num_images,
-        prune_rows=pruned_at,
-        group=pruning.group if pruned_at else 1,
     )
-
-
-def _prune_rows(request: GenerateRequest, grid_size: int, pruning: Pruning) -> tuple[int, ...]:
-    """Where to prune. What the request asks for must leave as many pictures as it asks for; of the
-    server's default only as much is done as leaves them."""
-    shares = pruning.prune_at if request.prune_at is None else request.prune_at
-    rows = prune_rows(shares, grid_size, request.prime_rows)
-
-    def left(prunings: int) -> int:
-        return survivors(request.num_candidates, pruning.group, prunings)
-
-    most = left(len(rows))
-    if request.prune_at is not None and most < request.num_images:
-        raise UserError(
-            f"num_images must be at most {most}, which is what pruning {len(rows)} times leaves of "
-            f"{request.num_candidates} candidates, got {request.num_images}",
-            field="num_images",
-            status=422,
-            code="invalid_request",
-        )
-    while rows and left(len(rows)) < request.num_images:
-        rows = rows[:-1]
-    return rows
 
 
 def _prepare_classify(artefact: Artefact, request: ClassifyRequest) -> ClassifyWork:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,7 +38,6 @@ from inference.engine.input_processor import (
     prepare,
 )
 from inference.engine.latency import Pace
-from inference.engine.pruning import Pruning
 from inference.engine.running_request import Drawing, Ended
 from inference.engine.scheduler import Studio
 from inference.engine.tasks import classify
@@ -56,9 +55,8 @@ class Generator:
 
     chunk_size: candidates drawn together, of one request or of several; the pictures do not depend
     on it, speed and memory do. None: 16 on a CPU, 32 on a GPU. precision: see
-    `dalle.decoding.validate`; raises its errors. prune_at: of requests that say nothing of it, see
-    `inference.engine.pruning`. threads: torch's on the CPU when it was made, or what
-    `choose_threads` chose."""
+    `dalle.decoding.validate`; raises its errors. threads: torch's on the CPU when it was made,
+    or what `choose_threads` chose."""
 
     def __init__(
         self,
@@ -67,11 +65,9 @@ class Generator:
         *,
         chunk_size: int | None = None,
         precision: Precision = "fp32",
-        prune_at: Sequence[float] = (),
     ) -> None:
         self._artefact = artefact
         self._device = device
-        self._prune_at = tuple(prune_at)
         self.threads = torch.get_num_threads()
         self._pace = Pace(chunk_size or (32 if device.type == "cuda" else 16))
         self._engine: DecodeEngine | None = None
@@ -99,7 +95,6 @@ class Generator:
         most_threads: int = 1,
         chunk_size: int | None = None,
         precision: Precision = "fp32",
-        prune_at: Sequence[float] = (),
     ) -> Generator:
         """Load an artefact directory, or the model.tar.gz in it, onto a device.
 
@@ -114,9 +109,7 @@ class Generator:
         with tempfile.TemporaryDirectory(prefix="artefact-") as scratch:
             directory = artefacts.locate(model_dir, Path(scratch))
             artefact = artefacts.load(directory, chosen)
-            generator = cls(
-                artefact, chosen, chunk_size=chunk_size, precision=precision, prune_at=prune_at
-            )
+            generator = cls(artefact, chosen, chunk_size=chunk_size, precision=precision)
         if threads is None and most_threads > 1:
             generator.choose_threads(most_threads)
         logger.info(
@@ -194,7 +187,7 @@ class Generator:
 
     def prepare(self, request: Request) -> Work:
         """Everything of a request that needs no device. Raises `UserError` that says what to do."""
-        return prepare(self._artefact, request, self._pruning)
+        return prepare(self._artefact, request)
 
     def run(self, work: Work, control: Control) -> Result:
         """Do prepared work. Raises `DeadlineExceeded`, `Cancelled` or `PlatformError`."""
@@ -237,11 +230,6 @@ class Generator:
         """Give up everything that was begun, and return it."""
         self._ended_aside.clear()
         return [] if self._studio is None else self._studio.abandon()
-
-    @property
-    def _pruning(self) -> Pruning:
-        most = 1 if self._engine is None else self._engine.max_candidates
-        return Pruning(self._prune_at, most)
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:

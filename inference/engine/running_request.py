@@ -41,8 +41,6 @@ class Drawing:
     rank_seconds: float = 0.0
     cost_seconds: float = 0.0
     """Its share of the device's time."""
-    pruned: int = 0
-    """Candidates that were dropped in mid-drawing."""
     is_stopped: bool = False
     """Nothing more is drawn: the deadline is near."""
 
@@ -83,7 +81,6 @@ class Drawing:
             sample_seconds=max(0.0, elapsed - self.decode_seconds - self.rank_seconds),
             decode_seconds=self.decode_seconds,
             rank_seconds=self.rank_seconds,
-            pruned=self.pruned,
         )
 
 

@@ -11,7 +11,6 @@ everything. Letters: K candidates, N positions, M codes per position, E embeddin
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from functools import partial
 from itertools import groupby
 
@@ -26,7 +25,6 @@ from inference.engine.control import Control
 from inference.engine.image_decoder import Previews, to_pixels
 from inference.engine.input_processor import GenerateWork
 from inference.engine.latency import Pace
-from inference.engine.pruning import partial_merits, worse_half
 from inference.engine.running_request import Drawing, Ended
 
 _FINISH_TOGETHER = 4  # on a CPU: pictures decoded between two steps, in which the others wait
@@ -84,7 +82,6 @@ class Studio:
             seed=work.seed,
             options=work.options,
             prime_tokens=prime_tokens,
-            together=work.group,
         )
         primed = 0 if prime_tokens is None else len(prime_tokens)
         drawing = Drawing(
@@ -107,7 +104,6 @@ class Studio:
                 drawing.is_stopped = True
         if self._sample():
             self._preview()
-            self._prune()
         self._finish()
         ended = [each for each in self._drawings if each.is_over]
         self._drawings = [each for each in self._drawings if each not in ended]
@@ -183,7 +179,6 @@ class Studio:
         dvae = self._artefact.dvae
         assert dvae is not None
         previews = Previews(dvae, 0, work.preview_rows, drawing.control.previewed)
-        # A group begins whole or not at all, however little time there is.
         generation.most = self._pace.chunk_size(
             max(1, drawing.wanted),
             work.options.guidance_scale != 1.0,
@@ -215,42 +210,6 @@ class Studio:
                 previews(torch.stack([tokens for _, tokens in some]))
                 drawing.decode_seconds += previews.seconds
                 drawing.cost_seconds += previews.seconds
-
-    def _prune(self) -> None:
-        """Drop the worse half of each group that has come to where its request is pruned."""
-        dvae = self._artefact.dvae
-        assert dvae is not None
-        for drawing in self._drawings:
-            if drawing.work.prune_rows and not drawing.is_stopped:
-                places = {row * dvae.config.grid_size for row in drawing.work.prune_rows}
-                positions = self._engine.positions(drawing.generation)
-                groups: dict[int, list[int]] = {}
-                for number, position in sorted(positions.items()):
-                    if position in places:
-                        groups.setdefault(number // drawing.work.group, []).append(number)
-                for group in groups.values():
-                    self._prune_group(drawing, group)
-
-    def _prune_group(self, drawing: Drawing, numbers: Sequence[int]) -> None:
-        self._catch_up()
-        began = time.monotonic()
-        dvae, clip = self._artefact.dvae, self._artefact.clip
-        assert dvae is not None
-        tokens = dict(self._engine.tokens_so_far(drawing.generation))
-        likelihoods = self._engine.log_likelihood_so_far(drawing.generation)
-        merits = partial_merits(
-            dvae,
-            clip,
-            drawing.caption_embedding,
-            torch.stack([tokens[number] for number in numbers]),
-            torch.tensor([likelihoods[number] for number in numbers]),
-        )
-        dropped = worse_half(numbers, merits)
-        self._engine.drop(drawing.generation, dropped)
-        drawing.pruned += len(dropped)
-        seconds = time.monotonic() - began
-        drawing.rank_seconds += seconds
-        drawing.cost_seconds += seconds
 
     def _finish(self) -> None:
         """Decode and score a few candidates, the first drawn first, and hand them over."""

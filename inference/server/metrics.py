@@ -53,9 +53,6 @@ class Metrics:
         self._cut_short = Counter(
             "dalle_cut_short", "Generations that a deadline ended early.", registry=registry
         )
-        self._pruned = Counter(
-            "dalle_pruned", "Candidates dropped in mid-drawing.", registry=registry
-        )
         for name, says, ask in (
             ("dalle_queue_depth", "Work that waits or runs.", queue_depth),
             ("dalle_ready", "1 when generations are answered.", is_ready),
@@ -76,7 +73,6 @@ class Metrics:
     def count_generation(self, result: GenerateResult, timings: Timings) -> None:
         """One finished generation, whole or cut short."""
         self.count_candidates(len(result.ranked))
-        self._pruned.inc(result.pruned)
         if result.is_cut_short:
             self._cut_short.inc()
         for stage in ("queue", "sample", "decode", "rank", "encode"):

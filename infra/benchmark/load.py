@@ -246,7 +246,7 @@ def _record(
         stages,
         num_images=len(reply.images),
         completed_candidates=reply.completed_candidates,
-        is_cut_short=reply.completed_candidates + reply.pruned_candidates < reply.num_candidates,
+        is_cut_short=reply.completed_candidates < reply.num_candidates,
         request_bytes=len(body),
         reply_bytes=len(answer.body),
     )

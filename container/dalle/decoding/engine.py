@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -89,20 +89,13 @@ class DecodeEngine:
         seed: int,
         options: SamplingOptions | None = None,
         prime_tokens: Tensor | None = None,
-        together: int = 1,
     ) -> Generation:
         """Accept a request: arguments as of `sample_image_tokens`, for one caption [1, T].
 
-        together: how many candidates, in their order, begin in the same step each time.
         Runs the caption through the model, so that it takes as long as some steps. Raises
-        ValueError for no candidate, for guidance with one slot, and for more together than there
-        is room for.
+        ValueError for no candidate and for guidance with one slot.
         """
         options = options or SamplingOptions()
-        slots_each = 1 if options.guidance_scale == 1.0 else 2
-        most = min(self.max_candidates, max(1, self.num_slots // slots_each))
-        if not 1 <= together <= most:
-            raise ValueError(f"together must be 1 to {most}, got {together}")
         waiting = deque(candidates)
         if not waiting:
             raise ValueError("candidates must be at least one, got none")
@@ -116,7 +109,7 @@ class DecodeEngine:
         # A picture that is primed whole is finished before it begins.
         if prime_tokens is None or len(prime_tokens) < N:
             prefixes = [self._prefill(caption, prime_tokens) for caption in captions]
-        generation = Generation(seed, options, waiting, prime_tokens, prefixes, together)
+        generation = Generation(seed, options, waiting, prime_tokens, prefixes)
         self._generations.append(generation)
         return generation
 
@@ -126,14 +119,6 @@ class DecodeEngine:
         for each in [each for each in self._making if each.generation is generation]:
             self._release(each)
         self._forget(generation)
-
-    def drop(self, generation: Generation, candidates: Collection[int]) -> None:
-        """Give up some of a request's candidates in the making, by their numbers."""
-        for each in [each for each in self._making if each.generation is generation]:
-            if each.number in candidates:
-                self._release(each)
-        if generation.is_over:
-            self._forget(generation)
 
     def reset(self) -> None:
         """Give up everything, whatever state a failed step has left behind."""
@@ -169,14 +154,6 @@ class DecodeEngine:
             if each.generation is generation
         ]
 
-    def log_likelihood_so_far(self, generation: Generation) -> dict[int, float]:
-        """Of each of a request's candidates in the making, log p of what is drawn, in nats."""
-        return {
-            each.number: float(self._state.log_likelihood[each.slot])
-            for each in self._making
-            if each.generation is generation
-        }
-
     def _prefill(self, text_tokens: Tensor, prime_tokens: Tensor | None) -> Prefix:
         cache = self.model.new_cache(1)
         prime = None if prime_tokens is None else prime_tokens[None]
@@ -193,18 +170,16 @@ class DecodeEngine:
             if not generation.prefixes:
                 finished += self._finish_primed(generation)
                 continue
-            size = generation.next_start
-            has_places = len(self._making) + size <= self.max_candidates
-            if len(self._free) < size * generation.slots_each or not has_places:
-                break  # for nobody else either, or those that begin together never would
-            for _ in range(size):
-                candidate = self._start(generation)
-                slots = [candidate.slot, candidate.guidance_slot]
-                for number, prefix in enumerate(generation.prefixes):
-                    slot = slots[number]
-                    assert slot is not None
-                    started.setdefault((id(generation), number), []).append(slot)
-                    prefixes[id(generation), number] = prefix
+            has_place = len(self._making) < self.max_candidates
+            if len(self._free) < generation.slots_each or not has_place:
+                break  # for nobody else either, or a candidate of two slots might never begin
+            candidate = self._start(generation)
+            slots = [candidate.slot, candidate.guidance_slot]
+            for number, prefix in enumerate(generation.prefixes):
+                slot = slots[number]
+                assert slot is not None
+                started.setdefault((id(generation), number), []).append(slot)
+                prefixes[id(generation), number] = prefix
         for key, slots_of_prefix in started.items():
             chosen = torch.tensor(slots_of_prefix, device=self._device)
             self._step.load(chosen, prefixes[key].packed)

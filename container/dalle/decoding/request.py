@@ -36,8 +36,6 @@ class Generation:
     prime_tokens: Tensor | None = field(repr=False)
     prefixes: list[Prefix] = field(repr=False)
     """With the caption, and with guidance without it."""
-    together: int = 1
-    """Candidates that begin in the same step, and so are always equally far."""
     most: int | None = None
     """Candidates that may be in the making together; None: as many as there is room for."""
     in_slots: int = 0
@@ -51,13 +49,7 @@ class Generation:
     @property
     def may_start(self) -> bool:
         """Whether more of its candidates wait and may begin."""
-        within = self.most is None or self.in_slots + self.next_start <= self.most
-        return bool(self.waiting) and (within or not self.in_slots)
-
-    @property
-    def next_start(self) -> int:
-        """How many candidates begin next, at once."""
-        return min(self.together, len(self.waiting))
+        return bool(self.waiting) and (self.most is None or self.in_slots < self.most)
 
     @property
     def is_over(self) -> bool:

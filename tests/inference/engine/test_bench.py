@@ -8,7 +8,6 @@ import torch
 from dalle.models import sizes
 from inference.bench import __main__ as bench
 from inference.bench import http as bench_http
-from inference.bench import pruning as bench_pruning
 from inference.bench import steps as bench_steps
 
 
@@ -170,21 +169,6 @@ def test_what_lies_outside_kernels_is_what_torch_does_not_do():
 
 def test_every_size_has_what_the_benchmark_builds():
     assert set(sizes.DVAE_SIZES) == set(sizes.TRANSFORMER_SIZES) == set(sizes.CLIP_SIZES)
-
-
-def test_pruning_is_measured_on_an_artefact(tiny_artefact, capsys):
-    bench_pruning.main(["--model", str(tiny_artefact), "--limit", "2", "--num-candidates", "8"])
-    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [each["rows"] for each in figures["foresight"]] == [1, 2, 3]
-    assert all(-1 <= each["spearman"] <= 1 for each in figures["foresight"])
-    assert [each["captions"] for each in figures["foresight"]] == [2, 2, 2]
-    assert [each["prune_at"] for each in figures["savings"]] == [
-        [0.25],
-        [0.5],
-        [0.75],
-        [0.25, 0.5],
-    ]
-    assert all(each["time_share"] > 0 for each in figures["savings"])
 
 
 def test_the_share_left_through_http_is_a_ratio_of_the_same_requests(tiny_artefact, capsys):
