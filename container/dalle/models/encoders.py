@@ -9,14 +9,11 @@ size, P patches, p patch size.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from dalle.models.dvae import DVAEConfig
+from dalle.models.dvae_config import DVAEConfig
 
 
 class PositionNorm(nn.LayerNorm):

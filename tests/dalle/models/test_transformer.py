@@ -130,7 +130,7 @@ def test_a_dropped_caption_is_one_of_padding_as_guidance_shows_it(make_dalle):
 def test_hidden_words_leave_padding_alone(make_dalle):
     model = make_dalle(word_dropout=1.0).train()
     text_tokens, image_tokens = draw_pairs()
-    seen, _ = model._disturb(text_tokens, image_tokens)
+    seen, _ = model._corrupt(text_tokens, image_tokens)
     assert (seen[text_tokens != 0] == model.hidden_word).all()
     assert (seen[text_tokens == 0] == 0).all()
 
@@ -138,7 +138,7 @@ def test_hidden_words_leave_padding_alone(make_dalle):
 def test_noise_replaces_whole_positions_by_codes_of_the_codebook(make_dalle):
     model = make_dalle(token_noise=0.5).train()
     text_tokens, image_tokens = draw_pairs(50)
-    _, seen = model._disturb(text_tokens, image_tokens)
+    _, seen = model._corrupt(text_tokens, image_tokens)
     assert ((seen >= 0) & (seen < 7)).all()
     kept = (seen == image_tokens).all(dim=-1).float().mean()
     assert 0.4 < kept < 0.65, "a half, and those that were drawn as they had been"
