@@ -6,6 +6,8 @@ UV := .venv/bin/uv
 COMPILE := $(UV) pip compile --quiet --no-annotate --no-emit-index-url --custom-compile-command "make lock" --python-version 3.11
 # What `make lock` may change: nothing that still fits, or with UPGRADE=--upgrade everything.
 UPGRADE ?=
+# A worker a processor; a file's tests stay together, since they share what is made once for the file.
+PYTEST := .venv/bin/python -m pytest --numprocesses auto --dist loadfile
 # Further words for pytest: make test ARGS="-k schema"
 ARGS ?=
 # The image's name, and where local-train leaves what SageMaker would have under /opt/ml.
@@ -14,12 +16,15 @@ OUT ?= out/local
 PORT ?= 8080
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint format test soak soak-training soak-serving demo docs tree bench-peers bench-rainbow bench-training image test-image local-train local-serve local-endpoint lock clean
+.PHONY: help setup check lint format test soak soak-training soak-serving demo docs tree bench-peers bench-rainbow bench-training image test-image local-train local-serve local-endpoint lock clean
 
 help:  ## list these targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' Makefile | expand -t 13
 
 setup: .venv/.stamp  ## make .venv with every dependency, by hash, and the commands `train` and `serve`
+
+check: lint  ## lint, and the tests that take less than a second each: before every commit
+	$(PYTEST) -m "not docker and not slow" $(ARGS)
 
 lint: setup  ## ruff, the formatter, spelling and types; changes nothing
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/codespell && .venv/bin/mypy
@@ -27,8 +32,8 @@ lint: setup  ## ruff, the formatter, spelling and types; changes nothing
 format: setup  ## mend what ruff can mend, and lay out the code
 	.venv/bin/ruff check --fix . && .venv/bin/ruff format .
 
-test: setup  ## run the tests; no network, no GPU, no Docker
-	.venv/bin/python -m pytest -m "not docker" $(ARGS)
+test: setup  ## run the tests and name the ten slowest; no network, no GPU, no Docker
+	$(PYTEST) -m "not docker" --durations 10 $(ARGS)
 
 soak: soak-training soak-serving  ## ten minutes of what goes wrong: training killed again and again, serving under load
 
