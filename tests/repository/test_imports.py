@@ -65,6 +65,7 @@ FLOORS = {
     "training": [
         "stopping",
         "distributed",
+        "data.skips",
         "data.pairs",
         "data.sharded",
         "data.sources",

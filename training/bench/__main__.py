@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from dalle import peers
 from training.bench import start as bench_start
-from training.memory.malloc import keep_memory
+from training.memory.allocator import keep_memory
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _compare(given: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from training.memory.peak import peak_bytes
+    from training.memory.allocator import peak_bytes
 
     keep_memory()  # as `train` does, for both sides
     torch.set_num_threads(given.threads)

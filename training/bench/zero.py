@@ -37,7 +37,7 @@ from dalle.types import StageName
 from training.config.hyperparameters import parse
 from training.distributed.process_group import Together
 from training.engine.select import choose_engine, device_of_new
-from training.memory.peak import peak_bytes
+from training.memory.allocator import peak_bytes
 
 TEXT_LENGTH, TEXT_VOCAB_SIZE = 64, 8192
 

@@ -20,7 +20,7 @@ from dalle.types import (
     StageName,
     TokenizerKind,
 )
-from training.data.pairs import DEFAULT_MAX_BAD_SHARE
+from training.data.skips import DEFAULT_MAX_BAD_SHARE
 
 Positive = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]

@@ -1,36 +1,32 @@
-"""A job's channel as the data set to train or validate on: whatever brings it, decoded if small.
-
-opened = open_data(channel, ..., ranks=ranks, num_hosts=2, stop=stop)
-opened.pairs        this host's; opened.whole tells of all hosts'
-"""
+"""A job's channel as the data set to train or validate on: files or a pipe, preloaded if small."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from dalle.platform.environment import Channel
-from training.data.batching.preload import InMemory, is_small
+from training.data.batching.preload import Preloaded, is_small
 from training.data.batching.subset import Subset
-from training.data.pairs import Dataset, Whole
+from training.data.pairs import Dataset, Totals
 from training.data.pipe.channel import open_pipe
-from training.data.sharded import Part, agreed
+from training.data.sharded import HostPart, on_all_ranks
 from training.data.sources.channel import open_channel
-from training.data.sources.index import StoredPairs
+from training.data.sources.index import Pairs
 from training.distributed.process_group import Ranks
 from training.stopping import Stop
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedChannel:
     """A channel's pairs.
 
-    pairs: this host's. part: which part of the channel they are; None when they are all of it.
-    whole: of all hosts' parts.
+    pairs: those of this host. part: which part of the channel they are; None when they are all.
+    totals: of all hosts together.
     """
 
     pairs: Dataset
-    part: Part | None
-    whole: Whole
+    part: HostPart | None
+    totals: Totals
 
 
 def open_data(
@@ -43,57 +39,57 @@ def open_data(
     num_hosts: int,
     stop: Stop,
     most: int | None = None,
-) -> Opened:
-    """Find a channel's pairs, and decode them into memory where that is small on every host.
+) -> OpenedChannel:
+    """Find a channel's pairs, and decode them into memory where they are few on every host.
 
-    most: draw a sample of so many pairs, all hosts together.
-    Called by every rank. Raises what `open_channel`, `open_pipe` and `InMemory` do; Stopped on
+    most: take a random sample of so many pairs, all hosts together.
+    Every rank calls this. Raises what `open_channel`, `open_pipe` and `Preloaded` raise; Stopped on
     every rank when one is stopped.
     """
-    is_parted = channel.distribution == "ShardedByS3Key" and num_hosts > 1
-    part = Part(ranks, num_hosts) if is_parted else None
-    is_streamed = channel.input_mode == "Pipe"
-    # A stream is read by one rank of each host.
-    siblings = part.siblings if part else ranks.parted(num_hosts) if is_streamed else ranks
-    # What is too much is told of the whole channel, not of one host's part.
-    share = 1.0 if part else max_bad_share
+    is_sharded = channel.distribution == "ShardedByS3Key" and num_hosts > 1
+    part = HostPart(ranks, num_hosts) if is_sharded else None
+    # max_bad_share is a share of the whole channel, so one host's part is not held to it.
+    max_bad_share_here = 1.0 if part else max_bad_share
 
-    def stored() -> StoredPairs:
-        if is_streamed:
+    def find() -> Pairs:
+        if channel.input_mode == "Pipe":
             return open_pipe(
                 channel,
                 image_size=image_size,
-                max_bad_share=share,
+                max_bad_share=max_bad_share_here,
                 caption_key=caption_key,
-                ranks=siblings,
+                ranks=part.host_ranks if part else ranks.parted(num_hosts),
                 stop=stop,
             )
         return open_channel(
             channel.directory,
             image_size=image_size,
             channel=channel.name,
-            max_bad_share=share,
+            max_bad_share=max_bad_share_here,
             caption_key=caption_key,
             is_streamed=channel.input_mode == "FastFile",
-            is_part=is_parted,
+            is_part=is_sharded,
             stop=stop,
         )
 
-    found = agreed(ranks, stored)
+    found = on_all_ranks(ranks, find)
     if part:
         found.max_bad_share = max_bad_share
-        part.settle(found.skips, max_bad_share)
-    dataset: Dataset = found
+        part.share_skips(found.skips, max_bad_share)
+    pairs: Dataset = found
     if most is not None:
-        dataset = Subset(found, max(1, most // num_hosts) if part else most)
-    if not ranks.any(not is_small(dataset)):
-        source = dataset
-        dataset = agreed(ranks, lambda: InMemory(source, stop))
+        pairs = Subset(found, max(1, most // num_hosts) if part else most)
+    if not ranks.any(not is_small(pairs)):
+        source = pairs
+        pairs = on_all_ranks(ranks, lambda: Preloaded(source, stop))
         if part:
-            part.settle(found.skips, max_bad_share)
-    return Opened(dataset, part, whole_of(dataset, part))
+            part.share_skips(found.skips, max_bad_share)
+    return OpenedChannel(pairs, part, totals_of(pairs, part))
 
 
-def whole_of(dataset: Dataset, part: Part | None) -> Whole:
-    """Of all hosts' parts; called by every rank when it is a part."""
-    return Whole.of(dataset) if part is None else part.whole(dataset)
+def totals_of(dataset: Dataset, part: HostPart | None) -> Totals:
+    """Return the totals of all hosts' parts, or of the data set when it is no part.
+
+    Every rank calls this.
+    """
+    return Totals.of(dataset) if part is None else part.totals(dataset)

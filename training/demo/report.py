@@ -21,8 +21,8 @@ from dalle import artefact as artefacts
 from dalle.artefact import Artefact
 from dalle.platform.environment import Paths
 from dalle.preprocess.images import Pixels, contact_sheet, decode_image, encode_image
-from training.data.batching.preload import to_planes
-from training.data.sources.folder import open_folder
+from training.data.batching.preload import to_chw
+from training.data.sources.channel import open_channel
 from training.evaluate.ground_truth import GroundTruth, read_ground_truth
 from training.evaluate.scores import Evaluation, Score, evaluate, render_table, to_json
 from training.report.page import (
@@ -89,8 +89,8 @@ def write_demo_report(
     rows = _read_replies(replies, truth)
     columns = [[row.actual, *row.images] for row in rows if row.actual is not None]
     sheet.write_bytes(encode_image(draw_sheet([row.caption for row in rows], columns), "png"))
-    datasets = [open_folder(data / name, image_size=size) for name in ("train", "validation")]
-    held_out = torch.stack([to_planes(datasets[1].image(row)) for row in range(len(datasets[1]))])
+    datasets = [open_channel(data / name, image_size=size) for name in ("train", "validation")]
+    held_out = torch.stack([to_chw(datasets[1].image(row)) for row in range(len(datasets[1]))])
     captions = [datasets[1].captions(row)[0] for row in range(len(datasets[1]))]
     shown = np.linspace(0, len(held_out) - 1, SHOWN_RECONSTRUCTIONS).round().astype(int)
     evaluation = read_accuracy(accuracy)
@@ -174,7 +174,7 @@ def _read_replies(directory: Path, truth: GroundTruth) -> list[Generated]:
     for reply in _replies(directory):
         files = [directory / each["file"] for each in reply["images"]]
         images = [np.asarray(decode_image(file.read_bytes(), what=file.name)) for file in files]
-        nearest = truth.nearest(torch.stack([to_planes(image.copy()) for image in images]))
+        nearest = truth.nearest(torch.stack([to_chw(image.copy()) for image in images]))
         own = truth.own(reply["caption"])
         score = "clip_score" if reply["ranked_by"] == "clip" else "log_likelihood"
         rows.append(

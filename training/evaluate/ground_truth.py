@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 from dalle.errors import DataError
 from dalle.preprocess.images import ImageError
-from training.data.batching.preload import decode_if_small, to_planes
-from training.data.pairs import Dataset, SkipReason
-from training.data.sources.folder import open_folder
+from training.data.batching.preload import preload_if_small, to_chw
+from training.data.pairs import Dataset
+from training.data.skips import SkipReason
+from training.data.sources.channel import open_channel
 
 TRAIN, VALIDATION, ATTRIBUTES = "train", "validation", "attributes.json"
 CHUNK_BYTES = 64 << 20  # of pictures as float64 at a time
@@ -97,7 +98,7 @@ class GroundTruth:
         images = torch.empty((len(numbers), 3, self.image_size, self.image_size), dtype=torch.uint8)
         for row, number in enumerate(numbers):
             dataset, index = self._where[number]
-            images[row] = to_planes(dataset.image(index))
+            images[row] = to_chw(dataset.image(index))
         return images
 
     def nearest(self, images: Tensor) -> Tensor:
@@ -129,7 +130,7 @@ def read_ground_truth(directory: Path, image_size: int) -> GroundTruth:
     Raises DataError naming the folder or file that cannot be used.
     """
     train, validation = (
-        decode_if_small(open_folder(directory / name, image_size=image_size, channel=name))
+        preload_if_small(open_channel(directory / name, image_size=image_size, channel=name))
         for name in (TRAIN, VALIDATION)
     )
     return GroundTruth(train, validation, read_attributes(directory / ATTRIBUTES))

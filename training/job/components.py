@@ -27,11 +27,11 @@ from dalle.types import ComponentName, StageName
 from training.config.fields import Hyperparameters, StageHyperparameters
 from training.config.models import Config, TextSizes, clip_config, dvae_config, transformer_config
 from training.data.batching.batches import Batches
-from training.data.batching.preload import InMemory
-from training.data.batching.token_cache import fits, tokenise
-from training.data.open import Opened, open_data, whole_of
+from training.data.batching.preload import Preloaded
+from training.data.batching.token_cache import cache_tokens, tokens_fit
+from training.data.open import OpenedChannel, open_data, totals_of
 from training.data.pairs import Dataset
-from training.data.sharded import agreed
+from training.data.sharded import on_all_ranks
 from training.distributed.process_group import ALONE, Ranks
 from training.engine.devices import check_precision, is_emulated
 from training.engine.select import device_of_new
@@ -83,7 +83,7 @@ class Workshop:
         self._opened_train = self._open("train")
         self._train = self._opened_train.pairs
         self._validation: Dataset | None = None
-        self._opened_validation: Opened | None = None
+        self._opened_validation: OpenedChannel | None = None
         if "validation" in job.channels:
             self._opened_validation = self._open("validation", VALIDATION_PAIRS)
             self._validation = self._opened_validation.pairs
@@ -176,7 +176,7 @@ class Workshop:
             settings,
             setting,
             self._device,
-            num_pairs=self._opened_train.whole.num_pairs,
+            num_pairs=self._opened_train.totals.num_pairs,
             stop=self._stop,
         )
 
@@ -222,9 +222,9 @@ class Workshop:
             cpu_seconds=result.cpu_seconds,
             hyperparameters=self._hyperparameters.of(stage.name).model_dump(mode="json"),
             metrics=result.validation,
-            dataset_fingerprint=self._opened_train.whole.fingerprint,
+            dataset_fingerprint=self._opened_train.totals.fingerprint,
             dataset_counts={
-                each.pairs.channel: each.whole.num_pairs
+                each.pairs.channel: each.totals.num_pairs
                 for each in (self._opened_train, self._opened_validation)
                 if each is not None
             },
@@ -269,7 +269,7 @@ class Workshop:
         logger.info("wrote %s to %s", ", ".join(self._artefact.components()), self._job.paths.model)
         self._is_saved = True
 
-    def _open(self, name: str, most: int | None = None) -> Opened:
+    def _open(self, name: str, most: int | None = None) -> OpenedChannel:
         return open_data(
             self._job.channels[name],
             image_size=self._dvae_config().image_size,
@@ -288,19 +288,21 @@ class Workshop:
         Raises Stopped.
         """
         part = self._opened_train.part
-        num_batches = max(1, self._opened_train.whole.num_pairs // settings.pairs_per_step)
+        num_batches = max(1, self._opened_train.totals.num_pairs // settings.pairs_per_step)
         max_steps = Budget.of(settings, num_batches).max_steps
         num_tokens = dvae.config.num_positions * dvae.config.num_codebooks
         if (
-            isinstance(self._train, InMemory)
+            isinstance(self._train, Preloaded)
             or max_steps is None
             or max_steps < 2 * num_batches
-            or self._ranks.any(not fits(len(self._train), num_tokens, dvae.config.codebook_size))
+            or self._ranks.any(
+                not tokens_fit(len(self._train), num_tokens, dvae.config.codebook_size)
+            )
         ):
             return self._train
-        encoded = agreed(
+        encoded = on_all_ranks(
             self._ranks,
-            lambda: tokenise(
+            lambda: cache_tokens(
                 self._train,
                 dvae.encode,
                 directory=self._job.paths.checkpoints / "image-tokens",
@@ -308,12 +310,12 @@ class Workshop:
                 codebook_size=dvae.config.codebook_size,
                 device=self._device,
                 num_workers=self._hyperparameters.num_workers,
-                ranks=self._ranks if part is None else part.siblings,
+                ranks=self._ranks if part is None else part.host_ranks,
                 stop=self._stop,
             ),
         )
         if part is not None:
-            part.settle(encoded.skips, encoded.max_bad_share)
+            part.share_skips(encoded.skips, encoded.max_bad_share)
         return encoded
 
     def _data(
@@ -335,7 +337,7 @@ class Workshop:
             rank=self._ranks.rank,
             world_size=self._ranks.size,
             part=part,
-            whole=whole_of(pairs, part),
+            totals=totals_of(pairs, part),
             stop=self._stop,
         )
         validation = None

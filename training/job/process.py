@@ -22,7 +22,7 @@ from dalle.errors import DalleError
 from dalle.platform.environment import Job, Paths, write_failure
 from training.config.hyperparameters import Hyperparameters
 from training.distributed.topology import Patience, Place
-from training.memory.malloc import keep_memory
+from training.memory.allocator import keep_memory
 from training.stopping import Stopped
 
 logger = logging.getLogger(__name__)

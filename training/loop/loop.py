@@ -234,7 +234,7 @@ class _Fit:
         seed_everything(self.hyperparameters.seed, self.step, self.ranks.rank)
         num_parts = self.settings.gradient_accumulation_steps
         scalars: list[dict[str, Tensor]] = []
-        for part in batch.parts(num_parts) if num_parts > 1 else [batch]:
+        for part in batch.micro_batches(num_parts) if num_parts > 1 else [batch]:
             loss, beside = self.engine.loss(part, progress)
             scalars.append({"loss": loss.detach(), **beside})
             if len(scalars) == num_parts:

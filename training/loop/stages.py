@@ -20,8 +20,8 @@ from dalle.models.reduction import ONE_RANK, Ranks
 from dalle.models.transformer import Dalle
 from dalle.types import StageName
 from training.data.batching.batches import Batch, Batches
-from training.data.batching.preload import InMemory, float_chunks
-from training.data.batching.token_cache import Tokenised
+from training.data.batching.preload import Preloaded, float_chunks
+from training.data.batching.token_cache import TokenCache
 from training.stopping import NEVER, Stop, Stopped, unless_stopped
 
 
@@ -127,10 +127,10 @@ class TransformerStage:
         self.data = data
         self.batches = data.train
         self._table: Tensor | None = None
-        if isinstance(data.train.dataset, InMemory):
+        if isinstance(data.train.dataset, Preloaded):
             # The dVAE is frozen: what fits into memory is encoded once, not once an epoch.
             self._table = _encode_all(dvae, data.train.dataset, data)
-        elif isinstance(data.train.dataset, Tokenised):
+        elif isinstance(data.train.dataset, TokenCache):
             self._table = data.train.dataset.tokens
 
     def loss(self, batch: Batch, progress: float) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -184,7 +184,7 @@ class ClipStage:
         self.data = data
         self.batches = data.train
         self._pictures: Tensor | None = None
-        if isinstance(data.train.dataset, InMemory):
+        if isinstance(data.train.dataset, Preloaded):
             self._pictures = _number_pictures(data.train.dataset).to(data.device)
 
     def loss(self, batch: Batch, progress: float) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -215,7 +215,7 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _number_pictures(dataset: InMemory) -> Tensor:
+def _number_pictures(dataset: Preloaded) -> Tensor:
     """A number for every pair, [pairs] int64: the same where the images are, pixel by pixel.
 
     Digests of the images, so that it is the same on all hosts, whose pairs may be others.
@@ -226,7 +226,7 @@ def _number_pictures(dataset: InMemory) -> Tensor:
     return torch.tensor([int.from_bytes(digest, signed=True) for digest in digests])
 
 
-def _encode_all(dvae: DiscreteVAE, dataset: InMemory, data: StageData) -> Tensor:
+def _encode_all(dvae: DiscreteVAE, dataset: Preloaded, data: StageData) -> Tensor:
     """Image tokens of every pair, [pairs, N, M] int32."""
     chunks = [
         dvae.encode(images).int() for images in float_chunks(dataset.images, data.device, data.stop)

@@ -23,7 +23,7 @@ from training.config.fields import MAX_BATCH_SIZE, StageHyperparameters
 from training.engine.torch_engine import TorchEngine
 from training.memory.estimate import RUNTIME_BYTES, Setting, StageMemory
 from training.memory.plan import HEADROOM
-from training.memory.synthetic import dataless_stage, random_batch
+from training.memory.synthetic import random_batch, synthetic_stage
 from training.stopping import Stop, Stopped
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ class Trial:
     def _run(self, size: int) -> float:
         config, dvae = self._memory.config, self._memory.dvae
         with self._device:
-            stage = dataless_stage(
+            stage = synthetic_stage(
                 config,
                 self._device,
                 dvae=dvae,

@@ -28,7 +28,7 @@ from training.config.fields import EngineName, Hyperparameters
 from training.config.models import Config
 from training.engine.optimizer import hidden_matrices, muon_update_elements
 from training.memory.passes import Formats, StagePasses
-from training.memory.synthetic import DatalessStage, dataless_stage
+from training.memory.synthetic import SyntheticStage, synthetic_stage
 from training.memory.tracer import without_memory
 
 PrecisionName = Literal["fp32", "bf16", "fp16"]
@@ -123,9 +123,9 @@ class StageMemory:
         self._passes = StagePasses(config, dvae, is_for_gpu=device_type == "cuda")
 
     @cached_property
-    def _model(self) -> DatalessStage:
+    def _model(self) -> SyntheticStage:
         with without_memory():
-            return dataless_stage(self.config, torch.device("meta"), dvae=self.dvae)
+            return synthetic_stage(self.config, torch.device("meta"), dvae=self.dvae)
 
     @cached_property
     def _trained(self) -> list[nn.Parameter]:

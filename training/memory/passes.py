@@ -10,7 +10,7 @@ from dalle.models.clip import ClipConfig
 from dalle.models.dvae import DVAEConfig
 from dalle.models.transformer import TransformerConfig
 from training.config.models import Config
-from training.memory.synthetic import dataless_stage, random_batch
+from training.memory.synthetic import random_batch, synthetic_stage
 from training.memory.tracer import FAKE_DEVICE, Passes, trace_passes
 
 BATCHES = (2, 4)
@@ -61,7 +61,7 @@ class StagePasses:
 
     def _trace(self, config: Config, formats: Formats) -> Passes:
         return trace_passes(
-            lambda: dataless_stage(
+            lambda: synthetic_stage(
                 config,
                 FAKE_DEVICE,
                 dvae=self._dvae,

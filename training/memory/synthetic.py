@@ -17,16 +17,16 @@ from training.config.models import Config
 from training.data.batching.batches import Batch
 from training.loop.stages import ClipStage, DVAEStage, StageData, TransformerStage
 
-DatalessStage = DVAEStage | TransformerStage | ClipStage
+SyntheticStage = DVAEStage | TransformerStage | ClipStage
 
 
-def dataless_stage(
+def synthetic_stage(
     config: Config,
     device: torch.device,
     *,
     dvae: DVAEConfig | None = None,
     checkpoints_activations: bool = False,
-) -> DatalessStage:
+) -> SyntheticStage:
     """A stage with an untrained model, as a job would build it, where torch makes tensors now.
 
     device: where the stage is to take its batches.

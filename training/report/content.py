@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from dalle.manifest import StageRecord
 from dalle.preprocess.images import Pixels
-from training.data.pairs import Dataset, SkipReason, Whole
+from training.data.pairs import Dataset, Totals
+from training.data.skips import SkipReason
 
 log = logging.getLogger(__name__)
 
@@ -132,12 +133,12 @@ class DatasetSummary:
     examples: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, dataset: Dataset, whole: Whole | None = None) -> DatasetSummary:
+    def of(cls, dataset: Dataset, whole: Totals | None = None) -> DatasetSummary:
         """Summarise a data set as it stands; images that fail later are not in it.
 
         whole: of all hosts' parts, when the data set is one of them.
         """
-        whole = whole or Whole.of(dataset)
+        whole = whole or Totals.of(dataset)
         return cls(
             channel=dataset.channel,
             num_pairs=whole.num_pairs,

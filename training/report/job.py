@@ -12,7 +12,7 @@ from dalle.artefact import Artefact
 from dalle.platform.environment import Job
 from dalle.types import ComponentName
 from training.data.batching.preload import first_usable
-from training.data.open import Opened
+from training.data.open import OpenedChannel
 from training.report import samples as pictures
 from training.report.page import DatasetSummary, Report, StageSummary, read_curves
 from training.stopping import Stop
@@ -26,8 +26,8 @@ CANDIDATES, IMAGES = 16, 4  # of each caption: drawn, and shown
 def build_report(
     artefact: Artefact,
     job: Job,
-    train: Opened,
-    validation: Opened | None,
+    train: OpenedChannel,
+    validation: OpenedChannel | None,
     *,
     seed: int,
     stop: Stop,
@@ -66,7 +66,7 @@ def build_report(
         if artefact.clip is None
         else pictures.retrieval(artefact, images, captions, stop),
         datasets=[
-            DatasetSummary.of(each.pairs, each.whole)
+            DatasetSummary.of(each.pairs, each.totals)
             for each in (train, validation)
             if each is not None
         ],
@@ -88,7 +88,7 @@ def unfinished(artefact: Artefact, besides: Collection[ComponentName] = ()) -> l
     ]
 
 
-def _whose_pictures(shown: Opened, num_pairs: int, is_held_out: bool) -> str:
+def _whose_pictures(shown: OpenedChannel, num_pairs: int, is_held_out: bool) -> str:
     whose = "" if shown.part is None else "the first host's part of "
     what = (
         f"Pictures, codebook usage and retrieval are of {num_pairs:,} pairs of {whose}the channel"

@@ -27,7 +27,7 @@ from dalle.models.dvae import DiscreteVAE
 from dalle.models.transformer import TransformerConfig
 from dalle.preprocess.images import Pixels
 from dalle.types import ComponentName
-from training.data.batching.preload import float_chunks, images_together
+from training.data.batching.preload import float_chunks, images_per_chunk
 from training.report.content import CodebookUsage, Generated, Reconstructions, Retrieval
 from training.stopping import NEVER, Stop, Stopped, unless_stopped
 
@@ -236,7 +236,7 @@ def _developed(
     assert dvae is not None
     images, scores = [], []
     with torch.inference_mode():
-        size = images_together(dvae.config.image_size)
+        size = images_per_chunk(dvae.config.image_size)
         for start in unless_stopped(range(0, len(sampled.image_tokens), size), stop):
             decoded = dvae.decode(sampled.image_tokens[start : start + size])
             images.append(to_uint8(decoded))

@@ -9,9 +9,9 @@ from dalle.errors import CaptionTooLong, DataError
 from dalle.preprocess.images import encode_image
 from tests.training.pairs import SIZE, channel_of, picture, put
 from training.data.batching.batches import Batch, Batches
-from training.data.batching.preload import decode_if_small
-from training.data.pairs import SkipReason
-from training.data.sources.folder import open_folder
+from training.data.batching.preload import preload_if_small
+from training.data.skips import SkipReason
+from training.data.sources.channel import open_channel
 from training.stopping import Stopped
 
 
@@ -48,8 +48,8 @@ class NumberEncoder:
 @pytest.mark.parametrize("num_workers", [None, 0, 1])  # None: decoded into memory
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 warns of threads
 def test_images_captions_and_tokens_of_a_batch_belong_together(tmp_path, num_workers):
-    folder = open_folder(channel_of(tmp_path, 10, captions=2), image_size=SIZE)
-    dataset = decode_if_small(folder) if num_workers is None else folder
+    folder = open_channel(channel_of(tmp_path, 10, captions=2), image_size=SIZE)
+    dataset = preload_if_small(folder) if num_workers is None else folder
     options = {"batch_size": 4, "seed": 1, "num_workers": num_workers}
     with Batches(dataset, tokenizer=NumberEncoder(), **options) as batches:
         for step in range(5):
@@ -65,8 +65,8 @@ def test_images_captions_and_tokens_of_a_batch_belong_together(tmp_path, num_wor
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_batch_depends_on_its_step_alone(tmp_path):
-    dataset = open_folder(channel_of(tmp_path, 11, captions=3), image_size=SIZE)
-    decoded = decode_if_small(dataset)
+    dataset = open_channel(channel_of(tmp_path, 11, captions=3), image_size=SIZE)
+    decoded = preload_if_small(dataset)
     through = Batches(decoded, batch_size=4, seed=5)
     expected = [through.batch(step) for step in range(8)]
     resumed = Batches(decoded, batch_size=4, seed=5)
@@ -81,35 +81,35 @@ def test_a_batch_depends_on_its_step_alone(tmp_path):
 def test_images_are_in_the_unit_range(tmp_path):
     for number in (0, 255):
         put(tmp_path, str(number), encode_image(picture(number), "png"), b"picture %d" % number)
-    dataset = decode_if_small(open_folder(tmp_path, image_size=SIZE))
+    dataset = preload_if_small(open_channel(tmp_path, image_size=SIZE))
     batch = Batches(dataset, batch_size=2, seed=0).batch(0)
     assert sorted(batch.images.unique().tolist()) == [0.0, 1.0]
 
 
 def test_a_pair_shows_all_its_captions_in_time(tmp_path):
-    dataset = open_folder(channel_of(tmp_path, 2, captions=3), image_size=SIZE)
-    batches = Batches(decode_if_small(dataset), batch_size=2, seed=0)
+    dataset = open_channel(channel_of(tmp_path, 2, captions=3), image_size=SIZE)
+    batches = Batches(preload_if_small(dataset), batch_size=2, seed=0)
     seen = {caption for step in range(30) for caption in batches.batch(step).captions}
     assert len(seen) == 6
 
 
 def test_one_too_long_caption_stops_the_job_before_it_begins(tmp_path):
-    dataset = open_folder(channel_of(tmp_path, 2, captions=5), image_size=SIZE)
+    dataset = open_channel(channel_of(tmp_path, 2, captions=5), image_size=SIZE)
     with pytest.raises(CaptionTooLong):
         Batches(dataset, batch_size=2, seed=0, tokenizer=NumberEncoder())
 
 
 def test_taking_batches_leaves_the_global_random_state_alone(tmp_path):
-    dataset = open_folder(channel_of(tmp_path, 4), image_size=SIZE)
+    dataset = open_channel(channel_of(tmp_path, 4), image_size=SIZE)
     before = torch.get_rng_state()
-    for each in (dataset, decode_if_small(dataset)):
+    for each in (dataset, preload_if_small(dataset)):
         with Batches(each, batch_size=2, seed=0, num_workers=0) as batches:
             batches.batch(0)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_batches_may_be_changed_without_harm_to_the_next(tmp_path):
-    dataset = decode_if_small(open_folder(channel_of(tmp_path, 4), image_size=SIZE))
+    dataset = preload_if_small(open_channel(channel_of(tmp_path, 4), image_size=SIZE))
     batches = Batches(dataset, batch_size=4, seed=0)
     batches.batch(0).images.zero_()
     assert sorted(pixel_numbers(batches.batch(0))) == [0, 1, 2, 3]
@@ -120,7 +120,7 @@ def test_batches_may_be_changed_without_harm_to_the_next(tmp_path):
 def test_in_a_large_set_the_next_pair_stands_in_for_a_damaged_one(tmp_path, num_workers):
     folder = channel_of(tmp_path, 20)
     (folder / "003.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    dataset = open_folder(folder, image_size=SIZE)
+    dataset = open_channel(folder, image_size=SIZE)
     options = {"batch_size": 20, "seed": 0, "num_workers": num_workers}
     with Batches(dataset, tokenizer=NumberEncoder(), **options) as batches:
         for step in range(2):
@@ -136,7 +136,7 @@ def test_a_large_set_that_turns_out_bad_stops_the_job_with_the_reasons(tmp_path)
     folder = channel_of(tmp_path, 10)
     for number in range(4):
         (folder / f"00{number}.png").write_bytes(b"no")
-    dataset = open_folder(folder, image_size=SIZE, max_bad_share=0.2)
+    dataset = open_channel(folder, image_size=SIZE, max_bad_share=0.2)
     with (
         Batches(dataset, batch_size=10, seed=0, num_workers=1) as batches,
         pytest.raises(DataError, match="4 of 10 pairs cannot be used.*4 not an image"),
@@ -148,7 +148,7 @@ def test_other_pairs_and_other_tokens_make_another_identity(tmp_path):
     for name in ("a", "b"):
         channel_of(tmp_path / name, 4)
     whole, damaged = (
-        open_folder(tmp_path / name, image_size=SIZE, max_bad_share=0.5) for name in ("a", "b")
+        open_channel(tmp_path / name, image_size=SIZE, max_bad_share=0.5) for name in ("a", "b")
     )
     size = (tmp_path / "b/001.png").stat().st_size
     (tmp_path / "b/001.png").write_bytes(b"x" * size)
@@ -158,8 +158,8 @@ def test_other_pairs_and_other_tokens_make_another_identity(tmp_path):
         return Batches(dataset, batch_size=2, seed=0, tokenizer=tokenizer).identity()
 
     identities = [
-        identity(decode_if_small(whole)),
-        identity(decode_if_small(damaged)),
+        identity(preload_if_small(whole)),
+        identity(preload_if_small(damaged)),
         identity(whole, NumberEncoder()),
         identity(whole, NumberEncoder("other numbers")),
     ]
@@ -169,7 +169,7 @@ def test_other_pairs_and_other_tokens_make_another_identity(tmp_path):
 
 def test_a_stop_ends_the_encoding_of_captions(tmp_path, monkeypatch):
     monkeypatch.setattr("training.data.batching.batches.ENCODE_CHUNK", 2)
-    dataset = open_folder(channel_of(tmp_path, 8), image_size=SIZE)
+    dataset = open_channel(channel_of(tmp_path, 8), image_size=SIZE)
     stop, encoded = threading.Event(), []
 
     def stop_at_the_second():
@@ -185,7 +185,7 @@ def test_a_stop_ends_the_encoding_of_captions(tmp_path, monkeypatch):
 
 def test_a_batchs_parts_are_the_batch_and_know_the_text_of_all_of_it():
     batch = Batch(torch.rand(6, 3, 2, 2), list("abcdef"), torch.arange(6), torch.ones(6, 4))
-    parts = batch.parts(3)
+    parts = batch.micro_batches(3)
     assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
     assert [part.captions for part in parts] == [["a", "b"], ["c", "d"], ["e", "f"]]
     assert torch.cat([part.indices for part in parts]).tolist() == [0, 1, 2, 3, 4, 5]
@@ -196,4 +196,4 @@ def test_a_batchs_parts_are_the_batch_and_know_the_text_of_all_of_it():
 def test_a_batch_that_cannot_be_parted_evenly_is_refused():
     batch = Batch(torch.rand(6, 3, 2, 2), list("abcdef"), torch.arange(6), None)
     with pytest.raises(DataError, match=r"gradient_accumulation_steps=4 .* but one has 6"):
-        batch.parts(4)
+        batch.micro_batches(4)

@@ -8,15 +8,15 @@ import torch
 from tests.training.pairs import SIZE, channel_of
 from training.data.batching.batches import Batches
 from training.data.batching.preload import (
-    InMemory,
-    decode_if_small,
+    Preloaded,
     first_usable,
     float_chunks,
-    images_together,
+    images_per_chunk,
+    preload_if_small,
 )
 from training.data.batching.subset import Subset
-from training.data.pairs import SkipReason
-from training.data.sources.folder import open_folder
+from training.data.skips import SkipReason
+from training.data.sources.channel import open_channel
 from training.stopping import Stopped
 
 
@@ -25,11 +25,11 @@ def test_a_sample_of_a_healthy_channel_is_not_held_to_have_all_its_bad_pairs(tmp
     folder = channel_of(tmp_path, 40)
     for number in range(3):
         (folder / f"x{number}.txt").write_text("alone")
-    dataset = open_folder(folder, image_size=SIZE, max_bad_share=0.1)
+    dataset = open_channel(folder, image_size=SIZE, max_bad_share=0.1)
     sample = Subset(dataset, 10)
     (folder / sample.name(0)).write_bytes(b"no")
     batches = Batches(
-        decode_if_small(sample) if is_decoded else sample, batch_size=10, seed=0, num_workers=0
+        preload_if_small(sample) if is_decoded else sample, batch_size=10, seed=0, num_workers=0
     )
     batches.batch(0)
     assert dataset.skips.num_bad == 4  # of 43, but 4 of 13 would be too many
@@ -37,7 +37,7 @@ def test_a_sample_of_a_healthy_channel_is_not_held_to_have_all_its_bad_pairs(tmp
 
 
 def test_the_first_usable_images_come_with_their_own_captions(tmp_path):
-    dataset = open_folder(channel_of(tmp_path, 6), image_size=SIZE)
+    dataset = open_channel(channel_of(tmp_path, 6), image_size=SIZE)
     (tmp_path / "001.png").write_bytes(b"no")
     images, captions = first_usable(dataset, 3)
     assert images[:, 0, 0, 0].tolist() == [0, 2, 3]
@@ -47,9 +47,9 @@ def test_the_first_usable_images_come_with_their_own_captions(tmp_path):
 
 def test_a_file_that_vanishes_is_an_unreadable_one(tmp_path):
     folder = channel_of(tmp_path, 20)
-    dataset = open_folder(folder, image_size=SIZE)
+    dataset = open_channel(folder, image_size=SIZE)
     (folder / "003.png").unlink()
-    decoded = decode_if_small(dataset)
+    decoded = preload_if_small(dataset)
     assert len(decoded) == 19
     assert decoded.name(3) == "004.png"
     assert decoded.captions(3) == ("picture 4",)
@@ -58,10 +58,10 @@ def test_a_file_that_vanishes_is_an_unreadable_one(tmp_path):
 
 
 def test_only_a_data_set_that_fits_is_decoded(tmp_path):
-    dataset = open_folder(channel_of(tmp_path, 3), image_size=SIZE)
+    dataset = open_channel(channel_of(tmp_path, 3), image_size=SIZE)
     num_bytes = 3 * 3 * SIZE**2
-    assert isinstance(decode_if_small(dataset, num_bytes), InMemory)
-    assert decode_if_small(dataset, num_bytes - 1) is dataset
+    assert isinstance(preload_if_small(dataset, num_bytes), Preloaded)
+    assert preload_if_small(dataset, num_bytes - 1) is dataset
 
 
 class StoppingAt:
@@ -86,20 +86,20 @@ class StoppingAt:
 @pytest.mark.parametrize(
     "work",
     [
-        lambda dataset, stop: decode_if_small(dataset, stop=stop),
+        lambda dataset, stop: preload_if_small(dataset, stop=stop),
         lambda dataset, stop: first_usable(dataset, 8, stop),
     ],
 )
 def test_a_stop_ends_the_decoding(tmp_path, work):
     stop = threading.Event()
-    dataset = StoppingAt(open_folder(channel_of(tmp_path, 9), image_size=SIZE), stop, number=2)
+    dataset = StoppingAt(open_channel(channel_of(tmp_path, 9), image_size=SIZE), stop, number=2)
     with pytest.raises(Stopped):
         work(dataset, stop)
     assert dataset.decoded == [0, 1, 2]
 
 
 def test_no_more_pixels_go_to_a_model_at_once_than_it_is_soon_done_with():
-    assert [images_together(side) for side in (16, 32, 256, 1024, 4096)] == [256, 256, 16, 1, 1]
+    assert [images_per_chunk(side) for side in (16, 32, 256, 1024, 4096)] == [256, 256, 16, 1, 1]
     images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 600, 600)
     chunks = list(float_chunks(images, torch.device("cpu")))
     assert [len(chunk) for chunk in chunks] == [2, 2, 1]

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from training.data.batching.sampler import LANES, Order
+from training.data.batching.sampler import LANES, Sampler
 
 
 @pytest.mark.parametrize("num_pairs", [16, 19])
 def test_an_epoch_shows_no_pair_twice_and_as_many_as_fill_batches(num_pairs):
-    order = Order(num_pairs=num_pairs, batch_size=4, seed=3)
+    order = Sampler(num_pairs=num_pairs, batch_size=4, seed=3)
     assert order.num_per_epoch == 4
     for epoch in range(3):
         steps = range(4 * epoch, 4 * epoch + 4)
@@ -18,7 +18,7 @@ def test_an_epoch_shows_no_pair_twice_and_as_many_as_fill_batches(num_pairs):
 
 def test_epochs_and_seeds_have_their_own_order():
     orders = {
-        tuple(Order(num_pairs=50, batch_size=5, seed=seed).permutation(epoch))
+        tuple(Sampler(num_pairs=50, batch_size=5, seed=seed).permutation(epoch))
         for seed in range(3)
         for epoch in range(3)
     }
@@ -26,21 +26,21 @@ def test_epochs_and_seeds_have_their_own_order():
 
 
 def test_the_order_is_the_same_on_every_machine_and_release():
-    order = Order(num_pairs=8, batch_size=4, seed=7)
+    order = Sampler(num_pairs=8, batch_size=4, seed=7)
     assert order.permutation(0).tolist() == [4, 3, 6, 2, 1, 0, 5, 7]
     assert order.permutation(1).tolist() == [7, 6, 1, 4, 3, 2, 5, 0]
 
 
 def test_a_set_smaller_than_a_batch_goes_round_again():
-    order = Order(num_pairs=3, batch_size=8, seed=0)
+    order = Sampler(num_pairs=3, batch_size=8, seed=0)
     counts = np.bincount(order.indices(0, order.permutation(0)))
     assert order.num_per_epoch == 1
     assert sorted(counts.tolist()) == [2, 3, 3]
 
 
 def test_ranks_share_out_the_same_global_batch():
-    whole = Order(num_pairs=21, batch_size=6, seed=1)
-    ranks = [Order(num_pairs=21, batch_size=6, seed=1, rank=r, world_size=3) for r in range(3)]
+    whole = Sampler(num_pairs=21, batch_size=6, seed=1)
+    ranks = [Sampler(num_pairs=21, batch_size=6, seed=1, rank=r, world_size=3) for r in range(3)]
     for step in range(9):
         permutation = whole.permutation(whole.epoch(step))
         parts = [rank.indices(step, permutation) for rank in ranks]
@@ -49,7 +49,7 @@ def test_ranks_share_out_the_same_global_batch():
 
 
 def test_validation_sees_every_pair_once_in_order():
-    order = Order(num_pairs=7, batch_size=3, seed=1, shuffle=False, last="keep")
+    order = Sampler(num_pairs=7, batch_size=3, seed=1, shuffle=False, last="keep")
     seen = [order.indices(step, order.permutation(0)).tolist() for step in range(3)]
     assert order.num_per_epoch == 3
     assert seen == [[0, 1, 2], [3, 4, 5], [6]]
@@ -68,14 +68,14 @@ def test_validation_sees_every_pair_once_in_order():
 )
 def test_an_impossible_order_is_refused(wrong, says):
     with pytest.raises(ValueError, match=says):
-        Order(**{"num_pairs": 10, "batch_size": 4, "seed": 0, **wrong})
+        Sampler(**{"num_pairs": 10, "batch_size": 4, "seed": 0, **wrong})
 
 
 GROUPS = (7, 40, 1, 30, 22, 50, 13, 9, 28, 36, 14, 20, 5, 31, 18, 44, 27, 33, 12, 16)
 
 
 def order_of_groups(**fields):
-    return Order(
+    return Sampler(
         **{"num_pairs": sum(GROUPS), "batch_size": 8, "seed": 3, "groups": GROUPS} | fields
     )
 
@@ -118,13 +118,13 @@ def test_groups_must_be_those_of_the_pairs():
 
 
 def test_the_order_of_groups_is_the_same_with_every_release_of_numpy():
-    order = Order(num_pairs=9, batch_size=1, seed=1, groups=(4, 0, 2, 3))
+    order = Sampler(num_pairs=9, batch_size=1, seed=1, groups=(4, 0, 2, 3))
     assert order.permutation(2).tolist() == [4, 8, 2, 6, 3, 5, 7, 0, 1]
 
 
 def test_parts_of_a_data_set_have_orders_of_their_own():
     first, second, again = (
-        Order(num_pairs=50, batch_size=5, seed=3, part=part).permutation(0).tolist()
+        Sampler(num_pairs=50, batch_size=5, seed=3, part=part).permutation(0).tolist()
         for part in (0, 1, 1)
     )
     assert sorted(first) == sorted(second) == list(range(50))

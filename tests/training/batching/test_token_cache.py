@@ -8,12 +8,12 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from dalle.errors import DataError, DiskFullError
 from tests.permissions import small_disk
-from tests.training.batching.tokenise_work import encode, tokenise, work
+from tests.training.batching.token_cache_work import cache_tokens, encode, work
 from tests.training.forked import Forked
 from tests.training.pairs import channel_of
 from training.data.batching.batches import Batches
-from training.data.batching.token_cache import fits
-from training.data.pairs import SkipReason
+from training.data.batching.token_cache import tokens_fit
+from training.data.skips import SkipReason
 from training.stopping import Stopped
 
 
@@ -36,20 +36,20 @@ def pair_numbers(dataset):
 
 def test_every_pair_has_its_own_tokens_and_a_second_run_computes_none(tmp_path):
     channel = channel_of(tmp_path / "c", 20)
-    first = tokenise(channel, tmp_path / "out")
+    first = cache_tokens(channel, tmp_path / "out")
     assert first.tokens[:, :, 0].tolist() == [[number, number] for number in range(20)]
     assert first.tokens.dtype == torch.int16
     again = Counting()
-    assert torch.equal(tokenise(channel, tmp_path / "out", encode=again).tokens, first.tokens)
+    assert torch.equal(cache_tokens(channel, tmp_path / "out", encode=again).tokens, first.tokens)
     assert again.count == 0
 
 
 def test_an_interrupted_run_goes_on_with_the_next_part(tmp_path):
     channel, stop = channel_of(tmp_path / "c", 20), threading.Event()
     with pytest.raises(Stopped):
-        tokenise(channel, tmp_path / "out", encode=Counting(stop, after=13), stop=stop)
+        cache_tokens(channel, tmp_path / "out", encode=Counting(stop, after=13), stop=stop)
     rest = Counting()
-    dataset = tokenise(channel, tmp_path / "out", encode=rest)
+    dataset = cache_tokens(channel, tmp_path / "out", encode=rest)
     assert dataset.tokens[:, 0, 0].tolist() == list(range(20))
     assert rest.count == 20 - 12  # two parts of six were written
 
@@ -59,17 +59,17 @@ def test_a_part_without_room_keeps_those_before_it(tmp_path):
     with small_disk(out, 4096):  # a page, which a part takes whole
         says = r"no room to write the image tokens \S+part-000001.* the parts before it are kept"
         with pytest.raises(DiskFullError, match=says):
-            tokenise(channel, out)
+            cache_tokens(channel, out)
         assert [path.name for path in out.glob("*/*")] == ["part-000000.safetensors"]
 
 
 def test_a_damaged_part_is_computed_again(tmp_path, caplog):
     channel = channel_of(tmp_path / "c", 20)
-    tokenise(channel, tmp_path / "out")
+    cache_tokens(channel, tmp_path / "out")
     (part,) = (tmp_path / "out").glob("*/part-000001.safetensors")
     part.write_bytes(part.read_bytes()[:-5])
     again = Counting()
-    dataset = tokenise(channel, tmp_path / "out", encode=again)
+    dataset = cache_tokens(channel, tmp_path / "out", encode=again)
     assert dataset.tokens[:, 0, 0].tolist() == list(range(20))
     assert again.count == 14
     assert "its images are encoded again" in caplog.text
@@ -78,13 +78,13 @@ def test_a_damaged_part_is_computed_again(tmp_path, caplog):
 @pytest.mark.parametrize("change", ["dvae", "caption", "pair"])
 def test_other_data_and_another_dvae_have_tokens_of_their_own(tmp_path, change):
     channel = channel_of(tmp_path / "c", 12)
-    tokenise(channel, tmp_path / "out")
+    cache_tokens(channel, tmp_path / "out")
     if change == "caption":
         (channel / "003.txt").write_text("picture 3, but other words")
     elif change == "pair":
         channel_of(channel, 13)
     again = Counting()
-    tokenise(
+    cache_tokens(
         channel, tmp_path / "out", encode=again, dvae_hash="other" if change == "dvae" else "d"
     )
     assert again.count == (13 if change == "pair" else 12)
@@ -95,18 +95,18 @@ def test_a_damaged_image_is_left_out_and_counted_in_a_second_run_too(tmp_path):
     for number in (0, 7, 19):
         (channel / f"{number:03}.png").write_bytes(b"no")
     for _ in range(2):
-        dataset = tokenise(channel, tmp_path / "out")
+        dataset = cache_tokens(channel, tmp_path / "out")
         numbers = [number for number in range(20) if number not in (0, 7, 19)]
         assert pair_numbers(dataset) == dataset.tokens[:, 0, 0].tolist() == numbers
         assert dataset.skips.counts == {SkipReason.NOT_AN_IMAGE: 3}
     for number in range(12):
         (channel / f"{number:03}.png").write_bytes(b"no")
     with pytest.raises(DataError, match="max_bad_share"):
-        tokenise(channel, tmp_path / "fresh")
+        cache_tokens(channel, tmp_path / "fresh")
 
 
 def test_batches_bring_the_numbers_of_tokens_and_no_image(tmp_path):
-    dataset = tokenise(channel_of(tmp_path / "c", 20), tmp_path / "out")
+    dataset = cache_tokens(channel_of(tmp_path / "c", 20), tmp_path / "out")
     with Batches(dataset, batch_size=4, seed=0) as batches:
         seen = []
         for step in range(5):
@@ -138,6 +138,6 @@ def test_two_ranks_share_the_work_and_have_the_same_tokens(tmp_path, num_pairs):
 
 
 def test_only_so_many_tokens_are_kept():
-    assert fits(2 << 20, 1024, 8192)
-    assert not fits((2 << 20) + 1, 1024, 8192)
-    assert not fits(2 << 20, 1024, 100_000)
+    assert tokens_fit(2 << 20, 1024, 8192)
+    assert not tokens_fit((2 << 20) + 1, 1024, 8192)
+    assert not tokens_fit(2 << 20, 1024, 100_000)

@@ -176,4 +176,4 @@ def test_a_stream_that_breaks_off_fails_the_job_with_its_place(tmp_path, monkeyp
     tree = OptMl(tmp_path / "ml", "platform")
     with Pipe(tree.add_channel("train", TrainingInputMode="Pipe"), lambda: [data]):
         assert main(["--root", str(tree.root)]) == 1
-    assert tree.failure.startswith("train: train_0 ended at byte 20,000, in the midst of a shard")
+    assert tree.failure.startswith("train: train_0 ended at byte 20,000, in the middle of a shard")

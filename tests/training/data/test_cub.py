@@ -6,7 +6,7 @@ from dalle.errors import DataError, UserError
 from dalle.preprocess.images import encode_image
 from tests.training.pairs import SIZE, picture
 from training.data.__main__ import main
-from training.data.pairs import SkipReason
+from training.data.skips import SkipReason
 from training.data.sources.channel import open_channel
 from training.data.tools import cub
 

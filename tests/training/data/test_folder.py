@@ -12,9 +12,9 @@ from PIL import Image
 from dalle.errors import DataError
 from dalle.preprocess.images import encode_image
 from tests.training.pairs import SIZE, channel_of, picture, put
-from training.data.batching.preload import decode_if_small
-from training.data.pairs import SkipReason
-from training.data.sources.folder import open_folder
+from training.data.batching.preload import preload_if_small
+from training.data.skips import SkipReason
+from training.data.sources.channel import open_channel
 from training.stopping import Stopped
 
 
@@ -24,7 +24,7 @@ def test_pairs_are_found_in_sub_folders_and_whatever_the_case_of_the_suffix(tmp_
     (tmp_path / "two.TXT").write_bytes("\ufeffein Stern über dem Haus".encode())
     (tmp_path / "a/three.webp").write_bytes(encode_image(picture(3), "webp"))
     (tmp_path / "a/three.txt").write_bytes(b"a square")
-    folder = open_folder(tmp_path, image_size=SIZE)
+    folder = open_channel(tmp_path, image_size=SIZE)
     names = [folder.name(index) for index in range(len(folder))]
     assert names == ["a/b/one.png", "a/three.webp", "two.JPG"]
     assert folder.captions(0) == ("a star", "the star")
@@ -75,7 +75,7 @@ def test_pairs_are_found_in_sub_folders_and_whatever_the_case_of_the_suffix(tmp_
 )
 def test_what_cannot_be_a_pair_is_skipped_counted_and_named(tmp_path, caplog, make, reason, named):
     make(channel_of(tmp_path / "train", 20))
-    dataset = decode_if_small(open_folder(tmp_path / "train", image_size=SIZE))
+    dataset = preload_if_small(open_channel(tmp_path / "train", image_size=SIZE))
     assert len(dataset) == 20
     assert dataset.skips.counts == {reason: 1}
     assert dataset.skips.examples == {reason: [named]}
@@ -87,7 +87,7 @@ def test_a_100_megapixel_png_is_a_counted_skip(tmp_path):
     file = io.BytesIO()
     Image.new("1", (10_000, 10_000)).save(file, format="PNG")
     put(channel_of(tmp_path / "train", 20), "x", file.getvalue(), b"huge")
-    dataset = decode_if_small(open_folder(tmp_path / "train", image_size=SIZE))
+    dataset = preload_if_small(open_channel(tmp_path / "train", image_size=SIZE))
     assert len(dataset) == 20
     assert dataset.skips.counts == {SkipReason.GIANT_IMAGE: 1}
 
@@ -101,7 +101,7 @@ def test_links_may_point_within_the_channel_but_not_out_of_it(tmp_path):
     (folder / "outside.txt").symlink_to("../secret.txt")
     (folder / "all").symlink_to(tmp_path)
     (folder / "ring").symlink_to(folder)
-    dataset = open_folder(folder, image_size=SIZE, max_bad_share=0.2)
+    dataset = open_channel(folder, image_size=SIZE, max_bad_share=0.2)
     assert len(dataset) == 21
     assert dataset.skips.counts == {SkipReason.OUTSIDE: 3, SkipReason.IGNORED: 1}
     assert dataset.skips.examples[SkipReason.OUTSIDE] == ["all", "outside.png", "outside.txt"]
@@ -115,7 +115,7 @@ def test_foreign_files_are_counted_but_nobody_is_told(tmp_path, caplog):
     put(folder, ".ipynb_checkpoints/000-checkpoint", b"", b"")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(os.path.relpath(folder / "s.png"))
-        dataset = open_folder(folder, image_size=SIZE)
+        dataset = open_channel(folder, image_size=SIZE)
     assert len(dataset) == 2
     assert dataset.skips.counts == {SkipReason.IGNORED: 7}
     assert dataset.skips.num_bad == 0
@@ -126,7 +126,7 @@ def test_only_the_first_few_of_a_reason_are_logged(tmp_path, caplog):
     folder = channel_of(tmp_path / "train", 20)
     for number in range(9):
         put(folder, f"x{number}", text=b"alone")
-    dataset = open_folder(folder, image_size=SIZE, max_bad_share=0.5)
+    dataset = open_channel(folder, image_size=SIZE, max_bad_share=0.5)
     assert dataset.skips.counts == {SkipReason.CAPTION_WITHOUT_IMAGE: 9}
     assert len([record for record in caplog.records if record.levelno == logging.WARNING]) == 3
     assert dataset.skips.describe() == "9 caption without image (x0.txt, x1.txt, x2.txt, …)"
@@ -135,7 +135,7 @@ def test_only_the_first_few_of_a_reason_are_logged(tmp_path, caplog):
 def test_a_name_that_is_not_utf8_is_written_with_escapes(tmp_path, caplog):
     folder = channel_of(tmp_path / "train", 20)
     (folder / os.fsdecode(b"caf\xe9.txt")).write_bytes(b"alone")
-    dataset = open_folder(folder, image_size=SIZE)
+    dataset = open_channel(folder, image_size=SIZE)
     assert dataset.skips.examples == {SkipReason.CAPTION_WITHOUT_IMAGE: ["caf\\udce9.txt"]}
     assert len(dataset.fingerprint) == 64
     caplog.text.encode()
@@ -151,13 +151,13 @@ def test_a_channel_without_pairs_is_refused_with_what_it_must_look_like(tmp_path
     if make == "only foreign":
         (root / "shard-0000.tar").write_bytes(b"x")
     with pytest.raises(DataError, match="train: .*0017.png, 0017.txt.* one caption a line"):
-        open_folder(root, image_size=SIZE)
+        open_channel(root, image_size=SIZE)
 
 
 def test_a_channel_of_bad_pairs_only_says_what_was_wrong_with_them(tmp_path):
     put(tmp_path, "x", text=b"alone")
     with pytest.raises(DataError, match=r"skipped: 1 caption without image \(x.txt\)"):
-        open_folder(tmp_path, image_size=SIZE)
+        open_channel(tmp_path, image_size=SIZE)
 
 
 def test_too_many_bad_pairs_stop_the_job_with_the_reasons(tmp_path):
@@ -165,17 +165,17 @@ def test_too_many_bad_pairs_stop_the_job_with_the_reasons(tmp_path):
     put(folder, "x", text=b"alone")
     put(folder, "y", b"GIF, honestly", b"a")
     with pytest.raises(DataError, match="train: 1 of 10 pairs .*max_bad_share 0.05 allows: 1 capt"):
-        open_folder(folder, image_size=SIZE, max_bad_share=0.05)
-    dataset = open_folder(folder, image_size=SIZE, max_bad_share=0.15)
+        open_channel(folder, image_size=SIZE, max_bad_share=0.05)
+    dataset = open_channel(folder, image_size=SIZE, max_bad_share=0.15)
     with pytest.raises(DataError, match="2 of 10 pairs .*1 caption without.*1 not an image") as no:
-        decode_if_small(dataset)
+        preload_if_small(dataset)
     assert no.value.field == "max_bad_share"
-    assert len(decode_if_small(open_folder(folder, image_size=SIZE, max_bad_share=0.2))) == 8
+    assert len(preload_if_small(open_channel(folder, image_size=SIZE, max_bad_share=0.2))) == 8
 
 
 def test_the_fingerprint_tells_data_sets_apart_but_not_their_copies(tmp_path):
     def fingerprint(folder):
-        return open_folder(folder, image_size=SIZE).fingerprint
+        return open_channel(folder, image_size=SIZE).fingerprint
 
     first = fingerprint(channel_of(tmp_path / "a", 3))
     assert fingerprint(channel_of(tmp_path / "b", 3)) == first
@@ -193,7 +193,7 @@ def test_a_read_only_channel_works_and_is_left_as_it_was(tmp_path):
         path.chmod(0o444)
     folder.chmod(0o555)
     try:
-        assert len(decode_if_small(open_folder(folder, image_size=SIZE))) == 4
+        assert len(preload_if_small(open_channel(folder, image_size=SIZE))) == 4
         after = sorted(path.stat().st_mtime_ns for path in [folder, *folder.iterdir()])
         assert after == before
     finally:
@@ -222,11 +222,11 @@ def test_a_stop_ends_the_listing_and_the_reading_of_captions(tmp_path, caplog, s
         spoil(folder, name)
     stop = threading.Event()
     handler = StopAtTheFirstWarning(stop)
-    logger = logging.getLogger("training.data.pairs")
+    logger = logging.getLogger("training.data.skips")
     logger.addHandler(handler)
     try:
         with pytest.raises(Stopped):
-            open_folder(folder, image_size=SIZE, max_bad_share=1, stop=stop)
+            open_channel(folder, image_size=SIZE, max_bad_share=1, stop=stop)
     finally:
         logger.removeHandler(handler)
     assert len([record for record in caplog.records if record.levelno == logging.WARNING]) == 1

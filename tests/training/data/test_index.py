@@ -15,9 +15,9 @@ from dalle.platform.environment import Channel
 from dalle.preprocess.images import encode_image
 from infra.local.pipes import Pipe, objects, record
 from tests.training.pairs import SIZE, members_of, picture, tar_of
-from training.data.batching.preload import decode_if_small
-from training.data.pairs import SkipReason
+from training.data.batching.preload import preload_if_small
 from training.data.pipe.channel import open_pipe
+from training.data.skips import SkipReason
 from training.data.sources.channel import open_channel
 from training.distributed.process_group import ALONE
 from training.stopping import NEVER
@@ -145,7 +145,7 @@ BAD = [
     ],
 )
 def test_what_cannot_be_used_is_skipped_counted_and_named(tmp_path, layout, members, reason):
-    dataset = decode_if_small(opened(tmp_path / "c", layout, members))
+    dataset = preload_if_small(opened(tmp_path / "c", layout, members))
     found = {each: count for each, count in dataset.skips.counts.items() if each != "ignored file"}
     assert found == {reason: 1}
     name = "sample 21 at byte" if layout == "records in a pipe" else "x."

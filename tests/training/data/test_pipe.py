@@ -19,11 +19,11 @@ from dalle.preprocess.images import encode_image
 from infra.local.pipes import MAGIC, Pipe, augmented, objects, record
 from tests.training.pairs import SIZE, channel_of, members_of, picture, tar_of
 from training.data.batching.batches import Batches
-from training.data.batching.preload import decode_if_small
-from training.data.pairs import SkipReason
+from training.data.batching.preload import preload_if_small
 from training.data.pipe.channel import open_pipe
-from training.data.pipe.recordio import records
+from training.data.pipe.recordio import read_records
 from training.data.pipe.stream import Stream
+from training.data.skips import SkipReason
 from training.distributed.process_group import ALONE
 from training.stopping import NEVER, Stopped
 
@@ -173,10 +173,10 @@ def whole_tar(folder, numbers=range(20)):
             lambda tar: encode_image(picture(1), "png") + tar,
             r"train: train_0: no tar member begins at byte 0, but b'\\x89PNG.*RecordWrapperType",
         ),
-        (lambda tar: tar[:3000], "train_0 ended at byte 3,000, in the midst of a shard"),
+        (lambda tar: tar[:3000], "train_0 ended at byte 3,000, in the middle of a shard"),
         (
             lambda tar: tar[:1300],
-            r"train_0 ended at byte 1,300, in the midst of a shard .*header at byte 1,024",
+            r"train_0 ended at byte 1,300, in the middle of a shard .*header at byte 1,024",
         ),
         (
             lambda tar: b"".join(samples(range(3))) + b"more than that",
@@ -184,11 +184,11 @@ def whole_tar(folder, numbers=range(20)):
         ),
         (
             lambda tar: b"".join(samples(range(3)))[:-5],
-            "train_0 ended at byte .*, in the midst of a record: the channel is not complete",
+            "train_0 ended at byte .*, in the middle of a record: the channel is not complete",
         ),
         (
             lambda tar: b"".join([*samples(range(3)), record(encode_image(picture(4), "png"))]),
-            "train_0 ended at byte .*, in the midst of a sample of 2 attributes",
+            "train_0 ended at byte .*, in the middle of a sample of 2 attributes",
         ),
         (
             lambda tar: b"".join(record(encode_image(picture(n), "png")) for n in range(3)),
@@ -255,7 +255,7 @@ def test_a_sample_that_cannot_be_used_is_skipped_counted_and_named(tmp_path):
         SkipReason.IMAGE_WITHOUT_CAPTION: 1,
     }
     assert dataset.skips.examples[SkipReason.EMPTY_IMAGE][0].startswith("sample 21 at byte ")
-    decoded = decode_if_small(dataset)
+    decoded = preload_if_small(dataset)
     assert sorted(pairs_of(decoded)) == [*range(20), 60]
     (name,) = decoded.skips.examples[SkipReason.NOT_AN_IMAGE]
     assert name.startswith("sample 25 at byte ")
@@ -265,7 +265,7 @@ def test_a_magic_number_within_an_image_does_not_part_it(tmp_path):
     data = [b"", b"abc", MAGIC, b"1234" + MAGIC * 2 + b"5", b"x" + MAGIC]
     (tmp_path / "f").write_bytes(b"".join(map(record, data)))
     with Stream(tmp_path / "f", "train", NEVER) as stream:
-        assert [each.data for each in records(stream)] == data
+        assert [each.data for each in read_records(stream)] == data
 
 
 def test_a_disk_that_would_be_left_too_full_is_refused_before_it_is(tmp_path, monkeypatch):
@@ -316,7 +316,7 @@ def test_each_epoch_of_a_channel_has_its_fifo(tmp_path):
     with streamed(tmp_path, lambda: samples([3])) as channel:
         for epoch in range(3):
             with Stream(channel.pipe(epoch), "train", NEVER) as stream:
-                assert [each.data for each in records(stream)][1] == b"picture 3"
+                assert [each.data for each in read_records(stream)][1] == b"picture 3"
 
 
 def test_long_names_and_pax_headers_are_read(tmp_path):

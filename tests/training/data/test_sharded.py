@@ -12,10 +12,10 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from dalle.preprocess.tokenizer import CaptionTokenizer
 from tests import REPOSITORY
-from tests.training.data.part_work import STEPS
+from tests.training.data.sharded_work import STEPS
 from tests.training.pairs import SIZE, channel_of, members_of, tar_of
-from training.data.pairs import fingerprint, joined
-from training.data.sharded import agreed
+from training.data.pairs import add_fingerprints, fingerprint
+from training.data.sharded import on_all_ranks
 from training.data.sources.channel import open_channel
 from training.distributed.process_group import ALONE
 from training.stopping import Stopped
@@ -40,7 +40,7 @@ def seen(tmp_path_factory):
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     files = [folder / f"{rank}.pt" for rank in range(size)]
     environment = os.environ | {"PYTHONPATH": f"{REPOSITORY / 'container'}:{REPOSITORY}"}
-    script = str(Path(__file__).with_name("part_work.py"))
+    script = str(Path(__file__).with_name("sharded_work.py"))
     processes = [
         subprocess.Popen(
             [sys.executable, script, *map(str, (rank, size, server.port, folder, file))],
@@ -85,7 +85,7 @@ def test_the_whole_is_the_same_on_all_and_that_of_the_undivided_channel(seen, tm
             path.rename(tmp_path / "all" / path.name)
     whole = open_channel(tmp_path / "all", image_size=SIZE, max_bad_share=0.5)
     for rank in seen:
-        assert rank["whole"] == [21, 21]
+        assert rank["totals"] == [21, 21]
         assert rank["identity"] == {
             "data": whole.fingerprint,
             "num_pairs": "21",
@@ -119,7 +119,7 @@ def test_the_ranks_of_a_host_are_told_from_the_others(seen):
     size = len(seen) // 2
     for rank, each in enumerate(seen):
         first = rank // size * size
-        assert each["siblings"] == list(range(first, first + size))
+        assert each["host_ranks"] == list(range(first, first + size))
 
 
 def test_a_stop_of_one_ranks_work_is_everybodys():
@@ -127,21 +127,21 @@ def test_a_stop_of_one_ranks_work_is_everybodys():
         raise Stopped
 
     with pytest.raises(Stopped):
-        agreed(ALONE, stopped)
-    assert agreed(ALONE, lambda: None) is None
+        on_all_ranks(ALONE, stopped)
+    assert on_all_ranks(ALONE, lambda: None) is None
 
 
 def test_fingerprints_of_parts_add_up_in_any_order():
     pairs = [(f"{number}.png", number, (f"caption {number}",)) for number in range(9)]
     parts = [fingerprint(pairs[4:]), fingerprint(reversed(pairs[:4]))]
-    assert joined(parts) == joined(reversed(parts)) == fingerprint(pairs)
+    assert add_fingerprints(parts) == add_fingerprints(reversed(parts)) == fingerprint(pairs)
     assert fingerprint(pairs[1:]) != fingerprint(pairs)
-    assert joined([fingerprint(pairs)] * 2) != fingerprint(pairs)
+    assert add_fingerprints([fingerprint(pairs)] * 2) != fingerprint(pairs)
 
 
 def test_single_files_of_a_part_are_a_warning_and_none_at_all_a_clear_error(tmp_path, caplog):
     open_channel(channel_of(tmp_path / "a", 3), image_size=SIZE, is_part=True)
-    assert "tears images from their captions" in caplog.text
+    assert "separates images from their captions" in caplog.text
     (tmp_path / "b").mkdir()
     with pytest.raises(Exception, match="none of the channel's objects; .*as many shards as"):
         open_channel(tmp_path / "b", image_size=SIZE, is_part=True)

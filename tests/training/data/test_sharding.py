@@ -12,7 +12,7 @@ from dalle.errors import UserError
 from dalle.preprocess.images import encode_image
 from tests.training.pairs import SIZE, channel_of, picture, put
 from training.data.__main__ import main
-from training.data.pairs import SkipReason
+from training.data.skips import SkipReason
 from training.data.sources.channel import open_channel
 from training.data.tools.sharding import key_of, write_shards
 

@@ -12,7 +12,7 @@ from dalle.errors import DataError
 from dalle.preprocess.images import encode_image
 from tests.training.pairs import SIZE, channel_of, members_of, picture, tar_of
 from training.data.batching.batches import Batches
-from training.data.pairs import SkipReason
+from training.data.skips import SkipReason
 from training.data.sources.channel import open_channel
 from training.stopping import Stopped
 

@@ -15,7 +15,7 @@ from dalle.errors import ArtefactError, DataError
 from dalle.manifest import Manifest, StageRecord
 from dalle.preprocess.images import encode_image
 from training.data.batching.subset import Subset
-from training.data.sources.folder import open_folder
+from training.data.sources.channel import open_channel
 from training.evaluate import scores as command
 from training.evaluate.ground_truth import GroundTruth, read_attributes, read_ground_truth
 from training.evaluate.scores import (
@@ -316,6 +316,6 @@ def test_a_sample_is_not_held_to_have_all_bad_pairs_of_its_channel(tmp_path):
     write_pairs(tmp_path / "train", [(shade(number), "x") for number in range(40)])
     for number in range(3):
         (tmp_path / "train" / f"x{number}.txt").write_text("alone")
-    train = open_folder(tmp_path / "train", image_size=SIZE, max_bad_share=0.1)
+    train = open_channel(tmp_path / "train", image_size=SIZE, max_bad_share=0.1)
     sample = Subset(train, 10)  # 3 of 43 would-be pairs are bad, but 3 of 13 would be too many
     assert len(GroundTruth(sample, sample)) == 10

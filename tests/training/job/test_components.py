@@ -16,8 +16,8 @@ from dalle.preprocess.images import encode_image
 from dalle.types import COMPONENTS
 from tests.training.pairs import tar_of
 from training.config.hyperparameters import parse
-from training.data.batching.preload import to_planes
-from training.data.batching.token_cache import Tokenised
+from training.data.batching.preload import to_chw
+from training.data.batching.token_cache import TokenCache
 from training.job.components import open_workshop as open_job
 from training.stopping import Stopped
 
@@ -133,7 +133,7 @@ class StopAtAWarning(logging.Handler):
 @pytest.fixture
 def stop_at_a_warning():
     handler = StopAtAWarning()
-    logger = logging.getLogger("training.data.pairs")
+    logger = logging.getLogger("training.data.skips")
     logger.addHandler(handler)
     yield handler.stop
     logger.removeHandler(handler)
@@ -181,10 +181,10 @@ def test_images_that_are_seen_twice_are_encoded_ahead_and_give_the_same_loss(
     artefacts.save(opt_ml.add_channel("artefact"), replace(tiny_models, transformer=None))
     stage = open_workshop(num_workers="0", stage="transformer", **budget).build("transformer")
     dataset = stage.batches.dataset
-    assert isinstance(dataset, Tokenised) is is_ahead
+    assert isinstance(dataset, TokenCache) is is_ahead
     batch = stage.batches.batch(0)
     assert batch.images.numel() == (0 if is_ahead else 4 * 3 * 16 * 16)
-    images = torch.stack([to_planes(dataset.image(index)) for index in batch.indices.tolist()])
+    images = torch.stack([to_chw(dataset.image(index)) for index in batch.indices.tolist()])
     tokens = stage.dvae.encode(images.float() / 255)
     expected = stage.model.eval().loss(batch.text_tokens, tokens).total
     assert torch.equal(stage.loss(batch, 0.0)[0], expected)

@@ -9,9 +9,9 @@ from dalle.preprocess.images import encode_image
 from dalle.preprocess.tokenizer import CaptionTokenizer
 from training import rainbow
 from training.data.batching.batches import Batches
-from training.data.batching.preload import decode_if_small
+from training.data.batching.preload import preload_if_small
 from training.data.batching.subset import Subset
-from training.data.sources.folder import open_folder
+from training.data.sources.channel import open_channel
 from training.loop.stages import ClipStage, DVAEStage, StageData, TransformerStage
 from training.stopping import Stopped
 
@@ -23,7 +23,7 @@ def pairs(tmp_path):
     for number, sample in enumerate(rainbow.samples()[:5000:1000]):
         (tmp_path / f"{number}.png").write_bytes(encode_image(sample.picture(), "png"))
         (tmp_path / f"{number}.txt").write_text(sample.caption)
-    return open_folder(tmp_path, image_size=16)
+    return open_channel(tmp_path, image_size=16)
 
 
 def batches(pairs, tiny_models, **options):
@@ -42,7 +42,7 @@ def build(kind, tiny_models, data):
 
 
 def test_the_frozen_dvae_encodes_the_same_tokens_at_any_precision(pairs, tiny_models):
-    decoded = batches(decode_if_small(pairs), tiny_models)
+    decoded = batches(preload_if_small(pairs), tiny_models)
     streamed = batches(pairs, tiny_models, num_workers=0)
     encoded_before, encoded_then = (
         build("transformer", tiny_models, StageData(each, None, CPU))
@@ -93,7 +93,7 @@ def test_clip_is_told_which_pairs_have_the_same_picture(tmp_path, tiny_models, m
         pixels = rainbow.samples()[0 if number == 2 else number * 900].picture()
         (tmp_path / f"{number}.png").write_bytes(encode_image(pixels, "png"))
         (tmp_path / f"{number}.txt").write_text(sample.caption)
-    pairs = decode_if_small(open_folder(tmp_path, image_size=16))
+    pairs = preload_if_small(open_channel(tmp_path, image_size=16))
     source = batches(pairs, tiny_models, batch_size=4)
     recorded = Recorded(tiny_models.clip, monkeypatch)
     build("clip", tiny_models, StageData(source, None, CPU)).loss(source.batch(0), 0.0)
@@ -129,7 +129,7 @@ class Hooked:
 def test_a_stop_ends_the_encoding_of_a_data_sets_image_tokens(pairs, tiny_models, monkeypatch):
     monkeypatch.setattr("training.data.batching.preload.MAX_CHUNK_IMAGES", 2)
     stop = threading.Event()
-    data = StageData(batches(decode_if_small(pairs), tiny_models), None, CPU, stop)
+    data = StageData(batches(preload_if_small(pairs), tiny_models), None, CPU, stop)
     with Hooked(tiny_models.dvae.encoder, stop.set) as hooked, pytest.raises(Stopped):
         build("transformer", tiny_models, data)
     assert hooked.passes == 1  # of 3

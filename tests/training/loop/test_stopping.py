@@ -20,8 +20,8 @@ from dalle.preprocess.images import encode_image
 from training.__main__ import main
 from training.config.hyperparameters import parse
 from training.data import open as opening
-from training.data.batching import token_cache as tokenised
-from training.data.sources.folder import ImageTextFolder
+from training.data.batching import token_cache
+from training.data.sources.index import Pairs
 from training.engine.torch_engine import TorchEngine
 from training.job import components as workshop
 from training.loop.checkpoints import Checkpoints
@@ -142,7 +142,7 @@ def tree(opt_ml):
 
 def sigterm_at_image(monkeypatch, number):
     """Send SIGTERM to this process while the n-th image is decoded; returns those decoded."""
-    decode, decoded = ImageTextFolder.image, []
+    decode, decoded = Pairs.image, []
 
     def decode_and_signal(self, index):
         decoded.append(index)
@@ -150,7 +150,7 @@ def sigterm_at_image(monkeypatch, number):
             os.kill(os.getpid(), signal.SIGTERM)
         return decode(self, index)
 
-    monkeypatch.setattr(ImageTextFolder, "image", decode_and_signal)
+    monkeypatch.setattr(Pairs, "image", decode_and_signal)
     return decoded
 
 
@@ -177,8 +177,8 @@ def large_set(tree, monkeypatch):
     """The same job, as if its pairs were too many to be decoded: two are encoded at a time, and
     four are written together."""
     monkeypatch.setattr(opening, "is_small", lambda *_: False)
-    monkeypatch.setattr(tokenised, "images_together", lambda image_size: 2)
-    monkeypatch.setattr(workshop, "tokenise", partial(tokenised.tokenise, part_pairs=4))
+    monkeypatch.setattr(token_cache, "images_per_chunk", lambda image_size: 2)
+    monkeypatch.setattr(workshop, "cache_tokens", partial(token_cache.cache_tokens, part_pairs=4))
     tree.set_hyperparameters(**TINY, batch_size=4, max_steps=6, num_validations=0, num_workers=0)
     return tree
 
@@ -202,7 +202,7 @@ def test_sigterm_while_a_large_set_is_encoded_ends_the_job_and_the_next_one_goes
     assert not (large_set.root / "output" / "failure").exists()
     with caplog.at_level(logging.INFO, logger="training"):
         assert main(["--root", str(large_set.root)]) == 0
-    assert "image tokens: 1 of 3 parts are there already" in caplog.text
+    assert "image tokens: 1 of 3 parts are cached already" in caplog.text
     stages = artefacts.load(large_set.root / "model").manifest.stages
     assert [(stage.stage, stage.is_finished) for stage in stages] == [
         ("dvae", True),

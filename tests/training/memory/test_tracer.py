@@ -12,10 +12,10 @@ from training.config.hyperparameters import parse
 from training.config.models import TextSizes, clip_config, dvae_config, transformer_config
 from training.engine.optimizer import Muon, muon_update_elements
 from training.engine.torch_engine import TorchEngine
+from training.memory.allocator import peak_bytes
 from training.memory.auto_batch import Trial
 from training.memory.estimate import Memory, Setting, StageMemory
-from training.memory.peak import peak_bytes
-from training.memory.synthetic import dataless_stage, random_batch
+from training.memory.synthetic import random_batch, synthetic_stage
 from training.memory.tracer import trace_passes
 
 CPU = torch.device("cpu")
@@ -84,7 +84,7 @@ def test_the_plan_is_within_15_percent_of_what_a_step_was_measured_to_take(name,
     memory = StageMemory(name, config, dvae=DVAE, device_type="cpu")
     for batch_size in (8, 24):
         planned = memory.at(setting, batch_size)
-        stage = dataless_stage(config, CPU, dvae=DVAE)
+        stage = synthetic_stage(config, CPU, dvae=DVAE)
         measured = measured_peak(stage, config, batch_size, settings)
         assert planned.device - planned.runtime == pytest.approx(measured, rel=0.15), batch_size
 
@@ -117,7 +117,7 @@ def test_the_plan_is_within_15_percent_of_what_a_gpu_takes(name, checkpoints, pr
 
 def trace(config, batch_sizes, checkpoints_activations=False, **changes):
     return trace_passes(
-        lambda: dataless_stage(
+        lambda: synthetic_stage(
             config, CPU, dvae=DVAE, checkpoints_activations=checkpoints_activations
         ),
         lambda size: random_batch(config, size, dvae=DVAE),

@@ -16,7 +16,7 @@ import pytest
 
 from dalle.manifest import StageRecord
 from dalle.preprocess.images import decode_image
-from training.data.sources.folder import open_folder
+from training.data.sources.channel import open_channel
 from training.report.figures import Panel, draw_curves, draw_usage
 from training.report.page import (
     CaptionAccuracy,
@@ -295,7 +295,7 @@ def test_a_data_set_sums_itself_up(tmp_path):
     (tmp_path / "b.txt").write_text("alone")
     (tmp_path / "_SUCCESS").touch()
     (tmp_path / "a.png").write_bytes(b"not looked at yet")
-    summary = DatasetSummary.of(open_folder(tmp_path, image_size=8, max_bad_share=0.5))
+    summary = DatasetSummary.of(open_channel(tmp_path, image_size=8, max_bad_share=0.5))
     assert (summary.num_pairs, summary.num_captions, summary.num_bad) == (1, 2, 1)
     assert summary.examples["caption without image"] == ["b.txt"]
 

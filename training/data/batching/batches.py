@@ -3,15 +3,16 @@
     batches = Batches(dataset, batch_size=64, seed=7, tokenizer=tokenizer)
     batch = batches.batch(step)          # any step, in any order; quick in ascending order
 
-Letters: B pairs of this rank, H = W = image_size, T text length, C captions of the data set.
+Letters: B pairs of this rank, H = W = image_size, T text length, C captions of the data set,
+P micro-batches of a batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Protocol, Self
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,11 +22,11 @@ from tqdm import tqdm
 
 from dalle.errors import DataError
 from training.data.batching.loader import ImageLoader
-from training.data.batching.preload import InMemory
-from training.data.batching.sampler import Last, Order
-from training.data.batching.token_cache import Tokenised
-from training.data.pairs import Dataset, Whole
-from training.data.sharded import Part
+from training.data.batching.preload import Preloaded
+from training.data.batching.sampler import Last, Sampler
+from training.data.batching.token_cache import TokenCache
+from training.data.pairs import Dataset, Totals
+from training.data.sharded import HostPart
 from training.stopping import NEVER, Stop, unless_stopped
 
 ENCODE_CHUNK = 4096
@@ -39,7 +40,7 @@ class TextEncoder(Protocol):
         ...
 
     def identity(self) -> str:
-        """The same for encoders that give every caption the same tokens."""
+        """Return the same for encoders that give every caption the same tokens."""
         ...
 
 
@@ -47,11 +48,11 @@ class TextEncoder(Protocol):
 class Batch:
     """One rank's pairs of one step.
 
-    images: [B, 3, H, W] float32 in [0, 1], or [B, 3, 0, 0] of a data set that is `Tokenised`.
+    images: [B, 3, H, W] float32 in [0, 1], or [B, 3, 0, 0] of a `TokenCache`.
     captions: B of them, each pair's caption of the epoch.
     indices: [B] int64, the pairs' numbers in `Batches.dataset`.
     text_tokens: [B, T] int64, None when no tokenizer was given.
-    step_text_tokens: [P * B, T], of a batch that is one of P parts: those of all parts.
+    step_text_tokens: [P * B, T], of a micro-batch: those of the whole batch.
     """
 
     images: Tensor
@@ -61,23 +62,18 @@ class Batch:
     step_text_tokens: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on a device."""
+        """Return the batch with its tensors on a device."""
+        tensors: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **tensors)
 
-        def there(tokens: Tensor | None) -> Tensor | None:
-            return None if tokens is None else tokens.to(device, non_blocking=True)
+    def micro_batches(self, number: int) -> list[Batch]:
+        """Split the batch into so many equal ones, in order.
 
-        return Batch(
-            self.images.to(device, non_blocking=True),
-            self.captions,
-            self.indices.to(device, non_blocking=True),
-            there(self.text_tokens),
-            there(self.step_text_tokens),
-        )
-
-    def parts(self, number: int) -> list[Batch]:
-        """So many equal batches, in order, that are this one together.
-
-        Raises DataError when its pairs cannot be shared out evenly.
+        Raises DataError when its pairs cannot be split evenly.
         """
         size, rest = divmod(len(self.captions), number)
         if rest:
@@ -97,12 +93,12 @@ class Batch:
         ]
 
 
-class Batches:
+class Batches(AbstractContextManager["Batches"]):
     """The batches of one rank, a pure function of (data set, seed, step).
 
-    dataset: the data set the batches' `indices` count in. The images of one that is `InMemory` are
-    at hand, one that is `Tokenised` has none; those of another are decoded by worker processes,
-    and the next usable pair stands in for one that cannot be.
+    dataset: the data set that the batches' `indices` count in. The images of a `Preloaded` one are
+    in memory, a `TokenCache` has none; those of any other are decoded by worker processes, and the
+    next usable pair replaces one that cannot be decoded.
     """
 
     def __init__(
@@ -117,88 +113,85 @@ class Batches:
         rank: int = 0,
         world_size: int = 1,
         num_workers: int | None = None,
-        part: Part | None = None,
-        whole: Whole | None = None,
+        part: HostPart | None = None,
+        totals: Totals | None = None,
         stop: Stop = NEVER,
     ) -> None:
-        """See `Order` for batch_size, shuffle, last, rank and world_size.
+        """See `Sampler` for batch_size, shuffle, last, rank and world_size, all of all hosts.
 
-        tokenizer: all captions are encoded here, so that one that is too long stops the job
-            before it begins; the tokens take 4 * T bytes a caption.
+        tokenizer: encodes all captions now, so that a caption that is too long stops the job before
+            it begins; the tokens take 4 * T bytes a caption.
         num_workers: processes that decode images; None chooses (see `loader_settings`).
-        part: when the data set is one of several hosts' parts of a channel, which; `whole` is then
-            what they are together. `rank` and `world_size` are of all hosts nevertheless.
+        part: which host's part of a channel the data set is, if it is one; `totals` are then those
+            of all parts.
         Raises what the tokenizer raises; Stopped.
         """
         self.dataset = dataset
         self._part = part
-        self._whole = whole or Whole.of(dataset)
+        self._totals = totals or Totals.of(dataset)
         num_parts = 1 if part is None else part.num_parts
         if batch_size % num_parts:
             raise ValueError(f"batch_size must be a multiple of {num_parts}, got {batch_size}")
-        self.order = Order(
-            num_pairs=len(self.dataset),
+        self.sampler = Sampler(
+            num_pairs=len(dataset),
             batch_size=batch_size // num_parts,
             seed=seed,
             shuffle=shuffle,
             last=last,
             rank=rank % (world_size // num_parts),
             world_size=world_size // num_parts,
-            groups=self.dataset.groups,
+            groups=dataset.groups,
             part=0 if part is None else part.number,
         )
-        self._num_per_epoch = self.order.num_per_epoch
+        self.num_per_epoch = self.sampler.num_per_epoch
+        """Batches in an epoch, the same on every rank, at least 1."""
         if part is not None:
-            self._num_per_epoch = max(1, self._whole.num_pairs // batch_size)
-        self._loader = (
-            None
-            if isinstance(self.dataset, InMemory | Tokenised)
-            else ImageLoader(self.dataset, self.order, num_workers)
-        )
+            self.num_per_epoch = max(1, self._totals.num_pairs // batch_size)
+        self._loader = None
+        if not isinstance(dataset, Preloaded | TokenCache):
+            self._loader = ImageLoader(dataset, self.sampler, num_workers)
         self._tokenizer = tokenizer
         self._text_tokens = None if tokenizer is None else _encode_all(dataset, tokenizer, stop)
         self._epoch = -1
         self._permutation: NDArray[np.int64] = np.empty(0, dtype=np.int64)
-        self._caption_draws: NDArray[np.uint64] = np.empty(0, dtype=np.uint64)
-
-    @property
-    def num_per_epoch(self) -> int:
-        """Batches in an epoch, the same on every rank, at least 1."""
-        return self._num_per_epoch
+        self._caption_numbers: NDArray[np.uint64] = np.empty(0, dtype=np.uint64)
 
     def batch(self, step: int) -> Batch:
-        """The batch of a step, counted from 0 through all epochs."""
+        """Return the batch of a step, counted from 0 through all epochs."""
         if step < 0:
             raise ValueError(f"step must not be negative, got {step}")
-        if self._part is not None and step % self._num_per_epoch == 0:
-            self._part.settle(self.dataset.skips, self.dataset.max_bad_share)
-        self._enter_epoch(self.order.epoch(step))
-        if isinstance(self.dataset, InMemory):
-            numbers = self.order.indices(step, self._permutation)
-            images = self.dataset.images[torch.from_numpy(numbers)]
-        elif isinstance(self.dataset, Tokenised):
-            numbers = self.order.indices(step, self._permutation)
-            images = torch.empty((len(numbers), 3, 0, 0), dtype=torch.uint8)
-        else:
-            assert self._loader is not None
+        if self._part is not None and step % self.num_per_epoch == 0:
+            self._part.share_skips(self.dataset.skips, self.dataset.max_bad_share)
+        epoch = self.sampler.epoch(step)
+        if epoch != self._epoch:
+            self._permutation = self.sampler.permutation(epoch)
+            self._caption_numbers = self.sampler.caption_numbers(epoch)
+            self._epoch = epoch
+        if self._loader is not None:
             decoded = self._loader.images(step)
-            numbers, images = decoded.indices, decoded.images
-        captions, text_tokens = self._texts(numbers)
+            indices, images = decoded.indices, decoded.images
+        else:
+            indices = self.sampler.indices(step, self._permutation)
+            if isinstance(self.dataset, Preloaded):
+                images = self.dataset.images[torch.from_numpy(indices)]
+            else:
+                images = torch.empty((len(indices), 3, 0, 0), dtype=torch.uint8)
+        captions, text_tokens = self._texts(indices)
         return Batch(
-            images.to(torch.float32).div_(255), captions, torch.from_numpy(numbers), text_tokens
+            images.to(torch.float32).div_(255), captions, torch.from_numpy(indices), text_tokens
         )
 
     def identity(self) -> dict[str, Any]:
-        """What the batches hold, as plain values: another pair or token makes another identity.
+        """Return what the batches hold, as plain values: other pairs or tokens, other values.
 
-        Without the order: the author's settings say what that depends on, but for the groups.
+        The order is left out, since the job's hyperparameters determine it, but for its kind.
         """
         data: dict[str, Any] = {
-            "data": self._whole.fingerprint,
-            "num_pairs": self._whole.num_pairs,
+            "data": self._totals.fingerprint,
+            "num_pairs": self._totals.num_pairs,
         }
         order = [] if self._part is None else ["each host its own part"]
-        order += [] if self.order.groups is None else ["shards from front to back"]
+        order += [] if self.sampler.groups is None else ["shards from front to back"]
         if order:
             data["order"] = ", ".join(order)
         return data if self._tokenizer is None else data | {"tokenizer": self._tokenizer.identity()}
@@ -208,29 +201,15 @@ class Batches:
         if self._loader is not None:
             self._loader.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _enter_epoch(self, epoch: int) -> None:
-        if epoch != self._epoch:
-            self._permutation = self.order.permutation(epoch)
-            self._caption_draws = self.order.caption_draws(epoch)
-            self._epoch = epoch
-
-    def _texts(self, numbers: NDArray[np.int64]) -> tuple[list[str], Tensor | None]:
+    def _texts(self, indices: NDArray[np.int64]) -> tuple[list[str], Tensor | None]:
         captions: list[str] = []
         rows: list[int] = []
-        for index in numbers.tolist():
+        for index in indices.tolist():
             choices = self.dataset.captions(index)
-            choice = int(self._caption_draws[index]) % len(choices)
+            choice = int(self._caption_numbers[index]) % len(choices)
             captions.append(choices[choice])
             if self._text_tokens is not None:
                 rows.append(int(self._text_tokens.first_rows[index]) + choice)

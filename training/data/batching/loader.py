@@ -1,8 +1,8 @@
-"""Images of large data sets, decoded by torch's DataLoader workers some steps ahead.
+"""Images of large data sets, decoded some steps ahead by torch's DataLoader workers.
 
-Every worker turns a step into that step's images, a pure function; the DataLoader only brings
-them in order. SageMaker gives a container a /dev/shm that cannot be chosen and may be 64 MiB:
-what is under way at one time is kept well below it.
+A worker computes a step's images, a pure function of the step; the DataLoader brings the steps in
+order. SageMaker gives a container a /dev/shm of a fixed size, which may be 64 MiB: the batches that
+are in it at one time are kept well below that.
 
 Letters: B pairs in a batch, H = W = image_size.
 """
@@ -10,7 +10,6 @@ Letters: B pairs in a batch, H = W = image_size.
 from __future__ import annotations
 
 import itertools
-import os
 import shutil
 import signal
 from collections.abc import Iterator
@@ -22,49 +21,55 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from dalle.errors import DataError
+from dalle.platform.limits import usable_cpus
 from dalle.preprocess.images import ImageError
-from training.data.batching.preload import to_planes
-from training.data.batching.sampler import Order
-from training.data.pairs import Dataset, SkipReason
+from training.data.batching.preload import to_chw
+from training.data.batching.sampler import Sampler
+from training.data.pairs import Dataset
+from training.data.skips import SkipReason
 
 MAX_WORKERS = 4
 PREFETCH_FACTOR = 2  # batches each worker is ahead
 SMALL_SHARED_MEMORY_BYTES = 1 << 30
-MAX_SUBSTITUTES = 100  # unusable images in a row before a data set is given up
+MAX_SUBSTITUTES = 100  # unusable images in a row at which a data set is given up
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """One step's images. indices: whose, [B]; another pair stands in for an unusable one.
+class DecodedImages:
+    """One step's images.
 
+    images: uint8 [B, 3, H, W]. indices: their pairs, [B]; another pair replaces an unusable one.
     skipped: (reason, name, message) of every unusable image met.
     """
 
-    images: Tensor  # uint8 [B, 3, H, W]
+    images: Tensor
     indices: NDArray[np.int64]
     skipped: list[tuple[SkipReason, str, str]]
 
 
 @dataclass(frozen=True)
 class LoaderSettings:
-    """How many processes decode, and by what means tensors travel between them."""
+    """How many processes decode, and how tensors are passed between them.
+
+    sharing_strategy: torch.multiprocessing's, file_descriptor or file_system.
+    """
 
     num_workers: int
-    sharing_strategy: str  # torch.multiprocessing's: file_descriptor or file_system
+    sharing_strategy: str
 
 
 def loader_settings(
     batch_bytes: int, *, shared_memory_bytes: int, num_cpus: int, num_workers: int | None = None
 ) -> LoaderSettings:
-    """min(CPUs - 1, 4) workers, or those asked for; fewer where /dev/shm cannot hold their work.
+    """Choose min(CPUs - 1, 4) workers, or `num_workers`; fewer where /dev/shm is too small.
 
-    batch_bytes: one decoded batch. At most half of the shared memory is planned with; where not
-    even one worker fits, the main process decodes (0 workers). Below 1 GiB tensors are shared by
-    name (`file_system`), which survives the low limits on open files of such containers.
+    batch_bytes: one decoded batch. Batches may take half of the shared memory; where not even one
+    worker's fit, the main process decodes (0 workers). Below 1 GiB tensors are shared by name
+    (`file_system`), which works with the low limits on open files of such containers.
     """
     wanted = min(num_cpus - 1, MAX_WORKERS) if num_workers is None else num_workers
     # One more batch than those ahead: the one being handed over.
@@ -76,49 +81,37 @@ def loader_settings(
     )
 
 
-def measured_settings(batch_bytes: int, num_workers: int | None = None) -> LoaderSettings:
-    """`loader_settings` for the machine this runs on."""
-    shared_memory = Path("/dev/shm")  # noqa: S108 - looked at, not written to
-    total = shutil.disk_usage(shared_memory).total if shared_memory.is_dir() else 0
-    return loader_settings(
-        batch_bytes,
-        shared_memory_bytes=total,
-        num_cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
-        num_workers=num_workers,
-    )
-
-
-class StepImages(TorchDataset[Decoded]):
+class StepImages(TorchDataset[DecodedImages]):
     """Step -> its images: what a DataLoader worker computes."""
 
-    def __init__(self, dataset: Dataset, order: Order) -> None:
+    def __init__(self, dataset: Dataset, sampler: Sampler) -> None:
         self._dataset = dataset
-        self._order = order
+        self._sampler = sampler
         self._epoch = -1
         self._permutation: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
-    def __getitem__(self, step: int) -> Decoded:
-        epoch = self._order.epoch(step)
+    def __getitem__(self, step: int) -> DecodedImages:
+        epoch = self._sampler.epoch(step)
         if epoch != self._epoch:
-            self._permutation = self._order.permutation(epoch)
+            self._permutation = self._sampler.permutation(epoch)
             self._epoch = epoch
-        indices = self._order.indices(step, self._permutation)
+        indices = self._sampler.indices(step, self._permutation)
         size = self._dataset.image_size
         images = torch.empty((len(indices), 3, size, size), dtype=torch.uint8)
         skipped: list[tuple[SkipReason, str, str]] = []
         for row, index in enumerate(indices.tolist()):
             indices[row] = self._decode(index, images[row], skipped)
-        return Decoded(images, indices, skipped)
+        return DecodedImages(images, indices, skipped)
 
     def _decode(self, index: int, into: Tensor, skipped: list[tuple[SkipReason, str, str]]) -> int:
-        """Decode pair `index`, or the next one by number that can be; returns which.
+        """Decode pair `index`, or the next one by number that can be decoded; return its number.
 
-        Returns -1 after too many failures: an exception would lose its type on the way.
+        Returns -1 after too many failures: an exception would lose its type between processes.
         """
         for attempt in range(MAX_SUBSTITUTES):
             candidate = (index + attempt) % len(self._dataset)
             try:
-                into.copy_(to_planes(self._dataset.image(candidate)))
+                into.copy_(to_chw(self._dataset.image(candidate)))
             except ImageError as error:
                 skipped.append((SkipReason.of(error), self._dataset.name(candidate), str(error)))
             else:
@@ -127,20 +120,27 @@ class StepImages(TorchDataset[Decoded]):
 
 
 class ImageLoader:
-    """Images of steps, quick when they are asked for in order, right in any order."""
+    """Images of steps, in any order; quick when the steps are consecutive."""
 
-    def __init__(self, dataset: Dataset, order: Order, num_workers: int | None = None) -> None:
+    def __init__(self, dataset: Dataset, sampler: Sampler, num_workers: int | None = None) -> None:
         self._dataset = dataset
-        self._step_images = StepImages(dataset, order)
-        batch_bytes = order.batch_size // order.world_size * 3 * dataset.image_size**2
-        self.settings = measured_settings(batch_bytes, num_workers)
+        self._step_images = StepImages(dataset, sampler)
+        shared_memory = Path("/dev/shm")  # noqa: S108 - looked at, not written to
+        self.settings = loader_settings(
+            sampler.batch_size // sampler.world_size * 3 * dataset.image_size**2,
+            shared_memory_bytes=(
+                shutil.disk_usage(shared_memory).total if shared_memory.is_dir() else 0
+            ),
+            num_cpus=usable_cpus(),
+            num_workers=num_workers,
+        )
         self._next_step = -1
-        self._stream: Iterator[Decoded] | None = None
+        self._stream: Iterator[DecodedImages] | None = None
 
-    def images(self, step: int) -> Decoded:
-        """This step's images; unusable ones are counted in the data set's skips.
+    def images(self, step: int) -> DecodedImages:
+        """Return this step's images; unusable ones are counted in the data set's skips.
 
-        Raises `DataError` when more than the data set's `max_bad_share` turn out to be unusable.
+        Raises `DataError` when more than the data set's `max_bad_share` are unusable.
         """
         if self._stream is None or step != self._next_step:
             self._stream = self._start(step)
@@ -159,10 +159,10 @@ class ImageLoader:
         return decoded
 
     def close(self) -> None:
-        """End the workers. Asking for images again starts new ones."""
-        self._stream = None  # the iterator ends its processes when it goes
+        """End the workers. `images` starts new ones."""
+        self._stream = None  # the iterator ends its processes when it is deleted
 
-    def _start(self, step: int) -> Iterator[Decoded]:
+    def _start(self, step: int) -> Iterator[DecodedImages]:
         self.close()
         workers = self.settings.num_workers
         if workers:
@@ -171,30 +171,22 @@ class ImageLoader:
         loader = DataLoader(
             self._step_images,
             batch_size=None,  # an item is a whole batch already
-            sampler=_StepsFrom(step),
+            sampler=itertools.count(step),
             num_workers=workers,
             prefetch_factor=PREFETCH_FACTOR if workers else None,
             collate_fn=_unchanged,
-            worker_init_fn=_prepare_worker,
-            # Otherwise every start would draw from, and so change, torch's global generator.
+            worker_init_fn=_reset_signals,
+            # Otherwise every start would advance torch's global random generator.
             generator=torch.Generator(),
         )
         return iter(loader)
-
-
-class _StepsFrom(Sampler[int]):
-    def __init__(self, first: int) -> None:
-        self._first = first
-
-    def __iter__(self) -> Iterator[int]:
-        return itertools.count(self._first)
 
 
 def _unchanged(item: Any) -> Any:
     return item
 
 
-def _prepare_worker(_worker: int) -> None:
-    """The job's signal handlers are the main process's business; workers end when told to."""
+def _reset_signals(_worker: int) -> None:
+    """Undo the job's signal handlers in a worker: the main process ends the workers."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

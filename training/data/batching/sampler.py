@@ -1,8 +1,8 @@
-"""Which pairs make up the batch of a step: a pure function of the seed and the step.
+"""The pairs in the batch of a step, as a pure function of the seed and the step.
 
-So a resumed job needs to know nothing but its step, and any worker can work on any step. The
-numbers come straight from the Philox bit generator, whose stream numpy promises never to change
-(its `permutation` may): a job resumed with a newer image still sees the same order.
+So the step is all that a resumed job needs, and any worker can compute any step. The numbers come
+straight from the Philox bit generator, whose stream numpy promises never to change (its
+`permutation` may): a job resumed with a newer image sees the same order.
 
 Letters: M pairs, B pairs of one rank in one batch.
 """
@@ -21,17 +21,17 @@ LANES = 16  # groups that are read side by side
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
+class Sampler:
     """The order of M pairs for one rank.
 
-    batch_size: pairs in a whole batch, all ranks together; a multiple of world_size.
-    shuffle: whether every epoch has its own order; otherwise the pairs come by number.
+    batch_size: pairs in a full batch, all ranks together; a multiple of world_size.
+    shuffle: whether every epoch has an order of its own; otherwise the pairs come by number.
     last: what happens to the pairs that do not fill a batch. `drop` leaves them out of this epoch
-        (others in the next one) and fills the only batch of a smaller set by going round again;
+        (others in the next one) and fills the only batch of a smaller set by repeating pairs;
         `keep` makes a shorter batch, for validation by one rank.
-    part: which of several parts of a data set these pairs are, each with an order of its own.
-    groups: pairs in each run of adjacent numbers that is quickly read from front to back only, M in
-        all: the shards of a channel that is fetched while it is read. See `permutation`.
+    part: number of the part of a data set that these pairs are; each part has another order.
+    groups: sizes of runs of adjacent numbers, M in all, that are quick to read only from front to
+        back: the shards of a channel that is fetched while it is read. See `permutation`.
     """
 
     num_pairs: int
@@ -69,53 +69,50 @@ class Order:
         return max(1, self.num_pairs // self.batch_size)
 
     def epoch(self, step: int) -> int:
-        """The epoch, from 0, that step (from 0) belongs to."""
+        """Return the epoch, from 0, of a step, from 0."""
         return step // self.num_per_epoch
 
     def permutation(self, epoch: int) -> NDArray[np.int64]:
-        """The numbers of all pairs, [M], in the order of an epoch.
+        """Return the numbers of all pairs, [M], in the order of an epoch.
 
-        Any order, each as likely as the others; with groups one in which `LANES` of them, drawn
-        anew each epoch, are under way at a time, each of them read once from a random pair of it
-        to its end and then from its beginning. Their own order never changes, so that the pairs
-        of a group should not be sorted.
+        Without groups all orders are equally likely. With groups, `LANES` of them, in another order
+        each epoch, are read side by side, each from a random pair to its end and then from its
+        beginning. The order within a group never changes, so the pairs of a group should not be
+        sorted.
         """
         if not self.shuffle:
             return np.arange(self.num_pairs)
-        draws = self._random(epoch, _ORDER)
+        keys = self._random(epoch, _ORDER)
         if self.groups is None:
-            return np.argsort(draws, kind="stable")
-        starts = np.concatenate([[0], np.cumsum(self.groups)]).astype(np.int64)
-        turns = self._random(epoch, _STARTS)
+            return np.argsort(keys, kind="stable")
+        ends = np.cumsum(self.groups, dtype=np.int64)
+        starts = self._random(epoch, _STARTS)
         order = np.argsort(self._random(epoch, _GROUPS)[: len(self.groups)], kind="stable")
         lanes: list[list[NDArray[np.int64]]] = [[] for _ in range(min(LANES, len(order)))]
-        for place, group in enumerate(order.tolist()):
-            numbers = np.arange(starts[group], starts[group + 1])
-            turned = np.roll(numbers, -int(turns[group] % np.uint64(max(1, len(numbers)))))
-            lanes[place % len(lanes)].append(turned)
-        # Each lane takes places at random, and its pairs take those in turn.
-        places: list[NDArray[np.uint64]] = []
-        taken = 0
-        for lane in lanes:
-            size = sum(map(len, lane))
-            places.append(np.sort(draws[taken : taken + size]))
-            taken += size
+        for turn, group in enumerate(order.tolist()):
+            size = self.groups[group]
+            numbers = np.arange(ends[group] - size, ends[group])
+            rolled = np.roll(numbers, -int(starts[group] % np.uint64(max(1, size))))
+            lanes[turn % len(lanes)].append(rolled)
+        # Each lane has places in the epoch at random, which its pairs take in their order.
+        lane_ends = np.cumsum([sum(map(len, lane)) for lane in lanes])
+        places = [np.sort(part) for part in np.split(keys, lane_ends[:-1])]
         numbers = np.concatenate([part for lane in lanes for part in lane])
         return numbers[np.argsort(np.concatenate(places), kind="stable")]
 
-    def caption_draws(self, epoch: int) -> NDArray[np.uint64]:
-        """A random number for each pair, [M]: modulo its captions, the one of this epoch."""
+    def caption_numbers(self, epoch: int) -> NDArray[np.uint64]:
+        """Return a random number for each pair, [M]: modulo its captions, the one of this epoch."""
         return self._random(epoch, _CAPTION)
 
     def indices(self, step: int, permutation: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The pairs [B] of this rank in a step, given its epoch's permutation."""
+        """Return the pairs [B] of this rank in a step, given its epoch's permutation."""
         start = step % self.num_per_epoch * self.batch_size
         positions = np.arange(start, start + self.batch_size)
         if self.last == "keep":
             positions = positions[positions < self.num_pairs]
         share = self.batch_size // self.world_size
-        mine = positions[self.rank * share : (self.rank + 1) * share]
-        return permutation[mine % self.num_pairs]
+        own = positions[self.rank * share : (self.rank + 1) * share]
+        return permutation[own % self.num_pairs]
 
     def _random(self, epoch: int, stream: int) -> NDArray[np.uint64]:
         parts = [self.part] if self.part else []

@@ -1,7 +1,4 @@
-"""Some pairs of another data set, themselves a data set.
-
-`Subset` is a fixed random sample: what validation looks at each time.
-"""
+"""Some pairs of another data set, themselves a data set."""
 
 from __future__ import annotations
 
@@ -10,42 +7,25 @@ from collections.abc import Sequence
 import numpy as np
 
 from dalle.preprocess.images import Pixels
-from training.data.pairs import Dataset, Skips
+from training.data.pairs import Dataset
 
 
 class View:
     """The pairs `indices` of another data set, in that order.
 
-    fingerprint, skips and max_bad_share are the source's: they speak of the channel as a whole.
+    fingerprint, skips and max_bad_share are the source's: they are those of the whole channel.
     """
+
+    groups = None  # pairs are in memory, or too few to matter
 
     def __init__(self, source: Dataset, indices: Sequence[int]) -> None:
         self._source = source
         self._indices = indices
-
-    @property
-    def channel(self) -> str:
-        return self._source.channel
-
-    @property
-    def image_size(self) -> int:
-        return self._source.image_size
-
-    @property
-    def fingerprint(self) -> str:
-        return self._source.fingerprint
-
-    @property
-    def skips(self) -> Skips:
-        return self._source.skips
-
-    @property
-    def max_bad_share(self) -> float:
-        return self._source.max_bad_share
-
-    @property
-    def groups(self) -> tuple[int, ...] | None:
-        return None  # it is at hand, or too small to matter
+        self.channel = source.channel
+        self.image_size = source.image_size
+        self.fingerprint = source.fingerprint
+        self.skips = source.skips
+        self.max_bad_share = source.max_bad_share
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -61,7 +41,7 @@ class View:
 
 
 class Subset(View):
-    """At most `most` pairs of another data set, drawn without replacement by `seed`."""
+    """A fixed random sample of at most `most` pairs, for validation."""
 
     def __init__(self, source: Dataset, most: int, seed: int = 0) -> None:
         chosen = np.random.default_rng(seed).permutation(len(source))[:most]

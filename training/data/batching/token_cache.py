@@ -1,7 +1,8 @@
-"""A large data set's image tokens, computed once by a frozen dVAE and kept beside the checkpoints.
+"""Image tokens of a large data set, computed once by a frozen dVAE and kept beside checkpoints.
 
-Training a transformer then neither decodes nor encodes an image. They are written in parts, so that
-an interrupted job goes on with the next one. Knows a function from images to tokens, not models.
+Training a transformer then neither decodes nor encodes an image. The cache is written in parts, so
+that an interrupted job goes on with the next one. Knows a function from images to tokens, not
+models.
 
 Letters: M pairs, B pairs at a time, N image-token positions, C codebooks.
 """
@@ -22,27 +23,26 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dalle.platform.disk import disk_error
-from dalle.preprocess.images import ImageError
 from training.data.batching.loader import ImageLoader
-from training.data.batching.preload import images_together
-from training.data.batching.sampler import Order
+from training.data.batching.preload import images_per_chunk
+from training.data.batching.sampler import Sampler
 from training.data.batching.subset import View
-from training.data.pairs import Dataset, SkipReason
+from training.data.pairs import Dataset, image_or_skip
 from training.distributed.process_group import ALONE, Ranks
 from training.stopping import NEVER, Stop, Stopped
 
 log = logging.getLogger(__name__)
 
 PART_PAIRS = 4096
-MAX_TOKEN_BYTES = 4 << 30  # in memory, and copied to S3 once
+MAX_CACHE_BYTES = 4 << 30  # in memory, and copied to S3 once
 UNUSABLE = -1
 
 Encode = Callable[[Tensor], Tensor]
 """Images [B, 3, H, W] in [0, 1] -> image tokens [B, N, C]."""
 
 
-class Tokenised(View):
-    """The pairs of another data set whose image could be decoded, and its image tokens.
+class TokenCache(View):
+    """The pairs of another data set whose image could be decoded, with their image tokens.
 
     tokens: [M, N, C] int16 or int32, on the CPU.
     """
@@ -52,12 +52,12 @@ class Tokenised(View):
         self.tokens = tokens
 
 
-def fits(num_pairs: int, num_tokens: int, codebook_size: int) -> bool:
-    """Whether the tokens of so many pairs, `num_tokens` (N * C) each, are few enough to keep."""
-    return num_pairs * num_tokens * _type(codebook_size).itemsize <= MAX_TOKEN_BYTES
+def tokens_fit(num_pairs: int, num_tokens: int, codebook_size: int) -> bool:
+    """Return whether the tokens of all pairs, `num_tokens` (N * C) each, are few enough to keep."""
+    return num_pairs * num_tokens * _dtype(codebook_size).itemsize <= MAX_CACHE_BYTES
 
 
-def tokenise(
+def cache_tokens(
     dataset: Dataset,
     encode: Encode,
     *,
@@ -70,42 +70,43 @@ def tokenise(
     stop: Stop = NEVER,
     step_pairs: int | None = None,
     part_pairs: int = PART_PAIRS,
-) -> Tokenised:
+) -> TokenCache:
     """Encode every image, or read what an earlier run of the job has encoded.
 
-    directory: where the parts are kept, each data set and dVAE (told by `dvae_hash`, of its
-        weights) in a folder of its own. Ranks share the work; the first one reads and writes.
-    step_pairs, part_pairs: pairs that are encoded together, as many as suit the dVAE when None, and
-        that are written together, at most.
+    directory: of all caches; each data set and dVAE (told by `dvae_hash`, of its weights) has a
+        folder in it. Ranks share the work; the first one reads and writes.
+    step_pairs, part_pairs: pairs that are encoded together (None: as many as suit the dVAE), and
+        pairs in a part of the cache, at most.
     Raises `DataError` when too many images are unusable; PlatformError when the disk is full;
     Stopped.
     """
-    step_pairs = step_pairs or images_together(dataset.image_size)
+    step_pairs = step_pairs or images_per_chunk(dataset.image_size)
     part_steps = max(1, part_pairs // step_pairs)
-    order = Order(num_pairs=len(dataset), batch_size=step_pairs, seed=0, shuffle=False, last="keep")
-    num_parts = -(-order.num_per_epoch // part_steps)
+    sampler = Sampler(
+        num_pairs=len(dataset), batch_size=step_pairs, seed=0, shuffle=False, last="keep"
+    )
+    num_parts = -(-sampler.num_per_epoch // part_steps)
     folder = directory / _key(dataset, dvae_hash, step_pairs * part_steps)
     # As bytes: gloo cannot send int16.
     read = [part.view(torch.uint8) for part in _read_parts(folder)] if ranks.is_first else []
-    found = [part.view(_type(codebook_size)) for part in ranks.share(read)]
-    if found and ranks.is_first:
-        log.info("image tokens: %d of %d parts are there already", len(found), num_parts)
-    parts = list(found)
-    loader = ImageLoader(dataset, order, num_workers)
+    parts = [part.view(_dtype(codebook_size)) for part in ranks.share(read)]
+    if parts and ranks.is_first:
+        log.info("image tokens: %d of %d parts are cached already", len(parts), num_parts)
+    loader = ImageLoader(dataset, sampler, num_workers)
     bar = tqdm(total=num_parts, desc="encoding images", unit="parts", disable=None, delay=0.5)
     bar.update(len(parts))
     try:
         while len(parts) < num_parts:
-            # Each rank takes one of the next parts; behind the last one there is nothing to do.
+            # Each rank encodes one of the next parts; past the last one there is nothing to do.
             first = (len(parts) + ranks.rank) * part_steps
             rows: list[Tensor] = []
-            for step in range(first, min(first + part_steps, order.num_per_epoch)):
+            for step in range(first, min(first + part_steps, sampler.num_per_epoch)):
                 if stop.is_set():
                     break
                 rows.append(_encode_step(loader, step, step_pairs, len(dataset), encode, device))
             if ranks.any(stop.is_set()):
                 raise Stopped
-            new = [part.to(_type(codebook_size)) for part in _gathered(rows, ranks)]
+            new = [part.to(_dtype(codebook_size)) for part in _gather_parts(rows, ranks)]
             for part in new[: num_parts - len(parts)]:
                 if ranks.is_first:
                     _write_part(folder, len(parts), part)
@@ -114,20 +115,17 @@ def tokenise(
     finally:
         bar.close()
         loader.close()
-    return _usable(dataset, torch.cat(parts))
+    return _without_unusable(dataset, torch.cat(parts))
 
 
-def _usable(dataset: Dataset, tokens: Tensor) -> Tokenised:
-    """The pairs that have tokens; the others are counted on every rank, whoever met them."""
+def _without_unusable(dataset: Dataset, tokens: Tensor) -> TokenCache:
+    """Keep the pairs that have tokens, and count the others on every rank."""
     is_usable = tokens[:, 0, 0] != UNUSABLE
     for index in (~is_usable).nonzero().flatten().tolist():
-        try:
-            dataset.image(index)
-        except ImageError as error:
-            dataset.skips.add_damaged(SkipReason.of(error), dataset.name(index), str(error))
+        image_or_skip(dataset, index)
     dataset.skips.check_share(dataset.max_bad_share)
     usable = is_usable.nonzero().flatten()
-    return Tokenised(dataset, tokens if is_usable.all() else tokens[usable], usable.tolist())
+    return TokenCache(dataset, tokens if is_usable.all() else tokens[usable], usable.tolist())
 
 
 def _encode_step(
@@ -138,34 +136,34 @@ def _encode_step(
     encode: Encode,
     device: torch.device,
 ) -> Tensor:
-    """One step's tokens [B, N, C] int32 on the CPU; rows of unusable images are `UNUSABLE`."""
+    """Return one step's tokens [B, N, C] int32 on the CPU, `UNUSABLE` for unusable images."""
     decoded = loader.images(step)
     first = step * step_pairs
     expected = torch.arange(first, min(first + step_pairs, num_pairs))
     tokens = encode(decoded.images.to(device).float() / 255).to("cpu", torch.int32)
-    # Another pair stands in for an unusable one; here it has a row of its own.
+    # The loader replaces an unusable pair by another; its row is marked here.
     tokens[torch.from_numpy(decoded.indices) != expected] = UNUSABLE
     return tokens
 
 
-def _gathered(rows: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
-    """Every rank's steps as one part, in the order of ranks; those without any have none."""
+def _gather_parts(rows: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
+    """Gather every rank's rows as one part, by rank; ranks without rows have no part."""
     if ranks.size == 1:
         return [torch.cat(list(rows))]
-    # The first rank's part is never shorter than another's, and the last one may be short.
+    # The first rank's part is never shorter than another's; only the last one may be short.
     shape = ranks.share(torch.tensor(torch.cat(list(rows)).shape) if ranks.is_first else None)
     length, *rest = shape.tolist()
-    # Filled up to one size, with a last row that says how many are real.
-    filled = torch.full((length + 1, *rest), UNUSABLE, dtype=torch.int32)
+    # Padded to one size, with a last row that holds the real number of rows.
+    padded = torch.full((length + 1, *rest), UNUSABLE, dtype=torch.int32)
     num_rows = sum(map(len, rows))
     if rows:
-        filled[:num_rows] = torch.cat(list(rows))
-    filled[-1] = num_rows
-    parts = torch.split(ranks.gather(filled), length + 1)
+        padded[:num_rows] = torch.cat(list(rows))
+    padded[-1] = num_rows
+    parts = torch.split(ranks.gather(padded), length + 1)
     return [part[: int(part[-1].flatten()[0])] for part in parts if part[-1].any()]
 
 
-def _type(codebook_size: int) -> torch.dtype:
+def _dtype(codebook_size: int) -> torch.dtype:
     return torch.int16 if codebook_size <= torch.iinfo(torch.int16).max else torch.int32
 
 
@@ -179,7 +177,7 @@ def _part_path(folder: Path, number: int) -> Path:
 
 
 def _read_parts(folder: Path) -> list[Tensor]:
-    """The parts from the first one on, as far as they are there and whole."""
+    """Read the parts from the first one on, up to the first that is missing or damaged."""
     parts: list[Tensor] = []
     while (path := _part_path(folder, len(parts))).is_file():
         try:

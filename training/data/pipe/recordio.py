@@ -1,8 +1,8 @@
-"""RecordIO, in which SageMaker wraps what it streams: a stream parted into records.
+"""RecordIO, the format in which SageMaker streams an augmented manifest.
 
-Each part of a record is a magic number, a word with its length and its place in the record, its
-bytes, and zeros up to a multiple of four (the format of MXNet's dmlc-core, `recordio.h`). A record
-in which the magic number itself occurs is written in several parts, without that number.
+Each part of a record is a magic number, a word with its kind (whole, first, middle, last) and its
+length, its bytes, and zeros up to a multiple of four (MXNet's dmlc-core, `recordio.h`). A record
+that contains the magic number is written in several parts, split at it and without it.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _WHOLE, _FIRST, _MIDDLE, _LAST = range(4)
 
 @dataclass(frozen=True)
 class Record:
-    """offset: of its first byte, the magic number's, in the stream."""
+    """offset: of its magic number in the stream."""
 
     offset: int
     data: bytes
 
 
-def records(stream: Stream) -> Iterator[Record]:
-    """All records of a stream. Raises DataError, with the offset, where it is no such stream."""
+def read_records(stream: Stream) -> Iterator[Record]:
+    """Read all records of a stream. Raises DataError, with the offset, where there is none."""
     parts: list[bytes] = []
     begin = 0
     while True:
@@ -40,13 +40,13 @@ def records(stream: Stream) -> Iterator[Record]:
         if len(header) < 8:
             raise _cut_off(stream)
         magic, word = struct.unpack("<II", header)
-        place, length = word >> 29, word & ((1 << 29) - 1)
+        kind, length = word >> 29, word & ((1 << 29) - 1)
         if magic != MAGIC:
             raise DataError(
                 f"{stream.name}: no RecordIO record begins at byte {offset:,}: found "
                 f"{header[:4]!r}, not {MAGIC_BYTES!r}"
             )
-        if (place in (_WHOLE, _FIRST)) == bool(parts) or place > _LAST:
+        if (kind in (_WHOLE, _FIRST)) == bool(parts) or kind > _LAST:
             raise DataError(f"{stream.name}: a RecordIO record is out of order at byte {offset:,}")
         data = stream.read(length + -length % 4)
         if len(data) < length + -length % 4:
@@ -59,13 +59,13 @@ def records(stream: Stream) -> Iterator[Record]:
                 f"{stream.name}: the record at byte {begin:,} has more than "
                 f"{MAX_RECORD_BYTES:,} bytes; one image, or one caption, is expected"
             )
-        if place in (_WHOLE, _LAST):
+        if kind in (_WHOLE, _LAST):
             yield Record(begin, MAGIC_BYTES.join(parts))
             parts = []
 
 
 def _cut_off(stream: Stream) -> DataError:
     return DataError(
-        f"{stream.name} ended at byte {stream.tell():,}, in the midst of a record: the channel is "
+        f"{stream.name} ended at byte {stream.tell():,}, in the middle of a record: the channel is "
         "not complete"
     )

@@ -1,10 +1,10 @@
-"""The pairs in the stream of a channel in Pipe mode. Two kinds are told apart by their first bytes:
+"""The pairs in the stream of a channel in Pipe mode, in one of two formats:
 
 - tar shards, one after another (S3Prefix or ManifestFile);
-- RecordIO records (AugmentedManifestFile with RecordWrapperType RecordIO): of each sample one
-  record for each of the AttributeNames, the image first, then captions.
+- RecordIO records (AugmentedManifestFile with RecordWrapperType RecordIO): one record for each of
+  the AttributeNames of a sample, the image first, then captions.
 
-Knows nothing of what becomes of an image.
+The first bytes tell which. Knows nothing of where images are stored.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from __future__ import annotations
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from typing import IO, cast
 
 from dalle.errors import DataError
-from training.data.pairs import SkipReason, Skips
-from training.data.pipe.recordio import MAGIC_BYTES, Record, records
+from training.data.pipe.recordio import MAGIC_BYTES, Record, read_records
 from training.data.pipe.stream import Stream
+from training.data.skips import SkipReason, Skips
 from training.data.sources.captions import (
     DEFAULT_CAPTION_KEY,
     MAX_CAPTION_BYTES,
@@ -26,32 +26,33 @@ from training.data.sources.captions import (
     captions_of_attribute,
 )
 from training.data.sources.index import MAX_IMAGE_BYTES
-from training.data.sources.tar import DAMAGES, Member, PairIndex, content_of
+from training.data.sources.tar import TAR_ERRORS, TarIndex, TarMember, read_member
 from training.stopping import Stop
 
 MAX_ATTRIBUTES = 16  # the platform's limit
-FRAMED_FROM = 32  # samples by which the number of attributes is told
-NOWHERE = -1  # where an image is that is too large to be used
-HEADER_MAGIC_PLACE = 257  # of "ustar" in a tar header
+NUM_PROBED_SAMPLES = 32  # from which the number of attributes is found
+NOWHERE = -1  # offset of an image that is too large to be stored
+USTAR_OFFSET = 257  # of "ustar" in a tar header
 
-Found = Iterator[tuple[Member, Captions]]
-Keep = Callable[[bytes], int]
+PairStream = Iterator[tuple[TarMember, Captions]]
+Store = Callable[[bytes], int]
+"""An image's bytes -> the offset at which they are stored."""
 
 
-def pairs_of(
-    stream: Stream, keep: Keep, caption_key: str | None, skips: Skips, stop: Stop
-) -> Found:
-    """The pairs of a stream, in the order in which they come; what is none is counted.
+def read_pairs(
+    stream: Stream, store: Store, caption_key: str | None, skips: Skips, stop: Stop
+) -> PairStream:
+    """Read the pairs of a stream, in its order; what is not a pair is counted in `skips`.
 
-    keep: takes an image's bytes and says where they are. caption_key: see `shards_of`.
-    Raises DataError, with the byte, for a stream that is of neither kind or not complete; Stopped.
+    caption_key: see `ShardReader`.
+    Raises DataError, with the byte, for a stream in another format or an incomplete one; Stopped.
     """
     head = stream.read(tarfile.BLOCKSIZE)
     stream.seek(0)
     if head.startswith(MAGIC_BYTES):
-        return _pairs_of_records(stream, keep, caption_key or DEFAULT_CAPTION_KEY, skips)
+        return _pairs_of_records(stream, store, caption_key or DEFAULT_CAPTION_KEY, skips)
     if _is_header(head) or not head.strip(b"\0"):
-        return _pairs_of_shards(stream, keep, caption_key, skips, stop)
+        return _pairs_of_shards(stream, store, caption_key, skips, stop)
     hint = "give tar shards, or an augmented manifest with RecordWrapperType RecordIO"
     if head.startswith(b"\x1f\x8b"):
         hint = "it is compressed: set the channel's CompressionType to Gzip"
@@ -59,33 +60,33 @@ def pairs_of(
 
 
 def _pairs_of_shards(
-    stream: Stream, keep: Keep, caption_key: str | None, skips: Skips, stop: Stop
-) -> Found:
-    def keep_member(info: tarfile.TarInfo, file: IO[bytes]) -> int:
-        return keep(content_of(info, file)) if info.size <= MAX_IMAGE_BYTES else NOWHERE
+    stream: Stream, store: Store, caption_key: str | None, skips: Skips, stop: Stop
+) -> PairStream:
+    def store_member(info: tarfile.TarInfo, file: IO[bytes]) -> int:
+        return store(read_member(info, file)) if info.size <= MAX_IMAGE_BYTES else NOWHERE
 
     number = 0
-    while _to_next_shard(stream):
-        index = PairIndex(number, "", caption_key, skips, keep_member)
+    while _skip_padding(stream):
+        index = TarIndex(number, "", caption_key, skips, store_member)
         try:
             damage = index.read(cast(IO[bytes], stream), stop)
-        except DAMAGES as error:
+        except TAR_ERRORS as error:
             if stream.is_at_end:
                 raise DataError(
-                    f"{stream.name} ended at byte {stream.tell():,}, in the midst of a shard "
+                    f"{stream.name} ended at byte {stream.tell():,}, in the middle of a shard "
                     f"({error}): the channel is not complete"
                 ) from error
             damage = f"is damaged before byte {stream.tell():,} ({error})"
         yield from index.pairs()
         number += 1
         if damage is not None:
-            _to_next_header(stream)
+            _seek_header(stream)
             detail = f"{stream.name} {damage}; going on at byte {stream.tell():,}"
             skips.add(SkipReason.DAMAGED_SHARD, f"byte {stream.tell():,}", detail)
 
 
-def _to_next_shard(stream: Stream) -> bool:
-    """Pass the zeros at a shard's end; whether there is anything behind them."""
+def _skip_padding(stream: Stream) -> bool:
+    """Skip the zeros at a shard's end; return whether anything follows them."""
     while block := stream.read(tarfile.BLOCKSIZE):
         if block.strip(b"\0"):
             stream.seek(stream.tell() - len(block))
@@ -93,14 +94,14 @@ def _to_next_shard(stream: Stream) -> bool:
     return False
 
 
-def _to_next_header(stream: Stream) -> None:
-    """Go forward to where a tar header stands, at whatever byte, or to the end."""
+def _seek_header(stream: Stream) -> None:
+    """Go forward to the next tar header, at whatever byte, or to the end."""
     while window := stream.read(2 * tarfile.BLOCKSIZE):
         begin = stream.tell() - len(window)
         for found in re.finditer(b"ustar", window):
-            place = found.start() - HEADER_MAGIC_PLACE
-            if place >= 0 and _is_header(window[place:][: tarfile.BLOCKSIZE]):
-                stream.seek(begin + place)
+            start = found.start() - USTAR_OFFSET
+            if start >= 0 and _is_header(window[start:][: tarfile.BLOCKSIZE]):
+                stream.seek(begin + start)
                 return
         if len(window) == 2 * tarfile.BLOCKSIZE:
             stream.seek(begin + tarfile.BLOCKSIZE)
@@ -114,16 +115,18 @@ def _is_header(block: bytes) -> bool:
     return True
 
 
-def _pairs_of_records(stream: Stream, keep: Keep, caption_key: str, skips: Skips) -> Found:
-    found = records(stream)
-    first, num_records = _framed(found, stream)
-    samples = _batched(chain(first, found), num_records)
-    for number, (image, *attributes) in enumerate(samples, 1):
+def _pairs_of_records(stream: Stream, store: Store, caption_key: str, skips: Skips) -> PairStream:
+    records = read_records(stream)
+    first, sample_size = _probe(records, stream)
+    records, number = chain(first, records), 0
+    while sample := list(islice(records, sample_size)):
+        number += 1
+        image, *attributes = sample
         name = f"sample {number} at byte {image.offset:,}"
-        if len(attributes) < num_records - 1:
+        if len(sample) < sample_size:
             raise DataError(
-                f"{stream.name} ended at byte {stream.tell():,}, in the midst of a sample of "
-                f"{num_records} attributes: the channel is not complete"
+                f"{stream.name} ended at byte {stream.tell():,}, in the middle of a sample of "
+                f"{sample_size} attributes: the channel is not complete"
             )
         captions = _captions(attributes, caption_key, name, skips)
         if captions is None:
@@ -132,19 +135,19 @@ def _pairs_of_records(stream: Stream, keep: Keep, caption_key: str, skips: Skips
             skips.add(SkipReason.EMPTY_IMAGE, name)
         elif captions:
             is_small = len(image.data) <= MAX_IMAGE_BYTES
-            offset = keep(image.data) if is_small else NOWHERE
-            yield Member(name, len(image.data), 0, offset), captions
+            offset = store(image.data) if is_small else NOWHERE
+            yield TarMember(name, len(image.data), 0, offset), captions
 
 
 def _captions(
     attributes: Iterable[Record], caption_key: str, name: str, skips: Skips
 ) -> Captions | None:
-    """Those of a sample; None when no attribute is a caption's."""
+    """Return the captions of a sample; None when no attribute holds captions."""
     captions: Captions | None = None
     for attribute in attributes:
+        found: Captions | None = ()
         if len(attribute.data) > MAX_CAPTION_BYTES:
             skips.add(SkipReason.GIANT_CAPTION, name)
-            found: Captions | None = ()
         else:
             found = captions_of_attribute(attribute.data, caption_key, name, skips)
         if found is not None:
@@ -152,37 +155,31 @@ def _captions(
     return captions
 
 
-def _framed(found: Iterator[Record], stream: Stream) -> tuple[list[Record], int]:
-    """The first records, and how many make up a sample: nobody tells the container.
+def _probe(records: Iterator[Record], stream: Stream) -> tuple[list[Record], int]:
+    """Return the first records, and how many make up a sample, which the platform does not say.
 
-    That is the least distance between two images, which may be damaged, among the first ones.
-    Raises DataError when these are no images followed by captions.
+    That is the least distance between two images, since some images may be damaged.
+    Raises DataError when the records are not images followed by captions.
     """
     first: list[Record] = []
-    places: list[int] = []
-    for record in found:
-        if _looks_like_an_image(record.data):
-            places.append(len(first))
+    images: list[int] = []
+    for record in records:
+        if _is_image(record.data):
+            images.append(len(first))
         first.append(record)
-        if len(places) > FRAMED_FROM or len(first) > FRAMED_FROM * MAX_ATTRIBUTES:
+        if len(images) > NUM_PROBED_SAMPLES or len(first) > NUM_PROBED_SAMPLES * MAX_ATTRIBUTES:
             break
-    distances = [later - place for place, later in zip(places, places[1:], strict=False)]
-    num_records = min(distances, default=len(first))
-    if not places or num_records < 2 or places[0] % num_records:
+    sample_size = min((b - a for a, b in pairwise(images)), default=len(first))
+    if not images or sample_size < 2 or images[0] % sample_size:
         raise DataError(
             f"{stream.name}: the records must be an image (png, jpg or webp) and its captions, in "
             f"turns, but of the first {len(first)} these are images: "
-            f"{', '.join(str(place) for place in places[:8]) or 'none'} (from 0); set "
+            f"{', '.join(map(str, images[:8])) or 'none'} (from 0); set "
             "the channel's AttributeNames to the image's attribute and then the captions'"
         )
-    return first, num_records
+    return first, sample_size
 
 
-def _looks_like_an_image(data: bytes) -> bool:
+def _is_image(data: bytes) -> bool:
     is_webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
     return is_webp or data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"))
-
-
-def _batched(items: Iterator[Record], size: int) -> Iterator[list[Record]]:
-    while batch := list(islice(items, size)):
-        yield batch

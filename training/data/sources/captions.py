@@ -1,10 +1,14 @@
-"""Caption files as captions: text, one a line, or JSON. Knows bytes, not where they came from."""
+"""Captions in the bytes of a file: text with one caption a line, or JSON.
+
+Each function returns () and counts the reason when the bytes cannot be used. Knows nothing of where
+the bytes came from.
+"""
 
 from __future__ import annotations
 
 import json
 
-from training.data.pairs import SkipReason, Skips
+from training.data.skips import SkipReason, Skips
 
 MAX_CAPTION_BYTES = 1 << 20
 DEFAULT_CAPTION_KEY = "caption"
@@ -13,8 +17,8 @@ Captions = tuple[str, ...]
 
 
 def captions_of_text(data: bytes, name: str, skips: Skips) -> Captions:
-    """The lines of a UTF-8 file that hold text; none, and counted, when it cannot be used."""
-    content = _decoded(data, name, skips)
+    """Return the lines of a UTF-8 file that hold text."""
+    content = _decode(data, name, skips)
     if content is None:
         return ()
     captions = tuple(line.strip() for line in content.split("\n") if line.strip())
@@ -24,11 +28,11 @@ def captions_of_text(data: bytes, name: str, skips: Skips) -> Captions:
 
 
 def captions_of_json(data: bytes, key: str, name: str, skips: Skips) -> Captions:
-    """The text, or texts, under a key of a JSON object; none, and counted, without any.
+    """Return the text, or the list of texts, under a key of a JSON object.
 
-    Line breaks within one are blanks: it is one caption still.
+    Line breaks within a text become blanks: it is one caption.
     """
-    content = _decoded(data, name, skips)
+    content = _decode(data, name, skips)
     if content is None:
         return ()
     try:
@@ -41,31 +45,31 @@ def captions_of_json(data: bytes, key: str, name: str, skips: Skips) -> Captions
         skips.add(SkipReason.NO_CAPTION_KEY, name, f"{name}: no key {key!r}, it has: {found}")
         return ()
     texts = value[key] if isinstance(value[key], list) else [value[key]]
-    if any(isinstance(text, str) and not _is_encodable(text) for text in texts):
+    texts = [text for text in texts if isinstance(text, str)]
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:  # JSON may spell what is not Unicode, such as "\ud800"
         skips.add(SkipReason.NOT_UTF8, name, f"{name}: {key!r} holds half of a surrogate pair")
         return ()
-    captions = tuple(
-        " ".join(text.split()) for text in texts if isinstance(text, str) and text.strip()
-    )
+    captions = tuple(" ".join(text.split()) for text in texts if text.strip())
     if not captions:
         skips.add(SkipReason.EMPTY_CAPTION, name, f"{name}: {key!r} holds no text")
     return captions
 
 
 def captions_of_attribute(data: bytes, key: str, name: str, skips: Skips) -> Captions | None:
-    """The captions in one attribute of an augmented manifest; None when it is no caption's.
+    """Return the captions in one attribute of an augmented manifest; None when it holds no caption.
 
     An attribute is text, or JSON: a text, a list of texts, or an object with them under a key.
-    Numbers, and objects without the key (Ground Truth adds one to each label), are no captions.
-    Nothing, and counted, when it was meant for one but cannot be used.
+    Numbers, and objects without the key (Ground Truth adds one to each label), hold no caption.
     """
-    content = _decoded(data, name, skips)
+    content = _decode(data, name, skips)
     if content is None:
         return ()
     try:
         value = json.loads(content)
     except (ValueError, RecursionError):
-        return captions_of_text(data, name, skips)  # a bare text
+        return captions_of_text(data, name, skips)  # plain text
     if isinstance(value, dict):
         return captions_of_json(data, key, name, skips) if key in value else None
     if isinstance(value, str | list):
@@ -73,22 +77,10 @@ def captions_of_attribute(data: bytes, key: str, name: str, skips: Skips) -> Cap
     return None
 
 
-def _decoded(data: bytes, name: str, skips: Skips) -> str | None:
+def _decode(data: bytes, name: str, skips: Skips) -> str | None:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        skips.add(
-            SkipReason.NOT_UTF8,
-            name,
-            f"{name}: not UTF-8 at byte {error.start}; save it as UTF-8",
-        )
+        detail = f"{name}: not UTF-8 at byte {error.start}; save it as UTF-8"
+        skips.add(SkipReason.NOT_UTF8, name, detail)
         return None
-
-
-def _is_encodable(text: str) -> bool:
-    r"""Whether a text is Unicode; JSON may spell what is not, such as "\ud800"."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

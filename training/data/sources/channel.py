@@ -1,19 +1,17 @@
-"""A channel as a data set, whatever its layout: files beside each other, or shards of them.
-
-The layout is told by what is there, and never both: half of the data would be left out unseen.
-"""
+"""A channel as a data set, whatever its layout: the place where layouts are told apart."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from dalle.errors import DataError
-from training.data.pairs import DEFAULT_MAX_BAD_SHARE, Skips, printable
+from training.data.skips import DEFAULT_MAX_BAD_SHARE, Skips, printable
 from training.data.sources.files import File, walk
-from training.data.sources.folder import folder_of
-from training.data.sources.index import IMAGE_SUFFIXES, WANTED, StoredPairs
-from training.data.sources.shards import SHARD_SUFFIX, shards_of
+from training.data.sources.folder import FolderReader
+from training.data.sources.index import EXPECTED_LAYOUT, IMAGE_SUFFIXES, Pairs, Reader
+from training.data.sources.shards import SHARD_SUFFIX, ShardReader
 from training.stopping import NEVER, Stop, unless_stopped
 
 log = logging.getLogger(__name__)
@@ -31,74 +29,83 @@ def open_channel(
     is_streamed: bool = False,
     is_part: bool = False,
     stop: Stop = NEVER,
-) -> StoredPairs:
-    """Find the pairs of a channel and read their captions; images come later.
+) -> Pairs:
+    """Find the pairs of a channel and read their captions; images are read when needed.
 
-    channel: the name used in messages; the folder's own when not given.
-    max_bad_share: 0 to 1, how many of the would-be pairs may be unusable.
-    caption_key, is_streamed: see `shards_of`. is_part: whether other hosts have other objects of
+    channel: the name used in messages; the folder's name when not given.
+    max_bad_share: 0 to 1, how many pairs may be unusable.
+    caption_key, is_streamed: see `ShardReader`. is_part: whether other hosts have other objects of
         the channel.
     Raises `DataError` for a layout that cannot be read, when there is no pair, or when too many
     are unusable; Stopped.
     """
     skips = Skips(channel or root.name)
     if not root.is_dir():
-        raise DataError(f"{skips.channel}: {root} is not a directory; {WANTED}")
+        raise DataError(f"{skips.channel}: {root} is not a directory; {EXPECTED_LAYOUT}")
     files = list(unless_stopped(walk(root, skips), stop))
     if is_part and not files:
         raise DataError(
             f"{skips.channel}: this host was given none of the channel's objects; ShardedByS3Key "
             "needs at least as many shards as there are hosts, all of about one size"
         )
+    reader = reader_of(root, files, skips.channel, caption_key, is_streamed, is_part)
+    pairs = Pairs(
+        reader,
+        root,
+        skips=skips,
+        image_size=image_size,
+        max_bad_share=max_bad_share,
+        stop=stop,
+    )
+    log.info("%s: layout: %s", skips.channel, pairs.layout)
+    return pairs
+
+
+def reader_of(
+    root: Path,
+    files: list[File],
+    channel: str,
+    caption_key: str | None,
+    is_streamed: bool,
+    is_part: bool,
+) -> Reader[Any]:
+    """Tell a channel's layout by the names of its files, and return the reader of that layout.
+
+    Two layouts at once are a DataError: half of the data would be left out unnoticed.
+    """
     shard = _first(files, (SHARD_SUFFIX,))
     image = _first(files, IMAGE_SUFFIXES)
     packed = _first(files, PACKED_SUFFIXES)
-    if shard is not None and image is not None:
+    if shard and image:
         raise DataError(
-            f"{skips.channel}: a channel holds either tar shards or single files, this one has "
+            f"{channel}: a channel holds either tar shards or single files, this one has "
             f"both, such as {shard} and {image}; keep one of the two"
         )
-    dataset: StoredPairs
-    if shard is not None:
-        dataset = shards_of(
-            root,
-            files,
-            skips,
-            image_size,
-            max_bad_share,
-            caption_key=caption_key,
-            is_streamed=is_streamed,
-            stop=stop,
-        )
-    elif image is None and packed is not None:
+    if shard:
+        return ShardReader(root, files, caption_key=caption_key, is_streamed=is_streamed)
+    if packed and not image:
         raise DataError(
-            f"{skips.channel}: {packed} is compressed, and cannot be read from the middle; give "
+            f"{channel}: {packed} is compressed, and cannot be read from the middle; give "
             "plain .tar shards, or unpack it"
         )
-    else:
-        if caption_key is not None:
-            log.warning(
-                "%s: caption_key has no effect: the channel holds no tar shards", skips.channel
-            )
-        if is_streamed:
-            log.warning(
-                "%s: single files are slow to fetch one by one (FastFile); shards are quick: "
-                "python -m training.data shard",
-                skips.channel,
-            )
-        if is_part:
-            log.warning(
-                "%s: ShardedByS3Key deals out single files, and so tears images from their "
-                "captions; give shards: python -m training.data shard",
-                skips.channel,
-            )
-        dataset = folder_of(root, files, skips, image_size, max_bad_share, stop)
-    log.info("%s: layout: %s", skips.channel, dataset.layout)
-    return dataset
+    if caption_key is not None:
+        log.warning("%s: caption_key has no effect: the channel holds no tar shards", channel)
+    if is_streamed:
+        log.warning(
+            "%s: single files are slow to fetch one by one (FastFile); shards are quick: "
+            "python -m training.data shard",
+            channel,
+        )
+    if is_part:
+        log.warning(
+            "%s: ShardedByS3Key distributes single files, and so separates images from their "
+            "captions; give shards: python -m training.data shard",
+            channel,
+        )
+    return FolderReader(root, files)
 
 
 def _first(files: list[File], suffixes: tuple[str, ...]) -> str | None:
-    """The name of the first file with one of these suffixes."""
-    names = (file.name for file in files if file.name.lower().endswith(suffixes))
-    name = next(names, None)
-    return None if name is None else printable(name)
+    """Return the name of the first file with one of these suffixes."""
+    names = (printable(file.name) for file in files if file.name.lower().endswith(suffixes))
+    return next(names, None)

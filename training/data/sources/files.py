@@ -1,4 +1,4 @@
-"""The files of a channel: found, not opened.
+"""The files of a channel: listed, not opened.
 
 Channels are mounted read-only, sometimes as a stream of S3, and were filled by strangers: nothing
 is written, links that lead out of the channel are not followed, and folders are listed once.
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from training.data.pairs import SkipReason, Skips
+from training.data.skips import SkipReason, Skips
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,18 +22,23 @@ class File:
     num_bytes: int
 
     @property
+    def identity(self) -> str:
+        """What stands for the file in a data set's fingerprint."""
+        return self.name
+
+    @property
     def suffix(self) -> str:
         """Lower case, with its dot."""
         return PurePosixPath(self.name).suffix.lower()
 
     @property
     def stem(self) -> str:
-        """The name without its suffix: what a caption and its image have in common."""
+        """The name without its suffix: the same for an image and its captions."""
         return self.name[: -len(self.suffix)] if self.suffix else self.name
 
 
 def walk(root: Path, skips: Skips) -> Iterator[File]:
-    """All regular files below root that are not hidden, in the order of their names."""
+    """List all regular files below root that are not hidden, sorted by name in each folder."""
     real_root = root.resolve()
     folders = [""]
     while folders:
@@ -55,7 +60,7 @@ def walk(root: Path, skips: Skips) -> Iterator[File]:
                     if not target.is_relative_to(real_root):
                         skips.add(SkipReason.OUTSIDE, name)
                         continue
-                    if target.is_dir():  # its files are found where they are
+                    if target.is_dir():  # its files are listed where they are
                         skips.add(SkipReason.IGNORED, name)
                         continue
                 if entry.is_dir():

@@ -1,7 +1,10 @@
-"""Pairs that lie in a channel as files, or as members of its shards: what both have in common.
+"""The pairs of a channel, listed once and read when needed, and the interface of its layouts.
 
-Each image and each caption is distrusted on its own: what cannot be used is skipped, counted and
-named. Images are not opened before they are needed.
+    Reader.pairs(skips, stop) -> (File, captions)  lists a layout's pairs when the channel is opened
+    Reader.read(File) -> bytes                     reads one image file, at any time
+    Pairs                                          the `Dataset` of what a reader has listed
+
+`training.data.sources.channel` tells the layouts apart.
 """
 
 from __future__ import annotations
@@ -10,62 +13,104 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 from dalle.errors import DataError
 from dalle.preprocess.images import ImageError, ImageFault, Pixels, decode_image, to_square
-from training.data.pairs import SkipReason, Skips, fingerprint, printable
+from training.data.pairs import fingerprint
+from training.data.skips import SkipReason, Skips, printable
 from training.data.sources.captions import MAX_CAPTION_BYTES, Captions
 from training.data.sources.files import File
+from training.stopping import NEVER, Stop
 
 log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_IMAGE_BYTES = 256 << 20
 
-WANTED = (
+EXPECTED_LAYOUT = (
     "a channel holds images (png, jpg, jpeg or webp), each beside a text file of the same name "
     "(0017.png, 0017.txt) in UTF-8 with one caption a line, sub-folders are fine; or tar shards of "
     "such files"
 )
 
-Found = TypeVar("Found", bound=File)
+FileT = TypeVar("FileT", bound=File)
 
 
-class StoredPairs(ABC):
-    """A `Dataset` of images that are read when they are asked for; children say how."""
+class Reader(ABC, Generic[FileT]):
+    """One layout of a channel. A new layout is a subclass, and a line in `channel.reader_of`.
+
+    Channels are read-only and filled by strangers: a reader writes nothing and follows no path out
+    of the channel. What cannot be a pair is counted in `skips` by its reason; only a layout that
+    cannot be read at all is a `DataError`.
+    layout: its name in logs and reports, such as `image-text folder`.
+    """
+
+    layout: str
+
+    @abstractmethod
+    def pairs(self, skips: Skips, stop: Stop) -> Iterator[tuple[FileT, Captions]]:
+        """List each pair's image file and captions, in an order that depends on the files alone.
+
+        Called once. Image files have names of their own and are not opened; there is at least one
+        caption, none empty. `FileT` may say where in a larger file the image is. Raises Stopped.
+        """
+
+    @abstractmethod
+    def read(self, image: FileT) -> bytes:
+        """Return the bytes of an image file, from any thread or forked process. Raises OSError."""
+
+    def groups(self, images: Sequence[FileT]) -> tuple[int, ...] | None:
+        """Return the sizes of runs of pairs to read in turn (see `Sampler`), None for any order."""
+        return None
+
+
+class Pairs:
+    """The pairs of one channel; a `Dataset` that reads images when they are needed."""
 
     def __init__(
         self,
-        images: Sequence[File],
-        captions: Sequence[Captions],
+        reader: Reader[Any],
+        where: Path,
         *,
         skips: Skips,
         image_size: int,
         max_bad_share: float,
+        stop: Stop = NEVER,
     ) -> None:
-        self._images = images
-        self._captions = captions
+        """List the pairs of a reader. where: names the channel's place in errors.
+
+        Raises `DataError` when there is no pair, or when too many are unusable; Stopped.
+        """
+        pairs = list(reader.pairs(skips, stop))
+        if not pairs:
+            found = skips.describe()
+            raise DataError(
+                f"{skips.channel}: no image-caption pair in {where}"
+                f"{f' (skipped: {found})' if found else ''}; {EXPECTED_LAYOUT}"
+            )
+        skips.num_pairs = len(pairs)
+        skips.check_share(max_bad_share)
+        log.info(
+            "%s: %d pairs with %d captions; skipped: %s; ignored files: %d",
+            skips.channel,
+            len(pairs),
+            sum(len(captions) for _, captions in pairs),
+            skips.describe() or "none",
+            skips.counts[SkipReason.IGNORED],
+        )
+        self._reader = reader
+        self._images: list[File] = [image for image, _ in pairs]
+        self._captions: list[Captions] = [captions for _, captions in pairs]
         self.skips = skips
         self.channel = skips.channel
         self.image_size = image_size
         self.max_bad_share = max_bad_share
+        self.layout = reader.layout
+        self.groups = reader.groups(self._images)
         self.fingerprint = fingerprint(
-            (image.name, image.num_bytes, captions[number]) for number, image in enumerate(images)
+            (image.identity, image.num_bytes, captions) for image, captions in pairs
         )
-
-    @property
-    @abstractmethod
-    def layout(self) -> str:
-        """How the channel is laid out, for people."""
-
-    @property
-    def groups(self) -> tuple[int, ...] | None:
-        return None
-
-    @abstractmethod
-    def read(self, index: int) -> bytes:
-        """The bytes of one image file. Raises OSError."""
 
     def __len__(self) -> int:
         return len(self._images)
@@ -74,7 +119,7 @@ class StoredPairs(ABC):
         return self._images[index].name
 
     def num_bytes(self, index: int) -> int:
-        """Of the image file."""
+        """Return the size of the image file."""
         return self._images[index].num_bytes
 
     def captions(self, index: int) -> Captions:
@@ -86,45 +131,44 @@ class StoredPairs(ABC):
         Raises `ImageError` when the file cannot be used.
         """
         data = self.image_bytes(index)
-        # JPEG's own scaling differs from the slow way, all pixels first, by 38 to 46 dB PSNR.
-        image = decode_image(data, what=self._what(index), min_side=self.image_size)
+        # JPEG's own scaling differs from decoding all pixels first by 38 to 46 dB PSNR.
+        image = decode_image(data, what=self._path(index), min_side=self.image_size)
         return to_square(image, self.image_size)
 
     def image_bytes(self, index: int) -> bytes:
-        """One image file as it is. Raises `ImageError` when it is too large or cannot be read."""
+        """Read one image file. Raises `ImageError` when it is too large or cannot be read."""
         file = self._images[index]
         if file.num_bytes > MAX_IMAGE_BYTES:
             raise ImageError(
-                f"{self._what(index)} has {file.num_bytes:,} bytes; the limit is "
+                f"{self._path(index)} has {file.num_bytes:,} bytes; the limit is "
                 f"{MAX_IMAGE_BYTES:,}",
                 ImageFault.GIANT,
             )
         try:
-            return self.read(index)
+            return self._reader.read(file)
         except OSError as error:
             raise ImageError(
-                f"{self._what(index)} cannot be read ({error.strerror})", ImageFault.UNREADABLE
+                f"{self._path(index)} cannot be read ({error.strerror})", ImageFault.UNREADABLE
             ) from error
 
-    def _what(self, index: int) -> str:
+    def _path(self, index: int) -> str:
         return f"{self.channel}/{printable(self.name(index))}"
 
 
-def pair_up(
-    images: Mapping[str, Found],
-    texts: Mapping[str, Found],
-    parse: Callable[[Found], Captions],
+def match_by_stem(
+    images: Mapping[str, FileT],
+    texts: Mapping[str, FileT],
+    parse: Callable[[FileT], Captions],
     skips: Skips,
-) -> Iterator[tuple[Found, Captions]]:
-    """Images with their captions, by what their names have in common and in its order.
+) -> Iterator[tuple[FileT, Captions]]:
+    """Pair images with their captions by stem (the keys), sorted by it.
 
-    parse: reads a caption file; gives nothing, having counted why, when that cannot be used.
+    parse: reads a caption file; returns () and counts the reason when that cannot be used.
     """
     for stem in sorted(images.keys() | texts.keys()):
         image, text = images.get(stem), texts.get(stem)
         if image is None:
-            assert text is not None
-            skips.add(SkipReason.CAPTION_WITHOUT_IMAGE, text.name)
+            skips.add(SkipReason.CAPTION_WITHOUT_IMAGE, texts[stem].name)
         elif text is None:
             skips.add(SkipReason.IMAGE_WITHOUT_CAPTION, image.name)
         elif image.num_bytes == 0:
@@ -135,36 +179,9 @@ def pair_up(
             yield image, captions
 
 
-def add_image(images: dict[str, Found], stem: str, file: Found, skips: Skips) -> None:
-    """Take an image in, unless its caption has one already."""
-    if stem in images:
-        skips.add(
-            SkipReason.SECOND_IMAGE,
-            file.name,
-            f"{file.name}: {images[stem].name} already goes with its caption; keep one of the two",
-        )
-    else:
-        images[stem] = file
-
-
-def require_enough(captions: Sequence[Captions], root: Path, skips: Skips, share: float) -> None:
-    """Say what was found; `captions` are those of each pair.
-
-    Raises `DataError` when there is none, or when more than `share` of the would-be pairs are bad.
-    """
-    if not captions:
-        found = skips.describe()
-        raise DataError(
-            f"{skips.channel}: no image-caption pair in {root}"
-            f"{f' (skipped: {found})' if found else ''}; {WANTED}"
-        )
-    skips.num_pairs = len(captions)
-    skips.check_share(share)
-    log.info(
-        "%s: %d pairs with %d captions; skipped: %s; ignored files: %d",
-        skips.channel,
-        len(captions),
-        sum(map(len, captions)),
-        skips.describe() or "none",
-        skips.counts[SkipReason.IGNORED],
-    )
+def add_image(images: dict[str, FileT], stem: str, file: FileT, skips: Skips) -> None:
+    """Add an image, or count it when there is one of the same stem already."""
+    if images.setdefault(stem, file) is not file:
+        other = images[stem].name
+        detail = f"{file.name}: {other} already goes with its caption; keep one of the two"
+        skips.add(SkipReason.SECOND_IMAGE, file.name, detail)

@@ -1,189 +1,137 @@
 """WebDataset tar shards: pairs as members of tar files, `0017.jpg` after or before `0017.txt`.
 
-The `webdataset` library reads shards from front to back and shuffles what a buffer holds, so that
-what a step sees depends on what was read before it. Training here asks for any pair of any step
-(see `order`), to go on after an interruption with exactly the batches that would have come. So the
-headers of every shard are read once, when the channel is opened, and images later by their place
-in the file. That index lives in memory: channels are read-only. Which members make up a pair is the
-library's convention, see `tar`.
+The `webdataset` library reads shards from front to back and shuffles within a buffer, so that a
+step's pairs depend on what was read before. Training here needs any pair at any step (see
+`training.data.batching.sampler`), to resume with exactly the batches that would have come. So the
+headers of every shard are read once, when the channel is opened, and images later by their offset.
+The index lives in memory: channels are read-only. Which members make up a pair follows the
+library's convention, see `training.data.sources.tar`.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import threading
-from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from tqdm import tqdm
 
-from training.data.pairs import SkipReason, Skips
+from training.data.skips import SkipReason, Skips
 from training.data.sources.captions import Captions
 from training.data.sources.files import File
-from training.data.sources.index import StoredPairs, require_enough
-from training.data.sources.tar import DAMAGES, Member, PairIndex
-from training.stopping import NEVER, Stop
+from training.data.sources.index import Reader
+from training.data.sources.tar import TAR_ERRORS, TarIndex, TarMember
+from training.stopping import Stop
 
 SHARD_SUFFIX = ".tar"
 MAX_OPEN_SHARDS = 64
-STREAM_BYTES = 4 << 20  # read at once where reading on is cheap and reading elsewhere is not
+STREAM_BYTES = 4 << 20  # buffer of a streamed shard, where reading on is cheap and seeking is not
 
 
-class Shards(StoredPairs):
-    """The pairs of tar shards, by shard and key; a `Dataset`. Made by `shards_of`."""
+class ShardReader(Reader[TarMember]):
+    """The pairs in the shards among a channel's files, by shard and key."""
 
     def __init__(
         self,
-        paths: Sequence[Path],
-        images: Sequence[Member],
-        captions: Sequence[Captions],
+        root: Path,
+        files: Iterable[File],
         *,
-        skips: Skips,
-        image_size: int,
-        max_bad_share: float,
-        is_streamed: bool,
+        caption_key: str | None = None,
+        is_streamed: bool = False,
     ) -> None:
-        super().__init__(
-            images, captions, skips=skips, image_size=image_size, max_bad_share=max_bad_share
+        """caption_key: key of the captions in JSON members; without one, text members are used
+            first and JSON's `caption` second.
+        is_streamed: whether the channel is a mount that fetches what is read (FastFile), where it
+            is quicker to read a shard from front to back: `groups` then says so to the sampler.
+        """
+        files = list(files)
+        self._shards = sorted(
+            (file for file in files if file.suffix == SHARD_SUFFIX), key=lambda file: file.name
         )
-        self._members = images
+        self._others = [file for file in files if file.suffix != SHARD_SUFFIX]
+        self._root = root
+        self._caption_key = caption_key
         self._is_streamed = is_streamed
-        self._files = OpenFiles(paths)
-        self._num_shards = len(paths)
+        self._open = lru_cache(MAX_OPEN_SHARDS)(Descriptor)
+        self.layout = f"{len(self._shards):,} tar shards"
 
-    @property
-    def layout(self) -> str:
-        return f"{self._num_shards:,} tar shards"
+    def pairs(self, skips: Skips, stop: Stop) -> Iterator[tuple[TarMember, Captions]]:
+        for file in self._others:
+            skips.add(SkipReason.IGNORED, file.name)
+        damaged: list[tuple[File, int, str]] = []
+        num_in_sound_shards = 0
+        # A bar only on a terminal, and only where there is something to wait for.
+        bar = tqdm(
+            self._shards,
+            f"indexing {skips.channel}",
+            unit="shards",
+            disable=None,
+            delay=0.5,
+            leave=False,
+        )
+        for number, file in enumerate(bar):
+            index = TarIndex(number, f"{file.name}/", self._caption_key, skips)
+            damage = self._index(index, self._root / file.name, stop)
+            pairs = list(index.pairs())
+            yield from pairs
+            if damage is None:
+                num_in_sound_shards += len(pairs)
+            else:
+                damaged.append((file, len(pairs), damage))
+        num_sound = len(self._shards) - len(damaged)
+        for file, num_read, damage in damaged:
+            # How many were lost is estimated: as many as sound shards have on average.
+            lost = max(1, (num_in_sound_shards // num_sound if num_sound else 0) - num_read)
+            detail = (
+                f"{file.name}: {damage}; {num_read:,} pairs before that are used; copy it again"
+            )
+            skips.add(SkipReason.DAMAGED_SHARD, file.name, detail, count=lost)
 
-    @property
-    def groups(self) -> tuple[int, ...] | None:
-        """The pairs of each shard, where shards are fetched while they are read."""
+    def read(self, image: TarMember) -> bytes:
+        file = self._open(self._root / self._shards[image.shard].name)
+        return file.read(image.num_bytes, image.offset)
+
+    def groups(self, images: Sequence[TarMember]) -> tuple[int, ...] | None:
+        """Return the number of pairs of each shard where shards are fetched while they are read."""
         if not self._is_streamed:
             return None
-        counts = Counter(member.shard for member in self._members)
+        counts = Counter(member.shard for member in images)
         return tuple(counts[shard] for shard in sorted(counts))
 
-    def read(self, index: int) -> bytes:
-        member = self._members[index]
-        file = self._files.of(member.shard)
-        return read_at(file.number, member.num_bytes, member.offset)
-
-
-def shards_of(
-    root: Path,
-    files: Iterable[File],
-    skips: Skips,
-    image_size: int,
-    max_bad_share: float,
-    *,
-    caption_key: str | None = None,
-    is_streamed: bool = False,
-    stop: Stop = NEVER,
-) -> Shards:
-    """Find the pairs in the shards among these files, which are those of the channel.
-
-    caption_key: where JSON members have the captions; without one, text members go first and
-        JSON's `caption` second. is_streamed: whether the channel is a mount that fetches what is
-        read (FastFile), so that it is quicker to read a shard from front to back than to jump in
-        it: `groups` then tells the order of training to do that.
-    Raises `DataError` when there is no pair, or when too many are unusable; Stopped.
-    """
-    shards = []
-    for file in files:
-        if file.suffix == SHARD_SUFFIX:
-            shards.append(file)
-        else:
-            skips.add(SkipReason.IGNORED, file.name)
-    images: list[Member] = []
-    captions: list[Captions] = []
-    damaged: list[tuple[File, int, str]] = []
-    num_whole = 0  # pairs of the sound shards
-    shards.sort(key=lambda file: file.name)
-    # A bar only on a terminal, and only where there is something to wait for.
-    bar = tqdm(
-        shards, f"indexing {skips.channel}", unit="shards", disable=None, delay=0.5, leave=False
-    )
-    for number, file in enumerate(bar):
-        index = PairIndex(number, f"{file.name}/", caption_key, skips)
-        damage = _index(index, root / file.name, is_streamed, stop)
-        before = len(images)
-        for image, lines in index.pairs():
-            images.append(image)
-            captions.append(lines)
-        if damage is None:
-            num_whole += len(images) - before
-        else:
-            damaged.append((file, len(images) - before, damage))
-    num_sound = len(shards) - len(damaged)
-    for file, num_read, damage in damaged:
-        # What is lost can only be guessed: as many pairs as the other shards have, on average.
-        lost = max(1, (num_whole // num_sound if num_sound else 0) - num_read)
-        detail = f"{file.name}: {damage}; {num_read:,} pairs before that are used; copy it again"
-        skips.add(SkipReason.DAMAGED_SHARD, file.name, detail, count=lost)
-    require_enough(captions, root, skips, max_bad_share)
-    return Shards(
-        [root / file.name for file in shards],
-        images,
-        captions,
-        skips=skips,
-        image_size=image_size,
-        max_bad_share=max_bad_share,
-        is_streamed=is_streamed,
-    )
-
-
-def _index(index: PairIndex, path: Path, is_streamed: bool, stop: Stop) -> str | None:
-    """Go through a shard's headers; returns what is wrong with it, if anything."""
-    try:
-        with path.open("rb", buffering=STREAM_BYTES if is_streamed else -1) as file:
-            damage = index.read(file, stop)
-            while damage is None and (rest := file.read(1 << 16)):
-                if rest.strip(b"\0"):
-                    damage = (
-                        "goes on behind its end mark; shards that were joined cannot be read: "
-                        "part them"
-                    )
-            return damage
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
-    except DAMAGES as error:
-        return f"damaged ({error})"
-
-
-def read_at(descriptor: int, num_bytes: int, offset: int) -> bytes:
-    """Bytes from the middle of an open file. Raises OSError when there are fewer."""
-    data = os.pread(descriptor, num_bytes, offset)
-    if len(data) < num_bytes:
-        raise OSError(errno.EIO, "the file has become shorter")
-    return data
+    def _index(self, index: TarIndex, path: Path, stop: Stop) -> str | None:
+        """Read a shard's headers; return what is wrong with it, if anything."""
+        try:
+            with path.open("rb", buffering=STREAM_BYTES if self._is_streamed else -1) as file:
+                damage = index.read(file, stop)
+                while damage is None and (rest := file.read(1 << 16)):
+                    if rest.strip(b"\0"):
+                        damage = (
+                            "goes on after its end mark; shards that were joined cannot be read: "
+                            "split them"
+                        )
+                return damage
+        except OSError as error:
+            return f"cannot be read ({error.strerror})"
+        except TAR_ERRORS as error:
+            return f"damaged ({error})"
 
 
 class Descriptor:
-    """An open file. It is closed when the last who reads from it has done."""
+    """An open file, closed when nothing refers to it. Threads and forked processes may share it."""
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    def __init__(self, path: Path) -> None:
+        self._number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def read(self, num_bytes: int, offset: int) -> bytes:
+        """Read from the middle of the file. Raises OSError when there are fewer bytes."""
+        data = os.pread(self._number, num_bytes, offset)
+        if len(data) < num_bytes:
+            raise OSError(errno.EIO, "the file has become shorter")
+        return data
 
     def __del__(self) -> None:
-        os.close(self.number)
-
-
-class OpenFiles:
-    """The files read from of late, open. Several threads, and forked processes, may use one."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = paths
-        self._open: OrderedDict[int, Descriptor] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def of(self, number: int) -> Descriptor:
-        with self._lock:
-            file = self._open.pop(number, None)
-            if file is None:
-                file = Descriptor(os.open(self._paths[number], os.O_RDONLY | os.O_CLOEXEC))
-            self._open[number] = file
-            if len(self._open) > MAX_OPEN_SHARDS:
-                self._open.popitem(last=False)
-            return file
+        if hasattr(self, "_number"):
+            os.close(self._number)

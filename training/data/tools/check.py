@@ -20,9 +20,9 @@ from tqdm import tqdm
 from dalle.errors import CaptionTooLong, DataError
 from dalle.preprocess.images import ImageError
 from dalle.types import TokenizerKind
-from training.data.pairs import SkipReason, printable
+from training.data.skips import SkipReason, printable
 from training.data.sources.channel import open_channel
-from training.data.sources.index import StoredPairs
+from training.data.sources.index import Pairs
 from training.data.tools.findings import ChannelFindings, Doubles, Findings, LongCaptions
 
 AT_ONCE = 64  # images on their way through the threads
@@ -45,7 +45,7 @@ class CheckOptions:
 class _Looked:
     """A channel that could be opened, and the pictures it holds: digest -> the first's name."""
 
-    dataset: StoredPairs
+    dataset: Pairs
     pictures: dict[bytes, str]
     findings: ChannelFindings
 
@@ -113,7 +113,7 @@ def _look(directory: Path, channel: str, options: CheckOptions) -> _Looked | Cha
     return _Looked(dataset, pictures, findings)
 
 
-def _digests(dataset: StoredPairs) -> Iterator[tuple[int, bytes]]:
+def _digests(dataset: Pairs) -> Iterator[tuple[int, bytes]]:
     """A hash of each picture that can be decoded, as the models see it; the others are counted."""
 
     def digest(index: int) -> bytes | ImageError:
@@ -141,7 +141,7 @@ def _num_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
 
-def _captions(dataset: StoredPairs) -> Iterator[tuple[str, str]]:
+def _captions(dataset: Pairs) -> Iterator[tuple[str, str]]:
     """The name of a pair and a caption of it, for all captions."""
     for index in range(len(dataset)):
         for caption in dataset.captions(index):
@@ -156,7 +156,7 @@ def _shared_captions(looked: Sequence[_Looked]) -> int:
     return sum(caption in known for _, caption in _captions(looked[1].dataset))
 
 
-def _long_captions(datasets: Iterable[StoredPairs], options: CheckOptions) -> LongCaptions:
+def _long_captions(datasets: Iterable[Pairs], options: CheckOptions) -> LongCaptions:
     """Captions that training would refuse, by the tokenizer that it would make."""
     datasets = list(datasets)
     if not datasets or datasets[0].channel != "train":

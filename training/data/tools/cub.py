@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dalle.errors import DataError, UserError
-from training.data.pairs import SkipReason, Skips
+from training.data.skips import SkipReason, Skips
 from training.data.sources.files import File, walk
-from training.data.sources.index import IMAGE_SUFFIXES, WANTED
+from training.data.sources.index import EXPECTED_LAYOUT, IMAGE_SUFFIXES
 
 TEXT_FOLDERS = ("text", "text_c10")
 SPLIT = "train_test_split.txt"
@@ -76,7 +76,7 @@ def convert(
     for caption_file in texts.values():
         skips.add(SkipReason.CAPTION_WITHOUT_IMAGE, caption_file.name)
     if not any(counts.values()):
-        raise DataError(f"no image of {images_root} has captions in {text_root}; {WANTED}")
+        raise DataError(f"no image of {images_root} has captions in {text_root}; {EXPECTED_LAYOUT}")
     return Converted(counts["train"], counts["validation"], num_captions, num_mended, skips)
 
 

@@ -11,7 +11,7 @@ from importlib import resources
 from string import Template
 from typing import Any
 
-from training.data.pairs import SkipReason
+from training.data.skips import SkipReason
 
 EXAMPLES = 5
 

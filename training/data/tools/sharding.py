@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from dalle.errors import UserError
 from dalle.preprocess.images import ImageError, decode_image
-from training.data.batching.sampler import Order
-from training.data.pairs import SkipReason, printable
-from training.data.sources.index import StoredPairs
+from training.data.batching.sampler import Sampler
+from training.data.skips import SkipReason, printable
+from training.data.sources.index import Pairs
 
 BLOCK = tarfile.BLOCKSIZE
 
@@ -39,7 +39,7 @@ class Written:
 
 
 def write_shards(
-    dataset: StoredPairs,
+    dataset: Pairs,
     out: Path,
     *,
     megabytes: float,
@@ -57,7 +57,7 @@ def write_shards(
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
         raise UserError(f"{out} is not empty; give a new directory")
-    order = Order(num_pairs=len(dataset), batch_size=1, seed=seed).permutation(0)
+    order = Sampler(num_pairs=len(dataset), batch_size=1, seed=seed).permutation(0)
     ends = np.cumsum([_tar_bytes(dataset, index) for index in order.tolist()])
     num_shards = max(1, round(float(ends[-1]) / (megabytes * 1e6)))
     # A pair goes where its middle lies: all shards are of one size, but for half a pair.
@@ -99,17 +99,17 @@ def key_of(name: str) -> str:
     return posixpath.join(folder, base.replace("%", "%25").replace(".", "%2E"))
 
 
-def _tar_bytes(dataset: StoredPairs, index: int) -> int:
+def _tar_bytes(dataset: Pairs, index: int) -> int:
     """What a pair takes in a shard, names of ordinary length presumed."""
     parts = (dataset.num_bytes(index), len(_text(dataset, index)))
     return sum(BLOCK + -(-num_bytes // BLOCK) * BLOCK for num_bytes in parts)
 
 
-def _text(dataset: StoredPairs, index: int) -> bytes:
+def _text(dataset: Pairs, index: int) -> bytes:
     return "".join(f"{caption}\n" for caption in dataset.captions(index)).encode()
 
 
-def _image(dataset: StoredPairs, index: int, shrink_to: int | None) -> tuple[str, bytes]:
+def _image(dataset: Pairs, index: int, shrink_to: int | None) -> tuple[str, bytes]:
     """Suffix and bytes of an image file. Raises `ImageError`."""
     name, data = dataset.name(index), dataset.image_bytes(index)
     suffix = posixpath.splitext(name)[1].lower()

@@ -1,4 +1,4 @@
-"""What each rank does in test_tokenised.py."""
+"""What each rank does in test_token_cache.py."""
 
 from datetime import timedelta
 
@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from tests.training.pairs import SIZE
-from training.data.batching import token_cache as tokenised
-from training.data.sources.folder import open_folder
+from training.data.batching import token_cache
+from training.data.sources.channel import open_channel
 from training.distributed.process_group import ALONE, Together
 
 
@@ -18,12 +18,12 @@ def encode(images):
     return numbers[:, :, None]
 
 
-def tokenise(channel, out, ranks=ALONE, encode=encode, **options):
+def cache_tokens(channel, out, ranks=ALONE, encode=encode, **options):
     """The pictures of a channel, three a step and six a part."""
-    dataset = open_folder(channel, image_size=SIZE, max_bad_share=0.5)
+    dataset = open_channel(channel, image_size=SIZE, max_bad_share=0.5)
     fixed = {"dvae_hash": "d", "codebook_size": 256, "device": torch.device("cpu")}
     fixed |= {"step_pairs": 3, "part_pairs": 6}
-    return tokenised.tokenise(
+    return token_cache.cache_tokens(
         dataset,
         encode,
         **{"directory": out, "num_workers": 0, "ranks": ranks} | fixed | options,
@@ -37,7 +37,7 @@ def work(rank, port, channel, out):
         "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
     own = out / str(rank)  # each host has its own disk
-    found = tokenise(channel, own, Together())
+    found = cache_tokens(channel, own, Together())
     dist.destroy_process_group()
     names = [found.name(index) for index in range(len(found))]
     content = {"tokens": found.tokens, "names": names, "skips": found.skips.as_dict()}

@@ -1,4 +1,4 @@
-"""What each rank does in test_parts.py: python tests/training/data/part_work.py RANK SIZE PORT
+"""What each rank does in test_sharded.py: python tests/training/data/sharded_work.py RANK SIZE PORT
 FOLDER OUT."""
 
 import sys
@@ -14,7 +14,7 @@ from dalle.errors import DataError
 from dalle.platform.environment import Channel
 from training.data import open as opening
 from training.data.batching.batches import Batches
-from training.data.batching.preload import InMemory
+from training.data.batching.preload import Preloaded
 from training.distributed.process_group import Together
 from training.loop.stages import StageData
 
@@ -47,7 +47,7 @@ def refusal(folder, ranks):
 
 def batches(found, ranks, **options):
     given = {"rank": ranks.rank, "world_size": ranks.size, "part": found.part}
-    given |= {"whole": found.whole, "num_workers": 0, "batch_size": 4, "seed": 3}
+    given |= {"totals": found.totals, "num_workers": 0, "batch_size": 4, "seed": 3}
     return Batches(found.pairs, **given | options)
 
 
@@ -82,11 +82,11 @@ def work(rank, size, port, folder):
         "identity": {key: str(value) for key, value in mine.identity().items()},
         "skips": found.pairs.skips.as_dict(),
         "examples": found.pairs.skips.describe(),
-        "whole": [found.whole.num_pairs, found.whole.num_captions],
-        "decoded": [isinstance(each.pairs, InMemory) for each in (found, lazy)],
+        "totals": [found.totals.num_pairs, found.totals.num_captions],
+        "decoded": [isinstance(each.pairs, Preloaded) for each in (found, lazy)],
         "validation": validation(found, ranks),
         "word": found.part.tokenizer(captions, kind="word", **options).identity(),
-        "siblings": found.part.siblings.each(rank),
+        "host_ranks": found.part.host_ranks.each(rank),
         "refusal": refusal(folder, ranks),
     }
     dist.destroy_process_group()
