@@ -1,12 +1,18 @@
-"""gunicorn's threaded worker, made safe against callers that are slow, half-hearted or gone.
+"""gunicorn's threaded worker, hardened against slow, incomplete and closed connections.
 
     accepted ──> poller ──header whole──> thread ──> poller (kept alive) or lingering (closed)
 
-A thread is taken only once a request's header is whole, and kept no longer than its body may take,
-so that pings find one. A connection whose body was not read to its end is closed after the reply,
-and the reply says so. On SIGTERM the worker goes on answering until accepted work has ended.
+A thread is taken only once a request's header is whole, and is kept no longer than its body may
+take, so that pings find one. A connection whose body was not read to its end is closed after the
+reply, and the reply says so. On SIGTERM the worker goes on answering until accepted work has ended.
 
-It reaches into gunicorn's worker, which is why pyproject.toml pins gunicorn to one version.
+No stock worker does this. gthread, with 32 threads and its limits, fails 16 of the 24 tests in
+tests/inference/command/test_gunicorn_worker.py: half-sent headers and bodies take every thread, so
+that pings time out; no body has a time limit (408); a refused body is read on, or its reply is lost
+to a reset; header errors are HTML. sync has one thread, and the others need gevent or tornado.
+
+Of gunicorn's internals it uses the hooks of `ThreadWorker`, its poller and its lists of
+connections; a socket class below gunicorn's parser limits the time. Tested with 26.2 and 27.0.
 """
 
 from __future__ import annotations
@@ -23,39 +29,59 @@ from collections import deque
 from functools import partial
 from http import HTTPStatus
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from gunicorn.arbiter import Arbiter
 from gunicorn.http import errors
 from gunicorn.http.body import Body, ChunkedReader, LengthReader
-from gunicorn.http.unreader import SocketUnreader
-from gunicorn.workers.gthread import _DEFER, TConn, ThreadWorker
+from gunicorn.workers.gthread import _DEFER, ThreadWorker
 
-if TYPE_CHECKING:
-    from inference.server.server import Server
+from inference.engine.engine_core import Scheduler
+from inference.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-_HEADER_SECONDS = 5.0  # for a request's header, which is sent at once or not at all
+_HEADER_SECONDS = 5.0  # for a request's header
 _PAUSE_SECONDS = 10.0  # between two parts of a body
 _SEND_SECONDS = 60.0  # for one write of a reply
 _LINGER_SECONDS = 5.0  # for a client to read the reply to a request that it is still sending
 _LEAVING_SECONDS = 1.0  # the same, once the server is about to exit
-_HEADER_BYTES = 65_536  # of a longer header the rest is read, and refused, by a thread
+_HEADER_BYTES = 65_536  # a longer header is refused by the parser, in a thread
 _RECEIVE_BYTES = 65_536
+
+_STATUSES: tuple[tuple[type[Exception], HTTPStatus], ...] = (
+    (errors.LimitRequestHeaders, HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE),
+    (errors.LimitRequestLine, HTTPStatus.REQUEST_URI_TOO_LONG),
+    (errors.ExpectationFailed, HTTPStatus.EXPECTATION_FAILED),
+    (errors.UnsupportedTransferCoding, HTTPStatus.NOT_IMPLEMENTED),
+    (errors.ParseException, HTTPStatus.BAD_REQUEST),
+)
+
+
+class Application(Protocol):
+    """What the worker uses of gunicorn's application object.
+
+    stop: set by the worker; ends its main loop from any thread.
+    death: why the model could not be loaded; the arbiter then ends too.
+    """
+
+    settings: Settings
+    scheduler: Scheduler
+    death: Exception | None
+    stop: Any
 
 
 class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no annotations
-    """The process that holds the model, and its threads that talk HTTP."""
+    """Process that holds the model, with threads that answer HTTP."""
 
-    app: Server
+    app: Application
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._lingering: deque[_Connection] = deque()  # the earliest to be closed first
+        self._lingering: deque[Any] = deque()  # connections, in the order of their time-outs
 
     def init_process(self) -> None:
-        self.app.worker = self
+        self.app.stop = self.stop_soon
         # Short turns: a ping waits for at most a few of them while the model's thread computes.
         sys.setswitchinterval(0.001)
         super().init_process()
@@ -65,50 +91,40 @@ class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no annotations
         if self.app.death is not None:
             sys.exit(Arbiter.APP_LOAD_ERROR)  # the arbiter stops too instead of trying again
 
-    def accept(self, listener: socket.socket) -> None:
-        """A new connection, in the main loop."""
-        try:
-            sock, address = listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):
-            return
-        self.nr_conns += 1
-        self.enqueue_req(_Connection(self, sock, address, listener.getsockname()))
+    def enqueue_req(self, conn: Any) -> None:
+        """Hand a connection to a thread, in the main loop; a new one gets our socket first."""
+        if not isinstance(conn.sock, _Socket):
+            conn.sock = _Socket(fileno=conn.sock.detach())
+            conn.close = partial(self._close_connection, conn)
+        super().enqueue_req(conn)
 
-    def handle(self, conn: _Connection) -> Any:
-        """What has arrived on a connection, in a thread: a whole request, or not yet."""
+    def handle(self, conn: Any) -> Any:
+        """Read what has arrived on a connection, in a thread; answer a request that is whole."""
         try:
             conn.init()
-            if not conn.reader.take_header():
+            if not conn.sock.take_header(conn.parser.unreader.take_buffered()):
                 return _DEFER
         except OSError:
             return False
-        conn.reader.allow(_HEADER_SECONDS)
+        conn.sock.allow(_HEADER_SECONDS)
         return super().handle(conn)
 
-    def handle_request(self, req: Any, conn: _Connection) -> Any:
-        """A request whose header has been read, in a thread."""
+    def handle_request(self, req: Any, conn: Any) -> Any:
+        """Answer a request whose header has been read, in a thread."""
         conn.sock.settimeout(_SEND_SECONDS)
-        conn.reader.allow(self.app.settings.body_seconds)
+        conn.sock.allow(self.app.settings.body_seconds)
         if isinstance(req.body.reader, LengthReader):
-            req.body.reader = _WholeParts(req.body.reader.unreader, req.body.reader.length)
-        # gunicorn asks when it writes the reply's header, and again before it reads on.
+            req.body.reader = _WholeParts(conn, req.body.reader.length)
+        # gunicorn calls this when it writes the reply's header, and again before it reads on.
         req.should_close = lambda: type(req).should_close(req) or not _is_read(req.body)
         return super().handle_request(req, conn)
 
     def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: Exception) -> None:
-        """A header that cannot be read is refused in JSON, as everything else is."""
-        if not isinstance(exc, errors.ParseException):
+        """Refuse a header that cannot be read, in JSON as every other error."""
+        status = next((status for kind, status in _STATUSES if isinstance(exc, kind)), None)
+        if status is None:
             super().handle_error(req, client, addr, exc)
             return
-        status = HTTPStatus.BAD_REQUEST
-        if isinstance(exc, errors.LimitRequestHeaders):
-            status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
-        elif isinstance(exc, errors.LimitRequestLine):
-            status = HTTPStatus.REQUEST_URI_TOO_LONG
-        elif isinstance(exc, errors.ExpectationFailed):
-            status = HTTPStatus.EXPECTATION_FAILED
-        elif isinstance(exc, errors.UnsupportedTransferCoding):
-            status = HTTPStatus.NOT_IMPLEMENTED
         logger.info("refused: status=%d; %s", status, exc)
         code = status.phrase.lower().replace(" ", "_").replace("-", "_")
         error = {"code": code, "message": f"the header cannot be read: {exc}", "field": None}
@@ -124,67 +140,70 @@ class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no annotations
         except OSError:
             logger.info("the refusal could not be sent: the client has gone")
 
-    def linger(self, conn: _Connection) -> None:
-        """Close a connection in the main loop without waiting for anybody.
+    def _close_connection(self, conn: Any, graceful: bool = False) -> None:
+        """Close a connection in the main loop, without blocking it.
 
-        A socket that is closed before everything was received resets the connection, and the
-        client may lose the reply. So the sending half is closed first, what still comes is thrown
-        away, and the rest is closed when the client has closed its half or the time is over.
+        graceful: after a reply. A socket that is closed before everything was received resets the
+        connection, and the client may lose the reply. So the sending half is closed first, what
+        still arrives is discarded, and the rest is closed when the client has closed its half or
+        after `_LINGER_SECONDS`.
         """
         try:
-            conn.sock.shutdown(socket.SHUT_WR)
-            conn.sock.setblocking(False)
+            if graceful:
+                conn.sock.shutdown(socket.SHUT_WR)
+                conn.sock.setblocking(False)
         except OSError:
-            conn.close()
+            graceful = False
+        if not graceful:
+            conn.sock.close()
             return
-        self.nr_conns += 1  # gunicorn has just counted it off
+        self.nr_conns += 1  # gunicorn has already subtracted it
         conn.timeout = time.monotonic() + (_LINGER_SECONDS if self.alive else _LEAVING_SECONDS)
         self._lingering.append(conn)
         self.poller.register(conn.sock, selectors.EVENT_READ, partial(self._discard, conn))
 
-    def _discard(self, conn: _Connection, sock: socket.socket) -> None:
+    def _discard(self, conn: Any, sock: socket.socket) -> None:
         try:
-            has_ended = not sock.recv(_RECEIVE_BYTES)
+            has_ended = not sock.recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return
         except OSError:
             has_ended = True
         if has_ended:
             self._lingering.remove(conn)
-            self._close(conn)
+            self._end_lingering(conn)
 
-    def _close(self, conn: _Connection) -> None:
+    def _end_lingering(self, conn: Any) -> None:
         self.poller.unregister(conn.sock)
         self.nr_conns -= 1
-        conn.close()
+        conn.sock.close()
 
     def wait_for_and_dispatch_events(self, timeout: float) -> None:
-        """One turn of the main loop; the last ones, too, look every second for what is over."""
+        """Run one turn of the main loop, of at most a second even while the worker leaves."""
         super().wait_for_and_dispatch_events(min(timeout, 1.0))
 
     def murder_pending(self) -> None:
-        """Called by the main loop in every turn: end what has had its time."""
+        """Close connections whose time is over. The main loop calls this in every turn."""
         super().murder_pending()
         while self._lingering and self._lingering[0].timeout <= time.monotonic():
-            self._close(self._lingering.popleft())
+            self._end_lingering(self._lingering.popleft())
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """SIGTERM: drain beside the main loop, which goes on accepting, then leave it."""
+        """On SIGTERM, drain beside the main loop, which goes on accepting, then leave it."""
         threading.Thread(target=self._drain, name="drain", daemon=True).start()
 
     def handle_quit(self, sig: int, frame: FrameType | None) -> None:
-        """SIGINT or SIGQUIT: give up what runs, so that its threads end."""
+        """On SIGINT or SIGQUIT, cancel what runs, so that its threads end."""
         self.app.scheduler.cancel_all()
         super().handle_quit(sig, frame)
 
     def stop_soon(self) -> None:
-        """End the main loop from another thread."""
+        """End the main loop. Any thread may call this."""
         self.method_queue.defer(self._leave)
 
     def _drain(self) -> None:
         seconds = self.app.settings.drain_seconds
-        is_complete = self.app.scheduler.drain(seconds)
-        if not is_complete:
+        if not self.app.scheduler.drain(seconds):
             logger.warning("work was still running after %g seconds", seconds)
         self.stop_soon()
 
@@ -198,106 +217,88 @@ class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no annotations
         self.alive = False
 
 
-class _Connection(TConn):  # type: ignore[misc]  # gunicorn has no annotations
-    """A connection that is read within a time and closed without waiting."""
+class _Socket(socket.socket):
+    """Socket of a connection with a time limit, so that a slow client does not keep a thread."""
 
-    def __init__(self, worker: Worker, sock: socket.socket, client: Any, server: Any) -> None:
-        super().__init__(worker.cfg, sock, client, server)
-        self._worker = worker
-
-    @property
-    def reader(self) -> _Reader:
-        """What its requests are read through, once `init` was called."""
-        reader: _Reader = self.parser.unreader
-        return reader
-
-    def init(self) -> None:
-        """Called before each request; only the first time does something."""
-        if not self.initialized:
-            super().init()
-            self.parser.unreader = _Reader(self.sock)
-
-    def close(self, graceful: bool = False) -> None:
-        """graceful: after a reply, which the client shall be able to read to its end."""
-        if graceful:
-            self._worker.linger(self)
-        else:
-            super().close()
-
-
-class _Reader(SocketUnreader):  # type: ignore[misc]  # gunicorn has no annotations
-    """What a connection sends, within a time: sending slowly must not keep a thread."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        super().__init__(sock, max_chunk=_RECEIVE_BYTES)
+    def __init__(self, fileno: int) -> None:
+        super().__init__(fileno=fileno)
         self._deadline = math.inf
+        self._header = b""  # received, and not yet read
         self._header_began = 0.0  # 0: no header is on its way
 
     def allow(self, seconds: float) -> None:
-        """From now on, reading may take so long together."""
+        """Limit all reading from now on to so many seconds."""
         self._deadline = time.monotonic() + seconds
 
-    def chunk(self) -> bytes:
-        """The next bytes; none at the end. Raises `TimeoutError` when they do not come in time."""
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        """Return the next bytes; none at the end. Raises `TimeoutError` when they come too late."""
+        if flags:
+            return super().recv(size, flags)
+        if self._header:
+            data, self._header = self._header[:size], self._header[size:]
+            return data
         seconds = min(self._deadline - time.monotonic(), _PAUSE_SECONDS)
         if seconds <= 0:
             raise TimeoutError("the time to send a request is over")
-        before = self.sock.gettimeout()
-        self.sock.settimeout(seconds)
+        before = self.gettimeout()
+        self.settimeout(seconds)
         try:
-            data: bytes = super().chunk()
-            return data
+            return super().recv(size)
         finally:
-            self.sock.settimeout(before)
+            self.settimeout(before)
 
-    def take_header(self) -> bool:
-        """Take what has arrived, without waiting; whether there is a whole header to be parsed.
+    def take_header(self, buffered: bytes = b"") -> bool:
+        """Receive what has arrived, without waiting; return whether it holds a whole header.
 
+        buffered: what the parser has received beyond the last request.
         Raises `OSError` when no more will come, or not in time.
         """
         now = time.monotonic()
         self._header_began = self._header_began or now
-        header: bytes = self.take_buffered()
-        self.sock.setblocking(False)
-        try:
-            while b"\r\n\r\n" not in header and len(header) < _HEADER_BYTES:
-                try:
-                    data = self.sock.recv(self.mxchunk)
-                except BlockingIOError:
-                    if now - self._header_began > _HEADER_SECONDS:
-                        raise TimeoutError("the header did not arrive in time") from None
-                    return False
-                if not data:
-                    raise ConnectionAbortedError("the client closed before its header was whole")
-                header += data
-        finally:
-            self.unread(header)
+        self._header = buffered + self._header
+        while b"\r\n\r\n" not in self._header and len(self._header) < _HEADER_BYTES:
+            try:
+                data = super().recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                if now - self._header_began > _HEADER_SECONDS:
+                    raise TimeoutError("the header did not arrive in time") from None
+                return False
+            if not data:
+                raise ConnectionAbortedError("the client closed before its header was whole")
+            self._header += data
         self._header_began = 0.0
         return True
 
 
-class _WholeParts(LengthReader):  # type: ignore[misc]  # gunicorn has no annotations
-    """A body of known length, handed on in the parts that arrive.
+class _WholeParts:
+    """Reader of a body of known length that returns the parts as they arrive.
 
-    gunicorn's own cuts off 1 kB at a time and copies the rest of the part each time: of a body of
+    gunicorn 26 cuts off 1 kB at a time and copies the rest of the part each time: of a body of
     25 MB a second of Python's lock.
     """
 
+    def __init__(self, conn: Any, length: int) -> None:
+        self._sock: _Socket = conn.sock
+        self.length = length  # of what is still to be read
+        buffered: bytes = conn.parser.unreader.take_buffered()
+        self._first = buffered[:length]
+        conn.parser.unreader.unread(buffered[length:])  # the beginning of the next request
+
     def read(self, size: int) -> bytes:
-        """The next part, whatever its size; nothing at the end of the body or the connection."""
-        data: bytes = self.unreader.read() if self.length else b""
-        part, rest = data[: self.length], data[self.length :]
-        if rest:  # the next request's beginning
-            self.unreader.unread(rest)
+        """Return the next part, of any size; nothing at the end of the body or the connection."""
+        if not self.length:
+            return b""
+        part = self._first or self._sock.recv(min(self.length, _RECEIVE_BYTES))
+        self._first = b""
         self.length -= len(part)
         return part
 
 
 def _is_read(body: Body) -> bool:
-    """Whether nothing of a request's body can still be on the socket."""
+    """Return whether no part of a request's body can still be on the socket."""
     match body.reader:
-        case LengthReader() as reader:
-            return bool(reader.length == 0)
+        case _WholeParts() as reader:
+            return reader.length == 0
         case ChunkedReader() as reader:
             return reader.parser is None
     return False

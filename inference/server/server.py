@@ -1,7 +1,7 @@
-"""gunicorn around the app: the port, the worker process and its end.
+"""gunicorn application of `serve`: the port, the worker process and its exit status.
 
-The port is bound before anything heavy is imported; the worker process loads the model in its own
-thread and answers /ping with 503 meanwhile.
+The port is bound before torch is imported. The worker process loads the model in a thread and
+answers /ping with 503 meanwhile.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _KILL_SECONDS = 28  # after SIGTERM; the platform itself kills after 30
-_KEEP_ALIVE_SECONDS = 75  # longer than the platform keeps a connection idle, so it never races us
-_CAUSE_BYTES = 4096  # of a cause; a pipe takes so many at once without anybody reading
+_KEEP_ALIVE_SECONDS = 75  # longer than the platform keeps a connection idle
+_CAUSE_BYTES = 4096  # of an error message; a pipe holds so many before anything is read
 
 
 class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no annotations
-    """The gunicorn application of `serve`.
+    """gunicorn application of `serve`.
 
-    load: makes the engine; called in the worker process, in the model's thread.
+    load: returns the engine; called in the worker process, in the model's thread.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no annotati
     ) -> None:
         self.settings = settings
         self.death: Exception | None = None
-        self.worker: Worker | None = None
+        self.stop: Callable[[], None] | None = None  # set by the worker
         self.scheduler = Scheduler(
             load,
             queue_size=settings.queue_size,
@@ -57,15 +57,15 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no annotati
         super().__init__()
 
     def load_config(self) -> None:
-        """Called by gunicorn. No file and no environment variable of gunicorn's is read."""
+        """Set gunicorn's settings. No file and no environment variable of gunicorn's is read."""
         values: dict[str, Any] = {
             "bind": self._bind,
             "workers": 1,
             "worker_class": Worker,
             "threads": self.settings.http_threads,
             "logger_class": _Log,
-            # Requests may take an hour. A worker whose main loop hangs does not answer pings, by
-            # which the platform replaces the whole container; gunicorn need not watch it too.
+            # Requests may take an hour. Where the main loop hangs, pings fail and the platform
+            # replaces the container.
             "timeout": 0,
             "graceful_timeout": _KILL_SECONDS,
             "keepalive": _KEEP_ALIVE_SECONDS,
@@ -77,10 +77,10 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no annotati
             self.cfg.set(name, value)
 
     def run(self) -> None:
-        """Serve until stopped; leaves by SystemExit, with gunicorn's status.
+        """Serve until stopped; raise SystemExit with gunicorn's status.
 
-        When the worker process could not begin, the last line of the log says why: gunicorn's own
-        say only that it did not.
+        When the worker process could not begin, the last line of the log is the cause, which
+        gunicorn's messages do not give.
         """
         try:
             super().run()
@@ -90,17 +90,17 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no annotati
             raise
 
     def load(self) -> Flask:
-        """Called by gunicorn in the worker process: start loading, return the app at once."""
+        """Start loading the model and return the app at once, in the worker process."""
         try:
             from inference.server.app import create_app  # not before the port is bound
 
             self.scheduler.start()
             return create_app(self.scheduler, self.settings)
         except Exception as error:
-            self._tell_cause(error)
+            self._write_cause(error)
             raise
 
-    def _tell_cause(self, error: Exception) -> None:
+    def _write_cause(self, error: Exception) -> None:
         kind = "" if isinstance(error, DalleError) else f"{type(error).__name__}: "
         line = " ".join(f"{kind}{error}".split())
         os.write(self._cause, line.encode()[:_CAUSE_BYTES])
@@ -112,16 +112,16 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no annotati
             return ""
 
     def _note_death(self, error: Exception) -> None:
-        """A model that never worked ends the process; one that broke later answers pings 500."""
+        """End the process where the model never worked; one that broke later answers pings 500."""
         if not self.scheduler.was_ready:
-            self._tell_cause(error)
+            self._write_cause(error)
             self.death = error
-            if self.worker is not None:
-                self.worker.stop_soon()
+            if self.stop is not None:
+                self.stop()
 
 
 class _Log(Logger):  # type: ignore[misc]  # gunicorn has no annotations
-    """gunicorn's messages through the handlers that `__main__` set up."""
+    """Logger that sends gunicorn's messages to the handlers that `__main__` set up."""
 
     def setup(self, cfg: Any) -> None:
         self.cfg = cfg
@@ -130,7 +130,7 @@ class _Log(Logger):  # type: ignore[misc]  # gunicorn has no annotations
 
 
 def _writable_directory() -> str | None:
-    """In memory where possible: gunicorn's heartbeat file must not wait for a slow disk."""
+    """Return a directory for gunicorn's heartbeat file, in memory where possible."""
     for directory in ("/dev/shm", tempfile.gettempdir()):  # noqa: S108 - no name is guessed there
         if Path(directory).is_dir() and os.access(directory, os.W_OK | os.X_OK):
             return directory

@@ -1,4 +1,4 @@
-"""The real `serve` and callers that are slow, half-hearted or gone, over plain sockets."""
+"""The real `serve` and clients that are slow, incomplete or gone, over plain sockets."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from inference.server import gunicorn_worker as worker
-from inference.server.gunicorn_worker import _Reader
+from inference.server.gunicorn_worker import _Socket
 from inference.settings import Settings
 from tests.inference.served import PATIENCE, Served, running
 
@@ -188,8 +188,7 @@ def test_a_header_may_come_in_pieces(client):
 
 def test_a_header_that_does_not_come_in_time_ends_its_connection(monkeypatch):
     ours, theirs = socket.socketpair()
-    with ours, theirs:
-        reader = _Reader(ours)
+    with _Socket(fileno=ours.detach()) as reader, theirs:
         theirs.sendall(b"GET /ping HTTP/1.1\r\n")
         assert not reader.take_header()
         monkeypatch.setattr(worker, "_HEADER_SECONDS", -1.0)
