@@ -1,6 +1,6 @@
-"""The command `serve`: answer SageMaker's endpoint protocol from a trained artefact.
+"""Command `serve`: answers SageMaker's endpoint protocol with a trained artefact.
 
-Reads the environment, sets up logging, binds the port, loads the model, serves.
+environment -> Settings -> Server: port, worker process -> model loaded -> ready
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dalle.errors import UserError
 from dalle.platform.environment import DEFAULT_ROOT, Paths
 from dalle.platform.threads import spin_briefly
 from dalle.versions import versions_line
-from inference.settings import OURS, PLATFORMS, Settings, read_port, read_settings
+from inference.settings import VARIABLES, Settings, read_port, read_settings
 
 if TYPE_CHECKING:
     from inference.engine.model_runner import Generator
@@ -36,8 +36,8 @@ _VERSIONS_OF = ("torch", "numpy", "pydantic", "flask", "gunicorn")
 def main(arguments: list[str] | None = None) -> int:
     """Serve until stopped.
 
-    Returns 2 for what is refused before the port is bound; leaves by SystemExit with the other
-    statuses of `_STATUSES`. The last line of the log is the cause.
+    Returns 2 for an error before the port is bound; raises SystemExit with the other statuses of
+    `_STATUSES`. The last line of the log is the cause.
     """
     options = _parser().parse_args(arguments)
     spin_briefly()
@@ -63,12 +63,12 @@ def main(arguments: list[str] | None = None) -> int:
     from inference.server.server import Server
 
     server = Server(lambda: _load(model, settings), settings, host=options.host, port=port)
-    server.run()  # gunicorn leaves by SystemExit, in this process and in the worker's
+    server.run()  # raises SystemExit, in this process and in the worker process
     return 0
 
 
 def _load(model: Path, settings: Settings) -> Generator:
-    """In the model's thread: import torch, choose threads and device, load the artefact."""
+    """Import torch, choose device and threads and load the artefact, in the model's thread."""
     from dalle.platform.limits import usable_cpus
     from inference.engine.model_runner import Generator
 
@@ -84,9 +84,9 @@ def _load(model: Path, settings: Settings) -> Generator:
 
 def _parser() -> argparse.ArgumentParser:
     lines = ["environment variables:"]
-    for variable in (*OURS, *PLATFORMS):
-        default = f" (default {variable.default})" if variable.default else ""
-        lines.append(f"  {variable.name}\n      {variable.description}{default}")
+    for name, field in VARIABLES.items():
+        default = f" (default {field.default})" if field.default else ""
+        lines.append(f"  {name}\n      {field.description}{default}")
     lines += ["", "exit status, whose cause is the last line of the log:"]
     lines += [f"  {status}  {meaning}" for status, meaning in _STATUSES]
     parser = argparse.ArgumentParser(

@@ -1,200 +1,181 @@
-"""What one server is told from outside: environment variables to typed settings, checked at once.
+"""Settings of one server, from environment variables.
 
-Only `inference.__main__` reads the environment; everything else is handed `Settings`.
+Only `inference.__main__` reads the environment; everything else takes `Settings`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from dalle.errors import UserError
 from dalle.types import PRECISIONS, Precision
-from inference.api.schema import MAX_DEADLINE_SECONDS, Limits
+from inference.api.parsing import bound
+from inference.api.schema import DEFAULT_LIMITS, MAX_DEADLINE_SECONDS, Limits
 
-BATCH_DEADLINE_SECONDS = 590.0  # the platform ends a batch invocation after 600 unless told
+BATCH_DEADLINE_SECONDS = 590.0  # the platform ends a batch invocation after 600 by default
 MEGABYTE = 1_000_000
-MOVING_INVOCATIONS = 7  # beside those that wait or run: bodies coming in, replies going out
+MOVING_INVOCATIONS = 7  # whose bodies are received or replies sent, beside those queued or running
 SPARE_THREADS = 8  # for pings, metrics and refusals, each of which is short
+
+
+def _up_to(most: float, default: float | None, description: str) -> Any:
+    """Return the field of a number from 1 to `most`; `{}` in the description is that range."""
+    return Field(default, ge=1, le=most, description=description.format(f"1 to {most:g}"))
+
+
+class Variables(BaseModel):
+    """Environment variables of `serve`, in upper case. `--help` shows the descriptions.
+
+    title: what a variable that is no number must be, for the message of an error.
+    """
+
+    model_config = ConfigDict(alias_generator=str.upper, allow_inf_nan=False)
+
+    dalle_device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        title="auto, cpu, cuda or cuda:N",
+        description="auto, cpu, cuda or cuda:N; auto takes a GPU where there is one",
+    )
+    dalle_threads: int | None = _up_to(
+        1024,
+        None,
+        "torch threads, {}; empty: as many as are fastest when the model is loaded, at most the "
+        "processors this container may use",
+    )
+    dalle_chunk_size: int | None = _up_to(
+        512, None, "candidates sampled together, {}; empty: what suits the device"
+    )
+    dalle_precision: Precision = Field(
+        "fp32",
+        title=f"one of {', '.join(PRECISIONS)}",
+        description="of sampling: fp32; on a GPU bf16; on a CPU fp16 or int8, faster; refused "
+        "where it changes the model's images",
+    )
+    dalle_queue_size: int = _up_to(
+        512, 16, "requests that may wait, {}; the next one is refused with 429"
+    )
+    dalle_max_candidates: int = _up_to(
+        512, DEFAULT_LIMITS.max_candidates, "largest num_candidates of a request, {}"
+    )
+    dalle_max_images: int = _up_to(
+        512, DEFAULT_LIMITS.max_images, "largest num_images of a request, {}"
+    )
+    dalle_deadline_seconds: float | None = _up_to(
+        MAX_DEADLINE_SECONDS,
+        None,
+        f"for requests that set none, {{}}; empty: {DEFAULT_LIMITS.deadline_seconds:.0f}, and "
+        f"{BATCH_DEADLINE_SECONDS:.0f} with SAGEMAKER_BATCH=true",
+    )
+    dalle_max_request_mb: int = _up_to(1000, 25, "largest body of a request, {}")
+    dalle_body_seconds: float = _up_to(
+        3600, 60, "for the body of a request to arrive, {}; then 408"
+    )
+    dalle_max_reply_mb: int = _up_to(
+        1000, 5, "largest JSON reply in MB, {}; checked before any work"
+    )
+    dalle_stall_seconds: float = _up_to(
+        3600, 300, "/ping answers 500 after so long without progress, {}"
+    )
+    dalle_drain_seconds: float = _up_to(
+        27, 25, "for ending requests after SIGTERM, {}; then the process is killed"
+    )
+    sagemaker_batch: str = Field(
+        "", description="true in a batch transform job; set by the platform"
+    )
+    sagemaker_max_payload_in_mb: int = Field(
+        0, ge=1, le=100, description="raises DALLE_MAX_REQUEST_MB in a batch transform job"
+    )
+    sagemaker_bind_to_port: str = Field("", description="the port, where --port is not given")
+
+
+VARIABLES = {name.upper(): field for name, field in Variables.model_fields.items()}
+_BATCH, _BATCH_MB, _PORT = list(VARIABLES)[-3:]
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Everything a server can be told. `limits` bound requests; the rest is how it works."""
+    """Settings of one server. `limits` bound requests; `Variables` describes the others.
 
-    limits: Limits = field(default_factory=Limits)
-    device: str = "auto"
-    threads: int | None = None  # None: as many as draw fastest, of the processors to use
-    chunk_size: int | None = None  # None: what suits the device
-    precision: Precision = "fp32"
-    queue_size: int = 16
-    body_seconds: float = 60.0
-    stall_seconds: float = 300.0
-    drain_seconds: float = 25.0
-    is_batch: bool = False
+    threads, chunk_size: None to choose what is fastest, and what suits the device.
+    """
+
+    limits: Limits
+    device: str
+    threads: int | None
+    chunk_size: int | None
+    precision: Precision
+    queue_size: int
+    body_seconds: float
+    stall_seconds: float
+    drain_seconds: float
 
     @property
     def max_invocations(self) -> int:
-        """How many invocations may be read, wait, run or be sent together; one runs."""
+        """Number of invocations that are received, wait, run or are sent at the same time."""
         return self.queue_size + 1 + MOVING_INVOCATIONS
 
     @property
     def http_threads(self) -> int:
-        """One for each invocation that may be under way, and the spare ones."""
+        """Number of threads that answer HTTP."""
         return self.max_invocations + SPARE_THREADS
 
 
-@dataclass(frozen=True, slots=True)
-class Variable:
-    """One environment variable: its name, default as text, and a sentence for `--help`."""
-
-    name: str
-    default: str
-    description: str
-
-
-DEVICE = Variable(
-    "DALLE_DEVICE", "auto", "auto, cpu, cuda or cuda:N; auto takes a GPU where there is one"
-)
-THREADS = Variable(
-    "DALLE_THREADS",
-    "",
-    "torch threads, 1 to 1024; empty: as many as draw fastest when the model is loaded, at most "
-    "the processors this container may use",
-)
-CHUNK_SIZE = Variable(
-    "DALLE_CHUNK_SIZE", "", "candidates drawn together, 1 to 512; empty: what suits the device"
-)
-PRECISION = Variable(
-    "DALLE_PRECISION",
-    "fp32",
-    "of drawing: fp32; on a GPU bf16; on a CPU fp16 or int8, faster; refused where it changes "
-    "the model's pictures",
-)
-QUEUE_SIZE = Variable(
-    "DALLE_QUEUE_SIZE", "16", "requests that may wait, 1 to 512; the next one is refused with 429"
-)
-MAX_CANDIDATES = Variable(
-    "DALLE_MAX_CANDIDATES", "512", "largest num_candidates of a request, 1 to 512"
-)
-MAX_IMAGES = Variable("DALLE_MAX_IMAGES", "32", "largest num_images of a request, 1 to 512")
-DEADLINE = Variable(
-    "DALLE_DEADLINE_SECONDS",
-    "",
-    f"for requests that set none, 1 to {MAX_DEADLINE_SECONDS:.0f}; empty: 55, and "
-    f"{BATCH_DEADLINE_SECONDS:.0f} with SAGEMAKER_BATCH=true",
-)
-REQUEST_MB = Variable("DALLE_MAX_REQUEST_MB", "25", "largest body of a request, 1 to 1000")
-BODY_SECONDS = Variable(
-    "DALLE_BODY_SECONDS", "60", "for the body of a request to arrive, 1 to 3600; then 408"
-)
-REPLY_MB = Variable(
-    "DALLE_MAX_REPLY_MB", "5", "largest JSON reply in MB, 1 to 1000; checked before any work"
-)
-STALL = Variable(
-    "DALLE_STALL_SECONDS", "300", "/ping answers 500 after so long without progress, 1 to 3600"
-)
-DRAIN = Variable(
-    "DALLE_DRAIN_SECONDS", "25", "for ending requests after SIGTERM, 1 to 27; then it is killed"
-)
-OURS = (
-    DEVICE,
-    THREADS,
-    CHUNK_SIZE,
-    PRECISION,
-    QUEUE_SIZE,
-    MAX_CANDIDATES,
-    MAX_IMAGES,
-    DEADLINE,
-    REQUEST_MB,
-    BODY_SECONDS,
-    REPLY_MB,
-    STALL,
-    DRAIN,
-)
-BATCH = Variable("SAGEMAKER_BATCH", "", "true in a batch transform job; set by the platform")
-BATCH_MB = Variable(
-    "SAGEMAKER_MAX_PAYLOAD_IN_MB", "", "raises DALLE_MAX_REQUEST_MB in a batch transform job"
-)
-PORT = Variable("SAGEMAKER_BIND_TO_PORT", "", "the port, where --port is not given")
-PLATFORMS = (BATCH, BATCH_MB, PORT)
-
-
 def read_settings(environment: Mapping[str, str]) -> Settings:
-    """Settings from environment variables; unset and empty ones have their defaults.
+    """Return the settings in environment variables; unset and empty ones have their defaults.
 
     Raises `UserError` that names every variable that is wrong, its value and its range.
     """
-    problems: list[str] = []
-
-    def text(variable: Variable) -> str:
-        return environment.get(variable.name, "").strip() or variable.default
-
-    def number(
-        variable: Variable, convert: Callable[[str], float], low: float, high: float
-    ) -> float | None:
-        value = text(variable)
-        if not value:
-            return None
-        try:
-            result = convert(value)
-        except ValueError:
-            result = low - 1
-        if not low <= result <= high:
-            kind = "a whole number" if convert is int else "a number"
-            problems.append(
-                f"{variable.name} must be {kind} from {low:g} to {high:g}, got {value!r}"
-            )
-        return result
-
-    def whole(variable: Variable, high: int) -> int | None:
-        result = number(variable, int, 1, high)
-        return None if result is None else int(result)
-
-    device = text(DEVICE)
-    if device not in ("auto", "cpu", "cuda") and not (
-        device.startswith("cuda:") and device[5:].isdigit()
-    ):
-        problems.append(f"{DEVICE.name} must be auto, cpu, cuda or cuda:N, got {device!r}")
-    precision = next((each for each in PRECISIONS if each == text(PRECISION)), None)
-    if precision is None:
-        known = ", ".join(PRECISIONS)
-        problems.append(f"{PRECISION.name} must be one of {known}, got {text(PRECISION)!r}")
-    is_batch = text(BATCH).lower() in ("true", "1")
-    request_mb = whole(REQUEST_MB, 1000) or 0
-    if is_batch:
-        request_mb = max(request_mb, whole(BATCH_MB, 100) or 0)
-    deadline = number(DEADLINE, float, 1, MAX_DEADLINE_SECONDS)
-    if deadline is None:
-        deadline = BATCH_DEADLINE_SECONDS if is_batch else Limits().deadline_seconds
-    settings = Settings(
+    given = {name: text for name in VARIABLES if (text := environment.get(name, "").strip())}
+    is_batch = given.get(_BATCH, "").lower() in ("true", "1")
+    if not is_batch:
+        given.pop(_BATCH_MB, None)
+    try:
+        read = Variables.model_validate(given)
+    except ValidationError as error:
+        raise UserError("; ".join(map(_explain, error.errors()))) from error
+    default_deadline = BATCH_DEADLINE_SECONDS if is_batch else DEFAULT_LIMITS.deadline_seconds
+    request_mb = max(read.dalle_max_request_mb, read.sagemaker_max_payload_in_mb)
+    return Settings(
         limits=Limits(
-            max_candidates=whole(MAX_CANDIDATES, 512) or 0,
-            max_images=whole(MAX_IMAGES, 512) or 0,
+            max_candidates=read.dalle_max_candidates,
+            max_images=read.dalle_max_images,
             max_request_bytes=request_mb * MEGABYTE,
-            max_reply_bytes=(whole(REPLY_MB, 1000) or 0) * MEGABYTE,
-            deadline_seconds=deadline,
+            max_reply_bytes=read.dalle_max_reply_mb * MEGABYTE,
+            deadline_seconds=read.dalle_deadline_seconds or default_deadline,
         ),
-        device=device,
-        threads=whole(THREADS, 1024),
-        chunk_size=whole(CHUNK_SIZE, 512),
-        precision=precision or "fp32",
-        queue_size=whole(QUEUE_SIZE, 512) or 0,
-        body_seconds=number(BODY_SECONDS, float, 1, 3600) or 0.0,
-        stall_seconds=number(STALL, float, 1, 3600) or 0.0,
-        drain_seconds=number(DRAIN, float, 1, 27) or 0.0,
-        is_batch=is_batch,
+        device=read.dalle_device,
+        threads=read.dalle_threads,
+        chunk_size=read.dalle_chunk_size,
+        precision=read.dalle_precision,
+        queue_size=read.dalle_queue_size,
+        body_seconds=read.dalle_body_seconds,
+        stall_seconds=read.dalle_stall_seconds,
+        drain_seconds=read.dalle_drain_seconds,
     )
-    if problems:
-        raise UserError("; ".join(problems))
-    return settings
+
+
+def _explain(detail: ErrorDetails) -> str:
+    name = str(detail["loc"][0])
+    field = VARIABLES[name]
+    wanted = field.title
+    if wanted is None:
+        is_whole = int in (field.annotation, *get_args(field.annotation))
+        kind = "a whole number" if is_whole else "a number"
+        wanted = f"{kind} from 1 to {bound(field, 'le'):g}"
+    return f"{name} must be {wanted}, got {detail['input']!r}"
 
 
 def read_port(environment: Mapping[str, str], given: int | None) -> int:
-    """`--port` where it was given, else what the platform says, else 8080."""
-    value = environment.get(PORT.name, "").strip()
+    """Return `--port` where it was given, else the platform's port, else 8080."""
+    value = environment.get(_PORT, "").strip()
     if given is None and value and not value.isdigit():
-        raise UserError(f"{PORT.name} must be a port number from 0 to 65535, got {value!r}")
+        raise UserError(f"{_PORT} must be a port number from 0 to 65535, got {value!r}")
     port = given if given is not None else int(value or 8080)
     if not 0 <= port <= 65_535:
         raise UserError(f"the port must be from 0 to 65535, got {port}")

@@ -13,7 +13,6 @@ import re
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-import annotated_types
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
@@ -170,7 +169,8 @@ def _explain(kind: type[Request], detail: ErrorDetails, limits: Limits) -> str:
     if code in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
         wanted = f"must be {_range(name, kind.model_fields[str(detail['loc'][0])], limits)}"
     if code in ("too_short", "too_long"):
-        low, high = _lengths(kind.model_fields[name])
+        field = kind.model_fields[name]
+        low, high = bound(field, "min_length"), bound(field, "max_length")
         return f"{name} must have {low:,} to {high:,} items, got {len(detail['input']):,}"
     if code in ("string_too_short", "string_too_long"):
         wanted = wanted.replace("String should", "must")
@@ -185,32 +185,21 @@ def _name(detail: ErrorDetails) -> str:
     return str(first) + "".join(f"[{part}]" for part in rest if isinstance(part, int))
 
 
-def _lengths(field: FieldInfo) -> tuple[int, int]:
-    """Return the least and the greatest number of items of a list."""
-    low = high = 0
-    for bound in field.metadata:
-        if isinstance(bound, annotated_types.MinLen):
-            low = bound.min_length
-        elif isinstance(bound, annotated_types.MaxLen):
-            high = bound.max_length
-    return low, high
+def bound(field: FieldInfo, name: str) -> Any:
+    """Return a bound of a field, such as `ge` or `max_length`; None where there is none."""
+    bounds = (getattr(each, name, None) for each in field.metadata)
+    return next((each for each in bounds if each is not None), None)
 
 
 def _range(name: str, field: FieldInfo, limits: Limits) -> str:
     """Return the range of a number in words, such as `1 to 8`."""
-    lower = ""
     of_server = {"num_candidates": limits.max_candidates, "num_images": limits.max_images}
-    upper = str(of_server.get(name, ""))
-    for bound in field.metadata:
-        if isinstance(bound, annotated_types.Ge):
-            lower = f"{bound.ge}"
-        elif isinstance(bound, annotated_types.Gt):
-            lower = f"above {bound.gt}"
-        elif isinstance(bound, annotated_types.Le):
-            upper = f"{bound.le}"
-    if not upper:
-        return f"{lower} or more"
-    return f"{lower} and at most {upper}" if lower.startswith("above") else f"{lower} to {upper}"
+    upper = of_server.get(name, bound(field, "le"))
+    above = bound(field, "gt")
+    if above is not None:
+        return f"above {above} and at most {upper}"
+    lower = bound(field, "ge")
+    return f"{lower} or more" if upper is None else f"{lower} to {upper}"
 
 
 def _as_json(value: object) -> str:

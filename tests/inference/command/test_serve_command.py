@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import requests
 
-from inference.settings import OURS, PLATFORMS, read_settings
+from inference.settings import VARIABLES, read_settings
 from tests import REPOSITORY
 from tests.inference.served import PATIENCE, Served, running
 
@@ -281,9 +281,9 @@ def test_help_documents_every_variable():
         check=True,
         timeout=PATIENCE,
     ).stdout
-    for variable in (*OURS, *PLATFORMS):
-        assert variable.name in help_text
-        assert variable.description in help_text
+    for name, field in VARIABLES.items():
+        assert name in help_text
+        assert field.description in help_text
 
 
 def test_a_batch_job_has_its_own_deadline_and_payload():

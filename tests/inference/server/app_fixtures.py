@@ -9,7 +9,7 @@ import io
 import json
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -33,11 +33,11 @@ from inference.api.schema import ClassifyRequest, CompleteRequest, GenerateReque
 from inference.engine.control import Control
 from inference.engine.engine_core import Scheduler, State
 from inference.server.app import create_app
-from inference.settings import Settings
+from inference.settings import read_settings
 
 PATIENCE = 20.0
 LIMITS = Limits(max_candidates=8, max_images=8, max_request_bytes=20_000)
-SETTINGS = Settings(limits=LIMITS, queue_size=2)
+SETTINGS = replace(read_settings({}), limits=LIMITS, queue_size=2)
 ATTRIBUTES = "X-Amzn-SageMaker-Custom-Attributes"
 
 
