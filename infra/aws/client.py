@@ -67,19 +67,6 @@ def connect(options: argparse.Namespace, console: Console | None = None) -> Aws:
     return Aws(console, region=options.region, profile=options.profile)
 
 
-def client(service: str, *, region: str | None = None, profile: str | None = None) -> Any:
-    """A client of boto3's own, with our retries, for whoever needs more than `Aws.call`.
-
-    What it raises is botocore's; `told` says it in our words.
-    """
-    return Aws(Console(), region=region, profile=profile).client(service)
-
-
-def session(*, offline: bool = False) -> boto3.Session:
-    """For an SDK that asks for one. offline: of no account, so that nothing looks for one."""
-    return boto3.Session(*(("local", "local", None, LOCAL_REGION) if offline else ()))
-
-
 def told(error: Exception) -> DalleError | None:
     """An error of botocore's as one of ours; None for every other error."""
     if isinstance(error, botocore.exceptions.ClientError):
@@ -268,14 +255,15 @@ class Aws:
                 read_timeout=read_seconds,
                 max_pool_connections=MAX_CONNECTIONS,
             )
-            boto = session(offline=True) if self._local_url else self._boto()
-            self._clients[key] = boto.client(
+            self._clients[key] = self._boto().client(
                 service, region_name=key[1], config=config, endpoint_url=self._local_url
             )
         return self._clients[key]
 
     def _boto(self) -> boto3.Session:
-        if self._session is None:
+        if self._session is None and self._local_url:
+            self._session = boto3.Session("local", "local")  # so that no credentials are looked for
+        elif self._session is None:
             self._session = boto3.Session(
                 profile_name=self._profile, botocore_session=self._botocore
             )

@@ -19,7 +19,7 @@ from infra.aws import project
 from infra.aws.limits import Deployment, check_deployment
 from infra.aws.project import Outputs, Project
 from infra.aws.request import Call, digest, placeholder
-from infra.endpoint import autoscaling, batch, local_runs
+from infra.endpoint import autoscaling, batch
 from infra.endpoint import options as endpoint_options
 from infra.endpoint.standing_cost import expected
 
@@ -34,8 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     endpoint_options.check_given(options)
-    if options.local:
-        return local_runs.deploy(options)
     opened = project.open_project(options)
     outputs = opened.outputs()
     image = opened.image(outputs.repository, options.tag)

@@ -27,13 +27,14 @@ from infra.aws.output import Console
 from infra.aws.project import Outputs, Project
 from infra.aws.request import Call, digest, placeholder
 from infra.endpoint import results
-from infra.endpoint.options import LOCAL_PORT, endpoint_name
+from infra.endpoint.options import endpoint_name
 
 JSON = "application/json"
 JSON_LINES = "application/jsonlines"
 STREAM_SECONDS = 500.0
 """A streamed reply may take 8 minutes."""
 POLL_SECONDS = 2.0
+LOCAL_PORT = 8080
 FIELDS = (
     "num_candidates",
     "num_images",
@@ -63,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--timeout", type=float, default=1800.0, help="seconds to wait for an async reply; 1800"
     )
     parser.add_argument(
-        "--local", action="store_true", help="ask the one that `deploy --local` serves"
+        "--local", action="store_true", help="call the one of `python -m infra.local endpoint`"
     )
     parser.add_argument(
         "--port", type=int, default=LOCAL_PORT, help=f"with --local; default: {LOCAL_PORT}"

@@ -22,7 +22,6 @@ DEFAULT_CONCURRENT: dict[Mode, int] = {"realtime": 4, "async": 1, "serverless": 
 DEADLINES: dict[Mode, int] = {"realtime": 55, "serverless": 55, "async": 890, "batch": 590}
 REPLY_MB: dict[Mode, int] = {"realtime": 5, "serverless": 3, "async": 100, "batch": 90}
 DEFAULT_MEMORY_MB = 6144
-LOCAL_PORT = 8080
 DEFAULT_CONCURRENCY = 5
 
 
@@ -46,14 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--isolate", action="store_true", help="give the container no network")
     parser.add_argument(
         "--no-wait", dest="wait", action="store_false", help="return before it is in service"
-    )
-    parser.add_argument(
-        "--local",
-        action="store_true",
-        help="serve the image on this machine until Ctrl-C; --model is then a file or folder",
-    )
-    parser.add_argument(
-        "--port", type=int, default=LOCAL_PORT, help=f"with --local; default: {LOCAL_PORT}"
     )
     hosts = parser.add_argument_group("instances (realtime, async, batch)")
     hosts.add_argument(
@@ -91,8 +82,6 @@ def check_given(options: argparse.Namespace) -> None:
     """Raises PlanError for options that belong to another mode, or lack one they need."""
     if options.mode == "batch" and options.captions is None:
         raise PlanError("--mode batch needs --captions, a text file with one caption a line")
-    if options.local and options.model is None:
-        raise PlanError("--local needs --model, such as out/local/model.tar.gz")
     if options.mode != "batch":
         for name in ("captions", "out"):
             if getattr(options, name) is not None:

@@ -8,7 +8,6 @@ anew, from its last checkpoint.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any, get_args
 
 from dalle.errors import AwsError, PlanError, UserError
@@ -16,7 +15,6 @@ from dalle.types import STAGES
 from infra.aws import project
 from infra.aws.project import IMAGE_TAG, Outputs, Project
 from infra.aws.request import Call
-from infra.endpoint import local_runs
 from infra.jobs import progress
 from infra.jobs.training_job import (
     Distribution,
@@ -45,13 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-wait", dest="wait", action="store_false", help="return once the job is started"
     )
-    parser.add_argument(
-        "--local", action="store_true", help="train the image on this machine instead of at AWS"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("out/local"), help="with --local: folder; out/local"
-    )
-    parser.add_argument("--image", default=None, help="with --local: the image's name")
     project.add_arguments(parser)
 
 
@@ -61,8 +52,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         required=True,
         metavar="NAME|URI",
-        help="a name given to `upload`, or s3://…/ with train/ and, if you like, validation/; "
-        "with --local a folder",
+        help="a name given to `upload`, or s3://…/ with train/ and optionally validation/",
     )
     parser.add_argument(
         "--set",
@@ -146,8 +136,6 @@ def stages(text: str) -> tuple[Stage, ...]:
 
 
 def run(options: argparse.Namespace) -> int:
-    if options.local:
-        return local_runs.train(options)
     opened = project.open_project(options)
     wanted = read_run(options, opened)
     artefact = options.artefact

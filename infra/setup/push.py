@@ -1,7 +1,10 @@
-"""`push`: the image from this machine into the project's repository, in a form that hosts take.
+"""`push`: the image from this machine into the repository, in a form that SageMaker takes.
 
-SageMaker refuses manifests of OCI media types and indexes of attestations, and says so only when an
-endpoint is made. So the manifest is looked at here, after the push, in the registry itself.
+SageMaker refuses manifests of OCI media types and indexes of attestations, and reports it only when
+an endpoint is created. So the manifest in the registry is checked here after the push.
+
+The password goes to `docker login` through stdin and into a configuration that is deleted
+afterwards, so that it is neither in a process list nor left on the disk.
 """
 
 from __future__ import annotations
@@ -9,17 +12,17 @@ from __future__ import annotations
 import argparse
 import base64
 import json
-import os
+import tempfile
+from dataclasses import dataclass
 from typing import Any
 
-from dalle.errors import AwsError, PlanError
-from infra import docker_cli
+from dalle.errors import AwsError, PlanError, PlatformError, UserError
 from infra.aws import project
 from infra.aws.limits import SERVERLESS_IMAGE_BYTES
 from infra.aws.output import size_words
 from infra.aws.project import IMAGE_TAG, Project, image_size_tag
 from infra.aws.request import Call, placeholder
-from infra.docker_cli import LocalImage
+from infra.docker import DockerError, docker, image_name, program
 
 PLATFORM = "linux/amd64"
 DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
@@ -29,14 +32,23 @@ MANIFEST_TYPES = [
     "application/vnd.oci.image.manifest.v1+json",
     "application/vnd.oci.image.index.v1+json",
 ]
-DEFAULT_IMAGE = "dalle-sagemaker"
+
+
+@dataclass(frozen=True)
+class LocalImage:
+    """identity: `sha256:…` as the engine computes it. num_bytes: unpacked."""
+
+    name: str
+    identity: str
+    platform: str
+    num_bytes: int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image",
-        default=os.environ.get("DALLE_IMAGE") or DEFAULT_IMAGE,
-        help=f"an image of this machine; default: DALLE_IMAGE or {DEFAULT_IMAGE}",
+        default=image_name(),
+        help="an image of this machine; default: DALLE_IMAGE or dalle-sagemaker",
     )
     parser.add_argument("--tag", default=IMAGE_TAG, help=f"its tag there; default: {IMAGE_TAG}")
     project.add_arguments(parser)
@@ -45,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     opened = project.open_project(options)
     console = opened.console
-    image = docker_cli.inspect(options.image)
+    image = inspect(options.image)
     check_image(image)
     repository = opened.outputs().repository
     about = opened.repository(repository)
@@ -69,6 +81,25 @@ def run(options: argparse.Namespace) -> int:
     )
 
 
+def inspect(name: str) -> LocalImage:
+    """Return an image of this machine. Raises UserError when there is none of that name."""
+    try:
+        text = _docker("image", "inspect", "--format", "{{json .}}", name)
+    except PlatformError as error:
+        if "no such image" in str(error).lower():
+            raise UserError(
+                f"there is no image {name!r} on this machine; `make image` builds it"
+            ) from error
+        raise
+    found = json.loads(text.splitlines()[-1])  # warnings of the client come before
+    return LocalImage(
+        name=name,
+        identity=found["Id"],
+        platform=f"{found['Os']}/{found['Architecture']}",
+        num_bytes=found["Size"],
+    )
+
+
 def check_image(image: LocalImage) -> None:
     """Raises PlanError for an image that no host of SageMaker could run."""
     if image.platform != PLATFORM:
@@ -88,12 +119,32 @@ def push(opened: Project, image: LocalImage, target: str) -> None:
     about = token["authorizationData"][0]
     user, _, password = base64.b64decode(about["authorizationToken"]).decode().partition(":")
     opened.console.say(f"pushing {size_words(image.num_bytes)}; layers that are there are skipped")
-    docker_cli.run("tag", image.name, target)
+    _docker("tag", image.name, target)
     try:
-        with docker_cli.logged_in(about["proxyEndpoint"], user, password) as environment:
-            docker_cli.run("push", "--quiet", target, environment=environment)
+        with tempfile.TemporaryDirectory(prefix="docker-") as directory:
+            environment = {"DOCKER_CONFIG": directory}
+            login = ("login", "--username", user, "--password-stdin", about["proxyEndpoint"])
+            _docker(*login, stdin=password, environment=environment)
+            _docker("push", "--quiet", target, environment=environment)
     finally:
-        docker_cli.run("rmi", "--no-prune", target)
+        _docker("rmi", "--no-prune", target)
+
+
+def _docker(
+    *arguments: str, stdin: str | None = None, environment: dict[str, str] | None = None
+) -> str:
+    """Return a docker command's output. Raises PlatformError with its last three lines."""
+    try:
+        return docker(*arguments, seconds=None, stdin=stdin, environment=environment)
+    except FileNotFoundError as error:
+        raise PlatformError(
+            f"there is no command {program()!r}; `push` needs the Docker client and an engine"
+        ) from error
+    except DockerError as error:
+        reason = " ".join(error.output.splitlines()[-3:])
+        raise PlatformError(
+            f"`docker {arguments[0]}` failed with {error.returncode}: {reason}"
+        ) from error
 
 
 def read_manifest(opened: Project, repository: str, tag: str) -> dict[str, Any] | None:

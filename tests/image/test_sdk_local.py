@@ -1,5 +1,6 @@
-"""The SageMaker Python SDK's local mode trains, hosts and batch-transforms the image itself; what
-it leaves behind is gone afterwards, and nobody outside this machine is asked anything."""
+"""The SageMaker Python SDK's local mode trains, hosts and batch-transforms the image.
+
+What it leaves behind is removed afterwards, and nothing outside this machine is called."""
 
 import json
 import socketserver
@@ -12,8 +13,7 @@ import pytest
 
 from dalle.errors import JobError, PlatformError
 from infra.docker import docker
-from infra.local import compose
-from infra.local import sdk_mode as sdk
+from tests.image import sdk_local as sdk
 from tests.image.docker_fixtures import TINY
 
 STEPS = TINY | {"max_steps": "4", "num_validations": "1"}
@@ -31,7 +31,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def asked():
-    """A proxy for everything beyond loopback, which answers nobody; the first lines it was told."""
+    """A proxy for everything beyond loopback that never answers: its first request lines."""
     lines = []
 
     class Handler(socketserver.StreamRequestHandler):
@@ -51,8 +51,8 @@ def asked():
 
 @pytest.fixture(scope="module")
 def outside(asked):
-    """Sends whatever leaves this machine to the proxy, and fails if anything did; then sees that
-    no container and no network was left."""
+    """Send whatever leaves this machine to the proxy, and fail if anything did; then check that
+    no container and no network is left."""
     lines, address = asked
     with pytest.MonkeyPatch.context() as patch:
         for name in ("HTTPS_PROXY", "HTTP_PROXY", "https_proxy", "http_proxy"):
@@ -100,7 +100,7 @@ def test_local_directories_become_a_model_and_a_report(trained):
 
 def test_a_finished_job_leaves_two_archives_and_no_container(trained):
     assert sorted(p.name for p in trained.iterdir()) == ["model.tar.gz", "output.tar.gz"]
-    assert compose.containers(trained) == []
+    assert sdk.containers(trained) == []
 
 
 def test_channels_in_s3_are_trained_on_as_local_ones_are(
@@ -129,7 +129,7 @@ def test_a_job_that_fails_says_why_and_leaves_nothing(pairs, tmp_path):
     with pytest.raises(JobError, match="learning_rat is unknown; did you mean learning_rate"):
         sdk.train({"train": pairs}, tmp_path, hyperparameters={"learning_rat": "0.1"})
     assert list(tmp_path.iterdir()) == []
-    assert compose.containers(tmp_path) == []
+    assert sdk.containers(tmp_path) == []
 
 
 def test_a_hosted_model_answers_and_refuses_as_on_an_endpoint(endpoint):
@@ -158,7 +158,7 @@ def test_a_model_that_cannot_be_served_is_told_with_the_containers_log(tmp_path,
         sdk.hosted(tmp_path),
     ):
         pass
-    assert compose.containers(tmp_path) == []
+    assert sdk.containers(tmp_path) == []
 
 
 def test_a_batch_transform_answers_every_line_in_order_and_errors_in_their_line(trained, tmp_path):
@@ -191,7 +191,7 @@ def test_a_transform_that_the_container_refuses_fails_with_its_words_and_leaves_
             content_type="application/x-npy",
             split_lines=False,
         )
-    assert compose.containers(tmp_path) == []
+    assert sdk.containers(tmp_path) == []
 
 
 def test_two_hosts_train_one_model_as_one_host_does(trained, pairs, tmp_path, capsys):
@@ -208,17 +208,3 @@ def test_two_hosts_train_one_model_as_one_host_does(trained, pairs, tmp_path, ca
         assert two["metrics"]["validation_loss"] == pytest.approx(
             one["metrics"]["validation_loss"], rel=1e-3
         )
-
-
-def test_a_job_of_several_hosts_is_refused_beside_another_with_hosts_of_the_same_names(
-    image, endpoint, pairs, tmp_path
-):
-    label = f"{compose.SERVICE}=algo-1"
-    options = ("--network", sdk.NETWORK, "--label", label, "--entrypoint", "sleep")
-    other = docker("run", "--detach", *options, image, "100").strip()
-    try:
-        with pytest.raises(PlatformError, match="must be alone there"):
-            sdk.train({"train": pairs}, tmp_path, instance_count=2)
-    finally:
-        docker("rm", "--force", other)
-    assert list(tmp_path.iterdir()) == []

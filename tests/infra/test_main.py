@@ -10,8 +10,7 @@ import sys
 
 import pytest
 
-from infra.__main__ import parser_of
-from infra.commands import COMMANDS
+from infra.__main__ import COMMANDS, parser_of
 from tests import REPOSITORY
 
 
@@ -92,7 +91,7 @@ def test_it_starts_without_torch_and_help_without_boto3():
     assert done.returncode == 0, done.stderr
 
 
-def test_only_one_file_knows_boto3_and_one_the_sagemaker_sdk():
+def test_only_one_file_imports_boto3_and_none_the_sagemaker_sdk():
     users: dict[str, set[str]] = {"boto3": set(), "botocore": set(), "sagemaker": set()}
     for path in (REPOSITORY / "infra").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
@@ -103,7 +102,7 @@ def test_only_one_file_knows_boto3_and_one_the_sagemaker_sdk():
     assert users == {
         "boto3": {"infra/aws/client.py"},
         "botocore": {"infra/aws/client.py"},
-        "sagemaker": {"infra/local/sdk_mode.py"},
+        "sagemaker": set(),
     }
 
 

@@ -91,7 +91,6 @@ FLOORS = {
     "inference": ["api", "settings", "engine", "bench", "server", "__main__"],
     "infra": [
         "aws",
-        "docker_cli",
         "docker",
         "setup",
         "cost",
@@ -101,7 +100,6 @@ FLOORS = {
         "account",
         "benchmark",
         "compare",
-        "commands",
         "__main__",
     ],
 }
@@ -111,7 +109,7 @@ HEAVY = {"clip", "deepspeed", "tokenizers", "torch", "torchvision"}
 ONLY_IN = {
     "boto3": "infra.aws.client",
     "botocore": "infra.aws.client",
-    "sagemaker": "infra.local.sdk_mode",
+    "sagemaker": "tests.image.sdk_local",
 }
 
 
@@ -281,7 +279,7 @@ def test_a_step_up_is_caught(module, target):
         ("infra.aws.client", "import torch.nn", "runs without torch"),
         ("infra.endpoint.deploy", "import boto3.session", "boto3.session: infra.aws.client does"),
         ("infra.local.endpoint", "from botocore import eventstream", "infra.aws.client does"),
-        ("infra.jobs.train", "def f():\n    from sagemaker.train import x", "sdk_mode does"),
+        ("infra.jobs.train", "def f():\n    from sagemaker.train import x", "sdk_local does"),
         ("training.loop.loop", "import boto3", "infra.aws.client does"),
     ],
 )
@@ -305,7 +303,6 @@ def test_a_wrong_arrow_is_caught(module, source, says):
             "infra.aws.client",
             "from dalle import errors\nfrom inference.api.schema import parse\nimport boto3",
         ),
-        ("infra.local.sdk_mode", "from sagemaker.train.model_trainer import ModelTrainer"),
     ],
 )
 def test_a_right_arrow_is_left_alone(module, source):

@@ -14,8 +14,7 @@ import sys
 
 import pytest
 
-from infra.__main__ import overview
-from infra.commands import COMMANDS
+from infra.__main__ import COMMANDS, overview
 from tests import REPOSITORY
 
 README = REPOSITORY / "infra" / "README.md"

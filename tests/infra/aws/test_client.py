@@ -7,11 +7,11 @@ import re
 import pytest
 
 from dalle.errors import AccessError, AwsError, PlanError
+from infra.__main__ import COMMANDS
 from infra.aws import client as aws
 from infra.aws.client import Aws
 from infra.aws.output import Console
 from infra.aws.request import Call
-from infra.commands import COMMANDS
 from tests.infra.aws_account import LACKING
 
 LIST = Call("sagemaker", "ListModels", {})
@@ -216,10 +216,6 @@ def test_what_moto_lacks_is_checked_against_botocores_model(
     account.handlers.clear()
     with pytest.raises(AwsError):
         connected.call(call)
-
-
-def test_a_client_of_its_own_speaks_to_the_same_account(account):
-    assert aws.client("sagemaker", region="us-east-1").list_models()["Models"] == []
 
 
 def test_the_options_of_aws_are_the_same_for_all():

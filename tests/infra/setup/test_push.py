@@ -11,7 +11,6 @@ from infra.aws.client import Aws
 from infra.aws.output import Console
 from infra.aws.project import Project
 from infra.docker import docker
-from infra.docker_cli import LocalImage
 from infra.setup import push
 from tests.infra.aws_account import MANIFEST
 from tests.infra.registry_fixtures import PASSWORD
@@ -86,7 +85,7 @@ def test_without_docker_it_says_what_is_missing(account, infra, monkeypatch):
 
 def test_an_image_for_other_processors_is_refused():
     with pytest.raises(PlanError, match="is for linux/arm64, and hosts need linux/amd64"):
-        push.check_image(LocalImage("x", "sha256:1", "linux/arm64", 1))
+        push.check_image(push.LocalImage("x", "sha256:1", "linux/arm64", 1))
 
 
 @pytest.mark.parametrize(
