@@ -23,11 +23,11 @@ from dalle.platform.environment import (
 from dalle.platform.threads import spin_briefly
 from training.config import hyperparameters
 from training.config.hyperparameters import Hyperparameters
-from training.distributed.topology import RENDEZVOUS_PORT, Patience, Place
+from training.distributed.topology import RENDEZVOUS_PORT, Place, Timeouts
 from training.job import channels, process
 from training.memory import options as plan_options
 
-DEFAULT_PATIENCE = Patience()
+DEFAULT_TIMEOUTS = Timeouts()
 
 HELP = """\
 Train the models of a SageMaker training job, or of a directory that is laid out like one:
@@ -53,8 +53,8 @@ of --plan: 0 it fits, 1 it does not or the job is wrong, 2 wrong usage.
 """
 
 
-def main(arguments: Sequence[str] | None = None, *, patience: Patience = DEFAULT_PATIENCE) -> int:
-    """Run the command and return its exit code. patience: with a job's other hosts."""
+def main(arguments: Sequence[str] | None = None, *, timeouts: Timeouts = DEFAULT_TIMEOUTS) -> int:
+    """Run the command and return its exit code. timeouts: with a job's other hosts."""
     options = _parse_arguments(arguments)
     if options.list_hyperparameters:
         print(hyperparameters.render_table())
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None, *, patience: Patience = DEFAULT
             paths.failure.unlink(missing_ok=True)  # an earlier run's
             job, settings = _checked(options.root)
             prepare_outputs(job.paths)
-            return _run(job, settings, stop, options.rendezvous_port, patience)
+            return _run(job, settings, stop, options.rendezvous_port, timeouts)
 
         try:
             return process.exit_code_of(work, paths)
@@ -140,7 +140,7 @@ def _checked(root: Path) -> tuple[Job, Hyperparameters]:
 
 
 def _run(
-    job: Job, settings: Hyperparameters, stop: threading.Event, port: int, patience: Patience
+    job: Job, settings: Hyperparameters, stop: threading.Event, port: int, timeouts: Timeouts
 ) -> int:
     # Imported here: torch takes seconds, which a job that cannot run need not wait for.
     from training.engine.devices import count_devices
@@ -149,10 +149,10 @@ def _run(
     num_devices = count_devices(job.device)
     if num_devices > 1:
         return launch.run_on_devices(
-            job, settings, num_devices=num_devices, port=port, patience=patience, stop=stop
+            job, settings, num_devices=num_devices, port=port, timeouts=timeouts, stop=stop
         )
     place = Place(job.hosts, job.current_host)
-    return process.run_rank(job, settings, place, stop, port=port, patience=patience)
+    return process.run_rank(job, settings, place, stop, port=port, timeouts=timeouts)
 
 
 if __name__ == "__main__":

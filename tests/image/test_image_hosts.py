@@ -11,7 +11,7 @@ from infra.docker import docker
 from infra.local.opt_ml import OptMl, start_training
 from tests.image.docker_fixtures import TINY
 from tests.training.forked import Forked
-from tests.training.two_hosts import IMPATIENT, log_of, metrics_of, train, written
+from tests.training.two_hosts import LONG_TIMEOUTS, log_of, metrics_of, train, written
 
 pytestmark = [pytest.mark.docker, pytest.mark.usefixtures("image")]
 
@@ -66,7 +66,7 @@ def test_two_containers_have_the_losses_of_one_process_and_one_of_them_writes(pa
     one.write("hyperparameters", (trees[0].root / "input/config/hyperparameters.json").read_text())
     environment = {"DALLE_DEVICE": "cpu", "SM_CHANNEL_TRAIN": str(pairs)}
     words = ["--root", str(one.root)]
-    alone = Forked(train, words, IMPATIENT, None, log=one.root / "log", environment=environment)
+    alone = Forked(train, words, LONG_TIMEOUTS, None, log=one.root / "log", environment=environment)
     assert alone.wait(timeout=180) == 0, log_of(one)
     of_two, of_one = metrics_of(trees[0]), metrics_of(one)
     assert {stage for stage, step, _ in of_two if step == 50} == {"dvae", "transformer", "clip"}

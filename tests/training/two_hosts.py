@@ -18,7 +18,7 @@ from tests.training.forked import Forked
 from tests.training.host_networks import enter
 from training import rainbow
 from training.__main__ import main
-from training.distributed.topology import Patience
+from training.distributed.topology import Timeouts
 
 TINY = {
     "size": "tiny",
@@ -34,9 +34,9 @@ LOOPBACK = ("127.0.0.1", "127.0.0.2")
 SAMPLES = rainbow.samples()[::300]
 
 # Upper bounds that only a failing test waits for: the machine may be busy with others.
-UNHURRIED = Patience(join=300, silence=30, collective=300)
+LONG_TIMEOUTS = Timeouts(join=300, silence=30, collective=300)
 # For tests that wait for a silent host to be noticed. A busy machine must not silence the others.
-IMPATIENT = Patience(join=300, silence=10, collective=300)
+SHORT_TIMEOUTS = Timeouts(join=300, silence=10, collective=300)
 
 
 def job_tree(root, *, host="algo-1", hosts=("algo-1",), samples=SAMPLES, **hyperparameters):
@@ -87,7 +87,7 @@ def started(trees, network=None):
 
 
 @contextmanager
-def forked(trees, network=None, *, patience=UNHURRIED, work=None):
+def forked(trees, network=None, *, timeouts=LONG_TIMEOUTS, work=None):
     """The same as `started`, sooner: forks of a process that has torch, see
     `tests.training.forked`.
 
@@ -102,7 +102,7 @@ def forked(trees, network=None, *, patience=UNHURRIED, work=None):
                 Forked(
                     work or train,
                     words,
-                    patience,
+                    timeouts,
                     namespace,
                     log=tree.root / "log",
                     environment={"DALLE_DEVICE": "cpu"},
@@ -111,11 +111,11 @@ def forked(trees, network=None, *, patience=UNHURRIED, work=None):
         yield processes
 
 
-def train(words, patience, namespace):
+def train(words, timeouts, namespace):
     """What a fork does."""
     if namespace is not None:
         enter(namespace)
-    return main(words, patience=patience)
+    return main(words, timeouts=timeouts)
 
 
 def _namespaces(trees, network):

@@ -35,8 +35,8 @@ from dalle.models.sizes import DVAE_SIZES, TRANSFORMER_SIZES, SizeName
 from dalle.models.transformer import Dalle, TransformerConfig
 from dalle.types import StageName
 from training.config.hyperparameters import parse
-from training.distributed.process_group import Together
-from training.engine.select import choose_engine, device_of_new
+from training.distributed.process_group import TorchProcessGroup
+from training.engine.select import device_of_new, select_engine
 from training.memory.allocator import peak_bytes
 
 TEXT_LENGTH, TEXT_VOCAB_SIZE = 64, 8192
@@ -122,11 +122,11 @@ def _train(
     case: Case, config: TransformerConfig, batch_size: int, num_steps: int, device: torch.device
 ) -> tuple[list[float], list[float]]:
     """From a new model on; seconds of each step, and of the processor."""
-    ranks = Together()
+    ranks = TorchProcessGroup()
     hyperparameters = parse(case.hyperparameters() | {"batch_size": str(batch_size)})
     stage = Stage(config, batch_size // ranks.size, device)
     stage.model.to(device_of_new(hyperparameters, "transformer", device))
-    engine = choose_engine(stage, "transformer", hyperparameters, device, ranks)
+    engine = select_engine(stage, "transformer", hyperparameters, device, ranks)
     engine.begin(None)
     seconds, cpu_seconds = [], []
     for step in range(num_steps):

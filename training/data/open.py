@@ -12,7 +12,7 @@ from training.data.pipe.channel import open_pipe
 from training.data.sharded import HostPart, on_all_ranks
 from training.data.sources.channel import open_channel
 from training.data.sources.index import Pairs
-from training.distributed.process_group import Ranks
+from training.distributed.process_group import ProcessGroup
 from training.stopping import Stop
 
 
@@ -35,7 +35,7 @@ def open_data(
     image_size: int,
     max_bad_share: float,
     caption_key: str | None,
-    ranks: Ranks,
+    ranks: ProcessGroup,
     num_hosts: int,
     stop: Stop,
     most: int | None = None,

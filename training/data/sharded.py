@@ -25,13 +25,13 @@ from dalle.preprocess.tokenizer import CaptionTokenizer
 from dalle.types import TokenizerKind
 from training.data.pairs import Dataset, Totals, add_fingerprints
 from training.data.skips import PartSkips, Skips
-from training.distributed.process_group import Ranks
+from training.distributed.process_group import ProcessGroup
 from training.stopping import Stopped
 
 T = TypeVar("T")
 
 
-def on_all_ranks(ranks: Ranks, work: Callable[[], T]) -> T:
+def on_all_ranks(ranks: ProcessGroup, work: Callable[[], T]) -> T:
     """Run `work` on every rank and return this rank's result once all have finished.
 
     Raises Stopped on every rank when `work` does on one, so that no rank waits for one that left.
@@ -50,7 +50,7 @@ class HostPart:
     number: of this part, from 0. host_ranks: the ranks of this host's devices.
     """
 
-    def __init__(self, ranks: Ranks, num_parts: int) -> None:
+    def __init__(self, ranks: ProcessGroup, num_parts: int) -> None:
         self._ranks = ranks
         self.num_parts = num_parts
         self.host_ranks = ranks.parted(num_parts)

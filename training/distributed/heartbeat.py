@@ -1,10 +1,10 @@
-"""Signs of life between the ranks, so that a lost host is noticed within seconds.
+"""Heartbeats between the ranks: a lost host is found within seconds.
 
-A killed host breaks its connections, but one that is frozen or cut off leaves the others waiting
-in a collective for as long as its time limit, which must be long: the first rank's report is
-waited for too. So every rank tells a common store every few seconds that it lives, and looks at
-what the others told it. Two threads: one talks to the store, and may hang if the store's host is
-the lost one; the other only counts, and cannot.
+A killed host breaks its connections. A frozen or disconnected one leaves the others in a
+collective until its timeout, which must be long because the collective also waits for the first
+rank's report. So every rank writes a beat into a common store every few seconds and reads those of
+the others. Two threads: one talks to the store and hangs when the store's host is the lost one;
+the other only counts rounds and cannot hang.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from training.distributed.topology import Patience, Place
+from training.distributed.topology import Place, Timeouts
 
 ROUNDS_OF_SILENCE = 15
-"""After so many rounds without a new sign a rank is lost; a round is patience.silence / 15."""
+"""Rounds without a new beat after which a rank is lost; a round takes timeouts.silence / 15."""
 
 
 @dataclass(frozen=True)
-class Sign:
-    """What a rank tells the others.
+class Beat:
+    """Message of one rank to all others.
 
-    beat: grows with every sign. is_stopping: it was asked to stop. ending: why it ends now.
+    number: grows with every beat. is_stopping: the rank got SIGTERM or Ctrl-C. ending: why the rank
+    ends now, None while it runs.
     """
 
-    beat: int = 0
+    number: int = 0
     is_stopping: bool = False
     ending: str | None = None
 
@@ -36,18 +37,18 @@ class Sign:
         return json.dumps(asdict(self))
 
     @classmethod
-    def decode(cls, text: str | bytes) -> Sign:
+    def decode(cls, text: str | bytes) -> Beat:
         return cls(**json.loads(text))
 
 
-class Watch:
-    """The signs of all ranks, exchanged until it is closed.
+class Heartbeat:
+    """Exchange of beats between all ranks, until it is closed.
 
-    exchange: puts this rank's encoded sign into the store and returns those of all, by rank; may
-        hang, and may raise when the store is gone.
-    stop: is set when another rank was asked to stop.
-    on_lost: called once, from a thread, with the reason to end this process: some rank failed or
-        is lost. The main thread may hang in a collective by then.
+    exchange: writes this rank's encoded beat into the store and returns those of all ranks, by
+        rank. It may hang, and raise when the store is gone.
+    stop: set when any rank is stopping.
+    on_lost: called once, from a thread, with the reason to end this process: another rank failed
+        or is lost. The main thread may hang in a collective meanwhile.
     """
 
     def __init__(
@@ -55,37 +56,39 @@ class Watch:
         exchange: Callable[[str], Sequence[bytes]],
         place: Place,
         *,
-        patience: Patience,
+        timeouts: Timeouts,
         stop: threading.Event,
         on_lost: Callable[[str], object],
     ) -> None:
         self._exchange = exchange
         self._place = place
-        self._silence = patience.silence
-        self._interval = patience.silence / ROUNDS_OF_SILENCE
+        self._silence = timeouts.silence
+        self._interval = timeouts.silence / ROUNDS_OF_SILENCE
         self._stop = stop
         self._on_lost = on_lost
         self._closed = threading.Event()
         self._ending: str | None = None
-        self._signs: list[Sign] = []
+        self._beats: list[Beat] = []
         self._num_rounds = 0
         self._broken: Exception | None = None
         self._threads = [
             threading.Thread(target=target, name=name, daemon=True)
-            for target, name in ((self._talk, "signs-of-life"), (self._judge, "watch"))
+            for target, name in (
+                (self._send_and_receive, "heartbeat"),
+                (self._find_lost, "heartbeat-check"),
+            )
         ]
 
     def start(self) -> None:
-        """Begin. The first signs of all ranks must be in the store."""
+        """Start both threads. The first beat of every rank must be in the store already."""
         for thread in self._threads:
             thread.start()
 
     def close(self) -> None:
-        """End the exchange: from now on no rank counts as lost.
+        """Stop both threads; from now on no rank counts as lost.
 
-        Waits for both threads, but no longer than the patience with a silent rank: a store whose
-        host is gone may keep one of them for minutes. `training.job.process.leave` then ends the
-        process regardless.
+        Waits for them for at most `timeouts.silence`: a call to a store whose host is gone can take
+        minutes. `training.job.process.leave` then ends the process regardless.
         """
         self._closed.set()
         deadline = time.monotonic() + self._silence
@@ -93,38 +96,39 @@ class Watch:
             thread.join(timeout=max(0.0, deadline - time.monotonic()))
 
     def announce(self, cause: str) -> None:
-        """Tell the others why this rank ends, and wait until they end too, but not for long."""
+        """Send the cause of this rank's failure and wait a few rounds for the others to end."""
         own = self._place.rank
-        self._end_together(f"{self._place.name(own)} failed: {cause}", besides=own)
+        self._end_together(f"{self._place.name(own)} failed: {cause}", except_rank=own)
 
-    def wait_for_verdict(self) -> None:
-        """Wait for as long as it takes to find a lost host; `on_lost` is then called meanwhile."""
+    def wait_for_lost_rank(self) -> None:
+        """Wait for as long as a lost rank goes unnoticed; `on_lost` is called if there is one."""
         self._closed.wait(self._silence + 4 * self._interval)
 
-    def _talk(self) -> None:
-        beat = 0
+    def _send_and_receive(self) -> None:
+        number = 0
         while not self._closed.is_set():
-            beat += 1
-            own = Sign(beat, self._stop.is_set(), self._ending)
+            number += 1
+            own = Beat(number, self._stop.is_set(), self._ending)
             try:
-                signs = [Sign.decode(text) for text in self._exchange(own.encode())]
-            except Exception as error:  # in whichever way the store is gone
+                beats = [Beat.decode(text) for text in self._exchange(own.encode())]
+            except Exception as error:  # torch raises several kinds when the store is gone
                 self._broken = error
                 return
-            self._signs = signs
+            self._beats = beats
             self._num_rounds += 1
-            if any(sign.is_stopping for sign in signs) and not self._stop.is_set():
+            if any(beat.is_stopping for beat in beats):
                 self._stop.set()
-            # Whoever ends has no time to lose.
+            # A rank that ends must tell the others before its process is gone.
             self._closed.wait(self._interval / (10 if self._ending else 1))
 
-    def _judge(self) -> None:
-        """Find a reason to end, in rounds of its own.
+    def _find_lost(self) -> None:
+        """Call `on_lost` when a rank failed or is silent for too many rounds.
 
-        Rounds, not a clock: a host that was frozen itself must not take the others for lost.
+        Counts rounds instead of reading a clock: a host that was frozen and goes on must not count
+        the others as lost.
         """
-        last_round, last_beats = -1, [-1] * self._place.size
-        rounds_without_store, rounds_without_sign = 0, [0] * self._place.size
+        last_round, last_numbers = -1, [-1] * self._place.size
+        rounds_without_store, rounds_without_beat = 0, [0] * self._place.size
         while not self._closed.wait(self._interval):
             if self._ending is not None:
                 return
@@ -139,15 +143,15 @@ class Watch:
                     return
                 continue
             last_round, rounds_without_store = self._num_rounds, 0
-            for rank, sign in enumerate(self._signs):
-                is_new = sign.beat != last_beats[rank]
-                rounds_without_sign[rank] = 0 if is_new else rounds_without_sign[rank] + 1
-                last_beats[rank] = sign.beat
-                ending = sign.ending
-                if ending is None and rounds_without_sign[rank] == ROUNDS_OF_SILENCE:
+            for rank, beat in enumerate(self._beats):
+                is_new = beat.number != last_numbers[rank]
+                rounds_without_beat[rank] = 0 if is_new else rounds_without_beat[rank] + 1
+                last_numbers[rank] = beat.number
+                ending = beat.ending
+                if ending is None and rounds_without_beat[rank] == ROUNDS_OF_SILENCE:
                     ending = self._silent(rank)
                 if ending is not None:
-                    self._end_together(ending, besides=rank)
+                    self._end_together(ending, except_rank=rank)
                     self._on_lost(ending)
                     return
 
@@ -157,17 +161,17 @@ class Watch:
             "killed, frozen or cut off. Started again, the job goes on from its newest checkpoint"
         )
 
-    def _end_together(self, reason: str, *, besides: int) -> None:
-        """Pass the reason on, and wait a few rounds until every other rank has one to end.
+    def _end_together(self, reason: str, *, except_rank: int) -> None:
+        """Send the reason and wait a few rounds until every other rank has one to end.
 
-        besides: the rank that is the reason. The first rank has the store: if it went before the
-        others know, they would blame it.
+        except_rank: the rank that failed or is lost. The first rank holds the store: if its process
+        ended earlier, the others would name it as the lost one.
         """
         self._ending = reason
         deadline = time.monotonic() + 3 * self._interval
         while time.monotonic() < deadline and self._broken is None:
-            nobody = {besides, self._place.rank}
-            others = [sign for rank, sign in enumerate(self._signs) if rank not in nobody]
-            if self._signs and all(sign.ending is not None for sign in others):
+            ended = {except_rank, self._place.rank}
+            others = [beat for rank, beat in enumerate(self._beats) if rank not in ended]
+            if self._beats and all(beat.ending is not None for beat in others):
                 return
             time.sleep(self._interval / 10)

@@ -1,8 +1,8 @@
-"""The ranks of a job as the training loop sees them: alone, or together in a process group.
+"""Process group of a job: one process alone, or all ranks over torch.distributed.
 
-`Together` is `dalle.models.reduction.Ranks` over torch.distributed, with what the loop needs
-besides: common decisions, means, and the first rank's state for all. Knows no hosts and no sockets;
-those are in `training.distributed.rendezvous`.
+A `dalle.models.reduction.Ranks` with what the training loop needs besides: common decisions, means,
+and the first rank's state on all ranks. Knows no hosts and no sockets; those are in
+`training.distributed.rendezvous`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from dalle.models.reduction import OneRank
 
 
-class Alone(OneRank):
-    """One process: everything is as it is."""
+class ProcessGroup(OneRank):
+    """Interface of a process group, and the group of a single process."""
 
     @property
     def rank(self) -> int:
@@ -31,56 +31,55 @@ class Alone(OneRank):
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank writes checkpoints, metrics, artefact and report."""
+        """True on the rank that writes checkpoints, metrics, artefact and report."""
         return True
 
     def agree(
         self, progress: float, is_stopping: bool, is_saving: bool = False
     ) -> tuple[float, bool, bool]:
-        """The first rank's progress, whether any rank is to stop, whether the first is to save."""
+        """Return the first rank's progress, any rank's is_stopping, and the first's is_saving."""
         return progress, is_stopping, is_saving
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank."""
+        """Return whether the flag is set on any rank."""
         return self.agree(0.0, flag)[1]
 
     def means(self, scalars: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The mean over ranks of each scalar, without gradient; the same names on every rank."""
+        """Return each scalar's mean over ranks, without gradient; every rank has the same names."""
         return dict(scalars)
 
     def share(self, value: Any) -> Any:
-        """The first rank's value on every rank.
+        """Return the first rank's value on every rank; received tensors are on the CPU.
 
-        value: dicts, lists and tuples of plain values and tensors; what the others give is
-        ignored. Their tensors are on the CPU.
+        value: dicts, lists and tuples of plain values and tensors; ignored on the other ranks.
         """
         return value
 
     def each(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank. value: what JSON can hold."""
+        """Return every rank's value, by rank. value: of JSON's types."""
         return [value]
 
-    def parted(self, num_parts: int) -> Ranks:
-        """The ranks of this rank's part, where adjacent ranks make up so many parts of one size.
+    def parted(self, num_parts: int) -> ProcessGroup:
+        """Return the sub-group of this rank, of `num_parts` sub-groups of adjacent ranks.
 
-        They are ranks among themselves, counted from 0. To be called by every rank.
+        All have the same size, and their ranks count from 0. Every rank must call it.
         """
         assert num_parts == 1, "one rank has no parts"
         return self
 
     def parallel(self, module: nn.Module) -> nn.Module:
-        """A module whose backward pass leaves the mean of all ranks' gradients."""
+        """Return a module whose backward pass leaves the mean of all ranks' gradients."""
         return module
 
     def without_exchange(self, module: nn.Module) -> AbstractContextManager[None]:
-        """Meanwhile passes through a parallel module add up this rank's gradients alone."""
+        """Return a context in which a parallel module adds up this rank's gradients only."""
         return nullcontext()
 
 
-class Together(Alone):
-    """This process in a process group. On the CPU everything goes by gloo.
+class TorchProcessGroup(ProcessGroup):
+    """Process group over torch.distributed; collectives of CPU tensors use gloo.
 
-    group: torch's default one, of all ranks, when None.
+    group: None for torch's default group of all ranks.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -118,7 +117,7 @@ class Together(Alone):
     def agree(
         self, progress: float, is_stopping: bool, is_saving: bool = False
     ) -> tuple[float, bool, bool]:
-        # On the CPU, whatever the device: looking at a GPU's number would wait for its work.
+        # On the CPU: reading a number from a GPU would wait for the work queued there.
         first_says = [progress, is_saving] if self.is_first else [0.0, False]
         said = torch.tensor([*first_says, is_stopping], dtype=torch.float64)
         dist.all_reduce(said, group=self._group)
@@ -131,8 +130,8 @@ class Together(Alone):
         return dict(zip(scalars, (values / self.size).unbind(), strict=True))
 
     def share(self, value: Any) -> Any:
-        # Without the tensors it is small; each of them then goes by itself, so that no rank holds
-        # it twice. The others read it as they read checkpoints: never as a pickle of anything.
+        # First the value with empty tensors, which is small; then each tensor by itself, so that no
+        # rank holds two copies. Loaded with weights_only, as checkpoints are: no arbitrary pickle.
         outline = io.BytesIO()
         if self.is_first:
             torch.save(_each_tensor(value, lambda tensor: tensor.to("meta")), outline)
@@ -167,20 +166,19 @@ class Together(Alone):
         texts = zip(everything.chunk(self.size), sizes.tolist(), strict=True)
         return [json.loads(text[:size].numpy().tobytes()) for text, size in texts]
 
-    def parted(self, num_parts: int) -> Ranks:
+    def parted(self, num_parts: int) -> ProcessGroup:
         size = self.size // num_parts
         assert size * num_parts == self.size, "parts are of one size"
         if size == 1:
-            return ALONE
+            return SINGLE_PROCESS
         parts = [range(first, first + size) for first in range(0, self.size, size)]
-        # Every rank makes all of them. One may wait for another that reads for hours; that one is
-        # lost, the ranks find out otherwise (`training.distributed.heartbeat`).
+        # Every rank makes all groups. The timeout is long because a rank may wait while another
+        # reads for hours; a lost rank is found by `training.distributed.heartbeat`.
         groups = [dist.new_group(list(part), timeout=timedelta(days=1)) for part in parts]
-        return Together(groups[self.rank // size])
+        return TorchProcessGroup(groups[self.rank // size])
 
     def parallel(self, module: nn.Module) -> nn.Module:
-        # Buffers are equal on all ranks by themselves: constants, and codebook statistics, which
-        # come from `total`.
+        # Buffers need no broadcast: they are constants, or codebook statistics made by `total`.
         return DistributedDataParallel(
             module,
             process_group=self._group,
@@ -193,10 +191,7 @@ class Together(Alone):
         return module.no_sync()
 
 
-Ranks = Alone
-"""What the loop is given: `Alone`, or `Together`, which is one with company."""
-
-ALONE: Ranks = Alone()
+SINGLE_PROCESS = ProcessGroup()
 
 
 class _Gather(torch.autograd.Function):
@@ -217,7 +212,7 @@ class _Gather(torch.autograd.Function):
 
 
 def _each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same dicts, lists and tuples with every tensor changed, always in the same order."""
+    """Return the same dicts, lists and tuples with `change` applied to each tensor, in order."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):

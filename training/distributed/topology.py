@@ -1,8 +1,8 @@
-"""Which process of a job this is, and how its host finds the others. No torch.
+"""Rank of this process among a job's hosts and devices, and the network to the others. No torch.
 
-SageMaker starts the same command on every host and gives it the list of names. They resolve by
-DNS, but not at once. The interface to talk over is the one that owns the own host's address: the
-name in resourceconfig.json is wrong in the SDK's local mode (`ethwe`, where there is `eth0`).
+SageMaker starts the same command on every host and gives it the list of host names. DNS resolves
+them, but only after some seconds. The network interface is the one that owns this host's address:
+resourceconfig.json names a wrong one in the SDK's local mode (`ethwe`, where there is `eth0`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from training.stopping import Stop, Stopped
 logger = logging.getLogger(__name__)
 
 RENDEZVOUS_PORT = 7777
-"""Where the first host listens for the others; the port of AWS's own training toolkit."""
+"""Port on which the first host listens; the one of AWS's training toolkit."""
 
 LOOPBACK = "127.0.0.1"
 POLL_SECONDS = 0.2
@@ -33,12 +33,12 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Patience:
-    """How long to wait for other hosts, in seconds.
+class Timeouts:
+    """Limits on waiting for other hosts, in seconds.
 
-    join: until all of them are there. silence: until one that gives no sign of life is lost; the
-    others have ended a few seconds later. collective: until a rank gives up waiting for another
-    that is alive, as for the first one while it writes the report.
+    join: for all of them to start. silence: after which a rank without a heartbeat is lost; the
+    others end a few seconds later. collective: for a rank that is alive, such as the first one
+    while it writes the report.
     """
 
     join: float = 600.0
@@ -48,9 +48,9 @@ class Patience:
 
 @dataclass(frozen=True)
 class Place:
-    """One process among all of a job's: there is one for each device of each host.
+    """Position of one process among a job's: there is one process per device of each host.
 
-    hosts: sorted as text, as in `contract.Job`. device: of this process, from 0.
+    hosts: sorted as text, as in `Job`. num_devices: of every host. device: of this process, from 0.
     """
 
     hosts: tuple[str, ...]
@@ -60,25 +60,25 @@ class Place:
 
     @property
     def size(self) -> int:
-        """Processes in all."""
+        """Number of processes of the job."""
         return len(self.hosts) * self.num_devices
 
     @property
     def rank(self) -> int:
-        """This process's number; rank 0 writes what the job leaves."""
+        """Number of this process; rank 0 writes the artefact, checkpoints, metrics and report."""
         return self.hosts.index(self.host) * self.num_devices + self.device
 
     def name(self, rank: int) -> str:
-        """A rank for people: `host algo-2`, or `host algo-2, device 1`."""
+        """Return a rank's name for messages: `host algo-2`, or `host algo-2, device 1`."""
         host, device = divmod(rank, self.num_devices)
         which = f", device {device}" if self.num_devices > 1 else ""
         return f"host {self.hosts[host]}{which}"
 
 
 def wait_for(ready: Callable[[], T | None], *, seconds: float, stop: Stop, late: str) -> T:
-    """What `ready` returns once that is not None; asked a few times a second.
+    """Call `ready` a few times a second and return its first result that is not None.
 
-    Raises HostError, saying `late` and the seconds, or Stopped.
+    Raises HostError with the text `late` after `seconds`, or Stopped.
     """
     deadline = time.monotonic() + seconds
     while (result := ready()) is None:
@@ -91,22 +91,22 @@ def wait_for(ready: Callable[[], T | None], *, seconds: float, stop: Stop, late:
 
 
 def resolve(host: str, *, seconds: float, stop: Stop) -> str:
-    """The IPv4 address of a host's name. Raises HostError naming it, or Stopped."""
+    """Return the IPv4 address of a host. Raises HostError naming it, or Stopped."""
 
-    def ask() -> str | None:
+    def look_up() -> str | None:
         try:
             return socket.gethostbyname(host)
         except (OSError, UnicodeError):
             return None
 
     late = f"the name of host {host} did not resolve to an address"
-    return wait_for(ask, seconds=seconds, stop=stop, late=late)
+    return wait_for(look_up, seconds=seconds, stop=stop, late=late)
 
 
 def interface_of(address: str, named: str | None) -> str | None:
-    """The network interface that owns an IPv4 address, or the named one if only that exists.
+    """Return the network interface that owns an IPv4 address, or else the named one if it exists.
 
-    None, with a warning, when there is neither: the libraries then choose for themselves.
+    Returns None with a warning when there is neither: gloo and NCCL then choose one.
     """
     interfaces = psutil.net_if_addrs()
     is_loopback = ipaddress.ip_address(address).is_loopback
@@ -114,7 +114,7 @@ def interface_of(address: str, named: str | None) -> str | None:
         for entry in entries:
             if entry.family != socket.AF_INET:
                 continue
-            # All of 127.0.0.0/8 is the loopback interface's, which lists the first of them only.
+            # The loopback interface owns all of 127.0.0.0/8 but lists only 127.0.0.1.
             if entry.address == address or (
                 is_loopback and ipaddress.ip_address(entry.address).is_loopback
             ):
@@ -132,13 +132,13 @@ def interface_of(address: str, named: str | None) -> str | None:
 
 
 def use_interface(name: str) -> None:
-    """Tell gloo and NCCL which interface to use, unless the environment does already."""
+    """Set the interface for gloo and NCCL, unless the environment sets one already."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # exactly this one, not a prefix
 
 
 def listen(address: str, port: int) -> socket.socket:
-    """The socket on which the first host awaits the others. Raises HostError when it cannot."""
+    """Open the socket on which the first host waits for the others. Raises HostError."""
     try:
         return socket.create_server((address, port))
     except OSError as error:
@@ -149,9 +149,9 @@ def listen(address: str, port: int) -> socket.socket:
 
 
 def reach(name: str, address: str, port: int, *, seconds: float, stop: Stop) -> None:
-    """Wait until somebody listens there. Raises HostError naming the host, or Stopped."""
+    """Wait until a TCP server listens there. Raises HostError naming the host, or Stopped."""
 
-    def knock() -> bool | None:
+    def connect() -> bool | None:
         try:
             socket.create_connection((address, port), timeout=5).close()
         except OSError:
@@ -159,4 +159,4 @@ def reach(name: str, address: str, port: int, *, seconds: float, stop: Stop) -> 
         return True
 
     late = f"host {name} could not be reached on {address}:{port}"
-    wait_for(knock, seconds=seconds, stop=stop, late=late)
+    wait_for(connect, seconds=seconds, stop=stop, late=late)

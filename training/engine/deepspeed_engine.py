@@ -22,11 +22,11 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from dalle.errors import HyperparameterError
 from training.config.deepspeed import configuration
 from training.config.fields import Hyperparameters, StageHyperparameters
-from training.distributed.process_group import ALONE, Ranks
+from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from training.engine.devices import AUTOCAST_TYPES, check_precision
-from training.engine.ema import average_decay
+from training.engine.ema import ema_decay_at
 from training.engine.interface import Trainable
-from training.engine.optimizer import OptimiserPair
+from training.engine.optimizer import ModelOptimizers
 from training.engine.partitions import AVERAGE, MOMENTS, Partitions
 
 LOSS_SCALING = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -46,7 +46,7 @@ class DeepSpeedEngine:
         hyperparameters: Hyperparameters,
         settings: StageHyperparameters,
         device: torch.device,
-        ranks: Ranks = ALONE,
+        ranks: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         check_precision(settings, device)
         self._model = stage.model
@@ -112,7 +112,7 @@ class DeepSpeedEngine:
             # DeepSpeed says -1 of a gradient that is not finite.
             self._gradient_norm = torch.where(norm < 0, torch.nan, norm)
         if self._settings.ema_decay:
-            weight = 1 - average_decay(self._settings.ema_decay, step + 1)
+            weight = 1 - ema_decay_at(self._settings.ema_decay, step + 1)
             with torch.no_grad():
                 torch._foreach_lerp_(self._partitions.averages, self._partitions.flat, weight)
         return share
@@ -180,7 +180,7 @@ class DeepSpeedEngine:
         precision = self._settings.precision
         self._loss = _Loss(self._stage, self._twin, self._device, AUTOCAST_TYPES.get(precision))
         # Before ZeRO 3, after which no weight has its shape: it says which of them decay.
-        self._optimisers = OptimiserPair(
+        self._optimisers = ModelOptimizers(
             self._twin,
             learning_rate=self._settings.learning_rate,
             weight_decay=self._settings.weight_decay,

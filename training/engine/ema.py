@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 
-def average_decay(decay: float, step: int) -> float:
+def ema_decay_at(decay: float, step: int) -> float:
     """Share of the average that is kept after `step` steps, counted from 1.
 
     The first steps keep less, so that the average does not remember the initialisation.
@@ -17,7 +17,7 @@ def average_decay(decay: float, step: int) -> float:
     return min(decay, (1 + step) / (10 + step))
 
 
-class WeightAverage:
+class ModelEma:
     """Exponential average of the parameters; buffers stay the model's own.
 
     decay: in (0, 1), share of the average kept in one step, but for the first ones.
@@ -30,7 +30,7 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the weights after `step` steps, counted from 1."""
-        weight = 1 - average_decay(self._decay, step)
+        weight = 1 - ema_decay_at(self._decay, step)
         torch._foreach_lerp_(self._average, list(model.parameters()), weight)
 
     @torch.no_grad()

@@ -128,7 +128,7 @@ def _iteration_type(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if is_native else torch.float32
 
 
-class OptimiserPair:
+class ModelOptimizers:
     """The optimisers of one model, their common schedule, and their state.
 
     A model says which weights are hidden matrices by `muon_parameters()`; everything else, and

@@ -10,7 +10,7 @@ import torch
 from dalle.types import StageName
 from training.config.deepspeed import TRAINED_BY_DEEPSPEED, configuration
 from training.config.fields import EngineName, Hyperparameters
-from training.distributed.process_group import ALONE, Ranks
+from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from training.engine.interface import Engine, Trainable
 from training.engine.torch_engine import TorchEngine
 
@@ -55,12 +55,12 @@ def check_engine(
             check_config(config, device)
 
 
-def choose_engine(
+def select_engine(
     stage: Trainable,
     name: StageName,
     hyperparameters: Hyperparameters,
     device: torch.device,
-    ranks: Ranks = ALONE,
+    ranks: ProcessGroup = SINGLE_PROCESS,
 ) -> Engine:
     """The engine for one stage of a job. Raises HyperparameterError where it cannot train it."""
     settings = hyperparameters.of(name)

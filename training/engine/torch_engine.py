@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from training.config.fields import FitHyperparameters
-from training.distributed.process_group import ALONE, Ranks
+from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from training.engine.devices import AUTOCAST_TYPES, check_precision
-from training.engine.ema import WeightAverage
+from training.engine.ema import ModelEma
 from training.engine.interface import Trainable
-from training.engine.optimizer import OptimiserPair
+from training.engine.optimizer import ModelOptimizers
 
 
 class TorchEngine:
@@ -32,7 +32,7 @@ class TorchEngine:
         stage: Trainable,
         hyperparameters: FitHyperparameters,
         device: torch.device,
-        ranks: Ranks = ALONE,
+        ranks: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         precision = hyperparameters.precision
         check_precision(hyperparameters, device)
@@ -45,7 +45,7 @@ class TorchEngine:
         self._autocast_type = AUTOCAST_TYPES.get(precision)
         self._clipping = hyperparameters.gradient_clipping
         self._gradient_norm: Tensor | None = None
-        self._optimisers = OptimiserPair(
+        self._optimisers = ModelOptimizers(
             model,
             learning_rate=hyperparameters.learning_rate,
             muon_learning_rate=hyperparameters.muon_learning_rate,
@@ -55,7 +55,7 @@ class TorchEngine:
         # Small fp16 gradients vanish unless the loss is scaled up first; bf16 has fp32's range.
         self._scaler = GradScaler(device.type, enabled=precision == "fp16")
         decay = hyperparameters.ema_decay
-        self._average = WeightAverage(model, decay) if decay else None
+        self._average = ModelEma(model, decay) if decay else None
 
     @property
     def device(self) -> torch.device:

@@ -1,4 +1,4 @@
-"""Which input channels a job may have, checked before anything is read from them."""
+"""Checks of a job's input channels, before their data is read."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from dalle.platform.environment import Channel, Job
 REQUIRED = "train"
 CHANNELS = (REQUIRED, "validation", "artefact", "clip")
 OF_FEW_FILES = ("artefact", "clip")
-"""Each of their files is needed. Those of the others are looked at as pairs, and a few may fail."""
+"""Channels of which every file is needed. In the others some files may be unusable."""
 REPLICATED, SHARDED = "FullyReplicated", "ShardedByS3Key"
 
 
 def check(job: Job) -> None:
-    """Raises ChannelError naming every channel that is missing, unexpected or unusable."""
+    """Raise ChannelError naming every channel that is missing, unexpected or unusable."""
     problems = []
     if REQUIRED not in job.channels:
         where = job.paths.input_data / REQUIRED
@@ -51,17 +51,17 @@ def _problem(channel: Channel) -> str | None:
             f"it must be {' or '.join(distributions)}"
         )
     if channel.input_mode == "Pipe":
-        return None  # its FIFO may still have to come
+        return None  # its FIFO may not exist yet
     try:
         with os.scandir(channel.directory) as listing:
-            # Of those with pairs one is enough to know: there may be millions.
+            # One file shows that a channel of pairs is readable: there may be millions.
             wanted = 1 if is_of_pairs else None
             names = [entry.name for entry in islice(listing, wanted)]
     except (FileNotFoundError, NotADirectoryError):
         return f"the channel {channel.name} should be the directory {channel.directory}"
     except OSError as error:
         return _unreadable(channel, channel.directory, error)
-    if not names and channel.distribution == REPLICATED:  # else all hosts are told why
+    if not names and channel.distribution == REPLICATED:  # later, on all hosts
         return f"the channel {channel.name} is empty: {channel.directory}"
     if not is_of_pairs:
         for name in sorted(names):

@@ -1,7 +1,7 @@
-"""One process for each device of this host, when there are several.
+"""Processes of this host's devices, when there are several: started, stopped and waited for.
 
-They are ranks like those of other hosts. This process has none of the work: it passes a stop on,
-waits, and answers for all of them.
+They are ranks like those of other hosts. The process that starts them does not train: it passes a
+stop on, waits, and returns one exit code.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from dalle.platform.environment import Job, write_failure
 from training.config.hyperparameters import Hyperparameters
-from training.distributed.topology import LOOPBACK, Patience, Place
+from training.distributed.topology import LOOPBACK, Place, Timeouts
 from training.job import process
 
 logger = logging.getLogger(__name__)
@@ -35,12 +35,12 @@ def run_on_devices(
     *,
     num_devices: int,
     port: int,
-    patience: Patience,
+    timeouts: Timeouts,
     stop: threading.Event,
 ) -> int:
-    """Start a rank for each device, wait for all of them, return this host's exit code.
+    """Start a rank for each device, wait for all of them, and return this host's exit code.
 
-    port: where the first host listens; a job of one host takes any free one. On the CPU the
+    port: on which the first host listens; a job of one host takes a free one. On the CPU the
     processes share its threads.
     """
     listener = None
@@ -57,15 +57,15 @@ def run_on_devices(
                 Place(job.hosts, job.current_host, num_devices, device),
                 port,
                 listener if device == 0 else None,
-                patience,
+                timeouts,
             ),
             name=f"device {device}",
         )
         for device in range(num_devices)
     ]
-    # A signal to a process that is still starting would kill it: they begin with all blocked, and
-    # take what has come meanwhile when they are ready for it.
-    # The library's own helper process must be there before: starting it unblocks them again.
+    # SIGTERM would kill a process that is still starting: the processes begin with both signals
+    # blocked and unblock them when their handlers are set. multiprocessing's resource tracker must
+    # run before: starting it unblocks the signals.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
@@ -93,7 +93,7 @@ def run_on_devices(
 
 
 def _wait_for(processes: Sequence[BaseProcess], stop: threading.Event) -> None:
-    """Until all have ended; passes a stop on to them once."""
+    """Wait until all processes have ended; terminate them once when `stop` is set."""
     is_passed_on = False
     while running := [each for each in processes if each.is_alive()]:
         wait([each.sentinel for each in running], timeout=POLL_SECONDS)
@@ -109,7 +109,7 @@ def _run_device(
     place: Place,
     port: int,
     listener: socket.socket | None,
-    patience: Patience,
+    timeouts: Timeouts,
 ) -> NoReturn:
     """Main function of the process of one device."""
     process.configure_logging()
@@ -120,7 +120,7 @@ def _run_device(
         def work() -> int:
             _share_cpus(place.num_devices)
             return process.run_rank(
-                job, settings, place, stop, port=port, listener=listener, patience=patience
+                job, settings, place, stop, port=port, listener=listener, timeouts=timeouts
             )
 
         code = process.exit_code_of(work, job.paths)

@@ -21,7 +21,7 @@ from typing import NoReturn
 from dalle.errors import DalleError
 from dalle.platform.environment import Job, Paths, write_failure
 from training.config.hyperparameters import Hyperparameters
-from training.distributed.topology import Patience, Place
+from training.distributed.topology import Place, Timeouts
 from training.memory.allocator import keep_memory
 from training.stopping import Stopped
 
@@ -29,12 +29,12 @@ logger = logging.getLogger(__name__)
 
 
 def configure_logging() -> None:
-    """Everything from INFO on to stderr, with time and module."""
+    """Log records from INFO on to stderr, with time and module."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
 
 
 def exit_code_of(work: Callable[[], int], paths: Paths) -> int:
-    """What the work returns, or 1 with the cause in the failure file when it raises."""
+    """Return the result of `work`, or 1 with the cause in the failure file when it raises."""
     try:
         return work()
     except Exception as error:
@@ -52,39 +52,38 @@ def run_rank(
     *,
     port: int,
     listener: socket.socket | None = None,
-    patience: Patience,
+    timeouts: Timeouts,
 ) -> int:
-    """Train as one rank of the job, alone or together with all others. Returns the exit code.
+    """Train as one rank of the job and return the exit code.
 
-    port, listener: of the first rank, see `Meeting.join`. Raises the errors of training when this
-    is the only rank. One of several tells the others of its error and ends the process at once:
-    no orderly end is possible once they do not take part in what it would wait for.
+    port, listener: of the first rank, see `Rendezvous.join`. Raises the errors of training when
+    this is the only rank. One of several sends its error to the others and ends the process at
+    once: an orderly end would wait for ranks that have ended.
     """
     keep_memory()
     # Imported here: torch takes seconds, which a job that cannot run need not wait for.
     import torch
 
     from training.engine.devices import choose_device
-    from training.job import components as workshop
-    from training.job import trainer as worker
+    from training.job.trainer import Trainer
 
-    # Momenta of weights without a gradient fade into denormal numbers, on which a CPU takes several
-    # times as long. Before torch starts the threads that take this over.
+    # Momenta of weights without a gradient decay to denormal numbers, on which a CPU is several
+    # times slower. Set before torch starts its threads, which inherit it.
     torch.set_flush_denormal(True)
     device = choose_device(job.device, place.device)
     if place.size == 1:
-        worker.run(job, settings, stop, workshop.open_workshop, device=device)
+        Trainer(job, settings, stop, device=device).run()
         return 0
 
-    from training.distributed.rendezvous import Meeting
+    from training.distributed.rendezvous import Rendezvous
 
     try:
-        meeting = Meeting.join(
+        rendezvous = Rendezvous.join(
             place,
             named_interface=job.network_interface_name,
             port=port,
             listener=listener,
-            patience=patience,
+            timeouts=timeouts,
             stop=stop,
             on_lost=lambda cause: _end(job.paths, cause),
         )
@@ -92,16 +91,16 @@ def run_rank(
         logger.warning("stopped before all hosts had come")
         return 0
     try:
-        ranks = meeting.begin(device)
+        ranks = rendezvous.begin(device)
         if not ranks.is_first:
-            logger.info("this rank trains along; the first one writes and reports what comes of it")
+            logger.info("this rank trains along; the first one writes the model and the metrics")
             logging.getLogger().setLevel(logging.WARNING)
-        worker.run(job, settings, stop, workshop.open_workshop, device=device, ranks=ranks)
-        meeting.leave()
+        Trainer(job, settings, stop, device=device, ranks=ranks).run()
+        rendezvous.leave()
     except Exception as error:
         cause, trace = describe(error), traceback.format_exc()
         logger.error("%s", cause, exc_info=not isinstance(error, DalleError))
-        meeting.fail(error, cause)
+        rendezvous.fail(error, cause)
         _end(job.paths, cause, trace)
     return 0
 
@@ -109,9 +108,9 @@ def run_rank(
 def leave(code: int) -> NoReturn:
     """Flush the output and end this process, whatever its threads are waiting for.
 
-    For processes that have used torch.distributed. Where Python ends by itself, a daemon thread
-    that then returns from a call of torch's store is unwound through C++ that must not be, and
-    the process dies of `terminate called without an active exception`.
+    For processes that have used torch.distributed. An ordinary exit stops each daemon thread that
+    returns from a call of torch's store by unwinding its stack; C++ does not allow that there and
+    aborts the process with `terminate called without an active exception`.
     """
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -122,7 +121,7 @@ def leave(code: int) -> NoReturn:
 
 
 def describe(error: Exception) -> str:
-    """What to do about it for errors raised on purpose, and what it was for all others."""
+    """Return the message of our own errors, and a description of all others."""
     if isinstance(error, DalleError):
         return str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -134,15 +133,15 @@ def describe(error: Exception) -> str:
 
 @contextmanager
 def stopped_by_signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM and the first Ctrl-C set; a second Ctrl-C ends the program at once."""
+    """Give an event that SIGTERM and the first Ctrl-C set; a second Ctrl-C ends the program."""
     stop = threading.Event()
 
-    def ask_to_stop(number: int, frame: FrameType | None) -> None:
+    def set_stop(number: int, frame: FrameType | None) -> None:
         stop.set()
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = {n: signal.signal(n, ask_to_stop) for n in (signal.SIGTERM, signal.SIGINT)}
+    before = {n: signal.signal(n, set_stop) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield stop
     finally:
@@ -151,7 +150,7 @@ def stopped_by_signals() -> Iterator[threading.Event]:
 
 
 def _end(paths: Paths, cause: str, trace: str = "") -> NoReturn:
-    """End this process with 1 and the failure file, whatever its threads are waiting for."""
+    """Write the failure file and end this process with 1, whatever its threads are waiting for."""
     logger.error("ending: %s", cause)
     write_failure(paths, cause, trace)
     leave(1)

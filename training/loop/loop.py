@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dalle.errors import DivergenceError
 from dalle.types import StageName
 from training.config.fields import Hyperparameters
-from training.distributed.process_group import ALONE, Ranks
+from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from training.engine.interface import Engine
 from training.loop.budget import Budget
 from training.loop.checkpoints import Checkpoints, seed_everything
@@ -119,7 +119,7 @@ def fit(
     checkpoints: Checkpoints,
     metrics: Metrics | NoMetrics,
     stop: Stop,
-    ranks: Ranks = ALONE,
+    ranks: ProcessGroup = SINGLE_PROCESS,
     clock: Callable[[], float] = time.monotonic,
 ) -> FitResult:
     """Train a stage's model until its budget is spent or a stop is asked for on any rank.
@@ -141,7 +141,7 @@ class _Fit:
         engine: Engine,
         checkpoints: Checkpoints,
         metrics: Metrics | NoMetrics,
-        ranks: Ranks,
+        ranks: ProcessGroup,
         clock: Callable[[], float],
     ) -> None:
         settings = hyperparameters.of(stage.name)

@@ -9,7 +9,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from tests.training.pairs import SIZE
 from training.data.batching import token_cache
 from training.data.sources.channel import open_channel
-from training.distributed.process_group import ALONE, Together
+from training.distributed.process_group import SINGLE_PROCESS, TorchProcessGroup
 
 
 def encode(images):
@@ -18,7 +18,7 @@ def encode(images):
     return numbers[:, :, None]
 
 
-def cache_tokens(channel, out, ranks=ALONE, encode=encode, **options):
+def cache_tokens(channel, out, ranks=SINGLE_PROCESS, encode=encode, **options):
     """The pictures of a channel, three a step and six a part."""
     dataset = open_channel(channel, image_size=SIZE, max_bad_share=0.5)
     fixed = {"dvae_hash": "d", "codebook_size": 256, "device": torch.device("cpu")}
@@ -37,7 +37,7 @@ def work(rank, port, channel, out):
         "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
     own = out / str(rank)  # each host has its own disk
-    found = cache_tokens(channel, own, Together())
+    found = cache_tokens(channel, own, TorchProcessGroup())
     dist.destroy_process_group()
     names = [found.name(index) for index in range(len(found))]
     content = {"tokens": found.tokens, "names": names, "skips": found.skips.as_dict()}

@@ -98,10 +98,10 @@ def test_hosts_with_parts_of_unequal_size_train_together_and_go_on_after_a_stop(
 # The command itself, but no data set is small enough to be decoded ahead.
 
 
-def train_from_files(words, patience, namespace):
+def train_from_files(words, timeouts, namespace):
     """`train` that takes no data set to be small enough for memory."""
     vars(opening)["is_small"] = lambda *_: False
-    return two_hosts.train(words, patience, namespace)
+    return two_hosts.train(words, timeouts, namespace)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import torch
 
 from dalle import artefact
 from tests.training.two_hosts import (
-    IMPATIENT,
+    SHORT_TIMEOUTS,
     TINY,
     forked,
     job_tree,
@@ -66,7 +66,7 @@ def test_a_killed_job_of_two_hosts_is_ended_by_one_with_the_numbers_of_torch(
     by_torch, tmp_path, monkeypatch
 ):
     trees = job_trees(tmp_path, **BY_DEEPSPEED)
-    with forked(trees, patience=IMPATIENT) as processes:
+    with forked(trees, timeouts=SHORT_TIMEOUTS) as processes:
         wait_for_step(trees, processes, "transformer", 5)
         processes[1].send_signal(signal.SIGKILL)
         assert processes[0].wait(timeout=300) == 1

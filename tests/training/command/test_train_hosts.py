@@ -10,8 +10,8 @@ from dalle import artefact
 from tests.training import host_networks
 from tests.training.two_hosts import (
     ENDLESS,
-    IMPATIENT,
     SAMPLES,
+    SHORT_TIMEOUTS,
     TINY,
     exit_codes,
     forked,
@@ -26,7 +26,7 @@ from tests.training.two_hosts import (
     written,
 )
 from training.__main__ import main
-from training.distributed.topology import Patience
+from training.distributed.topology import Timeouts
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_a_job_of_one_host_goes_on_on_two(alone, two, tmp_path):
     assert metrics == pytest.approx(metrics_of(alone), rel=1e-4)
 
 
-SILENT = f"is lost: no sign of life for {IMPATIENT.silence:g} s"
+SILENT = f"is lost: no sign of life for {SHORT_TIMEOUTS.silence:g} s"
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ SILENT = f"is lost: no sign of life for {IMPATIENT.silence:g} s"
 def test_a_lost_host_is_named_by_the_others_which_end(three, tmp_path, how, lost, says):
     trees = job_trees(tmp_path, three.hosts, samples=SAMPLES[:18], **ENDLESS | {"batch_size": 6})
     others = [number for number in range(3) if number != lost]
-    with forked(trees, three, patience=IMPATIENT) as processes:
+    with forked(trees, three, timeouts=SHORT_TIMEOUTS) as processes:
         wait_for_step(trees, processes, "clip", 3)
         if how != "cut off":
             processes[lost].send_signal(signal.SIGKILL if how == "killed" else signal.SIGSTOP)
@@ -174,5 +174,5 @@ def test_a_host_that_does_not_come_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("DALLE_DEVICE", "cpu")
     tree = job_trees(tmp_path, **TINY)[0]
     arguments = ["--root", str(tree.root), "--rendezvous-port", str(free_port())]
-    assert main(arguments, patience=Patience(join=0.5)) == 1
+    assert main(arguments, timeouts=Timeouts(join=0.5)) == 1
     assert tree.failure.startswith("these hosts did not come within 0.5 s: 127.0.0.2")

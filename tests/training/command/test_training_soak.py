@@ -3,7 +3,7 @@
 import pytest
 
 from tests.training.forked import Forked
-from tests.training.two_hosts import IMPATIENT, train
+from tests.training.two_hosts import SHORT_TIMEOUTS, train
 from training.soak.__main__ import (
     IN_A_CHECKPOINT,
     KILLS,
@@ -19,7 +19,9 @@ from training.soak.job import SmallJob, SoakError, Start
 
 def fork(arguments, log):
     """`train`, sooner than the command; see tests.training.forked."""
-    return Forked(train, arguments, IMPATIENT, None, log=log, environment={"DALLE_DEVICE": "cpu"})
+    return Forked(
+        train, arguments, SHORT_TIMEOUTS, None, log=log, environment={"DALLE_DEVICE": "cpu"}
+    )
 
 
 START: Start = fork

@@ -15,7 +15,7 @@ from dalle.platform.environment import Channel
 from training.data import open as opening
 from training.data.batching.batches import Batches
 from training.data.batching.preload import Preloaded
-from training.distributed.process_group import Together
+from training.distributed.process_group import TorchProcessGroup
 from training.loop.stages import StageData
 
 SIZE = 8  # of the pictures in tests/training/pairs.py, which cannot be imported from here
@@ -69,7 +69,7 @@ def work(rank, size, port, folder):
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60)
     )
-    ranks = Together()
+    ranks = TorchProcessGroup()
     found = opened(folder, ranks)
     with patch.object(opening, "is_small", lambda dataset: rank == 0):  # not so on one host alone
         lazy = opened(folder, ranks)

@@ -19,7 +19,7 @@ from training.data.batching.preload import preload_if_small
 from training.data.pipe.channel import open_pipe
 from training.data.skips import SkipReason
 from training.data.sources.channel import open_channel
-from training.distributed.process_group import ALONE
+from training.distributed.process_group import SINGLE_PROCESS
 from training.stopping import NEVER
 
 
@@ -56,7 +56,7 @@ def opened(root, layout, members, max_bad_share=0.05):
             image_size=SIZE,
             max_bad_share=max_bad_share,
             caption_key=None,
-            ranks=ALONE,
+            ranks=SINGLE_PROCESS,
             stop=NEVER,
         )
 

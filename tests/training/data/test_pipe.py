@@ -24,7 +24,7 @@ from training.data.pipe.channel import open_pipe
 from training.data.pipe.recordio import read_records
 from training.data.pipe.stream import Stream
 from training.data.skips import SkipReason
-from training.distributed.process_group import ALONE
+from training.distributed.process_group import SINGLE_PROCESS
 from training.stopping import NEVER, Stopped
 
 
@@ -43,7 +43,7 @@ def opened(folder, content, *, max_bad_share=0.05, caption_key=None, stop=NEVER)
             image_size=SIZE,
             max_bad_share=max_bad_share,
             caption_key=caption_key,
-            ranks=ALONE,
+            ranks=SINGLE_PROCESS,
             stop=stop,
         )
 

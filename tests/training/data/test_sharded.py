@@ -17,7 +17,7 @@ from tests.training.pairs import SIZE, channel_of, members_of, tar_of
 from training.data.pairs import add_fingerprints, fingerprint
 from training.data.sharded import on_all_ranks
 from training.data.sources.channel import open_channel
-from training.distributed.process_group import ALONE
+from training.distributed.process_group import SINGLE_PROCESS
 from training.stopping import Stopped
 
 NUMBERS = (range(5), range(5, 21))  # pictures of the first host's shards, and of the second's
@@ -127,8 +127,8 @@ def test_a_stop_of_one_ranks_work_is_everybodys():
         raise Stopped
 
     with pytest.raises(Stopped):
-        on_all_ranks(ALONE, stopped)
-    assert on_all_ranks(ALONE, lambda: None) is None
+        on_all_ranks(SINGLE_PROCESS, stopped)
+    assert on_all_ranks(SINGLE_PROCESS, lambda: None) is None
 
 
 def test_fingerprints_of_parts_add_up_in_any_order():

@@ -9,7 +9,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from dalle.models.clip import Clip, ClipConfig
 from dalle.models.quantiser import GumbelQuantiser, VectorQuantiser
-from training.distributed.process_group import Together
+from training.distributed.process_group import TorchProcessGroup
 
 STATE = {
     "step": 7,
@@ -87,7 +87,7 @@ def work(rank, port, file):
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
-    ranks = Together()
+    ranks = TorchProcessGroup()
     own = torch.tensor([[1.0, 2.0]]) * (rank + 1)
     rows = own.clone().requires_grad_()
     gathered = ranks.gather(rows)

@@ -1,4 +1,4 @@
-"""A rank that gives no sign of life ends the others, and nothing else does."""
+"""training.distributed.heartbeat: a silent rank ends the others, and nothing else does."""
 
 import queue
 import threading
@@ -8,8 +8,8 @@ import pytest
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from training.distributed.heartbeat import ROUNDS_OF_SILENCE, Sign, Watch
-from training.distributed.topology import Patience, Place
+from training.distributed.heartbeat import ROUNDS_OF_SILENCE, Beat, Heartbeat
+from training.distributed.topology import Place, Timeouts
 
 HOSTS = ("algo-1", "algo-10", "algo-2")
 SILENCE = 0.75
@@ -17,7 +17,7 @@ ROUND = SILENCE / ROUNDS_OF_SILENCE
 
 
 class Member:
-    """One rank's watch over a real store. Freezing it stops its exchange, as SIGSTOP would."""
+    """One rank's heartbeat over a real store. Freezing it stops its exchange, as SIGSTOP would."""
 
     def __init__(self, rank, port):
         self.stop = threading.Event()
@@ -26,20 +26,20 @@ class Member:
         self._is_running = threading.Event()
         self._is_running.set()
         store = TCPStore("127.0.0.1", port, wait_for_workers=False, timeout=timedelta(seconds=10))
-        keys = [f"sign/{each}" for each in range(len(HOSTS))]
+        keys = [f"beat/{each}" for each in range(len(HOSTS))]
 
         def exchange(own):
             self._is_running.wait()
             store.set(keys[rank], own)
-            signs = store.multi_get(keys)
+            beats = store.multi_get(keys)
             self.exchanges += 1
-            return signs
+            return beats
 
-        store.set(keys[rank], Sign().encode())
-        self.watch = Watch(
+        store.set(keys[rank], Beat().encode())
+        self.heartbeat = Heartbeat(
             exchange,
             Place(HOSTS, HOSTS[rank]),
-            patience=Patience(silence=SILENCE),
+            timeouts=Timeouts(silence=SILENCE),
             stop=self.stop,
             on_lost=self.reasons.put,
         )
@@ -62,15 +62,15 @@ class Member:
 
 @pytest.fixture
 def members():
-    """The watches of a job of three hosts, begun."""
+    """The heartbeats of a job of three hosts, started."""
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     members = [Member(rank, server.port) for rank in range(len(HOSTS))]
     for member in members:
-        member.watch.start()
+        member.heartbeat.start()
     yield members
     for member in members:
         member.thaw()
-        member.watch.close()
+        member.heartbeat.close()
 
 
 def test_a_rank_without_a_sign_of_life_ends_the_others_by_its_name(members):
@@ -92,21 +92,21 @@ def test_where_the_store_is_gone_its_host_is_the_lost_one():
         raise dist.DistNetworkError("Failed to recv, got 0 bytes.\nmore")
 
     reasons = queue.Queue()
-    watch = Watch(
+    heartbeat = Heartbeat(
         exchange,
         Place(HOSTS[:2], HOSTS[1]),
-        patience=Patience(silence=SILENCE),
+        timeouts=Timeouts(silence=SILENCE),
         stop=threading.Event(),
         on_lost=reasons.put,
     )
-    watch.start()
+    heartbeat.start()
     said = "host algo-1 is lost: the connection broke (Failed to recv, got 0 bytes.)"
     assert reasons.get(timeout=30) == said
-    watch.close()
+    heartbeat.close()
 
 
 def test_a_failure_is_passed_on_with_its_cause(members):
-    members[1].watch.announce("the disk is full")
+    members[1].heartbeat.announce("the disk is full")
     for member in (members[0], members[2]):
         assert member.reason() == "host algo-10 failed: the disk is full"
     assert members[1].reasons.empty(), "it has its own cause"
@@ -126,6 +126,6 @@ def test_ranks_that_live_are_not_lost_however_long_it_takes(members):
 
 def test_nobody_is_lost_after_the_end(members):
     for member in members:
-        member.watch.close()
-    members[0].watch.wait_for_verdict()
+        member.heartbeat.close()
+    members[0].heartbeat.wait_for_lost_rank()
     assert all(member.reasons.empty() for member in members)

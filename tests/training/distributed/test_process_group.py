@@ -6,7 +6,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from tests.training.distributed.rank_work import STATE, clip_loss_and_gradients, work
 from tests.training.forked import Forked
-from training.distributed.process_group import ALONE
+from training.distributed.process_group import SINGLE_PROCESS
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_the_firsts_state_is_everybodys(seen):
 
 
 def test_clips_loss_and_gradients_are_those_of_the_whole_batch(seen):
-    means, gradients = clip_loss_and_gradients(ALONE)
+    means, gradients = clip_loss_and_gradients(SINGLE_PROCESS)
     for rank in (0, 1):
         ours, slopes = seen[rank]["clip"]
         assert ours["total"].item() == pytest.approx(means["total"].item(), rel=1e-5)

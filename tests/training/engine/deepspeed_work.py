@@ -10,8 +10,8 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from dalle.models.transformer import Dalle, TransformerConfig
 from training.config.hyperparameters import parse
-from training.distributed.process_group import ALONE, Together
-from training.engine.select import choose_engine
+from training.distributed.process_group import SINGLE_PROCESS, TorchProcessGroup
+from training.engine.select import select_engine
 
 CPU = torch.device("cpu")
 CONFIG = TransformerConfig(
@@ -95,12 +95,12 @@ def parts_of(step, ranks, num_parts):
 class Run:
     """An engine and what its steps gave."""
 
-    def __init__(self, raw, ranks=ALONE, state=None):
+    def __init__(self, raw, ranks=SINGLE_PROCESS, state=None):
         hyperparameters = parse(COMMON | raw)
         self.settings = hyperparameters.transformer
         self.ranks = ranks
         self.stage = Stage(self.settings, ranks)
-        self.engine = choose_engine(self.stage, "transformer", hyperparameters, CPU, ranks)
+        self.engine = select_engine(self.stage, "transformer", hyperparameters, CPU, ranks)
         self.engine.begin(state)
         self.losses = []
         self.norms = []
@@ -123,7 +123,7 @@ class Run:
         """A loss in the midst of training, by the stage's own model; and by which weights."""
         with torch.no_grad(), self.engine.whole_model():
             model = self.stage.model.eval()
-            total = model.loss(*parts_of(0, ALONE, 1)[0][:2]).total
+            total = model.loss(*parts_of(0, SINGLE_PROCESS, 1)[0][:2]).total
             return total.item()
 
     def finished(self):
@@ -169,7 +169,7 @@ def work(rank, port):
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=120)
     )
-    ranks = Together()
+    ranks = TorchProcessGroup()
     seen = {name: outcome(name, ranks) for name in CASES}
     # A checkpoint of ZeRO 1 is gone on from by ZeRO 3.
     again = Run(ZERO[3], ranks, state=seen["zero 1"]["state"])

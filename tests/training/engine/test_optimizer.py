@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from training.engine.optimizer import (
+    ModelOptimizers,
     Muon,
-    OptimiserPair,
     learning_rate_share,
     muon_update_elements,
     orthogonalise,
@@ -100,7 +100,7 @@ def test_muon_refuses_vectors():
 
 def test_every_parameter_belongs_to_exactly_one_optimiser():
     model = Model()
-    pair = OptimiserPair(model, learning_rate=0.1, muon_learning_rate=0.1)
+    pair = ModelOptimizers(model, learning_rate=0.1, muon_learning_rate=0.1)
     muon, adam = pair.optimisers
     groups = [p for o in (muon, adam) for group in o.param_groups for p in group["params"]]
     assert sorted(map(id, groups)) == sorted(map(id, model.parameters()))
@@ -109,13 +109,13 @@ def test_every_parameter_belongs_to_exactly_one_optimiser():
 
 @pytest.mark.parametrize(("model", "muon_learning_rate"), [(Model(), 0.0), (nn.Linear(3, 3), 0.1)])
 def test_without_muon_everything_is_adamws(model, muon_learning_rate):
-    pair = OptimiserPair(model, learning_rate=0.1, muon_learning_rate=muon_learning_rate)
+    pair = ModelOptimizers(model, learning_rate=0.1, muon_learning_rate=muon_learning_rate)
     assert [type(optimiser) for optimiser in pair.optimisers] == [torch.optim.AdamW]
 
 
 def test_gains_and_biases_are_not_decayed():
     model = Model()
-    pair = OptimiserPair(model, learning_rate=0.1, weight_decay=0.5)
+    pair = ModelOptimizers(model, learning_rate=0.1, weight_decay=0.5)
     for group in pair.optimisers[0].param_groups:
         assert {p.ndim >= 2 for p in group["params"]} == {group["weight_decay"] > 0}
 
@@ -123,7 +123,7 @@ def test_gains_and_biases_are_not_decayed():
 def test_frozen_weights_are_nobodys():
     model = Model()
     model.hidden.requires_grad_(False)
-    pair = OptimiserPair(model, learning_rate=0.1, muon_learning_rate=0.1)
+    pair = ModelOptimizers(model, learning_rate=0.1, muon_learning_rate=0.1)
     (group,) = pair.optimisers[0].param_groups
     assert len(group["params"]) == 1
 
@@ -138,7 +138,7 @@ def test_the_learning_rate_rises_over_the_warm_up_and_falls_to_zero():
 
 
 def test_the_schedule_keeps_the_ratio_of_both_learning_rates():
-    pair = OptimiserPair(Model(), learning_rate=0.01, muon_learning_rate=0.2)
+    pair = ModelOptimizers(Model(), learning_rate=0.01, muon_learning_rate=0.2)
     assert pair.schedule(step=0, progress=0.75) == 0.25
     assert [o.param_groups[0]["lr"] for o in pair.optimisers] == [0.05, 0.0025]
 
@@ -147,13 +147,13 @@ def test_a_pair_goes_on_where_its_state_was_saved():
     settings = {"learning_rate": 0.01, "muon_learning_rate": 0.02, "weight_decay": 0.1}
     first = Model()
     second = Model()
-    pair = OptimiserPair(first, **settings)
+    pair = ModelOptimizers(first, **settings)
     for seed in range(2):
         give_gradients(first, seed)
         for optimiser in pair.optimisers:
             optimiser.step()
     second.load_state_dict(first.state_dict())
-    resumed = OptimiserPair(second, **settings)
+    resumed = ModelOptimizers(second, **settings)
     resumed.load_state_dict(copy.deepcopy(pair.state_dict()))
     for model, optimisers in ((first, pair), (second, resumed)):
         give_gradients(model, seed=9)

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from training.distributed.heartbeat import Sign, Watch
-from training.distributed.topology import Patience, Place
+from training.distributed.heartbeat import Beat, Heartbeat
+from training.distributed.topology import Place, Timeouts
 from training.job import launch, process
 
 STORE_SECONDS = 2.0
@@ -27,7 +27,7 @@ def run_device(port):
     vars(sys)["slow_end"] = SlowEnd()  # the module that goes last
     process.run_rank = _run_rank
     place = Place(("algo-1",), "algo-1", num_devices=2, device=1)
-    launch._run_device(SimpleNamespace(paths=None), None, place, port, None, Patience())
+    launch._run_device(SimpleNamespace(paths=None), None, place, port, None, Timeouts())
 
 
 def _run_rank(*_, port, **__):
@@ -37,12 +37,12 @@ def _run_rank(*_, port, **__):
     def exchange(own):
         is_inside.set()
         store.wait(["never"], timedelta(seconds=STORE_SECONDS))
-        return [Sign().encode()] * 2
+        return [Beat().encode()] * 2
 
-    heartbeat = Watch(
+    heartbeat = Heartbeat(
         exchange,
         Place(("algo-1",), "algo-1", num_devices=2, device=1),
-        patience=Patience(silence=0.1),
+        timeouts=Timeouts(silence=0.1),
         stop=threading.Event(),
         on_lost=lambda reason: None,
     )

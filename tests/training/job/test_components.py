@@ -1,4 +1,4 @@
-"""training.job.components: a job's data and models, opened from its channels."""
+"""training.job: a job's inputs, components and output, opened from its channels."""
 
 import logging
 import shutil
@@ -18,7 +18,9 @@ from tests.training.pairs import tar_of
 from training.config.hyperparameters import parse
 from training.data.batching.preload import to_chw
 from training.data.batching.token_cache import TokenCache
-from training.job.components import open_workshop as open_job
+from training.job.components import Components
+from training.job.inputs import Inputs
+from training.job.output import Output
 from training.stopping import Stopped
 
 TINY = {"size": "tiny", "image_size": "16", "batch_size": "4", "tokenizer_kind": "word"}
@@ -33,16 +35,16 @@ def fill(folder, num_pairs):
 
 
 @pytest.fixture
-def open_workshop(opt_ml):
-    """A function: hyperparameters and a stop -> the workshop of the job in `opt_ml`."""
+def open_inputs(opt_ml):
+    """A function: hyperparameters and a stop -> the inputs of the job in `opt_ml`."""
 
-    def open_workshop(stop=None, **raw):
+    def open_inputs(stop=None, **raw):
         job = read_job(opt_ml.root, {"DALLE_DEVICE": "cpu"})
         prepare_outputs(job.paths)
         device = torch.device("cpu")
-        return open_job(job, parse(TINY | raw), device, stop or threading.Event())
+        return Inputs(job, parse(TINY | raw), device, stop or threading.Event())
 
-    return open_workshop
+    return open_inputs
 
 
 def put_artefact(opt_ml, models, **stopped_at):
@@ -58,47 +60,47 @@ def put_artefact(opt_ml, models, **stopped_at):
     artefacts.save(opt_ml.add_channel("artefact"), replace(models, manifest=manifest))
 
 
-def test_validation_leaves_out_no_pair(opt_ml, open_workshop):
+def test_validation_leaves_out_no_pair(opt_ml, open_inputs):
     fill(opt_ml.add_channel("train"), 4)
     fill(opt_ml.add_channel("validation"), 5)
-    stage = open_workshop().build("dvae")
+    stage = Components(open_inputs()).build("dvae")
     sizes = [len(batch.captions) for batch in stage.data.validation_batches()]
     assert sizes == [4, 1]
 
 
 def test_everything_that_the_channels_brought_is_present_and_nothing_learned_later(
-    opt_ml, open_workshop, tiny_artefact
+    opt_ml, open_inputs, tiny_artefact
 ):
     fill(opt_ml.add_channel("train"), 4)
-    workshop = open_workshop()
-    workshop.check(["transformer"])  # which learns a tokenizer
-    assert workshop.present == set()
+    inputs = open_inputs()
+    Components(inputs).check(["transformer"])  # which learns a tokenizer
+    assert inputs.present == set()
     shutil.copytree(tiny_artefact, opt_ml.add_channel("artefact"), dirs_exist_ok=True)
-    assert open_workshop().present == set(COMPONENTS)
+    assert open_inputs().present == set(COMPONENTS)
 
 
 def test_a_component_whose_training_was_stopped_is_taken_with_a_warning_and_a_note(
-    opt_ml, open_workshop, tiny_models, caplog
+    opt_ml, open_inputs, tiny_models, caplog
 ):
     fill(opt_ml.add_channel("train"), 4)
     put_artefact(opt_ml, replace(tiny_models, transformer=None), clip=7, transformer=5, dvae=1300)
-    workshop = open_workshop(stage="transformer")
-    workshop.check(["transformer"])
+    inputs = open_inputs(stage="transformer")
+    Components(inputs).check(["transformer"])
     (warning,) = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
     assert warning.startswith("The training of dvae was stopped at step 1,300, before its budget")
     assert warning.endswith(
         "run the job earlier-1 again with its hyperparameters, channels and checkpoints."
     )
-    workshop.finish()
+    Output(inputs).finish()
     assert warning in (opt_ml.root / "output/data/report.html").read_text()
 
 
 def test_a_component_that_is_trained_anew_is_not_warned_of(
-    opt_ml, open_workshop, tiny_models, caplog
+    opt_ml, open_inputs, tiny_models, caplog
 ):
     fill(opt_ml.add_channel("train"), 4)
     put_artefact(opt_ml, replace(tiny_models, transformer=None), dvae=1300)
-    open_workshop().check(["dvae"])
+    Components(open_inputs()).check(["dvae"])
     assert "stopped" not in caplog.text
 
 
@@ -110,12 +112,12 @@ def test_a_component_that_is_trained_anew_is_not_warned_of(
     ],
 )
 def test_the_report_says_whose_pictures_it_shows(
-    opt_ml, open_workshop, tiny_artefact, channels, says
+    opt_ml, open_inputs, tiny_artefact, channels, says
 ):
     for name in channels:
         fill(opt_ml.add_channel(name), 4)
     shutil.copytree(tiny_artefact, opt_ml.add_channel("artefact"), dirs_exist_ok=True)
-    open_workshop().finish()
+    Output(open_inputs()).finish()
     assert says in (opt_ml.root / "output/data/report.html").read_text()
 
 
@@ -139,28 +141,26 @@ def stop_at_a_warning():
     logger.removeHandler(handler)
 
 
-def test_a_stop_ends_the_opening(opt_ml, open_workshop, stop_at_a_warning):
+def test_a_stop_ends_the_opening(opt_ml, open_inputs, stop_at_a_warning):
     channel = fill(opt_ml.add_channel("train"), 40)
     (channel / "7.png").write_bytes(b"no image")
     with pytest.raises(Stopped):
-        open_workshop(stop_at_a_warning)
+        open_inputs(stop_at_a_warning)
     assert stop_at_a_warning.is_set()
 
 
-def test_after_a_stop_nothing_is_built_and_the_report_is_left_out(
-    opt_ml, open_workshop, tiny_models
-):
+def test_after_a_stop_nothing_is_built_and_the_report_is_left_out(opt_ml, open_inputs, tiny_models):
     fill(opt_ml.add_channel("train"), 4)
     artefacts.save(opt_ml.add_channel("artefact"), replace(tiny_models, transformer=None))
     stop = threading.Event()
-    workshop = open_workshop(stop)
-    workshop.check(["transformer"])
-    assert workshop.build("transformer") is not None
+    inputs = open_inputs(stop)
+    Components(inputs).check(["transformer"])
+    assert Components(inputs).build("transformer") is not None
     stop.set()
-    assert [workshop.build(name) for name in ("dvae", "transformer")] == [None, None]
+    assert [Components(inputs).build(name) for name in ("dvae", "transformer")] == [None, None]
     with pytest.raises(Stopped):
-        workshop.check(["transformer"])
-    workshop.finish()
+        Components(inputs).check(["transformer"])
+    Output(inputs).finish()
     assert artefacts.load(opt_ml.root / "model").components() == ["dvae", "clip", "tokenizer"]
     assert not (opt_ml.root / "output/data/report.html").exists()
 
@@ -175,11 +175,13 @@ def nothing_is_small(monkeypatch):
     ("budget", "is_ahead"), [({"epochs": "2"}, True), ({"max_steps": "3"}, False)]
 )
 def test_images_that_are_seen_twice_are_encoded_ahead_and_give_the_same_loss(
-    opt_ml, open_workshop, tiny_models, nothing_is_small, budget, is_ahead
+    opt_ml, open_inputs, tiny_models, nothing_is_small, budget, is_ahead
 ):
     fill(opt_ml.add_channel("train"), 8)
     artefacts.save(opt_ml.add_channel("artefact"), replace(tiny_models, transformer=None))
-    stage = open_workshop(num_workers="0", stage="transformer", **budget).build("transformer")
+    stage = Components(open_inputs(num_workers="0", stage="transformer", **budget)).build(
+        "transformer"
+    )
     dataset = stage.batches.dataset
     assert isinstance(dataset, TokenCache) is is_ahead
     batch = stage.batches.batch(0)
@@ -193,12 +195,12 @@ def test_images_that_are_seen_twice_are_encoded_ahead_and_give_the_same_loss(
 
 
 def test_a_channel_of_shards_is_trained_on_and_json_captions_are_found(
-    opt_ml, open_workshop, tmp_path
+    opt_ml, open_inputs, tmp_path
 ):
     members = []
     for number in range(4):
         image = encode_image(np.full((16, 16, 3), number, dtype=np.uint8), "png")
         members += [(f"{number}.png", image), (f"{number}.json", b'{"alt": "picture"}')]
     tar_of(opt_ml.add_channel("train") / "a.tar", members)
-    stage = open_workshop(caption_key="alt").build("dvae")
+    stage = Components(open_inputs(caption_key="alt")).build("dvae")
     assert stage.batches.batch(0).captions == ["picture"] * 4

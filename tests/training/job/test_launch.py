@@ -12,7 +12,14 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from dalle import artefact
 from dalle.platform.environment import prepare_outputs, read_job
 from tests.training.job import hung_heartbeat
-from tests.training.two_hosts import ENDLESS, IMPATIENT, TINY, UNHURRIED, job_tree, metrics_of
+from tests.training.two_hosts import (
+    ENDLESS,
+    LONG_TIMEOUTS,
+    SHORT_TIMEOUTS,
+    TINY,
+    job_tree,
+    metrics_of,
+)
 from training.__main__ import main
 from training.config.hyperparameters import parse
 from training.job.launch import run_on_devices
@@ -23,7 +30,7 @@ def on_the_cpu(monkeypatch):
     monkeypatch.setenv("DALLE_DEVICE", "cpu")
 
 
-def run(tree, stop=None, patience=UNHURRIED):
+def run(tree, stop=None, timeouts=LONG_TIMEOUTS):
     job = read_job(tree.root)
     prepare_outputs(job.paths)
     return run_on_devices(
@@ -31,7 +38,7 @@ def run(tree, stop=None, patience=UNHURRIED):
         parse(job.hyperparameters),
         num_devices=2,
         port=0,
-        patience=patience,
+        timeouts=timeouts,
         stop=stop or threading.Event(),
     )
 
@@ -57,7 +64,7 @@ def test_a_stop_reaches_processes_that_are_still_starting(tmp_path):
 def test_a_killed_process_ends_the_host_and_is_named(tmp_path):
     tree = job_tree(tmp_path / "job", **ENDLESS)
     codes = []
-    thread = threading.Thread(target=lambda: codes.append(run(tree, patience=IMPATIENT)))
+    thread = threading.Thread(target=lambda: codes.append(run(tree, timeouts=SHORT_TIMEOUTS)))
     thread.start()
     metrics = tree.root / "output/data/metrics.jsonl"
     while not (metrics.exists() and json.dumps({"step": 3})[1:-1] in metrics.read_text()):

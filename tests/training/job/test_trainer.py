@@ -10,7 +10,7 @@ from torch import nn
 from dalle.errors import ArtefactError, DeviceError, HyperparameterError
 from dalle.platform.environment import prepare_outputs, read_job
 from training.config.hyperparameters import parse
-from training.job import trainer as worker
+from training.job import trainer
 from training.stopping import Stopped
 
 
@@ -44,8 +44,8 @@ class TinyStage:
         return {"stage": self.name}
 
 
-class TinyWorkshop:
-    """Notes what is asked of it."""
+class TinyJob:
+    """Inputs, components and output of a job in one; records the calls."""
 
     def __init__(self, present=(), before_step=lambda name, progress: None):
         self.present = present
@@ -61,7 +61,7 @@ class TinyWorkshop:
     def check(self, names):
         self.calls.append(("check", *names))
 
-    def settle(self, names):
+    def settle_batch_sizes(self, names):
         return self.hyperparameters
 
     def build(self, name):
@@ -79,16 +79,19 @@ class TinyWorkshop:
 
 
 @pytest.fixture
-def run(opt_ml):
+def run(opt_ml, monkeypatch):
     """A function that runs a job on the CPU; calls share the checkpoints, as restarts do."""
     opt_ml.add_channel("train")
 
-    def run(workshop, raw, stop=None):
+    def run(parts, raw, stop=None):
+        monkeypatch.setattr(trainer, "Inputs", parts.open)
+        monkeypatch.setattr(trainer, "Components", lambda inputs: inputs)
+        monkeypatch.setattr(trainer, "Output", lambda inputs: inputs)
         job = read_job(opt_ml.root, {"DALLE_DEVICE": "cpu"})
         prepare_outputs(job.paths)
         settings = parse({"max_steps": "4", "log_every": "2", **raw})
         stop = stop or threading.Event()
-        worker.run(job, settings, stop, workshop.open, device=torch.device("cpu"))
+        trainer.Trainer(job, settings, stop, device=torch.device("cpu")).run()
 
     return run
 
@@ -107,7 +110,7 @@ def run(opt_ml):
     ],
 )
 def test_a_job_trains_what_is_asked_for_in_order(stage, present, expected):
-    assert worker.stages_to_train(stage, present) == expected
+    assert trainer.stages_to_train(stage, present) == expected
 
 
 @pytest.mark.parametrize(
@@ -121,13 +124,13 @@ def test_a_job_trains_what_is_asked_for_in_order(stage, present, expected):
 )
 def test_a_stage_that_cannot_be_trained_is_refused(stage, present, says):
     with pytest.raises(ArtefactError, match=says):
-        worker.stages_to_train(stage, present)
+        trainer.stages_to_train(stage, present)
 
 
 def test_each_stage_is_built_trained_and_kept_before_the_next(run, opt_ml):
-    workshop = TinyWorkshop(present=["clip"])
-    run(workshop, {})
-    assert workshop.calls == [
+    parts = TinyJob(present=["clip"])
+    run(parts, {})
+    assert parts.calls == [
         ("open", "cpu"),
         ("check", "dvae", "transformer"),
         ("build", "dvae"),
@@ -136,7 +139,7 @@ def test_each_stage_is_built_trained_and_kept_before_the_next(run, opt_ml):
         ("keep", "transformer"),
         ("finish",),
     ]
-    assert all(result.is_finished for result in workshop.results.values())
+    assert all(result.is_finished for result in parts.results.values())
     checkpoints = (opt_ml.root / "checkpoints").rglob("*.pt")
     assert {path.parent.name for path in checkpoints} == {"dvae", "transformer"}
     assert (opt_ml.root / "output/data/metrics.jsonl").read_text().count("\n") == 4
@@ -149,13 +152,13 @@ def test_after_a_stop_what_there_is_is_kept_and_a_restart_goes_on_from_it(run):
         if name == "transformer" and progress >= 0.25:
             stop.set()
 
-    stopped = TinyWorkshop(before_step=stop_in_the_second_stage)
+    stopped = TinyJob(before_step=stop_in_the_second_stage)
     run(stopped, {}, stop)
     assert stopped.calls[-2:] == [("keep", "transformer"), ("finish",)]
     assert [r.is_finished for r in stopped.results.values()] == [True, False]
 
     steps = []
-    restarted = TinyWorkshop(before_step=lambda name, progress: steps.append((name, progress)))
+    restarted = TinyJob(before_step=lambda name, progress: steps.append((name, progress)))
     run(restarted, {})
     assert list(restarted.results) == ["dvae", "transformer", "clip"]
     assert steps[:2] == [("transformer", 0.5), ("transformer", 0.75)]
@@ -163,24 +166,24 @@ def test_after_a_stop_what_there_is_is_kept_and_a_restart_goes_on_from_it(run):
 
 
 def test_a_stop_while_a_stage_is_prepared_ends_the_job_in_order(run):
-    workshop = TinyWorkshop()
-    workshop.build = lambda name: None
-    run(workshop, {})
+    parts = TinyJob()
+    parts.build = lambda name: None
+    run(parts, {})
     checked = ("check", "dvae", "transformer", "clip")
-    assert workshop.calls == [("open", "cpu"), checked, ("finish",)]
+    assert parts.calls == [("open", "cpu"), checked, ("finish",)]
 
 
 def test_a_setting_without_effect_is_warned_of(run, caplog):
-    run(TinyWorkshop(), {"stage": "clip", "dvae_width": "32", "clip_text_width": "32"})
+    run(TinyJob(), {"stage": "clip", "dvae_width": "32", "clip_text_width": "32"})
     assert "hyperparameter dvae_width has no effect" in caplog.text
     assert "clip_text_width" not in caplog.text
 
 
 def test_batches_that_cannot_be_shared_out_are_named_before_anything_is_trained(run):
     settings = parse({"clip_batch_size": "7", "transformer_batch_size": "1", "batch_size": "8"})
-    worker.require_equal_shares(settings, ["dvae"], 4)
+    trainer.require_equal_shares(settings, ["dvae"], 4)
     with pytest.raises(HyperparameterError) as caught:
-        worker.require_equal_shares(settings, ["dvae", "transformer", "clip"], 4)
+        trainer.require_equal_shares(settings, ["dvae", "transformer", "clip"], 4)
     assert str(caught.value).splitlines() == [
         f"{name}: batch_size must be a multiple of 4, the number of devices on all of the job's "
         f"hosts, got {size}"
@@ -190,7 +193,7 @@ def test_batches_that_cannot_be_shared_out_are_named_before_anything_is_trained(
 
 def test_a_tokenizer_setting_is_without_effect_when_a_channel_brings_a_tokenizer(run, caplog):
     settings = {"stage": "clip", "tokenizer_kind": "word", "clip_text_width": "32"}
-    run(TinyWorkshop(present=["tokenizer"]), settings)
+    run(TinyJob(present=["tokenizer"]), settings)
     says = "hyperparameter tokenizer_kind has no effect: the channel artefact brings a tokenizer"
     assert says in caplog.text
 
@@ -199,13 +202,13 @@ def test_a_stop_while_the_data_is_opened_ends_the_job_in_order(run, caplog):
     def stop(*_):
         raise Stopped
 
-    workshop = TinyWorkshop()
-    workshop.open = stop
-    run(workshop, {})
-    workshop = TinyWorkshop()
-    workshop.check = stop
-    run(workshop, {})
-    assert workshop.calls == [("open", "cpu")]
+    parts = TinyJob()
+    parts.open = stop
+    run(parts, {})
+    parts = TinyJob()
+    parts.check = stop
+    run(parts, {})
+    assert parts.calls == [("open", "cpu")]
     assert caplog.text.count("stopped before there was anything to train") == 2
 
 
@@ -214,4 +217,4 @@ def test_too_little_device_memory_says_what_to_set(run):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(DeviceError, match="set a smaller batch_size"):
-        run(TinyWorkshop(before_step=fail), {})
+        run(TinyJob(before_step=fail), {})

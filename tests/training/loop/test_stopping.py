@@ -23,7 +23,7 @@ from training.data import open as opening
 from training.data.batching import token_cache
 from training.data.sources.index import Pairs
 from training.engine.torch_engine import TorchEngine
-from training.job import components as workshop
+from training.job import inputs
 from training.loop.checkpoints import Checkpoints
 from training.loop.loop import fit
 from training.loop.metrics import Metrics
@@ -178,7 +178,7 @@ def large_set(tree, monkeypatch):
     four are written together."""
     monkeypatch.setattr(opening, "is_small", lambda *_: False)
     monkeypatch.setattr(token_cache, "images_per_chunk", lambda image_size: 2)
-    monkeypatch.setattr(workshop, "cache_tokens", partial(token_cache.cache_tokens, part_pairs=4))
+    monkeypatch.setattr(inputs, "cache_tokens", partial(token_cache.cache_tokens, part_pairs=4))
     tree.set_hyperparameters(**TINY, batch_size=4, max_steps=6, num_validations=0, num_workers=0)
     return tree
 

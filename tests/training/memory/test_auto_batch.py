@@ -10,7 +10,8 @@ from dalle.models.dvae import DVAEConfig
 from dalle.platform.environment import prepare_outputs, read_job
 from tests.training.pairs import channel_of
 from training.config.hyperparameters import parse
-from training.job import components as workshops
+from training.job.components import Components
+from training.job.inputs import Inputs
 from training.loop.checkpoints import Checkpoints, stored_identity
 from training.memory import auto_batch
 from training.memory.estimate import Setting, StageMemory
@@ -122,24 +123,24 @@ def test_a_checkpoints_identity_is_read_without_its_weights(tmp_path):
 
 
 @pytest.fixture
-def workshop(opt_ml, monkeypatch):
-    """Opens a workshop of a job with batch_size=auto, whose trials find what is given."""
+def components_of(opt_ml, monkeypatch):
+    """A function: the share that every trial finds -> the components of a job, and the job."""
     channel_of(opt_ml.add_channel("train"), 32)
 
-    def open_workshop(share):
+    def components_of(share):
         job = read_job(opt_ml.root, {"DALLE_DEVICE": "cpu"})
         prepare_outputs(job.paths)
         raw = {"size": "tiny", "image_size": "16", "batch_size": "auto", "clip_batch_size": "4"}
-        opened = workshops.open_workshop(job, parse(raw), CPU, NEVER)
+        opened = Components(Inputs(job, parse(raw), CPU, NEVER))
         monkeypatch.setattr(opened, "_find_share", lambda name, settings: share)
         return opened, job
 
-    return open_workshop
+    return components_of
 
 
-def test_found_sizes_take_autos_place_and_others_stay(workshop):
-    opened, _ = workshop(12)
-    settled = opened.settle(["dvae", "clip"])
+def test_found_sizes_take_autos_place_and_others_stay(components_of):
+    opened, _ = components_of(12)
+    settled = opened.settle_batch_sizes(["dvae", "clip"])
     assert (settled.dvae.batch_size, settled.clip.batch_size) == (12, 4)
     assert settled.transformer.batch_size == "auto", "this job does not train it"
     assert settled.dvae.identity()["batch_size"] == 12
@@ -147,28 +148,28 @@ def test_found_sizes_take_autos_place_and_others_stay(workshop):
     assert len(opened.build("dvae").batches.batch(0).captions) == 12
 
 
-def test_a_resumed_job_keeps_the_size_of_its_checkpoint(workshop):
-    opened, job = workshop(12)
-    identity = opened.settle(["dvae"]).dvae.identity()
+def test_a_resumed_job_keeps_the_size_of_its_checkpoint(components_of):
+    opened, job = components_of(12)
+    identity = opened.settle_batch_sizes(["dvae"]).dvae.identity()
     Checkpoints(job.paths.checkpoints / "dvae", identity=identity).save(1, {})
-    again, _ = workshop(99)
-    assert again.settle(["dvae"]).dvae.batch_size == 12
+    again, _ = components_of(99)
+    assert again.settle_batch_sizes(["dvae"]).dvae.batch_size == 12
 
 
-def test_a_stop_in_the_midst_of_it_is_passed_on_to_all_ranks(workshop, monkeypatch):
+def test_a_stop_in_the_midst_of_it_is_passed_on_to_all_ranks(components_of, monkeypatch):
     def stopped(name, settings):
         raise Stopped
 
-    opened, _ = workshop(12)
+    opened, _ = components_of(12)
     monkeypatch.setattr(opened, "_find_share", stopped)
     gathered = []
-    gather = opened._ranks.gather
+    gather = opened._inputs.ranks.gather
 
     def noted(rows):
         gathered.append(rows.tolist())
         return gather(rows)
 
-    monkeypatch.setattr(opened._ranks, "gather", noted)
+    monkeypatch.setattr(opened._inputs.ranks, "gather", noted)
     with pytest.raises(Stopped):
-        opened.settle(["dvae"])
+        opened.settle_batch_sizes(["dvae"])
     assert gathered == [[0.0]], "the others wait for this rank's answer"

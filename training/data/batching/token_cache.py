@@ -28,7 +28,7 @@ from training.data.batching.preload import images_per_chunk
 from training.data.batching.sampler import Sampler
 from training.data.batching.subset import View
 from training.data.pairs import Dataset, image_or_skip
-from training.distributed.process_group import ALONE, Ranks
+from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from training.stopping import NEVER, Stop, Stopped
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def cache_tokens(
     codebook_size: int,
     device: torch.device,
     num_workers: int | None = None,
-    ranks: Ranks = ALONE,
+    ranks: ProcessGroup = SINGLE_PROCESS,
     stop: Stop = NEVER,
     step_pairs: int | None = None,
     part_pairs: int = PART_PAIRS,
@@ -74,7 +74,7 @@ def cache_tokens(
     """Encode every image, or read what an earlier run of the job has encoded.
 
     directory: of all caches; each data set and dVAE (told by `dvae_hash`, of its weights) has a
-        folder in it. Ranks share the work; the first one reads and writes.
+        folder in it. ProcessGroup share the work; the first one reads and writes.
     step_pairs, part_pairs: pairs that are encoded together (None: as many as suit the dVAE), and
         pairs in a part of the cache, at most.
     Raises `DataError` when too many images are unusable; PlatformError when the disk is full;
@@ -146,7 +146,7 @@ def _encode_step(
     return tokens
 
 
-def _gather_parts(rows: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
+def _gather_parts(rows: Sequence[Tensor], ranks: ProcessGroup) -> list[Tensor]:
     """Gather every rank's rows as one part, by rank; ranks without rows have no part."""
     if ranks.size == 1:
         return [torch.cat(list(rows))]

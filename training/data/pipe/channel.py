@@ -37,7 +37,7 @@ from training.data.sources.captions import Captions
 from training.data.sources.index import Pairs, Reader
 from training.data.sources.shards import Descriptor
 from training.data.sources.tar import TarMember
-from training.distributed.process_group import Ranks
+from training.distributed.process_group import ProcessGroup
 from training.stopping import Stop, unless_stopped
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def open_pipe(
     image_size: int,
     max_bad_share: float,
     caption_key: str | None,
-    ranks: Ranks,
+    ranks: ProcessGroup,
     stop: Stop,
 ) -> Pairs:
     """Spool the first epoch of a channel and find its pairs.

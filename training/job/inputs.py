@@ -1,0 +1,216 @@
+"""Input channels of a job: its artefact, its image-text pairs, and what follows from them.
+
+channels --Inputs--> artefact, pairs, tokenizer --data()--> the batches of one stage
+Knows channels, configs and batches; knows nothing of losses and checkpoints.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from dalle import artefact as artefacts
+from dalle.artefact import Artefact
+from dalle.errors import ArtefactError
+from dalle.models.clip import Clip
+from dalle.models.dvae import DiscreteVAE, DVAEConfig
+from dalle.platform.environment import Job
+from dalle.preprocess.tokenizer import CaptionTokenizer
+from dalle.types import StageName
+from training.config.fields import Hyperparameters, StageHyperparameters
+from training.config.models import Config, TextSizes, clip_config, dvae_config, transformer_config
+from training.data.batching.batches import Batches
+from training.data.batching.preload import Preloaded
+from training.data.batching.token_cache import cache_tokens, tokens_fit
+from training.data.open import OpenedChannel, open_data, totals_of
+from training.data.pairs import Dataset
+from training.data.sharded import on_all_ranks
+from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from training.loop.budget import Budget
+from training.loop.stages import StageData, weights_hash
+from training.stopping import Stop, unless_stopped
+
+VALIDATION_PAIRS = 512
+"""Pairs that each validation measures."""
+
+
+class Inputs:
+    """The opened channels of a job, the same on every rank.
+
+    artefact: the components of the channels `artefact` and `clip`; training adds its own.
+    present: names of the components that the channels brought.
+    Raises DataError, ArtefactError; Stopped.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        hyperparameters: Hyperparameters,
+        device: torch.device,
+        stop: Stop,
+        ranks: ProcessGroup = SINGLE_PROCESS,
+    ) -> None:
+        self.job = job
+        self.hyperparameters = hyperparameters
+        self.device = device
+        self.stop = stop
+        self.ranks = ranks
+        self.artefact = _read_artefact(job, device)
+        self.present = frozenset(self.artefact.components())
+        self.train = self._open("train")
+        self.validation = (
+            self._open("validation", VALIDATION_PAIRS) if "validation" in job.channels else None
+        )
+
+    def _open(self, name: str, most: int | None = None) -> OpenedChannel:
+        return open_data(
+            self.job.channels[name],
+            image_size=self.dvae_config().image_size,
+            max_bad_share=self.hyperparameters.max_bad_share,
+            caption_key=self.hyperparameters.caption_key or None,
+            ranks=self.ranks,
+            num_hosts=len(self.job.hosts) if self.ranks.size > 1 else 1,
+            stop=self.stop,
+            most=most,
+        )
+
+    def tokenizer(self) -> CaptionTokenizer:
+        """Return the artefact's tokenizer, or train one on the training captions first."""
+        if self.artefact.tokenizer is None:
+            pairs, part = self.train.pairs, self.train.part
+            numbers = unless_stopped(range(len(pairs)), self.stop)
+            settings = self.hyperparameters
+            learn = CaptionTokenizer.train if part is None else part.tokenizer
+            self.artefact.tokenizer = learn(
+                (caption for number in numbers for caption in pairs.captions(number)),
+                kind=settings.tokenizer_kind,
+                vocab_size=settings.tokenizer_vocab_size,
+                text_length=settings.text_length,
+            )
+        return self.artefact.tokenizer
+
+    def check_captions(self) -> None:
+        """Tokenize every caption once. Raises CaptionTooLong; Stopped."""
+        tokenizer = self.tokenizer()
+        for opened in filter(None, (self.train, self.validation)):
+            for index in unless_stopped(range(len(opened.pairs)), self.stop):
+                tokenizer.encode(opened.pairs.captions(index))
+
+    def config(self, stage: StageName) -> Config:
+        """Return the config of a stage's model. Raises HyperparameterError when it is invalid."""
+        if stage == "dvae":
+            return dvae_config(self.hyperparameters)
+        tokenizer = self.tokenizer()
+        text = TextSizes(tokenizer.vocab_size, tokenizer.text_length)
+        if stage == "transformer":
+            return transformer_config(self.hyperparameters, text, self.dvae_config())
+        return clip_config(self.hyperparameters, text, self.train.pairs.image_size)
+
+    def dvae_config(self) -> DVAEConfig:
+        """Return the config of the artefact's dVAE, or of the one to be trained."""
+        if self.artefact.dvae is not None:
+            return self.artefact.dvae.config
+        return dvae_config(self.hyperparameters)
+
+    def data(
+        self,
+        settings: StageHyperparameters,
+        *,
+        with_captions: bool = True,
+        train_pairs: Dataset | None = None,
+    ) -> StageData:
+        """Return the batches of one stage.
+
+        train_pairs: with their image tokens, in place of the channel's pairs.
+        """
+        tokenizer = self.tokenizer() if with_captions else None
+        pairs = self.train.pairs if train_pairs is None else train_pairs
+        train = Batches(
+            pairs,
+            batch_size=settings.pairs_per_step,
+            seed=self.hyperparameters.seed,
+            tokenizer=tokenizer,
+            num_workers=self.hyperparameters.num_workers,
+            rank=self.ranks.rank,
+            world_size=self.ranks.size,
+            part=self.train.part,
+            totals=totals_of(pairs, self.train.part),
+            stop=self.stop,
+        )
+        validation = None
+        if self.validation is not None:
+            validation = Batches(
+                self.validation.pairs,
+                batch_size=min(settings.pairs_per_step, len(self.validation.pairs)),
+                seed=self.hyperparameters.seed,
+                tokenizer=tokenizer,
+                shuffle=False,
+                last="keep",
+                num_workers=self.hyperparameters.num_workers,
+                stop=self.stop,
+            )
+        return StageData(
+            train,
+            validation,
+            self.device,
+            self.stop,
+            self.ranks,
+            is_validation_parted=self.validation is not None and self.validation.part is not None,
+        )
+
+    def pairs_with_tokens(self, settings: StageHyperparameters, dvae: DiscreteVAE) -> Dataset:
+        """Return the training pairs, with cached image tokens if the run sees every image twice.
+
+        A shorter run would wait for the encoding and gain nothing. Raises Stopped.
+        """
+        pairs, part = self.train.pairs, self.train.part
+        num_batches = max(1, self.train.totals.num_pairs // settings.pairs_per_step)
+        max_steps = Budget.of(settings, num_batches).max_steps
+        num_tokens = dvae.config.num_positions * dvae.config.num_codebooks
+        if (
+            isinstance(pairs, Preloaded)
+            or max_steps is None
+            or max_steps < 2 * num_batches
+            or self.ranks.any(not tokens_fit(len(pairs), num_tokens, dvae.config.codebook_size))
+        ):
+            return pairs
+        encoded = on_all_ranks(
+            self.ranks,
+            lambda: cache_tokens(
+                pairs,
+                dvae.encode,
+                directory=self.job.paths.checkpoints / "image-tokens",
+                dvae_hash=weights_hash(dvae),
+                codebook_size=dvae.config.codebook_size,
+                device=self.device,
+                num_workers=self.hyperparameters.num_workers,
+                ranks=self.ranks if part is None else part.host_ranks,
+                stop=self.stop,
+            ),
+        )
+        if part is not None:
+            part.share_skips(encoded.skips, encoded.max_bad_share)
+        return encoded
+
+
+def _read_artefact(job: Job, device: torch.device) -> Artefact:
+    """Return the components of the channels `artefact` and `clip`; none without the channels."""
+    artefact = Artefact()
+    if "artefact" in job.channels:
+        with tempfile.TemporaryDirectory() as scratch:
+            directory = artefacts.locate(job.channels["artefact"].directory, Path(scratch))
+            artefact = artefacts.load(directory, device)
+    if "clip" in job.channels:
+        if artefact.clip is not None:
+            raise ArtefactError("the channels artefact and clip both bring a CLIP; leave one out")
+        directory = job.channels["clip"].directory
+        files = sorted(path for path in directory.iterdir() if path.suffix in (".pt", ".pth"))
+        if len(files) != 1:
+            raise ArtefactError(
+                f"the channel clip must hold one OpenAI checkpoint (.pt), found "
+                f"{[path.name for path in files]}"
+            )
+        artefact.clip = Clip.from_openai(files[0]).requires_grad_(False).to(device)
+    return artefact

@@ -1,0 +1,96 @@
+"""Output of a job: the artefact with the trained models, and the report."""
+
+from __future__ import annotations
+
+import logging
+from datetime import UTC, datetime
+
+from dalle import artefact as artefacts
+from dalle.manifest import StageRecord
+from training.job.inputs import Inputs
+from training.loop.loop import FitResult, Stage
+from training.report.job import build_report
+from training.report.page import write_report
+from training.stopping import Stopped
+
+logger = logging.getLogger(__name__)
+
+EXAMPLE_CAPTIONS = 4
+"""Captions in the manifest of a model that generates images."""
+
+
+class Output:
+    """The model directory and the report of a job; only the first rank writes.
+
+    The artefact begins with the components of the input channels.
+    """
+
+    def __init__(self, inputs: Inputs) -> None:
+        self._inputs = inputs
+        self._is_saved = False
+        manifest = inputs.artefact.manifest
+        manifest.licence = inputs.hyperparameters.licence or manifest.licence
+
+    def keep(self, stage: Stage, result: FitResult) -> None:
+        """Add a stage's trained model, frozen, and its record to the artefact, and write it."""
+        inputs, artefact = self._inputs, self._inputs.artefact
+        setattr(artefact, stage.name, stage.model.eval().requires_grad_(False))
+        record = StageRecord(
+            stage=stage.name,
+            job_name=inputs.job.job_name,
+            finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            steps=result.step,
+            is_finished=result.is_finished,
+            wall_seconds=result.seconds,
+            cpu_seconds=result.cpu_seconds,
+            hyperparameters=inputs.hyperparameters.of(stage.name).model_dump(mode="json"),
+            metrics=result.validation,
+            dataset_fingerprint=inputs.train.totals.fingerprint,
+            dataset_counts={
+                each.pairs.channel: each.totals.num_pairs
+                for each in (inputs.train, inputs.validation)
+                if each is not None
+            },
+        )
+        artefact.manifest.stages.append(record)
+        if stage.name == "transformer":
+            pairs = (inputs.validation or inputs.train).pairs
+            number = min(EXAMPLE_CAPTIONS, len(pairs))
+            artefact.manifest.captions = [
+                pairs.captions(index * len(pairs) // number)[0] for index in range(number)
+            ]
+        self._save()
+
+    def finish(self) -> None:
+        """Write the artefact if `keep` has not, and the report unless the job is stopped."""
+        inputs = self._inputs
+        if not inputs.ranks.is_first:
+            return
+        if not inputs.artefact.components():
+            logger.warning("stopped before there was a model to write")
+            return
+        if not self._is_saved:
+            self._save()  # of the input channels alone
+        try:
+            report = build_report(
+                inputs.artefact,
+                inputs.job,
+                inputs.train,
+                inputs.validation,
+                seed=inputs.hyperparameters.seed,
+                stop=inputs.stop,
+            )
+        except Stopped:
+            logger.warning("stopped: the model is written, the report is not")
+            return
+        path = inputs.job.paths.output_data / "report.html"
+        write_report(report, path)
+        logger.info("wrote %s", path)
+
+    def _save(self) -> None:
+        if not self._inputs.ranks.is_first:
+            return
+        job, artefact = self._inputs.job, self._inputs.artefact
+        artefacts.save(job.paths.model, artefact, git_revision=job.git_revision)
+        logger.info("wrote %s to %s", ", ".join(artefact.components()), job.paths.model)
+        self._is_saved = True
