@@ -35,7 +35,7 @@ from dalle import artefact as artefacts
 from dalle.artefact import Artefact
 from dalle.decoding.sampling import SamplingOptions
 from dalle.errors import DalleError, DataError
-from training.report.samples import draw
+from training.report.samples import generate_candidates
 
 IMAGE_SIZE = 64
 CELL_SIZE = IMAGE_SIZE // 2
@@ -295,7 +295,7 @@ def evaluate_scenes(
         result[scope] = {}
         for method, candidates in numbers.items():
             options = SamplingOptions(temperature=0.0 if method == GREEDY else 1.0)
-            drawn = draw(artefact, captions, candidates, seed=seed, options=options)
+            drawn = generate_candidates(artefact, captions, candidates, seed=seed, options=options)
             found = [recognise(each.images[each.best(1)])[0] for each in drawn]
             result[scope][method] = score_scenes(wanted, found, everything)
     return result

@@ -41,7 +41,7 @@ from dalle.errors import DalleError, UserError
 from training.engine.devices import choose_device
 from training.evaluate.ground_truth import TRAIN, GroundTruth, read_ground_truth
 from training.report.content import CaptionAccuracy
-from training.report.samples import draw, reconstruct, require
+from training.report.samples import generate_candidates, reconstruct, require
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +203,7 @@ def _nearest_of_drawn(
     options: SamplingOptions,
 ) -> list[Tensor]:
     """Classes [C] nearest to each caption's first candidate, and to its best if CLIP ranks it."""
-    drawn = draw(artefact, captions, candidates, seed=seed, options=options)
+    drawn = generate_candidates(artefact, captions, candidates, seed=seed, options=options)
     both = len(candidates[0]) > 1 and artefact.clip is not None
     block = max(1, BLOCK_BYTES // (2 * 3 * truth.image_size**2))
     waiting: list[Tensor] = []

@@ -12,8 +12,8 @@ from dalle.artefact import Artefact
 from dalle.platform.environment import Job
 from dalle.types import ComponentName
 from training.data.batching.preload import first_usable
-from training.data.open import OpenedChannel
-from training.report import samples as pictures
+from training.data.open import Opened
+from training.report import samples
 from training.report.page import DatasetSummary, Report, StageSummary, read_curves
 from training.stopping import Stop
 
@@ -46,11 +46,11 @@ def build_report(
         notes=[_whose_pictures(shown, len(images), validation is not None), *unfinished(artefact)],
         stages=[StageSummary.of(record) for record in artefact.manifest.stages],
         curves=read_curves(job.paths.output_data / "metrics.jsonl"),
-        codebooks=[] if dvae is None else pictures.codebook_usage(dvae, images, stop),
+        codebooks=[] if dvae is None else samples.codebook_usage(dvae, images, stop),
         reconstructions=None
         if dvae is None
-        else pictures.reconstructions(dvae, images[:SHOWN_RECONSTRUCTIONS], stop),
-        generated=pictures.generated(
+        else samples.reconstructions(dvae, images[:SHOWN_RECONSTRUCTIONS], stop),
+        generated=samples.generate_best(
             artefact,
             captions[:CAPTIONS],
             images[:CAPTIONS],
@@ -64,7 +64,7 @@ def build_report(
         ranked_by="log_likelihood" if artefact.clip is None else "clip",
         retrieval=None
         if artefact.clip is None
-        else pictures.retrieval(artefact, images, captions, stop),
+        else samples.retrieval(artefact, images, captions, stop),
         datasets=[
             DatasetSummary.of(each.pairs, each.totals)
             for each in (train, validation)

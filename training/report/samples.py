@@ -1,7 +1,9 @@
-"""Pictures of a trained artefact: drawn for captions, reconstructed, and found by CLIP.
+"""Images of a trained artefact: generated for captions, reconstructed, and retrieved by CLIP.
 
-What reports and evaluation show and count; knows nothing of files, jobs or HTML.
-Images are uint8 tensors [., 3, S, S] here: what a user gets, rounded as in a picture file.
+    captions, candidate numbers -> DecodeEngine -> dVAE -> CLIP -> `CandidateImages` per caption
+
+Reports and evaluation show and count these. Knows nothing of files, jobs or HTML.
+Images are uint8 tensors [., 3, S, S], rounded as in an image file.
 Letters: B images, C captions, K candidates of a caption, S image size, N image-token positions,
 M codebooks, V codebook size, E embedding.
 """
@@ -16,33 +18,31 @@ import torch
 from torch import Tensor
 
 from dalle.artefact import Artefact
-from dalle.decoding.sampling import (
-    SampledTokens,
-    SamplingOptions,
-    SamplingStopped,
-    sample_image_tokens,
-)
+from dalle.decoding.engine import DecodeEngine
+from dalle.decoding.request import FinishedCandidate
+from dalle.decoding.sampling import SamplingOptions
+from dalle.decoding.select import new_step
 from dalle.errors import ArtefactError
 from dalle.models.dvae import DiscreteVAE
-from dalle.models.transformer import TransformerConfig
+from dalle.models.transformer import Dalle
 from dalle.preprocess.images import Pixels
 from dalle.types import ComponentName
 from training.data.batching.preload import float_chunks, images_per_chunk
 from training.report.content import CodebookUsage, Generated, Reconstructions, Retrieval
 from training.stopping import NEVER, Stop, Stopped, unless_stopped
 
-CHUNK = 256  # rows sampled together
-CAPTION_CHUNK = 64  # captions through CLIP together
-MAX_CACHE_BYTES = 2 << 30  # of keys and values while many rows are sampled together
+MAX_TOGETHER = 256  # candidates in the engine at once
+MAX_CACHE_BYTES = 2 << 30  # of their keys and values
+CAPTION_CHUNK = 64  # captions through CLIP at once
 
 
 @dataclass(frozen=True)
-class Drawn:
+class CandidateImages:
     """The candidates of one caption, in the order of their numbers.
 
-    images: uint8 [K, 3, S, S]. scores: [K], what is shown beside a picture: the CLIP score, or
-    without a CLIP the log-likelihood in nats. merits: [K], what they are ranked by (`Clip.merit`),
-    or the same.
+    images: uint8 [K, 3, S, S]. scores: [K], shown beside an image: the CLIP score, or without a
+    CLIP the log-likelihood in nats. merits: [K], the order of the ranking (`Clip.merit`), or the
+    scores again.
     """
 
     images: Tensor
@@ -66,7 +66,7 @@ def require(artefact: Artefact, *components: ComponentName, purpose: str) -> Non
         )
 
 
-def draw(
+def generate_candidates(
     artefact: Artefact,
     captions: Sequence[str],
     candidates: Sequence[Sequence[int]],
@@ -74,51 +74,52 @@ def draw(
     seed: int,
     options: SamplingOptions | None = None,
     stop: Stop = NEVER,
-) -> Iterator[Drawn]:
-    """Draw candidates for many captions together, one `Drawn` per caption in their order.
+) -> Iterator[CandidateImages]:
+    """Generate candidates of many captions together; yield each caption's, in the captions' order.
 
-    candidates: for each caption the numbers of its candidates, at least one; with a number goes
-    the same picture as `serve` gives for that caption, seed and number. Scored by CLIP where the
-    artefact has one.
-    Raises ArtefactError when the artefact cannot draw, CaptionTooLong for a caption it cannot
-    read; Stopped.
+    candidates: for each caption the numbers of its candidates, at least one. `serve` gives the same
+    image for the same caption, seed and number. CLIP scores the images where the artefact has one.
+    Raises ArtefactError when a component is missing, CaptionTooLong, and Stopped.
     """
-    require(artefact, "dvae", "transformer", "tokenizer", purpose="drawing pictures")
+    require(artefact, "dvae", "transformer", "tokenizer", purpose="generating images")
     transformer, tokenizer = artefact.transformer, artefact.tokenizer
     assert transformer is not None
     assert tokenizer is not None
-    text_tokens = tokenizer.encode(captions)
+    text_tokens = tokenizer.encode(captions).to(_device(transformer))
     embeddings = None if artefact.clip is None else _embed_captions(artefact, captions, stop)
-    rows = [(row, number) for row, numbers in enumerate(candidates) for number in numbers]
-    finished: list[tuple[Tensor, ...]] = []  # what is not yet a whole caption's
-    num_finished, caption = 0, 0
-    size = _rows_together(transformer.config)
-    for start in range(0, len(rows), size):
-        chunk = rows[start : start + size]
-        owners = torch.tensor([row for row, _ in chunk])
-        try:
-            sampled = sample_image_tokens(
-                transformer,
-                text_tokens[owners].to(_device(transformer)),
-                candidates=[number for _, number in chunk],
-                seed=seed,
-                options=options,
-                on_step=lambda _: not stop.is_set(),
+    is_guided = options is not None and options.guidance_scale != 1.0
+    together = min(_most_together(transformer, is_guided), sum(map(len, candidates)))
+    engine = _new_engine(transformer, together * (2 if is_guided else 1))
+    rows: dict[object, int] = {}  # request -> its caption's row
+    finished: list[dict[int, tuple[Tensor, ...]]] = [{} for _ in captions]
+    num_open, yielded = 0, 0
+    while yielded < len(captions):
+        while num_open < together and len(rows) < len(captions):
+            if stop.is_set():
+                raise Stopped
+            row = len(rows)
+            numbers = candidates[row]
+            request = engine.submit(
+                text_tokens[row : row + 1], candidates=numbers, seed=seed, options=options
             )
-        except SamplingStopped:
-            raise Stopped from None
-        wanted = None if embeddings is None else embeddings[owners.to(embeddings.device)]
-        finished.append(_developed(artefact, sampled, wanted, stop))
-        num_finished += len(chunk)
-        while caption < len(candidates) and num_finished >= (count := len(candidates[caption])):
-            whole = [torch.cat(parts) for parts in zip(*finished, strict=True)]
-            yield Drawn(*(part[:count] for part in whole))
-            finished = [tuple(part[count:] for part in whole)]
-            num_finished -= count
-            caption += 1
+            rows[request] = row
+            num_open += len(numbers)
+        if stop.is_set():
+            raise Stopped
+        sampled = engine.step()
+        num_open -= len(sampled)
+        owners = [rows[each.generation] for each in sampled]
+        wanted = None if embeddings is None else embeddings[owners]
+        parts = _decode_and_score(artefact, sampled, wanted, stop)
+        for row, each, part in zip(owners, sampled, parts, strict=True):
+            finished[row][each.candidate] = part
+        while yielded < len(captions) and len(finished[yielded]) == len(candidates[yielded]):
+            own = [finished[yielded].pop(number) for number in candidates[yielded]]
+            yield CandidateImages(*(torch.stack(column) for column in zip(*own, strict=True)))
+            yielded += 1
 
 
-def generated(
+def generate_best(
     artefact: Artefact,
     captions: Sequence[str],
     actuals: Tensor | None,
@@ -128,13 +129,13 @@ def generated(
     seed: int,
     stop: Stop = NEVER,
 ) -> list[Generated]:
-    """The best `num_images` of `num_candidates` pictures for each caption, best first.
+    """Generate `num_candidates` images for each caption; return the best `num_images`, best first.
 
-    actuals: uint8 [C, 3, S, S], the captions' real pictures. Ranked by CLIP (see `Clip.merit`), or
-    without one by the transformer's log-likelihood. Raises what `draw` does.
+    actuals: uint8 [C, 3, S, S], the captions' real images. CLIP ranks (see `Clip.merit`), or
+    without one the transformer's log-likelihood. Raises what `generate_candidates` does.
     """
     numbers = [range(num_candidates)] * len(captions)
-    drawn = draw(artefact, captions, numbers, seed=seed, stop=stop)
+    candidates = generate_candidates(artefact, captions, numbers, seed=seed, stop=stop)
     return [
         Generated(
             caption=captions[row],
@@ -142,12 +143,12 @@ def generated(
             scores=each.scores[each.best(num_images)].tolist(),
             actual=None if actuals is None else to_pixels(actuals[row]),
         )
-        for row, each in enumerate(drawn)
+        for row, each in enumerate(candidates)
     ]
 
 
 def reconstruct(dvae: DiscreteVAE, images: Tensor, stop: Stop = NEVER) -> Tensor:
-    """Images uint8 [B, 3, S, S] through their tokens and back, uint8 [B, 3, S, S].
+    """Encode images uint8 [B, 3, S, S] to image tokens and decode them again, uint8 [B, 3, S, S].
 
     Raises Stopped.
     """
@@ -160,7 +161,7 @@ def reconstruct(dvae: DiscreteVAE, images: Tensor, stop: Stop = NEVER) -> Tensor
 
 
 def reconstructions(dvae: DiscreteVAE, images: Tensor, stop: Stop = NEVER) -> Reconstructions:
-    """For the report: images uint8 [B, 3, S, S] and what is left of them after the dVAE.
+    """Return images uint8 [B, 3, S, S] beside their reconstructions by the dVAE, for the report.
 
     Raises Stopped.
     """
@@ -172,17 +173,15 @@ def reconstructions(dvae: DiscreteVAE, images: Tensor, stop: Stop = NEVER) -> Re
 
 
 def codebook_usage(dvae: DiscreteVAE, images: Tensor, stop: Stop = NEVER) -> list[CodebookUsage]:
-    """How often images uint8 [B, 3, S, S] use each code, one entry per codebook.
+    """Count how often images uint8 [B, 3, S, S] use each code; one entry per codebook.
 
     Raises Stopped.
     """
     config = dvae.config
     counts = torch.zeros(config.num_codebooks, config.codebook_size, dtype=torch.int64)
     for chunk in float_chunks(images, _device(dvae), stop):
-        image_tokens = dvae.encode(chunk).cpu()  # [B, N, M]
-        for m in range(config.num_codebooks):
-            codes = image_tokens[..., m].flatten()
-            counts[m] += torch.bincount(codes, minlength=config.codebook_size)
+        for m, codes in enumerate(dvae.encode(chunk).cpu().unbind(dim=-1)):  # [B, N]
+            counts[m] += torch.bincount(codes.flatten(), minlength=config.codebook_size)
     names = [f"codebook {m + 1}" for m in range(len(counts))] if len(counts) > 1 else ["codebook"]
     return [
         CodebookUsage(name=name, counts=row.numpy())
@@ -193,9 +192,9 @@ def codebook_usage(dvae: DiscreteVAE, images: Tensor, stop: Stop = NEVER) -> lis
 def retrieval(
     artefact: Artefact, images: Tensor, captions: Sequence[str], stop: Stop = NEVER
 ) -> Retrieval:
-    """How often a caption's best image by CLIP is its own: images uint8 [C, 3, S, S], one each.
+    """Measure how often a caption's best image by CLIP is its own: images uint8 [C, 3, S, S].
 
-    An image that is equal to the caption's own, pixel by pixel, is its own too.
+    An image equal to the caption's own, pixel by pixel, counts as its own.
     Raises ArtefactError without a CLIP that can read the captions; Stopped.
     """
     require(artefact, "clip", purpose="retrieval")
@@ -210,44 +209,61 @@ def retrieval(
         image_vectors = torch.cat(chunks)
         text_vectors = _embed_captions(artefact, captions, stop)
         best = torch.cat(
-            [(chunk @ image_vectors.T).argmax(dim=1) for chunk in torch.split(text_vectors, CHUNK)]
+            [
+                (chunk @ image_vectors.T).argmax(dim=1)
+                for chunk in torch.split(text_vectors, CAPTION_CHUNK)
+            ]
         ).cpu()
     return Retrieval(top1=float((same[best] == same).float().mean()), num_pairs=len(captions))
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Images in [0, 1] -> uint8, rounded as `serve` rounds them."""
+    """Convert images in [0, 1] to uint8, rounded as `serve` rounds them."""
     return (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def to_pixels(image: Tensor) -> Pixels:
-    """One image uint8 [3, S, S] -> array uint8 [S, S, 3]."""
+    """Convert one image uint8 [3, S, S] to an array uint8 [S, S, 3]."""
     return np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy())
 
 
-def _developed(
-    artefact: Artefact, sampled: SampledTokens, wanted: Tensor | None, stop: Stop
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What a `Drawn` has of K candidates, on the CPU.
+def _new_engine(transformer: Dalle, num_slots: int) -> DecodeEngine:
+    """An engine by torch's kernels on a GPU: a report is too short to compile kernels for."""
+    is_on_cpu = _device(transformer).type == "cpu"
+    step = new_step(transformer, num_slots, own_kernels=is_on_cpu)
+    return DecodeEngine(transformer, num_slots, step=step)
 
-    wanted: CLIP's vectors of their captions [K, E]; without, the score is the log-likelihood.
+
+def _most_together(transformer: Dalle, is_guided: bool) -> int:
+    """How many candidates the engine may hold so that their keys and values fit."""
+    config = transformer.config
+    slot_bytes = 2 * 4 * config.num_layers * config.length * config.width
+    return max(1, min(MAX_TOGETHER, MAX_CACHE_BYTES // (slot_bytes * (2 if is_guided else 1))))
+
+
+def _decode_and_score(
+    artefact: Artefact,
+    sampled: Sequence[FinishedCandidate],
+    wanted: Tensor | None,
+    stop: Stop,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Image [3, S, S], score and merit of each sampled candidate, on the CPU.
+
+    wanted: CLIP's vectors of their captions [K, E]; None scores by the log-likelihood.
     """
     dvae, clip = artefact.dvae, artefact.clip
     assert dvae is not None
-    images, scores = [], []
-    with torch.inference_mode():
-        size = images_per_chunk(dvae.config.image_size)
-        for start in unless_stopped(range(0, len(sampled.image_tokens), size), stop):
-            decoded = dvae.decode(sampled.image_tokens[start : start + size])
-            images.append(to_uint8(decoded))
+    size = images_together(dvae.config.image_size)
+    for start in unless_stopped(range(0, len(sampled), size), stop):
+        some = sampled[start : start + size]
+        with torch.inference_mode():
+            decoded = dvae.decode(torch.stack([each.image_tokens for each in some]))
+            scores = merits = torch.tensor([each.log_likelihood for each in some])
             if clip is not None and wanted is not None:
                 vectors = clip.encode_image(decoded)
-                scores.append((vectors * wanted[start : start + size]).sum(dim=-1))
-        shown = ranked = sampled.log_likelihood
-        if clip is not None and wanted is not None:
-            shown = torch.cat(scores)
-            ranked = clip.merit(shown, sampled.log_likelihood)
-    return torch.cat(images).cpu(), shown.cpu(), ranked.cpu()
+                scores = (vectors * wanted[start : start + size]).sum(dim=-1)
+                merits = clip.merit(scores, merits.to(scores.device))
+        yield from zip(to_uint8(decoded).cpu(), scores.cpu(), merits.cpu(), strict=True)
 
 
 def _embed_captions(artefact: Artefact, captions: Sequence[str], stop: Stop) -> Tensor:
@@ -260,12 +276,6 @@ def _embed_captions(artefact: Artefact, captions: Sequence[str], stop: Stop) -> 
             for start in unless_stopped(range(0, len(captions), CAPTION_CHUNK), stop)
         ]
     return torch.cat(chunks)
-
-
-def _rows_together(config: TransformerConfig) -> int:
-    """How many rows to sample together: many are quicker, their caches must fit."""
-    row_bytes = 2 * 4 * config.num_layers * config.length * config.width
-    return max(1, min(CHUNK, MAX_CACHE_BYTES // row_bytes))
 
 
 def _device(model: torch.nn.Module) -> torch.device:

@@ -29,7 +29,7 @@ from training.evaluate.scores import (
     main,
     score,
 )
-from training.report.samples import draw, to_pixels
+from training.report.samples import generate_candidates, to_pixels
 
 SIZE = 16
 COLOURS = ["red", "orange", "green", "blue", "indigo", "violet", "cyan", "black"]
@@ -174,7 +174,9 @@ def write_world_of(pictures, tmp_path):
 
 def test_a_generator_that_draws_the_real_pictures_scores_one(tiny_models, tmp_path):
     greedy = SamplingOptions(temperature=0.0)
-    drawn = draw(tiny_models, CAPTIONS, [[0]] * len(CAPTIONS), seed=0, options=greedy)
+    drawn = generate_candidates(
+        tiny_models, CAPTIONS, [[0]] * len(CAPTIONS), seed=0, options=greedy
+    )
     truth = write_world_of([to_pixels(each.images[0]) for each in drawn], tmp_path)
     result = evaluate(tiny_models, truth, greedy_only=True)
     assert result.scores[ALL][GREEDY].right == 1.0
@@ -185,7 +187,7 @@ def test_a_generator_that_draws_the_real_pictures_scores_one(tiny_models, tmp_pa
 def test_the_best_of_many_is_the_one_that_clip_prefers(tiny_models, tmp_path):
     first = [row * NUMBERS_APART for row in range(len(CAPTIONS))]
     numbers = [range(each, each + 6) for each in first]
-    drawn = list(draw(tiny_models, CAPTIONS, numbers, seed=3))
+    drawn = list(generate_candidates(tiny_models, CAPTIONS, numbers, seed=3))
     best = [each.scores.argmax() for each in drawn]
     assert any(row > 0 for row in best)
     pictures = [to_pixels(each.images[row]) for each, row in zip(drawn, best, strict=True)]
@@ -209,10 +211,10 @@ def test_a_generator_that_knows_nothing_scores_about_chance(tiny_models, tmp_pat
 
 def test_a_picture_is_the_same_whichever_captions_are_drawn_with_it(tiny_models, monkeypatch):
     numbers = [[7, 8, 9]] * len(CAPTIONS)
-    together = list(draw(tiny_models, CAPTIONS, numbers, seed=5))
-    monkeypatch.setattr("training.report.samples.CHUNK", 5)  # captions are torn between two chunks
-    torn = list(draw(tiny_models, CAPTIONS, numbers, seed=5))
-    (alone,) = draw(tiny_models, CAPTIONS[3:4], [[9]], seed=5)
+    together = list(generate_candidates(tiny_models, CAPTIONS, numbers, seed=5))
+    monkeypatch.setattr("training.report.samples.MAX_TOGETHER", 5)
+    torn = list(generate_candidates(tiny_models, CAPTIONS, numbers, seed=5))
+    (alone,) = generate_candidates(tiny_models, CAPTIONS[3:4], [[9]], seed=5)
     assert [len(each.images) for each in torn] == [3] * len(CAPTIONS)
     for whole, part in zip(together, torn, strict=True):
         assert torch.equal(whole.images, part.images)

@@ -11,8 +11,8 @@ from dalle.errors import ArtefactError, CaptionTooLong
 from dalle.models.clip import Clip
 from training.report.samples import (
     codebook_usage,
-    draw,
-    generated,
+    generate_best,
+    generate_candidates,
     reconstruct,
     reconstructions,
     retrieval,
@@ -35,13 +35,13 @@ def without(models, *names):
 
 
 def test_generated_pictures_come_best_first_beside_the_real_one(tiny_models, images):
-    rows = generated(tiny_models, CAPTIONS, images[:3], num_candidates=6, num_images=4, seed=1)
+    rows = generate_best(tiny_models, CAPTIONS, images[:3], num_candidates=6, num_images=4, seed=1)
     assert [row.caption for row in rows] == CAPTIONS
     for row, actual in zip(rows, images, strict=False):
         assert [image.shape for image in row.images] == [(16, 16, 3)] * 4
         assert row.scores == sorted(row.scores, reverse=True)
         assert (row.actual == actual.permute(1, 2, 0).numpy()).all()
-    (all_six,) = draw(tiny_models, CAPTIONS[:1], [range(6)], seed=1)
+    (all_six,) = generate_candidates(tiny_models, CAPTIONS[:1], [range(6)], seed=1)
     assert rows[0].scores[0] == pytest.approx(float(all_six.scores.max()), abs=1e-5)
 
 
@@ -50,10 +50,10 @@ def test_a_likelihood_weight_lets_the_transformer_have_a_say(tiny_models):
         clip = Clip(replace(tiny_models.clip.config, likelihood_weight=weight)).eval()
         clip.load_state_dict(tiny_models.clip.state_dict())
         models = replace(tiny_models, clip=clip)
-        (drawn,) = draw(models, CAPTIONS[:1], [range(6)], seed=1)
+        (drawn,) = generate_candidates(models, CAPTIONS[:1], [range(6)], seed=1)
         return drawn
 
-    (blind,) = draw(without(tiny_models, "clip"), CAPTIONS[:1], [range(6)], seed=1)
+    (blind,) = generate_candidates(without(tiny_models, "clip"), CAPTIONS[:1], [range(6)], seed=1)
     likelihood, scores = blind.scores, ranked(0.0).scores
     assert ranked(0.0).best(6) == scores.argsort(descending=True, stable=True).tolist()
     assert ranked(1e6).best(6) == likelihood.argsort(descending=True, stable=True).tolist()
@@ -64,7 +64,7 @@ def test_a_likelihood_weight_lets_the_transformer_have_a_say(tiny_models):
 
 def test_without_clip_the_likeliest_comes_first(tiny_models):
     blind = without(tiny_models, "clip")
-    (row,) = generated(blind, CAPTIONS[:1], None, num_candidates=4, num_images=2, seed=1)
+    (row,) = generate_best(blind, CAPTIONS[:1], None, num_candidates=4, num_images=2, seed=1)
     assert row.actual is None
     assert row.scores[0] >= row.scores[1]
     assert max(row.scores) < 0  # log-likelihoods in nats
@@ -90,7 +90,7 @@ class StopBehind:
 
 def draw_all(models, images, stop):
     options = {"num_candidates": 2, "num_images": 1, "seed": 0}
-    return generated(models, CAPTIONS, images[:3], stop=stop, **options)
+    return generate_best(models, CAPTIONS, images[:3], stop=stop, **options)
 
 
 @pytest.mark.parametrize(
@@ -151,8 +151,8 @@ def test_an_image_equal_to_the_captions_own_is_its_own(tiny_models, images):
 
 @pytest.mark.parametrize("name", ["dvae", "transformer", "tokenizer"])
 def test_what_is_missing_for_drawing_is_named(tiny_models, name):
-    with pytest.raises(ArtefactError, match=f"no {name}, which drawing pictures needs"):
-        list(draw(without(tiny_models, name), CAPTIONS, [[0]] * 3, seed=0))
+    with pytest.raises(ArtefactError, match=f"no {name}, which generating images needs"):
+        list(generate_candidates(without(tiny_models, name), CAPTIONS, [[0]] * 3, seed=0))
 
 
 def test_retrieval_needs_a_clip(tiny_models, images):
@@ -162,4 +162,4 @@ def test_retrieval_needs_a_clip(tiny_models, images):
 
 def test_a_caption_that_is_too_long_is_named(tiny_models):
     with pytest.raises(CaptionTooLong, match="at most 8 tokens long"):
-        list(draw(tiny_models, ["red " * 9], [[0]], seed=0))
+        list(generate_candidates(tiny_models, ["red " * 9], [[0]], seed=0))
