@@ -3,7 +3,7 @@
     python -m training.rainbow --out data/rainbow
 
 writes an image-text folder with `train/` (30 % of the captions) and `validation/` (the rest), and
-`attributes.json`, which says for each caption what its words mean (see `training.evaluate.scores`).
+`attributes.json`, which says for each caption what its words mean (see `training.evaluate`).
 
 The pictures follow the notebook `rainbow_dalle.ipynb` of lucidrains/DALLE-pytorch: every
 combination of scale, fill, ditherer, colour, shape and rotation. Two things differ on purpose:

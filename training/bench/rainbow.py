@@ -37,7 +37,7 @@ from training.demo.recipe import read_recipe_file
 from training.demo.steps import Ledger, Step, announcer, digest_of_file, run_steps
 from training.engine.devices import choose_device
 from training.evaluate.ground_truth import read_ground_truth
-from training.evaluate.scores import ALL, GREEDY, NOVEL, evaluate, to_json
+from training.evaluate.scores import ALL, GREEDY, NOVEL, evaluate
 
 RECIPE = "rainbow_bench.json"
 NUM_CANDIDATES = 32
@@ -151,7 +151,7 @@ class SeedRun:
             # The subset is drawn by it: the same places of each seed's list.
             seed=0,
         )
-        self.evaluation(name).write_text(to_json(evaluation) + "\n", encoding="utf-8")
+        self.evaluation(name).write_text(evaluation.to_json() + "\n", encoding="utf-8")
 
     def figures(self) -> dict[str, float]:
         """The numbers of the finished seed, all shares but the last ones."""

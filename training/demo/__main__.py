@@ -274,7 +274,7 @@ def _ending(demo: Demo) -> str:
         f"contact sheet:  {demo.sheet}",
         f"artefact:       {Paths(demo.root).model}",
         f"serve it:       {serve} --root {shlex.quote(str(demo.root))}",
-        f"best of 32:     {sys.executable} -m training.evaluate.scores --artefact {artefact} "
+        f"best of 32:     {sys.executable} -m training.evaluate --artefact {artefact} "
         f"--data {shlex.quote(str(demo.data))} --limit 500",
     ]
     return "\n".join(lines)

@@ -24,15 +24,15 @@ from dalle.preprocess.images import Pixels, contact_sheet, decode_image, encode_
 from training.data.batching.preload import to_chw
 from training.data.sources.channel import open_channel
 from training.evaluate.ground_truth import GroundTruth, read_ground_truth
-from training.evaluate.scores import Evaluation, Score, evaluate, render_table, to_json
-from training.report.page import (
+from training.evaluate.scores import Evaluation, evaluate, render_table
+from training.report.content import (
     DatasetSummary,
     Generated,
     Report,
     StageSummary,
     read_curves,
-    write_report,
 )
+from training.report.page import write_report
 from training.report.samples import codebook_usage, reconstructions, retrieval
 
 PILOT_CAPTIONS = 256  # evaluated first, to know how many a machine manages
@@ -56,17 +56,7 @@ def measure_accuracy(root: Path, data: Path, out: Path, limit: int | None) -> No
         limit = max(PILOT_CAPTIONS, int(EVALUATION_SECONDS / seconds_each))
     evaluation = evaluate(artefact, truth, greedy_only=True, limit=limit)
     print(render_table(evaluation))
-    out.write_text(to_json(evaluation) + "\n", encoding="utf-8")
-
-
-def read_accuracy(path: Path) -> Evaluation:
-    """What `measure_accuracy` wrote."""
-    content = json.loads(path.read_text("utf-8"))
-    content["scores"] = {
-        scope: {method: Score(**score) for method, score in methods.items()}
-        for scope, methods in content["scores"].items()
-    }
-    return Evaluation(**content)
+    out.write_text(evaluation.to_json() + "\n", encoding="utf-8")
 
 
 def write_demo_report(
@@ -93,7 +83,7 @@ def write_demo_report(
     held_out = torch.stack([to_chw(datasets[1].image(row)) for row in range(len(datasets[1]))])
     captions = [datasets[1].captions(row)[0] for row in range(len(datasets[1]))]
     shown = np.linspace(0, len(held_out) - 1, SHOWN_RECONSTRUCTIONS).round().astype(int)
-    evaluation = read_accuracy(accuracy)
+    evaluation = Evaluation.from_json(accuracy.read_text("utf-8"))
     content = Report(
         title="Rainbow shapes: captions never trained on",
         generated_at=datetime.now(UTC),
@@ -182,7 +172,7 @@ def _read_replies(directory: Path, truth: GroundTruth) -> list[Generated]:
                 caption=reply["caption"],
                 images=images,
                 scores=[each[score] for each in reply["images"]],
-                actual=truth.pictures([min(own)])[0].permute(1, 2, 0).numpy(),
+                actual=truth.images([min(own)])[0].permute(1, 2, 0).numpy(),
                 is_right=[number in own for number in nearest.tolist()],
             )
         )

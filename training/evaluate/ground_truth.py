@@ -1,7 +1,7 @@
-"""The real pictures that generated ones are held against: classes, and which one is nearest.
+"""The real images that generated ones are compared with: classes, and the nearest one.
 
-A class is one distinct picture of a data set, pixel by pixel, with all captions it has. Knows
-data sets and pixels; knows no models and no vocabulary.
+A class is one distinct image of a data set, pixel by pixel, with all its captions. Knows nothing of
+models and vocabularies.
 Letters: C classes, Q queries, S image size.
 """
 
@@ -26,16 +26,16 @@ from training.data.skips import SkipReason
 from training.data.sources.channel import open_channel
 
 TRAIN, VALIDATION, ATTRIBUTES = "train", "validation", "attributes.json"
-CHUNK_BYTES = 64 << 20  # of pictures as float64 at a time
+CHUNK_BYTES = 64 << 20  # of images as float64 at once
 
 Attributes = Mapping[str, Mapping[str, str]]  # caption -> attribute -> word
 
 
 class GroundTruth:
-    """All distinct pictures of two data sets and the captions they go with.
+    """All distinct images of two data sets, with their captions.
 
     held_out: the captions of `validation`, each once, in their order.
-    captions: class -> its captions. in_training: class -> whether `train` has the picture.
+    captions: class -> its captions. in_training: class -> whether `train` has the image.
     attributes: caption -> attribute -> word; may lack captions, or be empty.
     fingerprint: of the data set `train`.
     """
@@ -43,9 +43,9 @@ class GroundTruth:
     def __init__(
         self, train: Dataset, validation: Dataset, attributes: Attributes | None = None
     ) -> None:
-        """Read all pictures once; those that cannot be used are counted in their data set's skips.
+        """Read all images once; count unusable ones in the skips of their data set.
 
-        Raises DataError when too many cannot.
+        Raises DataError when too many cannot be used.
         """
         if train.image_size != validation.image_size:
             raise ValueError(f"image sizes: {train.image_size} and {validation.image_size}")
@@ -59,8 +59,8 @@ class GroundTruth:
         held_out: dict[str, None] = {}
         class_of_digest: dict[bytes, int] = {}
         for dataset in (train, validation):
-            for index, picture in _pictures(dataset):
-                digest = hashlib.blake2b(picture.tobytes(), digest_size=16).digest()
+            for index, pixels in _usable_images(dataset):
+                digest = hashlib.blake2b(pixels.tobytes(), digest_size=16).digest()
                 number = class_of_digest.setdefault(digest, len(self.captions))
                 if number == len(self.captions):
                     self.captions.append(set())
@@ -75,26 +75,26 @@ class GroundTruth:
         self._classes_of = {caption: frozenset(own) for caption, own in classes_of.items()}
 
     def __len__(self) -> int:
-        """C"""
+        """Return C."""
         return len(self.captions)
 
     def own(self, caption: str) -> frozenset[int]:
-        """The classes of a caption; several when it goes with different pictures."""
+        """Return the classes of a caption; several when it goes with different images."""
         return self._classes_of[caption]
 
     def is_novel(self, caption: str) -> bool:
-        """Whether no picture of the caption occurs in training, under any caption."""
+        """Return whether no image of the caption occurs in training, under any caption."""
         return not any(self.in_training[number] for number in self.own(caption))
 
     def has_word(self, number: int, attribute: str, word: str) -> bool:
-        """Whether any caption of the class `number` has this word for the attribute."""
+        """Return whether any caption of the class `number` has this word for the attribute."""
         return any(
             self.attributes.get(caption, {}).get(attribute) == word
             for caption in self.captions[number]
         )
 
-    def pictures(self, numbers: Sequence[int]) -> Tensor:
-        """The pictures of some classes, uint8 [len(numbers), 3, S, S]."""
+    def images(self, numbers: Sequence[int]) -> Tensor:
+        """Return the images of some classes, uint8 [len(numbers), 3, S, S]."""
         images = torch.empty((len(numbers), 3, self.image_size, self.image_size), dtype=torch.uint8)
         for row, number in enumerate(numbers):
             dataset, index = self._where[number]
@@ -102,20 +102,20 @@ class GroundTruth:
         return images
 
     def nearest(self, images: Tensor) -> Tensor:
-        """The class whose picture is nearest in L2 over all pixels; of equals the first.
+        """Return the class whose image is nearest in L2 over all pixels; of equals the first.
 
-        images: uint8 [Q, 3, S, S]. Returns [Q] int64. One pass over all pictures.
+        images: uint8 [Q, 3, S, S]. Returns [Q] int64. One pass over all classes.
         """
         size = max(1, CHUNK_BYTES // (8 * 3 * self.image_size**2))
         best_distance = torch.full((len(images),), torch.inf, dtype=torch.float64)
         best_class = torch.full((len(images),), -1)
         for first in range(0, len(self), size):
-            # In float64 these sums of whole numbers are exact: equal pictures are found equal.
-            rows = self.pictures(range(first, min(first + size, len(self)))).flatten(1).double()
+            # In float64 these sums of whole numbers are exact: equal images are found equal.
+            rows = self.images(range(first, min(first + size, len(self)))).flatten(1).double()
             half_norms = rows.square().sum(dim=1) / 2
             for start in range(0, len(images), size):
                 queries = images[start : start + size].flatten(1).double()
-                # |q - p|² / 2 without |q|², on which no order depends.
+                # |q - p|² / 2 without |q|², which changes no order.
                 distance, row = (half_norms - queries @ rows.T).min(dim=1)
                 here = slice(start, start + size)
                 nearer = distance < best_distance[here]
@@ -125,7 +125,7 @@ class GroundTruth:
 
 
 def read_ground_truth(directory: Path, image_size: int) -> GroundTruth:
-    """From `train/` and `validation/` below a directory, and its `attributes.json` if there is one.
+    """Read `train/` and `validation/` below a directory, and its `attributes.json` if there is one.
 
     Raises DataError naming the folder or file that cannot be used.
     """
@@ -137,7 +137,7 @@ def read_ground_truth(directory: Path, image_size: int) -> GroundTruth:
 
 
 def read_attributes(path: Path) -> Attributes:
-    """Caption -> attribute -> word from a JSON file; empty without one. Raises DataError."""
+    """Read caption -> attribute -> word from a JSON file; empty without one. Raises DataError."""
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -153,15 +153,15 @@ def read_attributes(path: Path) -> Attributes:
     return content
 
 
-def _pictures(dataset: Dataset) -> Iterator[tuple[int, np.ndarray]]:
-    """The usable pictures of a data set with their numbers."""
+def _usable_images(dataset: Dataset) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the usable images of a data set with their numbers."""
     for index in tqdm(
         range(len(dataset)), f"comparing {dataset.channel}", unit="images", disable=None, delay=1
     ):
         try:
-            picture = dataset.image(index)
+            pixels = dataset.image(index)
         except ImageError as error:
             dataset.skips.add_damaged(SkipReason.of(error), dataset.name(index), str(error))
             continue
-        yield index, picture
+        yield index, pixels
     dataset.skips.check_share(dataset.max_bad_share)

@@ -1,61 +1,42 @@
-"""Caption accuracy: how often a generated picture is the one that its caption asks for.
+"""Caption accuracy of an artefact: its arithmetic, and the images that are scored.
 
-    python -m training.evaluate.scores --artefact out/demo/ml/model --data out/demo/data
+    held-out captions -> `generate_candidates` -> `GroundTruth.nearest` -> `Score` per scope, method
 
-A picture is right when its nearest real picture, by pixels and over all distinct pictures of
-`train/` and `validation/`, is the caption's own; captions whose pictures are equal share it. It is
-told for all held-out captions and for the novel ones, whose picture never occurs in training; by
-greedy sampling, by a single sample, and by the best of many samples as CLIP ranks them
-(`Clip.merit`).
-
-`attributes.json` beside the two folders (caption -> attribute -> word) adds accuracies by
-attribute. Nothing here knows what the words are.
+Scopes: all held-out captions, and the novel ones, whose image never occurs in training. Methods:
+greedy sampling, a single sample, and the best of many samples as CLIP ranks them (`Clip.merit`).
+Knows nothing of the words of captions or attributes.
 """
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from dalle.platform.threads import spin_briefly
-
-    spin_briefly()  # before torch is imported
-
-import argparse
 import json
-import logging
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dalle import artefact as artefacts
 from dalle.artefact import Artefact
 from dalle.decoding.sampling import SamplingOptions
-from dalle.errors import DalleError, UserError
-from training.engine.devices import choose_device
-from training.evaluate.ground_truth import TRAIN, GroundTruth, read_ground_truth
+from training.evaluate.ground_truth import GroundTruth
 from training.report.content import CaptionAccuracy
 from training.report.samples import generate_candidates, reconstruct, require
 
-logger = logging.getLogger(__name__)
-
 GREEDY, SINGLE = "greedy", "single sample"
 ALL, NOVEL = "held-out captions", "held-out captions whose picture is not in training"
-NUMBERS_APART = 1 << 20  # between the candidate numbers of two captions, so that all draws differ
-BLOCK_BYTES = 256 << 20  # of generated pictures that wait for their nearest neighbours
+NUMBERS_APART = 1 << 20  # between the candidate numbers of two captions, so that no two are equal
+BLOCK_BYTES = 256 << 20  # of generated images that are compared in one pass over the real ones
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Shares, 0 to 1, over `num_captions` captions with one picture each.
+    """Shares, 0 to 1, over `num_captions` captions with one image each.
 
-    memorised: nearest to a training picture that is another caption's.
+    memorised: nearest to a training image of another caption.
     per_attribute: attribute -> share in which it is right, over the captions that have it.
     """
 
@@ -67,11 +48,11 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What an artefact can do with held-out captions.
+    """Caption accuracy and reconstruction of one artefact.
 
     num_pictures: classes, of which num_training_pictures occur in training.
-    num_held_out: captions there are; fewer are scored when a limit was given.
-    reconstruction: share of held-out pictures that the dVAE leaves nearest to themselves.
+    num_held_out: all held-out captions; with a limit fewer are scored.
+    reconstruction: share of held-out images that are still nearest to themselves after the dVAE.
     scores: scope (all, novel) -> method -> score; a scope without captions is left out.
     seconds: method -> wall time.
     """
@@ -85,28 +66,39 @@ class Evaluation:
     scores: dict[str, dict[str, Score]]
     seconds: dict[str, float]
 
+    @classmethod
+    def from_json(cls, text: str) -> Evaluation:
+        """Read what `to_json` wrote."""
+        content = json.loads(text)
+        content["scores"] = {
+            scope: {method: Score(**score) for method, score in methods.items()}
+            for scope, methods in content["scores"].items()
+        }
+        return cls(**content)
+
+    def to_json(self) -> str:
+        """Return all numbers on one line."""
+        return json.dumps(asdict(self))
+
     def accuracies(self) -> list[CaptionAccuracy]:
-        """The same for a report."""
+        """Return the scores as a report shows them."""
         num_scored = next(iter(self.scores[ALL].values())).num_captions
         which = "all" if num_scored == self.num_held_out else "a sample of"
-        return [
-            CaptionAccuracy(
-                scope=f"{which} {scope}",
-                num_captions=next(iter(methods.values())).num_captions,
-                overall={method: score.right for method, score in methods.items()},
-                per_attribute=_by_attribute(methods),
+        result = []
+        for scope, methods in self.scores.items():
+            first = next(iter(methods.values()))
+            result.append(
+                CaptionAccuracy(
+                    scope=f"{which} {scope}",
+                    num_captions=first.num_captions,
+                    overall={method: score.right for method, score in methods.items()},
+                    per_attribute={
+                        name: {method: each.per_attribute[name] for method, each in methods.items()}
+                        for name in first.per_attribute
+                    },
+                )
             )
-            for scope, methods in self.scores.items()
-        ]
-
-
-def _by_attribute(methods: Mapping[str, Score]) -> dict[str, dict[str, float]]:
-    """Method -> score turned into attribute -> method -> share."""
-    attributes = next(iter(methods.values())).per_attribute
-    return {
-        attribute: {method: score.per_attribute[attribute] for method, score in methods.items()}
-        for attribute in attributes
-    }
+        return result
 
 
 def evaluate(
@@ -118,9 +110,9 @@ def evaluate(
     limit: int | None = None,
     seed: int = 0,
 ) -> Evaluation:
-    """Draw pictures for the held-out captions and score them.
+    """Generate images for the held-out captions and score them.
 
-    limit: evaluate so many captions only, drawn at random by `seed`. Best of `num_candidates` is
+    limit: score a random sample of so many captions, chosen by `seed`. Best of `num_candidates` is
     left out when that is 1 or the artefact has no CLIP.
     Raises ArtefactError naming the component that is missing.
     """
@@ -132,7 +124,7 @@ def evaluate(
     seconds: dict[str, float] = {}
 
     began = time.monotonic()
-    (nearest[GREEDY],) = _nearest_of_drawn(
+    (nearest[GREEDY],) = _nearest_of_generated(
         artefact, truth, captions, [[0]] * len(captions), seed, SamplingOptions(temperature=0.0)
     )
     seconds[GREEDY] = time.monotonic() - began
@@ -141,9 +133,9 @@ def evaluate(
         count = num_candidates if artefact.clip is not None else 1
         first = [numbers[caption] * NUMBERS_APART for caption in captions]
         candidates = [range(number, number + count) for number in first]
-        drawn = _nearest_of_drawn(artefact, truth, captions, candidates, seed, SamplingOptions())
-        methods = [SINGLE, f"best of {num_candidates}"][: len(drawn)]
-        nearest |= dict(zip(methods, drawn, strict=True))
+        found = _nearest_of_generated(artefact, truth, captions, candidates, seed)
+        methods = [SINGLE, f"best of {num_candidates}"][: len(found)]
+        nearest |= dict(zip(methods, found, strict=True))
         seconds[methods[-1]] = time.monotonic() - began
 
     novel = np.array([truth.is_novel(caption) for caption in captions])
@@ -168,7 +160,7 @@ def evaluate(
 
 
 def score(truth: GroundTruth, captions: Sequence[str], nearest: Sequence[int]) -> Score:
-    """Hold the class nearest to each caption's picture against the caption; at least one."""
+    """Compare the class nearest to each caption's image with the caption; at least one."""
     right = memorised = 0
     by_attribute: defaultdict[str, list[bool]] = defaultdict(list)
     for caption, number in zip(captions, nearest, strict=True):
@@ -187,31 +179,32 @@ def score(truth: GroundTruth, captions: Sequence[str], nearest: Sequence[int]) -
 
 
 def choose_captions(truth: GroundTruth, limit: int | None, seed: int) -> list[str]:
-    """At most `limit` of the held-out captions, drawn by `seed`, in their order."""
+    """Return at most `limit` of the held-out captions, chosen by `seed`, in their order."""
     if limit is None or limit >= len(truth.held_out):
         return truth.held_out
     chosen = np.random.default_rng(seed).permutation(len(truth.held_out))[:limit]
     return [truth.held_out[row] for row in sorted(chosen)]
 
 
-def _nearest_of_drawn(
+def _nearest_of_generated(
     artefact: Artefact,
     truth: GroundTruth,
     captions: Sequence[str],
     candidates: Sequence[Sequence[int]],
     seed: int,
-    options: SamplingOptions,
+    options: SamplingOptions | None = None,
 ) -> list[Tensor]:
     """Classes [C] nearest to each caption's first candidate, and to its best if CLIP ranks it."""
-    drawn = generate_candidates(artefact, captions, candidates, seed=seed, options=options)
+    generated = generate_candidates(artefact, captions, candidates, seed=seed, options=options)
     both = len(candidates[0]) > 1 and artefact.clip is not None
     block = max(1, BLOCK_BYTES // (2 * 3 * truth.image_size**2))
     waiting: list[Tensor] = []
     nearest: list[list[Tensor]] = [[] for _ in range(1 + both)]
-    what = f"best of {len(candidates[0])}" if both else "drawing"
-    for number, each in enumerate(tqdm(drawn, what, len(captions), disable=None, unit="captions")):
+    what = f"best of {len(candidates[0])}" if both else "generating"
+    bar = tqdm(generated, what, len(captions), disable=None, unit="captions")
+    for number, each in enumerate(bar, start=1):
         waiting.append(each.images[[0, each.best(1)[0]] if both else [0]])
-        if len(waiting) == block or number + 1 == len(captions):
+        if len(waiting) == block or number == len(captions):
             chosen = torch.stack(waiting, dim=1)  # [1 or 2, captions, 3, S, S]
             for images, parts in zip(chosen, nearest, strict=True):
                 parts.append(truth.nearest(images))
@@ -220,32 +213,35 @@ def _nearest_of_drawn(
 
 
 def _reconstruction_accuracy(artefact: Artefact, truth: GroundTruth, classes: list[int]) -> float:
-    """Share of the classes whose picture is still nearest to itself after the dVAE."""
+    """Share of the classes whose image is still nearest to itself after the dVAE."""
     require(artefact, "dvae", purpose="reconstruction")
     assert artefact.dvae is not None
     block = max(1, BLOCK_BYTES // (3 * truth.image_size**2))
     right = 0
     for start in range(0, len(classes), block):
         numbers = classes[start : start + block]
-        again = reconstruct(artefact.dvae, truth.pictures(numbers))
+        again = reconstruct(artefact.dvae, truth.images(numbers))
         right += int((truth.nearest(again) == torch.tensor(numbers)).sum())
     return right / len(classes)
 
 
 def render_table(evaluation: Evaluation) -> str:
-    """The numbers as text for a terminal."""
+    """Return the numbers as text for a terminal."""
     blocks = [
         f"{evaluation.num_pictures:,} distinct pictures, {evaluation.num_training_pictures:,} of "
         f"them in training; reconstructed and still nearest to itself: "
         f"{evaluation.reconstruction:.3f}"
     ]
     for accuracy, methods in zip(evaluation.accuracies(), evaluation.scores.values(), strict=True):
-        scores = list(methods.values())
-        rows = [("right", [each.right for each in scores])]
-        rows += [(f"  {n}", list(each.values())) for n, each in accuracy.per_attribute.items()]
-        rows.append(("another caption's training picture", [each.memorised for each in scores]))
+        rows: dict[str, Mapping[str, float]] = {"right": accuracy.overall}
+        rows |= {f"  {name}": shares for name, shares in accuracy.per_attribute.items()}
+        memorised = {method: score.memorised for method, score in methods.items()}
+        rows["another caption's training picture"] = memorised
         lines = [f"{accuracy.scope} ({accuracy.num_captions:,})", _row("", methods)]
-        lines += [_row(label, [f"{share:.3f}" for share in shares]) for label, shares in rows]
+        lines += [
+            _row(label, [f"{share:.3f}" for share in shares.values()])
+            for label, shares in rows.items()
+        ]
         blocks.append("\n".join(lines))
     times = ", ".join(f"{name} {each:.1f} s" for name, each in evaluation.seconds.items())
     return "\n\n".join([*blocks, f"time: {times}"])
@@ -253,85 +249,3 @@ def render_table(evaluation: Evaluation) -> str:
 
 def _row(label: str, cells: Iterable[str]) -> str:
     return f"{label:<36}" + "".join(f"{cell:>16}" for cell in cells)
-
-
-def to_json(evaluation: Evaluation) -> str:
-    """One line, all numbers."""
-    return json.dumps(asdict(evaluation))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code: 0, or 1 when the artefact or the data cannot be used."""
-    options = _parse_arguments(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    try:
-        device = choose_device(options.device)
-        artefact = artefacts.load(options.artefact, device)
-        require(artefact, "dvae", "transformer", "tokenizer", purpose="caption accuracy")
-        assert artefact.dvae is not None
-        if artefact.clip is None and not options.greedy and options.candidates > 1:
-            raise UserError(
-                f"the artefact has no clip, which the best of {options.candidates} needs; "
-                "train the stage clip, or give --greedy or --candidates 1"
-            )
-        truth = read_ground_truth(options.data, artefact.dvae.config.image_size)
-        _warn_of_other_data(artefact, truth, options.data)
-        evaluation = evaluate(
-            artefact,
-            truth,
-            num_candidates=options.candidates,
-            greedy_only=options.greedy,
-            limit=options.limit,
-            seed=options.seed,
-        )
-    except DalleError as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        return 1
-    print(render_table(evaluation), end="\n\n")
-    if options.json is not None:
-        options.json.write_text(to_json(evaluation) + "\n", encoding="utf-8")
-    print(to_json(evaluation))
-    return 0
-
-
-def _warn_of_other_data(artefact: Artefact, truth: GroundTruth, directory: Path) -> None:
-    """Only of a model that was trained on `train/` can it be said what was held out."""
-    for name, record in artefact.manifest.newest_records().items():
-        if record.dataset_fingerprint != truth.fingerprint:
-            logger.warning(
-                "%s was not trained on %s: it may have seen captions that count as held out here",
-                name,
-                directory / TRAIN,
-            )
-
-
-def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.evaluate.scores",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--artefact", type=Path, required=True, help="directory that `train` wrote")
-    parser.add_argument(
-        "--data", type=Path, required=True, help="directory with train/ and validation/"
-    )
-    parser.add_argument(
-        "--candidates", type=_positive, default=32, help="pictures per caption for CLIP (32)"
-    )
-    parser.add_argument("--greedy", action="store_true", help="greedy sampling only, the quickest")
-    parser.add_argument("--limit", type=_positive, help="so many captions only, drawn by the seed")
-    parser.add_argument("--seed", type=int, default=0, help="of samples and of --limit (0)")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the last line there too")
-    return parser.parse_args(argv)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-if __name__ == "__main__":
-    sys.exit(main())

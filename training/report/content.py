@@ -1,12 +1,13 @@
-"""What a job's report says, as plain values. Knows nothing of HTML or figures.
+"""The content of a job's report as plain values. Knows nothing of HTML or figures.
 
-Everything is optional: a job reports what it did.
+Every part is optional: a report holds what its job did.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -27,9 +28,9 @@ Curve = Sequence[tuple[int, float]]  # (step, value), steps ascending
 
 @dataclass(frozen=True, kw_only=True)
 class StageSummary:
-    """One run that trained a stage. metrics: its last validation, by name.
+    """One run that trained a stage. metrics: of its last validation, by name.
 
-    cpu_seconds: of the process that trained, without those that only load images.
+    cpu_seconds: of the training process, without those that only load images.
     is_finished: whether its budget was spent; otherwise it was stopped.
     """
 
@@ -43,7 +44,7 @@ class StageSummary:
 
     @classmethod
     def of(cls, record: StageRecord) -> StageSummary:
-        """What the manifest says of the run."""
+        """Return the run as the manifest records it."""
         return cls(
             name=record.stage,
             job_name=record.job_name,
@@ -64,19 +65,19 @@ class CodebookUsage:
 
     @property
     def used_share(self) -> float:
-        """The share of entries, 0 to 1, that were used at all."""
+        """Return the share of entries, 0 to 1, that were used at all."""
         return float((self.counts > 0).mean())
 
     @property
     def perplexity(self) -> float:
-        """How many equally used entries would carry as much information: 1 to V."""
+        """Return how many equally used entries would carry as much information: 1 to V."""
         shares = self.counts[self.counts > 0] / max(1, self.counts.sum())
         return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstructions:
-    """Images and what is left of them after dVAE encoding and decoding, uint8 [H, W, 3] each."""
+    """Images, and the same after dVAE encoding and decoding, uint8 [H, W, 3] each."""
 
     originals: Sequence[Pixels]
     reconstructions: Sequence[Pixels]
@@ -86,8 +87,8 @@ class Reconstructions:
 class Generated:
     """One caption's images, uint8 [H, W, 3], best first, with the score of each.
 
-    actual: the caption's real picture, when there is one.
-    is_right: whether each image counts as the caption's own (see caption accuracy), when known.
+    actual: the caption's real image, if there is one.
+    is_right: whether each image counts as the caption's own (see caption accuracy), if known.
     """
 
     caption: str
@@ -119,10 +120,16 @@ class CaptionAccuracy:
     overall: Mapping[str, float]
     per_attribute: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
+    @property
+    def standard_error(self) -> float:
+        """Return that of the first method's share."""
+        share = next(iter(self.overall.values()))
+        return math.sqrt(share * (1 - share) / max(1, self.num_captions))
+
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSummary:
-    """What one channel held. skipped: reason -> count. examples: reason -> a few names."""
+    """The content of one channel. skipped: reason -> count. examples: reason -> a few names."""
 
     channel: str
     num_pairs: int
@@ -133,8 +140,8 @@ class DatasetSummary:
     examples: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, dataset: Dataset, whole: Totals | None = None) -> DatasetSummary:
-        """Summarise a data set as it stands; images that fail later are not in it.
+    def of(cls, dataset: Dataset, whole: Whole | None = None) -> DatasetSummary:
+        """Summarise a data set as it stands; images that fail later are not counted.
 
         whole: of all hosts' parts, when the data set is one of them.
         """
@@ -151,19 +158,19 @@ class DatasetSummary:
 
     @property
     def num_bad(self) -> int:
-        """How many would-be pairs could not be used."""
+        """Return how many would-be pairs could not be used."""
         return sum(self.skipped.values()) - self.skipped.get(SkipReason.IGNORED.value, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Everything a job has to say; whatever is empty or None is left out.
+    """The content of a report; whatever is empty or None is left out.
 
     generated_at: with a time zone.
     curves: `stage/metric` -> (step, value) pairs, as `read_curves` gives them; `x` and
         `validation_x` of a stage share one chart.
     ranked_by: what the scores of `generated` are: `clip` or `log_likelihood`.
-    notes: paragraphs for the top, such as what was skipped and why.
+    notes: paragraphs for the top, such as which pairs were skipped and why.
     """
 
     title: str
@@ -185,8 +192,8 @@ def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
     """Read metrics.jsonl back: `stage/metric` -> (step, value) pairs by ascending step.
 
     A line is a JSON object with `stage`, `step` and numbers by name. A resumed job writes some
-    steps again: the later line counts. Lines that are no such object (a killed job leaves half a
-    line) are skipped and their number is logged. A missing file gives no curves.
+    steps again: the later line counts. Other lines (a killed job leaves half a line) are skipped
+    and their number is logged. A missing file gives no curves.
     """
     values: dict[str, dict[int, float]] = {}
     num_bad = 0

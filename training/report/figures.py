@@ -1,8 +1,8 @@
-"""Charts of the report, drawn by matplotlib as inline SVG that follows the page's colours.
+"""Charts of the report by matplotlib, as inline SVG in the page's colours.
 
 Only matplotlib's `Figure` is used, never pyplot: nothing is registered, opened or left behind.
-matplotlib is imported when the first chart is drawn, and its font cache goes to a place that is
-removed at once, because a training job writes nowhere but into its own directories.
+matplotlib is imported for the first chart. Its font cache goes to a directory that is removed at
+once, because a training job writes into its own directories only.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PANEL_WIDTH, PANEL_HEIGHT = 3.5, 2.35  # inches; three panels fill the page
 SMOOTH_FROM_POINTS = 60
 LOG_FROM_RATIO = 20.0
 
-# Stand-ins that no chart uses for anything else; the page's style sheet gives the real colours.
+# Placeholders that no chart uses otherwise; the page's style sheet gives the real colours.
 _INK, _MUTED, _RULE = "#010101", "#010102", "#010103"
 _SERIES = ("#010104", "#010105")
 _THEME = {
@@ -51,23 +51,23 @@ class Panel:
     curves: Mapping[str, Curve]
 
 
-def draw_curves(panels: Sequence[Panel]) -> str:
-    """Curves over steps, three panels a row, as one `<svg>` element.
+def plot_curves(panels: Sequence[Panel]) -> str:
+    """Plot curves over steps, three panels a row, as one `<svg>` element.
 
-    Values that are not finite leave a gap. A curve of many points is drawn faintly, with its
-    moving mean on top. Losses that span a factor over 20 have a logarithmic axis.
+    Values that are not finite leave a gap. A curve of many points is faint, with its moving mean
+    on top. Losses that span a factor over 20 have a logarithmic axis.
     """
     figure, axes = _grid(len(panels))
     for panel, axis in zip(panels, axes, strict=True):
         axis.set_title(panel.title, color=_INK, fontsize=9, loc="left", parse_math=False)
-        drawn: list[float] = []
+        finite: list[float] = []
         for colour, (name, curve) in zip(_SERIES, panel.curves.items(), strict=False):
             steps = np.array([step for step, _ in curve], dtype=float)
             values = np.array([value for _, value in curve], dtype=float)
             values[~np.isfinite(values)] = np.nan
-            _draw_curve(axis, steps, values, colour, name)
-            drawn += values[np.isfinite(values)].tolist()
-        spans_much = drawn and min(drawn) > 0 and max(drawn) > LOG_FROM_RATIO * min(drawn)
+            _plot_curve(axis, steps, values, colour, name)
+            finite += values[np.isfinite(values)].tolist()
+        spans_much = finite and 0 < LOG_FROM_RATIO * min(finite) < max(finite)
         if spans_much and panel.title.endswith("loss"):
             _make_logarithmic(axis)
         axis.set_xlabel("step", color=_MUTED, fontsize=8)
@@ -76,8 +76,8 @@ def draw_curves(panels: Sequence[Panel]) -> str:
     return _svg(figure)
 
 
-def draw_usage(counts: Mapping[str, NDArray[np.int64]]) -> str:
-    """How often each entry of each codebook [V] was used, most used first, as one `<svg>` element.
+def plot_usage(counts: Mapping[str, NDArray[np.int64]]) -> str:
+    """Plot how often each entry of each codebook [V] was used, most used first, as one `<svg>`.
 
     The vertical axis is logarithmic; 1 is the share that every entry would have if all were used
     equally.
@@ -87,8 +87,8 @@ def draw_usage(counts: Mapping[str, NDArray[np.int64]]) -> str:
         shares = np.sort(uses.astype(float))[::-1] * len(uses) / max(1, uses.sum())
         ranks = np.arange(1, len(uses) + 1)
         axis.axhline(1, color=_MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
-        # A background that fills most of each picture would leave nothing else to see on a linear
-        # axis. Entries that were never used end below its foot.
+        # On a linear axis, a background that fills most of each image would hide all other entries.
+        # Entries that were never used end at the foot.
         foot = min(0.5, shares[shares > 0].min(initial=0.5)) / 2
         axis.set_yscale("log")
         axis.fill_between(
@@ -102,7 +102,7 @@ def draw_usage(counts: Mapping[str, NDArray[np.int64]]) -> str:
     return _svg(figure)
 
 
-def _draw_curve(
+def _plot_curve(
     axis: Axes, steps: NDArray[np.float64], values: NDArray[np.float64], colour: str, name: str
 ) -> None:
     marker = "o" if len(values) < 12 else ""  # a few points alone would be hard to see
@@ -119,7 +119,7 @@ def _draw_curve(
 
 
 def _make_logarithmic(axis: Axes) -> None:
-    """With plain numbers at 1, 2 and 5; matplotlib's own powers of ten crowd a small panel."""
+    """Label 1, 2 and 5 with plain numbers; matplotlib's powers of ten crowd a small panel."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axis.set_yscale("log")

@@ -1,6 +1,6 @@
-"""What the report of a training job shows of its models and data.
+"""The report of a training job: images, figures and notes of its models and data.
 
-Knows models, pictures and data sets; how a report looks is in `training.report.page`.
+Knows nothing of HTML: `training.report.page` lays out the report.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from dalle.types import ComponentName
 from training.data.batching.preload import first_usable
 from training.data.open import Opened
 from training.report import samples
-from training.report.page import DatasetSummary, Report, StageSummary, read_curves
+from training.report.content import DatasetSummary, Report, StageSummary, read_curves
 from training.stopping import Stop
 
-SHOWN_PAIRS = 512  # of which reconstructions, codebook usage and retrieval are told
+SHOWN_PAIRS = 512  # for reconstructions, codebook usage and retrieval
 SHOWN_RECONSTRUCTIONS = 16
 CAPTIONS = 8
-CANDIDATES, IMAGES = 16, 4  # of each caption: drawn, and shown
+CANDIDATES, IMAGES = 16, 4  # of each caption: generated, and shown
 
 
 def build_report(
@@ -32,18 +32,18 @@ def build_report(
     seed: int,
     stop: Stop,
 ) -> Report:
-    """Draw pictures for some captions of the held-out pairs, or of the training pairs without any.
+    """Build the report on held-out pairs, or on training pairs where there are none.
 
     Raises DataError when not one image can be decoded; Stopped.
     """
     shown = train if validation is None else validation
     images, captions = first_usable(shown.pairs, SHOWN_PAIRS, stop)
     dvae = artefact.dvae
-    can_draw = dvae is not None and artefact.transformer is not None
+    can_generate = dvae is not None and artefact.transformer is not None
     return Report(
         title=f"Training job {job.job_name}",
         generated_at=datetime.now(UTC),
-        notes=[_whose_pictures(shown, len(images), validation is not None), *unfinished(artefact)],
+        notes=[_which_pairs(shown, len(images), validation is not None), *unfinished(artefact)],
         stages=[StageSummary.of(record) for record in artefact.manifest.stages],
         curves=read_curves(job.paths.output_data / "metrics.jsonl"),
         codebooks=[] if dvae is None else samples.codebook_usage(dvae, images, stop),
@@ -59,7 +59,7 @@ def build_report(
             seed=seed,
             stop=stop,
         )
-        if can_draw
+        if can_generate
         else [],
         ranked_by="log_likelihood" if artefact.clip is None else "clip",
         retrieval=None
@@ -75,28 +75,26 @@ def build_report(
 
 
 def unfinished(artefact: Artefact, besides: Collection[ComponentName] = ()) -> list[str]:
-    """A sentence for each component whose training was stopped, and how to go on with it.
+    """Return a sentence for each component whose training was stopped, and how to go on with it.
 
-    besides: components to leave out, since they are to be trained anew.
+    besides: components to leave out, since they are trained anew.
     """
     return [
         f"The training of {name} was stopped at step {record.steps:,}, before its budget was "
-        f"spent; what is used is what it was by then. To train it to its end, run the job "
+        f"spent; it is used as it was then. To train it to its end, run the job "
         f"{record.job_name} again with its hyperparameters, channels and checkpoints."
         for name, record in artefact.manifest.newest_records().items()
         if name in artefact.components() and name not in besides and not record.is_finished
     ]
 
 
-def _whose_pictures(shown: OpenedChannel, num_pairs: int, is_held_out: bool) -> str:
-    whose = "" if shown.part is None else "the first host's part of "
-    what = (
-        f"Pictures, codebook usage and retrieval are of {num_pairs:,} pairs of {whose}the channel"
-    )
-    channel = shown.pairs.channel
+def _which_pairs(shown: Opened, num_pairs: int, is_held_out: bool) -> str:
+    part = "" if shown.part is None else "the first host's part of "
+    channel = f"{part}the channel {shown.pairs.channel}"
+    what = f"Images, codebook usage and retrieval are of {num_pairs:,} pairs of {channel}"
     if is_held_out:
-        return f"{what} {channel}, which this job did not train on."
+        return f"{what}, which this job did not train on."
     return (
-        f"{what} {channel}, which was trained on: without the channel validation, nothing "
-        "here tells how the models do with other captions and images."
+        f"{what}, which was trained on: without the channel validation, this report cannot show "
+        "how the models do with other captions and images."
     )

@@ -15,8 +15,8 @@ from dalle.errors import ArtefactError, DataError
 from dalle.manifest import Manifest, StageRecord
 from dalle.preprocess.images import encode_image
 from training.data.batching.subset import Subset
-from training.data.sources.channel import open_channel
-from training.evaluate import scores as command
+from training.data.sources.folder import open_folder
+from training.evaluate.__main__ import main
 from training.evaluate.ground_truth import GroundTruth, read_attributes, read_ground_truth
 from training.evaluate.scores import (
     ALL,
@@ -26,7 +26,6 @@ from training.evaluate.scores import (
     SINGLE,
     choose_captions,
     evaluate,
-    main,
     score,
 )
 from training.report.samples import generate_candidates, to_pixels
@@ -106,7 +105,7 @@ def test_nearest_is_exact_where_single_precision_is_not(tmp_path):
     write_pairs(tmp_path / "train", [(each, "x") for each in pictures[:16]])
     write_pairs(tmp_path / "validation", [(each, "x") for each in pictures[16:]])
     truth = read_ground_truth(tmp_path, 64)
-    everything = truth.pictures(range(32))
+    everything = truth.images(range(32))
     distances = (everything[:, None].long() - everything[None].long()).square().sum(dim=(2, 3, 4))
     assert distances.unique().tolist() == [0, 2]
     assert truth.nearest(everything).tolist() == list(range(32))
@@ -284,7 +283,7 @@ def test_the_command_names_what_is_missing(
         components = {name: getattr(tiny_models, name) for name in tiny_models.components()}
         artefacts.save(directory, Artefact(**components | {missing: None}))
     options = ["--artefact", str(directory), "--data", str(rainbow_world), *arguments]
-    assert command.main(options) == 1
+    assert main(options) == 1
     assert says in capsys.readouterr().err
 
 

@@ -16,9 +16,8 @@ import pytest
 
 from dalle.manifest import StageRecord
 from dalle.preprocess.images import decode_image
-from training.data.sources.channel import open_channel
-from training.report.figures import Panel, draw_curves, draw_usage
-from training.report.page import (
+from training.data.sources.folder import open_folder
+from training.report.content import (
     CaptionAccuracy,
     CodebookUsage,
     DatasetSummary,
@@ -28,9 +27,9 @@ from training.report.page import (
     Retrieval,
     StageSummary,
     read_curves,
-    render_report,
-    write_report,
 )
+from training.report.figures import Panel, plot_curves, plot_usage
+from training.report.page import render_report, write_report
 
 NOW = datetime(2026, 11, 22, 18, 5, tzinfo=UTC)
 METHODS = {"greedy": 0.75, "single sample": 0.5, "best of 32": 0.875}
@@ -130,7 +129,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if self.open and self.open[-1] != "style":
+        if data.strip() and self.open[-1] != "style":
             self.text += f" {data.strip()}"
         if self.open and self.open[-1] == "h2":
             self.headings.append(data)
@@ -232,7 +231,7 @@ def test_charts_take_their_colours_from_the_page_and_bear_odd_curves():
         Panel("nothing finite", {"training": [(0, math.nan), (1, math.inf)]}),
         Panel("a cost of $\\oops$", {"training": [(0, 0.0), (1, -1.0)], "validation": []}),
     ]
-    for svg in (draw_curves(panels), draw_usage({"all unused": np.zeros(4, dtype=np.int64)})):
+    for svg in (plot_curves(panels), plot_usage({"all unused": np.zeros(4, dtype=np.int64)})):
         Page(svg)
         assert "var(--ink)" in svg
         assert "#01010" not in svg
@@ -240,8 +239,8 @@ def test_charts_take_their_colours_from_the_page_and_bear_odd_curves():
 
 def test_drawing_writes_nothing_into_the_home_directory(tmp_path):
     code = (
-        "from training.report.figures import Panel, draw_curves\n"
-        "draw_curves([Panel('loss', {'training': [(0, 1.0), (1, 0.5)]})])\n"
+        "from training.report.figures import Panel, plot_curves\n"
+        "plot_curves([Panel('loss', {'training': [(0, 1.0), (1, 0.5)]})])\n"
         "import sys; assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     kept = {name: value for name, value in os.environ.items() if name != "MPLCONFIGDIR"}

@@ -6,12 +6,11 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from html import escape
-from importlib import resources
-from string import Template
 from typing import Any
 
-from training.data.skips import SkipReason
+from jinja2 import Environment, PackageLoader
+
+from training.data.pairs import SkipReason
 
 EXAMPLES = 5
 
@@ -128,38 +127,14 @@ class Findings:
 
     def as_html(self) -> str:
         """A page that needs nothing else."""
-        templates = resources.files("training.report") / "templates"
-        head = "".join(f'<th class="number">{escape(each.channel)}</th>' for each in self.channels)
-        rows = "".join(
-            f'<tr><th scope="row">{escape(name)}</th>'
-            + "".join(f'<td class="number">{escape(value)}</td>' for value in values)
-            + "</tr>"
-            for name, values in self._rows()
-        )
-        problems = "".join(f"<li>{escape(each)}</li>" for each in self.problems)
-        verdict = f"<ul>{problems}</ul>" if problems else ""
-        places = [
-            f"{escape(each.channel)}: <code>{escape(each.directory)}</code>"
-            for each in self.channels
-        ]
-        examples = "".join(
-            f'<tr><th scope="row">{escape(heading)}</th><td>'
-            + "<br>".join(f'<code class="long">{escape(name)}</code>' for name in names)
-            + "</td></tr>"
-            for heading, names in self._examples()
-        )
-        body = [
-            f"<h2>{'Not fit' if problems else 'Fit'} for training</h2>{verdict}",
-            f'<h2>Counts</h2><div class="scroll"><table><thead><tr><th></th>{head}</tr></thead>'
-            f"<tbody>{rows}</tbody></table></div>",
-        ]
-        if examples:
-            body.append(f"<h2>Which</h2><table><tbody>{examples}</tbody></table>")
-        return Template((templates / "report.html").read_text("utf-8")).substitute(
+        environment = Environment(loader=PackageLoader("training.report"), autoescape=True)
+        return environment.get_template("channels.html").render(
             title="Channel check",
-            style=(templates / "report.css").read_text("utf-8"),
-            meta="<br>".join([f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", *places]),
-            body="\n".join(body),
+            time=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+            channels=self.channels,
+            problems=self.problems,
+            rows=list(self._rows()),
+            examples=list(self._examples()),
         )
 
     def _rows(self) -> Iterator[tuple[str, list[str]]]:
