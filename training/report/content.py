@@ -140,7 +140,7 @@ class DatasetSummary:
     examples: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, dataset: Dataset, whole: Whole | None = None) -> DatasetSummary:
+    def of(cls, dataset: Dataset, whole: Totals | None = None) -> DatasetSummary:
         """Summarise a data set as it stands; images that fail later are not counted.
 
         whole: of all hosts' parts, when the data set is one of them.

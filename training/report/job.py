@@ -12,7 +12,7 @@ from dalle.artefact import Artefact
 from dalle.platform.environment import Job
 from dalle.types import ComponentName
 from training.data.batching.preload import first_usable
-from training.data.open import Opened
+from training.data.open import OpenedChannel
 from training.report import samples
 from training.report.content import DatasetSummary, Report, StageSummary, read_curves
 from training.stopping import Stop
@@ -88,7 +88,7 @@ def unfinished(artefact: Artefact, besides: Collection[ComponentName] = ()) -> l
     ]
 
 
-def _which_pairs(shown: Opened, num_pairs: int, is_held_out: bool) -> str:
+def _which_pairs(shown: OpenedChannel, num_pairs: int, is_held_out: bool) -> str:
     part = "" if shown.part is None else "the first host's part of "
     channel = f"{part}the channel {shown.pairs.channel}"
     what = f"Images, codebook usage and retrieval are of {num_pairs:,} pairs of {channel}"

@@ -253,7 +253,7 @@ def _decode_and_score(
     """
     dvae, clip = artefact.dvae, artefact.clip
     assert dvae is not None
-    size = images_together(dvae.config.image_size)
+    size = images_per_chunk(dvae.config.image_size)
     for start in unless_stopped(range(0, len(sampled), size), stop):
         some = sampled[start : start + size]
         with torch.inference_mode():

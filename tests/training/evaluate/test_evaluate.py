@@ -15,7 +15,7 @@ from dalle.errors import ArtefactError, DataError
 from dalle.manifest import Manifest, StageRecord
 from dalle.preprocess.images import encode_image
 from training.data.batching.subset import Subset
-from training.data.sources.folder import open_folder
+from training.data.sources.channel import open_channel
 from training.evaluate.__main__ import main
 from training.evaluate.ground_truth import GroundTruth, read_attributes, read_ground_truth
 from training.evaluate.scores import (

@@ -16,7 +16,7 @@ import pytest
 
 from dalle.manifest import StageRecord
 from dalle.preprocess.images import decode_image
-from training.data.sources.folder import open_folder
+from training.data.sources.channel import open_channel
 from training.report.content import (
     CaptionAccuracy,
     CodebookUsage,

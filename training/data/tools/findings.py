@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from training.data.pairs import SkipReason
+from training.data.skips import SkipReason
 
 EXAMPLES = 5
 
