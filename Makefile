@@ -95,7 +95,7 @@ $(UV): requirements/uv.txt
 	.venv/bin/python -m pip install --require-hashes -r requirements/uv.txt
 	@touch $@
 
-.venv/.stamp: $(UV) pyproject.toml requirements/dev.txt $(wildcard container/dalle/decoding/cpu/native/*)
+.venv/.stamp: $(UV) pyproject.toml requirements/dev.txt $(wildcard container/dalle/decoding/cpu/csrc/*)
 	$(UV) pip sync --python .venv --require-hashes --build-constraints requirements/dev.txt --compile-bytecode requirements/uv.txt requirements/dev.txt
 	rm -f container/dalle/decoding/cpu/_native*.so
 	$(UV) pip install --python .venv --no-deps --no-build-isolation --editable .

@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from dalle.decoding.cpu.step import NativeStep
+from dalle.decoding.cpu.kv_cache import KeyRange
+from dalle.decoding.cpu.step import CpuStep
 from dalle.decoding.engine import DecodeEngine
-from dalle.decoding.kv_cache import KeyRange
 from dalle.decoding.sampling import SamplingOptions
 from dalle.decoding.select import new_step
 from dalle.models.transformer import Dalle
@@ -175,7 +175,7 @@ def share_outside_kernels(step: Callable[[], object]) -> float:
     whole = "engine step"
     step()  # warms up
     profiler = torch.autograd.profiler.profile(use_kineto=True)  # type: ignore[no-untyped-call]
-    with _native_calls_recorded(), profiler as profile:
+    with _compiled_calls_recorded(), profiler as profile:
         for _ in range(PROFILED_STEPS - 1):
             with torch.autograd.profiler.record_function(whole):
                 step()
@@ -184,21 +184,19 @@ def share_outside_kernels(step: Callable[[], object]) -> float:
 
 
 @contextmanager
-def _native_calls_recorded() -> Iterator[None]:
-    """The native step's calls as operators, which a profiler does not know otherwise."""
-    call = NativeStep._call
+def _compiled_calls_recorded() -> Iterator[None]:
+    """The compiled step's calls as operators, which a profiler does not know otherwise."""
+    call = CpuStep._call
 
-    def recorded(
-        self: NativeStep, function: Callable[..., int], num_rows: int, *others: Any
-    ) -> None:
-        with torch.autograd.profiler.record_function("native step"):
+    def recorded(self: CpuStep, function: Callable[..., int], num_rows: int, *others: Any) -> None:
+        with torch.autograd.profiler.record_function("compiled step"):
             call(self, function, num_rows, *others)
 
-    NativeStep._call = recorded  # type: ignore[method-assign]
+    CpuStep._call = recorded  # type: ignore[method-assign]
     try:
         yield
     finally:
-        NativeStep._call = call  # type: ignore[method-assign]
+        CpuStep._call = call  # type: ignore[method-assign]
 
 
 def wide_ranges(model: Dalle) -> list[KeyRange]:

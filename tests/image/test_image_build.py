@@ -64,10 +64,10 @@ def test_no_compiler_installer_or_index_address_of_the_build_stays_inside(image_
 
 
 def test_kernels_for_a_gpu_are_compiled_without_a_compiler_of_c():
-    script = REPOSITORY / "tests/dalle/decoding/compile_fused.py"
-    mounted = ("--volume", f"{script}:/tmp/compile_fused.py:ro", "--user", "12345:54321")
+    script = REPOSITORY / "tests/dalle/decoding/compile_kernels.py"
+    mounted = ("--volume", f"{script}:/tmp/compile_kernels.py:ro", "--user", "12345:54321")
     words = "90", "bfloat16", "relu2", "layer"
-    compiled = inside("/tmp/compile_fused.py", *words, entrypoint=PYTHON, options=mounted)
+    compiled = inside("/tmp/compile_kernels.py", *words, entrypoint=PYTHON, options=mounted)
     assert "attend" in compiled.split()
 
 

@@ -56,7 +56,6 @@ FLOORS = {
         "decoding",
         "decoding.cpu",
         "decoding.gpu",
-        "decoding.static_step",
         "decoding.select",
         "decoding.engine",
         "decoding.validate",

@@ -23,10 +23,9 @@ from torch import Tensor
 
 from dalle.decoding.input_batch import Batch, SlotState
 from dalle.decoding.request import Candidate, FinishedCandidate, Generation, Prefix
-from dalle.decoding.row_mover import RowMover
 from dalle.decoding.sampling import SamplingOptions, image_uniforms, require_evaluation_mode
 from dalle.decoding.select import new_step
-from dalle.decoding.step import EngineStep, MovingStep
+from dalle.decoding.step import Step
 from dalle.models.transformer import PADDING, Dalle
 
 
@@ -44,7 +43,7 @@ class DecodeEngine:
         num_slots: int,
         *,
         max_candidates: int | None = None,
-        step: EngineStep | None = None,
+        step: Step | None = None,
     ) -> None:
         if num_slots < 1:
             raise ValueError(f"num_slots must be at least 1, got {num_slots}")
@@ -52,8 +51,7 @@ class DecodeEngine:
         self.model, self.num_slots = model, num_slots
         self.max_candidates = max_candidates or num_slots
         self._device = model.text_position.device
-        self._step = step = step or new_step(model, num_slots)
-        self._mover = step if isinstance(step, MovingStep) else RowMover(step)
+        self._step = step or new_step(model, num_slots)
         self._free = list(range(num_slots))
         self._making: list[Candidate] = []
         self._generations: list[Generation] = []
@@ -136,7 +134,7 @@ class DecodeEngine:
             return finished
         N = self.model.config.num_positions
         batch = self._batch = self._batch or Batch(self._making, N, self._device)
-        self._mover.move(batch, self._state)
+        self._step.advance(batch, self._state)
         batch.advance()
         return finished + [self._finish(each) for each in batch.candidates if each.position == N]
 
@@ -207,10 +205,10 @@ class DecodeEngine:
         return candidate
 
     def _finish(self, candidate: Candidate) -> FinishedCandidate:
-        """Raises FloatingPointError where a logit was no number."""
+        """Raise FloatingPointError where a logit was NaN or infinite."""
         log_likelihood = float(self._state.log_likelihood[candidate.slot])
         if not math.isfinite(log_likelihood):
-            raise FloatingPointError("a logit is no number")
+            raise FloatingPointError("a logit is NaN or infinite")
         self._release(candidate)
         finished = FinishedCandidate(
             candidate.generation,

@@ -1,6 +1,6 @@
-"""What an engine hands a decoding step: what it knows of its slots, and the rows of a step.
+"""What the engine passes to a decoding step: the state of its slots, and the rows of a step.
 
-Letters: S slots, B rows of a step, C candidates in the making, N positions, V codebook size, M
+Letters: S slots, B rows of a step, C candidates being sampled, N positions, V codebook size, M
 codes, W width.
 """
 
@@ -15,26 +15,26 @@ import torch
 from torch import Tensor
 
 from dalle.decoding.request import Candidate
-from dalle.decoding.sampling import SamplingOptions, choose
+from dalle.decoding.sampling import SamplingOptions, sample_tokens
 from dalle.models.transformer import TransformerConfig
 
 
 @dataclass(frozen=True, eq=False)
 class SlotState:
-    """What an engine knows of its slots; a candidate's own is that of its slot with the caption."""
+    """Tensors of the engine by slot; a candidate's entry is that of its slot with the caption."""
 
     hidden: Tensor
-    """[S, W]: what predicts the next position."""
+    """[S, W]: predicts the next position."""
     image_tokens: Tensor
     """[S, N, M] int64."""
     log_likelihood: Tensor
-    """[S]: log p of what is drawn, in nats."""
+    """[S]: log p of the tokens sampled so far, in nats."""
     uniforms: Tensor
-    """[S, N, M] in [0, 1): what draws it."""
+    """[S, N, M] in [0, 1): the random numbers that choose the tokens."""
 
     @classmethod
     def new(cls, config: TransformerConfig, num_slots: int, like: Tensor) -> SlotState:
-        """like: a tensor of the model's device and dtype."""
+        """Allocate zeros. like: a tensor of the model's device and dtype."""
         shape = (num_slots, config.num_positions, config.num_codebooks)
         return cls(
             hidden=like.new_zeros(num_slots, config.width),
@@ -45,11 +45,11 @@ class SlotState:
 
 
 class Batch:
-    """The rows of a step, for as long as the same candidates are in the making: each candidate's,
-    then those without caption of the ones with guidance.
+    """The rows of a step, for as long as the candidates stay the same.
 
-    Tensors are made when they are first asked for, and nothing is sent to the device after that, so
-    that a GPU is never waited for.
+    One row for each candidate, then one without caption for each candidate with guidance. Tensors
+    are made at first use, and nothing is sent to the device after that: a step on a GPU never
+    waits for the host.
     """
 
     candidates: list[Candidate]
@@ -59,7 +59,7 @@ class Batch:
     numpy_positions: np.ndarray
     """Each row's position, [B]."""
     guided: np.ndarray
-    """The candidates with guidance, in the order of their rows without caption."""
+    """Indices of the candidates with guidance, in the order of their rows without caption."""
 
     def __init__(
         self, candidates: Sequence[Candidate], num_positions: int, device: torch.device
@@ -76,7 +76,7 @@ class Batch:
         self._places: Tensor | None = None
 
     def advance(self) -> None:
-        """Every candidate is one position further."""
+        """Move every candidate to its next position."""
         for each in self.candidates:
             each.position += 1
         self.numpy_positions += 1
@@ -95,34 +95,50 @@ class Batch:
 
     @property
     def places(self) -> Tensor:
-        """Each candidate's slot and position as one number, [C]."""
+        """Each candidate's slot and position as one index, slot · N + position, [C]."""
         if self._places is None:
             C = len(self.candidates)
             numbers = self.numpy_rows[:C] * self._num_positions + self.numpy_positions[:C]
             self._places = torch.from_numpy(numbers).to(self._device)
         return self._places
 
-    def draw(
+    @property
+    def blank_rows(self) -> dict[int, int]:
+        """Row without caption of each candidate with guidance, by the candidate's row."""
+        return {int(row): len(self.candidates) + n for n, row in enumerate(self.guided)}
+
+    def sample(
         self, code_logits: Callable[[Tensor, int, Tensor], Tensor], hidden: Tensor, uniforms: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Draw the candidates' codes [C, M] of what the rows' hidden [B, W] predict, and their
-        log p [C], by uniforms [C, M].
+        """Sample the candidates' codes [C, M] of the position that the rows' hidden [B, W] predict.
 
-        code_logits: as `SlotStep.code_logits`.
+        code_logits: as `Step.code_logits`. uniforms: [C, M]. Returns the codes and their log p [C].
         """
         C, M = uniforms.shape
         codes = torch.zeros(C, M, dtype=torch.int64, device=self._device)
         log_likelihood = torch.zeros(C, device=self._device)
         for m in range(M):
             logits = code_logits(hidden, m, self.spread(codes)).float()
-            codes[:, m] = self._choose(self._guide(logits), uniforms[:, m])
-            log_p = logits[:C].log_softmax(dim=-1)
-            log_likelihood += log_p.gather(1, codes[:, m, None]).squeeze(1)
+            codes[:, m], log_p = self._sample_code(logits, uniforms[:, m])
+            log_likelihood += log_p
         return codes, log_likelihood
 
     def spread(self, codes: Tensor) -> Tensor:
-        """[C, M] -> [B, M]: a branch without caption takes in what its candidate drew."""
+        """Codes [C, M] of the candidates -> [B, M] of all rows."""
         return torch.cat([codes, codes[self._guided]]) if len(self.guided) else codes
+
+    def _sample_code(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """One code per candidate and its log p, [C] each: one call for all of equal options."""
+        C = len(self.candidates)
+        if len(self._groups) == 1:
+            blank = logits[C:] if len(self.guided) else None
+            return sample_tokens(logits[:C], uniforms, self._groups[0][0], blank)
+        codes = torch.empty(C, dtype=torch.int64, device=self._device)
+        log_p = torch.empty(C, device=self._device)
+        for options, rows, blank_rows in self._groups:
+            blank = None if blank_rows is None else logits[blank_rows]
+            codes[rows], log_p[rows] = sample_tokens(logits[rows], uniforms[rows], options, blank)
+        return codes, log_p
 
     @cached_property
     def _guided(self) -> Tensor:
@@ -130,39 +146,19 @@ class Batch:
         return torch.from_numpy(self.guided).to(self._device)
 
     @cached_property
-    def _scales(self) -> Tensor:
-        """Of the guided ones, [., 1]."""
-        scales = [self.candidates[row].generation.options.guidance_scale for row in self.guided]
-        return torch.tensor(scales, device=self._device)[:, None]
-
-    @cached_property
-    def _draws(self) -> list[tuple[SamplingOptions, Tensor]]:
-        """The candidates that draw alike, by how they do."""
+    def _groups(self) -> list[tuple[SamplingOptions, Tensor, Tensor | None]]:
+        """Candidates of equal options: the options, their rows, their rows without caption."""
         by_options: dict[SamplingOptions, list[int]] = {}
         for row, each in enumerate(self.candidates):
-            options = each.generation.options
-            by_options.setdefault(
-                SamplingOptions(options.temperature, options.top_k, options.top_p), []
-            ).append(row)
+            by_options.setdefault(each.generation.options, []).append(row)
+        blank_rows = self.blank_rows
         return [
-            (options, torch.tensor(rows, device=self._device))
+            (
+                options,
+                torch.tensor(rows, device=self._device),
+                torch.tensor([blank_rows[row] for row in rows], device=self._device)
+                if rows[0] in blank_rows
+                else None,
+            )
             for options, rows in by_options.items()
         ]
-
-    def _guide(self, logits: Tensor) -> Tensor:
-        """[B, V] -> [C, V]"""
-        if not len(self.guided):
-            return logits
-        C = len(self.candidates)
-        conditional, blank = logits[:C], logits[C:]
-        with_guidance = blank + self._scales * (conditional[self._guided] - blank)
-        return conditional.index_copy(0, self._guided, with_guidance)
-
-    def _choose(self, logits: Tensor, uniforms: Tensor) -> Tensor:
-        """One code per candidate, [C]: together for all that draw alike."""
-        if len(self._draws) == 1:
-            return choose(logits, uniforms, self._draws[0][0])
-        chosen = torch.empty(len(logits), dtype=torch.int64, device=self._device)
-        for options, rows in self._draws:
-            chosen[rows] = choose(logits[rows], uniforms[rows], options)
-        return chosen

@@ -62,7 +62,7 @@ class Prefix:
     """A caption's pass through the model, done once: what its candidates' slots begin with."""
 
     packed: Sequence[Any]
-    """What `SlotStep.load` writes."""
+    """What `Step.load` writes."""
     hidden: Tensor  # [W], predicts the first position that is not primed
 
 

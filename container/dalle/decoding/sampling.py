@@ -1,4 +1,8 @@
-"""Text tokens -> image tokens, and text tokens -> more text tokens: one position after another.
+"""Sampling of image tokens for a caption, and of a caption's continuation, position by position.
+
+    sample_tokens         logits -> one token per row: guidance, temperature, filters, log p
+    sample_image_tokens   the reference that the engine's steps are tested against
+    complete_captions     text tokens -> more text tokens
 
 Knows ids and probabilities; knows no captions, pixels or HTTP.
 Letters: K candidates, T text length, N positions, M codes per position, V codebook size,
@@ -21,20 +25,22 @@ _IMAGE_STREAM, _TEXT_STREAM = 0, 1
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How a token is drawn from its logits."""
+    """How a token is sampled from its logits."""
 
     temperature: float = 1.0
     """Logits are divided by it; 0 takes the likeliest token and ignores the seed."""
     top_k: int | None = None
-    """Draw from this many likeliest tokens only."""
+    """Sample from this many likeliest tokens only."""
     top_p: float | None = None
-    """Draw from the fewest likeliest tokens whose probabilities reach this sum, in (0, 1]."""
+    """Sample from the fewest likeliest tokens whose probabilities reach this sum, in (0, 1]."""
     guidance_scale: float = 1.0
     """uncond + s · (cond − uncond); 1.0 skips the unconditional pass, half of the work."""
 
 
 @dataclass(frozen=True)
 class SampledTokens:
+    """Sampled images as tokens."""
+
     image_tokens: Tensor
     """[K, N, M] int64 in [0, V)."""
     log_likelihood: Tensor
@@ -42,7 +48,7 @@ class SampledTokens:
     filters and guidance; primed positions are not counted."""
 
 
-class SamplingStopped(Exception):  # noqa: N818 - not an error: the caller asked for it
+class SamplingStopped(Exception):  # noqa: N818 - no error: the caller stopped it
     """`on_step` returned False."""
 
 
@@ -58,15 +64,15 @@ def sample_image_tokens(
     on_step: Callable[[int], bool] | None = None,
     on_tokens: Callable[[Tensor], None] | None = None,
 ) -> SampledTokens:
-    """Draw an image's worth of tokens for each of the numbered candidates.
+    """Sample the image tokens of each of the numbered candidates.
 
     text_tokens: [1, T] int64, one caption for all, or [K, T], a caption for each; not modified.
-    candidates: their numbers; candidate k of a seed and a caption is the same picture whichever
-    others are drawn beside it. prime_tokens: [P, M], the first P
-    positions in raster order, kept as they are. on_step: called with the number of positions done
-    after each; returning False ends the call with SamplingStopped. on_tokens: called before that
-    with the tokens drawn so far, [K, n, M], which are neither to be changed nor to be kept.
-    Raises ValueError for a model in training mode, whose dropout would change what is drawn.
+    candidates: their numbers; candidate k of a seed and a caption is the same image whichever
+    others are sampled beside it. prime_tokens: [P, M], the first P positions in raster order, kept
+    as they are. on_step: called after each position with the number of positions done; returning
+    False ends the call with SamplingStopped. on_tokens: called before that with the tokens sampled
+    so far, [K, n, M], a view that must not be changed or kept.
+    Raises ValueError for a model in training mode, whose dropout would change the tokens.
     """
     require_evaluation_mode(model)
     options = options or SamplingOptions()
@@ -86,18 +92,15 @@ def sample_image_tokens(
 
     branches = [_Branch(model, text_tokens, prime_tokens, K)]
     if options.guidance_scale != 1.0:
-        blank = torch.full_like(text_tokens, PADDING)
-        branches.append(_Branch(model, blank, prime_tokens, K))
+        no_caption = torch.full_like(text_tokens, PADDING)
+        branches.append(_Branch(model, no_caption, prime_tokens, K))
     for position in range(primed, N):
         codes = image_tokens[:, position]
         for m in range(M):
             logits = [branch.code_logits(m, codes) for branch in branches]
-            guided = logits[0]
-            if len(logits) == 2:
-                guided = logits[1] + options.guidance_scale * (logits[0] - logits[1])
-            codes[:, m] = choose(guided, uniforms[:, position, m], options)
-            log_p = logits[0].log_softmax(dim=-1)
-            log_likelihood += log_p.gather(1, codes[:, m, None]).squeeze(1)
+            blank = logits[1] if len(logits) == 2 else None
+            codes[:, m], log_p = sample_tokens(logits[0], uniforms[:, position, m], options, blank)
+            log_likelihood += log_p
         if on_tokens is not None:
             on_tokens(image_tokens[:, : position + 1])
         if on_step is not None and not on_step(position + 1):
@@ -109,7 +112,7 @@ def sample_image_tokens(
 
 
 class _Branch:
-    """One caption's pass through the model: its cache, and the state that predicts what is next."""
+    """One caption's pass through the model: its cache and its last hidden state."""
 
     def __init__(
         self, model: Dalle, text_tokens: Tensor, prime_tokens: Tensor | None, num_candidates: int
@@ -122,16 +125,17 @@ class _Branch:
         self.cache = model.new_cache(rows)
         self.hidden = model.prefill(text_tokens, prime, self.cache)
         if rows < num_candidates:
-            # A caption that candidates share is computed once, in one row.
+            # A caption that all candidates share is computed once, in one row.
             prefix, self.cache = self.cache, model.new_cache(num_candidates)
             self.cache.copy_from(prefix)
             self.hidden = self.hidden.expand(num_candidates, -1)
 
     def code_logits(self, m: int, codes: Tensor) -> Tensor:
-        """[K, V] for code m of the position, given its codes before m."""
+        """Logits [K, V] of code m of the position, given its codes before m."""
         return self.model.code_logits(self.hidden, m, codes).float()
 
     def advance(self, codes: Tensor, position: int) -> None:
+        """Run the model on the codes [K, M] of a position."""
         self.hidden = self.model.decode_one(codes, position, self.cache)
 
 
@@ -147,10 +151,11 @@ def complete_captions(
 ) -> tuple[Tensor, Tensor]:
     """Continue a caption: prefix_tokens [n] without padding, 0 <= n <= T.
 
-    Returns text tokens [K, T] (each ends at its first padding) and the log-likelihood [K] of what
-    was added, in nats, the end included. guidance_scale has no meaning here and is not read.
-    on_step: called with the number of positions done after each, the prefix's included; returning
-    False ends the call with SamplingStopped. Raises ValueError for a model in training mode.
+    Returns text tokens [K, T] (each ends at its first padding) and the log-likelihood [K] of the
+    added tokens, in nats, the end included. guidance_scale has no meaning here and is not read.
+    on_step: called after each position with the number of positions done, the prefix's included;
+    returning False ends the call with SamplingStopped. Raises ValueError for a model in training
+    mode.
     """
     require_evaluation_mode(model)
     options = options or SamplingOptions()
@@ -159,17 +164,17 @@ def complete_captions(
     text_tokens = torch.full((K, T), PADDING, dtype=torch.int64, device=prefix_tokens.device)
     text_tokens[:, :start] = prefix_tokens
     log_likelihood = torch.zeros(K, device=prefix_tokens.device)
-    uniforms = np.stack([_uniforms(seed, k, _TEXT_STREAM, T) for k in range(K)])
-    draws = torch.from_numpy(uniforms).to(prefix_tokens.device)
+    uniforms = torch.from_numpy(
+        np.stack([_uniforms(seed, k, _TEXT_STREAM, T) for k in range(K)])
+    ).to(prefix_tokens.device)
     ended = torch.zeros(K, dtype=torch.bool, device=prefix_tokens.device)
     for position in range(start, T):
-        # A caption is short: each step runs the whole prefix again rather than keep a cache.
+        # A caption is short: each step runs the whole prefix again instead of keeping a cache.
         logits = model.text_logits(text_tokens)[:, position].float()
-        chosen = choose(logits, draws[:, position], options).where(~ended, PADDING)
-        log_p = logits.log_softmax(dim=-1).gather(1, chosen[:, None]).squeeze(1)
+        sampled, log_p = sample_tokens(logits, uniforms[:, position], options)
+        text_tokens[:, position] = sampled.where(~ended, PADDING)
         log_likelihood += log_p.where(~ended, 0.0)
-        text_tokens[:, position] = chosen
-        ended |= chosen == PADDING
+        ended |= sampled == PADDING
         if on_step is not None and not on_step(position + 1):
             raise SamplingStopped
         if bool(ended.all()):
@@ -177,11 +182,30 @@ def complete_captions(
     return text_tokens, log_likelihood
 
 
-def choose(logits: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor:
-    """One token per row: logits [K, V] and uniform draws [K] in [0, 1) -> [K] int64.
+def sample_tokens(
+    logits: Tensor, uniforms: Tensor, options: SamplingOptions, blank: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sample one token per row, and say how likely it was.
 
-    Inverse transform sampling: one random number decides a token, so that what a candidate draws
-    depends on its own numbers and nothing else.
+    logits: [K, V]. uniforms: [K] in [0, 1). blank: the logits [K, V] without the caption, which
+    turn guidance on. Returns the tokens [K] int64 and their log p [K] in nats, the latter before
+    guidance, temperature and filters.
+    """
+    guided = logits if blank is None else blank + options.guidance_scale * (logits - blank)
+    tokens = choose(guided, uniforms, options)
+    return tokens, token_log_p(logits, tokens)
+
+
+def token_log_p(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log p [K] in nats of one token [K] per row of logits [K, V]."""
+    return logits.log_softmax(dim=-1).gather(1, tokens[:, None]).squeeze(1)
+
+
+def choose(logits: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor:
+    """Choose one token per row: logits [K, V], uniforms [K] in [0, 1) -> [K] int64.
+
+    Inverse transform sampling: one random number decides a token, so a candidate's tokens depend
+    on its own numbers alone. guidance_scale is not read.
     """
     if options.temperature == 0.0:
         return logits.argmax(dim=-1)
@@ -206,7 +230,7 @@ def choose(logits: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor
 
 
 def require_evaluation_mode(model: Dalle) -> None:
-    """Raises ValueError for a model whose dropout would change what is drawn."""
+    """Raise ValueError for a model in training mode, whose dropout would change the tokens."""
     if model.training:
         raise ValueError(
             "the model must be in evaluation mode to sample from it; call eval() first"
@@ -214,13 +238,15 @@ def require_evaluation_mode(model: Dalle) -> None:
 
 
 def image_uniforms(seed: int, candidate: int, count: int) -> np.ndarray:
-    """The random numbers [count] float32 in [0, 1) that draw a candidate's image tokens."""
+    """Random numbers [count] float32 in [0, 1) that choose a candidate's image tokens."""
     return _uniforms(seed, candidate, _IMAGE_STREAM, count)
 
 
 def _uniforms(seed: int, candidate: int, stream: int, count: int) -> np.ndarray:
-    """[count] float32 in [0, 1), a function of its arguments alone: Philox is counter-based
-    (Salmon et al. 2011), so no candidate's numbers depend on another's."""
+    """Random numbers [count] float32 in [0, 1), a function of the arguments alone.
+
+    Philox is counter-based (Salmon et al. 2011): no candidate's numbers depend on another's.
+    """
     # As one list of numbers, (2**32, 0, 0) would be the same entropy as (0, 1, 0).
     sequence = np.random.SeedSequence(seed, spawn_key=(candidate, stream))
     key = sequence.generate_state(2, np.uint64)

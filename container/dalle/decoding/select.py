@@ -1,4 +1,4 @@
-"""Which decoding step a model draws by: its device's, and the one in code of ours if it can."""
+"""Choice of the decoding step for a model, by its device and by what this machine supports."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from importlib.util import find_spec
 
 import torch
 
-from dalle.decoding.cpu.step import NativeStep, why_not
-from dalle.decoding.kv_cache import KeyRange
-from dalle.decoding.static_step import StaticStep
-from dalle.decoding.step import EngineStep
-from dalle.decoding.torch_step import RaggedStep
+from dalle.decoding.cpu.kv_cache import KeyRange
+from dalle.decoding.cpu.step import CpuStep, why_not
+from dalle.decoding.cpu.torch_step import CpuTorchStep
+from dalle.decoding.gpu.torch_step import GpuTorchStep
+from dalle.decoding.step import Step
 from dalle.models.transformer import Dalle
 from dalle.types import Precision
 
-_LEAST_CAPABILITY = (8, 0)  # that Triton is made for, and that computes in bf16
+_LEAST_CAPABILITY = (8, 0)  # the least that Triton supports and that computes in bf16
 
 
 def new_step(
@@ -25,46 +25,46 @@ def new_step(
     key_ranges: Sequence[KeyRange] | None = None,
     *,
     own_kernels: bool = True,
-) -> EngineStep:
-    """A step of a model whose weights are as they are on a GPU: precision is that of a CPU.
+) -> Step:
+    """Build the decoding step of a model.
 
+    precision: of the weights on a CPU; on a GPU it is not read, and weights are the model's.
     key_ranges: one a layer where `needs_key_ranges` or without our own kernels, otherwise not read.
-    own_kernels: False draws by torch's alone, to compare with.
+    own_kernels: False decodes by torch's kernels alone, to compare with.
     """
     if _is_for_graphs(model):
-        if not own_kernels or why_not_fused(model) is not None:
-            return StaticStep(model, num_slots)
-        # Here, because Triton may be absent, and takes its time.
-        from dalle.decoding.gpu.step import FusedStep
+        if not own_kernels or why_not_triton(model) is not None:
+            return GpuTorchStep(model, num_slots)
+        # Imported here, because Triton may be absent and is slow to import.
+        from dalle.decoding.gpu.step import GpuStep
 
-        return FusedStep(model, num_slots)
+        return GpuStep(model, num_slots)
     if own_kernels and why_not(model, precision) is None:
-        return NativeStep(model, num_slots, precision=precision)
+        return CpuStep(model, num_slots, precision=precision)
     as_bytes = key_ranges if precision == "int8" else None
-    return RaggedStep(model, num_slots, precision=precision, key_ranges=as_bytes)
+    return CpuTorchStep(model, num_slots, precision=precision, key_ranges=as_bytes)
 
 
 def needs_key_ranges(model: Dalle, precision: Precision) -> bool:
-    """Whether bytes need to know the keys' range beforehand."""
+    """Whether the step stores keys as bytes over ranges that must be measured first."""
     return precision == "int8" and why_not(model, precision) is not None
 
 
 def describe_step(model: Dalle, precision: Precision) -> str:
-    """For people: which step draws, and why no other."""
+    """Describe the decoding step for a log line: which one it is, and why it is not our own."""
     if _is_for_graphs(model):
-        reason, own = why_not_fused(model), "fused kernels"
+        reason, own = why_not_triton(model), "Triton kernels"
     else:
-        reason, own = why_not(model, precision), "the native step"
-    return own if reason is None else f"torch's kernels, as {reason}"
+        reason, own = why_not(model, precision), "the compiled CPU step"
+    return own if reason is None else f"torch's kernels, because {reason}"
 
 
-def why_not_fused(model: Dalle) -> str | None:
-    """What keeps `dalle.decoding.gpu.step` from drawing with a model here; None where nothing
-    does."""
+def why_not_triton(model: Dalle) -> str | None:
+    """Reason why `gpu.step` cannot decode with a model on this machine; None where it can."""
     device = model.text_position.device
     if device.type != "cuda":
-        return f"the fused ones are for a GPU, not for {device.type}"
-    for package in ("triton", "cuda.bindings"):  # torch's for CUDA needs both
+        return f"Triton kernels are for a GPU, not for {device.type}"
+    for package in ("triton", "cuda.bindings"):  # dependencies of torch for CUDA
         if not _is_there(package):
             return f"{package} is not installed"
     if torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
@@ -74,12 +74,12 @@ def why_not_fused(model: Dalle) -> str | None:
 
 
 def _is_for_graphs(model: Dalle) -> bool:
-    """On a GPU; and bf16, wherever it is."""
+    """Whether the model is on a GPU, or in bf16 anywhere."""
     return model.text_position.device.type != "cpu" or model.text_position.dtype != torch.float32
 
 
 def _is_there(package: str) -> bool:
     try:
         return find_spec(package) is not None
-    except ModuleNotFoundError:  # what it is in
+    except ModuleNotFoundError:  # its parent package is missing
         return False

@@ -1,7 +1,7 @@
-"""How exactly an engine in fewer bytes draws what the model does, and the engine built if it does.
+"""Engine in a lower precision, built only if its probabilities are close to the model's.
 
-The model draws some images itself, and both engines say how likely each of their tokens was. Two
-numbers sum that up: how often the likeliest token is the same one, and by how much a drawn token's
+The model samples some images in fp32, and both precisions give log p of each of their tokens. Two
+numbers compare them: how often the likeliest token is the same, and by how much a sampled token's
 log p differs. An engine beyond the bounds is refused, not served.
 
 Letters: K captions, T text length, N positions, n positions of a window, M codes, V codebook size.
@@ -18,11 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dalle.decoding.cpu.kv_cache import KeyRange
 from dalle.decoding.engine import DecodeEngine
-from dalle.decoding.kv_cache import KeyRange
-from dalle.decoding.sampling import SamplingOptions, choose, complete_captions, image_uniforms
+from dalle.decoding.sampling import (
+    SamplingOptions,
+    choose,
+    complete_captions,
+    image_uniforms,
+    token_log_p,
+)
 from dalle.decoding.select import describe_step, needs_key_ranges, new_step
-from dalle.decoding.step import EngineStep, SlotStep
+from dalle.decoding.step import Step
 from dalle.errors import ArtefactError, DeviceError
 from dalle.models.transformer import Dalle
 from dalle.types import Precision
@@ -30,23 +36,23 @@ from dalle.types import Precision
 logger = logging.getLogger(__name__)
 
 _CAPTIONS = 4
-_WINDOW = 48  # positions at the image's beginning and as many at its end
-_MARGIN = 0.1  # of the keys' range, on either side: other captions go beyond what was seen
+_WINDOW = 48  # positions compared at the image's beginning, and as many at its end
+_MARGIN = 0.1  # of the keys' range, added on either side for other captions
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """What fewer bytes change, over the tokens that the model drew."""
+    """Difference that a lower precision makes, over the tokens of a `Reference`."""
 
     greedy_agreement: float
-    """Share of tokens of which the likeliest is the same."""
+    """Share of codes for which the likeliest token is the same, 0 to 1."""
     likelihood_change: float
-    """Mean absolute difference of a drawn token's log p, in nats."""
+    """Mean absolute difference of a sampled token's log p, in nats."""
 
 
 @dataclass(frozen=True)
 class AccuracyBounds:
-    """What an engine may change at most."""
+    """Least agreement and greatest change with which an engine is built."""
 
     greedy_agreement: float = 0.97
     likelihood_change: float = 0.02
@@ -61,12 +67,12 @@ def build_engine(
     captions: Tensor | None = None,
     bounds: AccuracyBounds | None = None,
 ) -> DecodeEngine:
-    """An engine in the precision asked for; other than fp32 it is compared with the model first.
+    """Build an engine in a precision; other than fp32 it is compared with the model first.
 
-    max_candidates: see `DecodeEngine`. captions: text tokens [K, T] to compare with, at best real
-    ones; None: the model's own.
-    Raises `ArtefactError` for a model that fewer bytes change beyond the bounds, `DeviceError`
-    where they cannot be computed with.
+    max_candidates: see `DecodeEngine`. captions: text tokens [K, T] to compare with, best real
+    ones; None samples them from the model.
+    Raises `ArtefactError` for a model that the precision changes beyond the bounds, `DeviceError`
+    for a precision that the device does not support.
     """
     logger.info("decoding by %s", describe_step(model, precision))
     if precision == "fp32":
@@ -76,23 +82,25 @@ def build_engine(
         fitting = "fp32, fp16 or int8" if device == "cpu" else "fp32 or bf16"
         raise DeviceError(f"precision on device {device} must be {fitting}, got {precision}")
     bounds = bounds or AccuracyBounds()
-    sample = draw_sample(model, captions)
-    key_ranges = measure_key_ranges(model, sample) if needs_key_ranges(model, precision) else None
-    accuracy = compare(model, sample, precision, key_ranges)
+    reference = sample_reference(model, captions)
+    key_ranges = (
+        measure_key_ranges(model, reference) if needs_key_ranges(model, precision) else None
+    )
+    accuracy = compare(model, reference, precision, key_ranges)
     logger.info(
-        "decoding in %s: likeliest token the same in %.1f %% of draws, log p apart by %.4f nats",
+        "decoding in %s: likeliest token the same for %.1f %% of codes, log p differs by %.4f nats",
         precision,
         100 * accuracy.greedy_agreement,
         accuracy.likelihood_change,
     )
-    # Also where these are no numbers.
+    # Negated, so that NaN is refused too.
     if not (
         accuracy.greedy_agreement >= bounds.greedy_agreement
         and accuracy.likelihood_change <= bounds.likelihood_change
     ):
         raise ArtefactError(
             f"decoding in {precision} would change this model too much: the likeliest token is "
-            f"the same in {accuracy.greedy_agreement:.1%} of draws (at least "
+            f"the same for {accuracy.greedy_agreement:.1%} of codes (at least "
             f"{bounds.greedy_agreement:.1%} is right), log p differs by "
             f"{accuracy.likelihood_change:.3f} nats (at most {bounds.likelihood_change:.3f}); "
             "use fp32"
@@ -102,29 +110,32 @@ def build_engine(
 
 
 @dataclass(frozen=True)
-class Sample:
-    """What the model drew. text_tokens [K, T]; image_tokens [K, N, M], of which `windows` count."""
+class Reference:
+    """Image tokens that the model sampled in fp32, and their probabilities."""
 
     text_tokens: Tensor
+    """[K, T]"""
     image_tokens: Tensor
+    """[K, N, M]"""
     windows: Sequence[range]
+    """Positions that are compared."""
     log_p: Tensor
-    """[positions of all windows, K, M]: of each token drawn."""
+    """[positions of all windows, K, M]: of each sampled token, in nats."""
     likeliest: Tensor
-    """The same shape: each token that would have been drawn at temperature 0."""
+    """The same shape: the likeliest token of each code."""
 
 
 @torch.inference_mode()
-def draw_sample(model: Dalle, captions: Tensor | None = None, *, seed: int = 0) -> Sample:
-    """Draw the first and the last positions of an image for each caption, by the model itself.
+def sample_reference(model: Dalle, captions: Tensor | None = None, *, seed: int = 0) -> Reference:
+    """Sample the first and the last positions of an image for each caption, in fp32.
 
     The positions between repeat the first ones: they only fill the cache.
     """
     config = model.config
     N, M = config.num_positions, config.num_codebooks
     if captions is None:
-        nothing = torch.zeros(0, dtype=torch.int64, device=model.text_position.device)
-        captions, _ = complete_captions(model, nothing, num_completions=_CAPTIONS, seed=seed)
+        empty = torch.zeros(0, dtype=torch.int64, device=model.text_position.device)
+        captions, _ = complete_captions(model, empty, num_completions=_CAPTIONS, seed=seed)
     captions = captions[:_CAPTIONS]
     K, n = len(captions), min(_WINDOW, N)
     uniforms = torch.from_numpy(
@@ -140,15 +151,15 @@ def draw_sample(model: Dalle, captions: Tensor | None = None, *, seed: int = 0) 
             image_tokens[:, n:] = image_tokens[:, :n].repeat(1, repeats, 1)[:, n:N]
         walks.append(_walk(model, step, captions, image_tokens, window, uniforms))
     log_p, likeliest = (torch.cat(each) for each in zip(*walks, strict=True))
-    return Sample(captions, image_tokens, windows, log_p, likeliest)
+    return Reference(captions, image_tokens, windows, log_p, likeliest)
 
 
 @torch.inference_mode()
-def measure_key_ranges(model: Dalle, sample: Sample) -> list[KeyRange]:
-    """The keys' range in each layer over a sample, and a little more."""
-    K = len(sample.text_tokens)
+def measure_key_ranges(model: Dalle, reference: Reference) -> list[KeyRange]:
+    """Measure the range of the keys in each layer, and add a margin."""
+    K = len(reference.text_tokens)
     cache = model.new_cache(K)
-    model.prefill(sample.text_tokens, sample.image_tokens[:, :-1], cache)
+    model.prefill(reference.text_tokens, reference.image_tokens[:, :-1], cache)
     ranges = []
     for keys in cache.keys:
         seen = keys[:, :, : cache.filled]
@@ -160,26 +171,29 @@ def measure_key_ranges(model: Dalle, sample: Sample) -> list[KeyRange]:
 
 @torch.inference_mode()
 def compare(
-    model: Dalle, sample: Sample, precision: Precision, key_ranges: Sequence[KeyRange] | None
+    model: Dalle,
+    reference: Reference,
+    precision: Precision,
+    key_ranges: Sequence[KeyRange] | None,
 ) -> Accuracy:
-    """Say again how likely a sample's tokens are, in another precision."""
-    K = len(sample.text_tokens)
+    """Compute the probabilities of a reference's tokens in another precision, and compare."""
+    K = len(reference.text_tokens)
     model, step = _convert(model, K, precision, key_ranges)
     walks = [
-        _walk(model, step, sample.text_tokens, sample.image_tokens, window, None)
-        for window in sample.windows
+        _walk(model, step, reference.text_tokens, reference.image_tokens, window, None)
+        for window in reference.windows
     ]
     log_p, likeliest = (torch.cat(each) for each in zip(*walks, strict=True))
     return Accuracy(
-        greedy_agreement=float((likeliest == sample.likeliest).float().mean()),
-        likelihood_change=float((log_p - sample.log_p).abs().mean()),
+        greedy_agreement=float((likeliest == reference.likeliest).float().mean()),
+        likelihood_change=float((log_p - reference.log_p).abs().mean()),
     )
 
 
 def _convert(
     model: Dalle, num_slots: int, precision: Precision, key_ranges: Sequence[KeyRange] | None
-) -> tuple[Dalle, EngineStep]:
-    """The model that reads captions, and the step that goes on from there."""
+) -> tuple[Dalle, Step]:
+    """Return the model that computes the captions, and the step that continues them."""
     if precision == "bf16":
         model = copy.deepcopy(model).to(torch.bfloat16)
     return model, new_step(model, num_slots, precision, key_ranges)
@@ -187,15 +201,15 @@ def _convert(
 
 def _walk(
     model: Dalle,
-    step: SlotStep,
+    step: Step,
     captions: Tensor,
     image_tokens: Tensor,
     window: range,
     uniforms: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """log p and likeliest tokens [n, K, M] of a window.
+    """Compute log p and the likeliest tokens [n, K, M] of a window.
 
-    uniforms: draw the tokens and write them; None: take those that are there.
+    uniforms: [K, N, M] to sample the tokens, which are written; None reads those that are there.
     """
     K, _, M = image_tokens.shape
     device = image_tokens.device
@@ -215,8 +229,7 @@ def _walk(
             logits = step.code_logits(state, m, codes).float()
             if uniforms is not None:
                 codes[:, m] = choose(logits, uniforms[:, position, m], SamplingOptions())
-            each = logits.log_softmax(dim=-1)
-            log_p[done, :, m] = each.gather(1, codes[:, m, None]).squeeze(1)
+            log_p[done, :, m] = token_log_p(logits, codes[:, m])
             likeliest[done, :, m] = logits.argmax(dim=-1)
         if position + 1 < window.stop:
             state = step(rows, codes, np.full(K, position))

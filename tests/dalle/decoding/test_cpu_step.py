@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from dalle.decoding.cpu import step as native_step
-from dalle.decoding.cpu import structures as native_structures
-from dalle.decoding.cpu.step import NativeStep, why_not
+from dalle.decoding.cpu import step as cpu_step
+from dalle.decoding.cpu import structures as structures
+from dalle.decoding.cpu.step import CpuStep, why_not
+from dalle.decoding.cpu.torch_step import CpuTorchStep
 from dalle.decoding.engine import DecodeEngine
+from dalle.decoding.gpu.torch_step import GpuTorchStep
 from dalle.decoding.sampling import SamplingOptions
 from dalle.decoding.select import describe_step, needs_key_ranges, new_step
-from dalle.decoding.static_step import StaticStep
-from dalle.decoding.step import SlotStep
-from dalle.decoding.torch_step import RaggedStep
-from dalle.decoding.validate import draw_sample, measure_key_ranges
+from dalle.decoding.step import Step
+from dalle.decoding.validate import measure_key_ranges, sample_reference
 from dalle.types import ATTENTION_KINDS
-from tests.dalle.decoding.native import runs_here
+from tests.dalle.decoding.compiled import runs_here
 
 TEXT = torch.tensor([[3, 1, 4, 0, 0]])
 OTHER_TEXT = torch.tensor([[2, 7, 1, 8, 2]])
@@ -62,7 +62,7 @@ def walk(step, slots, codes):
     reason="no compiler for this machine",
 )
 def test_setup_has_built_it():
-    assert native_structures.library() is not None
+    assert structures.library() is not None
 
 
 @runs_here
@@ -87,11 +87,11 @@ def test_it_is_as_exact_as_torchs_kernels(
         parameter.mul_(0.4)  # or no query sees more than one input
     config = model.config
     codes = torch.randint(config.codebook_size, (20, 2, config.num_codebooks))
-    ranges = measure_key_ranges(model, draw_sample(model)) if precision == "int8" else None
-    steps: list[SlotStep] = [
-        NativeStep(model, 2, precision=precision),
-        RaggedStep(model, 2, precision=precision, key_ranges=ranges),
-        RaggedStep(model, 2),
+    ranges = measure_key_ranges(model, sample_reference(model)) if precision == "int8" else None
+    steps: list[Step] = [
+        CpuStep(model, 2, precision=precision),
+        CpuTorchStep(model, 2, precision=precision, key_ranges=ranges),
+        CpuTorchStep(model, 2),
     ]
     states, logits = [], []
     for step in steps:
@@ -113,7 +113,7 @@ def test_what_a_row_gives_depends_on_no_other_and_on_no_number_of_threads(
     model = make_dalle(attention_kinds=("full", "axial_col"), width=40, num_heads=2)
     captions = [TEXT, OTHER_TEXT] * 10
     codes = torch.randint(7, (6, 20, 2))
-    step = NativeStep(model, 20, precision=precision)
+    step = CpuStep(model, 20, precision=precision)
     torch.set_num_threads(1)
     begun(step, model, captions)
     together = walk(step, range(20), codes)
@@ -147,7 +147,7 @@ def test_what_a_row_gives_depends_on_no_other_and_on_no_number_of_threads(
 )
 def test_codes_are_drawn_as_by_sampling(options, make_dalle):
     model = make_dalle(codebook_size=100, num_codebooks=3, width=64, num_heads=2)
-    step = NativeStep(model, 80)
+    step = CpuStep(model, 80)
     engine = DecodeEngine(model, 80, step=step)
     engine.submit(TEXT, candidates=range(40), seed=5, options=options)
     engine.step()
@@ -157,8 +157,8 @@ def test_codes_are_drawn_as_by_sampling(options, make_dalle):
     hidden = 3 * torch.randn(len(batch.rows), 64)
     uniforms = torch.rand(40, 3)
     uniforms[:2] = torch.tensor([[0.0], [1 - 2.0**-24]])  # the least and the greatest there are
-    codes, log_likelihood = step.draw(hidden, uniforms, batch)
-    expected_codes, expected = batch.draw(step.code_logits, hidden, uniforms)
+    codes, log_likelihood = step.sample(hidden, uniforms, batch)
+    expected_codes, expected = batch.sample(step.code_logits, hidden, uniforms)
     assert (codes == expected_codes).all()
     assert len(codes.unique()) > 10
     assert (log_likelihood - expected).abs().max() < 1e-4
@@ -169,7 +169,7 @@ def test_where_logits_are_equal_no_more_than_k_codes_are_drawn(make_dalle):
     model = make_dalle(codebook_size=50, num_codebooks=1)
     for parameter in model.code_heads.parameters():
         parameter.data.zero_()
-    engine = DecodeEngine(model, 40, step=NativeStep(model, 40))
+    engine = DecodeEngine(model, 40, step=CpuStep(model, 40))
     engine.submit(TEXT, candidates=range(40), seed=5, options=SamplingOptions(top_k=3))
     drawn = []
     while not engine.is_idle:
@@ -182,7 +182,7 @@ def test_where_logits_are_equal_no_more_than_k_codes_are_drawn(make_dalle):
 def test_a_forked_process_does_not_wait_for_threads_that_it_has_not(make_dalle, threads):
     torch.set_num_threads(2)
     model = make_dalle()
-    step = NativeStep(model, 1)
+    step = CpuStep(model, 1)
     begun(step, model, [TEXT])
     walk(step, [0], torch.zeros(1, 1, 2, dtype=torch.int64))
     child = os.fork()
@@ -201,31 +201,35 @@ def test_a_forked_process_does_not_wait_for_threads_that_it_has_not(make_dalle, 
 
 @runs_here
 def test_a_step_of_more_rows_than_slots_is_refused(make_dalle):
-    step = NativeStep(make_dalle(), 1)
+    step = CpuStep(make_dalle(), 1)
     with pytest.raises(ValueError, match="2 rows, but the step has 1 slots"):
         step(np.arange(2), torch.zeros(2, 2, dtype=torch.int64), np.zeros(2, np.int64))
 
 
 def test_why_it_cannot_be_is_said_and_another_step_draws(make_dalle, monkeypatch):
     wide = make_dalle(width=272, num_heads=2)
-    if native_structures.library() is not None:
+    if structures.library() is not None:
         assert why_not(wide, "fp32") in (
             "head width must be at most 128, got 136",
             "the processor has no AVX-512",
         )
     model = make_dalle()
-    monkeypatch.setattr(native_step, "library", lambda: None)
-    assert describe_step(model, "int8").startswith("torch's kernels, as it is not built")
+    monkeypatch.setattr(cpu_step, "library", lambda: None)
+    assert describe_step(model, "int8").startswith(
+        "torch's kernels, because the compiled step is not built"
+    )
     assert needs_key_ranges(model, "int8")
     assert not needs_key_ranges(model, "fp16")
-    assert isinstance(new_step(model, 1), RaggedStep)
-    with pytest.raises(ValueError, match="no native step: it is not built"):
-        NativeStep(model, 1)
-    assert isinstance(new_step(model.to(torch.bfloat16), 1), StaticStep)
+    assert isinstance(new_step(model, 1), CpuTorchStep)
+    with pytest.raises(ValueError, match="no compiled step: the compiled step is not built"):
+        CpuStep(model, 1)
+    assert isinstance(new_step(model.to(torch.bfloat16), 1), GpuTorchStep)
     assert describe_step(model, "bf16") == (
-        "torch's kernels, as the fused ones are for a GPU, not for cpu"
+        "torch's kernels, because Triton kernels are for a GPU, not for cpu"
     )
-    assert why_not(model, "fp32") == "it is for float32 on a CPU, not for torch.bfloat16 on cpu"
+    assert why_not(model, "fp32") == (
+        "the compiled step is for float32 on a CPU, not torch.bfloat16 on cpu"
+    )
 
 
 def test_a_processor_without_avx512_draws_by_torch(make_dalle, monkeypatch):
@@ -233,9 +237,9 @@ def test_a_processor_without_avx512_draws_by_torch(make_dalle, monkeypatch):
         def dalle_support(self):
             return 0
 
-    monkeypatch.setattr(native_step, "library", Library)
+    monkeypatch.setattr(cpu_step, "library", Library)
     assert describe_step(make_dalle(), "fp32") == (
-        "torch's kernels, as the processor has no AVX-512"
+        "torch's kernels, because the processor has no AVX-512"
     )
 
 
@@ -243,10 +247,10 @@ def test_a_processor_without_avx512_draws_by_torch(make_dalle, monkeypatch):
 @pytest.mark.parametrize("which", [slice(None), slice(2, 3)])
 def test_logits_that_are_no_numbers_are_an_error(which, make_dalle):
     model = make_dalle()
-    engine = DecodeEngine(model, 1, step=NativeStep(model, 1))
+    engine = DecodeEngine(model, 1, step=CpuStep(model, 1))
     engine.submit(TEXT, candidates=[0], seed=0)
     model.code_heads[0].to_logits.bias[which] = torch.nan  # which the step shares
-    with pytest.raises(FloatingPointError, match="no number"):
+    with pytest.raises(FloatingPointError, match="NaN or infinite"):
         engine.step()
 
 
@@ -263,21 +267,21 @@ class Loaded:
 def test_code_of_another_version_is_not_used(layout, monkeypatch, caplog):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: SimpleNamespace(origin="it.so"))
     monkeypatch.setattr("ctypes.CDLL", lambda path: Loaded(1, layout))
-    assert native_structures.library.__wrapped__() is None
+    assert structures.library.__wrapped__() is None
     assert "it.so is of another version" in caplog.text
 
 
 def test_on_another_platform_its_code_says_no_more_than_that(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: SimpleNamespace(origin="it.so"))
     monkeypatch.setattr("ctypes.CDLL", lambda path: Loaded(0, None))
-    assert native_structures.library.__wrapped__().dalle_support() == 0
+    assert structures.library.__wrapped__().dalle_support() == 0
 
 
 def test_code_that_cannot_be_loaded_is_not_used(monkeypatch, caplog, tmp_path):
     broken = tmp_path / "it.so"
     broken.write_bytes(b"no library")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: SimpleNamespace(origin=broken))
-    assert native_structures.library.__wrapped__() is None
+    assert structures.library.__wrapped__() is None
     assert "it.so cannot be loaded" in caplog.text
 
 
@@ -286,10 +290,10 @@ def test_without_vnni_bytes_have_seven_bits(make_dalle, monkeypatch):
     """On a processor with it both kernels run here, which is how the other one is tested."""
     model = make_dalle(width=64, num_heads=2)
     codes = torch.randint(7, (6, 1, 2))
-    exact = RaggedStep(model, 1)
+    exact = CpuTorchStep(model, 1)
     begun(exact, model, [TEXT])
     expected = walk(exact, [0], codes)
-    library = native_structures.library()
+    library = structures.library()
 
     class SevenBits:
         dalle_support = staticmethod(lambda: 1)
@@ -297,8 +301,8 @@ def test_without_vnni_bytes_have_seven_bits(make_dalle, monkeypatch):
         def __getattr__(self, name):
             return getattr(library, name)
 
-    monkeypatch.setattr(native_step, "library", SevenBits)
-    step = NativeStep(model, 1, precision="int8")
+    monkeypatch.setattr(cpu_step, "library", SevenBits)
+    step = CpuStep(model, 1, precision="int8")
     begun(step, model, [TEXT])
     found = walk(step, [0], codes)
     assert (found - expected).abs().max() / expected.abs().max() < 0.1

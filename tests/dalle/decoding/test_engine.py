@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from dalle.decoding.cpu.step import NativeStep
+from dalle.decoding.cpu.embedding_tables import FloatTable
+from dalle.decoding.cpu.step import CpuStep
+from dalle.decoding.cpu.torch_step import CpuTorchStep
 from dalle.decoding.engine import DecodeEngine
-from dalle.decoding.row_tables import FloatRows
+from dalle.decoding.gpu.torch_step import GpuTorchStep
 from dalle.decoding.sampling import SamplingOptions, sample_image_tokens
-from dalle.decoding.static_step import StaticStep
-from dalle.decoding.torch_step import RaggedStep
 from dalle.models.attention import visibility
 from dalle.types import ATTENTION_KINDS
-from tests.dalle.decoding.native import runs_here
+from tests.dalle.decoding.compiled import runs_here
 
 T, N, M, V = 5, 16, 2, 7  # of conftest's tiny transformer
 TEXT = torch.tensor([[3, 1, 4, 0, 0]])
@@ -21,7 +21,7 @@ KINDS = [
     ("axial_row", "axial_col", "conv_like"),
     ("full", "conv_like"),
 ]
-STEPS = [pytest.param(NativeStep, marks=runs_here), RaggedStep, StaticStep]
+STEPS = [pytest.param(CpuStep, marks=runs_here), CpuTorchStep, GpuTorchStep]
 PRIME = torch.tensor([[5, 1], [0, 6], [2, 2], [3, 4], [1, 0], [6, 6]])
 REQUESTS = [
     {"text_tokens": TEXT, "candidates": range(4), "seed": 7},
@@ -125,7 +125,7 @@ def test_how_many_slots_there_are_and_who_comes_when_change_nothing(num_slots, e
 @pytest.mark.parametrize("step", STEPS)
 def test_a_long_sequence_is_read_in_blocks(step, make_dalle, monkeypatch):
     """Rows a block apart, and a block's first and last input."""
-    monkeypatch.setattr("dalle.decoding.static_step._BLOCK", 8)
+    monkeypatch.setattr("dalle.decoding.gpu.torch_step._BLOCK", 8)
     kinds = ("full", "axial_row")  # of which the second sees more than a block at first
     model = make_dalle(grid_size=10, text_length=9, num_codebooks=1, attention_kinds=kinds)
     requests = [
@@ -141,11 +141,11 @@ def test_a_step_reads_what_its_queries_see_and_little_else(kind, make_dalle, mon
     """Rows of keys and values, of one input and head each, in one step of two candidates."""
     model = make_dalle(attention_kinds=(kind,), text_length=5, grid_size=8, num_codebooks=1)
     config = model.config
-    engine = DecodeEngine(model, 2, step=RaggedStep(model, 2))
+    engine = DecodeEngine(model, 2, step=CpuTorchStep(model, 2))
     prime = torch.zeros(40, 1, dtype=torch.int64)  # then the first of a row is drawn
     engine.submit(TEXT, candidates=range(2), seed=0, prime_tokens=prime)
     numbers_read = []
-    sums, fetch = FloatRows.sums, FloatRows.fetch
+    sums, fetch = FloatTable.sums, FloatTable.fetch
 
     def noted_sums(self, indices, *others):
         numbers_read.append(indices.numel() * self.table.shape[1])
@@ -155,8 +155,8 @@ def test_a_step_reads_what_its_queries_see_and_little_else(kind, make_dalle, mon
         numbers_read.append(indices.numel() * self.table.shape[1])
         return fetch(self, indices)
 
-    monkeypatch.setattr(FloatRows, "sums", noted_sums)
-    monkeypatch.setattr(FloatRows, "fetch", noted_fetch)
+    monkeypatch.setattr(FloatTable, "sums", noted_sums)
+    monkeypatch.setattr(FloatTable, "fetch", noted_fetch)
     engine.step()
     inputs = sum(numbers_read) / (2 * 2 * config.num_layers * config.width)
     visible = visibility(kind, 5, 8, config.conv_kernel_size).sum(dim=1)
@@ -302,7 +302,7 @@ def test_torchs_own_random_numbers_are_neither_read_nor_moved(model):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kinds", KINDS)
 def test_a_recorded_step_draws_what_plain_sampling_does(kinds, make_dalle, monkeypatch):
-    monkeypatch.setattr("dalle.decoding.static_step._BLOCK", 8)  # some recordings
+    monkeypatch.setattr("dalle.decoding.gpu.torch_step._BLOCK", 8)  # some recordings
     model = make_dalle(attention_kinds=kinds, num_layers=3).cuda()
     requests = [
         {
@@ -311,6 +311,6 @@ def test_a_recorded_step_draws_what_plain_sampling_does(kinds, make_dalle, monke
         }
         for request in REQUESTS
     ]
-    found = run(DecodeEngine(model, 5, step=StaticStep(model, 5)), requests)
+    found = run(DecodeEngine(model, 5, step=GpuTorchStep(model, 5)), requests)
     assert_as_sampled(model, found, requests)
     assert all(tokens.device.type == "cuda" for tokens, _ in found.values())

@@ -12,15 +12,14 @@ import torch
 
 from dalle.decoding import select as steps
 from dalle.decoding.engine import DecodeEngine
-from dalle.decoding.gpu import launch as fused_launch
-from dalle.decoding.gpu import layers as fused_layers
-from dalle.decoding.gpu import sampler as fused_draw
-from dalle.decoding.gpu import step as fused_step
-from dalle.decoding.gpu.cuda_graph import Recordings
+from dalle.decoding.gpu import launch as launch
+from dalle.decoding.gpu import layers as layers
+from dalle.decoding.gpu import sampler as sampler
+from dalle.decoding.gpu import step as gpu_step
+from dalle.decoding.gpu.cuda_graph import CudaGraphs
 from dalle.decoding.sampling import SamplingOptions, choose, sample_image_tokens
-from dalle.decoding.select import describe_step, new_step, why_not_fused
-from dalle.decoding.validate import _walk, draw_sample
-from tests.dalle.decoding.fused import FusedStep
+from dalle.decoding.select import describe_step, new_step, why_not_triton
+from dalle.decoding.validate import _walk, sample_reference
 from tests.dalle.decoding.test_engine import (
     KINDS,
     OTHER_TEXT,
@@ -30,6 +29,7 @@ from tests.dalle.decoding.test_engine import (
     assert_as_sampled,
     run,
 )
+from tests.dalle.decoding.triton_interpreter import GpuStep
 
 FIELDS = [
     {"norm": "rms", "feed_forward": "gelu", "num_codebooks": 1},
@@ -67,20 +67,20 @@ def in_small_pieces(monkeypatch):
     wide layers, not all is read at once."""
     if torch.cuda.is_available():
         return
-    add = Recordings.add
+    add = CudaGraphs.add
 
     def add_after_a_run(self, name, work):
         work()
         add(self, name, work)
 
-    monkeypatch.setattr(Recordings, "add", add_after_a_run)
-    monkeypatch.setattr(fused_step, "_FULL", (8, 4))
-    monkeypatch.setattr(fused_step, "_SPARSE", (4, 1))
-    monkeypatch.setattr(fused_layers, "_INNER", 32)
+    monkeypatch.setattr(CudaGraphs, "add", add_after_a_run)
+    monkeypatch.setattr(gpu_step, "_FULL", (8, 4))
+    monkeypatch.setattr(gpu_step, "_SPARSE", (4, 1))
+    monkeypatch.setattr(layers, "_INNER", 32)
 
 
 def engine_of(model, num_slots):
-    return DecodeEngine(model, num_slots, step=FusedStep(model, num_slots))
+    return DecodeEngine(model, num_slots, step=GpuStep(model, num_slots))
 
 
 def finished_by(engine):
@@ -158,8 +158,8 @@ def test_bf16_draws_tokens_as_likely_as_they_are_in_fp32(make_dalle):
 def test_one_step_can_be_walked_by_hand(make_dalle):
     """As when its precision is compared."""
     model = make_dalle(**(SMALL | {"num_codebooks": 2}))
-    sample = draw_sample(model)
-    step = FusedStep(model, len(sample.text_tokens))
+    sample = sample_reference(model)
+    step = GpuStep(model, len(sample.text_tokens))
     walked = [
         _walk(model, step, sample.text_tokens, sample.image_tokens, window, None)
         for window in sample.windows
@@ -179,7 +179,7 @@ def test_logits_that_are_no_numbers_are_an_error(make_dalle):
     engine.submit(TEXT, candidates=[0], seed=0, options=SamplingOptions(guidance_scale=2.0))
     engine.step()
     engine._state.hidden[1] = torch.nan
-    with pytest.raises(FloatingPointError, match="no number"):
+    with pytest.raises(FloatingPointError, match="NaN or infinite"):
         finished_by(engine)
 
 
@@ -198,17 +198,17 @@ def test_a_code_is_chosen_as_plain_sampling_chooses_it():
     logits[::3, :5] = logits[::3].amax(dim=1, keepdim=True)  # equal ones
     uniforms = torch.rand(S, 1, 1, generator=generator)
     uniforms[0::8], uniforms[1::8] = 1e-6, 1 - 2**-24
-    plan = torch.zeros(S, len(fused_draw.PLAN_COLUMNS), dtype=torch.float64)
-    plan[:, fused_draw.BLANK] = fused_draw.NO_GUIDANCE
+    plan = torch.zeros(S, len(sampler.PLAN_COLUMNS), dtype=torch.float64)
+    plan[:, sampler.BLANK] = sampler.NO_GUIDANCE
     for slot, way in enumerate(ways):
-        plan[slot, fused_draw.TEMPERATURE] = way.temperature
-        plan[slot, fused_draw.TOP_K] = way.top_k or V
-        plan[slot, fused_draw.TOP_P] = way.top_p or 1.0
+        plan[slot, sampler.TEMPERATURE] = way.temperature
+        plan[slot, sampler.TOP_K] = way.top_k or V
+        plan[slot, sampler.TOP_P] = way.top_p or 1.0
     bias = torch.randn(V, generator=generator)
     bias[:5] = 0.0
     positions, codes = torch.zeros(S, dtype=torch.int64), torch.zeros(S, 1, dtype=torch.int64)
     image_tokens, log_p = torch.zeros(S, 1, 1, dtype=torch.int64), torch.zeros(S)
-    fused_draw.draw_code[S,](
+    sampler.sample_code[S,](
         logits, bias, plan, positions, uniforms, codes, image_tokens, log_p, 0, M=1, N=1, V=V,
         BLOCK_V=128,
     )  # fmt: skip
@@ -230,40 +230,47 @@ def test_a_code_is_chosen_as_plain_sampling_chooses_it():
 def test_every_kernel_compiles_for_a_gpu_that_is_not_here(arguments, tmp_path):
     environment = {name: each for name, each in os.environ.items() if name != "TRITON_INTERPRET"}
     ended = subprocess.run(
-        [sys.executable, "-m", "tests.dalle.decoding.compile_fused", *arguments.split()],
+        [sys.executable, "-m", "tests.dalle.decoding.compile_kernels", *arguments.split()],
         env=environment | {"PYTHONPATH": "container:.", "TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
     )
     assert ended.returncode == 0, ended.stderr
     compiled = ended.stdout.split()
-    assert compiled == ["activate", "attend", "draw_code", "normalise", "sum_of_rows", "take_in"]
+    assert compiled == [
+        "activate",
+        "attend",
+        "normalise",
+        "sample_code",
+        "store_hidden",
+        "sum_of_rows",
+    ]
 
 
 def test_a_kernel_that_is_to_be_launched_in_another_way_is_refused():
     ptx = ".visible .entry f(\n\t.param .u64 .ptr f_param_0,\n\t.param .u32 f_param_1\n)"
     metadata = {"name": "f", "global_scratch_size": 0, "profile_scratch_size": 0, "num_ctas": 1}
     made = SimpleNamespace(asm={"ptx": ptx}, metadata=SimpleNamespace(**metadata))
-    fused_launch._check_launch(made, 0)
+    launch._check_launch(made, 0)
     with pytest.raises(RuntimeError, match="f takes 2 arguments instead of 3"):
-        fused_launch._check_launch(made, 1)
+        launch._check_launch(made, 1)
     made.metadata.global_scratch_size = 8
     with pytest.raises(RuntimeError, match="8 bytes of scratch"):
-        fused_launch._check_launch(made, 0)
+        launch._check_launch(made, 0)
 
 
 def test_a_gpu_that_it_is_not_for_draws_by_torch_and_the_reason_is_told(monkeypatch):
     model = SimpleNamespace(text_position=torch.empty(1, device="meta"))
-    assert why_not_fused(model) == "the fused ones are for a GPU, not for meta"
+    assert why_not_triton(model) == "Triton kernels are for a GPU, not for meta"
     device = torch.device("cuda")
     model = SimpleNamespace(text_position=SimpleNamespace(device=device, dtype=torch.bfloat16))
     capability = [7, 5]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: tuple(capability))
-    assert why_not_fused(model) == "the GPU is of capability 7.5, below 8.0"
+    assert why_not_triton(model) == "the GPU is of capability 7.5, below 8.0"
     capability[:] = 9, 0
-    assert why_not_fused(model) is None
+    assert why_not_triton(model) is None
     monkeypatch.setattr(steps, "find_spec", lambda name: None)
-    assert describe_step(model, "bf16") == "torch's kernels, as triton is not installed"
+    assert describe_step(model, "bf16") == "torch's kernels, because triton is not installed"
 
     def without_bindings(name):
         if name == "cuda.bindings":
@@ -271,15 +278,15 @@ def test_a_gpu_that_it_is_not_for_draws_by_torch_and_the_reason_is_told(monkeypa
         return name
 
     monkeypatch.setattr(steps, "find_spec", without_bindings)
-    assert why_not_fused(model) == "cuda.bindings is not installed"
+    assert why_not_triton(model) == "cuda.bindings is not installed"
 
 
 @pytest.mark.gpu
 def test_a_gpu_of_today_is_drawn_with_by_it(make_dalle):
     model = make_dalle().cuda()
-    assert why_not_fused(model) is None
-    assert describe_step(model, "fp32") == "fused kernels"
-    assert isinstance(new_step(model, 1), FusedStep)
+    assert why_not_triton(model) is None
+    assert describe_step(model, "fp32") == "Triton kernels"
+    assert isinstance(new_step(model, 1), GpuStep)
 
 
 @pytest.mark.gpu

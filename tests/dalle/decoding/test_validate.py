@@ -11,8 +11,8 @@ from dalle.decoding.validate import (
     AccuracyBounds,
     build_engine,
     compare,
-    draw_sample,
     measure_key_ranges,
+    sample_reference,
 )
 from dalle.errors import ArtefactError, DeviceError
 from dalle.types import ATTENTION_KINDS
@@ -73,7 +73,7 @@ def test_every_precision_says_nearly_the_same_of_what_the_model_drew(
     model = make_dalle(attention_kinds=(kind,), width=64, num_heads=2, grid_size=12)
     for parameter in model.parameters():
         parameter.mul_(0.4)
-    sample = draw_sample(model)
+    sample = sample_reference(model)
     key_ranges = measure_key_ranges(model, sample) if precision == "int8" else None
     accuracy = compare(model, sample, precision, key_ranges)
     assert accuracy.greedy_agreement >= agreement
@@ -100,7 +100,7 @@ def test_on_a_gpu_bf16_is_built_and_compared(make_dalle):
 
 
 def test_the_sample_is_what_the_model_draws(model, text_tokens):
-    sample = draw_sample(model, text_tokens.expand(2, -1), seed=3)
+    sample = sample_reference(model, text_tokens.expand(2, -1), seed=3)
     expected = sample_image_tokens(model, text_tokens, candidates=range(2), seed=3)
     assert (sample.image_tokens == expected.image_tokens).all()
     total = sample.log_p.sum(dim=(0, 2))
@@ -175,7 +175,7 @@ def test_in_bytes_too_a_candidate_does_not_depend_on_the_load(guidance_scale, mo
 
 def test_a_longer_picture_is_compared_at_both_of_its_ends(make_dalle):
     model = make_dalle(grid_size=12)
-    sample = draw_sample(model)
+    sample = sample_reference(model)
     assert [(each.start, each.stop) for each in sample.windows] == [(0, 48), (96, 144)]
     assert sample.log_p.shape == (96, 4, 2)
     engine = DecodeEngine(model, 1)

@@ -127,7 +127,7 @@ def test_a_step_reads_each_weight_once_and_what_its_queries_see(make_dalle):
 
 
 def test_steps_without_our_own_kernels_can_be_measured(monkeypatch, capsys):
-    monkeypatch.setattr("dalle.decoding.select.NativeStep", None)
+    monkeypatch.setattr("dalle.decoding.select.CpuStep", None)
     arguments = ["--size", "tiny", "--candidates", "2", "--rounds", "2", "--probe-mb", "8"]
     arguments += ["--device", "cpu", "--threads", "1", "--requests", "0", "--torch-kernels"]
     bench.main(arguments)

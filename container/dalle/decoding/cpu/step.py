@@ -1,8 +1,7 @@
-"""The decoding step for a CPU in one call of compiled code, `container/dalle/native`.
+"""The decoding step for a CPU in one call of compiled code, whose C++ is in `csrc/`.
 
-The same arithmetic as `dalle.decoding.torch_step`, which is for processors and machines that this
-one is not for: it wants Linux, AVX-512, and a C++ compiler where it was installed, or `why_not`
-says so.
+The same arithmetic as `dalle.decoding.cpu.torch_step`. It needs Linux, AVX-512, and a C++ compiler
+at installation; where one is missing, `why_not` names it and torch's kernels decode instead.
 
 Letters: S slots, B busy slots, C candidates, H heads, L inputs of a sequence, D head width, D' the
 same rounded up to 16, M codes, V codebook size, W width.
@@ -26,76 +25,79 @@ from dalle.decoding.cpu.structures import (
     CODES,
     LANES,
     MOST_HEAD_WIDTH,
-    NativeDraw,
-    NativeHead,
-    NativeLayer,
-    NativeModel,
-    NativeSeen,
+    CHead,
+    CLayer,
+    CModel,
+    CSampling,
+    CSeen,
     Structures,
     library,
 )
 from dalle.decoding.input_batch import Batch
-from dalle.decoding.step import input_tables
+from dalle.decoding.step import Step, blocks_of, heads_of, input_tables
 from dalle.models.attention import KeyValueCache
 from dalle.models.transformer import Dalle
 from dalle.types import AttentionKind, Precision
 
 
 def why_not(model: Dalle, precision: Precision) -> str | None:
-    """What keeps `NativeStep` from drawing with a model here; None where nothing does."""
+    """Reason why `CpuStep` cannot decode with a model on this machine; None where it can."""
     place = model.text_position
     if place.device.type != "cpu" or place.dtype != torch.float32:
-        return f"it is for float32 on a CPU, not for {place.dtype} on {place.device.type}"
+        return (
+            f"the compiled step is for float32 on a CPU, not {place.dtype} on {place.device.type}"
+        )
     compiled = library()
     if compiled is None:
-        return "it is not built: install g++ 11 or later, `rm .venv/.stamp` and `make setup`"
+        return (
+            "the compiled step is not built: install g++ 11 or later, `rm .venv/.stamp` and "
+            "`make setup`"
+        )
     if compiled.dalle_support() == 0:
         return "the processor has no AVX-512"
     if precision not in CODES:
-        return f"there is none for {precision}"
+        return f"the compiled step has no {precision}"
     if model.config.head_width > MOST_HEAD_WIDTH:
         return f"head width must be at most {MOST_HEAD_WIDTH}, got {model.config.head_width}"
     return None
 
 
-class NativeStep:
+class CpuStep(Step):
     """A model's decoding step with the keys and values of all its slots.
 
-    In fp32 it shares the model's weights; in int8 keys and values are bytes, too, over the range
-    of each one's own. It computes in threads of its own, as many as torch has, which sleep between
-    calls. Raises ValueError where `why_not` says a reason.
+    In fp32 it shares the model's weights. In int8 keys and values are bytes too, each row over the
+    row's range. It starts as many threads as torch has, which sleep between calls. Raises
+    ValueError where `why_not` has a reason.
     """
 
     def __init__(self, model: Dalle, num_slots: int, *, precision: Precision = "fp32") -> None:
-        if reason := why_not(model, precision):
-            raise ValueError(f"no native step: {reason}")
+        compiled, reason = library(), why_not(model, precision)
+        if compiled is None or reason is not None:
+            raise ValueError(f"no compiled step: {reason}")
         config = model.config
-        self._config, self._num_slots = config, num_slots
-        compiled = library()
-        assert compiled is not None
-        self._library = compiled
+        self._config, self._num_slots, self._library = config, num_slots, compiled
         structures = Structures(precision, compiled.dalle_support())
-        self._draws: _Draws | None = None
+        self._sampling: _BatchSampling | None = None
         shape = (num_slots, config.num_heads, config.length)
         # Keys, then values, of each layer.
         self._tables = [
             [_SlotTable(shape, config.head_width, precision == "int8") for _ in range(2)]
             for _ in model.blocks
         ]
-        seen: dict[AttentionKind, NativeSeen] = {}
+        seen: dict[AttentionKind, CSeen] = {}
         layers = []
-        for layer, block in enumerate(model.blocks):
+        for layer, block in enumerate(blocks_of(model)):
             attention_kind = config.kind_of_layer(layer)
             if attention_kind not in seen:
                 seen[attention_kind] = structures.seen(model, attention_kind)
             tables = [structures.table(each.rows, each.ranges) for each in self._tables[layer]]
             layers.append(structures.layer(block, tables, seen[attention_kind]))
-        heads = [structures.head(head) for head in model.code_heads]
+        heads = [structures.head(head) for head in heads_of(model)]
         code_inputs, position_inputs = input_tables(model)
         self._kept = structures.kept
-        self._layers = (NativeLayer * len(layers))(*layers)
-        self._heads = (NativeHead * len(heads))(*heads)
-        self._model = NativeModel(
+        self._layers = (CLayer * len(layers))(*layers)
+        self._heads = (CHead * len(heads))(*heads)
+        self._model = CModel(
             layers=self._layers,
             heads=self._heads,
             code_inputs=structures.pointer(code_inputs),
@@ -112,18 +114,16 @@ class NativeStep:
         )
         self._step: int | None = compiled.dalle_new_step(ctypes.byref(self._model), num_slots)
         if not self._step:
-            raise MemoryError(f"no memory for a native step of {num_slots} slots")
-        # Not when the process ends: another thread may be in a step, and all end with it anyway.
+            raise MemoryError(f"no memory for a compiled step of {num_slots} slots")
+        # Not at the end of the process: another thread may be in a step, and all end with it.
         self._process = os.getpid()
         weakref.finalize(self, _delete, compiled, self._step, self._process).atexit = False
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the keys and values."""
         return sum(each.num_bytes for layer in self._tables for each in layer)
 
     def __call__(self, slots: np.ndarray, codes: Tensor, positions: np.ndarray) -> Tensor:
-        """As `SlotStep`."""
         B = len(slots)
         codes = codes.contiguous()
         slots, positions = (np.ascontiguousarray(each, np.int64) for each in (slots, positions))
@@ -138,32 +138,30 @@ class NativeStep:
         )
         return hidden
 
-    def draw(self, hidden: Tensor, uniforms: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """As `DrawingStep`."""
-        draws = self._draws
-        if draws is None or draws.batch is not batch:
-            draws = self._draws = _Draws.of(batch, self._config.codebook_size)
+    def sample(self, hidden: Tensor, uniforms: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        sampling = self._sampling
+        if sampling is None or sampling.batch is not batch:
+            sampling = self._sampling = _BatchSampling.of(batch, self._config.codebook_size)
         B, C = len(hidden), len(uniforms)
         hidden, uniforms = hidden.contiguous(), uniforms.contiguous()
         codes = torch.zeros(C, self._config.num_codebooks, dtype=torch.int64)
         log_likelihood = torch.zeros(C)
         self._call(
-            self._library.dalle_draw,
+            self._library.dalle_sample,
             B,
             hidden.data_ptr(),
             C,
-            draws.candidates.data_ptr(),
-            draws.array,
+            sampling.candidates.data_ptr(),
+            sampling.array,
             uniforms.data_ptr(),
             codes.data_ptr(),
             log_likelihood.data_ptr(),
         )
         if not bool(log_likelihood.isfinite().all()):
-            raise FloatingPointError("a logit is no number")
+            raise FloatingPointError("a logit is NaN or infinite")
         return codes, log_likelihood
 
     def code_logits(self, hidden: Tensor, m: int, codes: Tensor) -> Tensor:
-        """As `SlotStep`."""
         B = len(hidden)
         hidden, codes = hidden.contiguous(), codes.contiguous()
         logits = torch.empty(B, self._config.codebook_size)
@@ -179,7 +177,7 @@ class NativeStep:
         return logits
 
     def pack(self, prefix: KeyValueCache) -> list[list[_Packed]]:
-        """As `SlotStep`: of each layer, keys and values."""
+        """Keys and values of each layer, as its tables store them."""
         return [
             [
                 table.encode(each[0, :, : prefix.filled])
@@ -191,33 +189,34 @@ class NativeStep:
         ]
 
     def load(self, slots: Tensor, packed: Sequence[Sequence[_Packed]]) -> None:
-        """As `SlotStep`."""
         for tables, parts in zip(self._tables, packed, strict=True):
             for table, part in zip(tables, parts, strict=True):
                 table.load(slots, part)
 
     def _call(self, function: Callable[..., int], num_rows: int, *others: Any) -> None:
-        """All time outside Python, and so what benchmarks look at."""
+        """Call a function of the library: all time outside Python, which benchmarks measure."""
         if num_rows > self._num_slots:
             raise ValueError(f"{num_rows} rows, but the step has {self._num_slots} slots")
         if os.getpid() != self._process:
-            raise RuntimeError("a native step cannot be used in a process forked from its own")
+            raise RuntimeError("a compiled step cannot be used in a forked process")
         if not function(self._step, torch.get_num_threads(), num_rows, *others):
-            raise RuntimeError(f"cannot start {torch.get_num_threads()} threads for a native step")
+            raise RuntimeError(
+                f"cannot start {torch.get_num_threads()} threads for a compiled step"
+            )
 
 
 _Packed = tuple[Tensor, Tensor | None]
-"""The first n rows of a slot [H, n, D'], and with bytes their ranges [H, n, 2]."""
+"""The first n rows of a slot [H, n, D'], and for bytes their ranges [H, n, 2]."""
 
 
 class _SlotTable:
-    """Keys or values of a layer, of all slots: floats, or bytes spread over the range of each row.
+    """Keys or values of a layer for all slots, as floats, or as bytes over the range of each row.
 
-    rows: [S, H, L, D']. ranges: with bytes [S, H, L, 2], what 1 means in a row and what 0 means.
+    rows: [S, H, L, D']. ranges: for bytes [S, H, L, 2], the scale and the least value of a row.
     """
 
     def __init__(self, shape: tuple[int, int, int], head_width: int, as_bytes: bool) -> None:
-        """shape: S, H, L."""
+        """Allocate zeros. shape: S, H, L."""
         self._padding = -head_width % LANES
         kind = torch.uint8 if as_bytes else torch.float32
         self.rows = torch.zeros(*shape, head_width + self._padding, dtype=kind)
@@ -225,11 +224,11 @@ class _SlotTable:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of both."""
+        """Memory of rows and ranges."""
         return self.rows.nbytes + (0 if self.ranges is None else self.ranges.nbytes)
 
     def encode(self, x: Tensor) -> _Packed:
-        """Keys or values [H, n, D] as they are here."""
+        """Convert keys or values [H, n, D] to rows and ranges."""
         if self.ranges is None:
             return F.pad(x, (0, self._padding)), None
         least, greatest = x.aminmax(dim=-1, keepdim=True)
@@ -238,18 +237,17 @@ class _SlotTable:
         return F.pad(rows, (0, self._padding)), torch.cat([scale, least], dim=-1)
 
     def load(self, slots: Tensor, packed: _Packed) -> None:
-        """The same in each of the slots [B]."""
+        """Write the same rows to each of the slots [B]."""
         rows, ranges = packed
         n = rows.shape[1]
         self.rows[slots, :, :n] = rows
-        if self.ranges is not None:
-            assert ranges is not None
+        if self.ranges is not None and ranges is not None:
             self.ranges[slots, :, :n] = ranges
 
 
 @dataclass(frozen=True)
-class _Draws:
-    """How the candidates of a batch are drawn, for as long as it lasts."""
+class _BatchSampling:
+    """Sampling options of a batch's candidates as C structures."""
 
     batch: Batch
     candidates: Tensor
@@ -257,22 +255,21 @@ class _Draws:
     array: Any
 
     @classmethod
-    def of(cls, batch: Batch, codebook_size: int) -> _Draws:
-        C = len(batch.candidates)
-        blank_rows = {int(candidate): C + place for place, candidate in enumerate(batch.guided)}
-        draws = (NativeDraw * C)()
-        for row, (draw, candidate) in enumerate(zip(draws, batch.candidates, strict=True)):
+    def of(cls, batch: Batch, codebook_size: int) -> _BatchSampling:
+        C, blank_rows = len(batch.candidates), batch.blank_rows
+        array = (CSampling * C)()
+        for row, (sampling, candidate) in enumerate(zip(array, batch.candidates, strict=True)):
             options = candidate.generation.options
-            draw.top_p = 1.0 if options.top_p is None else options.top_p
-            draw.temperature = options.temperature
-            draw.guidance_scale = options.guidance_scale
-            draw.top_k = min(options.top_k or codebook_size, codebook_size)
-            draw.blank_row = blank_rows.get(row, -1)
+            sampling.top_p = 1.0 if options.top_p is None else options.top_p
+            sampling.temperature = options.temperature
+            sampling.guidance_scale = options.guidance_scale
+            sampling.top_k = min(options.top_k or codebook_size, codebook_size)
+            sampling.blank_row = blank_rows.get(row, -1)
         candidates = torch.from_numpy(np.concatenate([np.arange(C), batch.guided]))
-        return cls(batch, candidates.int(), draws)
+        return cls(batch, candidates.int(), array)
 
 
 def _delete(compiled: ctypes.CDLL, step: int, process: int) -> None:
-    # A process that was forked from the step's has none of its threads to wait for.
+    # A forked process has none of the step's threads to wait for.
     if os.getpid() == process:
         compiled.dalle_delete_step(step)

@@ -1,4 +1,4 @@
-"""What `container/dalle/native` reads of a model: the structures of its model.h, field by field.
+"""C structures of a model for the compiled step, as `csrc/model.h` declares them, and its library.
 
 Letters: K inputs and N outputs of a matrix, L inputs of a sequence, M codes, V codebook size, W
 width.
@@ -18,25 +18,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle.decoding.kv_cache import inputs_seen
 from dalle.decoding.quantised import byte_scales
-from dalle.decoding.step import earlier_table, gain_of
-from dalle.models.attention import SelfAttention
+from dalle.decoding.step import BlockParts, earlier_table, inputs_seen
 from dalle.models.layers import FeedForward
-from dalle.models.transformer import Block, CodeHead, Dalle
+from dalle.models.transformer import CodeHead, Dalle
 from dalle.types import AttentionKind, FeedForwardKind, Precision
 
 logger = logging.getLogger(__name__)
 
 LANES = 16
 MOST_HEAD_WIDTH = 128
-_MOST_HALF = 65504.0
+_MOST_HALF = 65504.0  # greatest number of float16
 CODES: dict[Precision, int] = {"fp32": 0, "fp16": 1, "int8": 2}
-_SMALL_BYTES = 3  # int8 without VNNI, in 7 bits
+_SMALL_BYTES = 3  # int8 in 7 bits, for processors without VNNI
 _ACTIVATIONS: dict[FeedForwardKind, int] = {"gelu": 0, "geglu": 1, "relu2": 2}
 
 
-class NativeMatrix(Structure):
+class CMatrix(Structure):
     _fields_ = (
         ("weights", c_void_p),
         ("scales", c_void_p),
@@ -47,52 +45,52 @@ class NativeMatrix(Structure):
     )
 
 
-class NativeNorm(Structure):
+class CNorm(Structure):
     _fields_ = (("gain", c_void_p), ("bias", c_void_p), ("epsilon", c_float))
 
 
-class NativeFeedForward(Structure):
+class CFeedForward(Structure):
     _fields_ = (
-        ("norm", NativeNorm),
-        ("expand", NativeMatrix),
-        ("contract", NativeMatrix),
+        ("norm", CNorm),
+        ("expand", CMatrix),
+        ("contract", CMatrix),
         ("activation", c_int32),
     )
 
 
-class NativeTable(Structure):
+class CTable(Structure):
     _fields_ = (("rows", c_void_p), ("ranges", c_void_p))
 
 
-class NativeSeen(Structure):
+class CSeen(Structure):
     _fields_ = (("inputs", c_void_p), ("counts", c_void_p), ("most", c_int32))
 
 
-class NativeLayer(Structure):
+class CLayer(Structure):
     _fields_ = (
-        ("norm", NativeNorm),
-        ("qkv", NativeMatrix),
-        ("out", NativeMatrix),
+        ("norm", CNorm),
+        ("qkv", CMatrix),
+        ("out", CMatrix),
         ("out_gain", c_void_p),
-        ("feed_forward", NativeFeedForward),
+        ("feed_forward", CFeedForward),
         ("contract_gain", c_void_p),
-        ("keys", NativeTable),
-        ("values", NativeTable),
-        ("seen", NativeSeen),
+        ("keys", CTable),
+        ("values", CTable),
+        ("seen", CSeen),
         ("normalises_heads", c_int32),
     )
 
 
-class NativeHead(Structure):
+class CHead(Structure):
     _fields_ = (
         ("earlier", c_void_p),
-        ("mix", NativeFeedForward),
-        ("norm", NativeNorm),
-        ("to_logits", NativeMatrix),
+        ("mix", CFeedForward),
+        ("norm", CNorm),
+        ("to_logits", CMatrix),
     )
 
 
-class NativeDraw(Structure):
+class CSampling(Structure):
     _fields_ = (
         ("top_p", c_double),
         ("temperature", c_float),
@@ -102,10 +100,10 @@ class NativeDraw(Structure):
     )
 
 
-class NativeModel(Structure):
+class CModel(Structure):
     _fields_ = (
-        ("layers", POINTER(NativeLayer)),
-        ("heads", POINTER(NativeHead)),
+        ("layers", POINTER(CLayer)),
+        ("heads", POINTER(CHead)),
         ("code_inputs", c_void_p),
         ("position_inputs", c_void_p),
         ("width", c_int32),
@@ -121,7 +119,7 @@ class NativeModel(Structure):
 
 
 class Structures:
-    """A model's parts as compiled code reads them, and the tensors that must outlive that."""
+    """C structures of a model's parts, and the tensors whose memory they point to."""
 
     def __init__(self, precision: Precision, support: int) -> None:
         self.precision = CODES[precision]
@@ -130,85 +128,78 @@ class Structures:
         self.kept: list[Tensor] = []
 
     def pointer(self, tensor: Tensor | None) -> int | None:
-        """Of a tensor that is kept from now on."""
+        """Return the address of a tensor's numbers, and keep the tensor."""
         if tensor is None:
             return None
         kept = tensor.detach().contiguous()
         self.kept.append(kept)
         return kept.data_ptr()
 
-    def matrix(self, linear: nn.Linear) -> NativeMatrix:
+    def matrix(self, linear: nn.Linear) -> CMatrix:
         N, K = linear.weight.shape
         shared = {"bias": self.pointer(linear.bias), "inputs": K, "outputs": N}
         if self.precision == CODES["fp32"]:
-            # Laid out row by row in the layer itself, so that both read the same memory.
+            # Row by row in the layer itself, so that the step and the model share the memory.
             linear.weight.data = linear.weight.data.contiguous()
-            return NativeMatrix(weights=self.pointer(linear.weight), **shared)
+            return CMatrix(weights=self.pointer(linear.weight), **shared)
         weight = linear.weight.detach().float()
         if self.precision == CODES["fp16"]:
             half = weight.clamp(-_MOST_HALF, _MOST_HALF).half()
-            return NativeMatrix(weights=self.pointer(half), **shared)
+            return CMatrix(weights=self.pointer(half), **shared)
         scales = byte_scales(weight, 63 if self.precision == _SMALL_BYTES else 127)
         rounded = (weight / scales[:, None]).round_().to(torch.int8)
         quads = F.pad(rounded, (0, -K % 4, 0, -N % LANES)).view(-(-N // LANES), LANES, -1, 4)
-        return NativeMatrix(
+        return CMatrix(
             weights=self.pointer(quads.transpose(1, 2)),
             scales=self.pointer(scales),
             sums=self.pointer(128 * rounded.sum(dim=1, dtype=torch.int32)),
             **shared,
         )
 
-    def norm(self, norm: nn.Module) -> NativeNorm:
+    def norm(self, norm: nn.Module) -> CNorm:
         epsilon = norm.eps
         bias = norm.bias if isinstance(norm, nn.LayerNorm) else None
         weight = norm.get_parameter("weight")
         assert isinstance(epsilon, float)
-        return NativeNorm(gain=self.pointer(weight), bias=self.pointer(bias), epsilon=epsilon)
+        return CNorm(gain=self.pointer(weight), bias=self.pointer(bias), epsilon=epsilon)
 
-    def feed_forward(self, norm: nn.Module, function: nn.Module) -> NativeFeedForward:
-        assert isinstance(function, FeedForward)
-        return NativeFeedForward(
+    def feed_forward(self, norm: nn.Module, function: FeedForward) -> CFeedForward:
+        return CFeedForward(
             norm=self.norm(norm),
             expand=self.matrix(function.expand),
             contract=self.matrix(function.contract),
             activation=_ACTIVATIONS[function.kind],
         )
 
-    def layer(
-        self, block: nn.Module, tables: Sequence[NativeTable], seen: NativeSeen
-    ) -> NativeLayer:
-        assert isinstance(block, Block)
-        attention = block.attention.function
-        assert isinstance(attention, SelfAttention)
-        return NativeLayer(
-            norm=self.norm(block.attention.norm),
-            qkv=self.matrix(attention.to_qkv),
-            out=self.matrix(attention.to_out),
-            out_gain=self.pointer(gain_of(block.attention)),
-            feed_forward=self.feed_forward(block.feed_forward.norm, block.feed_forward.function),
-            contract_gain=self.pointer(gain_of(block.feed_forward)),
+    def layer(self, block: BlockParts, tables: Sequence[CTable], seen: CSeen) -> CLayer:
+        return CLayer(
+            norm=self.norm(block.attention_norm),
+            qkv=self.matrix(block.attention.to_qkv),
+            out=self.matrix(block.attention.to_out),
+            out_gain=self.pointer(block.attention_gain),
+            feed_forward=self.feed_forward(block.feed_forward_norm, block.feed_forward),
+            contract_gain=self.pointer(block.feed_forward_gain),
             keys=tables[0],
             values=tables[1],
             seen=seen,
-            normalises_heads=attention.qk_norm,
+            normalises_heads=block.attention.qk_norm,
         )
 
-    def head(self, head: nn.Module) -> NativeHead:
-        assert isinstance(head, CodeHead)
-        structure = NativeHead(norm=self.norm(head.norm), to_logits=self.matrix(head.to_logits))
+    def head(self, head: CodeHead) -> CHead:
+        structure = CHead(norm=self.norm(head.norm), to_logits=self.matrix(head.to_logits))
         if head.mix is not None:
             structure.earlier = self.pointer(earlier_table(head))
             structure.mix = self.feed_forward(head.norm, head.mix)
         return structure
 
-    def table(self, rows: Tensor, ranges: Tensor | None) -> NativeTable:
-        return NativeTable(rows=self.pointer(rows), ranges=self.pointer(ranges))
+    def table(self, rows: Tensor, ranges: Tensor | None) -> CTable:
+        return CTable(rows=self.pointer(rows), ranges=self.pointer(ranges))
 
-    def seen(self, model: Dalle, kind: AttentionKind) -> NativeSeen:
+    def seen(self, model: Dalle, kind: AttentionKind) -> CSeen:
         if kind == "full":
-            return NativeSeen()
+            return CSeen()
         inputs, counts = inputs_seen(model.config, kind)
-        return NativeSeen(
+        return CSeen(
             inputs=self.pointer(torch.from_numpy(inputs.astype(np.int32))),
             counts=self.pointer(torch.from_numpy(counts.astype(np.int32))),
             most=inputs.shape[1],
@@ -217,8 +208,11 @@ class Structures:
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled code, which setuptools puts beside this file; None where there is none that
-    fits. Where its `dalle_support` is 0 it may have no other function."""
+    """Load the compiled code that setuptools puts beside this file.
+
+    None where it is missing, or of another version. Where its `dalle_support` is 0 it may have no
+    other function.
+    """
     found = importlib.util.find_spec("dalle.decoding.cpu._native")
     if found is None or found.origin is None:
         return None
@@ -234,23 +228,23 @@ def library() -> ctypes.CDLL | None:
         logger.warning("%s is of another version: run `make setup` again", found.origin)
         return None
     loaded.dalle_new_step.restype = c_void_p
-    loaded.dalle_new_step.argtypes = (POINTER(NativeModel), c_int32)
+    loaded.dalle_new_step.argtypes = (POINTER(CModel), c_int32)
     loaded.dalle_delete_step.argtypes = (c_void_p,)
-    # The step, threads, rows, and where things are.
+    # The step, threads, rows; then pointers.
     own = (c_void_p, c_int32, c_int32)
     loaded.dalle_step.argtypes = (*own, c_void_p, c_void_p, c_void_p, c_void_p)
     loaded.dalle_code_logits.argtypes = (*own, c_void_p, c_int32, c_void_p, c_int64, c_void_p)
-    loaded.dalle_draw.argtypes = (*own, c_void_p, c_int32, *[c_void_p] * 5)
+    loaded.dalle_sample.argtypes = (*own, c_void_p, c_int32, *[c_void_p] * 5)
     loaded.dalle_delete_step.restype = None
-    for function in (loaded.dalle_step, loaded.dalle_code_logits, loaded.dalle_draw):
-        function.restype = c_int32  # whether it was done
+    for function in (loaded.dalle_step, loaded.dalle_code_logits, loaded.dalle_sample):
+        function.restype = c_int32  # 0 for a failure
     return loaded
 
 
 def _has_our_layout(loaded: ctypes.CDLL) -> bool:
-    structures = (NativeModel, NativeLayer, NativeHead, NativeDraw)
+    structures = (CModel, CLayer, CHead, CSampling)
     ours = [*map(ctypes.sizeof, structures), LANES, MOST_HEAD_WIDTH]
-    theirs = (c_int32 * 64)()  # room for whatever another version has to say
+    theirs = (c_int32 * 64)()  # room for the sizes of another version
     try:
         loaded.dalle_layout(theirs)
     except AttributeError:

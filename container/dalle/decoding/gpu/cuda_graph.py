@@ -1,16 +1,16 @@
-"""What the decoding steps for a GPU have in common: every slot every time, in fixed shapes.
+"""CUDA graphs of decoding steps: a step computes all slots in fixed shapes, and is replayed.
 
-A GPU is fed faster than it can be told what to do, so that idle slots cost nothing and launching
-kernels does: with fixed shapes and addresses a step is recorded once (a CUDA graph) and replayed.
-A step awaits nothing, and sends nothing to the device while the same slots go on, so that the host
-runs ahead. Also runs, unrecorded, on a CPU.
+On a GPU launching kernels takes longer than computing idle slots: with fixed shapes and addresses
+a step is captured once as a CUDA graph and replayed. A step waits for nothing, and sends nothing to
+the device while the same slots continue, so that the host runs ahead. Also runs on a CPU, without
+graphs.
 
 Letters: S slots, B busy slots, M codes, W width.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Hashable
 from functools import cache
 
@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dalle.decoding.step import Step
 from dalle.models.transformer import Dalle
 
-_WARM_UPS = 2  # runs before a recording, in which libraries take their memory
+_WARM_UPS = 2  # runs before a capture, in which libraries allocate their memory
 
 
-class RecordedStep(ABC):
-    """A step with what its recordings read and write, by slot, in the model's dtype."""
+class CudaGraphStep(Step):
+    """A step with the tensors that its graphs read and write, by slot, in the model's dtype."""
 
     _tables: list[Tensor]
     """Keys and values, by layer."""
@@ -38,18 +39,17 @@ class RecordedStep(ABC):
         )
         self._positions = torch.zeros(num_slots, dtype=torch.int64, device=like.device)
         self._hidden = like.new_zeros(num_slots, config.width)
-        self._recordings = Recordings(like.device)
+        self._graphs = CudaGraphs(like.device)
         # Of the last step.
         self._last_slots: np.ndarray | None = None
         self._busy = self._one = self._positions[:0]
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the keys and values."""
         return sum(each.nbytes for each in self._tables)
 
     def __call__(self, slots: np.ndarray, codes: Tensor, positions: np.ndarray) -> Tensor:
-        """As `SlotStep`, whose rule lets positions stay on the device."""
+        # The positions of sequences that continue stay on the device.
         if slots is self._last_slots:
             self._positions.index_add_(0, self._busy, self._one)
         else:
@@ -64,12 +64,14 @@ class RecordedStep(ABC):
 
     @abstractmethod
     def _run(self, last_input: int) -> None:
-        """Codes and positions of all slots into hidden, none of them at an input beyond the last;
-        again changes nothing."""
+        """Compute hidden of all slots from their codes and positions.
+
+        last_input: no slot is at a later input. A second run changes nothing.
+        """
 
 
-class Recordings:
-    """Pieces of work by name: on a GPU as CUDA graphs."""
+class CudaGraphs:
+    """Functions by name: on a GPU captured as CUDA graphs, on a CPU called as they are."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -79,17 +81,17 @@ class Recordings:
         return name in self._replays
 
     def add(self, name: Hashable, work: Callable[[], None]) -> None:
-        """Record a piece of work; it is done a few times, which must change nothing."""
+        """Capture a function, which is called a few times for it; that must change nothing."""
         on_gpu = self._device.type == "cuda"
-        self._replays[name] = _record(work, self._device).replay if on_gpu else work
+        self._replays[name] = _capture(work, self._device).replay if on_gpu else work
 
     def replay(self, name: Hashable) -> None:
-        """Do it."""
+        """Run the function."""
         self._replays[name]()
 
 
-def _record(work: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
-    # Streams are a device's own, and what is given no stream would be recorded on another device's.
+def _capture(work: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
+    # Without the device's stream the capture would run on the current device's.
     with torch.cuda.device(device):
         aside = _stream(device)
         aside.wait_stream(torch.cuda.current_stream())
@@ -105,5 +107,5 @@ def _record(work: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGr
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all recordings on a device: libraries keep memory for each stream."""
+    """Return one stream for all captures on a device: libraries keep memory for each stream."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

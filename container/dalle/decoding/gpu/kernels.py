@@ -1,8 +1,7 @@
-"""Triton kernels of the GPU decoding step: all that lies between its matrix products.
+"""Triton kernels of the GPU decoding step: everything between its matrix products.
 
-Each does at once what torch has several kernels for; sums are float32. Where `TRITON_INTERPRET=1`
-was set before the import they run on a CPU, one program after another, which is how they are
-tested.
+Each is one kernel where torch launches several; sums are float32. With `TRITON_INTERPRET=1` set
+before the import they run on a CPU, one program after another: so they are tested.
 
 Letters: S slots, W width, F inner width, H heads, D head width, L inputs of a sequence, n inputs
 that a query sees, M codes, N positions, V codebook size.
@@ -25,7 +24,7 @@ def sum_of_rows(
     codes,  # [S, M] int64
     positions,  # [S] int64; read where POSITIONS
     out,  # [S, W] float32
-    NUM_CODES: tl.constexpr,  # the first so many codes count
+    NUM_CODES: tl.constexpr,  # codes of a slot that are summed, from the first
     M: tl.constexpr,
     N: tl.constexpr,
     V: tl.constexpr,
@@ -34,7 +33,7 @@ def sum_of_rows(
     POSITIONS: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """A table has V rows for each codebook and then one for each position: sum a slot's rows.
+    """Sum a slot's rows of a table that has V rows for each codebook, then one for each position.
 
     Programs: [S].
     """
@@ -48,7 +47,7 @@ def sum_of_rows(
         row = m * V + tl.load(codes + slot * M + m)
         total += tl.load(table + row * W + channels, inside, 0.0).to(tl.float32)
     if POSITIONS:
-        # Behind the last position nothing is predicted any more.
+        # Nothing is predicted after the last position.
         row = M * V + tl.minimum(tl.load(positions + slot), N - 1)
         total += tl.load(table + row * W + channels, inside, 0.0).to(tl.float32)
     tl.store(out + slot * W + channels, total, inside)
@@ -57,11 +56,11 @@ def sum_of_rows(
 @Kernel
 def normalise(
     x,  # [S, W]; float32 where ADDS
-    added,  # [S, W]: of a branch; this and the next two are read where ADDS
+    added,  # [S, W]: output of a branch; this and the next two are read where ADDS
     bias,  # [W] of that branch
-    gain,  # [W] of that branch, where GAIN
+    gain,  # [W] of that branch; read where GAIN
     norm_gain,  # [W]
-    norm_bias,  # [W], of "layer"
+    norm_bias,  # [W]; read where "layer"
     out,  # [S, W]
     W: tl.constexpr,
     EPSILON: tl.constexpr,
@@ -130,10 +129,10 @@ def _gelu(x):
 @Kernel
 def attend(
     qkv,  # [S, 3, H, D]
-    table,  # [S, H, L, 2, D]: of each input its key and its value
+    table,  # [S, H, L, 2, D]: key and value of each input
     positions,  # [S] int64
-    seen,  # [L, n] int32: what each input's query sees, in order, itself last; not read where FULL
-    counts,  # [L] int32: of those
+    seen,  # [L, n] int32: inputs that a query sees, in order, its own last; not read where FULL
+    counts,  # [L] int32: how many of them; not read where FULL
     out,  # [S, H, D]
     first_input,  # of the image
     L,
@@ -146,11 +145,10 @@ def attend(
     BLOCK_D: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ):
-    """Store the key and value of a slot's input, and attend to what its query sees; nothing at the
-    last position or behind it, which are no inputs.
+    """Store the key and value of a slot's input, and attend to the inputs that its query sees.
 
-    The maximum and the sum of the softmax are kept while keys are read (Milakov & Gimelshein 2018).
-    Programs: [S, H].
+    Does nothing from the last position on, which is no input. The softmax keeps its maximum and sum
+    while keys are read (Milakov & Gimelshein 2018). Programs: [S, H].
     """
     slot, head = tl.program_id(0), tl.program_id(1)
     current = first_input + tl.load(positions + slot)
@@ -165,7 +163,7 @@ def attend(
     if QK_NORM:
         query = _normalised(query, inside, D, EPSILON)
         key = _normalised(key, inside, D, EPSILON)
-    # What others will read of it is what it counts with itself.
+    # The query uses its input's key and value as rounded as later queries read them.
     key = key.to(table.dtype.element_ty)
     value = value.to(table.dtype.element_ty)
     first = table + (slot * H + head).to(tl.int64) * L * 2 * D

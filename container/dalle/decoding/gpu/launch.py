@@ -1,8 +1,8 @@
-"""Kernels in Triton's language that are launched without a C compiler.
+"""Launcher of Triton kernels that needs no C compiler.
 
-Triton's own launcher is C code that it compiles where it runs, with a compiler and header files
-that have to be there. Here Triton makes machine code of a function, and the CUDA driver is asked to
-run it by the bindings that torch brings along.
+Triton compiles C code for its launcher on the machine where it runs, which needs a compiler and
+header files there. Here Triton makes the machine code only, and the CUDA driver's Python bindings,
+which torch depends on, launch it.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ _TYPES = {
     torch.int32: "*i32",
 }
 _INTEGER = "i32"
-_ALIGNMENT = 16  # bytes: of a pointer that may be read in the widest words
+_ALIGNMENT = 16  # bytes; so aligned a pointer may be read in the widest words
 _LAUNCHER_ARGUMENTS = 2  # pointers to scratch memory, of which these kernels use none
-_SHARED_MEMORY = 48 * 1024  # bytes that every function may have
+_SHARED_MEMORY = 48 * 1024  # bytes that a function may use without asking for more
 
 
 class Kernel:
     """A kernel: `kernel[programs](x, out, m, WIDTH=512, num_warps=4)` runs on the current stream.
 
-    Arguments are tensors and integers of 32 bits, by keyword what the function calls constexpr.
-    Under Triton's interpreter it runs on the CPU.
+    Arguments are tensors and integers of 32 bits; those that the function declares as constexpr
+    are keywords. Under Triton's interpreter it runs on the CPU.
     """
 
     def __init__(self, function: Callable[..., None]) -> None:
@@ -73,7 +73,7 @@ class Kernel:
         num_warps: int,
         target: GPUTarget,
     ) -> Any:
-        """Machine code for arguments like these: Triton's compiled kernel."""
+        """Compile machine code for arguments of these types: Triton's compiled kernel."""
         names: list[str] = self._function.arg_names
         types = dict(zip(names, map(_type_of, arguments), strict=False))
         if types.keys() | constants.keys() != set(names) or types.keys() & constants.keys():
@@ -98,7 +98,7 @@ class _Loaded:
 
     @classmethod
     def of(cls, compiled: Any, num_arguments: int) -> _Loaded:
-        """In the memory of the current device."""
+        """Load compiled code into the current device's memory."""
         _check_launch(compiled, num_arguments)
         name, metadata = compiled.metadata.name, compiled.metadata
         module = _checked(driver.cuModuleLoadData(compiled.asm["cubin"]))
@@ -109,7 +109,7 @@ class _Loaded:
         return cls(function, 32 * metadata.num_warps, metadata.shared)
 
     def launch(self, programs: tuple[int, ...], values: Sequence[Any]) -> None:
-        """On the current stream."""
+        """Run on the current stream."""
         numbers = [each.data_ptr() if isinstance(each, Tensor) else each for each in values]
         types: list[Any] = [
             ctypes.c_void_p if isinstance(each, Tensor) else ctypes.c_int32 for each in values
@@ -134,8 +134,10 @@ class _Loaded:
 
 
 def _check_launch(compiled: Any, num_arguments: int) -> None:
-    """Raises RuntimeError for a kernel that its Triton would launch in another way than is done
-    here: what it is handed beside its arguments is no part of what Triton promises."""
+    """Raise RuntimeError for a kernel that this version of Triton would launch differently.
+
+    The hidden arguments of a kernel are not part of Triton's interface and may change.
+    """
     name, metadata = compiled.metadata.name, compiled.metadata
     taken = len(re.findall(rf"\.param\b.*\b{name}_param_\d+,?$", compiled.asm["ptx"], re.MULTILINE))
     expected = num_arguments + _LAUNCHER_ARGUMENTS
@@ -157,8 +159,10 @@ def _is_aligned(argument: Any) -> bool:
 
 
 def _checked(result: tuple[Any, ...]) -> Any:
-    """What a function of the driver returns beside its status. Raises RuntimeError for another
-    status than success."""
+    """Return what a driver function returns beside its status.
+
+    Raises RuntimeError for a status other than success.
+    """
     status, *values = result
     if status.value != 0:
         raise RuntimeError(f"the CUDA driver says {status.name}")

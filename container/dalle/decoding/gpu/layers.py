@@ -1,4 +1,4 @@
-"""Launches the kernels of `dalle.decoding.gpu.kernels` for the layers of a model.
+"""Layers of a model that launch the kernels of `dalle.decoding.gpu.kernels`.
 
 Letters: S slots, W width, F inner width, K inputs and N outputs of a matrix.
 """
@@ -13,25 +13,24 @@ import triton
 from torch import Tensor, nn
 
 from dalle.decoding.gpu.kernels import activate, normalise
-from dalle.decoding.step import earlier_table, gain_of
-from dalle.models.attention import SelfAttention
+from dalle.decoding.step import BlockParts, earlier_table
 from dalle.models.layers import FeedForward
-from dalle.models.transformer import Block, CodeHead
+from dalle.models.transformer import CodeHead
 from dalle.types import FeedForwardKind
 
 _INNER = 1024  # channels of one program of `activate`
 
 Room = tuple[Tensor, Tensor]
-"""What a feed-forward layer has before and behind its activation."""
+"""Memory for a feed-forward layer's channels before and after its activation."""
 
 
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """A linear layer, which shares its memory; a bias is left to the kernel behind it."""
+    """A linear layer in the model's memory; the kernel after it adds the bias."""
 
     transposed: Tensor  # [K, N]
     bias: Tensor  # [N]
-    gain: Tensor | None  # [N], of the branch that it ends
+    gain: Tensor | None  # [N], of the branch whose last layer this is
 
     @classmethod
     def of(cls, linear: nn.Linear, gain: Tensor | None = None) -> Linear:
@@ -40,7 +39,7 @@ class Linear:
         return cls(weight.t(), bias, gain)
 
     def __call__(self, x: Tensor, out: Tensor) -> None:
-        """[S, K] -> [S, N], without the bias."""
+        """Compute out [S, N] from x [S, K], without the bias."""
         torch.mm(x, self.transposed, out=out)
 
 
@@ -50,7 +49,7 @@ class Norm:
 
     kind: Literal["layer", "rms"]
     gain: Tensor  # [W]
-    bias: Tensor  # [W], of "layer"
+    bias: Tensor  # [W]; read for "layer" only
     epsilon: float
 
     @classmethod
@@ -63,12 +62,12 @@ class Norm:
         return cls("rms", gain, gain, norm.eps)
 
     def __call__(self, x: Tensor, out: Tensor) -> None:
-        """[S, W] -> the same."""
+        """Normalise x [S, W] into out [S, W]."""
         _normalise(x, None, None, self, out)
 
 
 def add(x: Tensor, added: Tensor, linear: Linear, norm: Norm | None, out: Tensor) -> None:
-    """x [S, W] += what a layer gave [S, W], its bias and gain included; then out = norm(x)."""
+    """x [S, W] += gain · (added [S, W] + bias) of a linear layer; then out = norm(x)."""
     _normalise(x, added, linear, norm, out)
 
 
@@ -95,16 +94,15 @@ def _normalise(
 
 
 @dataclass(frozen=True, eq=False)
-class FusedFeedForward:
-    """A feed-forward layer, up to the addition of what it gives."""
+class GpuFeedForward:
+    """A feed-forward layer, without the addition to the residual stream."""
 
     expand: Linear
     kind: FeedForwardKind
     contract: Linear
 
     @classmethod
-    def of(cls, feed_forward: nn.Module, gain: Tensor | None = None) -> FusedFeedForward:
-        assert isinstance(feed_forward, FeedForward)
+    def of(cls, feed_forward: FeedForward, gain: Tensor | None = None) -> GpuFeedForward:
         return cls(
             Linear.of(feed_forward.expand),
             feed_forward.kind,
@@ -113,16 +111,16 @@ class FusedFeedForward:
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Channels before and behind the activation."""
+        """Channels before and after the activation."""
         return self.expand.transposed.shape[1], self.contract.transposed.shape[0]
 
     def new_room(self, num_slots: int) -> Room:
-        """For as many slots."""
-        before, behind = (self.expand.bias.new_zeros(num_slots, size) for size in self.sizes)
-        return before, behind
+        """Allocate memory for a number of slots."""
+        before, after = (self.expand.bias.new_zeros(num_slots, size) for size in self.sizes)
+        return before, after
 
     def __call__(self, x: Tensor, room: Room, out: Tensor) -> None:
-        """[S, W] -> the same, without the last bias."""
+        """Compute out [S, W] from x [S, W], without the last bias."""
         expanded, inner = room
         self.expand(x, expanded)
         S, F = inner.shape
@@ -133,44 +131,40 @@ class FusedFeedForward:
 
 
 @dataclass(frozen=True, eq=False)
-class FusedBlock:
+class GpuBlock:
     """A block of the transformer."""
 
     attention_norm: Norm
     qkv: Linear
     out: Linear
     feed_forward_norm: Norm
-    feed_forward: FusedFeedForward
+    feed_forward: GpuFeedForward
 
     @classmethod
-    def of(cls, block: nn.Module) -> FusedBlock:
-        assert isinstance(block, Block)
-        attention = block.attention.function
-        assert isinstance(attention, SelfAttention)
+    def of(cls, block: BlockParts) -> GpuBlock:
         return cls(
-            Norm.of(block.attention.norm),
-            Linear.of(attention.to_qkv),
-            Linear.of(attention.to_out, gain_of(block.attention)),
-            Norm.of(block.feed_forward.norm),
-            FusedFeedForward.of(block.feed_forward.function, gain_of(block.feed_forward)),
+            Norm.of(block.attention_norm),
+            Linear.of(block.attention.to_qkv),
+            Linear.of(block.attention.to_out, block.attention_gain),
+            Norm.of(block.feed_forward_norm),
+            GpuFeedForward.of(block.feed_forward, block.feed_forward_gain),
         )
 
 
 @dataclass(frozen=True, eq=False)
-class FusedHead:
-    """A head of one of a position's codes."""
+class GpuHead:
+    """The head of one code of a position."""
 
     earlier: Tensor  # [m * V, W]: embeddings of the codes before
     norm: Norm
-    mix: FusedFeedForward | None
+    mix: GpuFeedForward | None
     to_logits: Linear
 
     @classmethod
-    def of(cls, head: nn.Module) -> FusedHead:
-        assert isinstance(head, CodeHead)
+    def of(cls, head: CodeHead) -> GpuHead:
         return cls(
             earlier_table(head),
             Norm.of(head.norm),
-            None if head.mix is None else FusedFeedForward.of(head.mix),
+            None if head.mix is None else GpuFeedForward.of(head.mix),
             Linear.of(head.to_logits),
         )

@@ -1,4 +1,4 @@
-"""The kernels by which `dalle.decoding.gpu.step` goes by a plan: what it draws, and who goes on.
+"""Triton kernels that sample codes and advance slots by a plan of each slot.
 
 Letters: S slots, N positions, M codes, V codebook size, W width.
 """
@@ -11,26 +11,26 @@ import triton.language as tl
 from dalle.decoding.gpu.launch import Kernel
 
 PLAN_COLUMNS = BLANK, TEMPERATURE, TOP_K, TOP_P, GUIDANCE_SCALE, IS_ACTIVE, POSITION = range(7)
-"""What a plan says of a slot: that of its branch without caption, how its candidate is drawn,
-whether there is one, and at which position it begins."""
+"""A slot's plan: the slot of its branch without caption, the sampling options of its candidate,
+whether it is in use, and the position at which it starts."""
 
-NOT_DRAWN = -2
-"""In place of the branch without caption: this is one itself, or idle."""
+NOT_SAMPLED = -2
+"""In column BLANK: nothing is sampled, since the slot is a branch without caption, or idle."""
 
 NO_GUIDANCE = -1
-"""In place of the branch without caption: there is none."""
+"""In column BLANK: the candidate has no branch without caption."""
 
 _BLANK, _TEMPERATURE, _TOP_K = tl.constexpr(BLANK), tl.constexpr(TEMPERATURE), tl.constexpr(TOP_K)
 _TOP_P, _GUIDANCE_SCALE = tl.constexpr(TOP_P), tl.constexpr(GUIDANCE_SCALE)
 _PLAN_SIZE = tl.constexpr(len(PLAN_COLUMNS))
 _IS_ACTIVE = tl.constexpr(IS_ACTIVE)
-_NOT_DRAWN = tl.constexpr(NOT_DRAWN)
-_LEAST_TEMPERATURE = tl.constexpr(1e-30)  # a division by less might be one by 0
+_NOT_SAMPLED = tl.constexpr(NOT_SAMPLED)
+_LEAST_TEMPERATURE = tl.constexpr(1e-30)  # below it a division might be one by 0
 _INFINITY_BITS = tl.constexpr(0x7F800000)
 
 
 @Kernel
-def draw_code(
+def sample_code(
     logits,  # [S, V], without the bias
     bias,  # [V]
     plan,  # [S, PLAN_COLUMNS] float64
@@ -38,19 +38,21 @@ def draw_code(
     uniforms,  # [S, N, M] float32 in [0, 1)
     codes,  # [S, M] int64: written, for both branches
     image_tokens,  # [S, N, M] int64: written
-    log_likelihood,  # [S] float32: log p of the code is added; no number where logits are none
+    log_likelihood,  # [S] float32: log p of the code is added; NaN where a logit is NaN
     m,
     M: tl.constexpr,
     N: tl.constexpr,
     V: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Draw code m of every candidate's position, as `dalle.decoding.sampling.choose`. Programs:
-    [S]."""
+    """Sample code m of every candidate's position, as `dalle.decoding.sampling.sample_tokens`.
+
+    Programs: [S].
+    """
     slot = tl.program_id(0)
     mine = plan + slot * _PLAN_SIZE
     blank = tl.load(mine + _BLANK).to(tl.int64)
-    if blank == _NOT_DRAWN:
+    if blank == _NOT_SAMPLED:
         return
     temperature = tl.load(mine + _TEMPERATURE).to(tl.float32)
     top_k = tl.load(mine + _TOP_K).to(tl.int32)
@@ -76,23 +78,23 @@ def draw_code(
             weights = _keep_nucleus(weights, top_p)
         cumulative = tl.cumsum(weights.to(tl.float64), 0)
         threshold = tl.load(uniforms + place).to(tl.float64) * tl.max(cumulative, 0)
-        # Sums in parallel need not stay where a weight is 0.
+        # A parallel sum may grow where a weight is 0.
         code = tl.min(tl.where((cumulative > threshold) & (weights > 0.0), tokens, V), 0)
-    is_number = code < V  # not where logits are none
+    is_number = code < V  # false where logits are NaN
     code = tl.minimum(code, V - 1)
     tl.store(codes + slot * M + m, code.to(tl.int64))
     if blank >= 0:
         tl.store(codes + blank * M + m, code.to(tl.int64))
     tl.store(image_tokens + place, code.to(tl.int64))
     most = tl.max(own, 0)
-    drawn = tl.sum(tl.where(tokens == code, own, 0.0), 0)
-    log_p = drawn - most - tl.log(tl.sum(tl.exp(own - most), 0))
+    chosen = tl.sum(tl.where(tokens == code, own, 0.0), 0)
+    log_p = chosen - most - tl.log(tl.sum(tl.exp(own - most), 0))
     log_p = tl.where(is_number, log_p, float("nan"))
     tl.store(log_likelihood + slot, tl.load(log_likelihood + slot) + log_p)
 
 
 @Kernel
-def take_in(
+def store_hidden(
     x,  # [S, W] float32
     plan,  # [S, PLAN_COLUMNS] float64
     positions,  # [S] int64
@@ -100,7 +102,10 @@ def take_in(
     W: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """Active slots have x as their hidden state and are one position further. Programs: [S]."""
+    """Store x as the hidden state of the slots in use, and advance their positions.
+
+    Programs: [S].
+    """
     slot = tl.program_id(0)
     is_active = tl.load(plan + slot * _PLAN_SIZE + _IS_ACTIVE).to(tl.int64)
     channels = tl.arange(0, BLOCK_W)
@@ -112,10 +117,10 @@ def take_in(
 
 @triton.jit
 def _keep_likeliest(logits, weights, k):
-    """Leave weight to the k greatest logits only; of equal ones to those that come first."""
+    """Set weights to 0 but for the k greatest logits; of equal logits the first ones stay."""
     bits = logits.to(tl.int32, bitcast=True)
-    order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # of integers as of the floats
-    # The greatest number that at least k are not below: a bit for each halving.
+    order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers in the order of the floats
+    # Bisect for the greatest number that at least k logits reach: one bit for each halving.
     low = tl.full((), -(2**31), tl.int64)
     high = tl.full((), 2**31, tl.int64)
     for _ in range(32):
@@ -132,12 +137,14 @@ def _keep_likeliest(logits, weights, k):
 
 @triton.jit
 def _keep_nucleus(weights, top_p):
-    """Leave weight to the fewest likeliest codes whose probabilities reach the sum: to each before
-    which, greatest first, there is less than that."""
+    """Set weights to 0 but for the fewest likeliest codes whose probabilities reach top_p.
+
+    In descending order a code stays if the sum before it is less than that.
+    """
     exact = weights.to(tl.float64)
     enough = top_p * tl.sum(exact, 0)
-    order = weights.to(tl.int32, bitcast=True)  # of integers as of floats that are not below 0
-    # The least weight above which there is less than enough.
+    order = weights.to(tl.int32, bitcast=True)  # integers in the order of floats >= 0
+    # Bisect for the least weight above which the sum is less than enough.
     low = tl.full((), -1, tl.int64)
     high = tl.full((), _INFINITY_BITS, tl.int64)
     for _ in range(31):

@@ -1,8 +1,7 @@
-"""The decoding step for a GPU: torch's products, between them kernels of our own, all recorded.
+"""The decoding step for a GPU: torch's matrix products with Triton kernels between them.
 
-A step reads the weights and the keys and values that its queries see; what else there is to do is
-little, but takes torch a dozen kernels for each block beside the products, where these are four. A
-position is drawn and taken in by one replay, in the engine's own memory.
+Beside the products torch would launch a dozen kernels for each block; here they are four. One CUDA
+graph samples a position and runs the model on it, and works on the engine's state in place.
 
 Letters: S slots, B rows, M codes, N positions, V codebook size, W width, H heads, D head width, L
 inputs of a sequence, n inputs that a query sees or that a prefix has.
@@ -19,53 +18,54 @@ import torch
 import triton
 from torch import Tensor
 
-from dalle.decoding.gpu.cuda_graph import RecordedStep
+from dalle.decoding.gpu.cuda_graph import CudaGraphStep
 from dalle.decoding.gpu.kernels import attend, sum_of_rows
-from dalle.decoding.gpu.layers import FusedBlock, FusedHead, add
+from dalle.decoding.gpu.layers import GpuBlock, GpuHead, add
 from dalle.decoding.gpu.sampler import (
     BLANK,
     GUIDANCE_SCALE,
     IS_ACTIVE,
     NO_GUIDANCE,
-    NOT_DRAWN,
+    NOT_SAMPLED,
     PLAN_COLUMNS,
     POSITION,
     TEMPERATURE,
     TOP_K,
     TOP_P,
-    draw_code,
-    take_in,
+    sample_code,
+    store_hidden,
 )
 from dalle.decoding.input_batch import Batch, SlotState
-from dalle.decoding.kv_cache import inputs_seen
-from dalle.decoding.step import QK_EPSILON, input_tables
+from dalle.decoding.step import QK_EPSILON, blocks_of, heads_of, input_tables, inputs_seen
 from dalle.models.attention import KeyValueCache
 from dalle.models.transformer import Dalle, TransformerConfig
 from dalle.types import AttentionKind
 
-# Keys read at a time, and warps that read them, on an H100 the fastest
-# (2026-11-26): of many keys, and of few.
+# Keys read at a time, and warps that read them, for many keys and for few: the fastest on an H100
+# (2026-11-26).
 _FULL = 128, 4
 _SPARSE = 32, 1
 
 
-class FusedStep(RecordedStep):
-    """A model's decoding step with the keys and values of all its slots, in the model's dtype; the
-    residual stream is float32."""
+class GpuStep(CudaGraphStep):
+    """A model's decoding step with the keys and values of all its slots, in the model's dtype.
+
+    The residual stream is float32.
+    """
 
     def __init__(self, model: Dalle, num_slots: int) -> None:
         super().__init__(model, num_slots)
         config, like = model.config, model.text_position.detach()
         self._config = config
-        self._blocks = [FusedBlock.of(block) for block in model.blocks]
-        self._heads = [FusedHead.of(head) for head in model.code_heads]
+        self._blocks = [GpuBlock.of(block) for block in blocks_of(model)]
+        self._heads = [GpuHead.of(head) for head in heads_of(model)]
         kinds = [config.kind_of_layer(layer) for layer in range(config.num_layers)]
         seen = {kind: _Seen.of(config, kind, like.device) for kind in set(kinds)}
         self._seen = [seen[kind] for kind in kinds]
         # One table, so that an input is one sum of rows.
         self._inputs = torch.cat(input_tables(model))
         S, W = num_slots, config.width
-        # What one kernel leaves to the next.
+        # Outputs of one kernel and inputs of the next.
         self._x = like.new_zeros(S, W, dtype=torch.float32)
         self._normed, self._attended, self._added = (like.new_zeros(S, W) for _ in range(3))
         self._qkv = like.new_zeros(S, 3 * W)
@@ -73,32 +73,31 @@ class FusedStep(RecordedStep):
         networks = [block.feed_forward for block in self._blocks] + mixes
         self._room = {each.sizes: each.new_room(S) for each in networks}
         self._logits = like.new_zeros(S, config.codebook_size)
-        self._drawn = torch.zeros_like(self._codes)
+        self._sampled = torch.zeros_like(self._codes)
         self._plan = like.new_zeros(S, len(PLAN_COLUMNS), dtype=torch.float64)
         self._batch: Batch | None = None
         shape = (S, config.num_heads, config.length, 2, config.head_width)
         self._tables = [like.new_zeros(shape) for _ in range(config.num_layers)]
 
-    def move(self, batch: Batch, state: SlotState) -> None:
-        """As `MovingStep`."""
-        if state not in self._recordings:
-            self._become(None)  # so that it changes nothing while it is recorded
-            self._recordings.add(state, partial(self._draw_and_take_in, state))
+    def advance(self, batch: Batch, state: SlotState) -> None:
+        if state not in self._graphs:
+            self._plan_for(None)  # so that the capture changes nothing
+            self._graphs.add(state, partial(self._sample_and_run, state))
         if batch is not self._batch:
-            self._become(batch)
-        self._recordings.replay(state)
+            self._plan_for(batch)
+        self._graphs.replay(state)
 
     def code_logits(self, hidden: Tensor, m: int, codes: Tensor) -> Tensor:
-        """As `SlotStep`, in float32."""
+        """As `Step.code_logits`, in float32."""
         B = len(hidden)
         all_hidden = torch.zeros_like(self._hidden)
         all_hidden[:B] = hidden
-        self._drawn[:B, :m] = codes[:, :m]
+        self._sampled[:B, :m] = codes[:, :m]
         logits = self._compute_logits(all_hidden, m)[:B].float()
         return logits + self._heads[m].to_logits.bias.float()
 
     def pack(self, prefix: KeyValueCache) -> list[Tensor]:
-        """As `SlotStep`: [H, n, 2, D]."""
+        """Keys and values [H, n, 2, D] of each layer."""
         n = prefix.filled
         return [
             torch.stack([key[0, :, :n], value[0, :, :n]], dim=2)
@@ -106,31 +105,30 @@ class FusedStep(RecordedStep):
         ]
 
     def load(self, slots: Tensor, packed: Sequence[Tensor]) -> None:
-        """As `SlotStep`."""
         for table, inputs in zip(self._tables, packed, strict=True):
             table[slots, :, : inputs.shape[1]] = inputs
 
     def _run(self, last_input: int) -> None:
         self._batch = None
-        if "step" not in self._recordings:
-            self._recordings.add("step", self._take_in_codes)
-        self._recordings.replay("step")
+        if "step" not in self._graphs:
+            self._graphs.add("step", self._compute_hidden)
+        self._graphs.replay("step")
 
-    def _take_in_codes(self) -> None:
-        self._take_in(self._codes)
+    def _compute_hidden(self) -> None:
+        self._run_layers(self._codes)
         self._hidden.copy_(self._x)
 
-    def _draw_and_take_in(self, state: SlotState) -> None:
+    def _sample_and_run(self, state: SlotState) -> None:
         config, S = self._config, self._num_slots
         N, M, V, W = config.num_positions, config.num_codebooks, config.codebook_size, config.width
         for m in range(M):
-            draw_code[S,](
+            sample_code[S,](
                 self._compute_logits(state.hidden, m),
                 self._heads[m].to_logits.bias,
                 self._plan,
                 self._positions,
                 state.uniforms,
-                self._drawn,
+                self._sampled,
                 state.image_tokens,
                 state.log_likelihood,
                 m,
@@ -140,8 +138,8 @@ class FusedStep(RecordedStep):
                 BLOCK_V=triton.next_power_of_2(V),
                 num_warps=8,
             )
-        self._take_in(self._drawn)
-        take_in[S,](
+        self._run_layers(self._sampled)
+        store_hidden[S,](
             self._x,
             self._plan,
             self._positions,
@@ -151,10 +149,10 @@ class FusedStep(RecordedStep):
         )
 
     def _compute_logits(self, hidden: Tensor, m: int) -> Tensor:
-        """Of code m [S, V], given those drawn before it and hidden [S, W]; without the bias."""
+        """Logits [S, V] of code m without the bias, from hidden [S, W] and the sampled codes."""
         head = self._heads[m]
         if head.mix is not None:
-            self._sum_rows(head.earlier, self._drawn, m, before=hidden)
+            self._sum_rows(head.earlier, self._sampled, m, before=hidden)
             hidden = self._x
             head.norm(hidden, self._normed)
             head.mix(self._normed, self._room[head.mix.sizes], self._added)
@@ -164,8 +162,8 @@ class FusedStep(RecordedStep):
         head.to_logits(self._normed, self._logits)
         return self._logits
 
-    def _take_in(self, codes: Tensor) -> None:
-        """Codes [S, M] of all slots' positions into x."""
+    def _run_layers(self, codes: Tensor) -> None:
+        """Compute x from the codes [S, M] of all slots' positions."""
         config, x = self._config, self._x
         H, D = config.num_heads, config.head_width
         self._sum_rows(self._inputs, codes, config.num_codebooks, positions=self._positions)
@@ -210,7 +208,7 @@ class FusedStep(RecordedStep):
         before: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> None:
-        """Into x."""
+        """Sum rows of a table into x: as the kernel `sum_of_rows`."""
         config = self._config
         sum_of_rows[self._num_slots,](
             table if before is None else before,
@@ -228,14 +226,14 @@ class FusedStep(RecordedStep):
             BLOCK_W=triton.next_power_of_2(config.width),
         )
 
-    def _become(self, batch: Batch | None) -> None:
-        """Draw a batch's candidates from now on, from where they are; None: nothing."""
+    def _plan_for(self, batch: Batch | None) -> None:
+        """Sample a batch's candidates from now on, from their current positions; None: nothing."""
         self._batch = batch
         self._last_slots = None
         V = self._config.codebook_size
         plan = np.zeros((self._num_slots, len(PLAN_COLUMNS)))
-        plan[:, BLANK] = NOT_DRAWN
-        # Idle slots are behind their last position, where no keys are read or stored.
+        plan[:, BLANK] = NOT_SAMPLED
+        # Idle slots are after the last position, where no keys are read or stored.
         plan[:, POSITION] = self._config.num_positions
         for each in [] if batch is None else batch.candidates:
             options, blank = each.generation.options, each.guidance_slot
@@ -253,12 +251,13 @@ class FusedStep(RecordedStep):
 
 @dataclass(frozen=True, eq=False)
 class _Seen:
-    """Of a kind of attention what the query at each input sees, [L, n], and how many, [L]."""
+    """Inputs that the query at each input sees, [L, n], and how many, [L], for one kind of
+    attention."""
 
     inputs: Tensor
     counts: Tensor
     is_all: bool
-    """That is everything before it, and neither is read."""
+    """A query sees all inputs before it: neither table is read."""
 
     @classmethod
     def of(cls, config: TransformerConfig, kind: AttentionKind, device: torch.device) -> _Seen:

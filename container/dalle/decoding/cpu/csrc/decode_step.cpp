@@ -289,7 +289,7 @@ EXPORTED int32_t dalle_code_logits(void* step, int32_t threads, int32_t rows, co
 
 // Draw the codes [candidates, M] of what hidden [B, W] predicts, and add their log p [candidates]. The first rows are the
 // candidates' own.
-EXPORTED int32_t dalle_draw(void* step, int32_t threads, int32_t rows, const float* hidden, int32_t candidates,
+EXPORTED int32_t dalle_sample(void* step, int32_t threads, int32_t rows, const float* hidden, int32_t candidates,
                             const int32_t* candidate_of_row, const Draw* draws, const float* uniforms, int64_t* codes,
                             float* log_likelihood) {
   return is_done([&] {

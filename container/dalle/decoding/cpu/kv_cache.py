@@ -1,7 +1,7 @@
-"""Keys and values of many half-drawn images at once, for a CPU. Knows no weights and no tokens.
+"""Keys and values of many unfinished images at once, for torch's kernels on a CPU.
 
-A sequence in the making has a slot, and each slot is at an input of its own. A query reads the keys
-and values that it sees and no others, whatever its neighbours see, as sums of a table's rows:
+Knows no weights and no tokens. Each sequence has a slot, and slots may be at different inputs. A
+query reads the keys and values that it sees and no others, as sums of a table's rows:
 
     values           a row is one input's value of one head        sum over inputs, weight = share
     keys, full       a row is one channel over a block of inputs   sum over channels, weight = query
@@ -21,24 +21,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dalle.decoding.row_tables import ByteRows, FloatRows, Rows
-from dalle.models.attention import KeyValueCache, visibility
+from dalle.decoding.cpu.embedding_tables import ByteTable, FloatTable, Table
+from dalle.decoding.step import inputs_seen
+from dalle.models.attention import KeyValueCache
 from dalle.models.transformer import TransformerConfig
 from dalle.types import AttentionKind
 
 
 @dataclass(frozen=True)
 class KeyRange:
-    """Least and greatest value of each key channel of a layer, [H, D] each; bytes span it."""
+    """Least and greatest value of each key channel of a layer, [H, D] each: what bytes span."""
 
     least: Tensor
     greatest: Tensor
 
 
-class SlotTables:
-    """The keys and values of a decode engine. Each step: `plan` once, then `attend` layer by layer.
+class SlotCache:
+    """Keys and values of all slots. Each step calls `plan` once, then `attend` layer by layer.
 
-    key_ranges: one a layer makes keys and values bytes; None keeps float32.
+    key_ranges: one a layer stores keys and values as bytes; None keeps float32.
     block_size: C; queries of the full kind read whole blocks.
     """
 
@@ -52,32 +53,35 @@ class SlotTables:
     ) -> None:
         # A quarter of a short sequence; 64 of a long one, where a row is as long as a value.
         C = block_size or max(8, min(64, 1 << ((config.length // 4).bit_length() - 1)))
-        self._plans: dict[AttentionKind, _FullPlan | _SparsePlan] = {}
-        self._layers: list[_FullLayer | _SparseLayer] = []
-        for layer in range(config.num_layers):
-            kind = config.kind_of_layer(layer)
-            key_range = None if key_ranges is None else key_ranges[layer]
-            if kind == "full":
-                full = self._plans.setdefault(kind, _FullPlan(config, C, key_range is not None))
-                assert isinstance(full, _FullPlan)
-                self._layers.append(_FullLayer(num_slots, full, key_range))
-            else:
-                sparse = self._plans.setdefault(kind, _SparsePlan(config, kind))
-                assert isinstance(sparse, _SparsePlan)
-                self._layers.append(_SparseLayer(num_slots, sparse, key_range is not None))
+        kinds = [config.kind_of_layer(layer) for layer in range(config.num_layers)]
+        as_bytes = key_ranges is not None
+        full = _FullPlan(config, C, as_bytes)
+        sparse = {kind: _SparsePlan(config, kind) for kind in set(kinds) if kind != "full"}
+        self._plans: list[_FullPlan | _SparsePlan] = [*sparse.values()]
+        if "full" in kinds:
+            self._plans.append(full)
+        ranges: Sequence[KeyRange | None] = key_ranges or [None] * len(kinds)
+        self._layers = [
+            _FullLayer(num_slots, full, key_range)
+            if kind == "full"
+            else _SparseLayer(num_slots, sparse[kind], as_bytes)
+            for kind, key_range in zip(kinds, ranges, strict=True)
+        ]
 
     @property
     def num_bytes(self) -> int:
         """Memory of all tables."""
-        tables = [rows.table for layer in self._layers for rows in (layer.keys, layer.values)]
-        return sum(table.numel() * table.element_size() for table in tables)
+        return sum(
+            each.table.nbytes for layer in self._layers for each in (layer.keys, layer.values)
+        )
 
     def plan(self, slots: np.ndarray, inputs: np.ndarray) -> None:
-        """Say which slots [B] the next step moves on, and the index of each one's new input [B].
+        """Set the slots [B] of the next step, and the index of each one's new input [B].
 
-        The very same array of slots again means that the step goes on where the last one was.
+        The same array object of slots as in the last call continues its sequences: plans are then
+        updated instead of rebuilt.
         """
-        for plan in self._plans.values():
+        for plan in self._plans:
             plan.update(slots, inputs)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -85,29 +89,29 @@ class SlotTables:
         return self._layers[layer].attend(query, key, value)
 
     def pack(self, prefix: KeyValueCache) -> list[tuple[Tensor, Tensor]]:
-        """What `load` writes for sequences that begin as a cache of one row does."""
+        """Convert a cache of one row to what `load` writes, by layer."""
         return [
             layer.pack(key[0, :, : prefix.filled], value[0, :, : prefix.filled])
             for layer, key, value in zip(self._layers, prefix.keys, prefix.values, strict=True)
         ]
 
     def load(self, slots: Tensor, packed: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Begin the same sequence in each of the slots [B]."""
+        """Write the same prefix to each of the slots [B]."""
         for layer, (key, value) in zip(self._layers, packed, strict=True):
             layer.load(slots, key, value)
 
 
 class _FullPlan:
-    """Where the rows of a step read and write in layers in which a query sees all before it.
+    """Indices that a step reads and writes in layers in which a query sees all inputs before it.
 
-    What depends on the blocks alone is kept from step to step: it changes when an input is the
-    first of its block.
+    Those that depend on the blocks alone are kept from step to step: they change when an input is
+    the first of its block.
     """
 
     def __init__(self, config: TransformerConfig, block_size: int, as_bytes: bool) -> None:
         self.C, self.H, self.D = block_size, config.num_heads, config.head_width
         self.num_blocks = -(-config.length // block_size)
-        self.stride = ByteRows.row_length(block_size) if as_bytes else block_size
+        self.stride = ByteTable.row_length(block_size) if as_bytes else block_size
         self._heads, self._channels = torch.arange(self.H), torch.arange(self.D) * self.stride
         self._slots: np.ndarray | None = None
         self._blocks = self._inputs = np.zeros(0, np.int64)
@@ -142,7 +146,8 @@ class _FullPlan:
         first = (slots[:, None] * H + np.arange(H)) * self.num_blocks
         wanted = np.broadcast_to(np.arange(most) < blocks[:, None, None], (B, H, most))
         ids = (first[..., None] + np.arange(most))[wanted]
-        # Rows at different blocks: each block's place among B * H * most, and its query's, B * H.
+        # Where rows have different numbers of blocks: the index of each block among B * H * most,
+        # and of its query among B * H.
         self.is_ragged = not wanted.all()
         self.places = torch.from_numpy(np.flatnonzero(wanted))
         self.queries = self.places // most
@@ -156,29 +161,30 @@ class _FullPlan:
 
 
 class _FullLayer:
-    """Keys and values of a layer in which a query sees all before it."""
+    """Keys and values of a layer in which a query sees all inputs before it."""
 
     def __init__(self, num_slots: int, plan: _FullPlan, key_range: KeyRange | None) -> None:
         self.plan = plan
         H, C, D = plan.H, plan.C, plan.D
         self._key_shape = (num_slots, H, plan.num_blocks, D)
         self._value_shape = (num_slots, H, plan.num_blocks * C)
-        Table = FloatRows if key_range is None else ByteRows
         num_heads = num_slots * H * plan.num_blocks
-        self.keys: Rows = Table(num_heads * D, C)
-        self.values: Rows = Table(num_heads * C, D)
-        self._elements = self.keys.table.view(-1)
+        self.keys: Table
+        self.values: Table
         self._encoding: tuple[Tensor, Tensor] | None = None
-        if isinstance(self.keys, ByteRows):
-            assert key_range is not None
+        if key_range is None:
+            self.keys, self.values = FloatTable(num_heads * D, C), FloatTable(num_heads * C, D)
+        else:
+            self.keys, self.values = ByteTable(num_heads * D, C), ByteTable(num_heads * C, D)
             scale = ((key_range.greatest - key_range.least) / 255).clamp(min=1e-6)
             by_row = [
                 each[None, :, None].expand(self._key_shape).flatten()
                 for each in (scale, key_range.least)
             ]
             self.keys.set_scales(*by_row)
-            # Rounded to the nearest: the byte is what is left of the point.
+            # 0.5, because the conversion to bytes cuts off: this rounds to the nearest.
             self._encoding = 0.5 - key_range.least / scale, 1 / scale
+        self._elements = self.keys.table.view(-1)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         plan = self.plan
@@ -187,7 +193,7 @@ class _FullLayer:
         self.values.table.index_copy_(
             0, plan.value_rows, self.values.encode(value.reshape(B * H, D))
         )
-        # Each block's query beside it.
+        # One copy of a query for each block that it reads.
         weights = query.reshape(B * H, D).index_select(0, plan.queries)
         scores = self.keys.sums(plan.key_indices, plan.key_offsets, weights.view(-1))
         if plan.is_ragged:
@@ -199,14 +205,14 @@ class _FullLayer:
         return attended.view(B, H * D)
 
     def _encode(self, keys: Tensor) -> Tensor:
-        """Keys [., H, D] as the table holds them."""
+        """Convert keys [., H, D] to what the table holds."""
         if self._encoding is None:
             return keys
         offset, factor = self._encoding
         return torch.addcmul(offset, keys, factor).clamp_(0, 255).to(torch.uint8)
 
     def pack(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [H, n, D] as the first blocks and rows of a slot."""
+        """Convert keys and values [H, n, D] to the first blocks and rows of a slot."""
         H, n, D = key.shape
         blocks = F.pad(key, (0, 0, 0, -n % self.plan.C)).view(H, -1, self.plan.C, D)
         encoded = self._encode(blocks.permute(1, 2, 0, 3)).permute(2, 0, 3, 1)
@@ -220,7 +226,7 @@ class _FullLayer:
 
 
 class _SparsePlan:
-    """Where the rows of a step read and write in layers of one of the sparse kinds."""
+    """Indices that a step reads and writes in layers of one of the sparse kinds."""
 
     def __init__(self, config: TransformerConfig, kind: AttentionKind) -> None:
         self.H, self.D, self.length = config.num_heads, config.head_width, config.length
@@ -255,9 +261,9 @@ class _SparseLayer:
     def __init__(self, num_slots: int, plan: _SparsePlan, as_bytes: bool) -> None:
         self.plan = plan
         self._shape = (num_slots, plan.H, plan.length)
-        Table = ByteRows if as_bytes else FloatRows
-        self.keys: Rows = Table(num_slots * plan.H * plan.length, plan.D)
-        self.values: Rows = Table(num_slots * plan.H * plan.length, plan.D)
+        make = ByteTable if as_bytes else FloatTable
+        self.keys: Table = make(num_slots * plan.H * plan.length, plan.D)
+        self.values: Table = make(num_slots * plan.H * plan.length, plan.D)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         plan = self.plan
@@ -271,7 +277,7 @@ class _SparseLayer:
         return attended.view(B, H * D)
 
     def pack(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [H, n, D] as the first rows of a slot."""
+        """Convert keys and values [H, n, D] to the first rows of a slot."""
         H, n, D = key.shape
         encoded_key, encoded_value = (
             rows.encode(each.reshape(H * n, D)).view(H, n, -1)
@@ -284,17 +290,6 @@ class _SparseLayer:
             rows.table.view(*self._shape, -1)[slots, :, : each.shape[1]] = each
 
 
-def inputs_seen(config: TransformerConfig, kind: AttentionKind) -> tuple[np.ndarray, np.ndarray]:
-    """Of the query at each input, the inputs that it sees in order, [L, most], and how many: [L].
-
-    What stands behind them is no part of it.
-    """
-    grid_size, kernel_size = config.grid_size, config.conv_kernel_size
-    visible = visibility(kind, config.text_length, grid_size, kernel_size).numpy()
-    counts = visible.sum(axis=1)
-    return np.argsort(~visible, axis=1, kind="stable")[:, : int(counts.max())], counts
-
-
 def _int32(numbers: np.ndarray) -> Tensor:
-    """Flat, of the type that the embedding kernels read fastest."""
+    """Flatten, and convert to the type that the embedding kernels read fastest."""
     return torch.from_numpy(numbers.reshape(-1).astype(np.int32))

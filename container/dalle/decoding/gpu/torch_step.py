@@ -1,7 +1,6 @@
-"""A decoding step for a GPU by torch's kernels, where `dalle.decoding.gpu.step` is not for it.
+"""The decoding step for a GPU by torch's kernels, where `dalle.decoding.gpu.step` cannot run.
 
-See `dalle.decoding.gpu.cuda_graph`. Keys are read up to a length that grows in blocks, one
-recording for each.
+Keys are read up to a length that grows in blocks, with a CUDA graph for each length.
 
 Letters: S slots, H heads, L inputs of a sequence, D head width, M codes, W width, n inputs that a
 query sees, or that a prefix has.
@@ -16,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dalle.decoding.gpu.cuda_graph import RecordedStep
-from dalle.decoding.input_batch import Batch
-from dalle.decoding.step import DecodeStep
+from dalle.decoding.gpu.cuda_graph import CudaGraphStep
+from dalle.decoding.torch_decoder import TorchDecoder
 from dalle.models.attention import KeyValueCache, visibility
 from dalle.models.transformer import Dalle, TransformerConfig
 from dalle.types import AttentionKind
@@ -27,15 +25,14 @@ _BLOCK = 128  # inputs by which the keys that are read grow
 _ALIGNED = 16  # keys: attention kernels copy a mask whose rows are of another length
 
 
-class StaticStep(RecordedStep):
+class GpuTorchStep(CudaGraphStep):
     """A model's decoding step with the keys and values of all its slots, in the model's dtype."""
 
     def __init__(self, model: Dalle, num_slots: int) -> None:
         super().__init__(model, num_slots)
         config, like = model.config, model.text_position.detach()
-        self._step = DecodeStep(model)
-        self.code_logits = self._step.code_logits
-        # A layer's keys and values side by side: what a query sees is gathered by one kernel.
+        self._decoder = TorchDecoder(model)
+        # A layer's keys and values side by side: one kernel gathers both.
         self._tables = [
             like.new_zeros(num_slots * config.length, 2, config.width)
             for _ in range(config.num_layers)
@@ -44,13 +41,13 @@ class StaticStep(RecordedStep):
         self._kinds = [config.kind_of_layer(layer) for layer in range(config.num_layers)]
         self._seen = {kind: _Seen.of(config, kind, like) for kind in set(self._kinds)}
         self._first_rows = torch.arange(num_slots, device=like.device) * config.length
-        # Of the step that is being run.
+        # Of the current step.
         self._rows = self._first_rows
         self._views: dict[AttentionKind, _View] = {}
         self._bound = config.length
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Store every slot's key and value, then attend: all [S, H, D] -> [S, H * D]."""
+        """As `torch_decoder.Cache`, for all slots."""
         table, view = self._tables[layer], self._views[self._kinds[layer]]
         table.select(1, 0).index_copy_(0, self._rows, key.flatten(1))
         table.select(1, 1).index_copy_(0, self._rows, value.flatten(1))
@@ -64,12 +61,11 @@ class StaticStep(RecordedStep):
         )
         return attended.flatten(1)
 
-    def draw(self, hidden: Tensor, uniforms: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """As `DrawingStep`."""
-        return batch.draw(self.code_logits, hidden, uniforms)
+    def code_logits(self, hidden: Tensor, m: int, codes: Tensor) -> Tensor:
+        return self._decoder.code_logits(hidden, m, codes)
 
     def pack(self, prefix: KeyValueCache) -> list[Tensor]:
-        """As `SlotStep`: [n, 2, W]."""
+        """Keys and values [n, 2, W] of each layer."""
         return [
             torch.stack([each[0, :, : prefix.filled] for each in (key, value)])
             .permute(2, 0, 1, 3)
@@ -78,16 +74,15 @@ class StaticStep(RecordedStep):
         ]
 
     def load(self, slots: Tensor, packed: Sequence[Tensor]) -> None:
-        """As `SlotStep`."""
         for table, inputs in zip(self._tables, packed, strict=True):
             table.view(self._num_slots, -1, *table.shape[1:])[slots, : len(inputs)] = inputs
 
     def _run(self, last_input: int) -> None:
         self._bound = min(self._length, -(-(last_input + 1) // _BLOCK) * _BLOCK)
-        if self._bound not in self._recordings:
-            # Repeated, a step writes the same keys in the same places.
-            self._recordings.add(self._bound, self._compute)
-        self._recordings.replay(self._bound)
+        if self._bound not in self._graphs:
+            # A repeated step writes the same keys to the same rows.
+            self._graphs.add(self._bound, self._compute)
+        self._graphs.replay(self._bound)
 
     def _compute(self) -> None:
         inputs = self._positions + self._first_input
@@ -96,30 +91,33 @@ class StaticStep(RecordedStep):
             kind: seen.by(inputs, self._first_rows, self._bound)
             for kind, seen in self._seen.items()
         }
-        self._hidden.copy_(self._step(self._codes, self._positions, self))
+        self._hidden.copy_(self._decoder(self._codes, self._positions, self))
 
 
 @dataclass(frozen=True, eq=False)
 class _View:
-    """What the slots' queries see in a step of one length."""
+    """Inputs that the slots' queries see in a step of one length."""
 
     rows: Tensor | None
     """[S * n] of a layer's table; None: all inputs up to the bound."""
     mask: Tensor
-    """[S, 1, 1, n]: 0 for what counts, else -inf."""
+    """[S, 1, 1, n]: 0 for an input that is seen, else -inf."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Seen:
-    """Of a kind of attention what the query at each input sees: inputs [L, n], filled up, and which
-    of them count, [L, n] as a mask to add. inputs is None where that is all there is before it."""
+    """Inputs that the query at each input sees, for one kind of attention.
+
+    inputs: [L, n], padded; None where a query sees all inputs before it. mask: [L, n], added to the
+    scores: 0 for an input that is seen, -inf for padding.
+    """
 
     inputs: Tensor | None
     mask: Tensor
 
     @classmethod
     def of(cls, config: TransformerConfig, kind: AttentionKind, like: Tensor) -> _Seen:
-        """like: a tensor of the device and dtype to use."""
+        """Build the tables. like: a tensor of the device and dtype to use."""
         visible = visibility(kind, config.text_length, config.grid_size, config.conv_kernel_size)
         if kind == "full":
             return cls(None, _as_mask(visible, like))
@@ -131,7 +129,7 @@ class _Seen:
         return cls(order.where(counted, 0).to(like.device), _as_mask(counted, like))
 
     def by(self, inputs: Tensor, first_rows: Tensor, bound: int) -> _View:
-        """For queries at the slots' inputs [S]; first_rows: of the slots [S] in a table."""
+        """Select for queries at the slots' inputs [S]. first_rows: [S], the slots' in a table."""
         if self.inputs is None:
             mask = self.mask[:, :bound].index_select(0, inputs)[:, None, None]
             return _View(None, mask)
@@ -141,4 +139,5 @@ class _Seen:
 
 
 def _as_mask(counted: Tensor, like: Tensor) -> Tensor:
+    """0 where counted, -inf elsewhere."""
     return like.new_zeros(counted.shape).masked_fill_(~counted.to(like.device), -torch.inf)

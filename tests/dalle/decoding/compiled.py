@@ -2,9 +2,9 @@
 
 import pytest
 
-from dalle.decoding.cpu import structures as native_structures
+from dalle.decoding.cpu import structures as structures
 
-_compiled = native_structures.library()
+_compiled = structures.library()
 runs_here = pytest.mark.skipif(
     _compiled is None or _compiled.dalle_support() == 0,
     reason="no compiled decoding step for this machine",

@@ -1,6 +1,6 @@
 """Compile what a fused step is made of for a GPU that need not be there, with the step's arguments.
 
-    python -m tests.dalle.decoding.compile_fused CAPABILITY DTYPE FEED_FORWARD NORM
+    python -m tests.dalle.decoding.compile_kernels CAPABILITY DTYPE FEED_FORWARD NORM
 
 Without TRITON_INTERPRET. In place of CUDA's driver one is asked to launch it that takes notes; the
 last line is the names of what was launched.
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from cuda.bindings import driver
 
-from dalle.decoding.gpu import launch as fused_launch
-from dalle.decoding.gpu.step import FusedStep
+from dalle.decoding.gpu import launch as launch
+from dalle.decoding.gpu.step import GpuStep
 from dalle.decoding.input_batch import SlotState
 from dalle.models.transformer import Dalle, TransformerConfig
 
@@ -53,7 +53,7 @@ class AbsentDriver:
 
 def main() -> None:
     capability, dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
-    launches: Any = fused_launch
+    launches: Any = launch
     launches.driver = absent = AbsentDriver()
     cuda: Any = torch.cuda
     cuda.device = nullcontext
@@ -73,9 +73,9 @@ def main() -> None:
         norm=sys.argv[4],
     )
     model = Dalle(config).to(dtype).eval().requires_grad_(False)
-    step = FusedStep(model, 3)
+    step = GpuStep(model, 3)
     with torch.inference_mode():
-        step._draw_and_take_in(SlotState.new(config, 3, model.text_position))
+        step._sample_and_run(SlotState.new(config, 3, model.text_position))
     print(*sorted(absent.launched))
 
 

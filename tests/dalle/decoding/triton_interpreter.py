@@ -8,7 +8,7 @@ pytest.importorskip("cuda.bindings")
 
 from triton.runtime import interpreter
 
-from dalle.decoding.gpu.step import FusedStep
+from dalle.decoding.gpu.step import GpuStep
 
 _patch_tensor = interpreter._patch_lang_tensor
 
@@ -23,4 +23,4 @@ def _with_an_index(tensor, scope):
 interpreter._patch_lang_tensor = _with_an_index
 
 
-__all__ = ["FusedStep"]
+__all__ = ["GpuStep"]
