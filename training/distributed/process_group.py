@@ -19,10 +19,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dalle.models.reduction import OneRank
+from dalle.models.reduction import Ranks
 
 
-class ProcessGroup(OneRank):
+class ProcessGroup(Ranks):
     """Interface of a process group, and the group of a single process."""
 
     @property

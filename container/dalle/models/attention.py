@@ -1,4 +1,4 @@
-"""Self-attention over text then image tokens, its four kinds, and the key-value cache.
+"""Self-attention over text and image tokens: its four kinds of mask and its key-value cache.
 
 The sequence of inputs is BOS, T text tokens, then the image tokens in raster order:
 
@@ -19,13 +19,13 @@ from dalle.types import AttentionKind
 
 
 def visibility(kind: AttentionKind, text_length: int, grid_size: int, kernel_size: int) -> Tensor:
-    """Which inputs each index may look at: bool [L, L], row = query, True = seen.
+    """Return the attention mask: bool [L, L], row = query, column = key, True = visible.
 
-    Text is causal in every kind, and an image token sees BOS and the whole text. Among image
-    tokens, never the future, and of the past:
-    full: everything · axial_row: its own row · axial_col: its own column ·
-    conv_like: a window of `kernel_size` columns centred on its own and as many rows, the last of
-    them its own (the causal half of a convolution's window).
+    Every kind is causal, and image tokens see BOS and the whole text. Of the earlier image tokens
+    they see
+    full: all · axial_row: those in the same row · axial_col: those in the same column ·
+    conv_like: those in a window of `kernel_size` columns, centred on the query, and as many rows,
+    the last of them the query's (the causal half of a convolution's window).
     """
     length = text_length + grid_size**2
     causal = torch.ones(length, length, dtype=torch.bool).tril()
@@ -47,9 +47,9 @@ def visibility(kind: AttentionKind, text_length: int, grid_size: int, kernel_siz
 
 
 class KeyValueCache:
-    """Keys and values of the inputs seen so far, of one batch: static tensors, one pair a layer.
+    """Keys and values of a batch's inputs so far, in one preallocated pair of tensors per layer.
 
-    One tensor a layer, not one for all: a stacked tensor is several times slower to step on a CPU.
+    One stacked tensor for all layers would be several times slower per step on a CPU.
     """
 
     def __init__(self, num_layers: int, shape: tuple[int, int, int, int], like: Tensor) -> None:
@@ -59,9 +59,9 @@ class KeyValueCache:
         self.filled = 0
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store keys and values [B, H, n, D] behind `filled`; returns all so far, [B, H, ., D].
+        """Store keys and values [B, H, n, D] behind `filled`; return all so far, [B, H, ., D].
 
-        `filled` itself moves once a step, by the model, when every layer has stored its own.
+        The model advances `filled` once a step, after every layer has stored its keys and values.
         """
         end = self.filled + keys.shape[2]
         self.keys[layer][:, :, self.filled : end] = keys
@@ -69,24 +69,19 @@ class KeyValueCache:
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
     def copy_from(self, prefix: KeyValueCache) -> None:
-        """Begin with what a cache of one row holds, in every row of this one."""
+        """Copy the content of a cache of one row into every row of this one."""
         self.filled = prefix.filled
         for own, other in zip(self.keys + self.values, prefix.keys + prefix.values, strict=True):
             own[:, :, : prefix.filled] = other[:, :, : prefix.filled]
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention of one kind; x [B, n, width] -> the same."""
+    """Multi-head attention of one kind; x [B, n, width] -> the same shape."""
 
     visible: Tensor | None
 
     def __init__(
-        self,
-        width: int,
-        num_heads: int,
-        *,
-        visible: Tensor | None,
-        qk_norm: bool,
+        self, width: int, num_heads: int, *, visible: Tensor | None, qk_norm: bool
     ) -> None:
         """visible: bool [L, L], or None for plain causal attention."""
         super().__init__()
@@ -97,11 +92,11 @@ class SelfAttention(nn.Module):
         self.register_buffer("visible", visible, persistent=False)
 
     def forward(self, x: Tensor, cache: KeyValueCache | None, layer: int) -> Tensor:
-        """With a cache, x are the inputs that follow what it holds; without, the whole sequence."""
+        """x: the inputs after those in the cache; without a cache, the whole sequence."""
         qkv = self.to_qkv(x).unflatten(-1, (3, self.num_heads, self.head_width))
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, n, D]
         if self.qk_norm:
-            # layer_norm is one kernel; rms_norm is five on a CPU, a quarter of a decoding step.
+            # layer_norm is one kernel; rms_norm is five, a quarter of a decoding step on a CPU.
             query = F.layer_norm(query, (self.head_width,))
             key = F.layer_norm(key, (self.head_width,))
         start = 0
@@ -113,11 +108,7 @@ class SelfAttention(nn.Module):
         if mask is None and start > 0 and n > 1:
             mask = torch.ones(n, seen, dtype=torch.bool, device=x.device).tril(start)
         out = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            is_causal=mask is None and n > 1,
+            query, key, value, attn_mask=mask, is_causal=mask is None and n > 1
         )
         projected: Tensor = self.to_out(out.transpose(1, 2).flatten(2))
         return projected

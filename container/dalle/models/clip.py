@@ -1,10 +1,9 @@
-"""CLIP: how well does a caption fit an image? A thin layer over clip-anytorch's own model class.
+"""CLIP: scores how well captions fit images. A thin layer over clip-anytorch's model class.
 
-Ours takes images in [0, 1] of any size and text tokens with 0 as padding, and gives unit vectors;
-`clip_score` is their cosine. Two kinds of weights fit in:
+    images in [0, 1], captions -> unit vectors -> clip_score, their cosine
 
-- trained from scratch on the job's pairs, with the artefact's tokenizer;
-- an OpenAI checkpoint file (ViT or ResNet), which brings its own byte-pair encoding.
+The weights are either trained from scratch on the job's pairs with the artefact's tokenizer, or an
+OpenAI checkpoint (ViT or ResNet) with OpenAI's byte-pair encoding.
 
 Letters: B batch, T text length, E embedding size.
 """
@@ -30,7 +29,7 @@ from dalle.preprocess.tokenizer import CaptionTokenizer
 
 CLIP = clip_module("model").CLIP
 
-# Of the images that OpenAI's models were trained on (openai/CLIP, clip.py).
+# Mean and standard deviation of OpenAI's training images (openai/CLIP, clip.py).
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 _MAX_LOGIT_SCALE = math.log(100)
@@ -38,38 +37,38 @@ _MAX_LOGIT_SCALE = math.log(100)
 
 @dataclass(frozen=True, kw_only=True)
 class ClipConfig:
-    """Everything that rebuilds a `Clip`; names in OpenAI's order and sense."""
+    """Fields that rebuild a `Clip`, in the order of OpenAI's class."""
 
     embed_size: int
-    """E: width of the common space."""
+    """E: width of the space that images and captions share."""
     image_size: int
-    """Side that images are resized to."""
+    """Side in pixels that images are resized to."""
     vision_layers: int | tuple[int, int, int, int]
     """Layers of the vision transformer; four numbers mean a modified ResNet."""
     vision_width: int
     """Channels of the image encoder."""
     patch_size: int | None
-    """Side of a patch in pixels; none for a ResNet."""
+    """Side of a patch in pixels; None for a ResNet."""
     text_vocab_size: int
-    """Ids that the text encoder knows, its end mark included."""
+    """Number of text token ids, end mark included."""
     text_length: int
-    """Text tokens it reads, its start and end marks included."""
+    """Text tokens per caption, start and end marks included."""
     text_width: int
     """Channels of the text encoder."""
     text_heads: int
-    """Its attention heads."""
+    """Attention heads of the text encoder."""
     text_layers: int
-    """Its layers."""
+    """Layers of the text encoder."""
     tokenizer: Literal["artefact", "openai"] = "artefact"
-    """Whose text tokens it reads: the artefact's tokenizer, or CLIP's own byte pairs."""
+    """Source of the text tokens: the artefact's tokenizer or OpenAI's byte-pair encoding."""
     likelihood_weight: float = 0.0
-    """What a nat of the transformer's log-likelihood counts beside CLIP's logit when candidates are
-    ranked. 1 for drawings that their caption determines, where an unlikely picture is a wrong one;
-    0 for photographs, where it may be the more interesting one."""
+    """Weight of the transformer's log-likelihood (nats) beside CLIP's logit when candidates are
+    ranked. 1 for drawings that their caption determines, where an unlikely image is a wrong one;
+    0 for photographs, where an unlikely image may be the more interesting one."""
 
     def __post_init__(self) -> None:
-        # The model class cuts a remainder of the image off without a word, and takes a head for
-        # each 64 channels of the image encoder (32 of a ResNet's).
+        # The model class silently crops a remainder of the image, and has one head per 64 channels
+        # of the image encoder (32 of a ResNet's).
         if self.patch_size is not None and self.image_size % self.patch_size:
             raise ValueError(
                 f"patch_size must divide the image size {self.image_size}, got {self.patch_size}"
@@ -89,11 +88,11 @@ class ClipLoss:
 
     total: Tensor
     accuracy: Tensor
-    """Share of images whose own caption scores best in the batch."""
+    """Share of images whose caption scores best in the batch."""
 
 
 class Clip(nn.Module):
-    """Image and text encoder with a common space."""
+    """Image and text encoder with a common embedding space."""
 
     mean: Tensor
     std: Tensor
@@ -118,7 +117,10 @@ class Clip(nn.Module):
 
     @classmethod
     def from_openai(cls, path: Path) -> Clip:
-        """Load a checkpoint file as OpenAI published it (TorchScript archive or state dict)."""
+        """Load a checkpoint file of OpenAI's (TorchScript archive or state dict).
+
+        Raises ArtefactError when it is something else.
+        """
         state = _read_openai_state(path)
         try:
             model = cls(_openai_config(state))
@@ -128,7 +130,7 @@ class Clip(nn.Module):
         return model.eval()
 
     def muon_parameters(self) -> list[nn.Parameter]:
-        """The matrices of both transformers; everything else is for AdamW."""
+        """Return the matrices of both transformers; AdamW trains the other weights."""
         return [
             parameter
             for name, parameter in self.model.named_parameters()
@@ -143,12 +145,12 @@ class Clip(nn.Module):
         *,
         pictures: Tensor | None = None,
     ) -> ClipLoss:
-        """Symmetric cross-entropy over the batch's pairs (Radford et al. 2021, figure 3).
+        """Return the symmetric cross-entropy over pairs (Radford et al. 2021, figure 3).
 
-        images: [B, 3, H, W] in [0, 1]; text_tokens: [B, T] of the artefact's tokenizer. Captions
-        that are equal within the batch count as one another's positives, and so do pairs whose
-        images have the same number in pictures [B]. The batch is that of all ranks: each scores
-        its own images and captions against everybody's.
+        images: [B, 3, H, W] in [0, 1]; text_tokens: [B, T] of the artefact's tokenizer; pictures:
+        [B], equal numbers for pairs of the same image. Pairs with equal captions or the same image
+        count as positives of each other. Each rank scores its images and captions against those of
+        all ranks.
         """
         image_features = self.encode_image(images)
         text_features = self.encode_text(text_tokens)
@@ -165,7 +167,7 @@ class Clip(nn.Module):
         return ClipLoss(total, same.gather(1, best[:, None]).mean())
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """images [B, 3, H, W] in [0, 1], square, any size -> unit vectors [B, E]."""
+        """Square images [B, 3, H, W] of any size in [0, 1] -> unit vectors [B, E]."""
         size = self.config.image_size
         if images.shape[-1] != size:
             images = F.interpolate(
@@ -177,7 +179,7 @@ class Clip(nn.Module):
     def encode_text(self, text_tokens: Tensor) -> Tensor:
         """text_tokens [B, T] of the artefact's tokenizer, 0 = padding -> unit vectors [B, E]."""
         assert self.config.tokenizer == "artefact", "use encode_captions with OpenAI's weights"
-        # The model reads a caption's vector at its highest id: an end mark above all others.
+        # The model takes a caption's vector at its highest id, which must be the end mark.
         end = self.config.text_vocab_size - 1
         lengths = (text_tokens != 0).sum(dim=1, keepdim=True)
         closed = F.pad(text_tokens, (0, 1)).scatter(1, lengths, end)
@@ -185,11 +187,11 @@ class Clip(nn.Module):
         return F.normalize(features, dim=-1)
 
     def merit(self, clip_scores: Tensor, log_likelihood: Tensor) -> Tensor:
-        """What candidates of a caption are ranked by, the greatest first: any shape, the same back.
+        """Return the merit [.] that a caption's candidates are ranked by, greatest first.
 
-        CLIP's logit estimates, in nats and up to a constant, how much likelier the picture is with
-        this caption than without; log_likelihood [.], in nats, is what the transformer that drew
-        it says. clip_scores: [.], cosines.
+        clip_scores: [.], cosines. log_likelihood: [.], of the transformer, in nats. CLIP's logit
+        estimates, in nats and up to a constant, how much likelier the image is with this caption
+        than without it.
         """
         scale: Tensor = self.model.logit_scale.clamp(max=_MAX_LOGIT_SCALE).exp()
         return scale * clip_scores + self.config.likelihood_weight * log_likelihood
@@ -197,9 +199,10 @@ class Clip(nn.Module):
     def encode_captions(
         self, captions: Sequence[str], tokenizer: CaptionTokenizer | None
     ) -> Tensor:
-        """Captions -> unit vectors [B, E], whichever tokenizer these weights read.
+        """Captions -> unit vectors [B, E], by the tokenizer of the weights.
 
-        A caption too long for OpenAI's 77 tokens is cut, as it was in their training.
+        tokenizer: the artefact's; raises ArtefactError when it is needed and None. Captions of
+        more than OpenAI's 77 tokens are cut, as in OpenAI's training.
         """
         device = self.mean.device
         if self.config.tokenizer == "artefact":
@@ -213,13 +216,11 @@ class Clip(nn.Module):
 
 @cache
 def _openai_tokenizer() -> Any:
-    from clip.simple_tokenizer import SimpleTokenizer
-
-    return SimpleTokenizer()
+    return clip_module("simple_tokenizer").SimpleTokenizer()
 
 
 def _openai_tokens(captions: Sequence[str], text_length: int) -> Tensor:
-    """[B, text_length] int64 of OpenAI's ids: start mark, words, end mark, zeros."""
+    """Return OpenAI's ids, int64 [B, text_length]: start mark, words, end mark, zeros."""
     tokenizer = _openai_tokenizer()
     start, end = tokenizer.encoder["<|startoftext|>"], tokenizer.encoder["<|endoftext|>"]
     tokens = torch.zeros(len(captions), text_length, dtype=torch.int64)
@@ -232,19 +233,18 @@ def _openai_tokens(captions: Sequence[str], text_length: int) -> Tensor:
 def _read_openai_state(path: Path) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings():
-            # torch.export, which is to follow TorchScript, cannot read what OpenAI published.
+            # torch warns that TorchScript gives way to torch.export, which cannot read this file.
             warnings.simplefilter("ignore", DeprecationWarning)
             archive = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
         state: dict[str, Tensor] = archive.state_dict()
     except (RuntimeError, ValueError):
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            state = dict(state)
+            state = dict(torch.load(path, map_location="cpu", weights_only=True))
         except Exception as error:
             raise ArtefactError(
                 f"{path.name} is not an OpenAI CLIP checkpoint (TorchScript archive or state dict)"
             ) from error
-    # Three numbers that the archive keeps beside its weights.
+    # The archive holds three numbers beside the weights.
     for name in ("input_resolution", "context_length", "vocab_size"):
         state.pop(name, None)
     missing = {"text_projection", "logit_scale", "token_embedding.weight"} - state.keys()
@@ -254,7 +254,7 @@ def _read_openai_state(path: Path) -> dict[str, Tensor]:
 
 
 def _openai_config(state: dict[str, Tensor]) -> ClipConfig:
-    """Sizes from the shapes of the weights; every published model is covered."""
+    """Return the config that the shapes of the weights imply, for every published model."""
 
     def count(prefix: str) -> int:
         depth = prefix.count(".") + 1

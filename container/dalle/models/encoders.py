@@ -1,8 +1,8 @@
-"""The dVAE's blocks and encoders: images -> the feature maps that its codebooks see.
+"""Encoders of the dVAE: images -> one feature map per codebook.
 
-An encoder gives one feature map per codebook. One that parts what it shows them (colours here,
-patterns there) lets a code stay the same where only the other part changes, which is what a
-transformer has to learn from fewer examples.
+An encoder that separates colours from patterns keeps a code the same where only the other part
+changes. The transformer then needs fewer examples.
+
 Letters: B batch, C channels, G grid size, H and W sides of a feature map, M codebooks, S image
 size, P patches, p patch size.
 """
@@ -17,22 +17,22 @@ from dalle.models.dvae_config import DVAEConfig
 
 
 class PositionNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each position apart; [B, C, H, W] -> the same.
+    """LayerNorm over the channels of each position; [B, C, H, W] -> the same shape.
 
-    Not GroupNorm: statistics over all positions would let the rest of the image into a code that
-    is to be a function of its own patch.
+    Not GroupNorm: with statistics over all positions a code would depend on the whole image, not
+    on one patch.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        # Feature maps are kept channels-last, so that this moves no data.
+        # Feature maps are channels-last, so the permutations move no data.
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class ResidualBlock(nn.Module):
-    """x + a pointwise network of its norm and its neighbours'; [B, C, H, W] -> the same.
+    """Norm, depthwise convolution and pointwise network around a residual connection.
 
-    The neighbours come in by a depthwise convolution, as in ConvNeXt (Liu et al. 2022): at equal
-    width it costs an eighth of a dense one, and on a CPU that decides how wide one can be.
+    [B, C, H, W] -> the same shape. Depthwise as in ConvNeXt (Liu et al. 2022): at equal width it
+    costs an eighth of a dense convolution, which on a CPU decides how wide a block can be.
     """
 
     def __init__(self, width: int, kernel_size: int) -> None:
@@ -52,11 +52,12 @@ class ResidualBlock(nn.Module):
 
 
 def blocks(config: DVAEConfig, kernel_size: int) -> list[nn.Module]:
+    """Return the config's number of residual blocks."""
     return [ResidualBlock(config.width, kernel_size) for _ in range(config.num_blocks)]
 
 
 class JointEncoder(nn.Module):
-    """Images -> one feature map, which every codebook sees."""
+    """Images -> one feature map, shared by all codebooks."""
 
     def __init__(self, config: DVAEConfig) -> None:
         super().__init__()
@@ -76,12 +77,11 @@ class JointEncoder(nn.Module):
         return [self.layers(images * 2 - 1)] * self.num_codebooks
 
 
-class SplitEncoder(nn.Module):
-    """Images -> a feature map of the patches' end colours, and one of their patterns.
+class ColourSplitEncoder(nn.Module):
+    """Images -> a feature map of the patches' end colours and one of their patterns.
 
-    The parting is that of block texture compression (S3TC, Iourcha et al. 1999): a patch is two
-    end colours and, for each pixel, where it lies between them. The end colours are those of its
-    darkest and its lightest pixel.
+    As in block texture compression (S3TC, Iourcha et al. 1999), a patch is two end colours and, for
+    each pixel, a place between them. The end colours are those of the darkest and lightest pixel.
     """
 
     luminance: Tensor
@@ -101,14 +101,14 @@ class SplitEncoder(nn.Module):
         self.register_buffer("luminance", weights, persistent=False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """[B, 3, S, S] in [0, 1] -> M of [B, C, G, G], the first of the colours"""
+        """[B, 3, S, S] in [0, 1] -> M of [B, C, G, G]; the first encodes the colours"""
         unshuffled = F.pixel_unshuffle(images, self.patch_size)
         B, _, G, _ = unshuffled.shape
         patches = unshuffled.reshape(B, 3, -1, G, G)
         light = torch.einsum("bcpij,c->bpij", patches, self.luminance)
         darkest, lightest = light.argmin(dim=1, keepdim=True), light.argmax(dim=1, keepdim=True)
         low, high = light.gather(1, darkest), light.gather(1, lightest)
-        # A flat patch has no pattern: all zeros, and not noise blown up.
+        # The bound keeps a flat patch at zero instead of amplifying its noise.
         pattern = (light - low) / (high - low).clamp_min(1 / 64)
         ends = [
             patches.gather(2, index[:, None].expand(-1, 3, -1, -1, -1)).squeeze(2)
@@ -119,15 +119,16 @@ class SplitEncoder(nn.Module):
         return [colour_map, *[pattern_map] * (self.num_codebooks - 1)]
 
 
-class GroundEncoder(nn.Module):
-    """Images -> a feature map of which pixels are drawn, and one of the colours they have.
+class GroundSplitEncoder(nn.Module):
+    """Images -> a feature map of which pixels are foreground and one of their colours.
 
-    Drawn is what differs from the ground, the median colour of the picture's border. The colours
-    of a patch go on over its undrawn pixels, so that they say nothing of the pattern: along rows
-    or along columns, whichever its drawn pixels vary less by, from the nearest drawn pixel.
+    Foreground pixels differ from the background, the median colour of the image's border. Their
+    colours are extended over the background pixels of a patch, so that the colour map does not
+    depend on the pattern: from the nearest foreground pixel, along rows or along columns, whichever
+    has less variance in the patch.
     """
 
-    DRAWN_DISTANCE = 1 / 16  # from the ground in the channel that differs most; of the range 0 to 1
+    FOREGROUND_DISTANCE = 1 / 16  # least difference from the background in any channel, in [0, 1]
 
     def __init__(self, config: DVAEConfig) -> None:
         super().__init__()
@@ -141,17 +142,17 @@ class GroundEncoder(nn.Module):
         )
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """[B, 3, S, S] in [0, 1] -> M of [B, C, G, G], the last of the colours"""
-        ground = _ground(images)  # [B, 3]
-        apart = (images - ground[..., None, None]).abs().amax(dim=1, keepdim=True)
-        pattern = F.pixel_unshuffle((apart > self.DRAWN_DISTANCE).to(images.dtype), self.patch_size)
-        B, _, G, _ = pattern.shape
+        """[B, 3, S, S] in [0, 1] -> M of [B, C, G, G]; the last encodes the colours"""
         p = self.patch_size
-        drawn = pattern.permute(0, 2, 3, 1).reshape(B * G * G, p, p) > 0
+        background = _border_median(images)  # [B, 3]
+        distance = (images - background[..., None, None]).abs().amax(dim=1, keepdim=True)
+        pattern = F.pixel_unshuffle((distance > self.FOREGROUND_DISTANCE).to(images.dtype), p)
+        B, _, G, _ = pattern.shape
+        foreground = pattern.permute(0, 2, 3, 1).reshape(B * G * G, p, p) > 0
         patches = F.pixel_unshuffle(images, p).permute(0, 2, 3, 1).reshape(B * G * G, 3, p, p)
-        per_patch = ground.repeat_interleave(G * G, dim=0)
-        colours = _continued(patches, drawn, per_patch)
-        colour_inputs = torch.cat([colours.flatten(1), per_patch], dim=1)
+        background = background.repeat_interleave(G * G, dim=0)
+        colours = _extend_colours(patches, foreground, background)
+        colour_inputs = torch.cat([colours.flatten(1), background], dim=1)
         colour_inputs = colour_inputs.view(B, G, G, -1).permute(0, 3, 1, 2)
         pattern_map = self.pattern_layers(pattern * 2 - 1)
         colour_map = self.colour_layers(colour_inputs * 2 - 1)
@@ -159,46 +160,48 @@ class GroundEncoder(nn.Module):
 
 
 def build_encoder(config: DVAEConfig) -> nn.Module:
-    """The encoder that a config asks for: images [B, 3, S, S] in [0, 1] -> M of [B, C, G, G]."""
+    """Return the config's encoder: images [B, 3, S, S] in [0, 1] -> M of [B, C, G, G]."""
     if config.ground_split:
-        return GroundEncoder(config)
-    return SplitEncoder(config) if config.colour_split else JointEncoder(config)
+        return GroundSplitEncoder(config)
+    return ColourSplitEncoder(config) if config.colour_split else JointEncoder(config)
 
 
-def _ground(images: Tensor) -> Tensor:
-    """The median colour of the border, channel by channel: [B, 3, S, S] -> [B, 3]."""
+def _border_median(images: Tensor) -> Tensor:
+    """Return the median of the border pixels in each channel: [B, 3, S, S] -> [B, 3]."""
     sides = [images[..., 0, :], images[..., -1, :], images[..., 1:-1, 0], images[..., 1:-1, -1]]
     return torch.cat(sides, dim=-1).median(dim=-1).values
 
 
-def _continued(patches: Tensor, drawn: Tensor, ground: Tensor) -> Tensor:
-    """Patches [P, 3, p, p] with the colours of drawn pixels (bool [P, p, p]) on all others too.
+def _extend_colours(patches: Tensor, foreground: Tensor, background: Tensor) -> Tensor:
+    """Return patches [P, 3, p, p] with foreground colours on all pixels.
 
-    ground: [P, 3], the colour of a patch in which nothing is drawn.
+    foreground: bool [P, p, p]. background: [P, 3], the colour of a patch without foreground.
     """
-    weights = drawn.to(patches.dtype)[:, None]
-    spread = []
+    weights = foreground.to(patches.dtype)[:, None]
+    variance = []
     for axis in (3, 2):  # within each row, within each column
         mean = (patches * weights).sum(axis, keepdim=True)
         mean = mean / weights.sum(axis, keepdim=True).clamp_min(1)
-        spread.append(((patches - mean).square() * weights).sum(dim=(1, 2, 3)))
-    by_columns = (spread[1] < spread[0])[:, None, None]
+        variance.append(((patches - mean).square() * weights).sum(dim=(1, 2, 3)))
+    by_columns = (variance[1] < variance[0])[:, None, None]
     patches = torch.where(by_columns[:, None], patches.mT, patches)
-    drawn = torch.where(by_columns, drawn.mT, drawn)
+    foreground = torch.where(by_columns, foreground.mT, foreground)
 
-    patches = _from_nearest(patches, drawn)
-    # Rows are now whole or empty; the empty ones take the nearest whole one.
-    patches = _from_nearest(patches.mT, drawn.any(dim=2)[:, None].expand_as(drawn)).mT
+    patches = _copy_nearest(patches, foreground)
+    # Each row is now filled or empty; empty rows copy the nearest filled row.
+    filled = foreground.any(dim=2)
+    patches = _copy_nearest(patches.mT, filled[:, None].expand_as(foreground)).mT
     patches = torch.where(by_columns[:, None], patches.mT, patches)
-    return torch.where(
-        drawn.any(dim=2).any(dim=1)[:, None, None, None], patches, ground[..., None, None]
-    )
+    return torch.where(filled.any(dim=1)[:, None, None, None], patches, background[..., None, None])
 
 
-def _from_nearest(patches: Tensor, known: Tensor) -> Tensor:
-    """In each row of patches [P, 3, p, p], pixels not known [P, p, p] are the nearest one known."""
-    place = torch.arange(known.shape[-1], device=known.device)
-    apart = (place[:, None] - place).abs()  # [to, from]
-    unreachable = len(place)
-    nearest = torch.where(known[:, :, None], apart, unreachable).argmin(dim=-1)  # [P, p, p]
+def _copy_nearest(patches: Tensor, known: Tensor) -> Tensor:
+    """Return patches [P, 3, p, p] with unknown pixels copied from the nearest known one of the row.
+
+    known: bool [P, p, p]. A row without a known pixel copies its first.
+    """
+    column = torch.arange(known.shape[-1], device=known.device)
+    distance = (column[:, None] - column).abs()  # [to, from]
+    unreachable = len(column)
+    nearest = torch.where(known[:, :, None], distance, unreachable).argmin(dim=-1)  # [P, p, p]
     return patches.gather(3, nearest[:, None].expand_as(patches))

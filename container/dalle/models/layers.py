@@ -1,4 +1,7 @@
-"""Building blocks of the transformer, chosen by name in its config. Letters: B, n, W width."""
+"""Layers of the transformer, chosen by its config.
+
+Letters: B batch, n inputs of one call, W width.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,12 @@ from dalle.types import FeedForwardKind, NormKind
 
 
 def build_norm(kind: NormKind, width: int) -> nn.Module:
-    """Normalisation over the last dimension, with learned gains."""
+    """Return a normalisation over the last dimension with learned gains."""
     return nn.LayerNorm(width) if kind == "layer" else nn.RMSNorm(width, eps=1e-6)
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with an activation between them; [B, n, W] -> the same.
+    """Two linear layers with an activation between them; [B, n, W] -> the same shape.
 
     gelu: as in GPT. geglu: half of the inner channels gate the other half (Shazeer 2020).
     relu2: squared ReLU (So et al. 2021), the cheapest.
@@ -44,10 +47,10 @@ class FeedForward(nn.Module):
 
 
 class ChannelDropout(nn.Module):
-    """Drops whole channels of a sample, the same ones at all its positions (Gal & Ghahramani 2016).
+    """Dropout of whole channels, the same at all positions of a sample (Gal & Ghahramani 2016).
 
-    As good a regulariser here as independent dropout; on a CPU that one's random numbers cost a
-    quarter of a training step and this one's nothing.
+    Regularises as well here as independent dropout, whose random numbers cost a quarter of a
+    training step on a CPU; these cost nothing measurable.
     """
 
     def __init__(self, share: float) -> None:
@@ -64,7 +67,7 @@ class ChannelDropout(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned gain per channel (Touvron et al. 2021), which starts at one value."""
+    """A learned gain per channel (Touvron et al. 2021) with one start value."""
 
     def __init__(self, width: int, start: float) -> None:
         super().__init__()

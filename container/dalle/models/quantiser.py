@@ -1,7 +1,7 @@
-"""Quantisers: feature maps -> image tokens -> embeddings, with a codebook that stays alive.
+"""Quantisers of the dVAE: feature maps -> image tokens -> embeddings.
 
-Knows feature maps and codes, not pixels. There is one feature map per codebook; an encoder that
-does not part what they see gives the same one to all.
+Knows feature maps and codes, not pixels. There is one feature map per codebook, which may be the
+same for all. Dead codes are re-initialised, so the codebook does not collapse.
 
 Letters: B batch, M codebooks, V codebook size, E embedding width of one code, C channels,
 H = W side of the token grid, N = H·W positions.
@@ -22,47 +22,48 @@ from dalle.models.reduction import ONE_RANK, Ranks
 
 @dataclass(frozen=True)
 class Quantised:
-    """What a quantiser makes of a feature map in training."""
+    """Output of a quantiser in training."""
 
     embeddings: Tensor
     """[B, M·E, H, W], differentiable."""
     loss: Tensor
-    """Scalar: the quantiser's own terms."""
+    """Scalar: KL divergence or commitment."""
 
 
 class Quantiser(nn.Module):
-    """A codebook [M, V, E] and a running share of the positions that choose each code.
+    """Codebooks [M, V, E] and the moving average of each code's usage.
 
-    A code that hardly anything chooses is dead. Until `REVIVE_UNTIL` of the training the dead
-    ones are given a new start every few steps, so that the whole codebook earns its keep.
+    A code is dead when its usage is below `DEAD_SHARE` of an even one. Dead codes are restarted
+    every `RESTART_EVERY` steps until `RESTART_UNTIL` of the training is done.
     """
 
     usage: Tensor  # [M, V] moving average of each code's share of the positions
-    steps: Tensor  # [] int64, training steps seen
+    steps: Tensor  # [] int64, number of training steps
 
     USAGE_DECAY = 0.99
-    DEAD_SHARE = 0.03  # of a fair share, 1 / V
-    REVIVE_EVERY = 20  # steps
-    REVIVE_UNTIL = 0.6  # of the training; the rest settles
+    DEAD_SHARE = 0.03  # of an even share, 1 / V
+    RESTART_EVERY = 20  # steps
+    RESTART_UNTIL = 0.6  # of the training
 
     def __init__(self, num_codebooks: int, codebook_size: int, code_width: int) -> None:
         super().__init__()
         self.codebook = nn.Parameter(torch.randn(num_codebooks, codebook_size, code_width))
         self.register_buffer("usage", torch.empty(num_codebooks, codebook_size))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self.usage.fill_(self.fair_share)
+        self.usage.fill_(self.even_share)
 
     @property
-    def fair_share(self) -> float:
-        """What each code would be used if all were used alike."""
+    def even_share(self) -> float:
+        """Usage of each code if all were used equally, 1 / V."""
         return 1.0 / self.codebook.shape[1]
 
     def forward(
         self, features: Sequence[Tensor], progress: float, ranks: Ranks = ONE_RANK
     ) -> Quantised:
-        """features: M of [B, C, H, W]; progress: share of the training done, in [0, 1].
+        """Quantise features, M of [B, C, H, W], and in training mode update the codebook.
 
-        The codebook and its statistics are those of all ranks, equal on each.
+        progress: share of the training that is done, in [0, 1]. Codebook and usage are computed
+        from the batches of all ranks and equal on each.
         """
         raise NotImplementedError
 
@@ -77,21 +78,21 @@ class Quantiser(nn.Module):
         return joined.reshape(*joined.shape[:2], grid_size, grid_size)
 
     def perplexity(self) -> Tensor:
-        """How many codes are in use, by the entropy of their shares: [M], each in [1, V]."""
-        # A revived code's share is a loan: the shares then add up to more than 1.
+        """Return the effective number of codes in use, exp(entropy of usage): [M], in [1, V]."""
+        # A restart sets a code's usage to the even share: the sum may exceed 1.
         shares = self.usage / self.usage.sum(dim=1, keepdim=True)
         entropy: Tensor = torch.special.entr(shares).sum(dim=1)
         return entropy.exp()
 
     def dead(self) -> Tensor:
-        """Which codes hardly anything chooses: bool [M, V]."""
-        return self.usage < self.DEAD_SHARE * self.fair_share
+        """Return which codes are dead: bool [M, V]."""
+        return self.usage < self.DEAD_SHARE * self.even_share
 
     @torch.no_grad()
-    def _record(self, image_tokens: Tensor, ranks: Ranks) -> Tensor:
-        """Update the running shares with image tokens [B, N, M].
+    def _update_usage(self, image_tokens: Tensor, ranks: Ranks) -> Tensor:
+        """Update the usage with image tokens [B, N, M].
 
-        Returns how often all ranks chose each code, int64 [M, V].
+        Returns each code's number of positions on all ranks, int64 [M, V].
         """
         size = self.usage.shape[1]
         own = [tokens.flatten().bincount(minlength=size) for tokens in image_tokens.unbind(-1)]
@@ -101,19 +102,19 @@ class Quantiser(nn.Module):
         self.steps += 1
         return counts
 
-    def _is_time_to_revive(self, progress: float) -> bool:
-        return progress < self.REVIVE_UNTIL and int(self.steps) % self.REVIVE_EVERY == 0
+    def _is_restart_due(self, progress: float) -> bool:
+        return progress < self.RESTART_UNTIL and int(self.steps) % self.RESTART_EVERY == 0
 
 
 class GumbelQuantiser(Quantiser):
     """Gumbel-softmax relaxation, as in the DALL-E paper (Ramesh et al. 2021, §2.1).
 
-    Training mixes the codes with relaxed one-hot weights, whose temperature falls; encoding takes
-    the likeliest code.
+    Training mixes the codes by relaxed one-hot weights of falling temperature; encoding takes the
+    likeliest code.
     """
 
     FINAL_TEMPERATURE = 1 / 16  # ibid., appendix A.2
-    TEMPERATURE_REACHED = 0.75  # of the training
+    FINAL_PROGRESS = 0.75  # share of the training after which the temperature is final
 
     def __init__(
         self,
@@ -133,8 +134,8 @@ class GumbelQuantiser(Quantiser):
         return _project(self.to_logits, features)
 
     def gumbel_temperature(self, progress: float) -> float:
-        """From 1 down along a cosine."""
-        done = min(1.0, progress / self.TEMPERATURE_REACHED)
+        """Return the temperature: 1 at the start, falling to the final one along a cosine."""
+        done = min(1.0, progress / self.FINAL_PROGRESS)
         above = 0.5 * (1 + math.cos(math.pi * done))
         return self.FINAL_TEMPERATURE + (1 - self.FINAL_TEMPERATURE) * above
 
@@ -142,15 +143,15 @@ class GumbelQuantiser(Quantiser):
         self, features: Sequence[Tensor], progress: float, ranks: Ranks = ONE_RANK
     ) -> Quantised:
         logits = self._logits(features)
-        # Of uniform numbers: torch's exponential_ is three times as slow on a CPU.
+        # Gumbel noise from uniform numbers: torch's exponential_ is three times slower on a CPU.
         noise = -(-torch.rand_like(logits).clamp_min(1e-20).log()).clamp_min(1e-20).log()
         weights = ((logits + noise) / self.gumbel_temperature(progress)).softmax(dim=-1)
         mixed = torch.einsum("bnmv,mve->bnme", weights, self.codebook)
         embeddings = mixed.flatten(2).mT.reshape(len(mixed), -1, *features[0].shape[-2:])
         if self.training:
-            self._record(logits.argmax(dim=-1), ranks)
-            if self._is_time_to_revive(progress):
-                self._revive()
+            self._update_usage(logits.argmax(dim=-1), ranks)
+            if self._is_restart_due(progress):
+                self._restart()
                 ranks.copy_first([self.usage, self.codebook, *self.to_logits.parameters()])
         if self.kl_weight == 0.0:
             return Quantised(embeddings, logits.new_zeros(()))
@@ -162,8 +163,8 @@ class GumbelQuantiser(Quantiser):
         return self._logits(features).argmax(dim=-1)
 
     @torch.no_grad()
-    def _revive(self) -> None:
-        """Make each dead code a near-copy of one in use, drawn by usage: the two share its work."""
+    def _restart(self) -> None:
+        """Make each dead code a noisy copy of a live one, sampled by usage, to split its usage."""
         for m, dead in enumerate(self.dead()):
             targets = dead.nonzero().flatten()
             if len(targets) == 0:
@@ -172,20 +173,20 @@ class GumbelQuantiser(Quantiser):
             _copy_nearly(self.codebook[m], sources, targets)
             for parameter in self.to_logits[m].parameters():
                 _copy_nearly(parameter, sources, targets)
-            self.usage[m, targets] = self.fair_share
+            self.usage[m, targets] = self.even_share
 
 
 class VectorQuantiser(Quantiser):
     """Nearest code by Euclidean distance, straight-through gradient (van den Oord et al. 2017).
 
-    The codebook follows the mean of the vectors that choose each code by a moving average (ibid.,
-    appendix A.1) instead of by gradient. It starts from vectors of the first batch, and a dead
-    code restarts from one of the present batch, drawn by its squared distance to the codes in use
-    as in k-means++ (Arthur & Vassilvitskii 2007): drawn evenly, most would land on the background.
+    Codes are moving averages of the vectors assigned to them (ibid., appendix A.1), not trained by
+    gradient. They start as vectors of the first batch. A dead code restarts as a vector of the
+    current batch, sampled by the squared distance to the live codes as in k-means++ (Arthur &
+    Vassilvitskii 2007): sampled uniformly, most restarts would land on the background.
     """
 
-    sums: Tensor  # [M, V, E] moving sums of the vectors that chose each code
-    counts: Tensor  # [M, V] moving number of them
+    sums: Tensor  # [M, V, E] moving sums of the vectors assigned to each code
+    counts: Tensor  # [M, V] moving numbers of these vectors
 
     def __init__(
         self,
@@ -204,12 +205,12 @@ class VectorQuantiser(Quantiser):
         self.register_buffer("counts", torch.zeros(num_codebooks, codebook_size))
 
     def _vectors(self, features: Sequence[Tensor]) -> Tensor:
-        """[B, N, M, E], normalised: otherwise encoder and codebook could outgrow one another."""
+        """[B, N, M, E], normalised: otherwise encoder and codebook could grow without bound."""
         E = self.codebook.shape[2]
         return F.layer_norm(_project(self.to_vectors, features), (E,))
 
     def _nearest(self, vectors: Tensor) -> Tensor:
-        # |x - c|² without the |x|² that no comparison depends on.
+        # |x - c|² without |x|², which is the same for every code.
         products = torch.einsum("bnme,mve->bnmv", vectors, self.codebook)
         return (self.codebook.square().sum(dim=-1) - 2 * products).argmin(dim=-1)
 
@@ -224,9 +225,9 @@ class VectorQuantiser(Quantiser):
         flat = vectors.flatten(2).mT.reshape(len(vectors), -1, *grid)
         chosen = self.embed(image_tokens, grid[0])
         if self.training:
-            self._follow(vectors, image_tokens, self._record(image_tokens, ranks), ranks)
-            if self._is_time_to_revive(progress):
-                ranks.copy_first([self.usage])  # so that all find the same codes dead, to the bit
+            self._update_codebook(vectors, image_tokens, ranks)
+            if self._is_restart_due(progress):
+                ranks.copy_first([self.usage])  # bit-equal, so that `dead` is equal on all ranks
                 self._restart(self.dead(), vectors, ranks)
         commitment = F.mse_loss(flat, chosen)
         return Quantised(flat + (chosen - flat).detach(), self.commitment_weight * commitment)
@@ -235,22 +236,23 @@ class VectorQuantiser(Quantiser):
         return self._nearest(self._vectors(features))
 
     @torch.no_grad()
-    def _follow(self, vectors: Tensor, image_tokens: Tensor, counts: Tensor, ranks: Ranks) -> None:
-        """Move the codes towards the mean of what chose them; counts [M, V]: how often all did."""
+    def _update_codebook(self, vectors: Tensor, image_tokens: Tensor, ranks: Ranks) -> None:
+        """Move each code towards the mean of the vectors [B, N, M, E] assigned to it."""
+        counts = self._update_usage(image_tokens, ranks)
         sums = torch.zeros_like(self.sums)
         for m in range(self.codebook.shape[0]):
             flat = vectors[..., m, :].flatten(0, 1).to(self.sums.dtype)
             sums[m].index_add_(0, image_tokens[..., m].flatten(), flat)
         self.counts.lerp_(counts.to(self.counts.dtype), 1 - self.USAGE_DECAY)
         self.sums.lerp_(ranks.total(sums), 1 - self.USAGE_DECAY)
-        is_known = self.counts > 1e-3
-        self.codebook[is_known] = self.sums[is_known] / self.counts[is_known][:, None]
+        has_vectors = self.counts > 1e-3
+        self.codebook[has_vectors] = self.sums[has_vectors] / self.counts[has_vectors][:, None]
 
     @torch.no_grad()
     def _restart(self, dead: Tensor, vectors: Tensor, ranks: Ranks = ONE_RANK) -> None:
-        """Put the codes marked in `dead` [M, V] onto vectors [B, N, M, E] that lack a near one.
+        """Set the codes marked in `dead` [M, V] to vectors [B, N, M, E] far from the live codes.
 
-        The vectors are those of all ranks; the first rank draws, for everybody.
+        The first rank samples from the vectors of all ranks, and the others copy its codebook.
         """
         if not dead.any():
             return
@@ -268,7 +270,7 @@ class VectorQuantiser(Quantiser):
             self.codebook[m, targets] = chosen
             self.sums[m, targets] = chosen
             self.counts[m, targets] = 1.0
-            self.usage[m, targets] = self.fair_share
+            self.usage[m, targets] = self.even_share
         ranks.copy_first([self.codebook, self.sums, self.counts, self.usage])
 
 
@@ -277,12 +279,12 @@ def _projections(width: int, num_codebooks: int, channels: int) -> nn.ModuleList
 
 
 def _project(layers: nn.ModuleList, features: Sequence[Tensor]) -> Tensor:
-    """M feature maps [B, C, H, W] through a layer each -> [B, N, M, channels]."""
+    """Apply one layer to each of M feature maps [B, C, H, W] -> [B, N, M, channels]."""
     maps = [layer(each) for layer, each in zip(layers, features, strict=True)]
     return torch.stack([each.flatten(2).mT for each in maps], dim=2)
 
 
 def _copy_nearly(parameter: Tensor, sources: Tensor, targets: Tensor) -> None:
-    """Rows `targets` become rows `sources` with a little noise."""
+    """Set rows `targets` to rows `sources` plus 2 % noise."""
     noise = 0.02 * parameter.std() * torch.randn_like(parameter[targets])
     parameter[targets] = parameter[sources] + noise

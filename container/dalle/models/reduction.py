@@ -1,59 +1,43 @@
-"""The processes that train one model together, as the model's loss sees them.
+"""Reductions over the ranks that train one model, as the model's loss uses them.
 
-Each rank computes the loss of its own share of a batch; their mean is the loss of the whole batch
-as long as every share counts alike. What looks beyond its share asks here for the others': CLIP's
-contrast, vq's codebook, a mean over a number of tokens that differs. Knows no process group.
+Each rank computes the loss of its share of the batch; the mean over ranks is the loss of the whole
+batch if all shares count equally. Losses that look beyond their share (CLIP's contrast, the vq
+codebook, means over unequal numbers of tokens) use these reductions. Knows no process group.
 
-Letters: R ranks, B pairs of one of them.
+Letters: R ranks, B pairs of one rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
 
 from torch import Tensor
 
 
-class Ranks(Protocol):
-    """The same calls in the same order on every rank; each waits for the others'."""
+class Ranks:
+    """All ranks of the training; this class is a single one, a process group overrides it.
+
+    Every rank must make the same calls in the same order, and each call waits for all ranks.
+    """
 
     @property
     def size(self) -> int:
         """R"""
-        ...
-
-    def gather(self, rows: Tensor) -> Tensor:
-        """[B, ...] of each rank -> [R * B, ...] of all, by rank; differentiable.
-
-        Its gradient is the sum of what all ranks' losses make of this rank's rows.
-        """
-        ...
-
-    def total(self, value: Tensor) -> Tensor:
-        """The sum over ranks, the same numbers on each; not differentiable."""
-        ...
-
-    def copy_first(self, tensors: Iterable[Tensor]) -> None:
-        """Put the first rank's values into these tensors, in place."""
-        ...
-
-
-class OneRank:
-    """A process that trains by itself."""
-
-    @property
-    def size(self) -> int:
         return 1
 
     def gather(self, rows: Tensor) -> Tensor:
+        """[B, ...] of each rank -> [R * B, ...] of all, in rank order; differentiable.
+
+        The gradient of a rank's rows is the sum over the losses of all ranks.
+        """
         return rows
 
     def total(self, value: Tensor) -> Tensor:
+        """Return the sum over ranks, bit-equal on each; not differentiable."""
         return value
 
     def copy_first(self, tensors: Iterable[Tensor]) -> None:
-        pass
+        """Overwrite these tensors with those of the first rank."""
 
 
-ONE_RANK: Ranks = OneRank()
+ONE_RANK = Ranks()

@@ -1,8 +1,8 @@
-"""Named model sizes: a table per model, name -> the config fields it sets. No torch.
+"""Named model sizes: one table per model, size -> config fields. No torch.
 
-What depends on the data or on the other models (image size of the grid, vocabulary, text length)
-is filled in by whoever builds the model. "small" is for pictures of 32 pixels and a laptop; "base"
-for 256 pixels and one GPU; the two last are the GPT-3 XL shape and the DALL-E paper's own.
+The caller adds the fields that depend on the data or on other models, such as vocabulary and text
+length. "small" fits images of 32 pixels and a laptop, "base" 256 pixels and one GPU. "dalle-1.3b"
+has the shape of GPT-3 XL, "dalle-12b" that of the DALL-E paper.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ TRANSFORMER_SIZES: dict[SizeName, dict[str, Any]] = {
         "width": 3968,
         "num_layers": 64,
         "num_heads": 62,
-        # 63 layers of the pattern; the last one is convolutional.
+        # 63 layers of the pattern, then one of kind conv_like.
         "attention_kinds": (*(_PAPER_PATTERN * 16)[:63], "conv_like"),
         "conv_kernel_size": 11,
         "dropout": 0.1,
@@ -117,7 +117,7 @@ CLIP_SIZES: dict[SizeName, dict[str, Any]] = {
         "text_heads": 4,
         "text_layers": 2,
     },
-    # ViT-B/32 of OpenAI's CLIP, at the image size of the data.
+    # OpenAI's ViT-B/32 at the image size of the data.
     "base": {
         "embed_size": 512,
         "patch_size": 32,
@@ -128,5 +128,5 @@ CLIP_SIZES: dict[SizeName, dict[str, Any]] = {
         "text_layers": 12,
     },
 }
-# A larger generator is still ranked by the base CLIP.
+# The base CLIP ranks the images of larger transformers too.
 CLIP_SIZES["dalle-1.3b"] = CLIP_SIZES["dalle-12b"] = CLIP_SIZES["base"]

@@ -1,7 +1,7 @@
-"""Single modules of clip-anytorch, without what importing the whole package brings along.
+"""Import of single modules of clip-anytorch without the package's `__init__`.
 
-Its `__init__` imports torchvision, and that torch's compiler; and it reads a vocabulary that may
-not be wanted. That is more than half of what `train` and `serve` would take to import.
+The `__init__` imports torchvision, which imports torch's compiler, and reads a vocabulary. That
+would be more than half of the import time of `train` and `serve`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from types import ModuleType
 
 @cache
 def clip_module(name: str) -> ModuleType:
-    """The package's module of that name, run by itself. Raises ModuleNotFoundError."""
-    package = importlib.util.find_spec("clip")  # finds it and does not run it
+    """Return the package's module of that name. Raises ModuleNotFoundError."""
+    package = importlib.util.find_spec("clip")  # does not run the package
     locations = [] if package is None else package.submodule_search_locations or []
     for location in locations:
         path = Path(location) / f"{name}.py"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dalle.models.dvae import DiscreteVAE, DVAEConfig
-from dalle.models.encoders import _continued
+from dalle.models.encoders import _extend_colours
 from training import rainbow
 
 TINY = DVAEConfig(
@@ -170,8 +170,8 @@ def test_the_colours_of_a_patch_do_not_depend_on_its_pattern(colours):
     first = torch.eye(4, dtype=torch.bool) | torch.eye(4, dtype=torch.bool).roll(1, dims=0)
     drawn = torch.stack([first, first.roll(2, dims=0)])
     white = torch.ones(2, 3)
-    continued = _continued(draw_on([1, 1, 1], drawn, colours[:, :4, :4]), drawn, white)
-    torch.testing.assert_close(continued, patches)
+    extended = _extend_colours(draw_on([1, 1, 1], drawn, colours[:, :4, :4]), drawn, white)
+    torch.testing.assert_close(extended, patches)
 
 
 def test_what_is_not_drawn_takes_the_nearest_colour_and_an_empty_patch_the_ground():
@@ -181,10 +181,10 @@ def test_what_is_not_drawn_takes_the_nearest_colour_and_an_empty_patch_the_groun
     drawn = torch.zeros(2, 4, 4, dtype=torch.bool)
     drawn[0, 1, 2] = drawn[0, 3, 0] = True
     ground = torch.tensor([[1.0, 1, 1], [0.5, 0.6, 0.7]])
-    continued = _continued(patches, drawn, ground)
+    extended = _extend_colours(patches, drawn, ground)
     rows = torch.tensor([0.3, 0.3, 0.3, 0.9]).view(1, 4, 1).expand(3, 4, 4)
-    torch.testing.assert_close(continued[0], rows)
-    torch.testing.assert_close(continued[1], ground[1].view(3, 1, 1).expand(3, 4, 4))
+    torch.testing.assert_close(extended[0], rows)
+    torch.testing.assert_close(extended[1], ground[1].view(3, 1, 1).expand(3, 4, 4))
 
 
 def test_the_grid_follows_from_the_sizes():

@@ -1,4 +1,4 @@
-"""Codes from feature maps: both quantisers, their gradients, and codebooks that stay alive."""
+"""Codes from feature maps: both quantisers, their gradients, and codebooks that do not collapse."""
 
 import math
 
@@ -90,7 +90,7 @@ def test_vq_codes_move_to_the_mean_of_what_chose_them():
     quantiser = build("vq").train()
     features = draw_features(64)
     for _ in range(400):
-        quantiser(features, 0.99)  # late: nothing is revived
+        quantiser(features, 0.99)  # late: nothing is restarted
     vectors, image_tokens = quantiser._vectors(features), quantiser.tokens(features)
     for m in range(M):
         for code in image_tokens[..., m].unique():
@@ -158,7 +158,7 @@ def test_perplexity_never_exceeds_the_codebook(kind):
     quantiser = build(kind)
     quantiser.usage.fill_(0.0)
     quantiser.usage[:, : V // 2] = 2 / V
-    quantiser.usage[:, V // 2 :] = 1 / V  # as a revival leaves them
+    quantiser.usage[:, V // 2 :] = 1 / V  # as a restart leaves them
     assert (quantiser.perplexity() <= V).all()
     quantiser.usage.fill_(0.0)
     quantiser.usage[:, 3] = 1.0
@@ -176,11 +176,11 @@ def kill(quantiser: Quantiser) -> None:
         quantiser.counts.fill_(1.0)
     quantiser.usage.zero_()
     quantiser.usage[:, 0] = 1.0
-    quantiser.steps.fill_(quantiser.REVIVE_EVERY - 1)
+    quantiser.steps.fill_(quantiser.RESTART_EVERY - 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_dead_codes_are_revived(kind):
+def test_dead_codes_are_restarted(kind):
     quantiser = build(kind).train()
     features = draw_features()
     kill(quantiser)
@@ -197,14 +197,14 @@ def test_dead_codes_are_revived(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_living_are_left_alone_by_a_revival(kind):
+def test_a_restart_leaves_live_codes_alone(kind):
     quantiser = build(kind).train()
     quantiser(draw_features(), 1.0)
     quantiser.usage[:, 5:] = 0.0
-    quantiser.steps.fill_(quantiser.REVIVE_EVERY)
+    quantiser.steps.fill_(quantiser.RESTART_EVERY)
     before = quantiser.codebook.detach().clone()
     if isinstance(quantiser, GumbelQuantiser):
-        quantiser._revive()
+        quantiser._restart()
     else:
         quantiser._restart(quantiser.dead(), quantiser._vectors(draw_features()))
     assert (quantiser.codebook[:, :5] == before[:, :5]).all()
@@ -213,7 +213,7 @@ def test_the_living_are_left_alone_by_a_revival(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("steps_before", "progress"), [(19, 0.7), (3, 0.1)])
-def test_no_revival_late_in_training_or_between_its_steps(kind, steps_before, progress):
+def test_no_restart_late_in_training_or_between_its_steps(kind, steps_before, progress):
     quantiser = build(kind).train()
     kill(quantiser)
     quantiser.steps.fill_(steps_before)

@@ -74,7 +74,7 @@ def revived(kind, ranks):
         else VectorQuantiser(*sizes, commitment_weight=0.1)
     )
     quantiser.usage[:, 4:] = 0.0
-    quantiser.steps.fill_(quantiser.REVIVE_EVERY - 1)
+    quantiser.steps.fill_(quantiser.RESTART_EVERY - 1)
     before = {name: value.clone() for name, value in quantiser.state_dict().items()}
     torch.manual_seed(100 + ranks.rank)
     quantiser.train()([torch.randn(3, 6, 2, 2)] * 2, 0.1, ranks)
