@@ -211,7 +211,8 @@ def _say(line: str) -> None:
 
 
 def _write_failure(arguments: list[str], cause: str) -> None:
-    from dalle.platform.environment import DEFAULT_ROOT, Paths, write_failure
+    from dalle.platform.environment import DEFAULT_ROOT, Paths
+    from dalle.platform.outputs import write_failure
 
     root = arguments[arguments.index("--root") + 1] if "--root" in arguments[:-1] else DEFAULT_ROOT
     write_failure(Paths(Path(root)), cause)

@@ -12,14 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dalle.errors import DalleError, JobError
-from dalle.platform.environment import (
-    DEFAULT_ROOT,
-    Job,
-    Paths,
-    prepare_outputs,
-    read_job,
-    release_outputs,
-)
+from dalle.platform.environment import DEFAULT_ROOT, Job, Paths, read_job
+from dalle.platform.outputs import prepare_outputs, release_outputs
 from dalle.platform.threads import spin_briefly
 from training.config import hyperparameters
 from training.config.hyperparameters import Hyperparameters

@@ -18,7 +18,8 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import NoReturn
 
-from dalle.platform.environment import Job, write_failure
+from dalle.platform.environment import Job
+from dalle.platform.outputs import write_failure
 from training.config.hyperparameters import Hyperparameters
 from training.distributed.topology import LOOPBACK, Place, Timeouts
 from training.job import process

@@ -19,7 +19,8 @@ from types import FrameType
 from typing import NoReturn
 
 from dalle.errors import DalleError
-from dalle.platform.environment import Job, Paths, write_failure
+from dalle.platform.environment import Job, Paths
+from dalle.platform.outputs import write_failure
 from training.config.hyperparameters import Hyperparameters
 from training.distributed.topology import Place, Timeouts
 from training.memory.allocator import keep_memory

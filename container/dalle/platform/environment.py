@@ -1,120 +1,65 @@
-"""What SageMaker puts under /opt/ml for a training job, read into one frozen `Job`.
+"""The training job that SageMaker describes under /opt/ml, read into one frozen `Job`.
 
-Every file and every key may be missing: local mode writes few of them and a hand-run container
-none. Knows files, hosts and channels; knows nothing of models, and imports the standard library
-only, so that infra can read it on a laptop. The environment is read here and nowhere else.
+Every file and key may be missing: local mode writes few of them, and a container run by hand has
+none. Knows files, hosts and channels; knows nothing of models. Standard library only, so that infra
+can import it on a laptop. Environment variables of the job are read here and nowhere else.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dalle.errors import JobError, PlatformError
-
-logger = logging.getLogger(__name__)
+from dalle.errors import JobError
 
 DEFAULT_ROOT = Path("/opt/ml")
-FAILURE_CHARACTERS = 1024
-"""So much of the failure file reaches `FailureReason`; the rest would never be seen."""
-
-FAILURE_BYTES = 6 * FAILURE_CHARACTERS
-"""What so many characters take at most: an escaped surrogate is six bytes, others are fewer."""
-
-SDK_CHANNELS = frozenset({"code", "recipe", "sm_drivers"})
-"""Channels that the SageMaker SDK adds for itself; they carry no data of ours."""
-
 DEFAULT_HOST = "algo-1"
 DEFAULT_JOB_NAME = "local"
 DEVICES = ("auto", "cpu", "cuda")
 
+SDK_CHANNELS = frozenset({"code", "recipe", "sm_drivers"})
+"""Channels that the SageMaker SDK adds for its own use; they hold no training data."""
 
-@dataclass(frozen=True)
+
 class Paths:
-    """The places of the contract under one root (`/opt/ml` on the platform).
+    """Files and directories of the contract under one root (`/opt/ml` on the platform)."""
 
-    checkpoints_at: where checkpointconfig.json puts checkpoints, when it says so.
-    """
-
-    root: Path = DEFAULT_ROOT
-    checkpoints_at: Path | None = None
-
-    @property
-    def config(self) -> Path:
-        return self.root / "input" / "config"
-
-    @property
-    def hyperparameters(self) -> Path:
-        return self.config / "hyperparameters.json"
-
-    @property
-    def input_data_config(self) -> Path:
-        return self.config / "inputdataconfig.json"
-
-    @property
-    def resource_config(self) -> Path:
-        return self.config / "resourceconfig.json"
-
-    @property
-    def checkpoint_config(self) -> Path:
-        return self.config / "checkpointconfig.json"
-
-    @property
-    def input_data(self) -> Path:
-        """One directory per channel; read-only."""
-        return self.root / "input" / "data"
-
-    @property
-    def artefact(self) -> Path:
-        """The channel `artefact`, where an earlier job's model arrives; read-only, often absent."""
-        return self.input_data / "artefact"
-
-    @property
-    def model(self) -> Path:
+    def __init__(self, root: Path = DEFAULT_ROOT, checkpoints: Path | None = None) -> None:
+        """checkpoints: the checkpoint directory where it is not `root/checkpoints`."""
+        self.root = root
+        self.config = root / "input" / "config"
+        self.hyperparameters = self.config / "hyperparameters.json"
+        self.input_data_config = self.config / "inputdataconfig.json"
+        self.resource_config = self.config / "resourceconfig.json"
+        self.checkpoint_config = self.config / "checkpointconfig.json"
+        self.input_data = root / "input" / "data"
+        """One directory per channel, read-only."""
+        self.model = root / "model"
         """Packed as model.tar.gz when the job ends."""
-        return self.root / "model"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Copied to and from S3 all the time, when the job has a CheckpointConfig."""
-        return self.checkpoints_at or self.root / "checkpoints"
-
-    @property
-    def output(self) -> Path:
-        return self.root / "output"
-
-    @property
-    def output_data(self) -> Path:
+        self.checkpoints = checkpoints or root / "checkpoints"
+        """Kept in sync with S3 when the job has a CheckpointConfig."""
+        self.output = root / "output"
+        self.output_data = self.output / "data"
         """Packed as output.tar.gz when the job ends."""
-        return self.output / "data"
-
-    @property
-    def tensorboard(self) -> Path:
+        self.tensorboard = self.output / "tensorboard"
         """Copied to S3 while the job runs."""
-        return self.output / "tensorboard"
-
-    @property
-    def failure(self) -> Path:
-        return self.output / "failure"
-
-    @property
-    def allowed(self) -> tuple[Path, ...]:
-        """The directories a job may write; besides them only the system's temporary one."""
-        return (self.model, self.checkpoints, self.output)
+        self.failure = self.output / "failure"
+        self.allowed = (self.model, self.checkpoints, self.output)
+        """Directories that a job may write, besides the system's temporary one."""
 
 
 @dataclass(frozen=True)
 class Channel:
-    """One named input of the job. directory need not exist: the reader decides whether it must.
+    """One named input of the job. The directory may be missing: its reader decides.
 
-    input_mode: `File`, `FastFile` or `Pipe`; a pipe of the channel is beside its directory.
-    distribution: `FullyReplicated`, or `ShardedByS3Key` when each host is given other objects.
-    record_wrapper: `RecordIO` when the stream of a Pipe is parted into records, else None.
+    input_mode: `File`, `FastFile` or `Pipe`; the FIFOs of a pipe are beside the directory.
+    distribution: `FullyReplicated`, or `ShardedByS3Key` when each host has other objects.
+    record_wrapper: `RecordIO` when a Pipe's stream is split into records, else None.
     """
 
     name: str
@@ -125,7 +70,7 @@ class Channel:
     record_wrapper: str | None = None
 
     def pipe(self, epoch: int) -> Path:
-        """The FIFO that brings the channel for the epoch-th time, from 0."""
+        """Return the FIFO that streams the channel in an epoch, counted from 0."""
         return self.directory.with_name(f"{self.directory.name}_{epoch}")
 
 
@@ -133,11 +78,11 @@ class Channel:
 class Job:
     """One training run as the platform described it.
 
-    hyperparameters: name -> text, as given; `parse_value` makes values of them.
-    hosts: sorted as text, so that every host counts alike (algo-10 before algo-2).
-    network_interface_name: None where the platform did not say; never guess one.
+    hyperparameters: name -> text as given; `parse_value` turns a text into a value.
+    hosts: sorted as text (algo-10 before algo-2), so that ranks are equal on all hosts.
+    network_interface_name: None where the platform gave none; never guess one.
     device: `auto`, `cpu` or `cuda` (from DALLE_DEVICE).
-    git_revision: of this code, as the image was built (from DALLE_GIT_REVISION), or "".
+    git_revision: of the code in the image (from DALLE_GIT_REVISION), or "".
     """
 
     paths: Paths
@@ -158,8 +103,8 @@ class Job:
 def read_job(root: Path = DEFAULT_ROOT, environment: Mapping[str, str] | None = None) -> Job:
     """Read every file of the contract under `root`.
 
-    environment: os.environ when None. TRAINING_JOB_NAME names the job, SM_CHANNEL_<NAME>
-    puts a channel elsewhere (for laptops), DALLE_DEVICE chooses the device.
+    environment: os.environ when None. TRAINING_JOB_NAME names the job, SM_CHANNEL_<NAME> sets a
+    channel's directory (for laptops), DALLE_DEVICE chooses the device.
     Raises JobError naming the file, key or variable that is wrong.
     """
     environment = os.environ if environment is None else environment
@@ -170,7 +115,7 @@ def read_job(root: Path = DEFAULT_ROOT, environment: Mapping[str, str] | None = 
     if device not in DEVICES:
         raise JobError(f"DALLE_DEVICE must be one of {', '.join(DEVICES)}, got {device!r}")
     return Job(
-        paths=Paths(root, checkpoints_at=_read_checkpoint_directory(plain)),
+        paths=Paths(root, checkpoints=_read_checkpoint_directory(plain)),
         hyperparameters=_read_hyperparameters(plain.hyperparameters),
         channels=_read_channels(plain, environment),
         hosts=hosts,
@@ -183,10 +128,10 @@ def read_job(root: Path = DEFAULT_ROOT, environment: Mapping[str, str] | None = 
 
 
 def parse_value(text: str) -> Any:
-    """One hyperparameter's text as the value it stands for.
+    """Return the value that a hyperparameter's text stands for.
 
-    JSON first ("10", "true", "[1, 2]", and one level of quotes off "\\"abc\\""), then Python's
-    spelling of true, false and none, and otherwise the text itself.
+    That is JSON ("10", "true", "[1, 2]", "\\"abc\\""), Python's True, False or None, or else the
+    text unchanged.
     """
     stripped = text.strip()
     python_words = {"True": True, "False": False, "None": None}
@@ -198,69 +143,8 @@ def parse_value(text: str) -> Any:
         return text
 
 
-def prepare_outputs(paths: Paths) -> None:
-    """Make the output directories. Raises PlatformError when one is not writable.
-
-    Keeps room for the failure file, since the disk may be full when there is a failure to tell;
-    `release_outputs` gives it back.
-    """
-    for directory in (paths.model, paths.checkpoints, paths.output_data, paths.tensorboard):
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise PlatformError(
-                f"cannot make the directory {directory} ({error.strerror}); "
-                "it must be writable for the user that runs `train`"
-            ) from error
-        if not os.access(directory, os.W_OK | os.X_OK):
-            raise PlatformError(f"the directory {directory} is read-only; it must be writable")
-    try:
-        _failure_room(paths).write_bytes(b" " * FAILURE_BYTES)
-    except OSError as error:  # no reason not to train
-        logger.warning("no room is kept for %s: %s", paths.failure, error)
-
-
-def release_outputs(paths: Paths) -> None:
-    """Remove what `prepare_outputs` kept free, if no failure file took its place."""
-    _failure_room(paths).unlink(missing_ok=True)
-
-
-def write_failure(paths: Paths, cause: str, traceback: str = "") -> None:
-    """Write the failure file: the cause first, then the traceback's end as far as there is room.
-
-    At most 1,024 characters in all, where `prepare_outputs` has kept room for them. A file that
-    cannot be written is logged, not raised: the failure itself is what the caller must go on with.
-    """
-    text = _shortened(cause.strip(), FAILURE_CHARACTERS)
-    room = FAILURE_CHARACTERS - len(text) - len("\n\n…")
-    traceback = traceback.strip()
-    if traceback and room >= min(len(traceback), 80):
-        # The end of a traceback names the line at fault; its beginning is always our main().
-        tail = traceback if len(traceback) <= room else "…" + traceback[-room:]
-        text = f"{text}\n\n{tail}"
-    temporary = _failure_room(paths)
-    try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        # Over what is there, which takes no more room of a disk that may have none.
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o666)
-        with open(descriptor, "wb", buffering=0) as file:
-            file.write(text.encode("utf-8", errors="backslashreplace"))
-            file.truncate()
-        os.replace(temporary, paths.failure)
-    except OSError as error:
-        logger.error("cannot write %s: %s", paths.failure, error)
-
-
-def _failure_room(paths: Paths) -> Path:
-    return paths.failure.with_name("failure.tmp")
-
-
-def _shortened(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
-
-
 def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty when there is no file. Raises JobError with the position."""
+    """Return the JSON object in a file, {} without a file. Raises JobError with the position."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
@@ -287,7 +171,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _read_hyperparameters(path: Path) -> dict[str, str]:
-    """Values are text on the platform; a hand-written file may hold plain JSON values."""
+    """Values are text on the platform; a hand-written file may hold other JSON values."""
     return {
         name: value if isinstance(value, str) else json.dumps(value)
         for name, value in _read_object(path).items()
@@ -311,15 +195,15 @@ def _read_channels(paths: Paths, environment: Mapping[str, str]) -> dict[str, Ch
                 f"{paths.input_data_config}: channel {name!r} must be a JSON object, "
                 f"got {_json_kind(settings)}"
             )
-        settings = settings or {}
+        text = partial(_text, paths.input_data_config, settings or {})
+        wrapper = text("RecordWrapperType")
         channels[name] = Channel(
             name=name,
             directory=paths.input_data / name,
-            input_mode=_text(paths.input_data_config, settings, "TrainingInputMode") or "File",
-            content_type=_text(paths.input_data_config, settings, "ContentType"),
-            distribution=_text(paths.input_data_config, settings, "S3DistributionType")
-            or "FullyReplicated",
-            record_wrapper=_record_wrapper(paths.input_data_config, settings),
+            input_mode=text("TrainingInputMode") or "File",
+            content_type=text("ContentType"),
+            distribution=text("S3DistributionType") or "FullyReplicated",
+            record_wrapper=None if wrapper == "None" else wrapper,
         )
     for variable, value in sorted(environment.items()):
         if variable.startswith("SM_CHANNEL_") and value:
@@ -329,13 +213,8 @@ def _read_channels(paths: Paths, environment: Mapping[str, str]) -> dict[str, Ch
     return channels
 
 
-def _record_wrapper(path: Path, settings: Mapping[str, Any]) -> str | None:
-    wrapper = _text(path, settings, "RecordWrapperType")
-    return None if wrapper == "None" else wrapper
-
-
 def _read_hosts(path: Path) -> tuple[str, tuple[str, ...], str | None]:
-    """The current host, all hosts sorted as text, and the network interface's name."""
+    """Return the current host, all hosts sorted as text, and the network interface's name."""
     settings = _read_object(path)
     current_host = _text(path, settings, "current_host")
     hosts = settings.get("hosts") or [current_host or DEFAULT_HOST]
@@ -349,7 +228,7 @@ def _read_hosts(path: Path) -> tuple[str, tuple[str, ...], str | None]:
 
 
 def _read_checkpoint_directory(paths: Paths) -> Path | None:
-    """CheckpointConfig's LocalPath, moved along when the root is not the platform's."""
+    """Return CheckpointConfig's LocalPath, moved below the root when it is in /opt/ml."""
     text = _text(paths.checkpoint_config, _read_object(paths.checkpoint_config), "LocalPath")
     if not text:
         return None

@@ -11,7 +11,8 @@ import torch
 
 from dalle import artefact as artefacts
 from dalle.manifest import Manifest, StageRecord
-from dalle.platform.environment import prepare_outputs, read_job
+from dalle.platform.environment import read_job
+from dalle.platform.outputs import prepare_outputs
 from dalle.preprocess.images import encode_image
 from dalle.types import COMPONENTS
 from tests.training.pairs import tar_of

@@ -10,7 +10,8 @@ import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from dalle import artefact
-from dalle.platform.environment import prepare_outputs, read_job
+from dalle.platform.environment import read_job
+from dalle.platform.outputs import prepare_outputs
 from tests.training.job import hung_heartbeat
 from tests.training.two_hosts import (
     ENDLESS,

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from dalle.errors import ArtefactError, DeviceError, HyperparameterError
-from dalle.platform.environment import prepare_outputs, read_job
+from dalle.platform.environment import read_job
+from dalle.platform.outputs import prepare_outputs
 from training.config.hyperparameters import parse
 from training.job import trainer
 from training.stopping import Stopped

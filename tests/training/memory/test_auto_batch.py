@@ -7,7 +7,8 @@ import torch
 
 from dalle.errors import DeviceError
 from dalle.models.dvae import DVAEConfig
-from dalle.platform.environment import prepare_outputs, read_job
+from dalle.platform.environment import read_job
+from dalle.platform.outputs import prepare_outputs
 from tests.training.pairs import channel_of
 from training.config.hyperparameters import parse
 from training.job.components import Components
