@@ -1,28 +1,28 @@
-"""The errors of both commands, sorted by who must act. Standard library only.
+"""Errors of the commands, sorted by who must act. Standard library only.
 
     DalleError                       root of everything raised on purpose    500  internal_error
-    ├── UserError                    whoever wrote the job or the request    400  bad_request
+    ├── UserError                    the author of the job or request        400  bad_request
     │   ├── JobError                 a file of the job's contract is wrong   400  bad_job
     │   │   ├── HyperparameterError  one is unknown, mistyped, out of range  400  bad_hyperparameter
     │   │   └── ChannelError         one is missing, empty or unexpected     400  bad_channel
     │   ├── DataError                an image or a caption cannot be used    400  bad_data
     │   │   └── CaptionTooLong       more text tokens than the model reads   422  caption_too_long
     │   ├── ArtefactError            a model is missing, damaged or foreign  422  bad_artefact
-    │   ├── CheckpointError          they are another run's, or all damaged  409  bad_checkpoint
-    │   ├── DivergenceError          loss, gradient or weight is no number   422  diverged
-    │   ├── PlanError                AWS could never do what was asked for   422  bad_plan
-    │   ├── AccessError              AWS does not know or trust the caller   403  no_access
-    │   └── PriceMissing             no price is known; refresh reads it     404  price_missing
+    │   ├── CheckpointError          checkpoints are foreign or damaged      409  bad_checkpoint
+    │   ├── DivergenceError          loss, gradient or weight is not finite  422  diverged
+    │   ├── PlanError                AWS's limits rule the request out       422  bad_plan
+    │   ├── AccessError              AWS refuses the caller's credentials    403  no_access
+    │   └── PriceMissing             the price is unknown; refresh reads it  404  price_missing
     └── PlatformError                the machine or service underneath       503  platform_error
         ├── DiskFullError            nothing more can be written             507  disk_full
         ├── DeviceError              the device asked for is not usable      503  device_error
-        ├── HostError                another host of the job is not there    503  host_lost
+        ├── HostError                another host of the job is missing      503  host_lost
         └── AwsError                 AWS refused, failed or did not answer   502  aws_error
 
-    (then: the HTTP status and the stable word that `serve` answers with)
+    (last: the HTTP status and the stable code of `serve`'s replies)
 
-Everything else that is raised (`AssertionError`, `KeyError`, …) is a mistake in this code and is
-reported with its traceback. A message names the thing, the value it had, and what would be right.
+Any other exception (`AssertionError`, `KeyError`, …) is a bug of this code and is reported with its
+traceback. A message names the thing, its value and the right values.
 
 `field` is the hyperparameter or request field at fault, where one can be named.
 """
@@ -31,9 +31,9 @@ from __future__ import annotations
 
 
 class DalleError(Exception):
-    """Root of all errors raised on purpose; raise one of its children.
+    """Root of all errors raised on purpose; raise a subclass.
 
-    status and code are the class's own unless they are given for one error.
+    status, code: those of the class unless given here.
     """
 
     status: int = 500
@@ -56,7 +56,7 @@ class DalleError(Exception):
 
 
 class UserError(DalleError):
-    """Whoever wrote the job or the request must change something."""
+    """The author of the job or the request must change something."""
 
     status = 400
     code = "bad_request"
@@ -75,7 +75,7 @@ class HyperparameterError(JobError):
 
 
 class ChannelError(JobError):
-    """A channel is missing, empty or not one that the job reads."""
+    """A channel is missing, empty or unexpected."""
 
     code = "bad_channel"
 
@@ -86,7 +86,7 @@ class DataError(UserError):
     code = "bad_data"
 
 
-class CaptionTooLong(DataError):  # noqa: N818 - reads as what happened
+class CaptionTooLong(DataError):  # noqa: N818 - a condition, not an Error
     """A caption has more text tokens than the model reads."""
 
     status = 422
@@ -101,23 +101,23 @@ class ArtefactError(UserError):
 
 
 class CheckpointError(UserError):
-    """The checkpoint directory holds another run's state, or nothing that can be read."""
+    """The checkpoint directory holds another run's state, or only damaged files."""
 
     status = 409
     code = "bad_checkpoint"
 
 
 class DivergenceError(UserError):
-    """The loss, the gradient or a weight is not a finite number any more."""
+    """The loss, the gradient or a weight is NaN or infinite."""
 
     status = 422
     code = "diverged"
 
 
 class PlanError(UserError):
-    """A job or endpoint was asked for that the platform's limits rule out; found before any call.
+    """The platform's limits rule a job or endpoint out; found before any call to AWS.
 
-    The message names the limit and its number.
+    The message names the limit and its value.
     """
 
     status = 422
@@ -131,15 +131,15 @@ class AccessError(UserError):
     code = "no_access"
 
 
-class PriceMissing(UserError):  # noqa: N818 - reads as what happened
-    """No price is known, and none is guessed; the message says how to read it from AWS."""
+class PriceMissing(UserError):  # noqa: N818 - a condition, not an Error
+    """No price is known and none is guessed; the message says how to read it from AWS."""
 
     status = 404
     code = "price_missing"
 
 
 class PlatformError(DalleError):
-    """The machine or the service underneath must be changed or tried again."""
+    """The machine or service underneath must be changed, or the call repeated."""
 
     status = 503
     code = "platform_error"
@@ -159,7 +159,7 @@ class DeviceError(PlatformError):
 
 
 class HostError(PlatformError):
-    """Another host of the training job did not come, or is not there any more."""
+    """Another host of the training job did not join, or is lost."""
 
     code = "host_lost"
 

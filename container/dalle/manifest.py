@@ -1,4 +1,4 @@
-"""`manifest.json`: what an artefact is, how it came about, the sha256 of its files. No torch."""
+"""`manifest.json` of an artefact: format, training history, sha256 of every file. No torch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from dalle.types import StageName
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 STAGING = ".staging"
-"""The directory, in an artefact's own, where a new one is complete before it takes its place."""
+"""Directory within an artefact's where a new artefact is written before it replaces the old."""
 
 
 class StageRecord(BaseModel):
-    """One training run that made a component of the artefact."""
+    """One training run of a stage."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
@@ -28,19 +28,19 @@ class StageRecord(BaseModel):
     """ISO 8601, UTC."""
     steps: int
     is_finished: bool
-    """False when the job was stopped before its budget was spent."""
+    """False when the job was stopped before the end of its budget."""
     wall_seconds: float
     cpu_seconds: float
-    """Of all threads of the process that trained; not of those that only load images."""
+    """Of all threads of the training process; without processes that only load images."""
     hyperparameters: dict[str, Any]
     metrics: dict[str, float]
-    """The last validation; empty without held-out pairs."""
+    """Of the last validation; empty without held-out pairs."""
     dataset_fingerprint: str
     dataset_counts: dict[str, int]
 
 
 class Manifest(BaseModel):
-    """What `manifest.json` holds."""
+    """Content of `manifest.json`."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
@@ -49,22 +49,22 @@ class Manifest(BaseModel):
     git_revision: str = ""
     licence: str = ""
     stages: list[StageRecord] = []
-    """Oldest first; a stage that was trained anew has several, the last of which counts."""
+    """Oldest first; the last record of a stage is that of the component."""
     captions: list[str] = []
-    """A few of the transformer's data, held-out ones if there were any: number formats are compared
-    by what it draws for them."""
+    """A few captions of the transformer's data, held-out ones if there are any. `serve` compares
+    number formats by the images of these captions."""
     files: dict[str, str] = {}
     """Path within the artefact -> sha256."""
 
     def newest_records(self) -> dict[StageName, StageRecord]:
-        """For each stage that was trained, the run that the component comes from."""
+        """Return the last record of each stage that was trained."""
         return {record.stage: record for record in self.stages}
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of the artefact in a directory, nothing checked against it.
+    """Return the manifest of the artefact in a directory, without a check of the files.
 
-    Raises ArtefactError naming what is wrong with it.
+    Raises ArtefactError naming what is wrong with the manifest.
     """
     path = directory / MANIFEST
     try:

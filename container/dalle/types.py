@@ -1,7 +1,7 @@
-"""The words that files, hyperparameters and metrics have in common. Standard library only.
+"""Names that files, hyperparameters and metrics share. Standard library only.
 
-Whatever must agree on them (a folder of the artefact, the prefix of a hyperparameter, the name of
-a metric, a field of a config) takes them from here.
+Artefact folders, hyperparameter prefixes, metric names and config fields take their names from
+here, so that they agree.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 StageName = Literal["dvae", "transformer", "clip"]
-"""A stage of training, and the model that it trains."""
+"""A stage of training and the model that it trains."""
 
 STAGES: tuple[StageName, ...] = get_args(StageName)
-"""In the order in which they are trained."""
+"""In the order of training."""
 
 ComponentName = Literal[StageName, "tokenizer"]
 """A folder of the artefact: a stage's model, or the tokenizer."""
@@ -21,7 +21,7 @@ COMPONENTS: tuple[ComponentName, ...] = get_args(ComponentName)
 
 TokenizerKind = Literal["word", "bpe", "clip"]
 
-# --- fields of the dVAE's config
+# --- dVAE config
 
 QuantiserKind = Literal["gumbel", "vq"]
 QUANTISERS: tuple[QuantiserKind, ...] = get_args(QuantiserKind)
@@ -29,7 +29,7 @@ QUANTISERS: tuple[QuantiserKind, ...] = get_args(QuantiserKind)
 ReconstructionKind = Literal["bce", "l1", "mse"]
 RECONSTRUCTIONS: tuple[ReconstructionKind, ...] = get_args(ReconstructionKind)
 
-# --- fields of the transformer's config
+# --- transformer config
 
 AttentionKind = Literal["full", "axial_row", "axial_col", "conv_like"]
 ATTENTION_KINDS: tuple[AttentionKind, ...] = get_args(AttentionKind)
@@ -39,10 +39,10 @@ NormKind = Literal["layer", "rms"]
 FeedForwardKind = Literal["gelu", "geglu", "relu2"]
 FEED_FORWARD_KINDS: tuple[FeedForwardKind, ...] = get_args(FeedForwardKind)
 
-# --- how a trained transformer decodes
+# --- number formats of decoding
 
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
-"""fp32: exact. bf16: everything, on a GPU. On a CPU fp16: weights in 16 bits, with more digits than
-bf16 and a kernel as fast; int8: weights, keys and values in 8."""
+"""fp32: exact. bf16: everything, on a GPU. fp16: weights, on a CPU, where it has more digits than
+bf16 at the same speed. int8: weights, keys and values, on a CPU."""
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)

@@ -1,6 +1,6 @@
-"""What is installed here, for the first line of a log. Standard library; imports nothing it names.
+"""Versions of installed packages for the first line of a log. Standard library only.
 
-Both commands and the image's entry point say it, before anything heavy is imported.
+Both commands and the image's entry point log them before anything heavy is imported.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ OURS = "dalle-sagemaker"
 
 
 def installed(name: str) -> str | None:
-    """The version of an installed distribution; None where it is not installed."""
+    """Return the version of a distribution, None where it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -21,6 +21,6 @@ def installed(name: str) -> str | None:
 
 
 def versions_line(names: Iterable[str]) -> str:
-    """`python=… dalle-sagemaker=…`, then each of the distributions, in one line."""
+    """Return `python=… dalle-sagemaker=…` and the version of each named distribution."""
     found = [f"{name}={installed(name) or 'not-installed'}" for name in (OURS, *names)]
     return " ".join([f"python={platform.python_version()}", *found])

@@ -1,4 +1,4 @@
-"""Trouble with the disk as our own errors, and writing that survives a power cut. No torch."""
+"""Disk errors as errors of this project, free space, and fsync. Standard library only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def is_full(error: OSError) -> bool:
-    """Whether the disk, a quota or a limit on file sizes left no room."""
+    """Return whether the disk, a quota or a file size limit leaves no room."""
     return error.errno in _FULL
 
 
@@ -25,11 +25,11 @@ def disk_error(
     directory: Path | None = None,
     num_bytes: int | None = None,
 ) -> PlatformError:
-    """The error to raise instead; returns a DiskFullError when there was no room.
+    """Return the error to raise in place of an OSError: DiskFullError when there is no room.
 
-    action: what could not be done, as in "write model/manifest.json". if_full: what is left as it
-    was, and what to do. directory, num_bytes: where it was to be, and how much it takes, if known;
-    the message then says what is free there now, so remove what was half written before.
+    action: what failed, as in "write model/manifest.json". if_full: what is unchanged and what to
+    do. directory, num_bytes: where the file goes and how much it takes, if known; the message then
+    gives the free space, so remove a partly written file first.
     """
     reason = error.strerror or str(error)
     if not is_full(error):
@@ -42,7 +42,7 @@ def disk_error(
 
 
 def free_bytes(directory: Path) -> int | None:
-    """What may still be written below a directory, which need not exist; None if nobody knows."""
+    """Return the free bytes below a directory, which need not exist; None if unknown."""
     for existing in (directory, *directory.parents):
         try:
             return shutil.disk_usage(existing).free
@@ -54,7 +54,7 @@ def free_bytes(directory: Path) -> int | None:
 
 
 def sync(path: Path) -> None:
-    """Bring a file's content, or the names in a directory, down to the disk."""
+    """Flush a file's content, or the names in a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,12 +1,12 @@
-"""Image files and payloads in, uint8 arrays out, and back. Knows nothing of torch, files or HTTP.
+"""Decoding, cropping and encoding of images. Knows nothing of torch, files or HTTP.
 
-    decode_image(bytes) -> PIL RGB      any photograph or drawing, made safe and plain
+    decode_image(bytes) -> PIL RGB
     to_square(PIL RGB, size) -> [H, W, 3]
     encode_image([H, W, 3], format) -> bytes
     contact_sheet(rows of [H, W, 3]) -> [H', W', 3]
 
-Both commands decode what strangers made: `train` reads a channel's files, `serve` a request's
-payloads. So the size is read from the header and checked before any pixel is decoded.
+The bytes are not trusted: they come from a channel of `train` or a request to `serve`. The size is
+therefore checked in the header before any pixel is decoded.
 
 Letters: H height, W width.
 """
@@ -29,10 +29,10 @@ from dalle.errors import DataError
 Pixels = NDArray[np.uint8]  # [H, W, 3], RGB, 0 to 255
 ImageFormat = Literal["png", "jpeg", "webp"]
 
-MAX_PIXELS = 40_000_000  # width x height; decoded as RGBA this is 160 MB, which any host can spare
+MAX_PIXELS = 40_000_000  # width x height; 160 MB as RGBA
 
-# Only formats whose decoders are self-contained and well trodden; never one that starts a program
-# (EPS) or follows references. The signatures tell a damaged image from something else.
+# Only formats with self-contained, widely used decoders; none that starts a program (EPS) or
+# follows references. The signatures tell a damaged image from a foreign file.
 _SIGNATURES: dict[str, tuple[bytes, ...]] = {
     "PNG": (b"\x89PNG\r\n\x1a\n",),
     "JPEG": (b"\xff\xd8\xff",),
@@ -42,15 +42,15 @@ _SIGNATURES: dict[str, tuple[bytes, ...]] = {
 }
 _ENCODER_OPTIONS: dict[str, dict[str, int]] = {
     "png": {},
-    "jpeg": {"quality": 92, "subsampling": 0},  # full colour resolution: the pictures are small
+    "jpeg": {"quality": 92, "subsampling": 0},  # full colour resolution: the images are small
     "webp": {"quality": 92},
 }
 
 
 class ImageFault(StrEnum):
-    """Why a file or payload cannot be used as an image; the texts are shown in logs and reports."""
+    """Why a file or payload cannot be used as an image; logs and reports show the texts."""
 
-    UNREADABLE = "unreadable file"  # for those who read the bytes; never raised here
+    UNREADABLE = "unreadable file"  # set by callers that read files; never raised here
     EMPTY = "empty image file"
     FOREIGN = "not an image"
     GIANT = "image over the pixel limit"
@@ -68,15 +68,14 @@ class ImageError(DataError):
 
 
 def decode_image(data: bytes, *, what: str, min_side: int | None = None) -> Image.Image:
-    """Decode an image to plain RGB: upright, eight bits a channel, transparency put on white.
+    """Decode an image to RGB: upright, eight bits per channel, transparency on white.
 
-    data: a whole PNG, JPEG, WebP, GIF or BMP file. Of an animation the first frame is taken.
+    data: a whole PNG, JPEG, WebP, GIF or BMP file; of an animation the first frame is decoded.
     what: names the image in errors, such as `train/0017.png` or `prime_image`.
-    min_side: what the caller needs of the shorter side. A JPEG that has more is then decoded at
-        1/2, 1/4 or 1/8 of its size, several times faster; other formats always come whole.
-    Returns a fully loaded image of mode RGB. Raises `ImageError` for no bytes, for something that
-    is not an image, for one of more than `MAX_PIXELS` pixels (from the header, without decoding)
-    and for one that is truncated or damaged.
+    min_side: least pixels of the shorter side that the caller needs. A larger JPEG is then decoded
+        at 1/2, 1/4 or 1/8 of its size, several times faster; other formats at full size.
+    Returns a fully loaded image of mode RGB. Raises `ImageError` for no bytes, a foreign file, an
+    image of more than `MAX_PIXELS` pixels (by its header) and a truncated or damaged image.
     """
     if not data:
         raise ImageError(f"{what} has no bytes; give a whole image file", ImageFault.EMPTY)
@@ -92,14 +91,14 @@ def decode_image(data: bytes, *, what: str, min_side: int | None = None) -> Imag
             return _to_rgb(_upright(image))
         except MemoryError:
             raise
-        except Exception as error:  # Pillow's decoders raise whatever their parsers stumble on
+        except Exception as error:  # Pillow's decoders raise exceptions of any kind
             raise _damaged(what, error) from error
 
 
 def to_square(image: Image.Image, size: int) -> Pixels:
-    """The centre square of an RGB image at `size` x `size` pixels; antialiased when it shrinks.
+    """Crop the centre square of an RGB image and resize it, with antialiasing, to `size`.
 
-    Returns a writable uint8 array [size, size, 3]. An image of that size already is unchanged.
+    Returns a writable uint8 array [size, size, 3]. An image of this size is unchanged.
     """
     if image.mode != "RGB":
         raise ValueError(f"to_square takes an RGB image, got mode {image.mode}")
@@ -109,11 +108,11 @@ def to_square(image: Image.Image, size: int) -> Pixels:
         left, top = (width - side) // 2, (height - side) // 2
         image = image.resize(
             (size, size),
-            # Hamming's window looks at half as many pixels as the cubic's and is nearly as sharp;
-            # to enlarge, it would be too narrow.
+            # Hamming's window covers half as many pixels as the cubic one and is nearly as sharp;
+            # for enlarging it is too narrow.
             Image.Resampling.HAMMING if side > size else Image.Resampling.BICUBIC,
             box=(left, top, left + side, top + side),
-            reducing_gap=3.0,  # photographs are first halved by whole factors: several times faster
+            reducing_gap=3.0,  # first reduces by a whole factor: several times faster
         )
     return np.array(image, dtype=np.uint8)
 
@@ -133,11 +132,11 @@ def encode_image(pixels: Pixels, format: ImageFormat) -> bytes:
 def contact_sheet(
     rows: Sequence[Sequence[Pixels]], *, padding: int = 2, scale: int = 1, background: int = 255
 ) -> Pixels:
-    """Lay images of one size out in rows, from the left, with `padding` pixels around each.
+    """Arrange images of one size in rows from the left, with `padding` pixels around each.
 
-    scale: every pixel becomes a square of scale x scale, so that tiny pictures can be looked at.
-    background: grey value, 0 to 255, of the padding and of the places that short rows leave empty.
-    Returns a uint8 array [rows * (scale*H + padding) + padding, columns * (…) + padding, 3].
+    scale: side of the square that each pixel becomes, for tiny images. background: grey value, 0 to
+    255, of the padding and of empty places. Returns a uint8 array
+    [rows * (scale*H + padding) + padding, columns * (scale*W + padding) + padding, 3].
     """
     shapes = {image.shape for row in rows for image in row}
     if len(shapes) != 1:
@@ -162,7 +161,7 @@ def contact_sheet(
 
 
 def _open(data: bytes, what: str) -> Image.Image:
-    """Parse the header only."""
+    """Open an image by its header, without decoding pixels."""
     try:
         return Image.open(io.BytesIO(data), formats=tuple(_SIGNATURES))
     except MemoryError:
@@ -181,7 +180,7 @@ def _open(data: bytes, what: str) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turn the image as its EXIF data say; where those are unreadable, the pixels still count."""
+    """Rotate the image by its EXIF orientation, unless the EXIF data are unreadable."""
     try:
         ImageOps.exif_transpose(image, in_place=True)
     except MemoryError:
@@ -193,14 +192,14 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
-        # Sixteen-bit greys: Pillow's own conversion would clip everything above 255 to white.
+        # Sixteen-bit grey: Pillow's conversion would clip everything above 255 to white.
         grey = np.asarray(image).astype(np.int64).clip(0, 65_535)
         return Image.fromarray(((grey * 255 + 32_767) // 65_535).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+    return image if image.mode == "RGB" else image.convert("RGB")  # convert always copies
 
 
 def _giant(what: str, size: str) -> ImageError:
@@ -224,10 +223,10 @@ def _check_pixels(pixels: Pixels) -> None:
 
 @contextmanager
 def _quiet_pillow() -> Iterator[None]:
-    """Silence Pillow's own warnings (big images, odd EXIF data): refusals say all there is to say.
+    """Silence Pillow's warnings (big images, odd EXIF data); errors are raised all the same.
 
-    The filter names Pillow alone. Warning filters are shared by all threads up to Python 3.13, so
-    two threads may restore them in the wrong order; what could then stay behind is only this one.
+    Up to Python 3.13 all threads share the warning filters, and two threads may restore them in the
+    wrong order. The filter names Pillow alone, so one that stays behind hides nothing else.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\b")

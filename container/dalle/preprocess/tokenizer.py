@@ -1,4 +1,4 @@
-"""Captions <-> text tokens, by the `tokenizers` library; one `tokenizer.json` holds it all."""
+"""Captions <-> text tokens by the `tokenizers` library, saved as one `tokenizer.json`."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from dalle.errors import ArtefactError, CaptionTooLong
 from dalle.preprocess.openai_clip import clip_module
 from dalle.types import TokenizerKind
 
-PADDING = "[PAD]"  # id 0: fills a caption up to the text length, and so also ends it
-UNKNOWN = "[UNK]"  # id 1: a word that no training caption had (kind "word" only)
+PADDING = "[PAD]"  # id 0: fills a caption up to the text length; the first one ends it
+UNKNOWN = "[UNK]"  # id 1: a word of no training caption (kind "word" only)
 FILE_NAME = "tokenizer.json"
-WORDS_TOGETHER = 4096
+WORDS_PER_TEXT = 4096
 
 
 class CaptionTokenizer:
-    """Captions as `text_length` ids each.
+    """Tokenizer of captions, `text_length` ids each.
 
-    kind "word" has an id for every word of the training captions: the best choice for a small,
-    closed vocabulary. "bpe" learns byte-pair merges and can write anything. "clip" is OpenAI's
-    CLIP byte-pair encoding, 49,408 entries, which need no training.
+    Kind "word" has an id for every word of the training captions and suits a small, closed
+    vocabulary. "bpe" learns byte-pair merges and encodes any text. "clip" is the byte-pair encoding
+    of OpenAI's CLIP, 49,408 entries without training.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, text_length: int, *, cleans_as_clip: bool = False
     ) -> None:
-        """cleans_as_clip: captions are mended first as OpenAI's CLIP mends them."""
+        """cleans_as_clip: whether captions are cleaned first as OpenAI's CLIP cleans them."""
         self._tokenizer = tokenizer
         self._cleans_as_clip = cleans_as_clip
-        # A caption that spells "[PAD]" means those letters, not our padding.
+        # A caption that spells "[PAD]" means these letters, not padding.
         tokenizer.encode_special_tokens = True
         self.text_length = text_length
 
@@ -52,8 +52,8 @@ class CaptionTokenizer:
     ) -> CaptionTokenizer:
         """Learn the vocabulary from captions.
 
-        vocab_size: the most ids to give out. text_length: tokens per caption; the longest
-        caption's unless given.
+        vocab_size: upper limit of the number of ids. text_length: tokens per caption, by default
+        those of the longest caption.
         """
         captions = list(captions)
         cleans_as_clip = kind == "clip"
@@ -78,21 +78,21 @@ class CaptionTokenizer:
 
     @classmethod
     def count_words(cls, captions: Iterable[str], kind: TokenizerKind) -> Counter[str]:
-        """How often each word occurs, as `train` parts captions into words; none for "clip".
+        """Count the words that `train` splits captions into; none for "clip".
 
-        Such counts of several parts of a data set add up to those of the whole: see `of_words`.
+        The counts of a data set's parts add up to those of the whole, see `of_words`.
         """
         match kind:
             case "word":
-                parting: pre_tokenizers.PreTokenizer = pre_tokenizers.Whitespace()
+                splitter: pre_tokenizers.PreTokenizer = pre_tokenizers.Whitespace()
             case "bpe":
-                parting = pre_tokenizers.ByteLevel(add_prefix_space=True)
+                splitter = pre_tokenizers.ByteLevel(add_prefix_space=True)
             case "clip":
                 return Counter()
         lower = _lower()
         counts: Counter[str] = Counter()
         for caption, times in Counter(captions).items():
-            for word, _ in parting.pre_tokenize_str(lower.normalize_str(caption)):
+            for word, _ in splitter.pre_tokenize_str(lower.normalize_str(caption)):
                 counts[word] += times
         return counts
 
@@ -100,11 +100,11 @@ class CaptionTokenizer:
     def of_words(
         cls, counts: Mapping[str, int], *, kind: TokenizerKind, vocab_size: int, text_length: int
     ) -> CaptionTokenizer:
-        """What `train` learns from captions whose words are these, see `count_words`."""
+        """Return the tokenizer that `train` learns from captions with these words."""
         untrained = cls.train([], kind=kind, vocab_size=vocab_size, text_length=text_length)
         if kind == "clip":
             return untrained
-        # The same training, of words that are parted already: none holds a line break.
+        # The same training on words that are split already: none has a line break.
         words = Tokenizer(untrained._tokenizer.model)
         words.pre_tokenizer = pre_tokenizers.Split("\n", "removed")
         words.train_from_iterator(_lines(counts), _trainer(kind, vocab_size))
@@ -117,7 +117,7 @@ class CaptionTokenizer:
         return int(self._tokenizer.get_vocab_size())
 
     def encode(self, captions: Sequence[str]) -> Tensor:
-        """Captions -> text tokens [B, text_length] int64, 0 behind the last word.
+        """Captions -> text tokens [B, text_length] int64, 0 after the last word.
 
         Raises CaptionTooLong for the first caption that does not fit.
         """
@@ -134,12 +134,12 @@ class CaptionTokenizer:
         return text_tokens
 
     def _ids(self, captions: Sequence[str]) -> list[list[int]]:
-        """Of any length, without padding."""
+        """Return the ids of each caption, of any number and without padding."""
         cleaned = map(_clip_cleaned, captions) if self._cleans_as_clip else captions
         return [encoding.ids for encoding in self._tokenizer.encode_batch(list(cleaned))]
 
     def decode(self, text_tokens: Tensor) -> list[str]:
-        """Text tokens [B, .] -> captions; each ends at its first padding."""
+        """Text tokens [B, .] -> captions, each up to its first padding."""
         captions = []
         for ids in text_tokens.tolist():
             end = ids.index(0) if 0 in ids else len(ids)
@@ -147,12 +147,12 @@ class CaptionTokenizer:
         return captions
 
     def identity(self) -> str:
-        """sha256 of everything that decides which ids a caption has."""
+        """Return the sha256 of everything that decides the ids of a caption."""
         content = f"{self.text_length} {self._cleans_as_clip} {self._tokenizer.to_str()}"
         return hashlib.sha256(content.encode()).hexdigest()
 
     def save(self, directory: Path) -> None:
-        """Write `tokenizer.json`: the library's own file with our two settings beside its own."""
+        """Write `tokenizer.json`: the file of the library with two settings added."""
         content = json.loads(self._tokenizer.to_str())
         content["text_length"] = self.text_length
         content["cleans_as_clip"] = self._cleans_as_clip
@@ -161,7 +161,7 @@ class CaptionTokenizer:
 
     @classmethod
     def load(cls, directory: Path) -> CaptionTokenizer:
-        """Read what `save` wrote; ArtefactError when it is something else."""
+        """Read the file of `save`. Raises ArtefactError when it is something else."""
         path = directory / FILE_NAME
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -169,7 +169,7 @@ class CaptionTokenizer:
             cleans_as_clip = bool(content.pop("cleans_as_clip", False))
             tokenizer = Tokenizer.from_str(json.dumps(content))
             return cls(tokenizer, text_length, cleans_as_clip=cleans_as_clip)
-        # The library raises bare Exception for a file it cannot read.
+        # The library raises a bare Exception for a file that it cannot read.
         except Exception as error:
             raise ArtefactError(f"{path} is not a caption tokenizer: {error}") from error
 
@@ -191,10 +191,10 @@ def _trainer(
 
 
 def _lines(counts: Mapping[str, int]) -> Iterator[str]:
-    """Each word so many times, some thousands of them in a text."""
+    """Yield each word `count` times, up to WORDS_PER_TEXT of them in one text."""
     for word, count in counts.items():
-        for first in range(0, count, WORDS_TOGETHER):
-            yield "\n".join([word] * min(WORDS_TOGETHER, count - first))
+        for first in range(0, count, WORDS_PER_TEXT):
+            yield "\n".join([word] * min(WORDS_PER_TEXT, count - first))
 
 
 def _lower() -> normalizers.Normalizer:
@@ -202,17 +202,17 @@ def _lower() -> normalizers.Normalizer:
 
 
 def _clip_cleaned(caption: str) -> str:
-    """What OpenAI's tokenizer makes of a caption first: broken Unicode, curly quotes and ligatures
-    mended (by ftfy), HTML entities resolved, one blank for many, lower case."""
+    """Clean a caption as OpenAI's tokenizer does: Unicode, curly quotes and ligatures repaired by
+    ftfy, HTML entities resolved, runs of blanks made one, lower case."""
     original = clip_module("simple_tokenizer")
     cleaned: str = original.whitespace_clean(original.basic_clean(caption)).lower()
     return cleaned
 
 
 def _clip_tokenizer() -> Tokenizer:
-    """OpenAI's byte-pair encoding with every id moved up by one: id 0 is padding here.
+    """Return OpenAI's byte-pair encoding with every id moved up by one, as id 0 is padding here.
 
-    The original has no padding of its own; its id 0 is "!" (openai/CLIP, simple_tokenizer.py).
+    The original has no padding; its id 0 is "!" (openai/CLIP, simple_tokenizer.py).
     """
     original = clip_module("simple_tokenizer").SimpleTokenizer()
     vocabulary = {PADDING: 0} | {token: index + 1 for token, index in original.encoder.items()}
@@ -220,7 +220,7 @@ def _clip_tokenizer() -> Tokenizer:
     tokenizer = Tokenizer(
         models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>", fuse_unk=False)
     )
-    # The original ignores case, and then none of its classes has U+0345: it leaves that one out.
+    # With case ignored, none of the original's classes matches U+0345, so it is excluded here.
     words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}\u0345]+"
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -228,6 +228,6 @@ def _clip_tokenizer() -> Tokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    # Undoes the byte alphabet, and the mark that ends a word becomes a space.
+    # Undo the byte alphabet, and turn the end mark of a word into a space.
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("</w>", " ")])
     return tokenizer
