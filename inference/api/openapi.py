@@ -1,4 +1,4 @@
-"""GET /openapi.json: the OpenAPI 3.1 document, generated from the models of `schema`."""
+"""OpenAPI 3.1 document, generated from the models of `schema` and `replies`."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ _MODELS: tuple[type[BaseModel], ...] = (
 
 _REFUSALS: Mapping[int, str] = {
     400: "The body cannot be read: not UTF-8, not JSON, not an image.",
-    406: "Accept admits nothing that is offered for this request.",
+    406: "Accept admits no media type that this request can be answered in.",
     408: "The body did not arrive in time, or stopped in the middle.",
-    413: "The body is larger than this server reads.",
-    415: "The Content-Type is not read.",
+    413: "The body is larger than the server's limit.",
+    415: "The Content-Type or Content-Encoding is not supported.",
     422: "A field is unknown, missing or out of range, a caption is too long, or the artefact "
     "lacks the component that the request needs.",
     429: "The queue is full; Retry-After says when to try again.",
     500: "Something went wrong on the server.",
-    503: "The model is loading, stopping, dead or too far behind; Retry-After where it may help.",
+    503: "The server is loading, stopping, dead or too busy; Retry-After where waiting may help.",
     504: "The deadline passed before anything was finished.",
 }
 
 
 def document(limits: Limits) -> dict[str, Any]:
-    """The OpenAPI 3.1 document of a server with these limits."""
+    """Return the OpenAPI 3.1 document of a server with these limits."""
     _, definitions = models_json_schema(
         [(model, "validation") for model in _MODELS], ref_template="#/components/schemas/{model}"
     )
@@ -61,15 +61,15 @@ def document(limits: Limits) -> dict[str, Any]:
         "their probabilities.",
         **TypeAdapter(list[Prediction]).json_schema(ref_template="#/components/schemas/{model}"),
     }
-    drawing = schemas["GenerateRequest"]["properties"]
-    drawing["num_candidates"]["maximum"] = limits.max_candidates
-    drawing["num_images"]["maximum"] = limits.max_images
+    fields = schemas["GenerateRequest"]["properties"]
+    fields["num_candidates"]["maximum"] = limits.max_candidates
+    fields["num_images"]["maximum"] = limits.max_images
     return {
         "openapi": "3.1.0",
         "info": {
             "title": "dalle-sagemaker",
             "version": installed(OURS) or "0",  # 0: run from a checkout
-            "description": "Draws pictures for a caption, ranks them by CLIP, returns the best.",
+            "description": "Generates images for a caption, ranks them by CLIP, returns the best.",
         },
         "paths": {
             "/invocations": {"post": _invocations(limits)},
@@ -118,17 +118,17 @@ def _invocations(limits: Limits) -> dict[str, Any]:
             }
         }
     return {
-        "summary": "Draw pictures, classify images, or complete a caption",
+        "summary": "Generate images, classify images, or complete a caption",
         "operationId": "invocations",
         "description": f"Bodies up to {limits.max_request_bytes:,} bytes. As {TEXT} the body is "
-        f"the caption and everything else has its default. As {JSON_LINES} each line is a "
-        "request, and the reply has exactly one line for each, in order, an error in the place of "
-        "the reply it replaces; their deadlines count from the arrival of the whole body. With "
-        f"Accept: {JSON_LINES} one drawing request is answered in a stream: PreviewLines of what "
-        "is being drawn where preview_rows asks for them, a CandidateLine for each candidate as "
-        "soon as it is finished, then one RankingLine; an ErrorLine ends a stream that broke off. "
-        "With an image type the best picture is the reply, and X-Dalle-* headers carry its scores. "
-        "The header X-Amzn-SageMaker-Custom-Attributes comes back unchanged.",
+        f"the caption and every field has its default. As {JSON_LINES} each line is a request, "
+        "and the reply has one line for each, in order, which may be an error; all deadlines count "
+        f"from the arrival of the whole body. With Accept: {JSON_LINES} a request with a caption "
+        "is answered in a stream: PreviewLines where preview_rows is given, a CandidateLine for "
+        "each candidate as soon as it is finished, then one RankingLine; an ErrorLine ends a "
+        "stream that failed. With an image type the reply is the best image, and X-Dalle-* "
+        "headers carry its scores. The header X-Amzn-SageMaker-Custom-Attributes is returned "
+        "unchanged.",
         "requestBody": {
             "required": True,
             "content": {
@@ -139,7 +139,7 @@ def _invocations(limits: Limits) -> dict[str, Any]:
         },
         "responses": {
             "200": _body(
-                "The answer.",
+                "The reply.",
                 {
                     JSON: replies,
                     JSON_LINES: lines,

@@ -1,8 +1,8 @@
-"""What the model's thread hands over, and its forms in a reply. Knows nothing of torch or Flask.
+"""Results of the model, and their forms in a reply. Knows nothing of torch or Flask.
 
-    GenerateResult -> GenerateReply | the best picture's file and headers | lines of a stream
+    GenerateResult -> GenerateReply | file and headers of the best image | lines of a stream
 
-Encoding is done here, in the request's own thread, so that the device goes on with the next.
+Images are encoded in the request's thread, so that the device goes on with the next request.
 Letters: H height, W width.
 """
 
@@ -12,6 +12,7 @@ import base64
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from dalle.errors import DalleError, UserError
 from dalle.preprocess.images import ImageFormat, Pixels, encode_image
@@ -30,18 +31,21 @@ from inference.api.replies import (
 )
 from inference.api.schema import GenerateRequest, Limits
 
-CUSTOM_ATTRIBUTES = "X-Amzn-SageMaker-Custom-Attributes"  # the one header the platform passes on
+CUSTOM_ATTRIBUTES = "X-Amzn-SageMaker-Custom-Attributes"  # the only header that an endpoint keeps
 
-# Bytes per pixel at worst: noise as PNG is a little over its raw size; the others were measured
-# on noise at the quality that `encode_image` uses (256 pixels: 2.04 and 0.89).
+# At worst, which is noise: PNG is a little over its raw size; the others were measured at the
+# quality that `encode_image` uses (256 x 256 pixels: 2.04 and 0.89).
 _WORST_BYTES_PER_PIXEL: Mapping[ImageFormat, float] = {"png": 3.02, "jpeg": 2.1, "webp": 1.0}
 _HEADER_BYTES = 1_000
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One finished picture. pixels: uint8 [H, W, 3]; clip_score: cosine, None without a CLIP;
-    merit: what it is ranked by, the greatest first."""
+    """One finished image.
+
+    clip_score: cosine, None without a CLIP; merit: what it is ranked by, the greatest first;
+    pixels: uint8 [H, W, 3].
+    """
 
     number: int
     log_likelihood: float
@@ -52,7 +56,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """A picture that is drawn down to `rows` of the grid. pixels: uint8 [H, W, 3], grey below."""
+    """One unfinished image. pixels: uint8 [H, W, 3], grey below the first `rows` of the grid."""
 
     number: int
     rows: int
@@ -61,7 +65,7 @@ class Preview:
 
 @dataclass(frozen=True, slots=True)
 class GenerateResult:
-    """All finished candidates of a request, best first, never none."""
+    """All finished candidates of a request, best first, at least one."""
 
     ranked: Sequence[Candidate]
     ranked_by: RankedBy
@@ -95,17 +99,14 @@ Result = GenerateResult | ClassifyResult | CompleteResult
 
 
 def rank(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Order candidates by merit, the best first.
-
-    Equal ones keep the order of their numbers, so that the order is always the same.
-    """
+    """Return candidates by merit, the best first; equal ones by their numbers."""
     return sorted(candidates, key=lambda each: (-each.merit, each.number))
 
 
 def check_reply_size(request: GenerateRequest, image_size: int, limits: Limits) -> None:
-    """Refuse, before any work, a JSON reply that could become larger than the limit.
+    """Refuse a request whose JSON reply could become larger than the limit, before any work.
 
-    image_size: side of the square pictures in pixels. Raises `UserError` 422.
+    image_size: side of the square images in pixels. Raises `UserError` 422.
     """
     worst = _WORST_BYTES_PER_PIXEL[request.format] * image_size**2 + _HEADER_BYTES
     encoded = int(worst * 4 / 3)
@@ -113,7 +114,7 @@ def check_reply_size(request: GenerateRequest, image_size: int, limits: Limits) 
     if request.num_images > fitting:
         raise UserError(
             f"num_images must be at most {fitting} for {image_size} x {image_size} "
-            f"{request.format} pictures, got {request.num_images}: the reply could exceed "
+            f"{request.format} images, got {request.num_images}: the reply could exceed "
             f"{limits.max_reply_bytes:,} bytes; ask for fewer, for format jpeg or webp, or for "
             "Accept: application/jsonlines",
             field="num_images",
@@ -125,30 +126,19 @@ def check_reply_size(request: GenerateRequest, image_size: int, limits: Limits) 
 def render_json(
     result: GenerateResult, request: GenerateRequest, *, queue_seconds: float
 ) -> GenerateReply:
-    """The best `num_images` candidates with their pictures."""
+    """Return the best `num_images` candidates with their images."""
     began = time.monotonic()
+    best = zip(_ranking(result), result.ranked[: request.num_images], strict=False)
     images = [
-        RankedImage(
-            rank=rank_number,
-            candidate=candidate.number,
-            clip_score=candidate.clip_score,
-            log_likelihood=candidate.log_likelihood,
-            image=_base64(candidate.pixels, request.format),
-        )
-        for rank_number, candidate in enumerate(result.ranked[: request.num_images], start=1)
+        RankedImage(**dict(place), image=_base64(candidate.pixels, request.format))
+        for place, candidate in best
     ]
-    return GenerateReply(
-        images=images,
-        seed=result.seed,
-        num_candidates=result.num_candidates,
-        completed_candidates=len(result.ranked),
-        ranked_by=result.ranked_by,
-        timings=stage_timings(result, queue_seconds, time.monotonic() - began),
-    )
+    timings = stage_timings(result, queue_seconds, time.monotonic() - began)
+    return GenerateReply(images=images, timings=timings, **_summary(result))
 
 
 def render_best(result: GenerateResult, format: ImageFormat) -> tuple[bytes, dict[str, str]]:
-    """The best picture's file and headers that say what a JSON reply would."""
+    """Return the file of the best image, and headers with its scores."""
     best = result.ranked[0]
     facts = {
         "seed": f"{result.seed}",
@@ -161,20 +151,19 @@ def render_best(result: GenerateResult, format: ImageFormat) -> tuple[bytes, dic
     }
     facts = {name: value for name, value in facts.items() if value}
     headers = {f"X-Dalle-{name.replace('_', '-').title()}": facts[name] for name in facts}
-    # The platform drops headers it does not know; this one reaches the caller of an endpoint.
     headers[CUSTOM_ATTRIBUTES] = ";".join(f"{name}={facts[name]}" for name in facts)
     return encode_image(best.pixels, format), headers
 
 
 def render_preview(preview: Preview, format: ImageFormat) -> PreviewLine:
-    """An unfinished candidate as a line of a stream."""
+    """Return an unfinished candidate as a line of a stream."""
     return PreviewLine(
         candidate=preview.number, rows=preview.rows, image=_base64(preview.pixels, format)
     )
 
 
 def render_candidate(candidate: Candidate, format: ImageFormat) -> CandidateLine:
-    """A finished candidate as a line of a stream."""
+    """Return a finished candidate as a line of a stream."""
     return CandidateLine(
         candidate=candidate.number,
         clip_score=candidate.clip_score,
@@ -186,27 +175,35 @@ def render_candidate(candidate: Candidate, format: ImageFormat) -> CandidateLine
 def render_ranking(
     result: GenerateResult, *, queue_seconds: float, encode_seconds: float
 ) -> RankingLine:
-    """The last line of a stream: the order, without the pictures that were sent before."""
-    return RankingLine(
-        ranking=[
-            RankedCandidate(
-                rank=rank_number,
-                candidate=candidate.number,
-                clip_score=candidate.clip_score,
-                log_likelihood=candidate.log_likelihood,
-            )
-            for rank_number, candidate in enumerate(result.ranked, start=1)
-        ],
-        seed=result.seed,
-        num_candidates=result.num_candidates,
-        completed_candidates=len(result.ranked),
-        ranked_by=result.ranked_by,
-        timings=stage_timings(result, queue_seconds, encode_seconds),
-    )
+    """Return the last line of a stream: the ranking, without images."""
+    timings = stage_timings(result, queue_seconds, encode_seconds)
+    return RankingLine(ranking=_ranking(result), timings=timings, **_summary(result))
+
+
+def _ranking(result: GenerateResult) -> list[RankedCandidate]:
+    return [
+        RankedCandidate(
+            rank=rank_number,
+            candidate=candidate.number,
+            clip_score=candidate.clip_score,
+            log_likelihood=candidate.log_likelihood,
+        )
+        for rank_number, candidate in enumerate(result.ranked, start=1)
+    ]
+
+
+def _summary(result: GenerateResult) -> dict[str, Any]:
+    """Return what a JSON reply and the last line of a stream have in common, but the timings."""
+    return {
+        "seed": result.seed,
+        "num_candidates": result.num_candidates,
+        "completed_candidates": len(result.ranked),
+        "ranked_by": result.ranked_by,
+    }
 
 
 def render_error(error: Exception) -> tuple[int, ErrorDetail]:
-    """Status and body of an error; of one that was not raised on purpose only that it happened."""
+    """Return status and body of an error; an internal one shows no details."""
     if isinstance(error, DalleError):
         return error.status, ErrorDetail(code=error.code, message=str(error), field=error.field)
     return 500, ErrorDetail(
@@ -217,7 +214,7 @@ def render_error(error: Exception) -> tuple[int, ErrorDetail]:
 
 
 def stage_timings(result: GenerateResult, queue_seconds: float, encode_seconds: float) -> Timings:
-    """What one generation spent where."""
+    """Return the seconds that one generation spent in each stage."""
     return Timings(
         queue_seconds=queue_seconds,
         sample_seconds=result.sample_seconds,

@@ -1,6 +1,6 @@
-"""What POST /invocations answers: the models, from which JSON and the OpenAPI document are made.
+"""Replies of POST /invocations: the models of their JSON and of the OpenAPI document.
 
-Knows nothing of torch, Flask or the platform; a client can read replies with it.
+Knows nothing of torch, Flask or the platform, so that clients can read replies with it.
 """
 
 from __future__ import annotations
@@ -19,86 +19,87 @@ class _Reply(BaseModel):
 
 
 class RankedCandidate(_Reply):
-    """A candidate's place in the order, without its picture."""
+    """A candidate's rank and scores, without its image."""
 
     rank: int = Field(description="1 is the best.", ge=1)
     candidate: int = Field(description="The candidate's number, from 0.", ge=0)
     clip_score: float | None = Field(
-        description="Cosine of picture and caption by CLIP, -1 to 1; null without a CLIP."
+        description="Cosine of image and caption by CLIP, -1 to 1; null without a CLIP."
     )
     log_likelihood: float = Field(
-        description="What the transformer gives the candidate's image tokens, in nats, at most 0."
+        description="Of the candidate's image tokens by the transformer, in nats, at most 0."
     )
 
 
 class RankedImage(RankedCandidate):
-    """One returned picture."""
+    """One returned image."""
 
-    image: str = Field(description="Base64 file in the format that was asked for.")
+    image: str = Field(description="Base64 file in the requested format.")
 
 
 class Timings(_Reply):
-    """Where the time went, in seconds."""
+    """Seconds of each stage."""
 
     queue_seconds: float = Field(description="From arrival until the model began.", ge=0)
-    sample_seconds: float = Field(description="Drawing image tokens.", ge=0)
+    sample_seconds: float = Field(description="Sampling image tokens.", ge=0)
     decode_seconds: float = Field(description="Image tokens to pixels, by the dVAE.", ge=0)
     rank_seconds: float = Field(description="Scoring and ordering.", ge=0)
     encode_seconds: float = Field(description="Pixels to image files.", ge=0)
 
 
-class _Drawn(_Reply):
-    seed: int = Field(description="The seed that was used, 0 to 2**53 - 1.", ge=0, le=MAX_SEED)
-    num_candidates: int = Field(description="How many candidates were asked for.", ge=1)
+class _Generated(_Reply):
+    seed: int = Field(description="The seed used, 0 to 2**53 - 1.", ge=0, le=MAX_SEED)
+    num_candidates: int = Field(description="Number of candidates requested.", ge=1)
     completed_candidates: int = Field(
-        description="How many were finished before the deadline, 1 to num_candidates.", ge=1
+        description="Number finished before the deadline, 1 to num_candidates.", ge=1
     )
     ranked_by: RankedBy = Field(
-        description="What the order rests on: clip, the clip_score; log_likelihood where the "
-        "artefact has no CLIP; clip_and_log_likelihood, CLIP's logit and the log-likelihood "
-        "together, where CLIP was trained with a likelihood_weight."
+        description="What the candidates are ordered by: clip, the clip_score; log_likelihood "
+        "where the artefact has no CLIP; clip_and_log_likelihood, CLIP's logit and the "
+        "log-likelihood together, where CLIP was trained with a likelihood_weight."
     )
-    timings: Timings = Field(description="Where the time went.")
+    timings: Timings = Field(description="Duration of each stage.")
 
 
-class GenerateReply(_Drawn):
+class GenerateReply(_Generated):
     """The best candidates, best first."""
 
-    images: list[RankedImage] = Field(description="num_images pictures, or all that were finished.")
+    images: list[RankedImage] = Field(description="num_images of them, or all that were finished.")
 
 
 class PreviewLine(_Reply):
-    """A line of a streamed reply: one candidate that is still being drawn."""
+    """A line of a streamed reply: one unfinished candidate."""
 
-    event: Literal["preview"] = Field(default="preview", description="Names the line's kind.")
+    event: Literal["preview"] = Field(default="preview", description="Kind of the line.")
     candidate: int = Field(description="The candidate's number, from 0.", ge=0)
     rows: int = Field(
-        description="How many rows of the image-token grid are drawn; below them it is grey.", ge=1
+        description="Number of rows of the image-token grid that are sampled; the others are grey.",
+        ge=1,
     )
-    image: str = Field(description="Base64 file in the format that was asked for.")
+    image: str = Field(description="Base64 file in the requested format.")
 
 
 class CandidateLine(_Reply):
     """A line of a streamed reply: one finished candidate."""
 
-    event: Literal["candidate"] = Field(default="candidate", description="Names the line's kind.")
+    event: Literal["candidate"] = Field(default="candidate", description="Kind of the line.")
     candidate: int = Field(description="The candidate's number, from 0.", ge=0)
     clip_score: float | None = Field(description="Cosine by CLIP, -1 to 1; null without a CLIP.")
     log_likelihood: float = Field(description="Of its image tokens, in nats, at most 0.")
-    image: str = Field(description="Base64 file in the format that was asked for.")
+    image: str = Field(description="Base64 file in the requested format.")
 
 
-class RankingLine(_Drawn):
+class RankingLine(_Generated):
     """The last line of a streamed reply: all finished candidates in order."""
 
-    event: Literal["ranking"] = Field(default="ranking", description="Names the line's kind.")
+    event: Literal["ranking"] = Field(default="ranking", description="Kind of the line.")
     ranking: list[RankedCandidate] = Field(description="Every finished candidate, best first.")
 
 
 class Completion(_Reply):
     """One continued caption."""
 
-    caption: str = Field(description="The whole caption, beginning included.")
+    caption: str = Field(description="The whole caption, with its beginning.")
     log_likelihood: float = Field(description="Of the continuation, in nats, at most 0.")
 
 
@@ -106,7 +107,7 @@ class CompleteReply(_Reply):
     """Continued captions."""
 
     captions: list[Completion] = Field(description="num_completions captions, likeliest first.")
-    seed: int = Field(description="The seed that was used, 0 to 2**53 - 1.", ge=0, le=MAX_SEED)
+    seed: int = Field(description="The seed used, 0 to 2**53 - 1.", ge=0, le=MAX_SEED)
 
 
 Prediction = tuple[list[int], list[str], list[float]]
@@ -114,15 +115,15 @@ Prediction = tuple[list[int], list[str], list[float]]
 
 
 class ErrorDetail(_Reply):
-    """What went wrong and what would be right."""
+    """What went wrong and how to put it right."""
 
-    code: str = Field(description="A stable word for programs, such as caption_too_long.")
-    message: str = Field(description="A sentence for people.")
-    field: str | None = Field(description="The request field or header at fault, where one is.")
+    code: str = Field(description="A stable identifier, such as caption_too_long.")
+    message: str = Field(description="The fault and its remedy, in a sentence.")
+    field: str | None = Field(description="The request field or header at fault, or null.")
 
 
 class ErrorReply(_Reply):
-    """The body of every refusal and failure; in JSON lines, the line in place of an answer."""
+    """The body of every error reply; in JSON lines, the line in place of a reply."""
 
     error: ErrorDetail = Field(description="The error.")
 
@@ -130,4 +131,4 @@ class ErrorReply(_Reply):
 class ErrorLine(ErrorReply):
     """The last line of a streamed reply that broke off."""
 
-    event: Literal["error"] = Field(default="error", description="Names the line's kind.")
+    event: Literal["error"] = Field(default="error", description="Kind of the line.")

@@ -1,8 +1,7 @@
-"""What may be asked of POST /invocations: the requests, field by field. `parsing` reads them.
+"""Requests of POST /invocations, field by field. `parsing` reads them.
 
-Knows nothing of torch, Flask or the platform, so that a laptop can build requests from it. The
-OpenAPI document and the tables of inference/README.md are generated from these models: a
-description here is documentation there.
+Knows nothing of torch, Flask or the platform, so that `infra` can build requests. The OpenAPI
+document and the tables of inference/REFERENCE.md are generated from these descriptions.
 """
 
 from __future__ import annotations
@@ -22,69 +21,78 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps exactly
-MAX_DEADLINE_SECONDS = 3600.0  # the longest that an asynchronous or batch invocation may take
+MAX_SEED = 2**53 - 1  # the largest integer that every JSON parser keeps exactly
+MAX_DEADLINE_SECONDS = 3600.0  # the platform's limit for asynchronous and batch invocations
 MAX_CAPTION_CHARACTERS = 2_000
-_NUM_CANDIDATES = 16  # where a request names none
+_NUM_CANDIDATES = 16  # by default
 _NUM_IMAGES = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one server allows; `serve --help` names the variables that change it."""
+    """Limits of one server; `serve --help` names the variables that change them."""
 
     max_candidates: int = 512
     max_images: int = 32
     max_request_bytes: int = 25_000_000  # the platform's own limit for a real-time endpoint
-    max_reply_bytes: int = 5_000_000  # below the 6 MB that older clients stop at
-    deadline_seconds: float = 55.0  # when a request names none; a real-time call ends at 60
+    max_reply_bytes: int = 5_000_000  # below the 6 MB at which older clients stop
+    deadline_seconds: float = 55.0  # by default; the platform ends a real-time invocation at 60
 
 
 DEFAULT_LIMITS = Limits()
 
 
-# A length makes pydantic look at the characters, so that half a surrogate pair, which JSON can
-# carry and no tokenizer can read, is refused too.
+# The length makes pydantic check the characters too: half a surrogate pair, which JSON can carry
+# and no tokenizer can read, is refused.
 Text = Annotated[str, Field(max_length=MAX_CAPTION_CHARACTERS)]
 Caption = Annotated[
     str,
     StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_CAPTION_CHARACTERS),
 ]
-# A class comes back as it was written, so it is not stripped; but it may not be blank either.
+# A class is returned as it was written, so it is not stripped; but it must not be blank.
 Class = Annotated[str, Field(min_length=1, max_length=MAX_CAPTION_CHARACTERS, pattern=r"\S")]
 Format = Literal["png", "jpeg", "webp"]
+Deadline = Annotated[
+    float | None,
+    Field(
+        gt=0.0,
+        le=MAX_DEADLINE_SECONDS,
+        description="Give up after this time, counted from the request's arrival. Above 0, at "
+        "most 3600; null: the server's default.",
+    ),
+]
 
 
 class _Request(BaseModel):
-    # strict: "3" is not 3 and true is not 1; what is asked is then exactly what is meant.
+    # strict: "3" is not 3, and true is not 1.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class GenerateRequest(_Request):
-    """Draw candidates for a caption, rank them, and return the best."""
+    """Generate candidates for a caption, rank them, and return the best."""
 
     caption: Caption = Field(
-        description="What the pictures should show. 1 to 2,000 characters without the blanks "
+        description="What the images should show. 1 to 2,000 characters without the blanks "
         "around them, and no more text tokens than the model reads."
     )
     num_candidates: int = Field(
         default=_NUM_CANDIDATES,
         ge=1,
-        description="How many pictures are drawn for the caption before ranking. At least 1; the "
-        "server's own limit is the maximum. Default 16, or the server's limit where it is lower.",
+        description="Number of images generated for the caption before ranking. At least 1, at "
+        "most the server's limit. Default 16, or the server's limit where it is lower.",
     )
     num_images: int = Field(
         default=_NUM_IMAGES,
         ge=1,
-        description="How many of the candidates are returned, best first. At least 1, at most "
-        "num_candidates and the server's own limit; a stream sends all of them, an image reply "
-        "the best one. Default 4, or num_candidates or the server's limit where that is lower.",
+        description="Number of candidates returned, best first. At least 1, at most "
+        "num_candidates and the server's limit; a stream sends all of them, an image reply the "
+        "best one. Default 4, or num_candidates or the server's limit where that is lower.",
     )
     temperature: float = Field(
         default=1.0,
         ge=0.0,
         le=10.0,
-        description="Logits are divided by it; 0 always takes the likeliest token, so that all "
+        description="Divides the logits; 0 always takes the likeliest token, so that all "
         "candidates are alike. 0 to 10.",
     )
     top_k: int | None = Field(
@@ -103,42 +111,42 @@ class GenerateRequest(_Request):
         default=1.0,
         ge=0.0,
         le=100.0,
-        description="How far the picture is pushed towards the caption: "
+        description="How strongly the image follows the caption: "
         "unconditional + scale x (conditional - unconditional). 0 to 100; 1 is off and costs half.",
     )
     seed: int | None = Field(
         default=None,
         ge=0,
         le=MAX_SEED,
-        description="Candidate k of a seed is always the same picture. 0 to 2**53 - 1; null: one "
-        "is drawn, and the reply says which.",
+        description="Candidate k of a seed is always the same image. 0 to 2**53 - 1; null: a "
+        "random one, which the reply gives.",
     )
     format: Format = Field(
         default="png",
-        description="File format of the pictures in the reply: png, jpeg or webp; an image type "
-        "in Accept goes before it.",
+        description="File format of the images in the reply: png, jpeg or webp; an image type in "
+        "Accept overrides it.",
     )
     prime_image: str | None = Field(
         default=None,
         min_length=1,
         description="A base64 image file (PNG, JPEG, WebP, GIF or BMP, at most 40 megapixels), cut "
         "to its centre square and scaled to the model's size. Every candidate keeps its top rows "
-        "as the dVAE draws them: the image tokens are kept, not the pixels. Needs prime_rows. "
-        "Null: none.",
+        "as the dVAE reproduces them: the image tokens are kept, not the pixels. Needs "
+        "prime_rows. Null: none.",
     )
     prime_rows: int = Field(
         default=0,
         ge=0,
-        description="How many rows of the image-token grid are kept from prime_image; the rest is "
-        "drawn. A row is as high as the picture divided by the grid. 0 to one fewer than the grid "
-        "has; above 0 it needs prime_image.",
+        description="Number of rows of the image-token grid that are kept from prime_image; the "
+        "rest is generated. A row is as high as the image divided by the grid. 0 to one fewer "
+        "than the grid has; above 0 it needs prime_image.",
     )
     preview_rows: int | None = Field(
         default=None,
         ge=1,
-        description="In a stream, send each candidate as far as it is drawn whenever so many more "
-        "rows of the image-token grid are done; a client that reads too slowly gets fewer of "
-        "these. Each costs about as much as decoding the finished picture. At least 1; null: none.",
+        description="In a stream, send a preview of each candidate after every so many rows of the "
+        "image-token grid; a client that reads too slowly gets fewer previews. Each costs about "
+        "as much as decoding the finished image. At least 1; null: none.",
     )
     deadline_seconds: float | None = Field(
         default=None,
@@ -152,7 +160,7 @@ class GenerateRequest(_Request):
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, fields: Any, info: ValidationInfo) -> Any:
-        """Name the defaults that depend on the server's limits and on one another."""
+        """Fill in the defaults that depend on the server's limits and on one another."""
         if not isinstance(fields, Mapping):
             return fields
         candidates, images = _NUM_CANDIDATES, _NUM_IMAGES
@@ -161,23 +169,23 @@ class GenerateRequest(_Request):
             candidates = min(candidates, limits.max_candidates)
             images = min(images, limits.max_images)
         candidates = fields.get("num_candidates", candidates)
-        if type(candidates) is int and candidates >= 1:  # else that field's own error says enough
+        if type(candidates) is int and candidates >= 1:  # else that field has an error
             images = min(images, candidates)
         return {"num_candidates": candidates, "num_images": images, **fields}
 
     @field_validator("num_candidates", "num_images")
     @classmethod
-    def _within_the_servers_limits(cls, value: int, info: ValidationInfo) -> int:
+    def _check_server_limits(cls, value: int, info: ValidationInfo) -> int:
         if info.context is not None:
             limits: Limits = info.context["limits"]
-            is_drawn = info.field_name == "num_candidates"
-            limit = limits.max_candidates if is_drawn else limits.max_images
+            of_candidates = info.field_name == "num_candidates"
+            limit = limits.max_candidates if of_candidates else limits.max_images
             if value > limit:
                 raise PydanticCustomError("limit", "must be 1 to {limit}", {"limit": limit})
         return value
 
     @model_validator(mode="after")
-    def _belongs_together(self) -> Self:
+    def _check_together(self) -> Self:
         if self.num_images > self.num_candidates:
             raise PydanticCustomError(
                 "num_images",
@@ -198,13 +206,13 @@ class GenerateRequest(_Request):
 
 
 class ClassifyRequest(_Request):
-    """Say for each image which of the classes fit it best. The request of svpino/clip-container."""
+    """Rank captions for each image by CLIP, with the request of svpino/clip-container."""
 
     images: list[Annotated[str, Field(min_length=1)]] = Field(
         min_length=1,
         max_length=64,
         description="Base64 image files (PNG, JPEG, WebP, GIF or BMP, at most 40 megapixels each), "
-        "1 to 64; the centre square of each is looked at. Addresses are not fetched.",
+        "1 to 64; the centre square of each is used. Addresses are not fetched.",
     )
     classes: list[Class] = Field(
         min_length=1,
@@ -216,49 +224,37 @@ class ClassifyRequest(_Request):
         default=3,
         ge=1,
         le=1_000,
-        description="How many classes are returned for each image, likeliest first; all of them "
-        "when there are fewer. 1 to 1,000.",
+        description="Number of classes returned for each image, likeliest first; all of them when "
+        "there are fewer. 1 to 1,000.",
     )
-    deadline_seconds: float | None = Field(
-        default=None,
-        gt=0.0,
-        le=MAX_DEADLINE_SECONDS,
-        description="Give up after this time, counted from the request's arrival. Above 0, at "
-        "most 3600; null: the server's default.",
-    )
+    deadline_seconds: Deadline = None
 
 
 class CompleteRequest(_Request):
-    """Continue a caption as the transformer has learned captions to go on."""
+    """Continue a caption with the transformer."""
 
     complete: Text = Field(
         description="The beginning of a caption; may be empty. 0 to 2,000 characters.",
     )
     num_completions: int = Field(
-        default=4, ge=1, le=64, description="How many captions are drawn. 1 to 64."
+        default=4, ge=1, le=64, description="Number of captions sampled. 1 to 64."
     )
     temperature: float = Field(
-        default=1.0, ge=0.0, le=10.0, description="As for pictures; 0 is the likeliest. 0 to 10."
+        default=1.0, ge=0.0, le=10.0, description="As for images; 0 gives the likeliest. 0 to 10."
     )
     seed: int | None = Field(
         default=None,
         ge=0,
         le=MAX_SEED,
-        description="The same seed gives the same captions. 0 to 2**53 - 1; null: one is drawn, "
-        "and the reply says which.",
+        description="The same seed gives the same captions. 0 to 2**53 - 1; null: a random one, "
+        "which the reply gives.",
     )
-    deadline_seconds: float | None = Field(
-        default=None,
-        gt=0.0,
-        le=MAX_DEADLINE_SECONDS,
-        description="Give up after this time, counted from the request's arrival. Above 0, at "
-        "most 3600; null: the server's default.",
-    )
+    deadline_seconds: Deadline = None
 
 
 Request = GenerateRequest | ClassifyRequest | CompleteRequest
 
-# Each kind of request is known by the one key that only it has.
+# Each kind of request has one key that no other kind has.
 REQUEST_KINDS: Mapping[str, type[Request]] = {
     "caption": GenerateRequest,
     "images": ClassifyRequest,

@@ -33,7 +33,7 @@ from typing import Any, Protocol
 
 from gunicorn.arbiter import Arbiter
 from gunicorn.http import errors
-from gunicorn.http.body import Body, ChunkedReader, LengthReader
+from gunicorn.http.body import ChunkedReader, LengthReader
 from gunicorn.workers.gthread import _DEFER, ThreadWorker
 
 from inference.engine.engine_core import Scheduler
@@ -113,10 +113,15 @@ class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no annotations
         """Answer a request whose header has been read, in a thread."""
         conn.sock.settimeout(_SEND_SECONDS)
         conn.sock.allow(self.app.settings.body_seconds)
-        if isinstance(req.body.reader, LengthReader):
-            req.body.reader = _WholeParts(conn, req.body.reader.length)
-        # gunicorn calls this when it writes the reply's header, and again before it reads on.
-        req.should_close = lambda: type(req).should_close(req) or not _is_read(req.body)
+        match req.body.reader:
+            case LengthReader(length=length):
+                req.body.reader = _WholeParts(conn, length)
+            case ChunkedReader() as reader:
+                req.body.reader = _Chunks(reader)
+        # gunicorn calls this when it writes the reply's header, and again before it reads on. Of a
+        # body that was not read to its end, parts can still be on the socket.
+        must_close = req.should_close
+        req.should_close = lambda: must_close() or not getattr(req.body.reader, "is_read", False)
         return super().handle_request(req, conn)
 
     def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: Exception) -> None:
@@ -293,12 +298,25 @@ class _WholeParts:
         self.length -= len(part)
         return part
 
+    @property
+    def is_read(self) -> bool:
+        return self.length == 0
 
-def _is_read(body: Body) -> bool:
-    """Return whether no part of a request's body can still be on the socket."""
-    match body.reader:
-        case _WholeParts() as reader:
-            return reader.length == 0
-        case ChunkedReader() as reader:
-            return reader.parser is None
-    return False
+
+class _Chunks:
+    """Reader of a chunked body; an error in it is an `OSError` in every version of gunicorn."""
+
+    def __init__(self, reader: ChunkedReader) -> None:
+        self._reader = reader
+
+    def read(self, size: int) -> bytes:
+        """Return up to `size` bytes; nothing at the end of the body."""
+        try:
+            part: bytes = self._reader.read(size)
+        except errors.ParseException as error:
+            raise OSError(f"the chunks cannot be read: {error}") from error
+        return part
+
+    @property
+    def is_read(self) -> bool:
+        return self._reader.parser is None

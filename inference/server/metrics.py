@@ -1,4 +1,4 @@
-"""What GET /metrics tells: Prometheus text from a registry of its own. Never touches the queue."""
+"""Prometheus metrics of one server, in a registry that no other server shares."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600
 
 
 class Metrics:
-    """The server's counters. Every method may be called by any thread.
+    """Counters and gauges. Any thread may call any method.
 
-    queue_depth, is_ready, busy_slots, threads: asked whenever the metrics are read.
+    queue_depth, is_ready, busy_slots, threads: functions that return a gauge's value.
     """
 
     content_type = CONTENT_TYPE_PLAIN_0_0_4
@@ -47,31 +47,29 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
-        self._candidates = Counter(
-            "dalle_candidates", "Candidates drawn to the end.", registry=registry
-        )
+        self._candidates = Counter("dalle_candidates", "Finished candidates.", registry=registry)
         self._cut_short = Counter(
             "dalle_cut_short", "Generations that a deadline ended early.", registry=registry
         )
-        for name, says, ask in (
-            ("dalle_queue_depth", "Work that waits or runs.", queue_depth),
+        for name, description, value in (
+            ("dalle_queue_depth", "Requests that wait or run.", queue_depth),
             ("dalle_ready", "1 when generations are answered.", is_ready),
-            ("dalle_busy_slots", "Sequences that are being drawn.", busy_slots),
+            ("dalle_busy_slots", "Sequences that are being sampled.", busy_slots),
             ("dalle_threads", "Threads that compute on the CPU; 0 while loading.", threads),
         ):
-            Gauge(name, says, registry=registry).set_function(ask)
+            Gauge(name, description, registry=registry).set_function(value)
 
     def count_invocation(self, status: int, seconds: float) -> None:
-        """One answered request of POST /invocations."""
+        """Count one answered request of POST /invocations."""
         self._invocations.labels(str(status)).inc()
         self._invocation_seconds.observe(seconds)
 
     def count_candidates(self, number: int) -> None:
-        """Candidates by themselves: those of a stream that ended before its generation did."""
+        """Count candidates alone: those of a stream that ended before its generation."""
         self._candidates.inc(number)
 
     def count_generation(self, result: GenerateResult, timings: Timings) -> None:
-        """One finished generation, whole or cut short."""
+        """Count one finished generation, whole or cut short."""
         self.count_candidates(len(result.ranked))
         if result.is_cut_short:
             self._cut_short.inc()
@@ -79,5 +77,5 @@ class Metrics:
             self._stage_seconds.labels(stage).observe(getattr(timings, f"{stage}_seconds"))
 
     def render(self) -> bytes:
-        """The Prometheus text format."""
+        """Return the metrics in the Prometheus text format."""
         return generate_latest(self._registry)

@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--port", type=int, default=LOCAL_PORT, help=f"with --local; default: {LOCAL_PORT}"
     )
-    fields = parser.add_argument_group("fields of the request (inference/README.md, Requests)")
+    fields = parser.add_argument_group("fields of the request (inference/REFERENCE.md)")
     fields.add_argument("--num-candidates", type=int)
     fields.add_argument("--num-images", type=int)
     fields.add_argument("--seed", type=int, help="the same seed draws the same pictures")

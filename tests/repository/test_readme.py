@@ -13,6 +13,7 @@ import pytest
 from pydantic import BaseModel
 
 from inference.api import schema
+from inference.settings import VARIABLES
 from tests import REPOSITORY
 from training.config import hyperparameters
 
@@ -21,13 +22,15 @@ PAGES = [
     "README.md",
     "training/README.md",
     "inference/README.md",
+    "inference/REFERENCE.md",
+    "inference/INTERNALS.md",
     "container/README.md",
     "infra/README.md",
 ]
 # Which page has which generated tables.
 TABLES = {
     "training/README.md": ["hyperparameters"],
-    "inference/README.md": ["caption", "images", "complete"],
+    "inference/REFERENCE.md": ["environment", "caption", "images", "complete"],
 }
 
 
@@ -40,10 +43,19 @@ def request_table(request: type[BaseModel]) -> str:
     return "\n".join(lines)
 
 
+def variables_table() -> str:
+    """A Markdown table of the environment variables of `serve`."""
+    lines = ["| variable | default | meaning |", "|---|---|---|"]
+    for name, field in VARIABLES.items():
+        lines.append(f"| `{name}` | {field.default or ''} | {field.description} |")
+    return "\n".join(lines)
+
+
 def generated_tables() -> dict[str, str]:
     """The Markdown that belongs between each pair of markers, by the marker's name."""
     return {
         "hyperparameters": hyperparameters.render_table(),
+        "environment": variables_table(),
         "caption": request_table(schema.GenerateRequest),
         "images": request_table(schema.ClassifyRequest),
         "complete": request_table(schema.CompleteRequest),
