@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Build the image: container/build.sh [NAME]. BASE_IMAGE chooses the base, and anything else after NAME goes to
-# `docker build`. Where no registry can be reached, root makes the base from Debian packages.
+# Build the image: container/build.sh [NAME [ARGUMENT…]]. The arguments go to `docker build`; BASE_IMAGE chooses the base.
+# Where the default base cannot be pulled, root makes one from Debian packages.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -17,7 +17,7 @@ if [ -z "${BASE_IMAGE:-}" ]; then
   fi
 fi
 
-# The certificates by which this machine reaches the package index, for the first stage only.
+# Certificates for the package index, used in the first stage only.
 certificates=${SSL_CERT_FILE:-/etc/ssl/certs/ca-certificates.crt}
 if [ -r "$certificates" ]; then
   mkdir -p build
@@ -27,7 +27,7 @@ fi
 revision=$(git rev-parse HEAD 2>/dev/null || echo unknown)
 [ -z "$(git status --porcelain 2>/dev/null)" ] || revision+=-dirty
 
-# An index of attestations around the image, which newer builders add, is refused by some hosts.
+# Newer builders wrap the image in an index of attestations, which some hosts refuse.
 BUILDX_NO_DEFAULT_ATTESTATIONS=1 "$docker" build "${@:2}" \
   --build-arg BASE_IMAGE="$BASE_IMAGE" \
   --build-arg GIT_REVISION="$revision" \

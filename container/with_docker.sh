@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run a command with a Docker engine: container/with_docker.sh make test-image
-# On a bare Debian machine, as root, it installs what is missing and starts the engine, and afterwards stops the one it
-# started, however the command ended. Images and build layers stay on the disk for the next time.
+# On a bare Debian machine, as root, it installs missing packages and starts an engine, which it stops again however the
+# command ends. Images and build layers stay on the disk.
 set -euo pipefail
 
 docker=${DOCKER:-docker}
@@ -22,10 +22,10 @@ fi
 engine=
 log=
 command=
-set -m  # each of the two in a process group of its own: Ctrl-C is for us, and we pass it on
+set -m  # separate process groups: Ctrl-C reaches this script alone, which passes it on
 
-# Ask the process (or, by a minus, the group) named first to go, by the signal, and see that it and all the others named
-# have gone. Half a minute later it is asked by SIGTERM, and after another whoever is left is not asked again.
+# end SIGNAL PID…: send the signal to the first process (to its group, where PID begins with a minus) and wait for all of
+# them. After 30 seconds send the first SIGTERM, after 60 seconds send all of them SIGKILL.
 end() {
   local signal
   for signal in "$1" TERM KILL; do
@@ -41,10 +41,10 @@ stop() {
   local status=$?
   trap - EXIT INT TERM HUP
   if [ -n "$command" ]; then
-    end INT "-$command"  # as Ctrl-C: tests remove their containers then
+    end INT "-$command"  # like Ctrl-C, on which tests remove their containers
   fi
   if [ -n "$engine" ]; then
-    # It stops its containers, and its containerd, which has a session of its own.
+    # The engine stops its containers. Its containerd has another session, so wait for it too.
     # shellcheck disable=SC2046
     end TERM "$engine" $(pgrep -P "$engine")
     rm -f "$log"
