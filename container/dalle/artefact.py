@@ -2,10 +2,10 @@
 
     dvae/ transformer/ clip/     config.json + weights.safetensors each
     tokenizer/tokenizer.json
-    manifest.json                what it is, how it came about, and the sha256 of every other file
+    manifest.json                format, training history, and the sha256 of every other file
 
-No pickle, no symlink. The manifest is written last and covers everything: a directory without it,
-or with a file that does not match, is not an artefact.
+No pickle, no symlink. The manifest is written last and lists every file: a directory without it, or
+with a file that does not match, is not an artefact.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import shutil
 import tarfile
 import zlib
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from dalle.models.transformer import Dalle, TransformerConfig
 from dalle.platform.disk import disk_error, is_full, sync
 from dalle.preprocess.tokenizer import CaptionTokenizer
 from dalle.types import COMPONENTS, ComponentName, StageName
+from dalle.versions import OURS, installed
 
 CONFIG = "config.json"
 WEIGHTS = "weights.safetensors"
@@ -50,7 +50,7 @@ _MODELS: dict[StageName, tuple[type[nn.Module], type]] = {
 
 @dataclass
 class Artefact:
-    """The models of one artefact; a component that it does not have is None."""
+    """Components of one artefact; None for a component that it does not have."""
 
     dvae: DiscreteVAE | None = None
     transformer: Dalle | None = None
@@ -59,16 +59,16 @@ class Artefact:
     manifest: Manifest = field(default_factory=Manifest)
 
     def components(self) -> list[ComponentName]:
-        """Names of those that are there."""
+        """Return the names of the components that it has."""
         return [name for name in COMPONENTS if getattr(self, name) is not None]
 
 
 def save(directory: Path, artefact: Artefact, *, git_revision: str = "") -> Manifest:
-    """Write an artefact into `directory`, which may hold an older one; returns its manifest.
+    """Write an artefact into `directory`, which may hold an older one; return its manifest.
 
-    Each component is complete under a temporary name before it takes its place, and the old
-    manifest goes first: an interrupted save leaves a directory that `load` refuses.
-    Raises DiskFullError, or PlatformError for other trouble with the disk.
+    Every component is written under a temporary name, then the old manifest is removed and the
+    components are renamed: an interrupted save leaves the old artefact or one that `load` refuses.
+    Raises DiskFullError, or PlatformError for other disk errors.
     """
     staging = directory / STAGING
     shutil.rmtree(staging, ignore_errors=True)
@@ -90,7 +90,7 @@ def save(directory: Path, artefact: Artefact, *, git_revision: str = "") -> Mani
 
 
 def _stage(staging: Path, artefact: Artefact, git_revision: str) -> Manifest:
-    """Write a whole artefact into a directory of its own, down to the disk."""
+    """Write a whole artefact into a new directory and flush it to the disk."""
     staging.mkdir(parents=True)
     components = artefact.components()
     for name in components:
@@ -103,7 +103,7 @@ def _stage(staging: Path, artefact: Artefact, git_revision: str) -> Manifest:
     manifest = artefact.manifest.model_copy(
         update={
             "format_version": FORMAT_VERSION,
-            "library_version": _library_version(),
+            "library_version": installed(OURS) or "",
             "git_revision": git_revision,
             "files": {path: _sha256(staging / path) for path in _files(staging)},
         }
@@ -115,19 +115,19 @@ def _stage(staging: Path, artefact: Artefact, git_revision: str) -> Manifest:
 
 
 def _put_in_place(staging: Path, directory: Path, components: list[ComponentName]) -> None:
-    """Rename what is staged over what is there, the manifest last."""
+    """Replace the old artefact by the staged one, the manifest last."""
     (directory / MANIFEST).unlink(missing_ok=True)
     for old in COMPONENTS:
         shutil.rmtree(directory / old, ignore_errors=True)
     for name in components:
         os.replace(staging / name, directory / name)
-    sync(directory)  # the components are to be there before the manifest says so
+    sync(directory)  # the components must be on the disk before the manifest that lists them
     os.replace(staging / MANIFEST, directory / MANIFEST)
     sync(directory)
 
 
 def load(directory: Path, device: torch.device | str = "cpu") -> Artefact:
-    """Read an artefact, all hashes checked, models in evaluation mode and without gradients.
+    """Read an artefact and check all hashes; models are in evaluation mode, without gradients.
 
     Raises ArtefactError naming the file that is missing, damaged, unexpected or of another format.
     """
@@ -143,10 +143,10 @@ def load(directory: Path, device: torch.device | str = "cpu") -> Artefact:
 
 
 def locate(channel: Path, scratch: Path) -> Path:
-    """The artefact in a channel: the directory itself, or a model.tar.gz in it.
+    """Return the artefact of a channel: the directory itself, or its model.tar.gz unpacked.
 
-    An archive is unpacked into `scratch`; entries that leave it, links and devices are refused.
-    Raises ArtefactError, or DiskFullError when there is no room for its content.
+    An archive is unpacked into `scratch`; links, devices and paths outside of it are refused.
+    Raises ArtefactError, or DiskFullError when there is no room for the content.
     """
     try:
         if (channel / MANIFEST).is_file():
@@ -172,9 +172,9 @@ def locate(channel: Path, scratch: Path) -> Path:
 
 
 def _unpack(path: Path, scratch: Path) -> None:
-    """Files and directories only, no more of them than an artefact may have, each if it has room.
+    """Unpack at most MAX_ENTRIES plain files and directories.
 
-    The room is looked at file by file: only unpacking the whole would tell how much it all takes.
+    Free space is checked per file, as the total size is only known after decompression.
     """
     with tarfile.open(path, "r:gz") as archive:
         for number, member in enumerate(archive, start=1):
@@ -194,22 +194,14 @@ def _unpack(path: Path, scratch: Path) -> None:
             archive.extract(member, scratch, filter="data")
 
 
-def _library_version() -> str:
-    """Empty in a source tree that nobody installed: no reason to lose what has been trained."""
-    try:
-        return metadata.version("dalle-sagemaker")
-    except metadata.PackageNotFoundError:
-        return ""
-
-
 def _save_model(directory: Path, model: nn.Module) -> None:
     config = json.dumps(asdict(model.config), indent=1)  # type: ignore[call-overload]
     (directory / CONFIG).write_text(config, encoding="utf-8")
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     try:
         save_file(weights, directory / WEIGHTS)
-        (directory / WEIGHTS).chmod(0o644)  # it writes 0600, and who serves may be another user
-    except SafetensorError as error:  # keeps the number of an OSError in its text alone
+        (directory / WEIGHTS).chmod(0o644)  # save_file makes it 0600; `serve` may be another user
+    except SafetensorError as error:  # has the number of an OSError in its text only
         number = re.search(r"\(os error (\d+)\)", str(error))
         if number is None:
             raise
@@ -225,7 +217,7 @@ def _load_model(directory: Path, name: StageName, device: torch.device | str) ->
     except (
         ValueError,
         RuntimeError,
-        ArithmeticError,  # a width or a number of heads of 0
+        ArithmeticError,  # a width or number of heads of 0
         AssertionError,
         SafetensorError,
         OSError,
@@ -235,18 +227,19 @@ def _load_model(directory: Path, name: StageName, device: torch.device | str) ->
 
 
 def _num_bytes(artefact: Artefact) -> int:
-    """What its weights take on the disk; the other files are a few thousand bytes."""
+    """Return the size of the weights; the other files are a few thousand bytes."""
     models = filter(None, (getattr(artefact, name) for name in _MODELS))
     return sum(value.nbytes for model in models for value in model.state_dict().values())
 
 
 def _files(directory: Path) -> list[str]:
-    """Paths of all files under it, relative and sorted."""
+    """Return the relative paths of all files below a directory, sorted."""
     paths = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
     return sorted(path.relative_to(directory).as_posix() for path in paths)
 
 
 def _check_files(directory: Path, manifest: Manifest) -> None:
+    """Raise ArtefactError unless the components' files are those of the manifest."""
     for name in manifest.files:
         path = directory / name
         try:

@@ -1,7 +1,7 @@
-"""DALLE-pytorch 1.6.6 to compare with, in an environment of its own. Standard library.
+"""DALLE-pytorch 1.6.6 in a separate environment, for benchmarks. Standard library only.
 
-It borrows torch from the environment that makes it, so that both sides run the same kernels. Only
-the benchmarks import this, `inference.bench.peers` and `training.bench`.
+The environment uses the torch of this one, so that both sides run the same kernels. Only the
+benchmarks `inference.bench.peers` and `training.bench` import this module.
 """
 
 from __future__ import annotations
@@ -32,10 +32,9 @@ _CONTAINER = Path(__file__).resolve().parent.parent
 
 
 def make_environment(directory: Path) -> Path:
-    """DALLE-pytorch and what it imports, without a torch of its own; returns its Python.
+    """Install DALLE-pytorch and its dependencies except torch; return the environment's Python.
 
-    Made once. Needs `uv`, as `make setup` leaves it, and a package index; ends the program
-    without.
+    Installs once. Needs a package index and `uv`, which `make setup` installs; exits without `uv`.
     """
     python = directory.resolve() / "bin" / "python"
     stamp = directory / "packages.txt"
@@ -43,20 +42,20 @@ def make_environment(directory: Path) -> Path:
         return python
     uv = shutil.which("uv", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
     if uv is None:
-        sys.exit("uv is not there; run make setup first")
+        sys.exit("uv is missing; run make setup first")
     shutil.rmtree(directory, ignore_errors=True)
     subprocess.run([uv, "venv", "--python", sys.executable, directory], check=True)  # noqa: S603
     install: list[str | Path] = [uv, "pip", "install", "--python", python, "--no-deps", *PACKAGES]
     subprocess.run(install, check=True)  # noqa: S603
     packages = next((directory / "lib").glob("python*/site-packages"))
-    borrowed = [sysconfig.get_paths()["purelib"], str(_CONTAINER), str(_CONTAINER.parent)]
-    (packages / "borrowed.pth").write_text("\n".join(borrowed) + "\n")
+    shared = [sysconfig.get_paths()["purelib"], str(_CONTAINER), str(_CONTAINER.parent)]
+    (packages / "shared.pth").write_text("\n".join(shared) + "\n")
     stamp.write_text("\n".join(PACKAGES))
     return python
 
 
 def run_inside(python: Path, module: str, arguments: Sequence[str]) -> int:
-    """Run one of our modules by an environment's Python; returns its exit code."""
+    """Run a module of this project in the environment; return its exit status."""
     environment = {"GOMP_SPINCOUNT": SPINS} | os.environ
     command = [str(python), "-m", module, *arguments]
     return subprocess.run(command, check=False, env=environment).returncode  # noqa: S603
@@ -72,8 +71,8 @@ def dalle_pytorch(
     text_vocab_size: int = 10_000,
     codebook_size: int = 8192,
 ) -> Any:
-    """Their DALLE in its default form: full attention, GEGLU, rotary positions. Runs inside."""
-    # Their module of pretrained VAEs imports a training framework for a VQGAN that is not used.
+    """Return their DALLE as by default: full attention, GEGLU, rotary positions. Runs inside."""
+    # Their module of pretrained VAEs imports a training framework for a VQGAN, unused here.
     for name in ("taming", "taming.models", "taming.models.vqgan"):
         sys.modules[name] = types.ModuleType(name)
     for name in ("VQModel", "GumbelVQ"):

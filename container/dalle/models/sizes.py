@@ -16,6 +16,19 @@ SizeName = Literal["tiny", "small", "base", "dalle-1.3b", "dalle-12b"]
 # The paper's pattern (Ramesh et al. 2021, §2.3 and figure 11): rows, a column every fourth layer.
 _PAPER_PATTERN: tuple[AttentionKind, ...] = ("axial_row", "axial_col", "axial_row", "axial_row")
 
+_DROPOUT = {"dropout": 0.1, "caption_dropout": 0.1}
+
+# For drawings of few colours.
+_DVAE_DRAWINGS: dict[str, Any] = {
+    "patch_size": 4,
+    "num_downsamples": 0,
+    "num_codebooks": 2,
+    "code_width": 8,
+    "quantiser": "vq",
+    "reconstruction": "bce",
+    "encoder_kernel_size": 1,
+}
+# For photographs.
 _DVAE_256: dict[str, Any] = {
     "image_size": 256,
     "patch_size": 2,
@@ -30,31 +43,13 @@ _DVAE_256: dict[str, Any] = {
 }
 
 DVAE_SIZES: dict[SizeName, dict[str, Any]] = {
-    "tiny": {
-        "image_size": 16,
-        "patch_size": 4,
-        "num_downsamples": 0,
-        "width": 32,
-        "num_blocks": 1,
-        "codebook_size": 32,
-        "num_codebooks": 2,
-        "code_width": 8,
-        "quantiser": "vq",
-        "reconstruction": "bce",
-        "encoder_kernel_size": 1,
-    },
+    "tiny": {**_DVAE_DRAWINGS, "image_size": 16, "width": 32, "num_blocks": 1, "codebook_size": 32},
     "small": {
+        **_DVAE_DRAWINGS,
         "image_size": 32,
-        "patch_size": 4,
-        "num_downsamples": 0,
         "width": 192,
         "num_blocks": 2,
         "codebook_size": 256,
-        "num_codebooks": 2,
-        "code_width": 8,
-        "quantiser": "vq",
-        "reconstruction": "bce",
-        "encoder_kernel_size": 1,
     },
     "base": _DVAE_256,
     "dalle-1.3b": _DVAE_256,
@@ -63,28 +58,20 @@ DVAE_SIZES: dict[SizeName, dict[str, Any]] = {
 
 TRANSFORMER_SIZES: dict[SizeName, dict[str, Any]] = {
     "tiny": {"width": 32, "num_layers": 2, "num_heads": 2},
-    "small": {
-        "width": 192,
-        "num_layers": 4,
-        "num_heads": 4,
-        "dropout": 0.1,
-        "caption_dropout": 0.1,
-    },
+    "small": {"width": 192, "num_layers": 4, "num_heads": 4, **_DROPOUT},
     "base": {
         "width": 512,
         "num_layers": 12,
         "num_heads": 8,
         "attention_kinds": (*_PAPER_PATTERN[:3], "conv_like"),
-        "dropout": 0.1,
-        "caption_dropout": 0.1,
+        **_DROPOUT,
     },
     "dalle-1.3b": {
         "width": 2048,
         "num_layers": 24,
         "num_heads": 32,
         "attention_kinds": _PAPER_PATTERN,
-        "dropout": 0.1,
-        "caption_dropout": 0.1,
+        **_DROPOUT,
     },
     "dalle-12b": {
         "width": 3968,
@@ -93,9 +80,19 @@ TRANSFORMER_SIZES: dict[SizeName, dict[str, Any]] = {
         # 63 layers of the pattern, then one of kind conv_like.
         "attention_kinds": (*(_PAPER_PATTERN * 16)[:63], "conv_like"),
         "conv_kernel_size": 11,
-        "dropout": 0.1,
-        "caption_dropout": 0.1,
+        **_DROPOUT,
     },
+}
+
+# OpenAI's ViT-B/32 at the image size of the data.
+_CLIP_BASE: dict[str, Any] = {
+    "embed_size": 512,
+    "patch_size": 32,
+    "vision_layers": 12,
+    "vision_width": 768,
+    "text_width": 512,
+    "text_heads": 8,
+    "text_layers": 12,
 }
 
 CLIP_SIZES: dict[SizeName, dict[str, Any]] = {
@@ -117,16 +114,8 @@ CLIP_SIZES: dict[SizeName, dict[str, Any]] = {
         "text_heads": 4,
         "text_layers": 2,
     },
-    # OpenAI's ViT-B/32 at the image size of the data.
-    "base": {
-        "embed_size": 512,
-        "patch_size": 32,
-        "vision_layers": 12,
-        "vision_width": 768,
-        "text_width": 512,
-        "text_heads": 8,
-        "text_layers": 12,
-    },
+    "base": _CLIP_BASE,
+    # The base CLIP ranks the images of larger transformers too.
+    "dalle-1.3b": _CLIP_BASE,
+    "dalle-12b": _CLIP_BASE,
 }
-# The base CLIP ranks the images of larger transformers too.
-CLIP_SIZES["dalle-1.3b"] = CLIP_SIZES["dalle-12b"] = CLIP_SIZES["base"]
