@@ -1,4 +1,4 @@
-"""An artefact's files, read and spoilt by tests; and a disk that is too small."""
+"""Files of an artefact, changed by tests, and a disk that is too small."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ FILES = [
     *[f"{name}/{file}" for name in STAGES for file in ("config.json", "weights.safetensors")],
     "tokenizer/tokenizer.json",
 ]
-"""Of an artefact that has every component."""
+"""Files of an artefact with every component."""
 
 
 def read(directory: Path) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def rewrite(directory: Path, **fields: object) -> None:
 
 
 def replace_file(directory: Path, name: str, content: bytes) -> None:
-    """Other content, with the hash that belongs to it."""
+    """Replace a file and its hash in the manifest."""
     (directory / name).write_bytes(content)
     digest = hashlib.sha256(content).hexdigest()
     rewrite(directory, files=read(directory)["files"] | {name: digest})
@@ -39,7 +39,7 @@ def files_under(directory: Path) -> set[str]:
 
 @contextmanager
 def small_disk() -> Iterator[None]:
-    """No file may grow beyond 1000 bytes: the nearest to a small disk."""
+    """Limit every file to 1000 bytes, in place of a small disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:

@@ -1,4 +1,4 @@
-"""Artefacts: what is saved is what is loaded, and a save is whole or refused."""
+"""Artefacts: saved and loaded bit for bit; an interrupted save is refused."""
 
 import hashlib
 import os
@@ -19,7 +19,7 @@ CAPTIONS = ["big filled red star", "small halftone cyan circle rotated twice"]
 
 
 def answers(artefact: Artefact) -> list[torch.Tensor]:
-    """A number or more from every component."""
+    """Return tensors that every component computes."""
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     text_tokens = artefact.tokenizer.encode(CAPTIONS)
     image_tokens = artefact.dvae.encode(images)
@@ -34,7 +34,7 @@ def answers(artefact: Artefact) -> list[torch.Tensor]:
     ]
 
 
-def test_what_is_loaded_answers_bit_for_bit_as_what_was_saved(tiny_models, artefact_copy):
+def test_a_loaded_artefact_computes_bit_equal_results(tiny_models, artefact_copy):
     loaded = artefacts.load(artefact_copy)
     assert loaded.components() == [*COMPONENTS]
     for one, other in zip(answers(tiny_models), answers(loaded), strict=True):
@@ -70,7 +70,7 @@ def test_the_directory_holds_the_components_and_the_manifest_their_hashes(artefa
         assert hashlib.sha256((artefact_copy / name).read_bytes()).hexdigest() == digest
 
 
-def test_the_manifest_keeps_how_it_came_about(tiny_models, tmp_path):
+def test_the_manifest_keeps_the_training_history(tiny_models, tmp_path):
     record = StageRecord(
         stage="dvae",
         job_name="rainbow-1",

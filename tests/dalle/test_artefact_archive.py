@@ -1,4 +1,4 @@
-"""An artefact in a channel: the directory itself, or a model.tar.gz, unpacked with distrust."""
+"""The artefact of a channel: a directory, or a model.tar.gz that is not trusted."""
 
 import gzip
 import io
@@ -51,7 +51,7 @@ def test_an_artefact_is_located_in_an_archive(name, root, artefact_copy, tmp_pat
 @pytest.mark.parametrize(
     "names", [[], ["a.tar.gz", "b.tar.gz"], ["picture.png"], ["model.tar", "model.zip"]]
 )
-def test_none_or_several_archives_are_refused_with_what_is_there(names, tmp_path):
+def test_none_or_several_archives_are_refused_naming_the_files(names, tmp_path):
     channel = tmp_path / "channel"
     channel.mkdir()
     for name in names:
@@ -105,7 +105,7 @@ def test_a_file_that_is_no_archive_is_named(content, tmp_path):
         artefacts.locate(path.parent, tmp_path / "scratch")
 
 
-def test_a_full_disk_is_not_the_archives_fault(artefact_copy, tmp_path):
+def test_a_full_disk_is_no_artefact_error(artefact_copy, tmp_path):
     path = pack(tmp_path / "channel" / "model.tar.gz", (artefact_copy, "."))
     with small_disk(), pytest.raises(DiskFullError, match=r"no room to unpack .*model\.tar\.gz"):
         artefacts.locate(path.parent, tmp_path / "scratch")

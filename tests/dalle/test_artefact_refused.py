@@ -1,4 +1,4 @@
-"""Artefacts that are not whole: whatever is damaged, missing or foreign is refused by name."""
+"""Damaged, incomplete and foreign artefacts are refused, naming the file."""
 
 import json
 import shutil
@@ -142,7 +142,7 @@ def test_weights_that_lack_a_tensor_are_named(artefact_copy, tiny_models):
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "clip/weights.safetensors", "clip"])
-def test_what_cannot_be_read_is_named(name, tiny_artefact):
+def test_an_unreadable_file_is_named(name, tiny_artefact):
     with directory_for_all() as folder:
         shutil.copytree(tiny_artefact, folder / "model")
         (folder / "model").chmod(0o755)

@@ -1,4 +1,4 @@
-"""dalle.types: every list of names that the others must agree on is written down once."""
+"""dalle.types: every list of shared names is written once."""
 
 import ast
 
@@ -16,7 +16,7 @@ LISTS = {
 
 
 def spelt_out(source: str) -> list[str]:
-    """The lists of dalle.types that are written as a list, tuple, set or Literal in a source."""
+    """Return the lists of dalle.types that a source repeats as a list, tuple, set or Literal."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.List | ast.Tuple | ast.Set):

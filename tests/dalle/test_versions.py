@@ -1,4 +1,4 @@
-"""The versions in the first line of a log: there whether installed or not, without an import."""
+"""Versions in the first line of a log, of installed and missing packages, without an import."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 from dalle import versions
 
 
-def test_what_is_installed_is_named_with_its_version_and_what_is_not_too():
+def test_every_package_has_its_version_or_is_not_installed():
     words = versions.versions_line(["numpy", "no-such-thing"]).split()
     python = ".".join(map(str, sys.version_info[:3]))
     assert words[0].startswith(f"python={python}")

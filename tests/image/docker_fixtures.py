@@ -1,4 +1,4 @@
-"""What the tests of the image share: the image, pairs to train on, one finished job and its model.
+"""Fixtures of the tests of the image: the image, training pairs, one finished job and its model.
 
 Nothing runs unless a test asks for it.
 """
@@ -50,7 +50,7 @@ def image() -> str:
 
 @pytest.fixture(scope="session")
 def image_config(image) -> dict[str, Any]:
-    """What the image says of itself: Cmd, Env, Labels, ..."""
+    """Config of the image: Cmd, Env, Labels, ..."""
     config: dict[str, Any] = json.loads(
         docker("image", "inspect", "--format", "{{json .Config}}", image)
     )
@@ -59,7 +59,7 @@ def image_config(image) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory) -> Path:
-    """Sixty-four pairs of the rainbow, and what else turns up in channels."""
+    """Sixty-four pairs of the rainbow, and stray files that occur in channels."""
     directory: Path = tmp_path_factory.mktemp("pairs")
     directory.chmod(0o755)  # as the platform leaves it: every user may read
     for number, sample in enumerate(rainbow.samples()[::144]):
@@ -73,7 +73,7 @@ def pairs(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def job(image, pairs, tmp_path_factory):
-    """A finished job, shaped like the platform's: its tree, exit status, log, and what it wrote."""
+    """A finished job as on the platform: its tree, exit status, log, and written files."""
     tree = OptMl(tmp_path_factory.mktemp("ml"), "platform")
     for name in ("train", "validation"):
         tree.add_channel(name)

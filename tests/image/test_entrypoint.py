@@ -1,4 +1,4 @@
-"""The image's entry point: which command it runs, and what it says about the GPU."""
+"""Entry point of the image: the command that it runs, and its log lines about the GPU."""
 
 import subprocess
 import sys
@@ -49,23 +49,23 @@ def test_a_driver_that_is_new_enough_is_no_problem():
         ),
     ],
 )
-def test_why_cuda_cannot_start_is_said_with_what_to_change(cuda, says, monkeypatch):
+def test_the_cause_of_a_cuda_failure_and_its_remedy_are_named(cuda, says, monkeypatch):
     monkeypatch.setenv("NVIDIA_VISIBLE_DEVICES", "void")
     assert says in why_no_cuda(cuda)
 
 
-def test_the_probe_answers_from_a_process_of_its_own():
+def test_the_probe_in_another_process_gives_the_same_result():
     assert entrypoint.probe() == entrypoint.ask_driver()
 
 
-def test_another_command_is_refused_with_the_two_that_there_are():
+def test_another_command_is_refused_naming_the_two():
     done = start("bash")
     assert done.returncode == 2
     assert "must be one of train, serve, got 'bash'" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["train", "serve"])
-def test_versions_and_the_host_come_first_and_help_is_the_commands_own(command):
+def test_versions_and_host_are_logged_before_the_commands_help(command):
     done = start(command, "--help", DALLE_GIT_REVISION="abc")
     lines = done.stderr.splitlines()
     assert lines[0].startswith(f"container: {command} python=3.")

@@ -1,4 +1,4 @@
-"""What is in the image and what is not, and what it says of itself."""
+"""Content, labels and size of the image."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ PYTHON = "/opt/venv/bin/python"
 
 
 def inside(*command, entrypoint="/bin/sh", options=("--user", "12345:54321")):
-    """The output of a command in a container of its own."""
+    """Return the output of a command in a new container."""
     return docker(
         "run",
         "--rm",
@@ -34,7 +34,7 @@ def test_the_image_is_small_enough_for_every_kind_of_endpoint():
     assert size <= MAX_IMAGE_BYTES, f"{size:,} bytes"
 
 
-def test_the_image_says_what_it_was_built_from_and_that_its_port_can_be_chosen(image_config):
+def test_the_labels_name_revision_lock_and_a_port_that_can_be_chosen(image_config):
     labels = image_config["Labels"]
     assert labels["com.amazonaws.sagemaker.capabilities.accept-bind-to-port"] == "true"
     assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", labels["org.opencontainers.image.revision"])
@@ -93,7 +93,7 @@ def test_everything_is_compiled_before_it_is_run():
     assert sorted(set(re.findall(r"code object from '?(/opt/\S+\.py)'?$", log, re.MULTILINE))) == []
 
 
-def test_what_was_left_out_is_missed_by_no_library_of_torch():
+def test_no_library_of_torch_lacks_a_removed_file():
     site = inside("-c", "import torch; print(torch.__path__[0])", entrypoint=PYTHON).strip()
     listed = inside("-c", f"ldd {site}/lib/*.so")
     missing = {line.split()[0] for line in listed.splitlines() if "not found" in line}

@@ -1,4 +1,4 @@
-"""boto3's own runtime client on the image, through the facade; what the facade itself does:
+"""boto3's runtime client on the image, through the facade. The facade's tests:
 test_endpoint.py."""
 
 import json
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.docker, pytest.mark.usefixtures("image")]
 
 @pytest.fixture(scope="module")
 def runtime(model):
-    """The image as the endpoint `dalle`; a stream of it sends each candidate by itself."""
+    """The image as the endpoint `dalle`; its streams send one candidate at a time."""
     options = ("--memory", "2g", "--cpus", "1", "--env", "DALLE_CHUNK_SIZE=1")
     with Serving(model, *options) as serving:
         serving.wait_until_ready()
@@ -49,7 +49,7 @@ def test_a_caption_becomes_a_picture(runtime):
     assert reply["Body"].read().startswith(b"\x89PNG")
 
 
-def test_a_refusal_reaches_the_client_with_the_images_own_words(runtime):
+def test_an_error_reply_reaches_the_client_unchanged(runtime):
     with pytest.raises(runtime.exceptions.ModelError) as caught:
         runtime.invoke_endpoint(EndpointName="dalle", ContentType="application/json", Body="{")
     error = caught.value.response
@@ -73,7 +73,7 @@ def test_a_stream_of_candidates_ends_with_their_ranking(runtime):
     assert len(parts) > 1, "it came in one piece"
 
 
-def test_the_printed_call_runs_as_it_stands_and_ctrl_c_stops_all_of_it(archive, tmp_path):
+def test_the_printed_call_runs_and_ctrl_c_stops_everything(archive, tmp_path):
     model = unpack_model(archive, tmp_path / "model")
     command = [sys.executable, "-m", "infra.local", "endpoint", "--port", "0", "--memory", "2g"]
     with subprocess.Popen(

@@ -22,7 +22,7 @@ NUMBERS = itertools.count()
 
 
 def trees_of(root, **hyperparameters):
-    """What the platform gives each host; the pairs are mounted as its channel `train`."""
+    """Each host's tree of the contract; the pairs are mounted as the channel `train`."""
     trees = []
     for host in HOSTS:
         tree = OptMl(root / host, "platform")
@@ -36,7 +36,7 @@ def trees_of(root, **hyperparameters):
 
 @contextmanager
 def hosts(trees, pairs):
-    """Their containers, and the network's name. With the patience of the command itself."""
+    """Start the hosts' containers with the default time limits; yield them and the network."""
     with ExitStack() as stack:
         network = f"dalle-{os.getpid()}-{next(NUMBERS)}"
         docker("network", "create", network)
@@ -97,9 +97,9 @@ LOSSES = {
 
 @pytest.fixture(scope="module")
 def survivors(image, pairs, tmp_path_factory):
-    """How each job ends for who is left, by what happened to the other: exit status, failure file.
+    """Exit status and failure file of each job's remaining host, by the loss of the other.
 
-    All jobs at once, since all of them wait for half a minute: they were told nothing.
+    All jobs run at once, as each waits half a minute before it notices the loss.
     """
     with ExitStack() as stack:
         jobs = {}
@@ -137,7 +137,7 @@ def survivors(image, pairs, tmp_path_factory):
         ("cut off, itself", "algo-1"),
     ],
 )
-def test_whoever_is_left_fails_within_a_minute_and_names_the_lost_host(survivors, loss, lost):
+def test_the_remaining_host_fails_within_a_minute_and_names_the_lost_one(survivors, loss, lost):
     status, failure = survivors[loss]
     assert status == 1
     assert failure.startswith(f"host {lost} is lost: ")

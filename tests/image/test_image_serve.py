@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.docker, pytest.mark.usefixtures("image")]
 
 @pytest.fixture(scope="module")
 def serving(model):
-    """One candidate at a time and many of them: a generation lasts as long as a test needs."""
+    """Many candidates, one at a time, so that a generation lasts longer than a test."""
     variables = {
         "DALLE_CHUNK_SIZE": "1",
         "DALLE_MAX_CANDIDATES": "512",
@@ -28,7 +28,7 @@ def serving(model):
         assert not serving.state()["OOMKilled"]
 
 
-def test_the_packed_model_holds_files_and_directories_only(archive):
+def test_the_packed_model_has_only_files_and_directories(archive):
     with tarfile.open(archive) as tar:
         assert {m.name for m in tar.getmembers() if not (m.isfile() or m.isdir())} == set()
         assert "manifest.json" in tar.getnames()
@@ -106,7 +106,7 @@ def test_custom_attributes_come_back(serving):
     assert (reply.status, reply.headers["x-amzn-sagemaker-custom-attributes"]) == (200, "trace=1")
 
 
-def test_another_port_and_a_batch_job_are_what_the_environment_says(model):
+def test_port_and_batch_mode_follow_the_environment(model):
     options = ("--env", "SAGEMAKER_BIND_TO_PORT=9191", "--env", "SAGEMAKER_BATCH=true")
     with Serving(model, *options, inside=9191) as serving:
         serving.wait_until_ready()
@@ -114,7 +114,7 @@ def test_another_port_and_a_batch_job_are_what_the_environment_says(model):
         assert {type(parameters[n]) for n in ("MaxConcurrentTransforms", "MaxPayloadInMB")} == {int}
 
 
-def test_sigterm_in_mid_request_lets_it_end_and_refuses_what_is_new(model):
+def test_sigterm_finishes_the_running_request_and_refuses_new_ones(model):
     options = (
         "--env",
         "DALLE_CHUNK_SIZE=1",

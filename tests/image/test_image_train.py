@@ -1,4 +1,4 @@
-"""The image's `train` by `docker run`, as SageMaker runs it: started, stopped, killed, refused."""
+"""The image's `train` by `docker run`, as on SageMaker: started, stopped, killed, refused."""
 
 import json
 import re
@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.docker, pytest.mark.usefixtures("image")]
 
 @pytest.fixture
 def make_tree(tmp_path, pairs):
-    """A function: shape, hyperparameters -> a tree with the pairs as channel `train`."""
+    """Function: shape, hyperparameters -> a tree with the pairs as channel `train`."""
 
     def make(shape: str = "platform", **hyperparameters: str) -> OptMl:
         tree = OptMl(tmp_path / shape, shape)
@@ -66,7 +66,7 @@ def test_a_random_user_trains_on_a_read_only_root_without_a_network(make_tree, p
     assert (tree.root / "model" / "manifest.json").is_file()
 
 
-def test_no_argument_trains_and_sigterm_in_mid_job_leaves_what_there_is(make_tree, pairs):
+def test_no_argument_trains_and_sigterm_leaves_a_model_and_checkpoints(make_tree, pairs):
     tree = make_tree("empty")
     with start_training(tree, command=(), channels={"train": pairs}) as container:
         container.wait_for("dvae finished after ")
@@ -75,7 +75,7 @@ def test_no_argument_trains_and_sigterm_in_mid_job_leaves_what_there_is(make_tre
     assert list((tree.root / "checkpoints").rglob("*")) != []
 
 
-def test_a_killed_job_goes_on_from_its_newest_checkpoint(make_tree, pairs):
+def test_a_killed_job_resumes_from_its_newest_checkpoint(make_tree, pairs):
     tree = make_tree(
         max_steps="100000", checkpoint_minutes="0.001", log_every="1", num_validations="0"
     )

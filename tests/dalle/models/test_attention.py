@@ -1,4 +1,4 @@
-"""What each kind of attention may look at, and that the key-value cache changes nothing."""
+"""Attention masks of each kind; the key-value cache does not change results."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ KERNEL_SIZES = [1, 3, 5]
 
 
 def may_see(kind: str, query: int, key: int, kernel_size: int) -> bool:
-    """The definition, one pair of inputs at a time: BOS is 0, text 1 to T, then the image."""
+    """Definition of the masks per pair of inputs: BOS is 0, text 1 to T, then the image."""
     if key > query:
         return False
     if kind == "full" or query <= T or key <= T:
@@ -28,7 +28,7 @@ def may_see(kind: str, query: int, key: int, kernel_size: int) -> bool:
 
 
 def centred(x: torch.Tensor) -> torch.Tensor:
-    """Mean 0 and standard deviation 1 over the last dimension."""
+    """Normalise to mean 0 and standard deviation 1 over the last dimension."""
     x = x - x.mean(-1, keepdim=True)
     return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
 

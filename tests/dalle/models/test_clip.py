@@ -1,4 +1,4 @@
-"""CLIP trained from scratch, and OpenAI's checkpoints read to the same features."""
+"""CLIP trained from scratch, and OpenAI's checkpoints, which give OpenAI's features."""
 
 import json
 import math
@@ -47,7 +47,7 @@ def model() -> Clip:
     return Clip(TINY)
 
 
-def draw_pairs(count: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
+def random_pairs(count: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     text_tokens = torch.randint(1, 11, (count, 5), generator=generator)
     text_tokens[::2, 3:] = 0
@@ -56,7 +56,7 @@ def draw_pairs(count: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def test_both_encoders_give_unit_vectors(model):
-    images, text_tokens = draw_pairs()
+    images, text_tokens = random_pairs()
     copies = images.clone(), text_tokens.clone()
     for features in (model.encode_image(images), model.encode_text(text_tokens)):
         assert features.shape == (6, 16)
@@ -86,7 +86,7 @@ def test_a_captions_vector_is_read_at_its_end_mark(model):
 
 @torch.no_grad()
 def test_equal_captions_count_as_positives(model):
-    images, text_tokens = draw_pairs(4)
+    images, text_tokens = random_pairs(4)
     text_tokens[2] = text_tokens[0]
     logits = (
         model.model.logit_scale.exp()
@@ -106,7 +106,7 @@ def test_equal_captions_count_as_positives(model):
 
 @torch.no_grad()
 def test_pairs_with_the_same_picture_count_as_positives(model):
-    images, text_tokens = draw_pairs(4)
+    images, text_tokens = random_pairs(4)
     images[2] = images[0]
     numbered = model.loss(images, text_tokens, pictures=torch.tensor([7, 1, 7, 3]))
     scale = model.model.logit_scale.exp()
@@ -120,15 +120,15 @@ def test_pairs_with_the_same_picture_count_as_positives(model):
 
 
 @torch.no_grad()
-def test_a_batch_of_one_caption_cannot_be_wrong(model):
-    images, text_tokens = draw_pairs(4)
+def test_a_batch_of_one_caption_has_accuracy_1(model):
+    images, text_tokens = random_pairs(4)
     loss = model.loss(images, text_tokens[:1].expand(4, -1))
     assert float(loss.accuracy) == 1
 
 
 @torch.no_grad()
 def test_the_temperature_stays_within_openais_bound(model):
-    pairs = draw_pairs()
+    pairs = random_pairs()
     model.model.logit_scale.fill_(math.log(100))
     expected = float(model.loss(*pairs).total)
     model.model.logit_scale.fill_(50.0)
@@ -136,7 +136,7 @@ def test_the_temperature_stays_within_openais_bound(model):
 
 
 def test_it_learns_which_caption_belongs_to_which_image(model):
-    images, text_tokens = draw_pairs()
+    images, text_tokens = random_pairs()
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     first = model.loss(images, text_tokens)
     for _ in range(30):
@@ -159,7 +159,7 @@ def test_captions_are_read_with_the_artefacts_tokenizer(tiny_models):
 
 
 def build_openai(kind: str) -> CLIP:
-    """OpenAI's own class, tiny and with random weights."""
+    """Build OpenAI's class, tiny and with random weights."""
     torch.manual_seed(0)
     vision = {
         "vit": {"vision_layers": 2, "vision_width": 64, "vision_patch_size": 8},
@@ -184,7 +184,7 @@ def save_archive(model: CLIP, path: Path) -> None:
 
 
 def compare(loaded: Clip, original: CLIP) -> None:
-    """Features of both, of images in [0, 1] and of captions."""
+    """Compare the features of images in [0, 1] and of captions."""
     assert loaded.config.tokenizer == "openai"
     assert not loaded.training
     images = torch.rand(3, 3, 64, 64)

@@ -1,4 +1,4 @@
-"""The discrete VAE: shapes and ranges, what its config refuses, and that it learns."""
+"""The discrete VAE: shapes, ranges, refused configs, and training."""
 
 from dataclasses import replace
 
@@ -34,13 +34,13 @@ def build(config: DVAEConfig) -> DiscreteVAE:
     return DiscreteVAE(config).eval()
 
 
-def draw_images(count: int = 5, size: int = 16) -> torch.Tensor:
+def random_images(count: int = 5, size: int = 16) -> torch.Tensor:
     return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_images_become_tokens_of_the_codebook_and_images_again(config):
-    dvae, images = build(config), draw_images()
+    dvae, images = build(config), random_images()
     image_tokens = dvae.encode(images)
     assert image_tokens.shape == (5, config.num_positions, config.num_codebooks)
     assert image_tokens.dtype == torch.int64
@@ -54,7 +54,7 @@ def test_images_become_tokens_of_the_codebook_and_images_again(config):
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_an_images_tokens_and_pixels_do_not_depend_on_its_batch(config):
-    dvae, images = build(config), draw_images()
+    dvae, images = build(config), random_images()
     image_tokens = dvae.encode(images)
     assert (dvae.encode(images[2:3]) == image_tokens[2]).all()
     torch.testing.assert_close(dvae.decode(image_tokens[2:3])[0], dvae.decode(image_tokens)[2])
@@ -71,7 +71,7 @@ def test_black_and_white_images_have_finite_losses(config):
 
 @pytest.mark.parametrize("reconstruction", ["bce", "l1", "mse"])
 def test_the_reconstruction_loss_compares_images_with_what_their_tokens_decode_to(reconstruction):
-    dvae, images = build(replace(TINY, reconstruction=reconstruction)), draw_images()
+    dvae, images = build(replace(TINY, reconstruction=reconstruction)), random_images()
     decoded = dvae.decode(dvae.encode(images))
     expected = {
         "bce": -(images * decoded.log() + (1 - images) * (1 - decoded).log()),
@@ -82,7 +82,7 @@ def test_the_reconstruction_loss_compares_images_with_what_their_tokens_decode_t
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_it_learns_to_draw_a_few_pictures(config):
+def test_it_learns_to_reconstruct_a_few_images(config):
     config = replace(config, image_size=32, reconstruction="bce")
     everything = rainbow.samples()
     pictures = [everything[index].picture() for index in range(0, len(everything), 288)]
@@ -133,10 +133,10 @@ def test_a_colour_has_the_same_token_in_every_pattern():
     assert len(image_tokens[..., 1].unique()) > 1
 
 
-def draw_on(ground: list[float], drawn: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
-    """Where `drawn` [B, S, S] the colours [3, S, S], elsewhere the ground -> [B, 3, S, S]."""
-    paper = torch.tensor(ground).float().view(1, 3, 1, 1)
-    return torch.where(drawn[:, None], colours, paper)
+def paint_on(background: list[float], foreground: torch.Tensor, colours: torch.Tensor):
+    """Colours [3, S, S] where `foreground` [B, S, S], elsewhere the background -> [B, 3, S, S]."""
+    paper = torch.tensor(background).float().view(1, 3, 1, 1)
+    return torch.where(foreground[:, None], colours, paper)
 
 
 STRIPES = torch.rand(3, 16, 1, generator=torch.Generator().manual_seed(3)).expand(3, 16, 16)
@@ -144,12 +144,12 @@ STRIPES = torch.rand(3, 16, 1, generator=torch.Generator().manual_seed(3)).expan
 
 def test_with_ground_split_stripes_have_the_pattern_tokens_of_one_colour():
     dvae = build(CONFIGS["ground_split"])
-    drawn = torch.rand(20, 16, 16, generator=torch.Generator().manual_seed(2)) < 0.5
-    drawn[:, [0, -1]] = drawn[:, :, [0, -1]] = False
+    foreground = torch.rand(20, 16, 16, generator=torch.Generator().manual_seed(2)) < 0.5
+    foreground[:, [0, -1]] = foreground[:, :, [0, -1]] = False
     red = torch.tensor([1.0, 0, 0]).view(3, 1, 1).expand(3, 16, 16)
     painted = [
-        dvae.encode(draw_on(ground, drawn, colours))
-        for ground, colours in (
+        dvae.encode(paint_on(background, foreground, colours))
+        for background, colours in (
             ([1, 1, 1], red),
             ([1, 1, 1], STRIPES),
             ([1, 1, 1], STRIPES.mT),
@@ -160,7 +160,9 @@ def test_with_ground_split_stripes_have_the_pattern_tokens_of_one_colour():
     for other in painted[1:]:
         assert (other[..., :-1] == painted[0][..., :-1]).all()
     assert len(torch.stack(painted)[..., -1].unique()) > 1, "colours differ"
-    assert (painted[1][..., -1] != painted[3][..., -1]).any(), "the ground counts among them"
+    assert (painted[1][..., -1] != painted[3][..., -1]).any(), (
+        "the background is part of the colours"
+    )
 
 
 @pytest.mark.parametrize("colours", [STRIPES, STRIPES.mT], ids=["rows", "columns"])
@@ -168,23 +170,25 @@ def test_the_colours_of_a_patch_do_not_depend_on_its_pattern(colours):
     # As long as each stripe shows somewhere: here in two pixels of the patch, wherever they are.
     patches = colours[None, :, :4, :4].expand(2, -1, -1, -1)
     first = torch.eye(4, dtype=torch.bool) | torch.eye(4, dtype=torch.bool).roll(1, dims=0)
-    drawn = torch.stack([first, first.roll(2, dims=0)])
+    foreground = torch.stack([first, first.roll(2, dims=0)])
     white = torch.ones(2, 3)
-    extended = _extend_colours(draw_on([1, 1, 1], drawn, colours[:, :4, :4]), drawn, white)
+    extended = _extend_colours(
+        paint_on([1, 1, 1], foreground, colours[:, :4, :4]), foreground, white
+    )
     torch.testing.assert_close(extended, patches)
 
 
-def test_what_is_not_drawn_takes_the_nearest_colour_and_an_empty_patch_the_ground():
+def test_background_pixels_take_the_nearest_colour_and_an_empty_patch_the_backgrounds():
     patches = torch.zeros(2, 3, 4, 4)
     patches[0, :, 1] = 0.3
     patches[0, :, 3] = 0.9
-    drawn = torch.zeros(2, 4, 4, dtype=torch.bool)
-    drawn[0, 1, 2] = drawn[0, 3, 0] = True
-    ground = torch.tensor([[1.0, 1, 1], [0.5, 0.6, 0.7]])
-    extended = _extend_colours(patches, drawn, ground)
+    foreground = torch.zeros(2, 4, 4, dtype=torch.bool)
+    foreground[0, 1, 2] = foreground[0, 3, 0] = True
+    background = torch.tensor([[1.0, 1, 1], [0.5, 0.6, 0.7]])
+    extended = _extend_colours(patches, foreground, background)
     rows = torch.tensor([0.3, 0.3, 0.3, 0.9]).view(1, 4, 1).expand(3, 4, 4)
     torch.testing.assert_close(extended[0], rows)
-    torch.testing.assert_close(extended[1], ground[1].view(3, 1, 1).expand(3, 4, 4))
+    torch.testing.assert_close(extended[1], background[1].view(3, 1, 1).expand(3, 4, 4))
 
 
 def test_the_grid_follows_from_the_sizes():

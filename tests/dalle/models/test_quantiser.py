@@ -1,4 +1,4 @@
-"""Codes from feature maps: both quantisers, their gradients, and codebooks that do not collapse."""
+"""Both quantisers: codes, gradients, and codebooks that do not collapse."""
 
 import math
 
@@ -19,7 +19,7 @@ def build(kind: str, codebook_size: int = V, **weights: float) -> Quantiser:
     return VectorQuantiser(*sizes, **({"commitment_weight": 0.25} | weights))
 
 
-def draw_features(count: int = 8) -> list[torch.Tensor]:
+def random_features(count: int = 8) -> list[torch.Tensor]:
     """A feature map per codebook, [B, C, 4, 4]."""
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(count, WIDTH, 4, 4, generator=generator) for _ in range(M)]
@@ -28,7 +28,7 @@ def draw_features(count: int = 8) -> list[torch.Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_are_of_the_codebook_and_embed_as_its_rows(kind):
     quantiser = build(kind).eval()
-    image_tokens = quantiser.tokens(draw_features())
+    image_tokens = quantiser.tokens(random_features())
     assert image_tokens.shape == (8, 16, M)
     assert image_tokens.dtype == torch.int64
     assert ((image_tokens >= 0) & (image_tokens < V)).all()
@@ -43,7 +43,7 @@ def test_tokens_are_of_the_codebook_and_embed_as_its_rows(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_codebook_reads_its_own_feature_map(kind):
     quantiser = build(kind).eval()
-    features = draw_features()
+    features = random_features()
     tokens = quantiser.tokens(features)
     changed = quantiser.tokens([features[0], features[1].flip(0)])
     assert (changed[..., 0] == tokens[..., 0]).all()
@@ -53,7 +53,7 @@ def test_each_codebook_reads_its_own_feature_map(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_gives_gradients_to_the_features_and_to_all_weights(kind):
     quantiser = build(kind, **({"kl_weight": 0.1} if kind == "gumbel" else {})).train()
-    features = [each.requires_grad_() for each in draw_features()]
+    features = [each.requires_grad_() for each in random_features()]
     quantised = quantiser(features, 0.5)
     assert quantised.embeddings.shape == (8, M * E, 4, 4)
     (quantised.embeddings.square().mean() + quantised.loss).backward()
@@ -62,9 +62,9 @@ def test_training_gives_gradients_to_the_features_and_to_all_weights(kind):
         assert value.grad.abs().sum() > 0
 
 
-def test_vq_gives_the_nearest_code_of_what_it_embeds():
+def test_vq_chooses_the_nearest_code():
     quantiser = build("vq").eval()
-    features = draw_features()
+    features = random_features()
     vectors = quantiser._vectors(features)
     for m in range(M):
         distances = torch.cdist(vectors[:, :, m], quantiser.codebook[m][None])
@@ -76,7 +76,7 @@ def test_vq_gives_the_nearest_code_of_what_it_embeds():
 
 def test_vq_passes_gradients_straight_through():
     quantiser = build("vq", commitment_weight=0.0).eval()
-    features = [each.requires_grad_() for each in draw_features()]
+    features = [each.requires_grad_() for each in random_features()]
     given = torch.randn(8, M * E, 4, 4)
     quantiser(features, 0.5).embeddings.backward(given)
     straight = [each.detach().clone().requires_grad_() for each in features]
@@ -86,9 +86,9 @@ def test_vq_passes_gradients_straight_through():
         torch.testing.assert_close(one.grad, other.grad)
 
 
-def test_vq_codes_move_to_the_mean_of_what_chose_them():
+def test_vq_codes_move_to_the_mean_of_their_vectors():
     quantiser = build("vq").train()
-    features = draw_features(64)
+    features = random_features(64)
     for _ in range(400):
         quantiser(features, 0.99)  # late: nothing is restarted
     vectors, image_tokens = quantiser._vectors(features), quantiser.tokens(features)
@@ -110,7 +110,7 @@ def test_cold_gumbel_weights_are_nearly_one_code():
     quantiser = build("gumbel").train()
     for parameter in quantiser.to_logits.parameters():
         parameter.data *= 1000
-    features = draw_features()
+    features = random_features()
     expected = quantiser.embed(quantiser.tokens(features), 4)
     close = (quantiser(features, 1.0).embeddings - expected).abs().amax(dim=1) < 1e-3
     assert close.float().mean() > 0.9
@@ -121,10 +121,10 @@ def test_the_kl_term_is_0_for_uniform_codes_and_log_v_for_certain_ones():
     for layer in quantiser.to_logits:
         layer.weight.data.zero_()
         layer.bias.data.zero_()
-    assert quantiser(draw_features(), 0.5).loss.item() == pytest.approx(0, abs=1e-5)
+    assert quantiser(random_features(), 0.5).loss.item() == pytest.approx(0, abs=1e-5)
     for layer in quantiser.to_logits:
         layer.bias.data[3] = 1000.0
-    certain = quantiser(draw_features(), 0.5).loss.item()
+    certain = quantiser(random_features(), 0.5).loss.item()
     assert certain == pytest.approx(2 * math.log(V), rel=1e-5)
 
 
@@ -132,7 +132,7 @@ def test_the_kl_term_is_0_for_uniform_codes_and_log_v_for_certain_ones():
 def test_usage_is_the_share_of_the_positions(kind):
     quantiser = build(kind).train()
     assert quantiser.perplexity().tolist() == pytest.approx([V] * M)
-    features = draw_features()
+    features = random_features()
     for _ in range(600):
         quantiser(features, 1.0)
     image_tokens = quantiser.tokens(features)
@@ -145,11 +145,11 @@ def test_usage_is_the_share_of_the_positions(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_evaluation_records_nothing_and_changes_nothing(kind):
+def test_evaluation_changes_no_state(kind):
     quantiser = build(kind).eval()
     before = {name: value.clone() for name, value in quantiser.state_dict().items()}
-    quantiser(draw_features(), 0.1)
-    quantiser.tokens(draw_features())
+    quantiser(random_features(), 0.1)
+    quantiser.tokens(random_features())
     assert all((value == before[name]).all() for name, value in quantiser.state_dict().items())
 
 
@@ -166,7 +166,7 @@ def test_perplexity_never_exceeds_the_codebook(kind):
 
 
 def kill(quantiser: Quantiser) -> None:
-    """Make code 0 of every codebook the choice of everything: the others die."""
+    """Make code 0 of every codebook the nearest of all vectors, so that the others die."""
     if isinstance(quantiser, GumbelQuantiser):
         for layer in quantiser.to_logits:
             layer.bias.data[0] += 20.0
@@ -182,7 +182,7 @@ def kill(quantiser: Quantiser) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_dead_codes_are_restarted(kind):
     quantiser = build(kind).train()
-    features = draw_features()
+    features = random_features()
     kill(quantiser)
     assert quantiser.dead().sum() == M * (V - 1)
     assert quantiser.tokens(features).unique().tolist() == [0]
@@ -199,14 +199,14 @@ def test_dead_codes_are_restarted(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_restart_leaves_live_codes_alone(kind):
     quantiser = build(kind).train()
-    quantiser(draw_features(), 1.0)
+    quantiser(random_features(), 1.0)
     quantiser.usage[:, 5:] = 0.0
     quantiser.steps.fill_(quantiser.RESTART_EVERY)
     before = quantiser.codebook.detach().clone()
     if isinstance(quantiser, GumbelQuantiser):
         quantiser._restart()
     else:
-        quantiser._restart(quantiser.dead(), quantiser._vectors(draw_features()))
+        quantiser._restart(quantiser.dead(), quantiser._vectors(random_features()))
     assert (quantiser.codebook[:, :5] == before[:, :5]).all()
     assert (quantiser.codebook[:, 5:] != before[:, 5:]).any(dim=-1).all()
 
@@ -217,12 +217,12 @@ def test_no_restart_late_in_training_or_between_its_steps(kind, steps_before, pr
     quantiser = build(kind).train()
     kill(quantiser)
     quantiser.steps.fill_(steps_before)
-    quantiser(draw_features(), progress)
+    quantiser(random_features(), progress)
     assert quantiser.dead().sum() == M * (V - 1)
 
 
 def test_vq_starts_on_the_first_batch():
     quantiser = build("vq", 64).train()
-    features = draw_features()
+    features = random_features()
     quantiser(features, 0.0)
     assert len(quantiser.tokens(features)[..., 0].unique()) > 32

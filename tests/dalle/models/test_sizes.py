@@ -1,4 +1,4 @@
-"""The named sizes: each builds its config, and the two large ones are what they are called."""
+"""Named sizes: each builds its models; the two large ones are as large as named."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ NAMES = get_args(sizes.SizeName)
 
 
 def config_of(size: str) -> TransformerConfig:
-    """With the text of the DALL-E paper and the grid of the size's own dVAE."""
+    """Config with the text of the DALL-E paper and the grid of the size's dVAE."""
     dvae = DVAEConfig(**sizes.DVAE_SIZES[size])
     return TransformerConfig(
         text_vocab_size=16384,
@@ -64,7 +64,7 @@ def test_the_large_ones_are_as_large_as_their_names(size, num_layers, num_heads,
     assert count == pytest.approx(parameters, rel=0.05)
 
 
-def test_the_12b_looks_along_columns_every_fourth_layer_and_ends_with_a_window():
+def test_the_12b_attends_along_columns_every_fourth_layer_and_ends_with_a_window():
     config = config_of("dalle-12b")
     kinds = [config.kind_of_layer(layer) for layer in range(config.num_layers)]
     assert [layer for layer, kind in enumerate(kinds) if kind == "axial_col"] == [*range(1, 64, 4)]

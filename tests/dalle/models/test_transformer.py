@@ -1,4 +1,4 @@
-"""The transformer's losses and likelihoods, and that nothing of the future leaks into them."""
+"""The transformer: losses, likelihoods, causality, and the key-value cache."""
 
 import math
 
@@ -14,7 +14,7 @@ T, N, M = 5, 16, 2  # of conftest's tiny transformer
 KINDS = [*[(kind,) for kind in ATTENTION_KINDS], ("axial_row", "full"), ("conv_like", "axial_col")]
 
 
-def draw_pairs(count: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+def random_pairs(count: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     """Text tokens, some padded, and image tokens."""
     generator = torch.Generator().manual_seed(1)
     text_tokens = torch.randint(1, 11, (count, T), generator=generator)
@@ -23,7 +23,7 @@ def draw_pairs(count: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def log_probabilities(model: Dalle, text_tokens, image_tokens) -> torch.Tensor:
-    """Of every token in its order, text first: [B, T + N·M]."""
+    """Log probability of every token in its order, text first: [B, T + N·M]."""
     text = model.text_logits(text_tokens).log_softmax(dim=-1).gather(2, text_tokens[..., None])
     _, hidden = model._hidden(text_tokens, image_tokens[:, :-1])
     image = model._log_probabilities(hidden, image_tokens)
@@ -33,7 +33,7 @@ def log_probabilities(model: Dalle, text_tokens, image_tokens) -> torch.Tensor:
 @pytest.mark.parametrize("kinds", KINDS)
 def test_changing_a_token_changes_nothing_before_it(kinds, make_dalle):
     model = make_dalle(attention_kinds=kinds)
-    text_tokens, image_tokens = draw_pairs(1)
+    text_tokens, image_tokens = random_pairs(1)
     before = log_probabilities(model, text_tokens, image_tokens)
     for index in range(T + N * M):
         changed_text, changed_image = text_tokens.clone(), image_tokens.clone()
@@ -50,9 +50,9 @@ def test_changing_a_token_changes_nothing_before_it(kinds, make_dalle):
 
 
 @pytest.mark.parametrize("kinds", KINDS)
-def test_every_word_sways_every_image_token(kinds, make_dalle):
+def test_every_image_token_depends_on_every_word(kinds, make_dalle):
     model = make_dalle(attention_kinds=kinds)
-    text_tokens, image_tokens = draw_pairs(1)
+    text_tokens, image_tokens = random_pairs(1)
     before = log_probabilities(model, text_tokens, image_tokens)[:, T:]
     for index in range(T):
         changed = text_tokens.clone()
@@ -64,7 +64,7 @@ def test_every_word_sways_every_image_token(kinds, make_dalle):
 @pytest.mark.parametrize("num_codebooks", [1, 3])
 def test_the_losses_are_the_mean_log_probabilities(num_codebooks, make_dalle):
     model = make_dalle(num_codebooks=num_codebooks, text_loss_weight=0.5)
-    text_tokens, _ = draw_pairs()
+    text_tokens, _ = random_pairs()
     image_tokens = torch.randint(7, (3, N, num_codebooks))
     loss = model.loss(text_tokens, image_tokens)
     likelihood = model.log_likelihood(text_tokens, image_tokens)
@@ -78,17 +78,17 @@ def test_the_losses_are_the_mean_log_probabilities(num_codebooks, make_dalle):
     torch.testing.assert_close(loss.text, -counted.mean())
 
 
-def test_the_likelihoods_of_all_pictures_add_up_to_one(make_dalle):
+def test_the_likelihoods_of_all_images_add_up_to_one(make_dalle):
     model = make_dalle(grid_size=2, codebook_size=3, num_codebooks=1)
     pictures = torch.cartesian_prod(*[torch.arange(3)] * 4)[..., None]
-    text_tokens = draw_pairs(1)[0].expand(len(pictures), -1)
+    text_tokens = random_pairs(1)[0].expand(len(pictures), -1)
     assert model.log_likelihood(text_tokens, pictures).exp().sum() == pytest.approx(1, abs=1e-4)
 
 
 @pytest.mark.parametrize("length", [1, 3, T])
 def test_text_logits_of_a_part_are_those_of_the_whole(length, make_dalle):
     model = make_dalle(attention_kinds=("axial_row", "full"))
-    text_tokens, _ = draw_pairs()
+    text_tokens, _ = random_pairs()
     part = model.text_logits(text_tokens[:, :length])
     assert part.shape == (3, length, 11)
     torch.testing.assert_close(part, model.text_logits(text_tokens)[:, :length])
@@ -96,9 +96,9 @@ def test_text_logits_of_a_part_are_those_of_the_whole(length, make_dalle):
 
 @pytest.mark.parametrize("primed", [0, 1, 6, N - 1])
 @pytest.mark.parametrize("kinds", KINDS)
-def test_prefill_and_steps_arrive_where_the_whole_sequence_does(kinds, primed, make_dalle):
+def test_prefill_and_steps_equal_the_whole_sequence(kinds, primed, make_dalle):
     model = make_dalle(attention_kinds=kinds)
-    text_tokens, image_tokens = draw_pairs()
+    text_tokens, image_tokens = random_pairs()
     _, expected = model._hidden(text_tokens, image_tokens[:, :-1])
     cache = model.new_cache(3)
     hidden = model.prefill(text_tokens, image_tokens[:, :primed] if primed else None, cache)
@@ -114,7 +114,7 @@ def test_regularisation_acts_in_training_only(make_dalle):
         make_dalle(**dict.fromkeys(("dropout", "caption_dropout", "token_noise"), share))
         for share in (0.0, 0.9)
     )
-    pairs = draw_pairs()
+    pairs = random_pairs()
     torch.testing.assert_close(dropped.loss(*pairs).total, plain.loss(*pairs).total)
     torch.testing.assert_close(plain.train().loss(*pairs).total, plain.eval().loss(*pairs).total)
     assert (dropped.train().loss(*pairs).total - plain.loss(*pairs).total).abs() > 1e-3
@@ -122,14 +122,14 @@ def test_regularisation_acts_in_training_only(make_dalle):
 
 def test_a_dropped_caption_is_one_of_padding_as_guidance_shows_it(make_dalle):
     model = make_dalle(caption_dropout=1.0).train()
-    text_tokens, image_tokens = draw_pairs()
+    text_tokens, image_tokens = random_pairs()
     expected = -model.log_likelihood(torch.zeros_like(text_tokens), image_tokens).mean() / (N * M)
     torch.testing.assert_close(model.loss(text_tokens, image_tokens).image, expected)
 
 
 def test_hidden_words_leave_padding_alone(make_dalle):
     model = make_dalle(word_dropout=1.0).train()
-    text_tokens, image_tokens = draw_pairs()
+    text_tokens, image_tokens = random_pairs()
     seen, _ = model._corrupt(text_tokens, image_tokens)
     assert (seen[text_tokens != 0] == model.hidden_word).all()
     assert (seen[text_tokens == 0] == 0).all()
@@ -137,17 +137,17 @@ def test_hidden_words_leave_padding_alone(make_dalle):
 
 def test_noise_replaces_whole_positions_by_codes_of_the_codebook(make_dalle):
     model = make_dalle(token_noise=0.5).train()
-    text_tokens, image_tokens = draw_pairs(50)
+    text_tokens, image_tokens = random_pairs(50)
     _, seen = model._corrupt(text_tokens, image_tokens)
     assert ((seen >= 0) & (seen < 7)).all()
     kept = (seen == image_tokens).all(dim=-1).float().mean()
-    assert 0.4 < kept < 0.65, "a half, and those that were drawn as they had been"
+    assert 0.4 < kept < 0.65, "a half, and replacements equal to the original"
 
 
-def test_training_leaves_its_batch_as_it_was(make_dalle):
+def test_training_does_not_modify_its_batch(make_dalle):
     fields = dict.fromkeys(("dropout", "caption_dropout", "word_dropout", "token_noise"), 0.5)
     model = make_dalle(**fields).train()
-    pairs = draw_pairs()
+    pairs = random_pairs()
     copies = [each.clone() for each in pairs]
     model.loss(*pairs)
     assert all((a == b).all() for a, b in zip(pairs, copies, strict=True))
@@ -161,12 +161,12 @@ def test_training_leaves_its_batch_as_it_was(make_dalle):
         {"attention_kinds": ("axial_row", "axial_col", "conv_like", "full"), "num_layers": 4},
     ],
 )
-def test_every_variant_learns_two_pictures_by_heart(fields):
+def test_every_variant_overfits_two_images(fields):
     torch.manual_seed(0)
     sizes = {"text_vocab_size": 11, "text_length": T, "grid_size": 4, "codebook_size": 7}
     shape = {"num_codebooks": M, "width": 32, "num_layers": 2, "num_heads": 2}
     model = Dalle(TransformerConfig(**(sizes | shape | fields)))
-    text_tokens, image_tokens = draw_pairs(2)
+    text_tokens, image_tokens = random_pairs(2)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     first = model.loss(text_tokens, image_tokens).total.item()
     for _ in range(40):
@@ -179,10 +179,10 @@ def test_every_variant_learns_two_pictures_by_heart(fields):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_the_positions_codes_are_known_to_the_next_position_only(make_dalle):
-    """All codebooks' embeddings are summed: swapping two positions' codes is not invisible."""
+def test_swapped_codes_change_later_positions_only(make_dalle):
+    """Embeddings of all codebooks are summed, but the order of positions still counts."""
     model = make_dalle()
-    text_tokens, image_tokens = draw_pairs(1)
+    text_tokens, image_tokens = random_pairs(1)
     swapped = image_tokens.clone()
     swapped[:, [0, 1]] = swapped[:, [1, 0]]
     hidden, other = (
@@ -192,9 +192,9 @@ def test_the_positions_codes_are_known_to_the_next_position_only(make_dalle):
     assert (hidden[:, 2:] - other[:, 2:]).abs().max() > 1e-4
 
 
-def test_each_input_is_told_the_position_that_it_predicts(make_dalle):
+def test_each_input_has_the_embedding_of_the_position_that_it_predicts(make_dalle):
     model = make_dalle()
-    text_tokens, image_tokens = draw_pairs(1)
+    text_tokens, image_tokens = random_pairs(1)
     _, before = model._hidden(text_tokens, image_tokens[:, :-1])
     model.target_row_position[1] += 1  # of positions 4 to 7
     _, after = model._hidden(text_tokens, image_tokens[:, :-1])

@@ -1,4 +1,4 @@
-"""dalle.platform.disk: whose fault it is when nothing can be written."""
+"""Disk errors: a full disk, and all others."""
 
 import errno
 import re
@@ -10,7 +10,7 @@ from dalle.platform.disk import disk_error, free_bytes, is_full, sync
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
-def test_no_room_is_told_with_the_remedy(number):
+def test_a_full_disk_is_reported_with_the_remedy(number):
     cause = OSError(number, "no space")
     error = disk_error(cause, "write a.pt", if_full="take a larger one")
     assert is_full(cause)
@@ -18,7 +18,7 @@ def test_no_room_is_told_with_the_remedy(number):
     assert str(error) == "no room to write a.pt (no space); take a larger one"
 
 
-def test_what_is_needed_and_what_is_free_are_told_where_they_are_known(tmp_path):
+def test_needed_and_free_bytes_are_reported_where_known(tmp_path):
     cause, hint = OSError(errno.ENOSPC, "no space"), {"if_full": "take a larger one"}
     missing = tmp_path / "not" / "there"
     free = r"[\d,]+"  # others write here too
@@ -30,7 +30,7 @@ def test_what_is_needed_and_what_is_free_are_told_where_they_are_known(tmp_path)
 
 
 @pytest.mark.parametrize("cause", [OSError(errno.EIO, "bad sector"), OSError("bad sector")])
-def test_other_trouble_is_the_platforms(cause):
+def test_other_disk_errors_are_platform_errors(cause):
     error = disk_error(cause, "write a.pt", if_full="take a larger one")
     assert not is_full(cause)
     assert type(error) is PlatformError

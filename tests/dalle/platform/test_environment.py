@@ -49,7 +49,7 @@ def test_without_config_files_the_channels_are_the_directories(make_opt_ml):
     assert job.network_interface_name is None, "an interface must never be guessed"
 
 
-def test_nothing_at_all_is_a_job_without_channels(tmp_path):
+def test_an_empty_root_is_a_job_without_channels(tmp_path):
     assert read_job(tmp_path, {}).channels == {}
 
 
@@ -127,7 +127,7 @@ def test_an_unknown_device_is_refused(opt_ml):
 
 
 @pytest.mark.parametrize("empty", ["null", "{}", '\ufeff{"train": null}'])
-def test_an_empty_description_is_as_good_as_none(opt_ml, empty):
+def test_an_empty_input_data_config_counts_as_missing(opt_ml, empty):
     opt_ml.add_channel("train")
     opt_ml.write("inputdataconfig", empty)
     assert list(read_job(opt_ml.root, {}).channels) == ["train"]
@@ -151,7 +151,7 @@ def test_an_empty_description_is_as_good_as_none(opt_ml, empty):
         ("", ""),
     ],
 )
-def test_a_value_is_what_its_text_stands_for(text, value):
+def test_a_text_is_parsed_to_its_value(text, value):
     parsed = parse_value(text)
     assert parsed == value
     assert type(parsed) is type(value)

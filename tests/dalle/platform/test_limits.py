@@ -1,4 +1,4 @@
-"""Processors and memory: limits of a container count, and file caches count as free."""
+"""Processors and memory: a container's limits apply, and file caches count as free."""
 
 import os
 
@@ -23,7 +23,7 @@ def machine(tmp_path):
     return write
 
 
-def test_without_limits_it_is_the_hosts(machine):
+def test_without_limits_the_hosts_memory_counts(machine):
     machine("proc/self/cgroup", "0::/\n")
     root = machine("sys/fs/cgroup/memory.max", "max\n")
     assert free_host_memory(root) == 16 * GIB

@@ -26,7 +26,7 @@ def test_a_failure_begins_with_the_cause_and_ends_with_the_line_at_fault(tmp_pat
 
 
 @pytest.mark.parametrize("length", [10, 900, 990, 1023, 1024, 1025, 100_000])
-def test_a_failure_is_never_longer_than_what_is_shown(tmp_path, length):
+def test_a_failure_is_never_longer_than_sagemaker_shows(tmp_path, length):
     cause = "é" * length
     write_failure(Paths(tmp_path), cause, "Traceback " * 200)
     text = Paths(tmp_path).failure.read_text(encoding="utf-8")
@@ -34,12 +34,12 @@ def test_a_failure_is_never_longer_than_what_is_shown(tmp_path, length):
     assert text.startswith(cause[: FAILURE_CHARACTERS - 1])
 
 
-def test_a_failure_that_cannot_be_written_is_not_another_failure(tmp_path):
+def test_a_failure_file_that_cannot_be_written_raises_nothing(tmp_path):
     (tmp_path / "output").write_text("a file where the directory should be")
     write_failure(Paths(tmp_path), "cause")
 
 
-def test_a_failure_has_its_room_on_a_disk_that_is_full(tmp_path):
+def test_a_failure_file_fits_on_a_full_disk(tmp_path):
     paths = Paths(tmp_path)
     with small_disk(paths.output, 64_000):
         prepare_outputs(paths)
@@ -52,7 +52,7 @@ def test_a_failure_has_its_room_on_a_disk_that_is_full(tmp_path):
         assert paths.failure.read_text() == "\\udc80" * FAILURE_CHARACTERS
 
 
-def test_the_room_for_a_failure_is_given_back_when_there_was_none(tmp_path):
+def test_the_reserved_space_is_freed_without_a_failure(tmp_path):
     paths = Paths(tmp_path)
     prepare_outputs(paths)
     release_outputs(paths)

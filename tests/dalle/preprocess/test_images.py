@@ -1,4 +1,4 @@
-"""Images: what is refused before decoding, and what every odd kind of file becomes."""
+"""Images: refusals before decoding, and the result for every unusual kind of file."""
 
 import io
 import struct
@@ -31,7 +31,7 @@ def pixel(data, x=0, y=0):
 
 
 def png_claiming(width, height):
-    """A PNG whose header announces a size and that holds hardly any pixels."""
+    """Return a PNG whose header gives a size and whose data have hardly any pixels."""
 
     def chunk(kind, body):
         return (
@@ -64,7 +64,7 @@ def noise(width, height, seed=0):
         (encoded(noise(64, 64))[:20], ImageFault.DAMAGED, "truncated or damaged"),
     ],
 )
-def test_bytes_that_are_no_usable_image_are_refused_with_what_to_do(data, fault, says):
+def test_bytes_that_are_no_usable_image_are_refused_with_the_remedy(data, fault, says):
     with pytest.raises(ImageError, match="^train/7.png ") as refusal:
         decode_image(data, what="train/7.png")
     assert refusal.value.fault is fault
@@ -145,7 +145,7 @@ def test_a_photograph_is_turned_upright():
     assert decoded.getpixel((4, 13)) < (60, 60, 60)
 
 
-def test_an_unreadable_exif_block_leaves_the_picture_as_it_is():
+def test_an_unreadable_exif_block_leaves_the_image_unchanged():
     broken = b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\xff" * 40
     decoded = decode_image(encoded(noise(16, 8), "JPEG", exif=broken), what="picture")
     assert decoded.size == (16, 8)

@@ -48,7 +48,7 @@ def train(kind: str, **fields: object) -> CaptionTokenizer:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_captions_survive_the_way_there_and_back(kind):
+def test_decode_inverts_encode(kind):
     tokenizer = train(kind)
     text_tokens = tokenizer.encode(CAPTIONS)
     assert text_tokens.dtype == torch.int64
@@ -93,7 +93,7 @@ def test_a_caption_that_is_too_long_is_named_with_its_length_and_the_limit(kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_upper_and_lower_case_are_one(kind):
+def test_case_is_ignored(kind):
     tokenizer = train(kind)
     assert (tokenizer.encode(["A BIG Red star"]) == tokenizer.encode(["a big red star"])).all()
 
@@ -106,7 +106,7 @@ def test_the_empty_caption_is_all_padding(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_captions_are_no_rows(kind):
+def test_no_captions_give_no_rows(kind):
     assert train(kind).encode([]).shape[0] == 0
 
 
@@ -142,7 +142,7 @@ def test_every_word_of_the_rainbow_has_an_id_of_its_own():
     assert len(text_tokens.unique(dim=0)) == len(captions)
 
 
-def test_no_more_ids_are_given_out_than_asked_for():
+def test_the_vocabulary_is_no_larger_than_vocab_size():
     assert train("word", vocab_size=5).vocab_size == 5
     assert train("bpe", vocab_size=270).vocab_size == 270
 
@@ -217,7 +217,7 @@ OF_ALL_HOSTS = [
 
 @pytest.mark.parametrize("kind", ["word", "bpe", "clip"])
 @pytest.mark.parametrize("vocab_size", [12, 290, 400])
-def test_what_is_learned_from_the_words_of_parts_is_what_the_whole_teaches(kind, vocab_size):
+def test_word_counts_of_parts_train_the_tokenizer_of_the_whole(kind, vocab_size):
     options = {"kind": kind, "vocab_size": vocab_size, "text_length": 32}
     parts = [
         CaptionTokenizer.count_words(part, kind) for part in (OF_ALL_HOSTS[:2], OF_ALL_HOSTS[2:])
