@@ -19,7 +19,7 @@ from dalle.versions import versions_line
 from inference.settings import VARIABLES, Settings, read_port, read_settings
 
 if TYPE_CHECKING:
-    from inference.engine.model_runner import Generator
+    from inference.engine.model_runner import ModelRunner
 
 logger = logging.getLogger("inference")
 
@@ -67,12 +67,12 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _load(model: Path, settings: Settings) -> Generator:
+def _load(model: Path, settings: Settings) -> ModelRunner:
     """Import torch, choose device and threads and load the artefact, in the model's thread."""
     from dalle.platform.limits import usable_cpus
-    from inference.engine.model_runner import Generator
+    from inference.engine.model_runner import ModelRunner
 
-    return Generator.load(
+    return ModelRunner.load(
         model,
         settings.device,
         threads=settings.threads,

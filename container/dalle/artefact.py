@@ -19,7 +19,7 @@ import tarfile
 import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from pydantic import TypeAdapter
@@ -61,6 +61,25 @@ class Artefact:
     def components(self) -> list[ComponentName]:
         """Return the names of the components that it has."""
         return [name for name in COMPONENTS if getattr(self, name) is not None]
+
+    @overload
+    def require(self, name: Literal["dvae"]) -> DiscreteVAE: ...
+    @overload
+    def require(self, name: Literal["transformer"]) -> Dalle: ...
+    @overload
+    def require(self, name: Literal["clip"]) -> Clip: ...
+    @overload
+    def require(self, name: Literal["tokenizer"]) -> CaptionTokenizer: ...
+    def require(self, name: ComponentName) -> nn.Module | CaptionTokenizer:
+        """Return a component. Raises ArtefactError that names it where the artefact has none."""
+        component: nn.Module | CaptionTokenizer | None = getattr(self, name)
+        if component is None:
+            stage = "transformer" if name == "tokenizer" else name
+            raise ArtefactError(
+                f"the artefact has no {name}; train the stage {stage} with this artefact in the "
+                "channel `artefact`"
+            )
+        return component
 
 
 def save(directory: Path, artefact: Artefact, *, git_revision: str = "") -> Manifest:

@@ -39,8 +39,7 @@ from inference.api.rendering import GenerateResult
 from inference.api.replies import GenerateReply
 from inference.api.schema import GenerateRequest
 from inference.bench import steps as bench_steps
-from inference.engine.control import Control
-from inference.engine.model_runner import Generator
+from inference.engine.model_runner import ModelRunner
 
 _CAPTIONS = ("big filled orange star", "small violet circle", "red square", "blue star")
 _PATIENCE = 600.0  # seconds for a request
@@ -117,13 +116,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ).encode()
         for number in range(given.requests)
     ]
-    generator = Generator.load(
+    runner = ModelRunner.load(
         given.model, given.device, threads=given.threads, precision=given.precision
     )
-    generator.self_test()
+    runner.self_test()
     with serving(given) as server:
         turns = [
-            measure(generator, server, bodies, given.clients, image_bytes=int(1e6 * given.image_mb))
+            measure(runner, server, bodies, given.clients, image_bytes=int(1e6 * given.image_mb))
             for _ in range(given.turns + 1)
         ][1:]  # the first one warms up
     machine = bench_steps.describe_machine(torch.device(given.device))
@@ -152,7 +151,7 @@ def figures(turns: Sequence[Turn], given: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(
-    generator: Generator,
+    runner: ModelRunner,
     server: Server,
     bodies: Sequence[bytes],
     clients: int,
@@ -161,7 +160,7 @@ def measure(
 ) -> Turn:
     """One turn: the same requests by the engine alone, through HTTP, and beside pings; image_bytes:
     beside classifications of large images, too."""
-    engine = _by_engine(generator, bodies, clients)
+    engine = _by_engine(runner, bodies, clients)
     through = _by_http(server, bodies, clients)
     pings: list[float] = []
     works = [lambda: _ping(server, pings)]
@@ -173,16 +172,16 @@ def measure(
     return Turn(engine, through, pings)
 
 
-def _by_engine(generator: Generator, bodies: Sequence[bytes], clients: int) -> float:
+def _by_engine(runner: ModelRunner, bodies: Sequence[bytes], clients: int) -> float:
     """Images per second with `clients` requests begun at any time."""
     waiting = [GenerateRequest.model_validate_json(body) for body in bodies]
     begun, drawn = 0, 0
     began = time.perf_counter()
     while waiting or begun:
-        while waiting and begun < clients and generator.has_room:
-            generator.begin(generator.prepare(waiting.pop(0)), Control())
+        while waiting and begun < clients and runner.has_room:
+            runner.add(runner.prepare(waiting.pop(0)))
             begun += 1
-        for ended in generator.advance():
+        for ended in runner.step():
             assert isinstance(ended.outcome, GenerateResult)
             drawn += len(ended.outcome.ranked)
             begun -= 1

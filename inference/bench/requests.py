@@ -11,9 +11,9 @@ from dalle.errors import DalleError
 from inference.api.rendering import Candidate, GenerateResult, Preview, render_json, stage_timings
 from inference.api.replies import Timings
 from inference.api.schema import GenerateRequest
-from inference.engine.engine_core import Scheduler, State
-from inference.engine.model_runner import Generator
-from inference.engine.request import Failed, Job
+from inference.engine.engine_core import EngineCore, State
+from inference.engine.model_runner import ModelRunner
+from inference.engine.request import EngineRequest, Failed
 
 CAPTION = "a"
 STAGES = ("queue", "sample", "decode", "rank", "encode")
@@ -23,12 +23,13 @@ _PATIENCE = 3600.0  # seconds for all requests together
 def measure_requests(artefact: Artefact, requests: int, num_candidates: int) -> dict[str, Any]:
     """Seconds by stage of requests that arrive together, through the server's own queue but without
     HTTP, in fp32; the self-test before them warms up. Prints the medians and returns them."""
-    assert artefact.transformer is not None
-    device = artefact.transformer.text_position.device
-    scheduler = Scheduler(lambda: Generator(artefact, device, chunk_size=requests * num_candidates))
-    scheduler.start()
-    if scheduler.wait_until_loaded(_PATIENCE) is not State.READY:
-        raise RuntimeError(f"the engine cannot be loaded: {scheduler.cause}")
+    device = artefact.require("transformer").text_position.device
+    engine_core = EngineCore(
+        lambda: ModelRunner(artefact, device, chunk_size=requests * num_candidates)
+    )
+    engine_core.start()
+    if engine_core.wait_until_loaded(_PATIENCE) is not State.READY:
+        raise RuntimeError(f"the engine cannot be loaded: {engine_core.cause}")
     try:
         began = time.monotonic()
         asked = [
@@ -37,15 +38,17 @@ def measure_requests(artefact: Artefact, requests: int, num_candidates: int) -> 
             )
             for seed in range(requests)
         ]
-        engine = scheduler.engine()
-        jobs = [
-            scheduler.submit(engine.prepare(each), arrival=began, deadline=began + _PATIENCE)
-            for each in asked
+        engine = engine_core.engine()
+        deadline = began + _PATIENCE
+        submitted = [engine.prepare(each, arrival=began, deadline=deadline) for each in asked]
+        for prepared in submitted:
+            engine_core.submit(prepared)
+        timings = [
+            _timings(prepared, request) for prepared, request in zip(submitted, asked, strict=True)
         ]
-        timings = [_timings(job, request) for job, request in zip(jobs, asked, strict=True)]
         seconds = time.monotonic() - began
     finally:
-        scheduler.drain(_PATIENCE)
+        engine_core.drain(_PATIENCE)
     medians = {
         stage: statistics.median(getattr(each, f"{stage}_seconds") for each in timings)
         for stage in STAGES
@@ -64,14 +67,14 @@ def measure_requests(artefact: Artefact, requests: int, num_candidates: int) -> 
     }
 
 
-def _timings(job: Job, request: GenerateRequest) -> Timings:
+def _timings(prepared: EngineRequest, request: GenerateRequest) -> Timings:
     """Wait for a request's end, and encode its pictures as a reply would."""
-    while isinstance(event := job.next_event(_PATIENCE), Preview | Candidate):
+    while isinstance(event := prepared.next_event(_PATIENCE), Preview | Candidate):
         pass
     if isinstance(event, Failed):
         raise event.error
     if not isinstance(event, GenerateResult):
         raise DalleError(f"a request was not answered in {_PATIENCE:g} seconds")
     began = time.monotonic()
-    render_json(event, request, queue_seconds=job.queue_seconds)
-    return stage_timings(event, job.queue_seconds, time.monotonic() - began)
+    render_json(event, request, queue_seconds=prepared.queue_seconds)
+    return stage_timings(event, prepared.queue_seconds, time.monotonic() - began)

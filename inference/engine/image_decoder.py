@@ -1,12 +1,11 @@
-"""Image tokens to pixels: finished pictures, and what is drawn of those that are not.
+"""Image tokens to pixels: finished images, and previews of unfinished ones.
 
-Letters: K candidates, n positions drawn, N positions, M codes per position, S image size.
+Letters: K candidates, n positions sampled, N positions, M codes per position, S image size.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -16,61 +15,50 @@ from dalle.models.dvae import DiscreteVAE
 from dalle.preprocess.images import Pixels
 from inference.api.rendering import Preview
 
-_UNDRAWN = 128 / 255  # grey, for the rows that are not drawn yet
+_UNFINISHED = 128 / 255  # grey, for the rows that are not sampled yet
 
 
 def to_pixels(images: Tensor) -> list[Pixels]:
-    """Images [K, 3, S, S] in [0, 1] -> K arrays [S, S, 3] of uint8."""
+    """Convert images [K, 3, S, S] in [0, 1] to K arrays [S, S, 3] of uint8."""
     rounded = (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
     return list(np.ascontiguousarray(rounded.permute(0, 2, 3, 1).cpu().numpy()))
 
 
-def partial_images(dvae: DiscreteVAE, image_tokens: Tensor) -> Tensor:
-    """Whole rows of tokens [K, n, M] -> pictures [K, 3, S, S] in [0, 1], grey where nothing is
-    drawn."""
+def max_previews(grid_size: int, every_rows: int | None) -> int:
+    """Return how many previews a candidate has at most; there is none of a finished image."""
+    return (grid_size - 1) // every_rows if every_rows else 0
+
+
+def is_preview_position(position: int, grid_size: int, every_rows: int) -> bool:
+    """Return whether a preview is made once so many positions of a candidate are sampled."""
+    rows, rest = divmod(position, grid_size)
+    return not rest and not rows % every_rows and 0 < rows < grid_size
+
+
+def decode_previews(
+    dvae: DiscreteVAE, candidates: Sequence[tuple[int, Tensor]], every_rows: int
+) -> Iterator[Preview]:
+    """Decode the candidates that are at a preview position, equally far ones together.
+
+    candidates: number and sampled tokens [n, M] of each, not modified.
+    """
+    grid_size = dvae.config.grid_size
+    by_length: dict[int, list[tuple[int, Tensor]]] = {}
+    for number, tokens in candidates:
+        if is_preview_position(len(tokens), grid_size, every_rows):
+            by_length.setdefault(len(tokens), []).append((number, tokens))
+    for length, group in by_length.items():
+        images = _partial_images(dvae, torch.stack([tokens for _, tokens in group]))
+        for (number, _), pixels in zip(group, to_pixels(images), strict=True):
+            yield Preview(number, length // grid_size, pixels)
+
+
+def _partial_images(dvae: DiscreteVAE, image_tokens: Tensor) -> Tensor:
+    """Decode whole rows of tokens [K, n, M] to images [K, 3, S, S] in [0, 1], grey below them."""
     config = dvae.config
     K, n, M = image_tokens.shape
     whole = image_tokens.new_zeros(K, config.num_positions, M)
     whole[:, :n] = image_tokens
     images = dvae.decode(whole)
-    images[:, :, n // config.grid_size * config.image_size // config.grid_size :] = _UNDRAWN
+    images[:, :, n // config.grid_size * config.image_size // config.grid_size :] = _UNFINISHED
     return images
-
-
-class Previews:
-    """Hands on candidates while they are drawn. Called with their tokens after every position.
-
-    first: the number of the first candidate. every_rows: rows of the grid between two previews;
-    None for none. hand_on: called with each preview. seconds: what all this has taken so far.
-    """
-
-    def __init__(
-        self,
-        dvae: DiscreteVAE,
-        first: int,
-        every_rows: int | None,
-        hand_on: Callable[[Preview], None],
-    ) -> None:
-        self.seconds = 0.0
-        self._dvae = dvae
-        self._first = first
-        self._every_rows = every_rows
-        self._hand_on = hand_on
-
-    @property
-    def most(self) -> int:
-        """How often at most each candidate is decoded for a preview; never when it is finished."""
-        return (self._dvae.config.grid_size - 1) // self._every_rows if self._every_rows else 0
-
-    def __call__(self, image_tokens: Tensor) -> None:
-        """image_tokens: [K, n, M], not changed."""
-        config = self._dvae.config
-        rows, left_over = divmod(image_tokens.shape[1], config.grid_size)
-        if not self._every_rows or left_over or rows % self._every_rows:
-            return
-        if rows == config.grid_size:
-            return
-        began = time.monotonic()
-        for row, pixels in enumerate(to_pixels(partial_images(self._dvae, image_tokens))):
-            self._hand_on(Preview(self._first + row, rows, pixels))
-        self.seconds += time.monotonic() - began

@@ -1,15 +1,13 @@
-"""A request made ready for the device: captions to tokens, files to pixels, refusals first.
+"""Input processor: a request to tensors, captions to tokens, image files to pixels.
 
-    prepare(artefact, request) -> GenerateWork | ClassifyWork | CompleteWork
+    prepare(artefact, request, …) -> PreparedGeneration, PreparedClassification, …
 
-Called by requests' own threads; touches no device. Letters: T text length, S image size.
+Called by requests' threads; uses no device. Letters: T text length, S image size.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NoReturn
 
 import numpy as np
@@ -21,90 +19,37 @@ from dalle.decoding.sampling import SamplingOptions
 from dalle.errors import CaptionTooLong, UserError
 from dalle.models.transformer import PADDING
 from dalle.preprocess.images import decode_image, to_square
+from dalle.preprocess.tokenizer import CaptionTokenizer
 from inference.api.parsing import decode_base64
 from inference.api.schema import ClassifyRequest, CompleteRequest, GenerateRequest, Request
+from inference.engine.request import (
+    EngineRequest,
+    PreparedClassification,
+    PreparedCompletion,
+    PreparedGeneration,
+)
 
-_DRAWN_SEEDS = 2**32  # a drawn seed is short enough to copy by hand
-
-
-@dataclass(frozen=True, slots=True)
-class GenerateWork:
-    """A generation that can begin. text_tokens: [1, T]; prime: [1, 3, S, S] in [0, 1]; on CPU."""
-
-    caption: str
-    text_tokens: Tensor
-    prime: Tensor | None
-    prime_rows: int
-    seed: int
-    num_candidates: int
-    options: SamplingOptions
-    preview_rows: int | None = None
-    num_images: int = 1
-    kind: str = "generate"
-
-    @property
-    def units(self) -> int:
-        return self.num_candidates
+_NUM_RANDOM_SEEDS = 2**32  # a seed that we choose is short enough to copy by hand
 
 
-@dataclass(frozen=True, slots=True)
-class ClassifyWork:
-    """A classification that can begin. images: each [1, 3, S, S] in [0, 1], on CPU."""
-
-    images: Sequence[Tensor]
-    classes: Sequence[str]
-    top: int
-    kind: str = "classify"
-
-    @property
-    def units(self) -> int:
-        return len(self.images)
-
-
-@dataclass(frozen=True, slots=True)
-class CompleteWork:
-    """A completion that can begin. prefix_tokens: [n] int64 without padding, on CPU."""
-
-    prefix_tokens: Tensor
-    num_completions: int
-    options: SamplingOptions
-    seed: int
-    kind: str = "complete"
-
-    @property
-    def units(self) -> int:
-        return self.num_completions
-
-
-Work = GenerateWork | ClassifyWork | CompleteWork
-
-
-def image_size(artefact: Artefact) -> int | None:
-    """Side of the pictures that the artefact draws, in pixels; None when it cannot draw."""
-    if artefact.dvae is None or artefact.transformer is None or artefact.tokenizer is None:
-        return None
-    return artefact.dvae.config.image_size
-
-
-def prepare(artefact: Artefact, request: Request) -> Work:
+def prepare(artefact: Artefact, request: Request, arrival: float, deadline: float) -> EngineRequest:
     """Check and convert a request. Raises `UserError` that says what to change or to train."""
     match request:
         case GenerateRequest():
-            return _prepare_generate(artefact, request)
+            return _prepare_generation(artefact, request, arrival, deadline)
         case ClassifyRequest():
-            return _prepare_classify(artefact, request)
+            return _prepare_classification(artefact, request, arrival, deadline)
         case CompleteRequest():
-            return _prepare_complete(artefact, request)
+            return _prepare_completion(artefact, request, arrival, deadline)
 
 
-def _prepare_generate(artefact: Artefact, request: GenerateRequest) -> GenerateWork:
-    dvae, transformer, tokenizer = artefact.dvae, artefact.transformer, artefact.tokenizer
-    if dvae is None:
-        _lacks("dvae", "dvae", "draw pictures")
-    if transformer is None:
-        _lacks("transformer", "transformer", "draw pictures")
-    if tokenizer is None:
-        _lacks("tokenizer", "transformer", "draw pictures")
+def _prepare_generation(
+    artefact: Artefact, request: GenerateRequest, arrival: float, deadline: float
+) -> PreparedGeneration:
+    purpose = "generate images"
+    dvae = artefact.dvae or _missing("dvae", "dvae", purpose)
+    transformer = artefact.transformer or _missing("transformer", "transformer", purpose)
+    tokenizer = artefact.tokenizer or _missing("tokenizer", "transformer", purpose)
     grid_size, codebook_size = dvae.config.grid_size, transformer.config.codebook_size
     if request.prime_rows >= grid_size:
         raise _out_of_range("prime_rows", 0, grid_size - 1, request.prime_rows)
@@ -115,12 +60,14 @@ def _prepare_generate(artefact: Artefact, request: GenerateRequest) -> GenerateW
     prime = None
     if request.prime_image is not None:
         prime = _read_image(request.prime_image, "prime_image", dvae.config.image_size)
-    return GenerateWork(
+    return PreparedGeneration(
+        arrival=arrival,
+        deadline=deadline,
         caption=request.caption,
-        text_tokens=_encode(artefact, [request.caption], "caption"),
+        text_tokens=_encode(tokenizer, request.caption, "caption"),
         prime=prime,
         prime_rows=request.prime_rows,
-        seed=_seed(request.seed),
+        seed=_choose_seed(request.seed),
         num_candidates=request.num_candidates,
         options=SamplingOptions(
             temperature=request.temperature,
@@ -133,62 +80,68 @@ def _prepare_generate(artefact: Artefact, request: GenerateRequest) -> GenerateW
     )
 
 
-def _prepare_classify(artefact: Artefact, request: ClassifyRequest) -> ClassifyWork:
-    clip = artefact.clip
-    if clip is None:
-        _lacks("clip", "clip", "classify images")
+def _prepare_classification(
+    artefact: Artefact, request: ClassifyRequest, arrival: float, deadline: float
+) -> PreparedClassification:
+    purpose = "classify images"
+    clip = artefact.clip or _missing("clip", "clip", purpose)
     if clip.config.tokenizer == "artefact":
-        if artefact.tokenizer is None:
-            _lacks("tokenizer", "clip", "classify images")
-        for number, each in enumerate(request.classes):  # what is too long, while it is cheap
-            _encode(artefact, [each], f"classes[{number}]")
+        tokenizer = artefact.tokenizer or _missing("tokenizer", "clip", purpose)
+        for number, each in enumerate(request.classes):  # refuse a long one before any other work
+            _encode(tokenizer, each, f"classes[{number}]")
     images = [
         _read_image(text, f"images[{number}]", clip.config.image_size)
         for number, text in enumerate(request.images)
     ]
-    return ClassifyWork(images, request.classes, request.top)
-
-
-def _prepare_complete(artefact: Artefact, request: CompleteRequest) -> CompleteWork:
-    if artefact.transformer is None:
-        _lacks("transformer", "transformer", "complete captions")
-    if artefact.tokenizer is None:
-        _lacks("tokenizer", "transformer", "complete captions")
-    text_tokens = _encode(artefact, [request.complete], "complete")[0]
-    return CompleteWork(
-        prefix_tokens=text_tokens[text_tokens != PADDING],
-        num_completions=request.num_completions,
-        options=SamplingOptions(temperature=request.temperature),
-        seed=_seed(request.seed),
+    return PreparedClassification(
+        arrival=arrival, deadline=deadline, images=images, classes=request.classes, top=request.top
     )
 
 
-def _encode(artefact: Artefact, captions: Sequence[str], field: str) -> Tensor:
-    assert artefact.tokenizer is not None
+def _prepare_completion(
+    artefact: Artefact, request: CompleteRequest, arrival: float, deadline: float
+) -> PreparedCompletion:
+    purpose = "complete captions"
+    if artefact.transformer is None:
+        _missing("transformer", "transformer", purpose)
+    tokenizer = artefact.tokenizer or _missing("tokenizer", "transformer", purpose)
+    text_tokens = _encode(tokenizer, request.complete, "complete")[0]
+    return PreparedCompletion(
+        arrival=arrival,
+        deadline=deadline,
+        prefix_tokens=text_tokens[text_tokens != PADDING],
+        num_completions=request.num_completions,
+        options=SamplingOptions(temperature=request.temperature),
+        seed=_choose_seed(request.seed),
+    )
+
+
+def _encode(tokenizer: CaptionTokenizer, caption: str, field: str) -> Tensor:
+    """Return the text tokens [1, T] of a caption that came in a request's field."""
     try:
-        return artefact.tokenizer.encode(captions)
-    except CaptionTooLong as error:  # it shows the caption, but cannot know the request's field
+        return tokenizer.encode([caption])
+    except CaptionTooLong as error:  # it names the caption; the field is known here only
         message = str(error) if field == "caption" else f"{field}: {error}"
         raise CaptionTooLong(message, field=field) from error
 
 
 def _read_image(text: str, field: str, size: int) -> Tensor:
-    """A base64 image file -> [1, 3, size, size] in [0, 1]."""
+    """Read a base64 image file into [1, 3, size, size] in [0, 1]."""
     try:
         pixels = to_square(decode_image(decode_base64(text, field=field), what=field), size)
     except UserError as error:
         error.field = error.field or field
         raise
-    # By numpy: torch would start as many threads again for every thread that ever came by here.
+    # In numpy: torch would start a pool of threads for every thread that calls it.
     return torch.from_numpy(np.float32(pixels.transpose(2, 0, 1)[None]) / np.float32(255))
 
 
-def _seed(seed: int | None) -> int:
-    """The request's own seed, or a new one that nobody could have known."""
-    return seed if seed is not None else random.SystemRandom().randrange(_DRAWN_SEEDS)
+def _choose_seed(seed: int | None) -> int:
+    """Return the request's seed, or an unpredictable new one."""
+    return seed if seed is not None else random.SystemRandom().randrange(_NUM_RANDOM_SEEDS)
 
 
-def _lacks(component: str, stage: str, purpose: str) -> NoReturn:
+def _missing(component: str, stage: str, purpose: str) -> NoReturn:
     raise UserError(
         f"this artefact has no {component}, which is needed to {purpose}; train the stage {stage} "
         "with this artefact in the channel `artefact`, then serve what that job wrote",

@@ -1,17 +1,17 @@
-"""How fast this device draws, and so how many candidates may be drawn together before a deadline.
+"""Latency model: measured seconds of a step, and how many candidates fit before a deadline.
 
 Plain numbers; knows nothing of models.
 """
 
 from __future__ import annotations
 
-_NEWEST = 0.5  # weight of the newest measurement: chunks are few and speeds steady
+_NEWEST = 0.5  # weight of the newest measurement: there are few, and speeds are steady
 
 
-class Pace:
-    """Speeds measured so far. Used by the model's thread only.
+class LatencyModel:
+    """Running means of what sampling and finishing take. Used by the model's thread only.
 
-    max_chunk_size: candidates drawn together when time does not matter.
+    max_chunk_size: candidates sampled together when there is no deadline.
     """
 
     def __init__(self, max_chunk_size: int) -> None:
@@ -19,18 +19,18 @@ class Pace:
         self._sample: dict[tuple[int, bool], float] = {}  # (size, guided) -> seconds per position
         self._finish = 0.0  # decoding and scoring, seconds per candidate
 
-    def note_sampling(self, size: int, guided: bool, positions: int, seconds: float) -> None:
-        """A chunk of `size` candidates took `seconds` for `positions` image-token positions."""
+    def record_sampling(self, size: int, guided: bool, positions: int, seconds: float) -> None:
+        """Record that `size` candidates took `seconds` for `positions` image-token positions."""
         newest = seconds / max(1, positions)
         mean = self._sample.get((size, guided), newest)
         self._sample[size, guided] = mean + _NEWEST * (newest - mean)
 
-    def note_finishing(self, size: int, seconds: float) -> None:
-        """Decoding and scoring `size` candidates took `seconds`."""
+    def record_finishing(self, size: int, seconds: float) -> None:
+        """Record that decoding and scoring `size` candidates took `seconds`."""
         self._finish = (self._finish or seconds / size) * (1 - _NEWEST) + seconds / size * _NEWEST
 
     def finishing_seconds(self, size: int) -> float:
-        """What decoding and scoring `size` candidates will probably take."""
+        """Return the expected seconds of decoding and scoring `size` candidates."""
         return self._finish * size
 
     def chunk_size(
@@ -41,24 +41,28 @@ class Pace:
         seconds: float,
         *,
         decodes: int = 1,
-        beside: int = 0,
+        others: int = 0,
     ) -> int:
-        """How many of the `remaining` candidates to draw next, with `seconds` left.
+        """Return how many of the `remaining` candidates to sample together, `seconds` being left.
 
-        decodes: how often each is decoded, more than once where previews are wanted.
-        beside: candidates of other requests that are drawn with them.
-        The largest of 1, 2, 4, … up to the maximum that should be finished in time, at least 1.
+        decodes: how often each is decoded, more than once with previews.
+        others: candidates of other requests that are sampled in the same steps.
+        The result is `remaining` or the maximum, halved until it is expected to be finished in
+        time, at least 1.
         """
         size = min(remaining, self.max_chunk_size)
         while size > 1:
-            expected = self._seconds_per_position(size + beside, guided) * positions
+            expected = self._seconds_per_position(size + others, guided) * positions
             if expected + decodes * self.finishing_seconds(size) <= seconds:
                 break
             size = (size + 1) // 2
         return size
 
     def _seconds_per_position(self, size: int, guided: bool) -> float:
-        """Measured, or at worst: as the next larger size, or in proportion to the next smaller."""
+        """Return the measured seconds, else an upper bound.
+
+        The bound is the next larger size that was measured, or in proportion to the largest.
+        """
         known = {
             size: each for (size, is_guided), each in self._sample.items() if is_guided == guided
         }

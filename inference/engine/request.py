@@ -1,33 +1,49 @@
-"""One piece of work as its request's thread sees it: submitted once, read event by event.
+"""One request inside the engine: prepared inputs, deadline, cancellation, events and outcome.
 
-Knows nothing of HTTP, models or the queue.
+    request's thread   prepare ──> submit ──> next_event, next_event, … the last one is the outcome
+    model's thread             started ──> put(preview or candidate), … ──> outcome
+
+Knows nothing of HTTP, models or the queue; imports no torch. Letters: T text length, S image size.
 """
 
 from __future__ import annotations
 
+import math
 import queue
-from dataclasses import dataclass
-from typing import Protocol
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+from dalle.errors import DalleError
 from inference.api.rendering import Candidate, Preview, Result
-from inference.engine.control import Control
 
-_MOST_UNREAD = 64  # events of a job beyond which previews are left out
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dalle.decoding.sampling import SamplingOptions
+
+_MAX_UNREAD = 64  # events of a request above which previews are dropped
 
 
-class Work(Protocol):
-    """A prepared request. kind: what is measured together; units: how much of it there is."""
+class DeadlineExceeded(DalleError):  # noqa: N818 - reads as what happened
+    """Nothing was finished before the deadline."""
 
-    @property
-    def kind(self) -> str: ...
+    status = 504
+    code = "deadline_exceeded"
 
-    @property
-    def units(self) -> int: ...
+
+class Cancelled(DalleError):  # noqa: N818 - reads as what happened
+    """The request was cancelled: nobody reads the answer."""
+
+    status = 499
+    code = "cancelled"
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The event of work that ended in an error."""
+    """The last event of a request that ended in an error."""
 
     error: Exception
 
@@ -35,38 +51,138 @@ class Failed:
 Event = Preview | Candidate | Result | Failed
 
 
-class Job:
-    """One piece of work on its way through the queue, as its request's thread sees it."""
+@dataclass(kw_only=True, eq=False)
+class EngineRequest:
+    """A prepared request on its way through the engine.
 
-    def __init__(self, work: Work, *, arrival: float, deadline: float) -> None:
-        self.work = work
-        self.arrival = arrival
-        self.started: float | None = None
-        self.control = Control(deadline, on_candidate=self.put, on_preview=self._put_preview)
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    Every method may be called by any thread.
+    """
+
+    arrival: float = field(default_factory=time.monotonic)
+    """When the request arrived, on the scale of `clock`."""
+    deadline: float = math.inf
+    """When it must have ended, on the scale of `clock`."""
+    clock: Callable[[], float] = time.monotonic
+    started: float | None = field(default=None, init=False)
+    """When the model began with it."""
+    last_progress: float | None = field(default=None, init=False)
+    """When it last reached a point at which it could have stopped."""
+    cost_seconds: float = field(default=0.0, init=False)
+    """Seconds of the device's time that it took."""
+    outcome: Result | Exception | None = field(default=None, init=False)
+    """Result or error; None until it has ended."""
+    _cancelled: threading.Event = field(default_factory=threading.Event, init=False)
+    _events: queue.SimpleQueue[Event] = field(default_factory=queue.SimpleQueue, init=False)
+
+    @property
+    def units(self) -> int:
+        """Amount of work: candidates, images or completions."""
+        return 1
 
     @property
     def queue_seconds(self) -> float:
-        """From the request's arrival until the model began with it."""
+        """Seconds from arrival until the model began with it."""
         return max(0.0, (self.started or self.arrival) - self.arrival)
 
-    def put(self, event: Event) -> None:
-        """Hand an event to whoever waits."""
-        self._events.put(event)
+    def cancel(self) -> None:
+        """Ask the engine to stop at the next step."""
+        self._cancelled.set()
 
-    def _put_preview(self, preview: Preview) -> None:
-        """Only for who keeps up: a slow reader must not make unread pictures pile up here."""
-        if self._events.qsize() < _MOST_UNREAD:
-            self._events.put(preview)
+    @property
+    def is_cancelled(self) -> bool:
+        return self._cancelled.is_set()
+
+    def shorten(self, deadline: float) -> None:
+        """Bring the deadline forward, never back."""
+        self.deadline = min(self.deadline, deadline)
+
+    def seconds_left(self) -> float:
+        """Seconds until the deadline, negative after it."""
+        return self.deadline - self.clock()
+
+    def may_continue(self, reserve_seconds: float = 0.0) -> bool:
+        """Return whether there is time for another step and `reserve_seconds` of work after it."""
+        self.last_progress = self.clock()
+        return not self.is_cancelled and self.seconds_left() > reserve_seconds
+
+    def check(self) -> None:
+        """Raise `Cancelled` or `DeadlineExceeded` unless `may_continue`."""
+        if not self.may_continue():
+            raise self.stop_error()
+
+    def stop_error(self) -> Cancelled | DeadlineExceeded:
+        """Return the error of a request that was stopped before anything was finished."""
+        if self.is_cancelled:
+            return Cancelled("the request was cancelled")
+        return DeadlineExceeded(
+            "the deadline passed before anything was finished; ask for less or set a later "
+            "deadline_seconds",
+            field="deadline_seconds",
+        )
+
+    def put(self, event: Event) -> None:
+        """Pass an event to the reader.
+
+        Previews are dropped while the reader is far behind, so that unread images take little
+        memory; other events never are.
+        """
+        if not isinstance(event, Preview) or self._events.qsize() < _MAX_UNREAD:
+            self._events.put(event)
 
     def next_event(self, timeout_seconds: float) -> Event | None:
-        """The next preview or candidate, or the last event (a result or `Failed`); None for none
-        yet."""
+        """Return the next preview or candidate, or the last event: a result or `Failed`.
+
+        None when there is no event within the time.
+        """
         try:
             return self._events.get(timeout=max(0.0, timeout_seconds))
         except queue.Empty:
             return None
 
-    def cancel(self) -> None:
-        """Nobody wants the answer any more."""
-        self.control.cancel()
+
+@dataclass(kw_only=True, eq=False)
+class PreparedGeneration(EngineRequest):
+    """A request for images. Tensors are on the CPU."""
+
+    caption: str
+    text_tokens: Tensor
+    """[1, T] int64."""
+    prime: Tensor | None = None
+    """[1, 3, S, S] in [0, 1]."""
+    prime_rows: int = 0
+    seed: int
+    num_candidates: int
+    options: SamplingOptions
+    preview_rows: int | None = None
+    num_images: int = 1
+
+    @property
+    def units(self) -> int:
+        return self.num_candidates
+
+
+@dataclass(kw_only=True, eq=False)
+class PreparedClassification(EngineRequest):
+    """A request to classify images. images: each [1, 3, S, S] in [0, 1], on the CPU."""
+
+    images: Sequence[Tensor]
+    classes: Sequence[str]
+    top: int
+
+    @property
+    def units(self) -> int:
+        return len(self.images)
+
+
+@dataclass(kw_only=True, eq=False)
+class PreparedCompletion(EngineRequest):
+    """A request to complete a caption. prefix_tokens: [n] int64 without padding, on the CPU."""
+
+    prefix_tokens: Tensor
+    num_completions: int
+    options: SamplingOptions
+    seed: int
+
+    @property
+    def units(self) -> int:
+        return self.num_completions

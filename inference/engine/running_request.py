@@ -1,4 +1,4 @@
-"""One request for pictures on its way: what is drawn of it, what it has cost, what comes of it.
+"""State of one request for images while it runs. Used by the model's thread only.
 
 Letters: E embedding.
 """
@@ -13,81 +13,67 @@ import numpy as np
 from torch import Tensor
 
 from dalle.decoding.request import FinishedCandidate, Generation
-from dalle.errors import DalleError
 from inference.api.rendering import Candidate, GenerateResult, rank
 from inference.api.replies import RankedBy
-from inference.engine.control import Control
-from inference.engine.input_processor import GenerateWork
+from inference.engine.request import PreparedGeneration
 
 _NO_PIXELS = np.zeros((0, 0, 3), np.uint8)
 
 
 @dataclass(eq=False)
-class Drawing:
-    """A request on its way."""
+class RunningRequest:
+    """A request for images that was begun."""
 
-    work: GenerateWork
-    control: Control
+    request: PreparedGeneration
     generation: Generation
+    """The request in the decoding engine."""
     caption_embedding: Tensor | None
-    """[1, E], where there is a CLIP."""
-    positions: int
-    """That are not primed."""
+    """[1, E] by CLIP; None without a CLIP."""
+    num_positions: int
+    """Positions that are sampled: all but the primed ones."""
     began: float
-    drawn: deque[FinishedCandidate] = field(default_factory=deque)
-    """Candidates that are no pictures yet."""
+    sampled: deque[FinishedCandidate] = field(default_factory=deque)
+    """Candidates whose tokens are complete, and which are not decoded yet."""
     finished: list[Candidate] = field(default_factory=list)
     decode_seconds: float = 0.0
     rank_seconds: float = 0.0
-    cost_seconds: float = 0.0
-    """Its share of the device's time."""
     is_stopped: bool = False
-    """Nothing more is drawn: the deadline is near."""
+    """No more candidates are sampled: it was cancelled or the deadline is near."""
 
     @property
-    def wanted(self) -> int:
-        """Candidates that are to be drawn or being drawn."""
+    def num_unsampled(self) -> int:
+        """Candidates that wait for a slot or are being sampled."""
         return len(self.generation.waiting) + self.generation.in_slots
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more is to come."""
-        if self.control.cancelled:
-            return True
-        return self.generation.is_over and not self.drawn
+        """Whether no further candidate will be finished."""
+        return self.request.is_cancelled or (self.generation.is_over and not self.sampled)
 
-    def let_go(self) -> None:
-        """Keep the pictures of the best `num_images` only: a reply has no others, and a stream has
-        sent them. So many are in memory, however many are drawn."""
-        kept = self.work.num_images
-        if len(self.finished) <= kept:
+    def release_pixels(self) -> None:
+        """Keep the pixels of the best `num_images` candidates only.
+
+        A reply contains no others, and a stream has sent them already. This bounds the memory
+        whatever `num_candidates` is.
+        """
+        kept = self.request.num_images
+        if len(self.finished) > kept:
+            ranked = rank(self.finished)
+            rest = [replace(each, pixels=_NO_PIXELS) for each in ranked[kept:]]
+            self.finished = [*ranked[:kept], *rest]
+
+    def end(self, ranked_by: RankedBy) -> None:
+        """Set the request's outcome: the finished candidates, or an error where there are none."""
+        if self.request.is_cancelled or not self.finished:
+            self.request.outcome = self.request.stop_error()
             return
-        ranked = rank(self.finished)
-        self.finished = [
-            *ranked[:kept],
-            *(replace(each, pixels=_NO_PIXELS) for each in ranked[kept:]),
-        ]
-
-    def outcome(self, ranked_by: RankedBy) -> GenerateResult | DalleError:
-        """What is handed back of a request that is over."""
-        if self.control.cancelled or not self.finished:
-            return self.control.error()
         elapsed = time.monotonic() - self.began
-        return GenerateResult(
+        self.request.outcome = GenerateResult(
             ranked=rank(self.finished),
             ranked_by=ranked_by,
-            seed=self.work.seed,
-            num_candidates=self.work.num_candidates,
+            seed=self.request.seed,
+            num_candidates=self.request.num_candidates,
             sample_seconds=max(0.0, elapsed - self.decode_seconds - self.rank_seconds),
             decode_seconds=self.decode_seconds,
             rank_seconds=self.rank_seconds,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """A request that is over. cost_seconds: its share of the device's time."""
-
-    drawing: Drawing
-    outcome: GenerateResult | DalleError
-    cost_seconds: float

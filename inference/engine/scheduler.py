@@ -1,18 +1,16 @@
-"""Requests for pictures, drawn together: who goes on, what is finished, when a request has ended.
+"""Scheduler of requests for images: sampled together, decoded and scored a few at a time.
 
-    begin(work, control)     the caption is read; the candidates wait for room
-    advance()   repeatedly   a position of every candidate -> pictures and scores of a few that are
-                             finished -> the requests that have ended
+    add(request)    encode the caption; the candidates wait for slots
+    step()          repeatedly: one position of every candidate -> images and scores of a few
+                    finished candidates -> the requests that have ended
 
-Sampling goes on while finished candidates are decoded and scored a few at a time. One thread calls
-everything. Letters: K candidates, N positions, M codes per position, E embedding.
+One thread calls everything. Letters: K candidates, N positions, M codes per position, E embedding.
 """
 
 from __future__ import annotations
 
 import time
 from functools import partial
-from itertools import groupby
 
 import torch
 
@@ -21,238 +19,223 @@ from dalle.decoding.engine import DecodeEngine
 from dalle.decoding.request import FinishedCandidate
 from inference.api.rendering import Candidate
 from inference.api.replies import RankedBy
-from inference.engine.control import Control
-from inference.engine.image_decoder import Previews, to_pixels
-from inference.engine.input_processor import GenerateWork
-from inference.engine.latency import Pace
-from inference.engine.running_request import Drawing, Ended
+from inference.engine.image_decoder import (
+    decode_previews,
+    is_preview_position,
+    max_previews,
+    to_pixels,
+)
+from inference.engine.latency import LatencyModel
+from inference.engine.request import EngineRequest, PreparedGeneration
+from inference.engine.running_request import RunningRequest
 
-_FINISH_TOGETHER = 4  # on a CPU: pictures decoded between two steps, in which the others wait
-_FINISH_TOGETHER_GPU = 32
-_SHARE = 4  # requests that are begun though those before them want all the room there is
-_NOTE_STEPS = 32  # steps of one size that are measured together
-_STEPS_AHEAD = 8  # that a GPU is told of before it is waited for
+_FINISH_BATCH = 4  # on a CPU: candidates decoded between two steps; all others wait meanwhile
+_FINISH_BATCH_GPU = 32
+_MIN_SHARING = 4  # requests that are begun even when earlier ones could use every slot
+_STEPS_PER_RECORD = 32  # steps of one size that are measured together
+_MAX_STEPS_AHEAD = 8  # steps that are launched on a GPU before the host waits for it
 
 
-class Studio:
-    """All requests for pictures that are drawn at present.
+class Scheduler:
+    """All requests for images that are running.
 
-    pace: what it takes is measured there, and how much is drawn together is asked there.
+    latency: receives the measured seconds, and limits how much is sampled together.
     """
 
-    def __init__(self, artefact: Artefact, engine: DecodeEngine, pace: Pace) -> None:
-        self._artefact = artefact
+    def __init__(self, artefact: Artefact, engine: DecodeEngine, latency: LatencyModel) -> None:
+        self._dvae = artefact.require("dvae")
+        self._clip = artefact.clip
+        self._tokenizer = artefact.tokenizer
         self._engine = engine
-        self._pace = pace
+        self._latency = latency
         self._device = engine.model.text_position.device
-        self._drawings: list[Drawing] = []
+        self._running: list[RunningRequest] = []
         self._measured = (0, False, 0, 0.0)  # candidates, guided, steps, seconds
-        self._wait = (
+        self._synchronize = (
             partial(torch.cuda.synchronize, self._device) if self._device.type == "cuda" else None
         )
-        self._ahead = 0  # steps that a GPU may not have done yet
-        self._shares: dict[Drawing, int] = {}  # of the last step, in candidates
+        self._steps_ahead = 0  # launched steps that a GPU may not have finished
+        self._shares: dict[RunningRequest, int] = {}  # candidates of each in the last step
 
     @property
     def has_room(self) -> bool:
-        """Whether another request would be drawn from now on: there are free places, or few to
-        share with."""
-        wanted = sum(drawing.wanted for drawing in self._drawings)
-        return wanted < self._engine.max_candidates or len(self._drawings) < _SHARE
+        """Whether another request should be begun: slots are free or few requests share them."""
+        unsampled = sum(running.num_unsampled for running in self._running)
+        return unsampled < self._engine.max_candidates or len(self._running) < _MIN_SHARING
 
     @torch.inference_mode()
-    def begin(self, work: GenerateWork, control: Control) -> Drawing:
-        """Read the caption. Raises what `control` raises for work that is not wanted any more."""
-        control.check()
-        self._catch_up()
+    def add(self, request: PreparedGeneration) -> None:
+        """Begin a request: encode its caption. Raises `Cancelled` or `DeadlineExceeded`."""
+        request.check()
+        self._wait_for_device()
         began = time.monotonic()
-        dvae, clip = self._artefact.dvae, self._artefact.clip
-        assert dvae is not None
         embedding, rank_seconds = None, 0.0
-        if clip is not None:
-            embedding = clip.encode_captions([work.caption], self._artefact.tokenizer)
+        if self._clip is not None:
+            embedding = self._clip.encode_captions([request.caption], self._tokenizer)
             rank_seconds = time.monotonic() - began
-        prime_tokens = None
-        if work.prime is not None:
-            encoded = dvae.encode(work.prime.to(self._device))[0]
-            prime_tokens = encoded[: work.prime_rows * dvae.config.grid_size]
+        prime_tokens, num_positions = None, self._dvae.config.num_positions
+        if request.prime is not None:
+            num_primed = request.prime_rows * self._dvae.config.grid_size
+            prime_tokens = self._dvae.encode(request.prime.to(self._device))[0, :num_primed]
+            num_positions -= num_primed
         generation = self._engine.submit(
-            work.text_tokens.to(self._device),
-            candidates=range(work.num_candidates),
-            seed=work.seed,
-            options=work.options,
+            request.text_tokens.to(self._device),
+            candidates=range(request.num_candidates),
+            seed=request.seed,
+            options=request.options,
             prime_tokens=prime_tokens,
         )
-        primed = 0 if prime_tokens is None else len(prime_tokens)
-        drawing = Drawing(
-            work, control, generation, embedding, dvae.config.num_positions - primed, began
+        running = RunningRequest(
+            request, generation, embedding, num_positions, began, rank_seconds=rank_seconds
         )
-        drawing.rank_seconds = rank_seconds
-        drawing.cost_seconds = time.monotonic() - began
-        self._drawings.append(drawing)
-        self._limit(drawing)
-        return drawing
+        request.cost_seconds = time.monotonic() - began
+        self._running.append(running)
+        self._limit(running)
 
     @torch.inference_mode()
-    def advance(self) -> list[Ended]:
-        """One position of every candidate, and some pictures; the requests that ended by that."""
-        for drawing in self._drawings:
-            unfinished = drawing.generation.in_slots + len(drawing.drawn)
-            if not drawing.control.keep_going(self._pace.finishing_seconds(unfinished)):
-                self._catch_up()
-                self._engine.cancel(drawing.generation)
-                drawing.is_stopped = True
-        if self._sample():
+    def step(self) -> list[EngineRequest]:
+        """Sample one position of every candidate, finish some, return the requests that ended."""
+        for running in self._running:
+            unfinished = running.generation.in_slots + len(running.sampled)
+            if not running.request.may_continue(self._latency.finishing_seconds(unfinished)):
+                self._wait_for_device()
+                self._engine.cancel(running.generation)
+                running.is_stopped = True
+        if not self._engine.is_idle:
+            self._sample()
             self._preview()
         self._finish()
-        ended = [each for each in self._drawings if each.is_over]
-        self._drawings = [each for each in self._drawings if each not in ended]
-        for drawing in ended:
-            self._engine.cancel(drawing.generation)  # it may have been left just now
-        return [Ended(each, each.outcome(self._ranked_by), each.cost_seconds) for each in ended]
+        ended = [each for each in self._running if each.is_over]
+        self._running = [each for each in self._running if each not in ended]
+        for running in ended:
+            self._engine.cancel(running.generation)  # it may have been cancelled just now
+            running.end(self._ranked_by)
+        return [running.request for running in ended]
 
-    def abandon(self) -> list[Drawing]:
-        """After a failure: give up every request, and return them."""
-        given_up, self._drawings = self._drawings, []
-        self._ahead, self._shares = 0, {}
+    def abandon(self) -> None:
+        """Give up every request after a failure."""
+        self._running.clear()
+        self._steps_ahead, self._shares = 0, {}
         self._engine.reset()
-        return given_up
 
-    def _sample(self) -> bool:
-        """One position of every candidate, its time divided among the requests; whether there was
-        any."""
-        if self._engine.is_idle:
-            return False
-        by_generation = {drawing.generation: drawing for drawing in self._drawings}
+    def _sample(self) -> None:
+        """Sample one position of every candidate; divide the time among the requests."""
+        by_generation = {running.generation: running for running in self._running}
         began = time.monotonic()
-        drawn = self._engine.step()
-        if self._wait is not None:
-            # The host may go ahead, but not so far that a request is given up late.
-            self._ahead = 0 if drawn else (self._ahead + 1) % _STEPS_AHEAD
-            if not self._ahead:
-                self._wait()
+        sampled = self._engine.step()
+        if self._synchronize is not None:
+            # A limit on how far the host is ahead: a request is then stopped in time.
+            self._steps_ahead = 0 if sampled else (self._steps_ahead + 1) % _MAX_STEPS_AHEAD
+            if not self._steps_ahead:
+                self._synchronize()
         seconds = time.monotonic() - began
         self._shares = {
-            drawing: drawing.generation.in_slots
-            + sum(each.generation is drawing.generation for each in drawn)
-            for drawing in self._drawings
+            running: running.generation.in_slots
+            + sum(each.generation is running.generation for each in sampled)
+            for running in self._running
         }
         self._charge(seconds)
         self._measure(sum(self._shares.values()), seconds)
-        for each in drawn:
-            drawing = by_generation[each.generation]
-            drawing.drawn.append(each)
-            self._limit(drawing)
-        return True
+        for each in sampled:
+            running = by_generation[each.generation]
+            running.sampled.append(each)
+            self._limit(running)
 
-    def _catch_up(self) -> None:
-        """Wait for the steps that a GPU was told of, and count the time as theirs."""
-        if self._wait is None or not self._ahead:
+    def _wait_for_device(self) -> None:
+        """Wait until a GPU has finished the launched steps, and charge the time to them."""
+        if self._synchronize is None or not self._steps_ahead:
             return
         began = time.monotonic()
-        self._wait()
+        self._synchronize()
         seconds = time.monotonic() - began
-        self._ahead = 0
+        self._steps_ahead = 0
         self._charge(seconds)
         candidates, guided, steps, total = self._measured
         self._measured = candidates, guided, steps, total + seconds
 
     def _charge(self, seconds: float) -> None:
-        """Divide the time of the last step, or of some, among the requests."""
-        together = max(1, sum(self._shares.values()))
-        for drawing, share in self._shares.items():
-            drawing.cost_seconds += seconds * share / together
+        """Divide the time of steps among the requests, by their candidates in the last one."""
+        total = max(1, sum(self._shares.values()))
+        for running, share in self._shares.items():
+            running.request.cost_seconds += seconds * share / total
 
-    def _measure(self, together: int, seconds: float) -> None:
-        """Tell the pace how long steps take, many of one size at once."""
-        guided = any(drawing.generation.slots_each == 2 for drawing in self._drawings)
+    def _measure(self, num_candidates: int, seconds: float) -> None:
+        """Record the seconds of steps in the latency model, many of one size at once."""
+        guided = any(running.generation.slots_each == 2 for running in self._running)
         candidates, was_guided, steps, total = self._measured
-        if (candidates, was_guided) != (together, guided) or steps == _NOTE_STEPS:
+        if (candidates, was_guided) != (num_candidates, guided) or steps == _STEPS_PER_RECORD:
             if steps and candidates:
-                self._pace.note_sampling(candidates, was_guided, steps, total)
+                self._latency.record_sampling(candidates, was_guided, steps, total)
             steps, total = 0, 0.0
-        self._measured = together, guided, steps + 1, total + seconds
+        self._measured = num_candidates, guided, steps + 1, total + seconds
 
-    def _limit(self, drawing: Drawing) -> None:
-        """Draw no more of a request together than can be finished before its deadline."""
-        work, generation = drawing.work, drawing.generation
-        dvae = self._artefact.dvae
-        assert dvae is not None
-        previews = Previews(dvae, 0, work.preview_rows, drawing.control.previewed)
-        generation.most = self._pace.chunk_size(
-            max(1, drawing.wanted),
-            work.options.guidance_scale != 1.0,
-            drawing.positions,
-            drawing.control.seconds_left(),
-            decodes=1 + previews.most,
-            beside=self._engine.in_making - generation.in_slots,
+    def _limit(self, running: RunningRequest) -> None:
+        """Limit the candidates in slots to what can be finished before the request's deadline."""
+        request, generation = running.request, running.generation
+        previews = max_previews(self._dvae.config.grid_size, request.preview_rows)
+        generation.most = self._latency.chunk_size(
+            max(1, running.num_unsampled),
+            request.options.guidance_scale != 1.0,
+            running.num_positions,
+            request.seconds_left(),
+            decodes=1 + previews,
+            others=self._engine.in_making - generation.in_slots,
         )
 
     def _preview(self) -> None:
-        """Hand on what is drawn so far, at each of the rows for which that was asked."""
-        dvae = self._artefact.dvae
-        assert dvae is not None
-        for drawing in self._drawings:
-            if not (every_rows := drawing.work.preview_rows) or drawing.is_stopped:
+        """Pass previews on of the candidates that have reached a preview position."""
+        grid_size = self._dvae.config.grid_size
+        for running in self._running:
+            every_rows = running.request.preview_rows
+            if every_rows is None or running.is_stopped:
                 continue
-            every = every_rows * dvae.config.grid_size
-            at_a_row = self._engine.positions(drawing.generation).values()
-            if not any(position and position % every == 0 for position in at_a_row):
+            positions = self._engine.positions(running.generation).values()
+            if not any(is_preview_position(each, grid_size, every_rows) for each in positions):
                 continue
-            self._catch_up()
-            unfinished = self._engine.tokens_so_far(drawing.generation)
-            # Neighbours that have come equally far are decoded together.
-            for _, group in groupby(
-                enumerate(unfinished), lambda each: (each[1][0] - each[0], len(each[1][1]))
-            ):
-                some = [each for _, each in group]
-                previews = Previews(dvae, some[0][0], every_rows, drawing.control.previewed)
-                previews(torch.stack([tokens for _, tokens in some]))
-                drawing.decode_seconds += previews.seconds
-                drawing.cost_seconds += previews.seconds
+            self._wait_for_device()
+            began = time.monotonic()
+            unfinished = self._engine.tokens_so_far(running.generation)
+            for preview in decode_previews(self._dvae, unfinished, every_rows):
+                running.request.put(preview)
+            seconds = time.monotonic() - began
+            running.decode_seconds += seconds
+            running.request.cost_seconds += seconds
 
     def _finish(self) -> None:
-        """Decode and score a few candidates, the first drawn first, and hand them over."""
-        most = _FINISH_TOGETHER_GPU if self._device.type == "cuda" else _FINISH_TOGETHER
-        some: list[tuple[Drawing, FinishedCandidate]] = []
-        for drawing in self._drawings:
-            while drawing.drawn and len(some) < most and not drawing.control.cancelled:
-                some.append((drawing, drawing.drawn.popleft()))
-        if not some:
+        """Decode and score a few sampled candidates, in the order of sampling; pass them on."""
+        most = _FINISH_BATCH_GPU if self._device.type == "cuda" else _FINISH_BATCH
+        batch: list[tuple[RunningRequest, FinishedCandidate]] = []
+        for running in self._running:
+            while running.sampled and len(batch) < most and not running.request.is_cancelled:
+                batch.append((running, running.sampled.popleft()))
+        if not batch:
             return
-        dvae, clip = self._artefact.dvae, self._artefact.clip
-        assert dvae is not None
         began = time.monotonic()
-        images = dvae.decode(torch.stack([each.image_tokens for _, each in some]))
+        images = self._dvae.decode(torch.stack([each.image_tokens for _, each in batch]))
         pixels = to_pixels(images)
         decoded = time.monotonic()
-        scores: list[float | None] = [None] * len(some)
-        merits = [each.log_likelihood for _, each in some]
-        if clip is not None:
-            captions = [each.caption_embedding for each, _ in some]
+        scores: list[float | None] = [None] * len(batch)
+        merits = [each.log_likelihood for _, each in batch]
+        if self._clip is not None:
+            captions = [running.caption_embedding for running, _ in batch]
             caption_embeddings = torch.cat([each for each in captions if each is not None])
-            cosines = (clip.encode_image(images) * caption_embeddings).sum(dim=1)
-            scores, merits = (
-                cosines.tolist(),
-                clip.merit(cosines, cosines.new_tensor(merits)).tolist(),
-            )
+            cosines = (self._clip.encode_image(images) * caption_embeddings).sum(dim=1)
+            scores = cosines.tolist()
+            merits = self._clip.merit(cosines, cosines.new_tensor(merits)).tolist()
         ranked = time.monotonic()
-        self._pace.note_finishing(len(some), ranked - began)
-        for (drawing, each), score, merit, picture in zip(
-            some, scores, merits, pixels, strict=True
-        ):
-            drawing.decode_seconds += (decoded - began) / len(some)
-            drawing.rank_seconds += (ranked - decoded) / len(some)
-            drawing.cost_seconds += (ranked - began) / len(some)
-            candidate = Candidate(each.candidate, each.log_likelihood, score, merit, picture)
-            drawing.finished.append(candidate)
-            drawing.control.finished(candidate)
-        for drawing in {id(drawing): drawing for drawing, _ in some}.values():
-            drawing.let_go()
+        self._latency.record_finishing(len(batch), ranked - began)
+        for (running, each), score, merit, image in zip(batch, scores, merits, pixels, strict=True):
+            running.decode_seconds += (decoded - began) / len(batch)
+            running.rank_seconds += (ranked - decoded) / len(batch)
+            running.request.cost_seconds += (ranked - began) / len(batch)
+            candidate = Candidate(each.candidate, each.log_likelihood, score, merit, image)
+            running.finished.append(candidate)
+            running.request.put(candidate)
+        for running in dict.fromkeys(running for running, _ in batch):
+            running.release_pixels()
 
     @property
     def _ranked_by(self) -> RankedBy:
-        clip = self._artefact.clip
-        if clip is None:
+        if self._clip is None:
             return "log_likelihood"
-        return "clip_and_log_likelihood" if clip.config.likelihood_weight else "clip"
+        return "clip_and_log_likelihood" if self._clip.config.likelihood_weight else "clip"

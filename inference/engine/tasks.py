@@ -1,4 +1,4 @@
-"""Images and classes to probabilities, by CLIP.
+"""Requests that run alone, from start to end: images classified by CLIP, captions completed.
 
 Letters: B images, C classes, E embedding.
 """
@@ -8,30 +8,62 @@ from __future__ import annotations
 import torch
 
 from dalle.artefact import Artefact
-from inference.api.rendering import ClassifyResult
-from inference.api.replies import Prediction
-from inference.engine.control import Control
-from inference.engine.input_processor import ClassifyWork
+from dalle.decoding.sampling import SamplingStopped, complete_captions
+from inference.api.rendering import ClassifyResult, CompleteResult
+from inference.api.replies import CompleteReply, Completion, Prediction
+from inference.engine.request import PreparedClassification, PreparedCompletion
 
-_TOGETHER = 16  # images through CLIP at once
+_IMAGES_AT_ONCE = 16  # through CLIP
 
 
 @torch.inference_mode()
 def classify(
-    artefact: Artefact, work: ClassifyWork, control: Control, device: torch.device
+    artefact: Artefact, request: PreparedClassification, device: torch.device
 ) -> ClassifyResult:
-    """Say for each image which of the classes CLIP finds likeliest. Raises what `control` does."""
-    clip = artefact.clip
-    assert clip is not None
-    control.check()
-    class_embeddings = clip.encode_captions(work.classes, artefact.tokenizer)  # [C, E]
+    """Return for each image the classes that CLIP finds likeliest.
+
+    Raises `Cancelled` or `DeadlineExceeded`.
+    """
+    clip = artefact.require("clip")
+    request.check()
+    class_embeddings = clip.encode_captions(request.classes, artefact.tokenizer)  # [C, E]
     predictions: list[Prediction] = []
-    for start in range(0, len(work.images), _TOGETHER):
-        control.check()
-        images = torch.cat(list(work.images[start : start + _TOGETHER])).to(device)
+    for start in range(0, len(request.images), _IMAGES_AT_ONCE):
+        request.check()
+        images = torch.cat(list(request.images[start : start + _IMAGES_AT_ONCE])).to(device)
         cosines = clip.encode_image(images) @ class_embeddings.T  # [B, C]
         probabilities = (cosines * clip.model.logit_scale.exp()).softmax(dim=-1)
-        best = probabilities.topk(min(work.top, len(work.classes)), dim=-1)
+        best = probabilities.topk(min(request.top, len(request.classes)), dim=-1)
         for indices, values in zip(best.indices.tolist(), best.values.tolist(), strict=True):
-            predictions.append((indices, [work.classes[each] for each in indices], values))
+            predictions.append((indices, [request.classes[each] for each in indices], values))
     return ClassifyResult(predictions)
+
+
+@torch.inference_mode()
+def complete(
+    artefact: Artefact, request: PreparedCompletion, device: torch.device
+) -> CompleteResult:
+    """Return captions that continue the given beginning, likeliest continuation first.
+
+    Raises `Cancelled` or `DeadlineExceeded`.
+    """
+    request.check()
+    try:
+        text_tokens, log_likelihood = complete_captions(
+            artefact.require("transformer"),
+            request.prefix_tokens.to(device),
+            num_completions=request.num_completions,
+            seed=request.seed,
+            options=request.options,
+            on_step=lambda _: request.may_continue(),
+        )
+    except SamplingStopped:
+        raise request.stop_error() from None
+    captions = [
+        Completion(caption=caption, log_likelihood=each)
+        for caption, each in zip(
+            artefact.require("tokenizer").decode(text_tokens), log_likelihood.tolist(), strict=True
+        )
+    ]
+    captions.sort(key=lambda each: -each.log_likelihood)
+    return CompleteResult(CompleteReply(captions=captions, seed=request.seed))

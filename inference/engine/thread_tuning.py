@@ -1,8 +1,8 @@
-"""How many threads draw fastest on this machine as it is now: found by trying, in a second.
+"""Thread tuning: the number of CPU threads that sample fastest, found by timing steps for a second.
 
-A kernel ends when its last thread does. Where a neighbour has one of two processors, two threads
-wait for the slower one in every kernel and draw slower than one alone; on a quiet machine they draw
-nearly twice as fast. Which it is cannot be read anywhere, so real steps are timed.
+A kernel ends when its last thread does. Where another process uses one of two processors, two
+threads wait for the slower one in every kernel and are slower than one alone; on a quiet machine
+they are nearly twice as fast. No system file tells the two apart, so real steps are timed.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import torch
 from dalle.decoding.engine import DecodeEngine
 from dalle.models.transformer import PADDING
 
-SECONDS = 1.0  # for all of the trying
-_MOST_ROUNDS = 25
-_WORTH = 0.95  # of the time with fewer threads that more of them must stay below
+SECONDS = 1.0  # for all measurements
+_MAX_ROUNDS = 25
+_WORTH = 0.95  # more threads must take less than this share of the time of fewer
 
 
 def choices(most: int) -> list[int]:
-    """1, 2, 4, … and `most`: what is tried where so many processors may be used."""
+    """Return the numbers of threads to try: 1, 2, 4, … and `most`."""
     return sorted({*(2**power for power in range(most.bit_length()) if 2**power <= most), most})
 
 
@@ -34,11 +34,11 @@ def measure_steps(
     seconds: float = SECONDS,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[int, float]:
-    """The median time of a step that draws `candidates`, in seconds, by number of threads.
+    """Return the median seconds of a step of `candidates`, by number of threads.
 
-    The numbers take turns, each beginning a round as often as the others, until the time is over
-    or there are enough; the first round warms up and counts only where there is no other. Leaves
-    the engine idle and torch's threads, of the calling thread, at the last number that was tried.
+    Rounds of one step with each number, in rotated order, are timed for `seconds` or 25 times; the
+    first round is a warm-up and counts only where there is no other. Leaves the engine idle, and
+    torch's threads of the calling thread at the last number.
     """
     ends = clock() + seconds
     text_tokens = torch.full((1, engine.model.config.text_length), PADDING)
@@ -46,12 +46,12 @@ def measure_steps(
     times: dict[int, list[float]] = {number: [] for number in numbers}
     generation = None
     try:
-        for turn in range(_MOST_ROUNDS + 1):
+        for turn in range(_MAX_ROUNDS + 1):
             for place in range(len(numbers)):
                 number = numbers[(place + turn) % len(numbers)]
-                if engine.is_idle:  # a small model's pictures are soon whole
+                if engine.is_idle:  # at first, and when all candidates are finished
                     generation = engine.submit(text_tokens, candidates=range(candidates), seed=0)
-                    engine.step()  # fills the slots, which is not a step's own work
+                    engine.step()  # also fills the slots, which is not to be timed
                 torch.set_num_threads(number)
                 began = clock()
                 engine.step()
@@ -67,9 +67,9 @@ def measure_steps(
 
 
 def fastest(seconds: Mapping[int, float]) -> int:
-    """The number of threads to draw with, by the seconds of a step with each.
+    """Return the number of threads to use, by the seconds of a step with each.
 
-    Fewer where more gain next to nothing: requests' threads can use the processor.
+    Fewer where more gain little: requests' threads can then use the processor.
     """
     best = min(seconds)
     for number in sorted(seconds):

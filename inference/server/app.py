@@ -26,7 +26,7 @@ from inference.api.content_types import Accept, body_kind
 from inference.api.rendering import CUSTOM_ATTRIBUTES, render_error
 from inference.api.replies import ErrorDetail, ErrorReply
 from inference.api.schema import Limits
-from inference.engine.engine_core import Scheduler, State
+from inference.engine.engine_core import EngineCore, State
 from inference.engine.request_queue import Busy
 from inference.server.body_process import BodyProcess
 from inference.server.handler import Answer, Handler, log_error
@@ -39,17 +39,17 @@ _PING_STATUS = {State.LOADING: 503, State.READY: 200, State.STOPPING: 503, State
 _MAX_ATTRIBUTES = 1024  # characters, the platform's limit
 
 
-def create_app(scheduler: Scheduler, settings: Settings) -> Flask:
-    """Return the WSGI application around a scheduler, which may still be loading."""
+def create_app(engine_core: EngineCore, settings: Settings) -> Flask:
+    """Return the WSGI application around an engine core, which may still be loading."""
     app = Flask("inference")
     # One byte over the limit: werkzeug cuts a chunked body there without an error.
     app.config["MAX_CONTENT_LENGTH"] = settings.limits.max_request_bytes + 1
     app.json.sort_keys = False  # type: ignore[attr-defined]  # the default provider has it
     metrics = Metrics(
-        queue_depth=lambda: scheduler.queue_depth,
-        is_ready=lambda: scheduler.state is State.READY,
-        busy_slots=lambda: engine.busy_slots if (engine := scheduler.loaded_engine) else 0,
-        threads=lambda: engine.threads if (engine := scheduler.loaded_engine) else 0,
+        queue_depth=lambda: engine_core.queue_depth,
+        is_ready=lambda: engine_core.state is State.READY,
+        busy_slots=lambda: engine.busy_slots if (engine := engine_core.loaded_engine) else 0,
+        threads=lambda: engine.threads if (engine := engine_core.loaded_engine) else 0,
     )
     # More requests than these are refused unread, so that threads remain for pings.
     places = threading.BoundedSemaphore(settings.max_invocations)
@@ -58,10 +58,10 @@ def create_app(scheduler: Scheduler, settings: Settings) -> Flask:
 
     @app.get("/ping")
     def ping() -> tuple[Response, int]:
-        state = scheduler.state
+        state = engine_core.state
         body = {"status": str(state)}
-        if state is State.DEAD and scheduler.cause:
-            body["cause"] = scheduler.cause
+        if state is State.DEAD and engine_core.cause:
+            body["cause"] = engine_core.cause
         return jsonify(body), _PING_STATUS[state]
 
     @app.get("/execution-parameters")
@@ -115,10 +115,10 @@ def create_app(scheduler: Scheduler, settings: Settings) -> Flask:
                 status=415,
                 code="unsupported_media_type",
             )
-        engine = scheduler.engine()
+        engine = engine_core.engine()
         body = _read_body(settings.limits)
         handler = Handler(
-            scheduler,
+            engine_core,
             engine,
             body_process,
             settings.limits,

@@ -199,7 +199,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no annotations
 
     def handle_quit(self, sig: int, frame: FrameType | None) -> None:
         """On SIGINT or SIGQUIT, cancel what runs, so that its threads end."""
-        self.app.scheduler.cancel_all()
+        self.app.engine_core.cancel_all()
         super().handle_quit(sig, frame)
 
     def stop_soon(self) -> None:
@@ -208,7 +208,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no annotations
 
     def _drain(self) -> None:
         seconds = self.app.settings.drain_seconds
-        if not self.app.scheduler.drain(seconds):
+        if not self.app.engine_core.drain(seconds):
             logger.warning("work was still running after %g seconds", seconds)
         self.stop_soon()
 

@@ -1,6 +1,6 @@
 """One invocation: a body to requests, requests to the engine core, results to the reply.
 
-    body -> parse_request -> Engine.prepare -> Scheduler.submit -> events -> Answer
+    body -> parse_request -> Engine.prepare -> EngineCore.submit -> events -> Answer
 
 Knows nothing of Flask.
 """
@@ -44,10 +44,8 @@ from inference.api.rendering import (
 )
 from inference.api.replies import ErrorLine, ErrorReply, Prediction
 from inference.api.schema import GenerateRequest, Limits, Request
-from inference.engine.control import Cancelled, DeadlineExceeded
-from inference.engine.engine_core import Scheduler
-from inference.engine.engines import Engine
-from inference.engine.request import Failed, Job
+from inference.engine.engine_core import Engine, EngineCore
+from inference.engine.request import Cancelled, DeadlineExceeded, EngineRequest, Failed
 from inference.engine.request_queue import Busy
 from inference.server.body_process import BodyProcess
 from inference.server.metrics import Metrics
@@ -84,7 +82,7 @@ class Handler:
     has_left: whether the client has closed the connection.
     """
 
-    scheduler: Scheduler
+    engine_core: EngineCore
     engine: Engine
     body_process: BodyProcess
     limits: Limits
@@ -97,7 +95,7 @@ class Handler:
     def answer(self, body: bytes, kind: BodyKind) -> Answer:
         """Return the reply to one request, or one reply line for each line of a body.
 
-        Raises what `parse_request`, `Engine.prepare` and `Scheduler.submit` raise, `UserError` 406
+        Raises what `parse_request`, `Engine.prepare` and `EngineCore.submit` raise, `UserError` 406
         where no type in the Accept header suits the request, and the request's own error.
         """
         if kind is BodyKind.JSON_LINES:
@@ -119,24 +117,24 @@ class Handler:
         else:
             what = "a request without a caption"
             media_type = self.accept.best(OFFERED_WITHOUT_IMAGE, what=what)
-        job = self._submit(request, media_type, wait=False)
+        prepared = self._submit(request, media_type, wait=False)
         try:
             if isinstance(request, GenerateRequest) and media_type in JSON_LINES_NAMES:
                 # The first event is waited for, so that an early failure still sets the status.
-                first = self._next_event(job)
-                return Answer(self._stream(job, request, first), media_type)
-            result = self._result(job)
+                first = self._next_event(prepared)
+                return Answer(self._stream(prepared, request, first), media_type)
+            result = self._result(prepared)
         except BaseException:
-            job.cancel()
+            prepared.cancel()
             raise
         if isinstance(result, GenerateResult) and media_type in _IMAGE_FORMATS:
             began = time.monotonic()
             file, headers = render_best(result, _IMAGE_FORMATS[media_type])
             encode_seconds = time.monotonic() - began
-            timings = stage_timings(result, job.queue_seconds, encode_seconds)
+            timings = stage_timings(result, prepared.queue_seconds, encode_seconds)
             self.metrics.count_generation(result, timings)
             return Answer(file, media_type, headers)
-        body = self._render(result, request, job)
+        body = self._render(result, request, prepared)
         if media_type in JSON_LINES_NAMES:
             return Answer(body + b"\n", media_type)
         return Answer(body, JSON)
@@ -170,7 +168,7 @@ class Handler:
         finally:
             for each in started:
                 if isinstance(each, _Line):
-                    each.job.cancel()
+                    each.prepared.cancel()
 
     def _start_line(self, line: bytes, *, wait: bool) -> _Line | bytes:
         """Submit a line; return it, or its reply where it is refused."""
@@ -189,16 +187,16 @@ class Handler:
         if isinstance(line, bytes):
             return line
         try:
-            return self._render(self._result(line.job), line.request, line.job) + b"\n"
+            return self._render(self._result(line.prepared), line.request, line.prepared) + b"\n"
         except Cancelled:
             raise
         except Exception as error:
             return _error_line(error)
         finally:
-            line.job.cancel()
+            line.prepared.cancel()
 
     def _stream(
-        self, job: Job, request: GenerateRequest, event: Preview | Candidate | Result
+        self, prepared: EngineRequest, request: GenerateRequest, event: Preview | Candidate | Result
     ) -> Iterator[bytes]:
         encode_seconds = 0.0
         uncounted = 0
@@ -212,10 +210,10 @@ class Handler:
                     line = _dump(render_candidate(event, request.format)) + b"\n"
                 encode_seconds += time.monotonic() - began
                 yield line
-                event = self._next_event(job)
+                event = self._next_event(prepared)
             assert isinstance(event, GenerateResult)
             ranking = render_ranking(
-                event, queue_seconds=job.queue_seconds, encode_seconds=encode_seconds
+                event, queue_seconds=prepared.queue_seconds, encode_seconds=encode_seconds
             )
             self.metrics.count_generation(event, ranking.timings)
             uncounted = 0
@@ -230,9 +228,9 @@ class Handler:
             yield _dump(ErrorLine(error=render_error(error)[1])) + b"\n"
         finally:
             self.metrics.count_candidates(uncounted)
-            job.cancel()
+            prepared.cancel()
 
-    def _submit(self, request: Request, media_type: str, *, wait: bool) -> Job:
+    def _submit(self, request: Request, media_type: str, *, wait: bool) -> EngineRequest:
         if isinstance(request, GenerateRequest):
             if request.preview_rows is not None and media_type not in JSON_LINES_NAMES:
                 raise UserError(
@@ -244,48 +242,49 @@ class Handler:
                 )
             if media_type == JSON and self.engine.image_size:
                 check_reply_size(request, self.engine.image_size, self.limits)
-        work = self.engine.prepare(request)
         seconds = request.deadline_seconds or self.limits.deadline_seconds
-        return self.scheduler.submit(
-            work, arrival=self.arrival, deadline=self.arrival + seconds, wait=wait
+        prepared = self.engine.prepare(
+            request, arrival=self.arrival, deadline=self.arrival + seconds
         )
+        self.engine_core.submit(prepared, wait=wait)
+        return prepared
 
-    def _result(self, job: Job) -> Result:
-        while isinstance(event := self._next_event(job), Preview | Candidate):
+    def _result(self, prepared: EngineRequest) -> Result:
+        while isinstance(event := self._next_event(prepared), Preview | Candidate):
             pass
         return event
 
-    def _next_event(self, job: Job) -> Preview | Candidate | Result:
-        while (event := job.next_event(_CHECK_SECONDS)) is None:
-            self._check(job)
+    def _next_event(self, prepared: EngineRequest) -> Preview | Candidate | Result:
+        while (event := prepared.next_event(_CHECK_SECONDS)) is None:
+            self._check(prepared)
         if isinstance(event, Preview | Candidate):  # these may come too fast for any time-out
-            self._check(job)
+            self._check(prepared)
         if isinstance(event, Failed):
             raise event.error
         return event
 
-    def _check(self, job: Job) -> None:
-        """Cancel the job when its client has gone or its deadline is long past."""
+    def _check(self, prepared: EngineRequest) -> None:
+        """Cancel the request when its client has gone or its deadline is long past."""
         now = time.monotonic()
         if now < self._next_check:
             return
         self._next_check = now + _CHECK_SECONDS
         if self.has_left():
-            job.cancel()
+            prepared.cancel()
             raise Cancelled("the client closed the connection")
-        if job.control.seconds_left() < -_GRACE_SECONDS:
-            job.cancel()
+        if prepared.seconds_left() < -_GRACE_SECONDS:
+            prepared.cancel()
             raise DeadlineExceeded(
                 "the deadline passed and the model did not stop in time", field="deadline_seconds"
             )
 
-    def _render(self, result: Result, request: Request, job: Job) -> bytes:
+    def _render(self, result: Result, request: Request, prepared: EngineRequest) -> bytes:
         if isinstance(result, ClassifyResult):
             return _PREDICTIONS.dump_json(result.predictions)
         if isinstance(result, CompleteResult):
             return _dump(result.reply)
         assert isinstance(request, GenerateRequest)
-        reply = render_json(result, request, queue_seconds=job.queue_seconds)
+        reply = render_json(result, request, queue_seconds=prepared.queue_seconds)
         self.metrics.count_generation(result, reply.timings)
         return _dump(reply)
 
@@ -295,7 +294,7 @@ class _Line:
     """A submitted line of a JSON-lines body."""
 
     request: Request
-    job: Job
+    prepared: EngineRequest
 
 
 def log_error(error: Exception) -> None:

@@ -17,8 +17,7 @@ from gunicorn.app.base import BaseApplication
 from gunicorn.glogging import Logger
 
 from dalle.errors import DalleError
-from inference.engine.engine_core import Scheduler
-from inference.engine.engines import Engine
+from inference.engine.engine_core import Engine, EngineCore
 from inference.server.gunicorn_worker import Worker
 from inference.settings import Settings
 
@@ -44,7 +43,7 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no annotati
         self.settings = settings
         self.death: Exception | None = None
         self.stop: Callable[[], None] | None = None  # set by the worker
-        self.scheduler = Scheduler(
+        self.engine_core = EngineCore(
             load,
             queue_size=settings.queue_size,
             stall_seconds=settings.stall_seconds,
@@ -94,8 +93,8 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no annotati
         try:
             from inference.server.app import create_app  # not before the port is bound
 
-            self.scheduler.start()
-            return create_app(self.scheduler, self.settings)
+            self.engine_core.start()
+            return create_app(self.engine_core, self.settings)
         except Exception as error:
             self._write_cause(error)
             raise
@@ -113,7 +112,7 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no annotati
 
     def _note_death(self, error: Exception) -> None:
         """End the process where the model never worked; one that broke later answers pings 500."""
-        if not self.scheduler.was_ready:
+        if not self.engine_core.was_ready:
             self._write_cause(error)
             self.death = error
             if self.stop is not None:

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from inference.api.schema import ClassifyRequest, GenerateRequest
-from inference.engine.model_runner import Generator
+from inference.engine.model_runner import ModelRunner
 
 CAPTIONS = ("a red square", "a blue circle", "big filled star")
 SEEDS = 3
@@ -39,7 +39,7 @@ class Reference:
 
     def __init__(self, artefact: Path) -> None:
         threads = torch.get_num_threads()
-        generator = Generator.load(artefact, "cpu", threads=1)
+        runner = ModelRunner.load(artefact, "cpu", threads=1)
         torch.set_num_threads(threads)
         self.pictures: dict[tuple[str, int, float, int], bytes] = {}
         for caption in CAPTIONS:
@@ -52,7 +52,7 @@ class Reference:
                         num_candidates=CANDIDATES,
                         num_images=CANDIDATES,
                     )
-                    for each in generator.generate(request).ranked:
+                    for each in runner.run(runner.prepare(request)).ranked:
                         key = (caption, seed, scale, each.number)
                         self.pictures[key] = each.pixels.tobytes()
         noise = np.random.default_rng(0).integers(0, 256, (350, 350, 3), dtype=np.uint8)
@@ -62,7 +62,8 @@ class Reference:
             "images": [base64.b64encode(file.getvalue()).decode()],
             "classes": ["a red square", "a blue circle", "star"],
         }
-        (self.prediction,) = generator.classify(ClassifyRequest(**self.large)).predictions
+        prepared = runner.prepare(ClassifyRequest(**self.large))
+        (self.prediction,) = runner.run(prepared).predictions
 
 
 @dataclass

@@ -18,8 +18,8 @@ from dalle.errors import ArtefactError, DeviceError, UserError
 from dalle.models.clip import Clip
 from inference.api.rendering import Candidate, GenerateResult, Preview
 from inference.api.schema import ClassifyRequest, CompleteRequest, GenerateRequest
-from inference.engine.control import Cancelled, Control, DeadlineExceeded
-from inference.engine.model_runner import Generator
+from inference.engine.model_runner import ModelRunner
+from inference.engine.request import Cancelled, DeadlineExceeded, EngineRequest
 
 CPU = torch.device("cpu")
 
@@ -30,8 +30,8 @@ def artefact(tiny_artefact):
 
 
 @pytest.fixture
-def generator(artefact) -> Generator:
-    return Generator(artefact, CPU)
+def runner(artefact) -> ModelRunner:
+    return ModelRunner(artefact, CPU)
 
 
 def ask(**fields: object) -> GenerateRequest:
@@ -47,12 +47,21 @@ def picture(size: int = 16, format: str = "PNG") -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
+def answer(runner: ModelRunner, request):
+    return runner.run(runner.prepare(request))
+
+
+def events_of(prepared: EngineRequest):
+    """The candidates and previews so far, in order."""
+    return list(iter(lambda: prepared.next_event(0.0), None))
+
+
 def by_number(result: GenerateResult) -> dict[int, Candidate]:
     return {candidate.number: candidate for candidate in result.ranked}
 
 
-def test_candidates_come_ranked_by_clip_best_first(generator):
-    result = generator.generate(ask(num_candidates=5))
+def test_candidates_come_ranked_by_clip_best_first(runner):
+    result = answer(runner, ask(num_candidates=5))
     assert result.ranked_by == "clip"
     scores = [candidate.clip_score for candidate in result.ranked]
     assert scores == sorted(scores, reverse=True)
@@ -64,32 +73,32 @@ def test_candidates_come_ranked_by_clip_best_first(generator):
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_a_seeds_pictures_depend_on_nothing_else(artefact, guidance_scale):
-    few = Generator(artefact, CPU, chunk_size=1)
-    many = Generator(artefact, CPU, chunk_size=4)
-    one = by_number(few.generate(ask(num_candidates=2, guidance_scale=guidance_scale)))
-    other = by_number(many.generate(ask(num_candidates=7, guidance_scale=guidance_scale)))
+    few = ModelRunner(artefact, CPU, chunk_size=1)
+    many = ModelRunner(artefact, CPU, chunk_size=4)
+    one = by_number(answer(few, ask(num_candidates=2, guidance_scale=guidance_scale)))
+    other = by_number(answer(many, ask(num_candidates=7, guidance_scale=guidance_scale)))
     for number, candidate in one.items():
         assert (candidate.pixels == other[number].pixels).all()
         assert candidate.clip_score == pytest.approx(other[number].clip_score, abs=1e-5)
         assert candidate.log_likelihood == pytest.approx(other[number].log_likelihood, abs=1e-3)
 
 
-def test_candidates_of_a_seed_differ_and_so_do_seeds(generator):
-    first = by_number(generator.generate(ask(num_candidates=2)))
-    second = by_number(generator.generate(ask(num_candidates=2, seed=8)))
+def test_candidates_of_a_seed_differ_and_so_do_seeds(runner):
+    first = by_number(answer(runner, ask(num_candidates=2)))
+    second = by_number(answer(runner, ask(num_candidates=2, seed=8)))
     pictures = [each.pixels.tobytes() for each in (*first.values(), *second.values())]
     assert len(set(pictures)) == 4
 
 
-def test_without_a_seed_one_is_drawn_and_returned(generator):
-    result = generator.generate(ask(seed=None, num_candidates=1))
-    again = generator.generate(ask(seed=result.seed, num_candidates=1))
+def test_without_a_seed_one_is_drawn_and_returned(runner):
+    result = answer(runner, ask(seed=None, num_candidates=1))
+    again = answer(runner, ask(seed=result.seed, num_candidates=1))
     assert (result.ranked[0].pixels == again.ranked[0].pixels).all()
-    assert generator.generate(ask(seed=None, num_candidates=1)).seed != result.seed
+    assert answer(runner, ask(seed=None, num_candidates=1)).seed != result.seed
 
 
 def test_without_clip_the_transformer_ranks(artefact):
-    result = Generator(replace(artefact, clip=None), CPU).generate(ask(num_candidates=4))
+    result = answer(ModelRunner(replace(artefact, clip=None), CPU), ask(num_candidates=4))
     assert result.ranked_by == "log_likelihood"
     assert {candidate.clip_score for candidate in result.ranked} == {None}
     likelihoods = [candidate.log_likelihood for candidate in result.ranked]
@@ -100,32 +109,34 @@ def test_a_clip_with_a_likelihood_weight_ranks_by_both_as_training_does(artefact
     config = replace(artefact.clip.config, likelihood_weight=2.0)
     clip = Clip(config).eval()
     clip.load_state_dict(artefact.clip.state_dict())
-    result = Generator(replace(artefact, clip=clip), CPU).generate(ask(num_candidates=6))
+    result = answer(ModelRunner(replace(artefact, clip=clip), CPU), ask(num_candidates=6))
     assert result.ranked_by == "clip_and_log_likelihood"
     merits = [candidate.merit for candidate in result.ranked]
     assert merits == sorted(merits, reverse=True)
     scores = torch.tensor([candidate.clip_score for candidate in result.ranked])
     likelihoods = torch.tensor([candidate.log_likelihood for candidate in result.ranked])
     torch.testing.assert_close(torch.tensor(merits), clip.merit(scores, likelihoods))
-    by_clip = Generator(artefact, CPU).generate(ask(num_candidates=6))
+    by_clip = answer(ModelRunner(artefact, CPU), ask(num_candidates=6))
     assert [each.number for each in result.ranked] != [each.number for each in by_clip.ranked]
     for number, candidate in by_number(by_clip).items():
         assert (candidate.pixels == by_number(result)[number].pixels).all()
 
 
 def test_finished_candidates_are_handed_over_one_by_one(artefact):
-    seen: list[int] = []
-    control = Control(on_candidate=lambda candidate: seen.append(candidate.number))
-    Generator(artefact, CPU, chunk_size=2).generate(ask(num_candidates=5), control)
-    assert seen == [0, 1, 2, 3, 4]
+    runner = ModelRunner(artefact, CPU, chunk_size=2)
+    prepared = runner.prepare(ask(num_candidates=5))
+    runner.run(prepared)
+    assert [event.number for event in events_of(prepared)] == [0, 1, 2, 3, 4]
 
 
 def test_previews_show_what_is_drawn_above_grey_and_change_nothing(artefact):
-    dvae, seen = artefact.dvae, []
-    generator = Generator(artefact, CPU, chunk_size=2)
+    dvae = artefact.dvae
+    runner = ModelRunner(artefact, CPU, chunk_size=2)
     request = ask(num_candidates=3, preview_rows=1)
-    result = by_number(generator.generate(request, Control(on_preview=seen.append)))
-    plain = by_number(generator.generate(ask(num_candidates=3)))
+    prepared = runner.prepare(request)
+    result = by_number(runner.run(prepared))
+    seen = [event for event in events_of(prepared) if isinstance(event, Preview)]
+    plain = by_number(answer(runner, ask(num_candidates=3)))
     order = [(preview.rows, preview.number) for preview in seen]
     assert order == [(1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (3, 1), (1, 2), (2, 2), (3, 2)]
     assert all((plain[number].pixels == result[number].pixels).all() for number in range(3))
@@ -154,22 +165,24 @@ def test_previews_show_what_is_drawn_above_grey_and_change_nothing(artefact):
     ],
 )
 def test_previews_come_as_often_as_they_were_asked_for(artefact, fields, rows):
-    seen = []
-    control = Control(on_preview=seen.append)
-    Generator(artefact, CPU).generate(ask(num_candidates=1, **fields), control)
-    assert [preview.rows for preview in seen] == rows
+    runner = ModelRunner(artefact, CPU)
+    prepared = runner.prepare(ask(num_candidates=1, **fields))
+    runner.run(prepared)
+    assert [each.rows for each in events_of(prepared) if isinstance(each, Preview)] == rows
 
 
-def test_a_watcher_that_leaves_stops_the_drawing_at_the_next_token(artefact):
+def test_a_watcher_that_leaves_stops_the_sampling_at_the_next_token(artefact, monkeypatch):
     seen = []
 
     def leave(preview: Preview) -> None:
         seen.append(preview)
-        control.cancel()
+        prepared.cancel()
 
-    control = Control(on_preview=leave)
+    runner = ModelRunner(artefact, CPU)
+    prepared = runner.prepare(ask(num_candidates=1, preview_rows=1))
+    monkeypatch.setattr(prepared, "put", leave)
     with pytest.raises(Cancelled):
-        Generator(artefact, CPU).generate(ask(num_candidates=1, preview_rows=1), control)
+        runner.run(prepared)
     assert [preview.rows for preview in seen] == [1]
 
 
@@ -178,7 +191,7 @@ def test_a_caption_is_read_by_clip_once_whatever_is_drawn(artefact):
     text_encoder = artefact.clip.model.transformer
     handle = text_encoder.register_forward_hook(lambda *_: calls.append(1))
     try:
-        Generator(artefact, CPU, chunk_size=1).generate(ask(num_candidates=5))
+        answer(ModelRunner(artefact, CPU, chunk_size=1), ask(num_candidates=5))
     finally:
         handle.remove()
     assert len(calls) == 1
@@ -196,29 +209,35 @@ class Clock:
 
 
 def test_a_deadline_leaves_the_candidates_that_were_finished(artefact):
-    whole = by_number(Generator(artefact, CPU, chunk_size=1).generate(ask(num_candidates=4)))
-    control = Control(60.0, clock=Clock())
-    part = Generator(artefact, CPU, chunk_size=1).generate(ask(num_candidates=4), control)
+    whole = by_number(answer(ModelRunner(artefact, CPU, chunk_size=1), ask(num_candidates=4)))
+    runner = ModelRunner(artefact, CPU, chunk_size=1)
+    prepared = runner.prepare(ask(num_candidates=4), deadline=60.0)
+    prepared.clock = Clock()
+    part = runner.run(prepared)
     assert 1 <= len(part.ranked) < 4
     assert part.num_candidates == 4
     for number, candidate in by_number(part).items():
         assert (candidate.pixels == whole[number].pixels).all()
 
 
-def test_a_deadline_before_the_first_candidate_is_an_error(generator):
+def test_a_deadline_before_the_first_candidate_is_an_error(runner):
+    prepared = runner.prepare(ask(), deadline=10.0)
+    prepared.clock = Clock()
     with pytest.raises(DeadlineExceeded, match="deadline_seconds"):
-        generator.generate(ask(), Control(10.0, clock=Clock()))
+        runner.run(prepared)
 
 
-def test_cancelled_work_stops_between_candidates(artefact):
-    control = Control(on_candidate=lambda _: control.cancel())
+def test_cancelled_work_stops_between_candidates(artefact, monkeypatch):
+    runner = ModelRunner(artefact, CPU, chunk_size=1)
+    prepared = runner.prepare(ask(num_candidates=4))
+    monkeypatch.setattr(prepared, "put", lambda _: prepared.cancel())
     with pytest.raises(Cancelled):
-        Generator(artefact, CPU, chunk_size=1).generate(ask(num_candidates=4), control)
+        runner.run(prepared)
 
 
-def test_primed_rows_are_kept_and_the_rest_is_drawn(artefact, generator):
+def test_primed_rows_are_kept_and_the_rest_is_drawn(artefact, runner):
     dvae, size, rows = artefact.dvae, artefact.dvae.config.image_size, 2
-    result = generator.generate(ask(num_candidates=3, prime_image=picture(size), prime_rows=rows))
+    result = answer(runner, ask(num_candidates=3, prime_image=picture(size), prime_rows=rows))
     pixels = np.array(Image.open(io.BytesIO(base64.b64decode(picture(size)))))
     image_tokens = dvae.encode(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255)
     primed = image_tokens[0, : rows * dvae.config.grid_size]
@@ -235,56 +254,56 @@ def test_primed_rows_are_kept_and_the_rest_is_drawn(artefact, generator):
         assert (candidate.pixels == images[number]).all()
 
 
-def test_a_prime_image_of_another_size_or_format_is_fitted(generator):
-    result = generator.generate(
-        ask(num_candidates=1, prime_image=picture(50, "JPEG"), prime_rows=1)
-    )
+def test_a_prime_image_of_another_size_or_format_is_fitted(runner):
+    result = answer(runner, ask(num_candidates=1, prime_image=picture(50, "JPEG"), prime_rows=1))
     assert result.ranked[0].pixels.shape == (16, 16, 3)
 
 
-def test_classes_come_likeliest_first_with_probabilities(generator):
+def test_classes_come_likeliest_first_with_probabilities(runner):
     request = ClassifyRequest(images=[picture(), picture(40)], classes=["red", "blue", "a star"])
-    for indices, classes, probabilities in generator.classify(request).predictions:
+    for indices, classes, probabilities in answer(runner, request).predictions:
         assert sorted(indices) == [0, 1, 2]
         assert classes == [request.classes[index] for index in indices]
         assert probabilities == sorted(probabilities, reverse=True)
         assert sum(probabilities) == pytest.approx(1, abs=1e-5)
 
 
-def test_no_more_classes_are_returned_than_were_asked_for(generator):
+def test_no_more_classes_are_returned_than_were_asked_for(runner):
     request = ClassifyRequest(images=[picture()], classes=["red", "blue", "a star"], top=2)
-    ((indices, classes, probabilities),) = generator.classify(request).predictions
+    ((indices, classes, probabilities),) = answer(runner, request).predictions
     assert len(indices) == len(classes) == len(probabilities) == 2
 
 
-def test_captions_are_completed_from_their_beginning(generator):
+def test_captions_are_completed_from_their_beginning(runner):
     request = CompleteRequest(complete="red", num_completions=3, seed=1)
-    reply = generator.complete(request).reply
+    reply = answer(runner, request).reply
     assert [each.caption.split()[0] for each in reply.captions] == ["red"] * 3
     likelihoods = [each.log_likelihood for each in reply.captions]
     assert likelihoods == sorted(likelihoods, reverse=True)
-    assert generator.complete(request).reply == reply
+    assert answer(runner, request).reply == reply
 
 
-def test_a_deadline_between_two_words_stops_a_completion(generator):
+def test_a_deadline_between_two_words_stops_a_completion(runner):
     request = CompleteRequest(complete="", num_completions=64, seed=1)
+    prepared = runner.prepare(request, deadline=5.0)
+    prepared.clock = Clock()
     with pytest.raises(DeadlineExceeded, match="deadline_seconds"):
-        generator.complete(request, Control(5.0, clock=Clock()))
+        runner.run(prepared)
 
 
-def test_nothing_may_be_the_beginning_of_a_caption(generator):
-    assert len(generator.complete(CompleteRequest(complete="", seed=1)).reply.captions) == 4
+def test_nothing_may_be_the_beginning_of_a_caption(runner):
+    assert len(answer(runner, CompleteRequest(complete="", seed=1)).reply.captions) == 4
 
 
-def test_a_caption_that_is_too_long_names_the_limit(generator):
+def test_a_caption_that_is_too_long_names_the_limit(runner):
     with pytest.raises(UserError, match="at most 8 tokens") as caught:
-        generator.prepare(ask(caption="red " * 9))
+        runner.prepare(ask(caption="red " * 9))
     assert (caught.value.status, caught.value.field) == (422, "caption")
 
 
-def test_a_class_that_is_too_long_is_refused_before_any_work(generator):
+def test_a_class_that_is_too_long_is_refused_before_any_work(runner):
     with pytest.raises(UserError, match=r"classes\[1\]: .* at most 8 tokens") as caught:
-        generator.prepare(ClassifyRequest(images=[picture()], classes=["red", "red " * 9]))
+        runner.prepare(ClassifyRequest(images=[picture()], classes=["red", "red " * 9]))
     assert (caught.value.field, caught.value.status) == ("classes[1]", 422)
 
 
@@ -305,15 +324,15 @@ def giant() -> str:
         (lambda: "https://example.com/a.png", "addresses are not fetched"),
     ],
 )
-def test_a_prime_image_that_cannot_be_used_says_why(generator, text, says):
+def test_a_prime_image_that_cannot_be_used_says_why(runner, text, says):
     with pytest.raises(UserError, match=says) as caught:
-        generator.prepare(ask(prime_image=text(), prime_rows=1))
+        runner.prepare(ask(prime_image=text(), prime_rows=1))
     assert (caught.value.status, caught.value.field) == (400, "prime_image")
 
 
-def test_an_image_among_several_is_named(generator):
+def test_an_image_among_several_is_named(runner):
     with pytest.raises(UserError, match=r"images\[1\] is not an image"):
-        generator.prepare(ClassifyRequest(images=[picture(), "aGk="], classes=["a"]))
+        runner.prepare(ClassifyRequest(images=[picture(), "aGk="], classes=["a"]))
 
 
 @pytest.mark.parametrize(
@@ -324,9 +343,9 @@ def test_an_image_among_several_is_named(generator):
         ({"preview_rows": 4}, "preview_rows must be 1 to 3"),
     ],
 )
-def test_what_only_the_model_can_know_is_checked_before_any_work(generator, fields, says):
+def test_what_only_the_model_can_know_is_checked_before_any_work(runner, fields, says):
     with pytest.raises(UserError, match=says) as caught:
-        generator.prepare(ask(**fields))
+        runner.prepare(ask(**fields))
     assert caught.value.status == 422
 
 
@@ -345,16 +364,16 @@ def test_what_only_the_model_can_know_is_checked_before_any_work(generator, fiel
     ],
 )
 def test_a_missing_component_says_which_stage_to_train(artefact, missing, request_, says):
-    generator = Generator(replace(artefact, **{missing: None}), CPU)
+    runner = ModelRunner(replace(artefact, **{missing: None}), CPU)
     with pytest.raises(UserError, match=says) as caught:
-        generator.prepare(request_)
+        runner.prepare(request_)
     assert (caught.value.status, caught.value.code) == (422, "component_missing")
 
 
 @pytest.mark.parametrize("missing", ["dvae", "transformer", "clip", None])
 def test_whatever_can_be_done_passes_the_self_test(artefact, missing):
     partial = replace(artefact, **{missing: None}) if missing else artefact
-    Generator(partial, CPU).self_test()
+    ModelRunner(partial, CPU).self_test()
 
 
 @pytest.mark.parametrize("left", [[], ["dvae"], ["tokenizer", "dvae"], ["transformer", "dvae"]])
@@ -362,28 +381,28 @@ def test_an_artefact_that_can_answer_nothing_fails_its_self_test(left, artefact)
     components = {name: getattr(artefact, name) for name in left}
     partial = artefacts.Artefact(**components)
     with pytest.raises(ArtefactError, match="nothing can be answered; train the stages"):
-        Generator(partial, CPU).self_test()
+        ModelRunner(partial, CPU).self_test()
 
 
 def test_it_loads_a_directory_and_an_archive_of_it(tiny_artefact, tmp_path):
     with tarfile.open(tmp_path / "model.tar.gz", "w:gz") as archive:
         archive.add(tiny_artefact, arcname=".")
-    first, second = (Generator.load(path, "cpu") for path in (tiny_artefact, tmp_path))
+    first, second = (ModelRunner.load(path, "cpu") for path in (tiny_artefact, tmp_path))
     assert first.components == second.components == ["dvae", "transformer", "clip", "tokenizer"]
-    one, other = (each.generate(ask(num_candidates=1)) for each in (first, second))
+    one, other = (answer(each, ask(num_candidates=1)) for each in (first, second))
     assert (one.ranked[0].pixels == other.ranked[0].pixels).all()
 
 
 def test_a_device_that_is_absent_is_named():
     with pytest.raises(DeviceError, match="cuda:63 is not usable"):
-        Generator.load(Path("unused"), "cuda:63")
+        ModelRunner.load(Path("unused"), "cuda:63")
 
 
 @pytest.mark.gpu
 def test_it_draws_and_scores_on_a_gpu(tiny_artefact):
-    generator = Generator.load(tiny_artefact, "cuda")
-    generator.self_test()
-    assert len(generator.generate(ask(num_candidates=3)).ranked) == 3
+    runner = ModelRunner.load(tiny_artefact, "cuda")
+    runner.self_test()
+    assert len(answer(runner, ask(num_candidates=3)).ranked) == 3
 
 
 def test_number_formats_are_compared_by_captions_that_the_artefact_brings(
@@ -397,9 +416,9 @@ def test_number_formats_are_compared_by_captions_that_the_artefact_brings(
 
     monkeypatch.setattr("inference.engine.model_runner.build_engine", build_engine)
     loaded = artefacts.load(tiny_artefact)
-    Generator(loaded, torch.device("cpu"))
+    ModelRunner(loaded, torch.device("cpu"))
     loaded.manifest.captions = ["a", "a a"]
-    Generator(loaded, torch.device("cpu"))
+    ModelRunner(loaded, torch.device("cpu"))
     nothing, examples = given
     assert nothing is None
     assert torch.equal(examples, loaded.tokenizer.encode(["a", "a a"]))

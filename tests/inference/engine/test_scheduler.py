@@ -1,4 +1,4 @@
-"""Requests drawn together: each as if it were alone, whoever comes, leaves or is late."""
+"""inference.engine.scheduler: each request as if it were alone, whatever runs beside it."""
 
 import threading
 import time
@@ -12,11 +12,9 @@ from dalle.errors import DeviceError, PlatformError, UserError
 from dalle.types import PRECISIONS
 from inference.api.rendering import Candidate, GenerateResult, Preview
 from inference.api.schema import CompleteRequest, GenerateRequest
-from inference.engine.control import Cancelled, Control, DeadlineExceeded
-from inference.engine.engine_core import Scheduler, State
-from inference.engine.model_runner import Generator
-from inference.engine.request import Failed
-from inference.engine.running_request import Ended
+from inference.engine.engine_core import EngineCore, State
+from inference.engine.model_runner import ModelRunner
+from inference.engine.request import Cancelled, DeadlineExceeded, Failed
 from inference.settings import read_settings
 
 CPU = torch.device("cpu")
@@ -30,8 +28,8 @@ def artefact(tiny_artefact):
 
 
 @pytest.fixture
-def generator(artefact) -> Generator:
-    return Generator(artefact, CPU, chunk_size=4)
+def runner(artefact) -> ModelRunner:
+    return ModelRunner(artefact, CPU, chunk_size=4)
 
 
 def ask(number: int = 0, **fields: object) -> GenerateRequest:
@@ -51,29 +49,29 @@ def pictures(result: GenerateResult) -> dict[int, bytes]:
     return {each.number: each.pixels.tobytes() for each in result.ranked}
 
 
-def draw_together(generator: Generator, requests, controls=None, every: int = 3):
-    """Begin one every few steps; how each ended."""
-    controls = controls or [Control() for _ in requests]
-    outcomes: list[object] = [None] * len(requests)
-    numbers: dict[object, int] = {}
-    steps = 0
-    while None in outcomes:
-        number = len(numbers)
-        if steps % every == 0 and number < len(requests):
-            drawing = generator.begin(generator.prepare(requests[number]), controls[number])
-            numbers[drawing] = number
-        for ended in generator.advance():
-            outcomes[numbers[ended.drawing]] = ended.outcome
+def answer(runner: ModelRunner, request):
+    return runner.run(runner.prepare(request))
+
+
+def sample_together(runner: ModelRunner, prepared, every: int = 3):
+    """Begin one request every few steps; return their outcomes."""
+    begun = steps = 0
+    while any(each.outcome is None for each in prepared):
+        if steps % every == 0 and begun < len(prepared):
+            runner.add(prepared[begun])
+            begun += 1
+        runner.step()
         steps += 1
         assert steps < 2000, "a request does not end"
-    return outcomes
+    return [each.outcome for each in prepared]
 
 
 @pytest.mark.parametrize("every", [1, 3, 20])
-def test_each_is_drawn_as_if_it_were_alone(every, artefact, generator):
-    outcomes = draw_together(generator, REQUESTS, every=every)
+def test_each_is_sampled_as_if_it_were_alone(every, artefact, runner):
+    prepared = [runner.prepare(each) for each in REQUESTS]
+    outcomes = sample_together(runner, prepared, every=every)
     for request, outcome in zip(REQUESTS, outcomes, strict=True):
-        alone = Generator(artefact, CPU, chunk_size=1).generate(request)
+        alone = answer(ModelRunner(artefact, CPU, chunk_size=1), request)
         assert pictures(outcome) == pictures(alone)
         for one, other in zip(outcome.ranked, alone.ranked, strict=True):
             assert one.number == other.number
@@ -81,25 +79,27 @@ def test_each_is_drawn_as_if_it_were_alone(every, artefact, generator):
             assert one.log_likelihood == pytest.approx(other.log_likelihood, abs=1e-3)
 
 
-def test_they_take_turns_in_one_step(generator):
+def test_they_take_turns_in_one_step(runner, monkeypatch):
     """The second does not wait for the first to end."""
     seen: list[tuple[int, int]] = []
 
-    def noting(which: int) -> Control:
-        return Control(on_candidate=lambda candidate: seen.append((which, candidate.number)))
-
-    draw_together(generator, [ask(0, num_candidates=20), ask(1)], [noting(0), noting(1)])
+    prepared = [runner.prepare(each) for each in (ask(0, num_candidates=20), ask(1))]
+    for which, each in enumerate(prepared):
+        note = lambda candidate, which=which: seen.append((which, candidate.number))  # noqa: E731
+        monkeypatch.setattr(each, "put", note)
+    sample_together(runner, prepared)
     last_of_second = max(index for index, (which, _) in enumerate(seen) if which == 1)
     assert [which for which, _ in seen[last_of_second:]].count(0) >= 8
     assert [number for which, number in seen if which == 0] == list(range(20))
 
 
-def test_who_leaves_does_not_disturb_who_stays(artefact, generator):
-    left = Control(on_candidate=lambda _: left.cancel())
-    first, second = draw_together(generator, [ask(0, num_candidates=9), ask(1)], [left, Control()])
+def test_who_leaves_does_not_disturb_who_stays(artefact, runner, monkeypatch):
+    leaves, stays = (runner.prepare(each) for each in (ask(0, num_candidates=9), ask(1)))
+    monkeypatch.setattr(leaves, "put", lambda _: leaves.cancel())
+    first, second = sample_together(runner, [leaves, stays])
     assert isinstance(first, Cancelled)
-    assert pictures(second) == pictures(Generator(artefact, CPU).generate(ask(1)))
-    assert generator.has_room
+    assert pictures(second) == pictures(answer(ModelRunner(artefact, CPU), ask(1)))
+    assert runner.has_room
 
 
 class Clock:
@@ -113,32 +113,34 @@ class Clock:
         return self.now
 
 
-def test_a_deadline_ends_its_own_request_only(artefact, generator):
-    controls = [Control(), Control(40.0, clock=Clock()), Control(5.0, clock=Clock())]
-    requests = [ask(0), ask(1, num_candidates=40), ask(2)]
-    whole, part, none = draw_together(generator, requests, controls)
-    assert pictures(whole) == pictures(Generator(artefact, CPU).generate(ask(0)))
+def test_a_deadline_ends_its_own_request_only(artefact, runner):
+    prepared = [
+        runner.prepare(ask(0)),
+        runner.prepare(ask(1, num_candidates=40), deadline=40.0),
+        runner.prepare(ask(2), deadline=5.0),
+    ]
+    prepared[1].clock, prepared[2].clock = Clock(), Clock()
+    whole, part, none = sample_together(runner, prepared)
+    assert pictures(whole) == pictures(answer(ModelRunner(artefact, CPU), ask(0)))
     assert 1 <= len(part.ranked) < 40
     assert part.num_candidates == 40
     assert isinstance(none, DeadlineExceeded)
 
 
-def test_of_512_candidates_only_the_best_pictures_are_ever_held(artefact):
-    generator = Generator(artefact, CPU, chunk_size=32)
+def test_of_512_candidates_only_the_best_pictures_are_ever_held(artefact, monkeypatch):
+    runner = ModelRunner(artefact, CPU, chunk_size=32)
     handed_over: dict[int, bytes] = {}
     held: list[int] = []
 
     def note(candidate: Candidate) -> None:
         handed_over[candidate.number] = candidate.pixels.tobytes()
-        finished = [each.pixels.size > 0 for each in drawing.finished]
+        (running,) = runner._scheduler._running
+        finished = [each.pixels.size > 0 for each in running.finished]
         held.append(sum(finished))
 
-    request = ask(0, num_candidates=512, num_images=25)
-    drawing = generator.begin(generator.prepare(request), Control(on_candidate=note))
-    over: list[Ended] = []
-    while not over:
-        over = generator.advance()
-    result = over[0].outcome
+    prepared = runner.prepare(ask(0, num_candidates=512, num_images=25))
+    monkeypatch.setattr(prepared, "put", note)
+    result = runner.run(prepared)
     assert sorted(handed_over) == list(range(512))
     assert max(held) <= 25 + 4, "those of the last few are not ranked yet"
     assert len(result.ranked) == 512
@@ -149,26 +151,32 @@ def test_of_512_candidates_only_the_best_pictures_are_ever_held(artefact):
     assert merits == sorted(merits, reverse=True)
 
 
-def test_what_is_drawn_shows_in_previews_whoever_is_beside_it(generator):
-    alone: list[Preview] = []
-    generator.generate(REQUESTS[2], Control(on_preview=alone.append))
-    together: list[Preview] = []
-    controls = [Control(), Control(), Control(on_preview=together.append)]
-    draw_together(generator, REQUESTS, controls)
+def test_previews_are_the_same_whichever_requests_run_beside_them(runner):
+    def previews_of(prepared) -> list[Preview]:
+        events = iter(lambda: prepared.next_event(0.0), None)
+        return [each for each in events if isinstance(each, Preview)]
+
+    one = runner.prepare(REQUESTS[2])
+    runner.run(one)
+    several = [runner.prepare(each) for each in REQUESTS]
+    sample_together(runner, several)
+    alone, together = previews_of(one), previews_of(several[2])
+    assert together
     key = lambda preview: (preview.number, preview.rows)  # noqa: E731
     assert sorted(map(key, together)) == sorted(map(key, alone))
     for one, other in zip(sorted(together, key=key), sorted(alone, key=key), strict=True):
         assert (one.pixels == other.pixels).all()
 
 
-def test_the_self_test_leaves_what_was_begun_alone(artefact, generator):
-    drawing = generator.begin(generator.prepare(ask(0, num_candidates=5)), Control())
-    generator.advance()
-    generator.self_test()
-    over = [ended for _ in range(200) for ended in generator.advance()]
-    ((began, outcome),) = [(each.drawing, each.outcome) for each in over]
-    assert began is drawing
-    expected = Generator(artefact, CPU).generate(ask(0, num_candidates=5))
+def test_the_self_test_leaves_running_requests_alone(artefact, runner):
+    prepared = runner.prepare(ask(0, num_candidates=5))
+    runner.add(prepared)
+    runner.step()
+    runner.self_test()
+    ended = [each for _ in range(200) for each in runner.step()]
+    assert ended == [prepared]
+    outcome = prepared.outcome
+    expected = answer(ModelRunner(artefact, CPU), ask(0, num_candidates=5))
     assert pictures(outcome) == pictures(expected)
 
 
@@ -183,9 +191,9 @@ def test_a_precision_that_is_none_is_refused_by_name():
         read_settings({"DALLE_PRECISION": "int4"})
 
 
-def test_in_another_precision_nearly_the_same_is_drawn(artefact, tiny_artefact):
-    exact = Generator(artefact, CPU).generate(ask(0))
-    half = Generator.load(tiny_artefact, "cpu", precision="fp16").generate(ask(0))
+def test_in_another_precision_nearly_the_same_is_sampled(artefact, tiny_artefact):
+    exact = answer(ModelRunner(artefact, CPU), ask(0))
+    half = answer(ModelRunner.load(tiny_artefact, "cpu", precision="fp16"), ask(0))
     scores = [
         {each.number: each.log_likelihood for each in result.ranked} for result in (exact, half)
     ]
@@ -195,56 +203,57 @@ def test_in_another_precision_nearly_the_same_is_drawn(artefact, tiny_artefact):
 
 def test_a_precision_of_another_device_stops_the_loading(tiny_artefact):
     with pytest.raises(DeviceError, match="device cpu must be fp32, fp16 or int8, got bf16"):
-        Generator.load(tiny_artefact, "cpu", precision="bf16")
+        ModelRunner.load(tiny_artefact, "cpu", precision="bf16")
 
 
-# --- the same under the scheduler
+# --- the same in an engine core
 
 
 @pytest.fixture
-def scheduler(generator):
-    scheduler = Scheduler(lambda: generator)
-    scheduler.start()
-    assert scheduler.wait_until_loaded(PATIENCE) is State.READY
-    yield scheduler
-    scheduler.cancel_all()
-    assert scheduler.drain(PATIENCE)
+def engine_core(runner):
+    engine_core = EngineCore(lambda: runner)
+    engine_core.start()
+    assert engine_core.wait_until_loaded(PATIENCE) is State.READY
+    yield engine_core
+    engine_core.cancel_all()
+    assert engine_core.drain(PATIENCE)
 
 
-def submit(scheduler: Scheduler, generator: Generator, request, seconds: float = 600.0):
-    now = time.monotonic()
-    return scheduler.submit(generator.prepare(request), arrival=now, deadline=now + seconds)
+def submit(engine_core: EngineCore, runner: ModelRunner, request, seconds: float = 600.0):
+    prepared = runner.prepare(request, deadline=time.monotonic() + seconds)
+    engine_core.submit(prepared)
+    return prepared
 
 
-def last_event(job):
-    while isinstance(event := job.next_event(PATIENCE), Preview | Candidate):
+def last_event(prepared):
+    while isinstance(event := prepared.next_event(PATIENCE), Preview | Candidate):
         pass
-    assert event is not None, "the job did not end"
+    assert event is not None, "the request did not end"
     return event
 
 
-def test_many_clients_get_their_own_pictures(artefact, generator, scheduler):
+def test_many_clients_get_their_own_pictures(artefact, runner, engine_core):
     requests = [ask(number % 3, seed=number, num_candidates=1 + number % 4) for number in range(9)]
-    jobs = [submit(scheduler, generator, request) for request in requests]
-    completion = submit(scheduler, generator, CompleteRequest(complete="red", seed=1))
-    alone = Generator(artefact, CPU)
-    for request, job in zip(requests, jobs, strict=True):
-        assert pictures(last_event(job)) == pictures(alone.generate(request))
+    submitted = [submit(engine_core, runner, request) for request in requests]
+    completion = submit(engine_core, runner, CompleteRequest(complete="red", seed=1))
+    alone = ModelRunner(artefact, CPU)
+    for request, prepared in zip(requests, submitted, strict=True):
+        assert pictures(last_event(prepared)) == pictures(answer(alone, request))
     assert len(last_event(completion).reply.captions) == 4
-    assert scheduler.queue_depth == 0
+    assert engine_core.queue_depth == 0
 
 
-def test_a_short_request_overtakes_a_long_one(generator, scheduler):
-    long = submit(scheduler, generator, ask(0, num_candidates=200))
+def test_a_short_request_overtakes_a_long_one(runner, engine_core):
+    long = submit(engine_core, runner, ask(0, num_candidates=200))
     assert isinstance(long.next_event(PATIENCE), Candidate)
-    short = submit(scheduler, generator, ask(1, num_candidates=1))
+    short = submit(engine_core, runner, ask(1, num_candidates=1))
     assert isinstance(last_event(short), GenerateResult)
-    assert scheduler.queue_depth == 1, "the long one goes on"
+    assert engine_core.queue_depth == 1, "the long one goes on"
     long.cancel()
     assert isinstance(last_event(long).error, Cancelled)
 
 
-def test_a_failure_in_a_step_ends_what_was_in_it_and_nothing_later(artefact, scheduler, generator):
+def test_a_failure_in_a_step_ends_what_was_in_it_and_nothing_later(artefact, engine_core, runner):
     both_begun = threading.Event()
 
     def fail(module, arguments):
@@ -253,55 +262,59 @@ def test_a_failure_in_a_step_ends_what_was_in_it_and_nothing_later(artefact, sch
         raise RuntimeError("the device stumbled")
 
     handle = artefact.dvae.decoder.register_forward_pre_hook(fail)
-    jobs = [submit(scheduler, generator, ask(number)) for number in range(2)]
+    submitted = [submit(engine_core, runner, ask(number)) for number in range(2)]
     both_begun.set()
-    outcomes = [last_event(job) for job in jobs]
+    outcomes = [last_event(prepared) for prepared in submitted]
     assert isinstance(outcomes[0], Failed)
     assert "stumbled" in str(outcomes[0].error)
-    assert scheduler.state is State.READY
-    assert isinstance(last_event(submit(scheduler, generator, ask(2))), GenerateResult)
+    assert engine_core.state is State.READY
+    assert isinstance(last_event(submit(engine_core, runner, ask(2))), GenerateResult)
 
 
-def test_a_full_device_is_told_in_words_to_all_who_were_drawn_together(generator, artefact):
+def test_a_full_device_is_an_error_with_a_remedy_for_all_requests_that_run(runner, artefact):
     def fail(module, arguments):
         handle.remove()
         raise torch.OutOfMemoryError("no memory")
 
     handle = artefact.dvae.decoder.register_forward_pre_hook(fail)
+    prepared = [runner.prepare(ask(number)) for number in range(2)]
     with pytest.raises(PlatformError, match="set DALLE_CHUNK_SIZE lower"):
-        draw_together(generator, [ask(0), ask(1)])
-    assert len(generator.abandon()) == 2
-    assert pictures(generator.generate(ask(0)))
+        sample_together(runner, prepared)
+    assert len(runner._scheduler._running) == 2
+    runner.abandon()
+    assert runner._scheduler._running == []
+    assert pictures(answer(runner, ask(0)))
 
 
 def test_without_a_transformer_there_is_no_room(artefact):
-    assert not Generator(replace(artefact, transformer=None), CPU).has_room
+    assert not ModelRunner(replace(artefact, transformer=None), CPU).has_room
 
 
-def test_a_device_that_lags_behind_is_waited_for_in_time(generator, monkeypatch):
-    """As on a GPU: after some steps, before a picture is taken, and before another request's work
-    would be charged with them."""
+def test_a_device_that_lags_behind_is_waited_for_in_time(runner, monkeypatch):
+    """As on a GPU: after some steps, before a candidate is decoded, and before the seconds would be
+    charged to another request."""
     waits: list[int] = []  # steps before each
     steps = 0
 
     def step():
         nonlocal steps
         steps += 1
-        return draw()
+        return sample()
 
-    studio, engine = generator._studio, generator._engine
-    draw = engine.step
+    scheduler, engine = runner._scheduler, runner._engine
+    sample = engine.step
     monkeypatch.setattr(engine, "step", step)
-    monkeypatch.setattr(studio, "_wait", lambda: waits.append(steps))
-    first = generator.begin(generator.prepare(ask(0)), Control())
+    monkeypatch.setattr(scheduler, "_synchronize", lambda: waits.append(steps))
+    first = runner.prepare(ask(0))
+    runner.add(first)
     assert waits == []
     for _ in range(11):
-        generator.advance()
+        runner.step()
     assert waits == [8]
-    generator.begin(generator.prepare(ask(1)), Control())
+    runner.add(runner.prepare(ask(1)))
     assert waits == [8, 11]
     ended = []
     while not ended:
-        ended = generator.advance()
-    assert waits[2:] == [16], "the pictures are there"
-    assert ended[0].drawing is first
+        ended = runner.step()
+    assert waits[2:] == [16], "the first candidates are finished"
+    assert ended[0] is first

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dalle.decoding.engine import DecodeEngine
-from inference.engine.model_runner import Generator
+from inference.engine.model_runner import ModelRunner
 from inference.engine.thread_tuning import choices, fastest, measure_steps
 
 
@@ -71,18 +71,18 @@ def test_more_threads_must_be_worth_it(seconds, chosen):
 
 def test_what_was_chosen_is_told_and_used_and_changes_no_picture(tiny_artefact, caplog):
     caplog.set_level(logging.INFO)
-    generator = Generator.load(tiny_artefact, "cpu", most_threads=2)
-    assert generator.threads == torch.get_num_threads()
-    assert generator.threads in (1, 2)
+    runner = ModelRunner.load(tiny_artefact, "cpu", most_threads=2)
+    assert runner.threads == torch.get_num_threads()
+    assert runner.threads in (1, 2)
     told = caplog.text
     assert "ms with 1" in told
     assert "ms with 2" in told
-    assert f"with {generator.threads} threads in" in told
-    assert generator.busy_slots == 0
+    assert f"with {runner.threads} threads in" in told
+    assert runner.busy_slots == 0
 
 
 def test_a_number_that_is_given_is_not_questioned(tiny_artefact, caplog):
     caplog.set_level(logging.INFO)
-    generator = Generator.load(tiny_artefact, "cpu", threads=2, most_threads=1)
-    assert generator.threads == torch.get_num_threads() == 2
+    runner = ModelRunner.load(tiny_artefact, "cpu", threads=2, most_threads=1)
+    assert runner.threads == torch.get_num_threads() == 2
     assert "ms with" not in caplog.text

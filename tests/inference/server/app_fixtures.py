@@ -1,6 +1,6 @@
 """What the tests of the HTTP application share: an engine whose work a test decides, and clients.
 
-The engine is a stand-in handed to the real scheduler: what is tested is the way from a request to
+The engine is a stand-in handed to the real engine core: what is tested is the way from a request to
 it and back.
 """
 
@@ -30,10 +30,11 @@ from inference.api.rendering import (
 )
 from inference.api.replies import CompleteReply, Completion
 from inference.api.schema import ClassifyRequest, CompleteRequest, GenerateRequest, Limits, Request
-from inference.engine.control import Control
-from inference.engine.engine_core import Scheduler, State
+from inference.engine.engine_core import EngineCore, State
+from inference.engine.request import EngineRequest
 from inference.server.app import create_app
 from inference.settings import read_settings
+from tests.inference.one_at_a_time import OneAtATime
 
 PATIENCE = 20.0
 LIMITS = Limits(max_candidates=8, max_images=8, max_request_bytes=20_000)
@@ -51,46 +52,38 @@ class OneByOne(threading.Event):
         return is_open
 
 
-@dataclass
-class Work:
+@dataclass(kw_only=True, eq=False)
+class Work(EngineRequest):
     request: Any
-    kind: str
     units: int = 1
 
 
 @dataclass
-class Engine:
+class Engine(OneAtATime):
     """Draws grey squares whose brightness is the candidate's number; remembers what it was asked.
 
     gate: every candidate waits for it. The caption says what else should happen.
     """
 
-    image_size: int | None = 8
-    clip_size: int | None = 8
-    threads: int = 1
-    busy_slots: int = 0
     gate: threading.Event = field(default_factory=threading.Event)
     begun: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     asked: list[Request] = field(default_factory=list)
     cancelled: threading.Event = field(default_factory=threading.Event)
 
-    def self_test(self) -> None:
-        pass
-
-    def prepare(self, request: Request) -> Work:
+    def prepare(self, request: Request, **times: Any) -> Work:
         if isinstance(request, ClassifyRequest):
             for number, text in enumerate(request.images):
                 decode_base64(text, field=f"images[{number}]")
-            return Work(request, "classify", len(request.images))
+            return Work(request=request, units=len(request.images), **times)
         if isinstance(request, CompleteRequest):
             raise UserError(
                 "this artefact has no transformer", status=422, code="component_missing"
             )
         if request.caption == "endless":
             raise CaptionTooLong("caption has 9 text tokens, the model reads 8", field="caption")
-        return Work(request, "generate", request.num_candidates)
+        return Work(request=request, units=request.num_candidates, **times)
 
-    def run(self, work: Work, control: Control) -> Result:
+    def run(self, work: Work) -> Result:
         self.asked.append(work.request)
         self.begun.release()
         request = work.request
@@ -102,20 +95,20 @@ class Engine:
         finished: list[Candidate] = []
         for number in range(request.num_candidates):
             if request.preview_rows is not None:
-                control.previewed(Preview(number, 1, np.full((8, 8, 3), 128, np.uint8)))
-            while control.keep_going() and not self.gate.wait(0.01):
+                work.put(Preview(number, 1, np.full((8, 8, 3), 128, np.uint8)))
+            while work.may_continue() and not self.gate.wait(0.01):
                 pass
-            if not control.keep_going() or (request.caption == "half" and number == 2):
+            if not work.may_continue() or (request.caption == "half" and number == 2):
                 break
             if request.caption == "breaks" and number == 1:
                 raise ZeroDivisionError("secret detail")
             pixels = np.full((8, 8, 3), number, np.uint8)
             finished.append(Candidate(number, -float(number), number / 10, float(number), pixels))
-            control.finished(finished[-1])
-        if control.cancelled:
+            work.put(finished[-1])
+        if work.is_cancelled:
             self.cancelled.set()
-        if control.cancelled or not finished:
-            raise control.error()
+        if work.is_cancelled or not finished:
+            raise work.stop_error()
         seed = request.seed if request.seed is not None else 5
         ranked = rank(finished)
         return GenerateResult(ranked, "clip", seed, request.num_candidates, 0.1, 0.1, 0.1)
@@ -124,16 +117,16 @@ class Engine:
 class Completing(Engine):
     """An engine that completes captions too."""
 
-    def prepare(self, request: Request) -> Work:
+    def prepare(self, request: Request, **times: Any) -> Work:
         if isinstance(request, CompleteRequest):
-            return Work(request, "complete")
-        return super().prepare(request)
+            return Work(request=request, **times)
+        return super().prepare(request, **times)
 
-    def run(self, work: Work, control: Control) -> Result:
+    def run(self, work: Work) -> Result:
         if isinstance(work.request, CompleteRequest):
             captions = [Completion(caption=f"{work.request.complete} x", log_likelihood=-1.0)]
             return CompleteResult(CompleteReply(captions=captions, seed=3))
-        return super().run(work, control)
+        return super().run(work)
 
 
 @pytest.fixture
@@ -144,18 +137,18 @@ def engine() -> Engine:
 
 
 @pytest.fixture
-def scheduler(engine: Engine) -> Iterator[Scheduler]:
-    scheduler = Scheduler(lambda: engine, queue_size=SETTINGS.queue_size)
-    scheduler.start()
-    assert scheduler.wait_until_loaded(PATIENCE) is State.READY
-    yield scheduler
-    scheduler.cancel_all()
-    scheduler.drain(PATIENCE)
+def engine_core(engine: Engine) -> Iterator[EngineCore]:
+    engine_core = EngineCore(lambda: engine, queue_size=SETTINGS.queue_size)
+    engine_core.start()
+    assert engine_core.wait_until_loaded(PATIENCE) is State.READY
+    yield engine_core
+    engine_core.cancel_all()
+    engine_core.drain(PATIENCE)
 
 
 @pytest.fixture
-def client(scheduler: Scheduler) -> FlaskClient:
-    return create_app(scheduler, SETTINGS).test_client()
+def client(engine_core: EngineCore) -> FlaskClient:
+    return create_app(engine_core, SETTINGS).test_client()
 
 
 def post(client: FlaskClient, body: object, **headers: str) -> Any:

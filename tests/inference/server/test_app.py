@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from inference.api.rendering import Candidate, GenerateResult, render_best
-from inference.engine.engine_core import Scheduler, State
+from inference.engine.engine_core import EngineCore, State
 from inference.server.app import create_app
 from tests.inference.server.app_fixtures import (
     ATTRIBUTES,
@@ -89,17 +89,17 @@ def test_a_body_of_unknown_length_is_never_cut(client, content_type, size, statu
 
 def test_a_missing_component_is_a_422_that_names_it():
     engine = Engine()
-    scheduler = Scheduler(lambda: engine)
-    scheduler.start()
-    scheduler.wait_until_loaded(PATIENCE)
-    response = post(create_app(scheduler, SETTINGS).test_client(), {"complete": "a"})
-    scheduler.drain(PATIENCE)
+    engine_core = EngineCore(lambda: engine)
+    engine_core.start()
+    engine_core.wait_until_loaded(PATIENCE)
+    response = post(create_app(engine_core, SETTINGS).test_client(), {"complete": "a"})
+    engine_core.drain(PATIENCE)
     assert (response.status_code, response.json["error"]["code"]) == (422, "component_missing")
 
 
-def test_a_reply_that_could_be_too_large_is_refused_before_any_work(scheduler, engine):
+def test_a_reply_that_could_be_too_large_is_refused_before_any_work(engine_core, engine):
     engine.image_size = 1024
-    client = create_app(scheduler, SETTINGS).test_client()
+    client = create_app(engine_core, SETTINGS).test_client()
     response = post(client, {"caption": "a", "num_candidates": 8, "num_images": 8})
     assert (response.status_code, response.json["error"]["code"]) == (422, "reply_too_large")
     assert "num_images must be at most 1 for 1024 x 1024 png" in response.json["error"]["message"]
@@ -121,12 +121,12 @@ def test_an_unknown_path_and_a_wrong_method_are_told_in_json(client):
     assert response.json["error"]["code"] == "method_not_allowed"
 
 
-def test_a_full_queue_is_a_429_with_retry_after(client, engine, scheduler):
+def test_a_full_queue_is_a_429_with_retry_after(client, engine, engine_core):
     engine.gate.clear()
     threads = [in_background(lambda: post(client, {"caption": "a"}))[0]]
     assert engine.begun.acquire(timeout=PATIENCE)  # before that it fills a place in the queue
     threads += [in_background(lambda: post(client, {"caption": "a"}))[0] for _ in range(2)]
-    while scheduler.queue_depth < 3:
+    while engine_core.queue_depth < 3:
         pass
     response = post(client, {"caption": "a"})
     assert (response.status_code, response.json["error"]["code"]) == (429, "queue_full")
@@ -154,16 +154,16 @@ def test_ping_tells_the_states_apart():
         assert gate.wait(PATIENCE)
         return Engine()
 
-    scheduler = Scheduler(load)
-    client = create_app(scheduler, SETTINGS).test_client()
-    scheduler.start()
+    engine_core = EngineCore(load)
+    client = create_app(engine_core, SETTINGS).test_client()
+    engine_core.start()
     assert client.get("/ping").status_code == 503
     response = post(client, {"caption": "a"})
     assert (response.status_code, response.headers["Retry-After"]) == (503, "5")
     gate.set()
-    assert scheduler.wait_until_loaded(PATIENCE) is State.READY
+    assert engine_core.wait_until_loaded(PATIENCE) is State.READY
     assert client.get("/ping").status_code == 200
-    assert scheduler.drain(PATIENCE)
+    assert engine_core.drain(PATIENCE)
     assert client.get("/ping").status_code == 503
     assert post(client, {"caption": "a"}).json["error"]["code"] == "engine_stopping"
 
@@ -173,10 +173,10 @@ def test_ping_is_500_when_the_engine_is_dead():
         def self_test(self) -> None:
             raise RuntimeError("no kernel image")
 
-    scheduler = Scheduler(Dead)
-    client = create_app(scheduler, SETTINGS).test_client()
-    scheduler.start()
-    scheduler.wait_until_loaded(PATIENCE)
+    engine_core = EngineCore(Dead)
+    client = create_app(engine_core, SETTINGS).test_client()
+    engine_core.start()
+    engine_core.wait_until_loaded(PATIENCE)
     assert client.get("/ping").status_code == 500
     response = post(client, {"caption": "a"})
     assert response.status_code == 503
@@ -215,8 +215,8 @@ def test_metrics_count_a_picture_reply_and_a_stream_that_breaks_off(client):
     assert 'dalle_stage_seconds_count{stage="encode"} 1.0' in metrics
 
 
-def test_two_apps_do_not_share_their_metrics(scheduler):
-    first, second = (create_app(scheduler, SETTINGS).test_client() for _ in range(2))
+def test_two_apps_do_not_share_their_metrics(engine_core):
+    first, second = (create_app(engine_core, SETTINGS).test_client() for _ in range(2))
     post(first, {"caption": "a"})
     assert 'status="200"' not in second.get("/metrics").text
 

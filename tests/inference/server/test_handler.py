@@ -17,6 +17,7 @@ from tests.inference.server.app_fixtures import (
     PATIENCE,
     SETTINGS,
     OneByOne,
+    Work,
     in_background,
     pixels_of,
     post,
@@ -93,10 +94,10 @@ def test_candidates_are_streamed_then_ranked(client):
     assert (lines[3]["seed"], lines[3]["completed_candidates"]) == (5, 3)
 
 
-def test_a_streams_first_line_is_sent_before_its_last_candidate_is_drawn(scheduler, engine):
+def test_a_streams_first_line_is_sent_before_its_last_candidate_is_drawn(engine_core, engine):
     engine.gate = OneByOne()
     engine.gate.set()
-    client = create_app(scheduler, SETTINGS).test_client()
+    client = create_app(engine_core, SETTINGS).test_client()
     response = client.post(
         "/invocations",
         json={"caption": "a", "num_candidates": 2},
@@ -155,10 +156,10 @@ def test_a_stream_that_breaks_off_says_so_in_its_last_line(client):
     assert b"secret" not in response.data
 
 
-def test_a_stream_that_is_closed_gives_its_work_up(scheduler, engine):
+def test_a_stream_that_is_closed_gives_its_work_up(engine_core, engine):
     engine.gate = OneByOne()
     engine.gate.set()
-    client = create_app(scheduler, SETTINGS).test_client()
+    client = create_app(engine_core, SETTINGS).test_client()
     response = client.post(
         "/invocations",
         json={"caption": "a", "num_candidates": 8},
@@ -213,9 +214,9 @@ def test_a_lines_own_short_deadline_fails_that_line_only(client):
     assert second["images"]
 
 
-def test_a_line_that_others_leave_no_time_for_fails_alone(client, engine, scheduler):
+def test_a_line_that_others_leave_no_time_for_fails_alone(client, engine, engine_core):
     post(client, {"caption": "a", "num_candidates": 1})
-    scheduler._jobs.speeds.note("generate", 1, 20.0)
+    engine_core._queue.speeds.record(Work, 1, 20.0)
     engine.gate.clear()
     thread, _ = in_background(lambda: post(client, {"caption": "a", "num_candidates": 8}))
     assert engine.begun.acquire(timeout=PATIENCE)
@@ -228,8 +229,8 @@ def test_a_line_that_others_leave_no_time_for_fails_alone(client, engine, schedu
     assert json.loads(response.data)["error"]["code"] == "too_busy"
 
 
-def test_a_server_that_is_not_ready_refuses_all_lines_at_once(client, scheduler):
-    scheduler.drain(PATIENCE)
+def test_a_server_that_is_not_ready_refuses_all_lines_at_once(client, engine_core):
+    engine_core.drain(PATIENCE)
     response = post(client, b'{"caption": "a"}\n', Content_Type="application/jsonlines")
     assert (response.status_code, response.json["error"]["code"]) == (503, "engine_stopping")
 
@@ -274,13 +275,13 @@ def test_who_accepts_pictures_alone_is_told_what_there_is(
     assert engine.asked == []
 
 
-def test_deadlines_of_lines_count_from_the_arrival_of_their_body(scheduler):
+def test_deadlines_of_lines_count_from_the_arrival_of_their_body(engine_core):
     metrics = Metrics(
         queue_depth=lambda: 0, is_ready=lambda: 1, busy_slots=lambda: 0, threads=lambda: 1
     )
     handler = Handler(
-        scheduler,
-        scheduler.engine(),
+        engine_core,
+        engine_core.engine(),
         BodyProcess(),
         SETTINGS.limits,
         metrics,
