@@ -36,7 +36,7 @@ from gunicorn.http import errors
 from gunicorn.http.body import ChunkedReader, LengthReader
 from gunicorn.workers.gthread import _DEFER, ThreadWorker
 
-from inference.engine.engine_core import Scheduler
+from inference.engine.engine_core import EngineCore
 from inference.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class Application(Protocol):
     """
 
     settings: Settings
-    scheduler: Scheduler
+    engine_core: EngineCore
     death: Exception | None
     stop: Any
 
