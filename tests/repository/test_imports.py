@@ -236,7 +236,6 @@ def test_modules_import_each_other_in_no_circle():
     TopologicalSorter(graph()).prepare()  # raises CycleError, which names them
 
 
-@pytest.mark.xfail(strict=True, reason="files that are to be folded into others")
 def test_no_folder_has_more_rooms_than_a_reader_can_hold():
     crowded = {}
     for folder in {path.parent for path in modules().values()}:
