@@ -1,7 +1,7 @@
-"""A stop that was asked for (SIGTERM, Ctrl-C), and how long work ends early because of it.
+"""Requests to stop (SIGTERM, Ctrl-C), and loops that end early because of one.
 
-20 seconds after SIGTERM everything must be on the disk, so that no loop over data or models may
-run much longer than that without a look. Knows nothing of signals.
+Within 20 seconds of SIGTERM everything must be on the disk, so that every long loop over data or
+models checks for a stop. Knows nothing of signals.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Stop(Protocol):
-    """Whether a stop was asked for; threading.Event is one."""
+    """Whether a stop was requested, such as a threading.Event."""
 
     def is_set(self) -> bool: ...
 
@@ -24,15 +24,15 @@ class _Never:
 
 
 NEVER: Stop = _Never()
-"""For work that nobody stops but by ending the program."""
+"""For work that ends early only with the program."""
 
 
-class Stopped(Exception):  # noqa: N818 - not an error: somebody asked for it
-    """Work ended early; what it had done so far is of no use and gone."""
+class Stopped(Exception):  # noqa: N818 - not an error: a stop was requested
+    """Work ended early after a stop; its partial result is discarded."""
 
 
 def unless_stopped(items: Iterable[T], stop: Stop) -> Iterator[T]:
-    """The items one by one. Raises Stopped, instead of giving the next, once `stop` is set."""
+    """Yield the items. Raises Stopped instead of yielding the next one once `stop` is set."""
     for item in items:
         if stop.is_set():
             raise Stopped

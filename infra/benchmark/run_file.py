@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dalle.errors import UserError
+from dalle.platform.disk import write_atomically
 from infra.benchmark.load import HTTP, RETRY, STAGES, Measurement, Record
 from infra.benchmark.workload import Workload
 
@@ -233,10 +233,7 @@ def thinned(values: Sequence[float], most: int) -> list[float]:
 
 def save_run(run: Run, path: Path) -> None:
     """Write RUN.json, at once or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_text(run.model_dump_json(indent=1) + "\n", "utf-8")
-    os.replace(unfinished, path)
+    write_atomically(path, run.model_dump_json(indent=1) + "\n")
 
 
 def load_run(path: Path) -> Run:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dalle.errors import UserError
+from dalle.platform.disk import write_atomically
 from infra.aws.output import Console, aligned
 from infra.benchmark.run_file import Run, load_run
 from infra.compare.join import Comparison, join
@@ -78,10 +78,7 @@ def run(options: argparse.Namespace) -> int:
         write_page(comparison, options.html, title=options.title, date=date)
         console.say(f"\n{options.html} written")
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = options.out.with_name(f"{options.out.name}.tmp")
-        unfinished.write_text(json.dumps(whole, ensure_ascii=False, indent=1) + "\n", "utf-8")
-        os.replace(unfinished, options.out)
+        write_atomically(options.out, json.dumps(whole, ensure_ascii=False, indent=1) + "\n")
         console.say(f"{options.out} written")
     return console.finish(**whole)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
 from string import Template
 
+from dalle.platform.disk import write_atomically
 from infra.compare.charts import draw_costs, draw_latencies
 from infra.compare.join import Comparison
 from infra.compare.tables import (
@@ -31,10 +31,7 @@ LONG = 40  # characters; what is longer is wrapped
 
 def write_page(comparison: Comparison, path: Path, *, title: str, date: str) -> None:
     """Write `render_page` to a file, at once or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_text(render_page(comparison, title=title, date=date), "utf-8")
-    os.replace(unfinished, path)
+    write_atomically(path, render_page(comparison, title=title, date=date))
 
 
 def render_page(comparison: Comparison, *, title: str, date: str) -> str:

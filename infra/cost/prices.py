@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dalle.errors import PriceMissing, UserError
+from dalle.platform.disk import write_atomically
 from infra.aws.output import aligned
 
 DEFAULT_REGION = "us-east-1"
@@ -174,11 +174,7 @@ def load_prices(path: Path | None = None) -> PriceTable:
 
 def save_prices(table: PriceTable, path: Path) -> None:
     """Write a table to a file that `load_prices` reads, at once or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.tmp")
-    text = table.model_dump_json(indent=1, exclude_none=False)
-    unfinished.write_text(text + "\n", "utf-8")
-    os.replace(unfinished, path)
+    write_atomically(path, table.model_dump_json(indent=1, exclude_none=False) + "\n")
 
 
 def hourly(

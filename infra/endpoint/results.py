@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from dalle.errors import AwsError, UserError
+from dalle.platform.disk import write_atomically
 from inference.api.replies import GenerateReply, RankedCandidate
 from infra.aws.output import Console
 
@@ -86,10 +86,7 @@ def write(path: Path, content: bytes) -> str:
     try:
         if path.is_file() and path.read_bytes() == content:
             return "unchanged"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.tmp")
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        write_atomically(path, content)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
     return "written"

@@ -25,6 +25,7 @@ FOLDERS = {
 TORCH_FREE = {
     "dalle.errors",
     "dalle.manifest",
+    "dalle.platform.disk",
     "dalle.platform.environment",
     "dalle.platform.metric_lines",
     "dalle.preprocess.images",
@@ -63,6 +64,7 @@ FLOORS = {
     ],
     "training": [
         "stopping",
+        "config",
         "distributed",
         "data.skips",
         "data.pairs",
@@ -71,7 +73,6 @@ FLOORS = {
         "data.pipe",
         "data.batching",
         "data.open",
-        "config",
         "data.tools",
         "data.__main__",
         "engine",

@@ -20,7 +20,6 @@ from dalle.types import (
     StageName,
     TokenizerKind,
 )
-from training.data.skips import DEFAULT_MAX_BAD_SHARE
 
 Positive = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
@@ -33,6 +32,7 @@ Codebook = Annotated[int, Field(ge=2, le=1_048_576)]
 BUDGETS = ("epochs", "max_steps", "max_minutes")
 SAVES_MEMORY = ("gradient_accumulation_steps", "activation_checkpointing")
 DEFAULT_EPOCHS = 20
+DEFAULT_MAX_BAD_SHARE = 0.05
 MAX_BATCH_SIZE = 65_536
 
 EngineName = Literal["torch", "deepspeed"]
@@ -40,76 +40,47 @@ EngineName = Literal["torch", "deepspeed"]
 
 class _Fields(BaseModel):
     model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
     )
 
 
 class FitHyperparameters(_Fields):
     """How one stage is trained, whatever its model."""
 
-    epochs: Positive | None = Field(
-        default=None,
-        description="Passes of each stage over the training pairs; "
-        f"{DEFAULT_EPOCHS} when neither max_steps nor max_minutes is given.",
-    )
-    max_steps: Positive | None = Field(
-        default=None, description="Budget of each stage in steps, instead of epochs."
-    )
-    max_minutes: float | None = Field(
-        default=None,
-        gt=0,
-        le=40_320,
-        description="Budget of each stage in minutes, instead of epochs; those before an "
-        "interruption count.",
-    )
-    batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH_SIZE)] | Literal["auto"] = Field(
-        default=64,
-        description="Pairs in one step, on all devices together; auto: as many as fit a GPU, or as "
-        "are still worth it on a CPU.",
-    )
-    gradient_accumulation_steps: int = Field(
-        default=1,
-        ge=1,
-        le=65_536,
-        description="Parts that each device computes its share of a batch in, one after another: "
-        "less memory, the same losses.",
-    )
-    learning_rate: float = Field(default=1e-3, gt=0, le=1, description="AdamW's learning rate.")
-    muon_learning_rate: float = Field(
-        default=0.02,
-        ge=0,
-        le=1,
-        description="Muon's learning rate for hidden matrices; 0 gives them to AdamW.",
-    )
-    weight_decay: float = Field(
-        default=0.01, ge=0, le=1, description="Pull of the weights towards zero."
-    )
-    warmup_steps: int = Field(
-        default=50,
-        ge=0,
-        le=1_000_000,
-        description="Steps over which the learning rate rises from zero.",
-    )
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        default="fp32", description="Number format of the forward pass; fp16 needs a GPU."
-    )
-    activation_checkpointing: bool = Field(
-        default=False,
-        description="Compute each block's activations anew in the backward pass instead of "
-        "keeping them: less memory, a third more work.",
-    )
-    gradient_clipping: float = Field(
-        default=1.0,
-        ge=0,
-        le=1_000_000,
-        description="Largest norm of all gradients together; 0 for none.",
-    )
-    ema_decay: float = Field(
-        default=0.0,
-        ge=0,
-        lt=1,
-        description="Decay of the weights' running average, which is saved; 0 off.",
-    )
+    epochs: Positive | None = None
+    """Passes of each stage over the training pairs; 20 when neither max_steps nor max_minutes is
+    given."""
+    max_steps: Positive | None = None
+    """Budget of each stage in steps, instead of epochs."""
+    max_minutes: Annotated[float, Field(gt=0, le=40_320)] | None = None
+    """Budget of each stage in minutes, instead of epochs; those before an interruption count."""
+    batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH_SIZE)] | Literal["auto"] = 64
+    """Pairs in one step, on all devices together; auto: as many as fit a GPU, or as are still worth
+    it on a CPU."""
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=65_536)] = 1
+    """Parts that each device computes its share of a batch in, one after another: less memory, the
+    same losses."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-3
+    """AdamW's learning rate."""
+    muon_learning_rate: Annotated[float, Field(ge=0, le=1)] = 0.02
+    """Muon's learning rate for hidden matrices; 0 gives them to AdamW."""
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Pull of the weights towards zero."""
+    warmup_steps: Annotated[int, Field(ge=0, le=1_000_000)] = 50
+    """Steps over which the learning rate rises from zero."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Number format of the forward pass; fp16 needs a GPU."""
+    activation_checkpointing: bool = False
+    """Compute each block's activations anew in the backward pass instead of keeping them: less
+    memory, a third more work."""
+    gradient_clipping: Annotated[float, Field(ge=0, le=1_000_000)] = 1.0
+    """Largest norm of all gradients together; 0 for none."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of the weights' running average, which is saved; 0 off."""
 
     @model_validator(mode="after")
     def _has_one_budget(self) -> FitHyperparameters:
@@ -139,9 +110,8 @@ class StageHyperparameters(FitHyperparameters):
     not_for_authors: ClassVar[frozenset[str]] = frozenset()
     """Fields that have one value in this stage, and so are no hyperparameters of it."""
 
-    size: SizeName = Field(
-        default="small", description="Named model size that the fields below start from."
-    )
+    size: SizeName = "small"
+    """Named model size that the fields below start from."""
 
     def overrides(self) -> dict[str, Any]:
         """Config field -> value, of the fields that were given for the model."""
@@ -160,100 +130,77 @@ class DVAEHyperparameters(StageHyperparameters):
     not_for_authors: ClassVar[frozenset[str]] = frozenset({"muon_learning_rate", *SAVES_MEMORY})
     muon_learning_rate: float = Field(default=0.0, ge=0, le=0)  # AdamW has all of its weights
 
-    image_size: int | None = Field(
-        default=None, ge=8, le=1024, description="Side of the square images, in pixels."
-    )
-    codebook_size: Codebook | None = Field(
-        default=None, description="Codes there are to choose from."
-    )
-    num_codebooks: int | None = Field(
-        default=None, ge=1, le=16, description="Codes per grid position."
-    )
-    quantiser: QuantiserKind | None = Field(
-        default=None, description="Gumbel-softmax relaxation, or nearest neighbour."
-    )
-    colour_split: bool | None = Field(
-        default=None,
-        description="First codebook for a patch's end colours, the others for its pattern; "
-        "for pictures of few flat colours.",
-    )
-    ground_split: bool | None = Field(
-        default=None,
-        description="Last codebook for a patch's colours, the others for which pixels are drawn; "
-        "for drawings on an even ground, instead of colour_split.",
-    )
-    width: Width | None = Field(default=None, description="Width of the model's layers.")
-    num_blocks: Layers | None = Field(default=None, description="Residual blocks per resolution.")
-    patch_size: int | None = Field(
-        default=None, ge=1, le=64, description="Side of the squares that the model takes as one."
-    )
-    num_downsamples: int | None = Field(
-        default=None, ge=0, le=6, description="How often the side is halved after that."
-    )
-    code_width: int | None = Field(
-        default=None, ge=1, le=65_536, description="Width of one code's embedding."
-    )
-    encoder_kernel_size: KernelSize | None = Field(
-        default=None, description="1 makes a code a function of its own patch; 3 is the usual."
-    )
-    decoder_kernel_size: KernelSize | None = Field(
-        default=None, description="3 lets neighbouring codes decide a pixel; 1 does not."
-    )
-    reconstruction: ReconstructionKind | None = Field(
-        default=None, description="Loss per pixel; bce suits flat graphics, the others photographs."
-    )
-    kl_weight: float | None = Field(
-        default=None, ge=0, le=1_000, description="Weight of the KL to a uniform code, gumbel only."
-    )
-    commitment_weight: float | None = Field(
-        default=None, ge=0, le=100, description="Weight of the distance to the code, vq only."
-    )
+    image_size: Annotated[int, Field(ge=8, le=1024)] | None = None
+    """Side of the square images, in pixels."""
+    codebook_size: Codebook | None = None
+    """Codes there are to choose from."""
+    num_codebooks: Annotated[int, Field(ge=1, le=16)] | None = None
+    """Codes per grid position."""
+    quantiser: QuantiserKind | None = None
+    """Gumbel-softmax relaxation, or nearest neighbour."""
+    colour_split: bool | None = None
+    """First codebook for a patch's end colours, the others for its pattern; for pictures of few
+    flat colours."""
+    ground_split: bool | None = None
+    """Last codebook for a patch's colours, the others for which pixels are drawn; for drawings on
+    an even ground, instead of colour_split."""
+    width: Width | None = None
+    """Width of the model's layers."""
+    num_blocks: Layers | None = None
+    """Residual blocks per resolution."""
+    patch_size: Annotated[int, Field(ge=1, le=64)] | None = None
+    """Side of the squares that the model takes as one."""
+    num_downsamples: Annotated[int, Field(ge=0, le=6)] | None = None
+    """How often the side is halved after that."""
+    code_width: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    """Width of one code's embedding."""
+    encoder_kernel_size: KernelSize | None = None
+    """1 makes a code a function of its own patch; 3 is the usual."""
+    decoder_kernel_size: KernelSize | None = None
+    """3 lets neighbouring codes decide a pixel; 1 does not."""
+    reconstruction: ReconstructionKind | None = None
+    """Loss per pixel; bce suits flat graphics, the others photographs."""
+    kl_weight: Annotated[float, Field(ge=0, le=1_000)] | None = None
+    """Weight of the KL to a uniform code, gumbel only."""
+    commitment_weight: Annotated[float, Field(ge=0, le=100)] | None = None
+    """Weight of the distance to the code, vq only."""
 
 
 class TransformerHyperparameters(StageHyperparameters):
     """The stage `transformer`."""
 
-    width: Width | None = Field(default=None, description="Width of the model's layers.")
-    num_layers: Layers | None = Field(default=None, description="Layers of the model.")
-    num_heads: Heads | None = Field(default=None, description="Attention heads per layer.")
-    attention_kinds: tuple[AttentionKind, ...] | None = Field(
-        default=None, min_length=1, description="Attention by layer, repeated in turn."
-    )
-    conv_kernel_size: int | None = Field(
-        default=None, ge=1, le=63, description="Window of the attention kind conv_like."
-    )
-    qk_norm: bool | None = Field(
-        default=None, description="Scale queries and keys to unit length before their product."
-    )
-    norm: NormKind | None = Field(default=None, description="Normalisation before each branch.")
-    feed_forward: FeedForwardKind | None = Field(
-        default=None, description="Activation of the feed-forward branch."
-    )
-    feed_forward_ratio: int | None = Field(
-        default=None, ge=1, le=16, description="Inner width of the feed-forward branch, in widths."
-    )
-    layer_scale: float | None = Field(
-        default=None, gt=0, le=1, description="Start value of a learned factor on each branch."
-    )
-    target_position: bool | None = Field(
-        default=None, description="Tell each input the position that it is to predict."
-    )
-    dropout: Dropout | None = Field(
-        default=None, description="Share of channels dropped in training."
-    )
-    caption_dropout: Dropout | None = Field(
-        default=None,
-        description="Share of captions blanked whole, so that guidance has something to compare.",
-    )
-    word_dropout: Dropout | None = Field(
-        default=None, description="Share of text tokens hidden one by one in training."
-    )
-    token_noise: Dropout | None = Field(
-        default=None, description="Share of input image tokens replaced at random in training."
-    )
-    text_loss_weight: float | None = Field(
-        default=None, ge=0, le=100, description="Weight of the text loss beside the image loss."
-    )
+    width: Width | None = None
+    """Width of the model's layers."""
+    num_layers: Layers | None = None
+    """Layers of the model."""
+    num_heads: Heads | None = None
+    """Attention heads per layer."""
+    attention_kinds: Annotated[tuple[AttentionKind, ...], Field(min_length=1)] | None = None
+    """Attention by layer, repeated in turn."""
+    conv_kernel_size: Annotated[int, Field(ge=1, le=63)] | None = None
+    """Window of the attention kind conv_like."""
+    qk_norm: bool | None = None
+    """Scale queries and keys to unit length before their product."""
+    norm: NormKind | None = None
+    """Normalisation before each branch."""
+    feed_forward: FeedForwardKind | None = None
+    """Activation of the feed-forward branch."""
+    feed_forward_ratio: Annotated[int, Field(ge=1, le=16)] | None = None
+    """Inner width of the feed-forward branch, in widths."""
+    layer_scale: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Start value of a learned factor on each branch."""
+    target_position: bool | None = None
+    """Tell each input the position that it is to predict."""
+    dropout: Dropout | None = None
+    """Share of channels dropped in training."""
+    caption_dropout: Dropout | None = None
+    """Share of captions blanked whole, so that guidance has something to compare."""
+    word_dropout: Dropout | None = None
+    """Share of text tokens hidden one by one in training."""
+    token_noise: Dropout | None = None
+    """Share of input image tokens replaced at random in training."""
+    text_loss_weight: Annotated[float, Field(ge=0, le=100)] | None = None
+    """Weight of the text loss beside the image loss."""
 
 
 class ClipHyperparameters(StageHyperparameters):
@@ -262,109 +209,68 @@ class ClipHyperparameters(StageHyperparameters):
     # Its loss contrasts all pairs of a batch, which parts of one would not be.
     not_for_authors: ClassVar[frozenset[str]] = frozenset(SAVES_MEMORY)
 
-    embed_size: Width | None = Field(
-        default=None,
-        description="Length of the vectors that images and captions are compared by.",
-    )
-    patch_size: int | None = Field(
-        default=None, ge=1, le=64, description="Side of the squares that the model takes as one."
-    )
-    vision_width: Width | None = Field(default=None, description="Width of the image encoder.")
-    vision_layers: Layers | None = Field(default=None, description="Layers of the image encoder.")
-    text_width: Width | None = Field(default=None, description="Width of the text encoder.")
-    text_heads: Heads | None = Field(default=None, description="Heads of the text encoder.")
-    text_layers: Layers | None = Field(default=None, description="Layers of the text encoder.")
-    likelihood_weight: float | None = Field(
-        default=None,
-        ge=0,
-        le=1_000,
-        description="Weight of the transformer's log-likelihood beside CLIP's logit in ranking; "
-        "1 for drawings that their caption determines, 0 for photographs.",
-    )
+    embed_size: Width | None = None
+    """Length of the vectors that images and captions are compared by."""
+    patch_size: Annotated[int, Field(ge=1, le=64)] | None = None
+    """Side of the squares that the model takes as one."""
+    vision_width: Width | None = None
+    """Width of the image encoder."""
+    vision_layers: Layers | None = None
+    """Layers of the image encoder."""
+    text_width: Width | None = None
+    """Width of the text encoder."""
+    text_heads: Heads | None = None
+    """Heads of the text encoder."""
+    text_layers: Layers | None = None
+    """Layers of the text encoder."""
+    likelihood_weight: Annotated[float, Field(ge=0, le=1_000)] | None = None
+    """Weight of the transformer's log-likelihood beside CLIP's logit in ranking; 1 for drawings
+    that their caption determines, 0 for photographs."""
 
 
 class JobHyperparameters(_Fields):
     """What holds for the whole job, whatever it trains."""
 
-    stage: Literal["all", StageName] = Field(
-        default="all",
-        description="What to train; all: what the artefact channel lacks, in that order.",
-    )
-    seed: int = Field(default=0, ge=0, le=2**32 - 1, description="Start of all random numbers.")
-    engine: EngineName = Field(
-        default="torch",
-        description="What computes the transformer's steps: plain torch, or DeepSpeed, which "
-        "shares out its training state among the devices. The other models are torch's.",
-    )
-    zero_stage: int = Field(
-        default=2,
-        ge=0,
-        le=3,
-        description="With engine=deepspeed, what each device has only its share of: 1 the "
-        "optimiser's state, 2 the gradients too, 3 the weights too; 0 nothing.",
-    )
-    offload_optimizer: bool = Field(
-        default=False,
-        description="With zero_stage 1 to 3, keep the optimiser's state in the host's memory and "
-        "update the weights there.",
-    )
-    offload_parameters: bool = Field(
-        default=False,
-        description="With zero_stage 3, keep each device's share of the weights in the host's "
-        "memory.",
-    )
-    deepspeed_config: str = Field(
-        default="",
-        max_length=2_500,
-        description="DeepSpeed's own settings as a JSON object, for engine=deepspeed.",
-    )
-    tokenizer_kind: TokenizerKind = Field(
-        default="bpe",
-        description="Words or byte pairs learned from the captions, or CLIP's byte pairs.",
-    )
-    tokenizer_vocab_size: int = Field(
-        default=8192, ge=16, le=1_000_000, description="Largest number of different text tokens."
-    )
-    text_length: int = Field(
-        default=64,
-        ge=1,
-        le=4_096,
-        description="Text tokens that the models read; longer captions fail.",
-    )
-    max_bad_share: float = Field(
-        default=DEFAULT_MAX_BAD_SHARE,
-        ge=0,
-        le=1,
-        description="The job fails when more than this share of the pairs cannot be used.",
-    )
-    caption_key: str = Field(
-        default="",
-        max_length=256,
-        description="Key of the captions in a shard's json members; if unset, their txt members "
-        "are read, or else the key caption.",
-    )
-    num_workers: int | None = Field(
-        default=None,
-        ge=0,
-        le=256,
-        description="Processes that load images; chosen by the machine if unset.",
-    )
-    num_validations: int = Field(
-        default=10,
-        ge=0,
-        le=10_000,
-        description="Validations in each stage, evenly over its budget.",
-    )
-    checkpoint_minutes: float = Field(
-        default=5.0, gt=0, le=40_320, description="Minutes between two checkpoints."
-    )
-    checkpoints_kept: int = Field(
-        default=2, ge=1, le=1_000, description="Newest checkpoints kept of each stage."
-    )
-    log_every: int = Field(
-        default=50, ge=1, le=10_000, description="Steps between two lines of metrics."
-    )
-    licence: str = Field(default="", max_length=256, description="Licence text for the manifest.")
+    stage: Literal["all", StageName] = "all"
+    """What to train; all: what the artefact channel lacks, in that order."""
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
+    """Start of all random numbers."""
+    engine: EngineName = "torch"
+    """What computes the transformer's steps: plain torch, or DeepSpeed, which shares out its
+    training state among the devices. The other models are torch's."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
+    """With engine=deepspeed, what each device has only its share of: 1 the optimiser's state, 2 the
+    gradients too, 3 the weights too; 0 nothing."""
+    offload_optimizer: bool = False
+    """With zero_stage 1 to 3, keep the optimiser's state in the host's memory and update the
+    weights there."""
+    offload_parameters: bool = False
+    """With zero_stage 3, keep each device's share of the weights in the host's memory."""
+    deepspeed_config: Annotated[str, Field(max_length=2_500)] = ""
+    """DeepSpeed's own settings as a JSON object, for engine=deepspeed."""
+    tokenizer_kind: TokenizerKind = "bpe"
+    """Words or byte pairs learned from the captions, or CLIP's byte pairs."""
+    tokenizer_vocab_size: Annotated[int, Field(ge=16, le=1_000_000)] = 8192
+    """Largest number of different text tokens."""
+    text_length: Annotated[int, Field(ge=1, le=4_096)] = 64
+    """Text tokens that the models read; longer captions fail."""
+    max_bad_share: Annotated[float, Field(ge=0, le=1)] = DEFAULT_MAX_BAD_SHARE
+    """The job fails when more than this share of the pairs cannot be used."""
+    caption_key: Annotated[str, Field(max_length=256)] = ""
+    """Key of the captions in a shard's json members; if unset, their txt members are read, or else
+    the key caption."""
+    num_workers: Annotated[int, Field(ge=0, le=256)] | None = None
+    """Processes that load images; chosen by the machine if unset."""
+    num_validations: Annotated[int, Field(ge=0, le=10_000)] = 10
+    """Validations in each stage, evenly over its budget."""
+    checkpoint_minutes: Annotated[float, Field(gt=0, le=40_320)] = 5.0
+    """Minutes between two checkpoints."""
+    checkpoints_kept: Annotated[int, Field(ge=1, le=1_000)] = 2
+    """Newest checkpoints kept of each stage."""
+    log_every: Annotated[int, Field(ge=1, le=10_000)] = 50
+    """Steps between two lines of metrics."""
+    licence: Annotated[str, Field(max_length=256)] = ""
+    """Licence text for the manifest."""
 
 
 class Hyperparameters(JobHyperparameters):

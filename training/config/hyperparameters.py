@@ -1,18 +1,17 @@
-"""Hyperparameters: flat text in, typed models out, or one error that names every problem.
+"""Parsing of hyperparameters: flat text in, typed models out, or one error with every problem.
 
 Names are flat on the platform. A plain name (`learning_rate`) sets every stage that has the field;
-a prefixed one (`dvae_learning_rate`) sets one stage and wins. The fields themselves are in
-training.config.fields. Needs no torch, so that a wrong job fails within a second.
+a prefixed one (`dvae_learning_rate`) sets one stage and wins. The fields are in
+`training.config.fields`. Imports no torch, so that a wrong job fails within a second.
 """
 
 from __future__ import annotations
 
 import difflib
-import types
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, get_args
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -42,7 +41,7 @@ IGNORED_PREFIX = "sagemaker_"
 IGNORED_NAMES = frozenset({"_tuning_objective_metric"})
 
 TOKENIZER_NAMES = frozenset({"tokenizer_kind", "tokenizer_vocab_size", "text_length"})
-"""What decides a new tokenizer, and nothing else."""
+"""Hyperparameters of a new tokenizer only."""
 READS_CAPTIONS = frozenset[StageName]({"transformer", "clip"})
 FOR_DEEPSPEED = frozenset(
     {"zero_stage", "offload_optimizer", "offload_parameters", "deepspeed_config"}
@@ -51,7 +50,7 @@ FOR_DEEPSPEED = frozenset(
 
 @dataclass(frozen=True)
 class _Target:
-    """Where a flat name goes; stage None is the job itself."""
+    """A field that a flat name sets; stage None is the job itself."""
 
     stage: StageName | None
     name: str
@@ -59,12 +58,11 @@ class _Target:
 
 
 def parse(raw: Mapping[str, str]) -> Hyperparameters:
-    """The job's hyperparameters from the platform's name -> text.
+    """Parse the platform's name -> text into the job's hyperparameters.
 
-    With engine=deepspeed, a `deepspeed_config` stands for the hyperparameters that it decides.
-    Names of the platform's own (`sagemaker_…`, `_tuning_objective_metric`) are ignored.
-    Raises HyperparameterError with one line for every unknown name, every wrong value and all that
-    does not go together.
+    With engine=deepspeed, the keys of `deepspeed_config` set the hyperparameters that they decide.
+    The platform's names (`sagemaker_…`, `_tuning_objective_metric`) are ignored. Raises
+    HyperparameterError with one line for every unknown name, wrong value and wrong combination.
     """
     given = {
         name: text
@@ -93,7 +91,10 @@ def parse(raw: Mapping[str, str]) -> Hyperparameters:
                 continue
             settings = stages[target.stage]
             if target.name in BUDGETS and _is_prefixed(name, targets):
-                _forget_plain_budgets(settings, target.stage, given)
+                # It replaces a budget of another kind that was given for all stages.
+                for budget in BUDGETS:
+                    if f"{target.stage}_{budget}" not in given:
+                        settings.pop(budget, None)
             settings[target.name] = value
     problems += _double_budgets(stages)
     if not problems:
@@ -109,7 +110,7 @@ def without_effect(
     trained: Sequence[StageName],
     present: Collection[ComponentName] = (),
 ) -> dict[str, str]:
-    """Hyperparameters that the job's author set in vain, and why.
+    """Return the given hyperparameters that this job does not use: name -> reason.
 
     trained: the stages that this job trains. present: components that its channels bring.
     """
@@ -134,13 +135,13 @@ def without_effect(
 def _is_for_muon(
     name: str, targets: Mapping[str, list[_Target]], trained: Sequence[StageName]
 ) -> bool:
-    """Whether a name sets Muon's learning rate where DeepSpeed trains, and nowhere else."""
+    """Return whether a name sets Muon's learning rate only of stages that DeepSpeed trains."""
     stages = {target.stage for target in targets[name] if target.stage in trained}
     return targets[name][0].name == "muon_learning_rate" and stages <= {*TRAINED_BY_DEEPSPEED}
 
 
 def render_table() -> str:
-    """All hyperparameters as a Markdown table: name, value, default, meaning."""
+    """Render all hyperparameters as a Markdown table: name, value, default, meaning."""
     lines = ["| name | value | default | meaning |", "|---|---|---|---|"]
     for name, targets in _targets().items():
         if _is_prefixed(name, {name: targets}):
@@ -148,21 +149,21 @@ def render_table() -> str:
         field = targets[0].field
         stages = [target.stage for target in targets if target.stage is not None]
         scope = f" ({', '.join(stages)})" if 0 < len(stages) < len(STAGE_FIELDS) else ""
-        meaning = f"{field.description}{scope}"
+        meaning = " ".join((field.description or "").split()) + scope
         cells = (f"`{name}`", _describe(field), _describe_default(targets), meaning)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 
 
 def _targets() -> dict[str, list[_Target]]:
-    """Flat name -> the fields it sets; plain names of the job, then of stages, then prefixed."""
+    """Return flat name -> the fields it sets: names of the job, of all stages, of one stage."""
     plain: dict[str, list[_Target]] = {
         name: [_Target(None, name, field)]
         for name, field in JobHyperparameters.model_fields.items()
     }
     prefixed: dict[str, list[_Target]] = {}
     common = StageHyperparameters.model_fields
-    plain |= {name: [] for name in common}  # these first, also those that not every stage has
+    plain |= {name: [] for name in common}  # first in the table, though not of every stage
     for stage, model in STAGE_FIELDS.items():
         fields = model.model_fields
         for name in [*common, *(name for name in fields if name not in common)]:
@@ -175,9 +176,9 @@ def _targets() -> dict[str, list[_Target]]:
 
 
 def _take_implied(given: dict[str, str], targets: Mapping[str, list[_Target]]) -> list[str]:
-    """Add to the given hyperparameters what the job's DeepSpeed JSON says in their stead.
+    """Add the hyperparameters that the job's DeepSpeed JSON decides to the given ones.
 
-    Returns a problem for each key that contradicts a hyperparameter, or cannot be used.
+    Returns one problem per key that contradicts a hyperparameter or cannot be used.
     """
     if given.get("engine", "").strip(' "') != "deepspeed":
         return []
@@ -185,20 +186,20 @@ def _take_implied(given: dict[str, str], targets: Mapping[str, list[_Target]]) -
     try:
         implied = deepspeed_settings.read_json(_typed(text, targets["deepspeed_config"][0].field))
     except ValidationError:
-        return []  # too long; found again with all others
+        return []  # too long; `parse` reports it
     except HyperparameterError as error:
         return str(error).splitlines()
     problems = []
-    spoken = dict(given)
+    by_author = dict(given)
     for each in implied:
         for name, field in _implied_names(each, targets):
-            said = next((by for by in (name, each.name) if by in spoken), None)
+            said = next((by for by in (name, each.name) if by in by_author), None)
             if said is None:
                 given[name] = each.text
-            elif not _are_equal(spoken[said], each.text, field):
+            elif not _are_equal(by_author[said], each.text, field):
                 problems.append(
                     f"deepspeed_config: {'.'.join(each.key)} says {each.name}={each.text}, "
-                    f"but {said} is {_shortened(spoken[said])}; leave one of them out"
+                    f"but {said} is {_shortened(by_author[said])}; leave one of them out"
                 )
     return list(dict.fromkeys(problems))
 
@@ -206,7 +207,7 @@ def _take_implied(given: dict[str, str], targets: Mapping[str, list[_Target]]) -
 def _implied_names(
     implied: Implied, targets: Mapping[str, list[_Target]]
 ) -> list[tuple[str, FieldInfo]]:
-    """The flat names, of the job or of DeepSpeed's stages, that a key of the JSON sets."""
+    """Return the flat names of the job or of DeepSpeed's stages that a key of the JSON sets."""
     return [
         (implied.name if target.stage is None else f"{target.stage}_{implied.name}", target.field)
         for target in targets[implied.name]
@@ -218,24 +219,15 @@ def _are_equal(one: str, other: str, field: FieldInfo) -> bool:
     try:
         return bool(_typed(one, field) == _typed(other, field))
     except (ValidationError, ValueError):
-        return True  # one of them is wrong by itself, and found as such
+        return True  # one of them is wrong by itself; `parse` reports it
 
 
 def _is_prefixed(name: str, targets: Mapping[str, list[_Target]]) -> bool:
     return name in targets and targets[name][0].name != name
 
 
-def _forget_plain_budgets(
-    settings: dict[str, Any], stage: StageName, given: Mapping[str, str]
-) -> None:
-    """A stage's own budget replaces one of another kind that was given for all stages."""
-    for budget in BUDGETS:
-        if f"{stage}_{budget}" not in given:
-            settings.pop(budget, None)
-
-
 def _double_budgets(stages: Mapping[StageName, Mapping[str, Any]]) -> list[str]:
-    """One problem per pair of budgets that were given together, naming the stages they meet in."""
+    """Return one problem per pair of budgets that were given for the same stages."""
     clashes: defaultdict[str, list[str]] = defaultdict(list)
     for stage, settings in stages.items():
         budgets = [budget for budget in BUDGETS if settings.get(budget) is not None]
@@ -248,14 +240,14 @@ def _double_budgets(stages: Mapping[StageName, Mapping[str, Any]]) -> list[str]:
 
 
 def _typed(text: str, field: FieldInfo) -> Any:
-    """The value of one text. Raises ValidationError or ValueError when it is not right."""
+    """Return the value of one text. Raises ValidationError or ValueError when it is wrong."""
     value = parse_value(text)
-    kind = _without_none(field.annotation)
-    if kind is str or (get_origin(kind) is Literal and isinstance(get_args(kind)[0], str)):
+    kind = _schema(field)["type"]
+    if kind == "string":
         value = value if isinstance(value, str) else text.strip()
-    elif get_origin(kind) is tuple and isinstance(value, str):
+    elif kind == "array" and isinstance(value, str):
         value = [part.strip() for part in value.split(",")]
-    elif isinstance(value, bool) and kind is not bool:
+    elif isinstance(value, bool) and kind != "boolean":
         raise ValueError("a truth value is not a number")
     return TypeAdapter(field.rebuild_annotation()).validate_python(value)
 
@@ -283,46 +275,40 @@ def _summary(problems: list[str]) -> str:
     return "\n- ".join([f"{len(problems)} hyperparameters are wrong:", *problems])
 
 
-def _without_none(annotation: Any) -> Any:
-    """The type inside `X | None` or `X | Literal["auto"]`, without its `Annotated` constraints."""
-    if get_origin(annotation) in (Union, types.UnionType):
-        kinds = get_args(annotation)
-        (annotation,) = (kind for kind in kinds if kind not in (type(None), Literal["auto"]))
-    return annotation.__origin__ if hasattr(annotation, "__metadata__") else annotation
-
-
-def _may_be_auto(field: FieldInfo) -> bool:
-    return Literal["auto"] in get_args(field.annotation)
+def _schema(field: FieldInfo) -> dict[str, Any]:
+    """Return the JSON schema of a field's values, None and `auto` left out."""
+    schema = TypeAdapter(field.rebuild_annotation()).json_schema()
+    first, *_ = schema.get("anyOf", [schema])
+    return dict(first)
 
 
 def _describe(field: FieldInfo) -> str:
-    """A field's type and range in words, as they follow "must be"."""
-    kind = _without_none(field.annotation)
-    limits = _limits(field)
-    if get_origin(kind) is Literal:
-        words = [str(word) for word in get_args(kind)]
-        return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
-    if get_origin(kind) is tuple:
-        return "a list of " + ", ".join(get_args(get_args(kind)[0]))
-    if kind is str:
-        return f"a text of at most {limits['max_length']} characters"
-    if kind is bool:
-        return "true or false"
-    assert kind in (int, float), f"no words for {kind}"
-    noun = "a whole number" if kind is int else "a number"
-    lowest = f"above {limits['gt']:,}" if "gt" in limits else f"from {limits['ge']:,}"
-    highest = f"below {limits['lt']:,}" if "lt" in limits else f"to {limits['le']:,}"
-    return f"{noun} {lowest} {highest}{' or auto' if _may_be_auto(field) else ''}"
+    """Describe a field's type and range, in words that follow "must be"."""
+    match _schema(field):
+        case {"enum": [*words, last]}:
+            return f"{', '.join(str(word) for word in words)} or {last}"
+        case {"type": "array", "items": {"enum": words}}:
+            return f"a list of {', '.join(words)}"
+        case {"type": "string", "maxLength": length}:
+            return f"a text of at most {length} characters"
+        case {"type": "boolean"}:
+            return "true or false"
+        case limits:
+            noun = "a whole number" if limits["type"] == "integer" else "a number"
+            auto = " or auto" if Literal["auto"] in get_args(field.annotation) else ""
+            return f"{noun} {_lowest(limits)} {_highest(limits)}{auto}"
 
 
-def _limits(field: FieldInfo) -> dict[str, Any]:
-    """gt, ge, lt, le and max_length, wherever the annotation carries them."""
-    metadata = list(field.metadata)
-    for part in (field.annotation, *get_args(field.annotation)):
-        for item in getattr(part, "__metadata__", ()):
-            metadata.extend(item.metadata if isinstance(item, FieldInfo) else [item])
-    names = ("gt", "ge", "lt", "le", "max_length")
-    return {name: getattr(m, name) for m in metadata for name in names if hasattr(m, name)}
+def _lowest(limits: Mapping[str, Any]) -> str:
+    if "minimum" in limits:
+        return f"from {limits['minimum']:,}"
+    return f"above {limits['exclusiveMinimum']:,}"
+
+
+def _highest(limits: Mapping[str, Any]) -> str:
+    if "maximum" in limits:
+        return f"to {limits['maximum']:,}"
+    return f"below {limits['exclusiveMaximum']:,}"
 
 
 def _describe_default(targets: list[_Target]) -> str:

@@ -15,8 +15,7 @@ from typing import get_args
 
 from dalle.errors import DataError, UserError
 from dalle.types import TokenizerKind
-from training.config.fields import JobHyperparameters
-from training.data.skips import DEFAULT_MAX_BAD_SHARE
+from training.config.fields import DEFAULT_MAX_BAD_SHARE, JobHyperparameters
 from training.data.sources.channel import open_channel
 from training.data.tools import cub
 from training.data.tools.bench import measure

@@ -17,7 +17,6 @@ from dalle.preprocess.images import ImageError, ImageFault
 log = logging.getLogger(__name__)
 
 EXAMPLES_PER_REASON = 3
-DEFAULT_MAX_BAD_SHARE = 0.05
 
 
 class SkipReason(StrEnum):

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from dalle.platform.disk import write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +61,7 @@ class Ledger:
 
     def _write(self, name: str, digest: str, *, is_done: bool) -> None:
         self._entries[name] = {"key": digest, "is_done": is_done}
-        temporary = self._path.with_name(f"{self._path.name}.tmp")
-        temporary.write_text(json.dumps(self._entries, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, self._path)
+        write_atomically(self._path, json.dumps(self._entries, indent=1) + "\n")
 
 
 def run_steps(steps: Sequence[Step], ledger: Ledger, say: Callable[[str], None]) -> int:

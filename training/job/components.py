@@ -21,7 +21,7 @@ from training.engine.devices import check_precision, is_emulated
 from training.engine.select import device_of_new
 from training.job.inputs import Inputs
 from training.loop.checkpoints import stored_identity
-from training.loop.loop import Stage
+from training.loop.interface import Stage
 from training.loop.stages import ClipStage, DVAEStage, TransformerStage
 from training.report.job import unfinished
 from training.stopping import Stopped

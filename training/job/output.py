@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from dalle import artefact as artefacts
 from dalle.manifest import StageRecord
 from training.job.inputs import Inputs
-from training.loop.loop import FitResult, Stage
+from training.loop.interface import FitResult, Stage
 from training.report.job import build_report
 from training.report.page import write_report
 from training.stopping import Stopped

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from typing import Any
 
 import torch
@@ -23,8 +23,9 @@ from training.job.components import Components
 from training.job.inputs import Inputs
 from training.job.output import Output
 from training.loop.checkpoints import Checkpoints
-from training.loop.loop import FitResult, Stage, fit
-from training.loop.metrics import Metrics, NoMetrics
+from training.loop.interface import FitResult, Stage
+from training.loop.loop import fit
+from training.loop.metrics import Metrics
 from training.stopping import Stop, Stopped
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,12 @@ class Trainer:
         require_equal_shares(self._hyperparameters, names, ranks.size)  # those of checkpoints too
         check_engine(self._hyperparameters, names, device, ranks.size)
         output = Output(inputs)
-        with self._metrics() as metrics:
+        paths = self._job.paths
+        with (
+            Metrics(paths.output_data / "metrics.jsonl", paths.tensorboard)
+            if ranks.is_first
+            else nullcontext()
+        ) as metrics:
             for name in names:
                 stage = None if ranks.any(self._stop.is_set()) else components.build(name)
                 if ranks.any(stage is None) or stage is None:
@@ -104,7 +110,7 @@ class Trainer:
         components.check(names)
         return names
 
-    def _train(self, stage: Stage, metrics: Metrics | NoMetrics) -> FitResult:
+    def _train(self, stage: Stage, metrics: Metrics | None) -> FitResult:
         hyperparameters, name = self._hyperparameters, stage.name
         num_parameters = sum(parameter.numel() for parameter in stage.model.parameters())
         logger.info("training %s, %s parameters", name, f"{num_parameters:,}")
@@ -131,11 +137,6 @@ class Trainer:
         end = "finished" if result.is_finished else "stopped"
         logger.info("%s %s after %d steps, %.0f s", name, end, result.step, result.seconds)
         return result
-
-    def _metrics(self) -> Metrics | NoMetrics:
-        if not self._ranks.is_first:
-            return NoMetrics()
-        return Metrics(self._job.paths.output_data / "metrics.jsonl", self._job.paths.tensorboard)
 
 
 def require_equal_shares(

@@ -1,4 +1,4 @@
-"""How long a stage is trained: a number of steps, or a number of minutes."""
+"""Budget of a stage: a number of steps, or a number of minutes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from training.config.fields import DEFAULT_EPOCHS, FitHyperparameters
 
 @dataclass(frozen=True)
 class Budget:
-    """One of the two limits is set. Schedules follow `progress`, so that both work alike."""
+    """Budget with one of two limits. Schedules follow `progress`, whichever it is."""
 
     max_steps: int | None = None
     max_seconds: float | None = None
 
     @classmethod
     def of(cls, settings: FitHyperparameters, num_batches: int) -> Budget:
-        """The budget that a job's author set; num_batches: batches in one epoch."""
+        """Return the budget that the hyperparameters set; num_batches: batches in one epoch."""
         if settings.max_minutes is not None:
             return cls(max_seconds=60 * settings.max_minutes)
         if settings.max_steps is not None:
@@ -35,9 +35,9 @@ class Budget:
         return "s" if self.max_steps is None else "step"
 
     def done(self, step: int, seconds: float) -> float:
-        """What is spent after `step` steps and `seconds` seconds, in `unit`."""
+        """Return the spent part after `step` steps and `seconds` seconds, in `unit`."""
         return seconds if self.max_steps is None else step
 
     def progress(self, step: int, seconds: float) -> float:
-        """The share that is spent, in [0, 1]."""
+        """Return the spent share, in [0, 1]."""
         return min(1.0, self.done(step, seconds) / self.total)

@@ -1,18 +1,16 @@
-"""Resumable training state in one directory: written atomically, the newest few kept.
+"""Checkpoints of a stage in one directory: written atomically, the newest few kept.
 
 On SageMaker the directory is /opt/ml/checkpoints, copied to S3 while the job runs and copied back
-before a restart. Each stage has its own sub-directory. Knows files and their completeness, not
-what is in them; never unpickles anything but tensors and plain values.
+before a restart; each stage has a sub-directory. Knows nothing of the state in a checkpoint, and
+unpickles only tensors and plain values.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import random
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -20,7 +18,7 @@ import numpy as np
 import torch
 
 from dalle.errors import CheckpointError
-from dalle.platform.disk import disk_error, sync
+from dalle.platform.disk import disk_error, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -44,22 +42,17 @@ class Checkpoints:
         self._kept = kept
 
     def save(self, step: int, state: Mapping[str, Any]) -> Path:
-        """Write the state after `step` steps, then remove what is older than the newest `kept`.
+        """Write the state after `step` steps, then remove all but the newest `kept` checkpoints.
 
-        Raises DiskFullError, or PlatformError for other trouble with the disk; whatever was
-        there before is untouched then.
+        Raises DiskFullError, or PlatformError for other trouble with the disk; the earlier
+        checkpoints are untouched then.
         """
         path = self.directory / f"step-{step:09d}.pt"
-        temporary = path.with_suffix(".pt.tmp")
         content = {"format": FORMAT, "identity": self._identity, "step": step, "state": dict(state)}
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            _write_durably(temporary, content)
-            os.replace(temporary, path)
-            sync(self.directory)  # the rename itself is to survive a power cut
+            with replacing(path, is_durable=True) as temporary:
+                _write(temporary, content)
         except OSError as error:
-            with suppress(OSError):
-                temporary.unlink()
             raise disk_error(
                 error,
                 f"write the checkpoint {path}",
@@ -73,11 +66,11 @@ class Checkpoints:
         return path
 
     def load_newest(self) -> dict[str, Any] | None:
-        """The state of the newest readable checkpoint, on the CPU; None when there is none.
+        """Return the state of the newest readable checkpoint, on the CPU; None without any.
 
-        Half-written files are removed; a damaged one is renamed, so that it no longer counts, and
-        the one before it taken. Raises CheckpointError when it is another run's, naming what
-        differs, or when all are damaged; PlatformError for trouble with the disk.
+        Unfinished files are removed. A damaged checkpoint is renamed, and the one before it is
+        loaded. Raises CheckpointError when it is another run's, naming what differs, or when all
+        are damaged; PlatformError for other trouble with the disk.
         """
         for leftover in self.directory.glob("*.tmp"):
             logger.warning("removing %s, which was never finished", leftover)
@@ -105,7 +98,7 @@ class Checkpoints:
         return None
 
     def _complete(self) -> list[Path]:
-        """Finished checkpoints, newest first."""
+        """Return the finished checkpoints, newest first."""
         if not self.directory.is_dir():
             return []
         paths = [path for path in self.directory.iterdir() if NAME.fullmatch(path.name)]
@@ -131,9 +124,9 @@ class Checkpoints:
 
 
 def stored_identity(directory: Path) -> dict[str, Any] | None:
-    """That of the newest readable checkpoint in a directory; None when there is none.
+    """Return the identity of the newest readable checkpoint; None without any. Reads no weights.
 
-    Reads no weights. Raises PlatformError for trouble with the disk.
+    Raises PlatformError for trouble with the disk.
     """
     for path in Checkpoints(directory, identity={})._complete():
         try:
@@ -149,9 +142,9 @@ def stored_identity(directory: Path) -> dict[str, Any] | None:
 
 
 def seed_everything(seed: int, step: int, rank: int = 0) -> None:
-    """Start every random generator of the process anew, for one step of one rank.
+    """Seed every random generator of the process for one step of one rank.
 
-    So a checkpoint need not hold their state, which would be another one for every rank.
+    So a checkpoint need not hold the generators' states, which differ between ranks.
     """
     (mixed,) = np.random.SeedSequence([seed, step, rank]).generate_state(1).tolist()
     random.seed(mixed)
@@ -160,7 +153,7 @@ def seed_everything(seed: int, step: int, rank: int = 0) -> None:
 
 
 class _Counting:
-    """A binary file of which only the length is kept."""
+    """Binary file that counts its bytes and keeps none."""
 
     def __init__(self) -> None:
         self.num_bytes = 0
@@ -175,14 +168,14 @@ class _Counting:
 
 
 def _num_bytes(content: Mapping[str, Any]) -> int:
-    """How long the file of a checkpoint is."""
+    """Return the size of a checkpoint's file."""
     target = _Counting()
     torch.save(dict(content), cast(IO[bytes], target))
     return target.num_bytes
 
 
 class _RememberingFile:
-    """A binary file that keeps the error it met: torch reports only that writing failed."""
+    """Binary file that keeps its OSError: torch reports only that writing failed."""
 
     def __init__(self, path: Path) -> None:
         self.file = path.open("wb")
@@ -199,14 +192,12 @@ class _RememberingFile:
         self.file.flush()
 
 
-def _write_durably(path: Path, content: Mapping[str, Any]) -> None:
-    """torch.save, then down to the disk. Raises OSError, never torch's own errors for one."""
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    """Write by torch.save. Raises OSError, not the errors that torch makes of it."""
     target = _RememberingFile(path)
     try:
         with target.file:
             torch.save(dict(content), cast(IO[bytes], target))
-            target.file.flush()
-            os.fsync(target.file.fileno())
     except (OSError, RuntimeError):
         if target.error is not None:
             raise target.error from None
@@ -214,9 +205,9 @@ def _write_durably(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _read(path: Path, *, with_tensors: bool = True) -> dict[str, Any] | None:
-    """A checkpoint's content; None for a damaged file. Raises OSError, MemoryError.
+    """Return a checkpoint's content; None for a damaged file. Raises OSError, MemoryError.
 
-    with_tensors: or leave their bytes on the disk.
+    with_tensors: False leaves the tensors' bytes on the disk.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=not with_tensors)

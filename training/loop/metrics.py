@@ -1,15 +1,14 @@
-"""Where a stage's numbers go: the log or a progress bar, metrics.jsonl, and TensorBoard.
+"""Reports of a stage's numbers: the log or a progress bar, metrics.jsonl, and TensorBoard.
 
 On a terminal there is one bar per stage with the time left; elsewhere every report is one line of
-`name=value;` pairs (dalle.platform.metric_lines publishes the regular expressions). Knows names and
-numbers, and nothing of what they measure.
+`name=value;` pairs (`dalle.platform.metric_lines` has the regular expressions for them). Knows
+names and numbers, and nothing of what they measure.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,14 +19,12 @@ from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
 from dalle.errors import PlatformError
-from dalle.platform.disk import disk_error
-from dalle.platform.metric_lines import METRIC_DEFINITIONS, METRIC_PATTERN, render_metrics
-
-__all__ = ["METRIC_DEFINITIONS", "METRIC_PATTERN", "Metrics", "Progress"]
+from dalle.platform.disk import disk_error, write_atomically
+from dalle.platform.metric_lines import render_metrics
 
 
 class Metrics:
-    """The reports of one job.
+    """Reports of one job.
 
     Each is one JSON object a line: {"stage", "step", "seconds", <metric>: number or null, …}.
     Close it (or use `with`) so that TensorBoard's file is complete. Everything raises
@@ -39,8 +36,6 @@ class Metrics:
         self._tensorboard = tensorboard
         self._output = sys.stdout if output is None else output
         self._records: list[dict[str, Any]] = []
-        with self._disk_errors(jsonl):
-            jsonl.parent.mkdir(parents=True, exist_ok=True)
         with self._disk_errors(tensorboard):
             self._writer = SummaryWriter(str(tensorboard))
         self._rewrite()
@@ -60,7 +55,7 @@ class Metrics:
             self._writer.close()
 
     def report(self, stage: str, step: int, seconds: float, values: Mapping[str, float]) -> None:
-        """Report plain metric names -> values; the printed ones carry the stage's name first.
+        """Report metric names -> values; the printed names begin with the stage's.
 
         seconds: spent on this stage so far.
         """
@@ -78,11 +73,11 @@ class Metrics:
             print(render_metrics(printed), file=self._output, flush=True)
 
     def records(self, stage: str) -> list[dict[str, Any]]:
-        """What was reported of one stage, oldest first; put into its checkpoints."""
+        """Return the reports of one stage, oldest first; its checkpoints hold them."""
         return [dict(record) for record in self._records if record["stage"] == stage]
 
     def restore(self, stage: str, records: Sequence[Mapping[str, Any]]) -> None:
-        """Replace a stage's records by a checkpoint's, so that nothing is there twice.
+        """Replace a stage's records by a checkpoint's, so that no step is reported twice.
 
         The output directory does not survive an interruption; the checkpoints do.
         """
@@ -96,16 +91,14 @@ class Metrics:
                         self._writer.add_scalar(f"{stage}/{name}", value, record["step"])
 
     def _rewrite(self) -> None:
-        temporary = self._jsonl.with_name(self._jsonl.name + ".tmp")
         lines = "".join(json.dumps(record) + "\n" for record in self._records)
         with self._disk_errors(self._jsonl):
-            temporary.write_text(lines, encoding="utf-8")
-            os.replace(temporary, self._jsonl)
+            write_atomically(self._jsonl, lines)
 
     @staticmethod
     @contextmanager
     def _disk_errors(path: Path) -> Iterator[None]:
-        """TensorBoard's come from its own thread: with some later report, or at the end."""
+        """Raise our errors for OSError; TensorBoard's thread raises its errors in a later call."""
         try:
             yield
         except OSError as error:
@@ -118,29 +111,10 @@ class Metrics:
             ) from error
 
 
-class NoMetrics:
-    """In place of `Metrics` on the ranks that report nothing."""
-
-    def __enter__(self) -> NoMetrics:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def report(self, stage: str, step: int, seconds: float, values: Mapping[str, float]) -> None:
-        pass
-
-    def records(self, stage: str) -> list[dict[str, Any]]:
-        return []
-
-    def restore(self, stage: str, records: Sequence[Mapping[str, Any]]) -> None:
-        pass
-
-
 class Progress:
-    """A bar with the time left when the output is a terminal; nothing otherwise.
+    """Progress bar with the time left when the output is a terminal; nothing otherwise.
 
-    total: the budget, in steps or seconds as `unit` says. is_shown: whether on a terminal.
+    total: the budget, in steps or seconds as `unit` says. is_shown: False for no bar at all.
     """
 
     def __init__(
@@ -166,7 +140,7 @@ class Progress:
         self._total = math.ceil(total)
 
     def show(self, done: float, values: Mapping[str, float] | None = None) -> None:
-        """Move the bar to `done` of the total, with the latest values beside it."""
+        """Move the bar to `done` of the total and show the latest values."""
         if values:
             self._bar.set_postfix({n: f"{v:.4g}" for n, v in values.items()}, refresh=False)
         self._bar.update(min(math.floor(done), self._total) - self._bar.n)

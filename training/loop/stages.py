@@ -1,4 +1,4 @@
-"""The three models as the training loop sees them: their batches, loss and validation.
+"""Stages of the three models for the training loop: batches, loss and validation.
 
 Knows the models and their batches; knows nothing of jobs, files or checkpoints.
 Letters: B batch, N image-token positions, M codebooks.
@@ -27,12 +27,12 @@ from training.stopping import NEVER, Stop, Stopped, unless_stopped
 
 @dataclass(frozen=True)
 class StageData:
-    """What every stage trains and validates on.
+    """Training and validation batches of a stage.
 
-    validation: a fixed set of batches in a fixed order, None without held-out pairs.
-    stop: looked at between two batches of work that is not the training loop's.
-    ranks: those that share out the training batches; every one validates by itself, unless
-        `is_validation_parted`: each host then has other held-out pairs.
+    validation: a fixed set of batches in a fixed order, None without validation pairs.
+    stop: checked between two batches outside the training loop.
+    ranks: share the training batches. Each validates on all validation pairs, or with
+        `is_validation_parted` on those of its host.
     """
 
     train: Batches
@@ -43,13 +43,13 @@ class StageData:
     is_validation_parted: bool = False
 
     def batch(self, batch: Batch) -> Batch:
-        """A batch on the stage's device."""
+        """Return a batch on the stage's device."""
         return batch.to(self.device)
 
     def validation_means(
         self, measure: Callable[[Batch], Mapping[str, Tensor]]
     ) -> dict[str, float]:
-        """Means over all held-out pairs of numbers that are means over a batch; empty without any.
+        """Return means over all validation pairs, from means over a batch; empty without pairs.
 
         Raises Stopped, on every rank when the pairs are parted.
         """
@@ -75,10 +75,10 @@ class StageData:
         return {name: total / num_pairs for name, total in totals.items()}
 
     def validation_batches(self) -> Iterator[Batch]:
-        """All of them, on the stage's device. Raises Stopped."""
+        """Yield all validation batches on the stage's device. Raises Stopped."""
         if self.validation is None:
             return
-        with self.validation as batches:  # every pass begins anew: its workers end with it
+        with self.validation as batches:  # the loader's workers end with each pass
             for step in unless_stopped(range(batches.num_per_epoch), self.stop):
                 yield self.batch(batches.batch(step))
 
@@ -87,7 +87,7 @@ class StageData:
 
 
 class DVAEStage:
-    """Learns to draw an image from its own tokens."""
+    """Training of the dVAE: images to image tokens and back."""
 
     name: StageName = "dvae"
 
@@ -114,9 +114,9 @@ class DVAEStage:
 
 
 class TransformerStage:
-    """Learns the image tokens of a frozen dVAE, and the caption's own, one after another.
+    """Training of the transformer on a caption's tokens and the image tokens of a frozen dVAE.
 
-    Making one encodes the images of a small data set, and raises Stopped in the midst of it.
+    The constructor encodes all images of a preloaded data set. It raises Stopped.
     """
 
     name: StageName = "transformer"
@@ -128,7 +128,7 @@ class TransformerStage:
         self.batches = data.train
         self._table: Tensor | None = None
         if isinstance(data.train.dataset, Preloaded):
-            # The dVAE is frozen: what fits into memory is encoded once, not once an epoch.
+            # The dVAE is frozen: images in memory are encoded once, not in every epoch.
             self._table = _encode_all(dvae, data.train.dataset, data)
         elif isinstance(data.train.dataset, TokenCache):
             self._table = data.train.dataset.tokens
@@ -141,7 +141,7 @@ class TransformerStage:
             rows = self._table[indices.to(self._table.device)]
             image_tokens = rows.to(self.data.device).long()
         else:
-            # Rounded by autocast, some images would have other tokens than when they are drawn.
+            # Rounded by autocast, some images would have other tokens than in fp32.
             with torch.autocast(self.data.device.type, enabled=False):
                 image_tokens = self.dvae.encode(batch.images)
         loss = self.model.loss(
@@ -172,9 +172,9 @@ class TransformerStage:
 
 
 class ClipStage:
-    """Learns which caption belongs to which image.
+    """Training of CLIP: which caption belongs to which image.
 
-    In a small data set, pairs whose images are equal count as one another's.
+    In a preloaded data set, pairs with equal images count as matching one another.
     """
 
     name: StageName = "clip"
@@ -183,15 +183,15 @@ class ClipStage:
         self.model: Clip = model
         self.data = data
         self.batches = data.train
-        self._pictures: Tensor | None = None
+        self._image_numbers: Tensor | None = None
         if isinstance(data.train.dataset, Preloaded):
-            self._pictures = _number_pictures(data.train.dataset).to(data.device)
+            self._image_numbers = _image_numbers_of(data.train.dataset).to(data.device)
 
     def loss(self, batch: Batch, progress: float) -> tuple[Tensor, Mapping[str, Tensor]]:
         batch = self.data.batch(batch)
         assert batch.text_tokens is not None
-        pictures = None if self._pictures is None else self._pictures[batch.indices]
-        loss = self.model.loss(batch.images, batch.text_tokens, self.data.ranks, pictures=pictures)
+        numbers = None if self._image_numbers is None else self._image_numbers[batch.indices]
+        loss = self.model.loss(batch.images, batch.text_tokens, self.data.ranks, pictures=numbers)
         return loss.total, {"accuracy": loss.accuracy.detach()}
 
     def validate(self) -> Mapping[str, float]:
@@ -207,7 +207,7 @@ class ClipStage:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """sha256 over a model's weights: two models with the same one compute the same."""
+    """Return the sha256 of a model's weights; models with equal hashes compute the same."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -215,10 +215,10 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _number_pictures(dataset: Preloaded) -> Tensor:
-    """A number for every pair, [pairs] int64: the same where the images are, pixel by pixel.
+def _image_numbers_of(dataset: Preloaded) -> Tensor:
+    """Return a number for every pair, [pairs] int64, equal for images with equal pixels.
 
-    Digests of the images, so that it is the same on all hosts, whose pairs may be others.
+    A digest of the image, so that it is equal on hosts with different pairs.
     """
     digests = (
         hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in dataset.images.numpy()
@@ -227,7 +227,7 @@ def _number_pictures(dataset: Preloaded) -> Tensor:
 
 
 def _encode_all(dvae: DiscreteVAE, dataset: Preloaded, data: StageData) -> Tensor:
-    """Image tokens of every pair, [pairs, N, M] int32."""
+    """Return the image tokens of every pair, [pairs, N, M] int32."""
     chunks = [
         dvae.encode(images).int() for images in float_chunks(dataset.images, data.device, data.stop)
     ]

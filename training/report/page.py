@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import base64
 import math
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from datetime import UTC
 from functools import partial
 from pathlib import Path
@@ -21,7 +19,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from dalle.platform.disk import disk_error
+from dalle.platform.disk import disk_error, write_atomically
 from dalle.preprocess.images import ImageFormat, Pixels, contact_sheet, encode_image
 from training.report.content import Curve, Report
 from training.report.figures import Panel, plot_curves, plot_usage
@@ -35,15 +33,10 @@ def write_report(report: Report, path: Path) -> None:
 
     Raises DiskFullError, or PlatformError for other trouble with the disk.
     """
-    unfinished = path.with_name(f"{path.name}.tmp")
     content = render_report(report).encode("utf-8", errors="backslashreplace")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(content)
-        os.replace(unfinished, path)
+        write_atomically(path, content)
     except OSError as error:
-        with suppress(OSError):
-            unfinished.unlink()
         raise disk_error(
             error,
             f"write the report {path}",

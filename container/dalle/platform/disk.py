@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dalle.errors import DiskFullError, PlatformError
@@ -51,6 +53,34 @@ def free_bytes(directory: Path) -> int | None:
         except OSError:
             return None
     return None
+
+
+@contextmanager
+def replacing(path: Path, *, is_durable: bool = False) -> Iterator[Path]:
+    """Give a temporary path in the same directory, and rename it to `path` after the block.
+
+    The directory is made if it is missing. After an error `path` is as it was and the temporary
+    file is removed. is_durable: the new file survives a power cut.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        yield temporary
+        if is_durable:
+            sync(temporary)
+        os.replace(temporary, path)
+    except Exception:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    if is_durable:
+        sync(path.parent)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file, text as UTF-8, completely or not at all. Raises OSError."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def sync(path: Path) -> None:

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -22,7 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
-from dalle.platform.disk import disk_error
+from dalle.platform.disk import disk_error, write_atomically
 from training.data.batching.loader import ImageLoader
 from training.data.batching.preload import images_per_chunk
 from training.data.batching.sampler import Sampler
@@ -74,7 +72,7 @@ def cache_tokens(
     """Encode every image, or read what an earlier run of the job has encoded.
 
     directory: of all caches; each data set and dVAE (told by `dvae_hash`, of its weights) has a
-        folder in it. ProcessGroup share the work; the first one reads and writes.
+        folder in it. The ranks share the work; the first one reads and writes.
     step_pairs, part_pairs: pairs that are encoded together (None: as many as suit the dVAE), and
         pairs in a part of the cache, at most.
     Raises `DataError` when too many images are unusable; PlatformError when the disk is full;
@@ -190,15 +188,10 @@ def _read_parts(folder: Path) -> list[Tensor]:
 
 def _write_part(folder: Path, number: int, tokens: Tensor) -> None:
     path = _part_path(folder, number)
-    temporary = path.with_suffix(".tmp")
     content = save({"tokens": tokens.contiguous()})
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        write_atomically(path, content)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
         raise disk_error(
             error,
             f"write the image tokens {path}",

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dalle.errors import DataError
-from training.data.skips import DEFAULT_MAX_BAD_SHARE, Skips, printable
+from training.config.fields import DEFAULT_MAX_BAD_SHARE
+from training.data.skips import Skips, printable
 from training.data.sources.files import File, walk
 from training.data.sources.folder import FolderReader
 from training.data.sources.index import EXPECTED_LAYOUT, IMAGE_SUFFIXES, Pairs, Reader

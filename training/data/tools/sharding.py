@@ -9,7 +9,6 @@ times or owners, and the order is drawn from the seed.
 from __future__ import annotations
 
 import io
-import os
 import posixpath
 import tarfile
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dalle.errors import UserError
+from dalle.platform.disk import replacing
 from dalle.preprocess.images import ImageError, decode_image
 from training.data.batching.sampler import Sampler
 from training.data.skips import SkipReason, printable
@@ -67,8 +67,10 @@ def write_shards(
     num_pairs = num_captions = num_bytes = 0
     for number in range(num_shards):
         path = out / f"shard-{number:06}.tar"
-        temporary = path.with_name(f"{path.name}.tmp")
-        with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as archive:
+        with (
+            replacing(path) as temporary,
+            tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as archive,
+        ):
             for index in order[shard_of == number].tolist():
                 bar.update()
                 try:
@@ -83,8 +85,7 @@ def write_shards(
                 _add_file(archive, f"{key}.txt", _text(dataset, index))
                 num_pairs += 1
                 num_captions += len(dataset.captions(index))
-        num_bytes += temporary.stat().st_size
-        os.replace(temporary, path)
+        num_bytes += path.stat().st_size
     bar.close()
     return Written(num_shards, num_pairs, num_captions, num_bytes)
 
