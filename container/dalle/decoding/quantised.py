@@ -1,10 +1,10 @@
-"""A model's matrices in fewer bytes, for decoding on a CPU by torch's kernels.
+"""Linear layers in fp32, fp16 or int8, for decoding by torch's kernels.
 
-A decoding step reads every weight once, so that its bytes decide its time. All matrices of the
-256-pixel model, milliseconds on one thread with AVX512 and VNNI for 1, 8 and 32 rows: fp32 11.3,
-22.8, 30.4 · fp16 9.9, 14.5, 31.5 · int8 4.6, 7.0, 11.4 (measured 2026-11-22).
+A decoding step reads every weight once, so the weights' size determines its time. All matrices of
+the 256-pixel model, milliseconds on one thread with AVX512 and VNNI for 1, 8 and 32 rows: fp32
+11.3, 22.8, 30.4 · fp16 9.9, 14.5, 31.5 · int8 4.6, 7.0, 11.4 (measured 2026-11-22).
 
-What a row gives never depends on the rows beside it: activations are scaled row by row, and int8
+A row's result never depends on the rows beside it: activations are scaled row by row, and int8
 products are summed exactly.
 """
 
@@ -24,15 +24,16 @@ Matrix = Callable[[Tensor], Tensor]
 """A linear layer without its module: [B, in] -> [B, out], float32."""
 
 _TINY = 1e-20  # in place of the scale of an output whose weights are all zero
-_FEW = 2048  # numbers whose greatest one kernel finds sooner than two that are faster
-_MIDDLE = 128  # the byte that means 0
+_FEW = 2048  # numbers up to which one slow kernel finds the greatest sooner than two fast ones
+_MIDDLE = 128  # the byte that stands for 0
 
 
 def matrix(linear: nn.Linear, precision: Precision) -> Matrix:
-    """The same linear map with its weights in another precision; fp32 and bf16: as they are.
+    """Convert a linear layer's weights to a precision; fp32 and bf16 keep them as they are.
 
-    It then shares the layer's memory, laid out anew: [in, out] is read a quarter faster on a CPU.
-    Raises `DeviceError` where this processor or this build of torch has no such kernel.
+    Unconverted weights share the layer's memory, on a CPU laid out anew as [in, out], which is read
+    a quarter faster. Raises `DeviceError` where this processor or this build of torch has no kernel
+    for the precision.
     """
     try:
         if precision == "fp16":
@@ -65,20 +66,22 @@ def _half(linear: nn.Linear) -> Matrix:
 
 
 def _byte(linear: nn.Linear) -> Matrix:
-    """Weights symmetric, one scale for each output; activations symmetric, one for each row."""
+    """Symmetric int8: one scale for each output's weights, one for each row of activations."""
     weight, bias = linear.weight.detach().float(), _bias(linear)
-    # Without VNNI pairs of products are added in 16 bits: 7-bit weights keep them from overflowing.
+    # Without VNNI pairs of products are added in 16 bits, which 7-bit weights cannot overflow.
     levels = 127 if getattr(torch.cpu, "_is_vnni_supported", lambda: False)() else 63
     scale = byte_scales(weight, levels)
     operators: Any = torch.ops.quantized
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of the type, not of the kernels
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # torch deprecates the type, not the kernels
         quantised = torch.quantize_per_channel(
             weight, scale.double(), torch.zeros(len(scale), dtype=torch.int64), 0, torch.qint8
         )
         packed = operators.linear_prepack(quantised, None)
     multiply = _bare(operators.linear_with_input_q_dq_qweight_dq_output_fp32)
-    # Whether it is there at all.
+    # Raises where the kernel is missing.
     multiply(torch.zeros(1, weight.shape[1]), 1 / 127, _MIDDLE, packed)
 
     if bias is None:
@@ -91,7 +94,7 @@ def _byte(linear: nn.Linear) -> Matrix:
         return without_bias
 
     def with_bias(x: Tensor) -> Tensor:
-        # A row of zeros becomes bytes of no meaning here, and zeros again by its factor.
+        # A row of zeros becomes arbitrary bytes, and zeros again by the factor 0.
         greatest = _greatest(x)
         return torch.addcmul(bias, multiply(x / greatest, 1 / 127, _MIDDLE, packed), greatest)
 
@@ -99,7 +102,7 @@ def _byte(linear: nn.Linear) -> Matrix:
 
 
 def byte_scales(weight: Tensor, levels: int) -> Tensor:
-    """What 1 means in the bytes of each output's weights, [N], given all [N, K]."""
+    """Scale of each output's weights, [N], for weights [N, K] and bytes of ±levels."""
     return weight.abs().amax(dim=1).clamp(min=_TINY) / levels
 
 
@@ -117,7 +120,6 @@ def _bias(linear: nn.Linear) -> Tensor | None:
 
 
 def _bare(operator: Any) -> Callable[..., Tensor]:
-    """The operator without the search through its arguments that precedes every call: at one row
-    that takes a tenth of a step."""
+    """Return the operator without its overload resolution, a tenth of a step of one row."""
     bare: Callable[..., Tensor] = getattr(operator.default, "_op", operator)
     return bare

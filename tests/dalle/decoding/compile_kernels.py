@@ -1,9 +1,9 @@
-"""Compile what a fused step is made of for a GPU that need not be there, with the step's arguments.
+"""Compile the kernels of a GPU step for a GPU that is not there, with the step's arguments.
 
     python -m tests.dalle.decoding.compile_kernels CAPABILITY DTYPE FEED_FORWARD NORM
 
-Without TRITON_INTERPRET. In place of CUDA's driver one is asked to launch it that takes notes; the
-last line is the names of what was launched.
+Needs TRITON_INTERPRET unset. A fake CUDA driver records the launches; the last line is the names of
+the kernels.
 """
 
 import sys
@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from cuda.bindings import driver
 
-from dalle.decoding.gpu import launch as launch
+from dalle.decoding.gpu import launch
 from dalle.decoding.gpu.step import GpuStep
 from dalle.decoding.input_batch import SlotState
 from dalle.models.transformer import Dalle, TransformerConfig
 
 
 class AbsentDriver:
-    """Takes machine code and launches, and notes them."""
+    """Driver that accepts machine code and records launches."""
 
     # ruff: noqa: N802 - the names are CUDA's
 

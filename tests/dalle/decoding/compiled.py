@@ -1,8 +1,8 @@
-"""Whether the compiled decoding step runs on this machine."""
+"""Marker for tests that need the compiled decoding step on this machine."""
 
 import pytest
 
-from dalle.decoding.cpu import structures as structures
+from dalle.decoding.cpu import structures
 
 _compiled = structures.library()
 runs_here = pytest.mark.skipif(

@@ -1,4 +1,4 @@
-"""The compiled step: as exact as the one of torch's kernels, and where it cannot run, known to."""
+"""The compiled step: as exact as torch's kernels, and replaced by them where it cannot run."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dalle.decoding.cpu import step as cpu_step
-from dalle.decoding.cpu import structures as structures
+from dalle.decoding.cpu import structures
 from dalle.decoding.cpu.step import CpuStep, why_not
 from dalle.decoding.cpu.torch_step import CpuTorchStep
 from dalle.decoding.engine import DecodeEngine
@@ -36,8 +36,7 @@ def threads():
 
 
 def begun(step, model, captions):
-    """A step whose slot k begins with caption k, and the states [slots, W] that predict what is
-    first."""
+    """Load caption k into slot k; return the states [slots, W] that predict the first position."""
     hidden = []
     for slot, caption in enumerate(captions):
         cache = model.new_cache(1)
@@ -47,7 +46,7 @@ def begun(step, model, captions):
 
 
 def walk(step, slots, codes):
-    """The states of the slots after each position: codes [positions, slots, M] are taken in."""
+    """Run the step on codes [positions, slots, M]; return the states after each position."""
     slots = np.array(slots)
     return torch.stack(
         [
@@ -107,7 +106,7 @@ def test_it_is_as_exact_as_torchs_kernels(
 
 @runs_here
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_what_a_row_gives_depends_on_no_other_and_on_no_number_of_threads(
+def test_a_row_depends_neither_on_other_rows_nor_on_the_number_of_threads(
     precision, make_dalle, threads
 ):
     model = make_dalle(attention_kinds=("full", "axial_col"), width=40, num_heads=2)
@@ -145,7 +144,7 @@ def test_what_a_row_gives_depends_on_no_other_and_on_no_number_of_threads(
         SamplingOptions(guidance_scale=0.0),
     ],
 )
-def test_codes_are_drawn_as_by_sampling(options, make_dalle):
+def test_codes_are_sampled_as_by_the_reference(options, make_dalle):
     model = make_dalle(codebook_size=100, num_codebooks=3, width=64, num_heads=2)
     step = CpuStep(model, 80)
     engine = DecodeEngine(model, 80, step=step)
@@ -165,21 +164,21 @@ def test_codes_are_drawn_as_by_sampling(options, make_dalle):
 
 
 @runs_here
-def test_where_logits_are_equal_no_more_than_k_codes_are_drawn(make_dalle):
+def test_where_logits_are_equal_no_more_than_k_codes_are_sampled(make_dalle):
     model = make_dalle(codebook_size=50, num_codebooks=1)
     for parameter in model.code_heads.parameters():
         parameter.data.zero_()
     engine = DecodeEngine(model, 40, step=CpuStep(model, 40))
     engine.submit(TEXT, candidates=range(40), seed=5, options=SamplingOptions(top_k=3))
-    drawn = []
+    sampled = []
     while not engine.is_idle:
-        drawn += [each.image_tokens for each in engine.step()]
-    assert len(torch.cat(drawn).unique()) == 3
+        sampled += [each.image_tokens for each in engine.step()]
+    assert len(torch.cat(sampled).unique()) == 3
 
 
 @runs_here
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
-def test_a_forked_process_does_not_wait_for_threads_that_it_has_not(make_dalle, threads):
+def test_a_forked_process_does_not_wait_for_the_parents_threads(make_dalle, threads):
     torch.set_num_threads(2)
     model = make_dalle()
     step = CpuStep(model, 1)
@@ -206,7 +205,7 @@ def test_a_step_of_more_rows_than_slots_is_refused(make_dalle):
         step(np.arange(2), torch.zeros(2, 2, dtype=torch.int64), np.zeros(2, np.int64))
 
 
-def test_why_it_cannot_be_is_said_and_another_step_draws(make_dalle, monkeypatch):
+def test_where_it_cannot_run_the_reason_is_given_and_torchs_kernels_decode(make_dalle, monkeypatch):
     wide = make_dalle(width=272, num_heads=2)
     if structures.library() is not None:
         assert why_not(wide, "fp32") in (
@@ -232,7 +231,7 @@ def test_why_it_cannot_be_is_said_and_another_step_draws(make_dalle, monkeypatch
     )
 
 
-def test_a_processor_without_avx512_draws_by_torch(make_dalle, monkeypatch):
+def test_a_processor_without_avx512_uses_torchs_kernels(make_dalle, monkeypatch):
     class Library:
         def dalle_support(self):
             return 0
@@ -245,17 +244,17 @@ def test_a_processor_without_avx512_draws_by_torch(make_dalle, monkeypatch):
 
 @runs_here
 @pytest.mark.parametrize("which", [slice(None), slice(2, 3)])
-def test_logits_that_are_no_numbers_are_an_error(which, make_dalle):
+def test_logits_that_are_nan_are_an_error(which, make_dalle):
     model = make_dalle()
     engine = DecodeEngine(model, 1, step=CpuStep(model, 1))
     engine.submit(TEXT, candidates=[0], seed=0)
-    model.code_heads[0].to_logits.bias[which] = torch.nan  # which the step shares
+    model.code_heads[0].to_logits.bias[which] = torch.nan  # in memory shared with the step
     with pytest.raises(FloatingPointError, match="NaN or infinite"):
         engine.step()
 
 
 class Loaded:
-    """Compiled code of another platform, or of another version."""
+    """Library of another platform or of another version."""
 
     def __init__(self, support, layout):
         self.dalle_support = lambda: support
@@ -271,7 +270,7 @@ def test_code_of_another_version_is_not_used(layout, monkeypatch, caplog):
     assert "it.so is of another version" in caplog.text
 
 
-def test_on_another_platform_its_code_says_no_more_than_that(monkeypatch):
+def test_on_another_platform_the_library_reports_no_support(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: SimpleNamespace(origin="it.so"))
     monkeypatch.setattr("ctypes.CDLL", lambda path: Loaded(0, None))
     assert structures.library.__wrapped__().dalle_support() == 0
@@ -287,7 +286,7 @@ def test_code_that_cannot_be_loaded_is_not_used(monkeypatch, caplog, tmp_path):
 
 @runs_here
 def test_without_vnni_bytes_have_seven_bits(make_dalle, monkeypatch):
-    """On a processor with it both kernels run here, which is how the other one is tested."""
+    """On a processor with VNNI both kernels can run."""
     model = make_dalle(width=64, num_heads=2)
     codes = torch.randint(7, (6, 1, 2))
     exact = CpuTorchStep(model, 1)

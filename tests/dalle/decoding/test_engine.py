@@ -1,4 +1,4 @@
-"""The engine draws what plain sampling does, whatever else is in its slots."""
+"""The engine samples the same tokens as the reference, whatever else is in its slots."""
 
 import pytest
 import torch
@@ -86,7 +86,7 @@ def assert_as_sampled(model, found, requests=REQUESTS):
 
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("kinds", KINDS)
-def test_it_draws_what_plain_sampling_does_at_mixed_positions(kinds, step, make_dalle):
+def test_it_samples_as_the_reference_at_mixed_positions(kinds, step, make_dalle):
     model = make_dalle(attention_kinds=kinds, num_layers=3)
     engine = DecodeEngine(model, 5, step=step(model, 5))
     assert_as_sampled(model, run(engine))
@@ -117,7 +117,7 @@ def test_so_it_does_for_every_field_of_the_config(fields, step, make_dalle):
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("num_slots", [2, 3, 40])
 @pytest.mark.parametrize("every", [1, 7])
-def test_how_many_slots_there_are_and_who_comes_when_change_nothing(num_slots, every, step, model):
+def test_neither_slots_nor_arrival_change_anything(num_slots, every, step, model):
     engine = DecodeEngine(model, num_slots, step=step(model, num_slots))
     assert_as_sampled(model, run(engine, every=every))
 
@@ -138,11 +138,11 @@ def test_a_long_sequence_is_read_in_blocks(step, make_dalle, monkeypatch):
 
 @pytest.mark.parametrize("kind", ATTENTION_KINDS)
 def test_a_step_reads_what_its_queries_see_and_little_else(kind, make_dalle, monkeypatch):
-    """Rows of keys and values, of one input and head each, in one step of two candidates."""
+    """Counts the keys and values that one step of two candidates reads."""
     model = make_dalle(attention_kinds=(kind,), text_length=5, grid_size=8, num_codebooks=1)
     config = model.config
     engine = DecodeEngine(model, 2, step=CpuTorchStep(model, 2))
-    prime = torch.zeros(40, 1, dtype=torch.int64)  # then the first of a row is drawn
+    prime = torch.zeros(40, 1, dtype=torch.int64)  # the next position is the first of a row
     engine.submit(TEXT, candidates=range(2), seed=0, prime_tokens=prime)
     numbers_read = []
     sums, fetch = FloatTable.sums, FloatTable.fetch
@@ -185,8 +185,8 @@ def test_freed_slots_are_filled_at_once(model):
     while not engine.is_idle:
         engine.step()
         busy.append(engine.busy_slots)
-    # Three at a time: the last position of some and the first of the next are drawn one after
-    # another, and no step is left without work.
+    # Three at a time: the first position of the next ones follows the last position of others, and
+    # no step is without work.
     assert len(busy) == 3 * N
     assert busy[:-N].count(0) == 2
     assert set(busy[2 * N : -1]) == {1}
@@ -242,7 +242,7 @@ def test_an_engine_that_was_reset_begins_anew(step, model):
     assert_as_sampled(model, run(engine))
 
 
-def test_what_is_drawn_so_far_is_the_finished_pictures_beginning(model):
+def test_tokens_so_far_are_the_beginning_of_the_finished_image(model):
     engine = DecodeEngine(model, 2)
     generation = engine.submit(TEXT, candidates=[4], seed=0)
     for done in range(1, N):
@@ -301,8 +301,8 @@ def test_torchs_own_random_numbers_are_neither_read_nor_moved(model):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kinds", KINDS)
-def test_a_recorded_step_draws_what_plain_sampling_does(kinds, make_dalle, monkeypatch):
-    monkeypatch.setattr("dalle.decoding.gpu.torch_step._BLOCK", 8)  # some recordings
+def test_a_step_in_cuda_graphs_samples_as_the_reference(kinds, make_dalle, monkeypatch):
+    monkeypatch.setattr("dalle.decoding.gpu.torch_step._BLOCK", 8)  # several graphs
     model = make_dalle(attention_kinds=kinds, num_layers=3).cuda()
     requests = [
         {

@@ -1,4 +1,4 @@
-"""The kernels for a GPU: interpreted here, half a second a step, and compiled where one is."""
+"""The Triton kernels: interpreted without a GPU, half a second a step, and compiled with one."""
 
 import copy
 import itertools
@@ -12,9 +12,7 @@ import torch
 
 from dalle.decoding import select as steps
 from dalle.decoding.engine import DecodeEngine
-from dalle.decoding.gpu import launch as launch
-from dalle.decoding.gpu import layers as layers
-from dalle.decoding.gpu import sampler as sampler
+from dalle.decoding.gpu import launch, layers, sampler
 from dalle.decoding.gpu import step as gpu_step
 from dalle.decoding.gpu.cuda_graph import CudaGraphs
 from dalle.decoding.sampling import SamplingOptions, choose, sample_image_tokens
@@ -63,8 +61,8 @@ interpreted = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def in_small_pieces(monkeypatch):
-    """On a CPU what is recorded is done beforehand, as it is on a GPU; and as of long sequences and
-    wide layers, not all is read at once."""
+    """Imitate a GPU on a CPU: run a function once before its capture, and read in several pieces as
+    for long sequences and wide layers."""
     if torch.cuda.is_available():
         return
     add = CudaGraphs.add
@@ -102,7 +100,7 @@ def on_gpu(requests):
 
 @interpreted
 @pytest.mark.slow
-def test_it_draws_what_plain_sampling_does_in_every_kind_of_attention(make_dalle):
+def test_it_samples_as_the_reference_in_every_kind_of_attention(make_dalle):
     kinds = ("axial_row", "axial_col", "conv_like", "full")
     model = make_dalle(attention_kinds=kinds, num_layers=4, grid_size=3)
     assert_as_sampled(model, run(engine_of(model, 4), FEW, every=2), FEW)
@@ -117,7 +115,7 @@ def test_so_it_does_for_every_field_of_the_config(fields, make_dalle):
 
 
 @interpreted
-def test_slots_that_were_given_up_are_as_new(make_dalle):
+def test_slots_that_were_freed_are_as_new(make_dalle):
     model = make_dalle(**SMALL)
     engine = engine_of(model, 3)
     guidance = SamplingOptions(guidance_scale=3.0)
@@ -140,8 +138,8 @@ def test_slots_that_were_given_up_are_as_new(make_dalle):
 
 
 @interpreted
-def test_bf16_draws_tokens_as_likely_as_they_are_in_fp32(make_dalle):
-    """In bf16 other tokens may be drawn, but not with another likelihood than those have."""
+def test_log_p_in_bf16_is_close_to_fp32(make_dalle):
+    """Other tokens may be sampled than in fp32, but the log p given for them is theirs."""
     model = make_dalle(**SMALL)
     for parameter in model.parameters():
         parameter.mul_(0.5)
@@ -156,7 +154,7 @@ def test_bf16_draws_tokens_as_likely_as_they_are_in_fp32(make_dalle):
 
 @interpreted
 def test_one_step_can_be_walked_by_hand(make_dalle):
-    """As when its precision is compared."""
+    """As `validate.compare` does."""
     model = make_dalle(**(SMALL | {"num_codebooks": 2}))
     sample = sample_reference(model)
     step = GpuStep(model, len(sample.text_tokens))
@@ -172,10 +170,10 @@ def test_one_step_can_be_walked_by_hand(make_dalle):
 @interpreted
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
-def test_logits_that_are_no_numbers_are_an_error(make_dalle):
+def test_logits_that_are_nan_are_an_error(make_dalle):
     model = make_dalle(**SMALL)
     engine = engine_of(model, 2)
-    # In the branch without caption alone, whose likelihood nobody asks for.
+    # In the branch without caption alone, whose log p is not used.
     engine.submit(TEXT, candidates=[0], seed=0, options=SamplingOptions(guidance_scale=2.0))
     engine.step()
     engine._state.hidden[1] = torch.nan
@@ -184,7 +182,7 @@ def test_logits_that_are_no_numbers_are_an_error(make_dalle):
 
 
 @interpreted
-def test_a_code_is_chosen_as_plain_sampling_chooses_it():
+def test_a_code_is_chosen_as_by_the_reference():
     V = 100
     ways = [
         SamplingOptions(temperature, top_k, top_p)
@@ -217,7 +215,7 @@ def test_a_code_is_chosen_as_plain_sampling_chooses_it():
         [choose(logits[slot : slot + 1], uniforms[slot, 0], way) for slot, way in enumerate(ways)]
     )
     expected = expected[:, None]
-    # Which of equal ones are left out plain sampling leaves open.
+    # The reference does not specify which of equal logits are left out.
     assert (logits.gather(1, codes) == logits.gather(1, expected)).all()
     unequal = torch.arange(S) % 3 != 0
     assert codes[unequal].tolist() == expected[unequal].tolist()
@@ -247,7 +245,7 @@ def test_every_kernel_compiles_for_a_gpu_that_is_not_here(arguments, tmp_path):
     ]
 
 
-def test_a_kernel_that_is_to_be_launched_in_another_way_is_refused():
+def test_a_kernel_that_needs_another_launch_is_refused():
     ptx = ".visible .entry f(\n\t.param .u64 .ptr f_param_0,\n\t.param .u32 f_param_1\n)"
     metadata = {"name": "f", "global_scratch_size": 0, "profile_scratch_size": 0, "num_ctas": 1}
     made = SimpleNamespace(asm={"ptx": ptx}, metadata=SimpleNamespace(**metadata))
@@ -259,7 +257,7 @@ def test_a_kernel_that_is_to_be_launched_in_another_way_is_refused():
         launch._check_launch(made, 0)
 
 
-def test_a_gpu_that_it_is_not_for_draws_by_torch_and_the_reason_is_told(monkeypatch):
+def test_an_older_gpu_uses_torchs_kernels_and_the_reason_is_given(monkeypatch):
     model = SimpleNamespace(text_position=torch.empty(1, device="meta"))
     assert why_not_triton(model) == "Triton kernels are for a GPU, not for meta"
     device = torch.device("cuda")
@@ -282,7 +280,7 @@ def test_a_gpu_that_it_is_not_for_draws_by_torch_and_the_reason_is_told(monkeypa
 
 
 @pytest.mark.gpu
-def test_a_gpu_of_today_is_drawn_with_by_it(make_dalle):
+def test_a_newer_gpu_uses_triton_kernels(make_dalle):
     model = make_dalle().cuda()
     assert why_not_triton(model) is None
     assert describe_step(model, "fp32") == "Triton kernels"
@@ -291,7 +289,7 @@ def test_a_gpu_of_today_is_drawn_with_by_it(make_dalle):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kinds", KINDS)
-def test_on_a_gpu_it_draws_what_plain_sampling_does(kinds, make_dalle):
+def test_on_a_gpu_it_samples_as_the_reference(kinds, make_dalle):
     model = make_dalle(attention_kinds=kinds, num_layers=3).cuda()
     requests = on_gpu(REQUESTS)
     found = run(engine_of(model, 5), requests)

@@ -73,7 +73,7 @@ def test_so_it_does_with_another_number_of_codebooks(num_codebooks, make_dalle):
     assert (sampled.image_tokens == greedy_without_cache(model, TEXT, 3.0)).all()
 
 
-def test_guidance_changes_what_is_drawn(model):
+def test_guidance_changes_the_tokens(model):
     plain, guided = (
         sample(model, options=SamplingOptions(temperature=0.0, guidance_scale=scale))
         for scale in (1.0, 3.0)
@@ -120,7 +120,7 @@ def test_tokens_are_of_the_codebook_and_inputs_stay_as_they_were(model):
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize("chunks", [[[5]], [[5, 0]], [[9, 8, 5, 7]], [[0, 1, 2], [3, 4, 5]]])
-def test_a_candidate_is_the_same_whatever_is_drawn_beside_it(chunks, guidance_scale, model):
+def test_a_candidate_is_the_same_whatever_is_sampled_beside_it(chunks, guidance_scale, model):
     options = SamplingOptions(guidance_scale=guidance_scale)
     whole = sample(model, range(12), options=options)
     for chunk in chunks:
@@ -172,7 +172,7 @@ def test_temperature_0_ignores_the_seed_and_the_candidate(model):
 
 
 @pytest.mark.parametrize("options", [SamplingOptions(top_k=1), SamplingOptions(temperature=1e-40)])
-def test_the_narrowest_draw_is_the_greedy_one(options, model):
+def test_the_narrowest_filters_are_greedy(options, model):
     greedy = sample(model, options=GREEDY).image_tokens
     assert (sample(model, options=options).image_tokens == greedy).all()
 
@@ -211,7 +211,7 @@ def test_each_position_is_reported(primed, model):
     assert steps == list(range(primed + 1, N + 1))
 
 
-def test_whoever_is_told_of_a_step_can_stop_it(model):
+def test_on_step_can_stop_sampling(model):
     steps: list[int] = []
 
     def stop_at_3(done: int) -> bool:
@@ -224,7 +224,7 @@ def test_whoever_is_told_of_a_step_can_stop_it(model):
 
 
 def spread(count: int) -> torch.Tensor:
-    """[count] draws that cover [0, 1) evenly, both ends included."""
+    """Numbers [count] that cover [0, 1) evenly, 0 included."""
     return torch.arange(count, dtype=torch.float32) / count
 
 
@@ -273,10 +273,10 @@ def test_top_k_keeps_no_more_of_equal_tokens(top_k):
     assert len(chosen.unique()) == top_k
 
 
-@pytest.mark.parametrize("draw", [0.0, 1e-8, 0.5, 1 - 2**-24])
-def test_what_has_no_probability_is_never_chosen(draw):
+@pytest.mark.parametrize("uniform", [0.0, 1e-8, 0.5, 1 - 2**-24])
+def test_a_token_of_probability_0_is_never_chosen(uniform):
     logits = torch.tensor([-torch.inf, -torch.inf, 0.0, -torch.inf, 1.0, -torch.inf, -torch.inf])
-    (chosen,) = choose(logits[None], torch.tensor([draw]), SamplingOptions())
+    (chosen,) = choose(logits[None], torch.tensor([uniform]), SamplingOptions())
     assert chosen in (2, 4)
 
 
@@ -289,7 +289,7 @@ def test_a_temperature_close_to_0_is_nearly_greedy(temperature):
 
 
 def test_tokens_come_as_often_as_they_are_probable():
-    """Chi-square of 20,000 draws; 5 degrees of freedom exceed 40 once in six million times."""
+    """Chi-square of 20,000 tokens; 5 degrees of freedom exceed 40 once in six million times."""
     probabilities = torch.tensor([0.02, 0.28, 0.1, 0.35, 0.05, 0.2], dtype=torch.float64)
     uniforms = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
     chosen = choose(probabilities.log().expand(20_000, -1), uniforms, SamplingOptions())
@@ -298,15 +298,15 @@ def test_tokens_come_as_often_as_they_are_probable():
     assert ((counts - expected) ** 2 / expected).sum() < 40
 
 
-def test_the_model_draws_the_pictures_that_it_says_it_does(make_dalle):
-    """The same for whole pictures: 2,000 candidates of 1 position against their likelihoods."""
+def test_images_come_as_often_as_they_are_probable(make_dalle):
+    """The same for whole images: 2,000 candidates of 1 position against their likelihoods."""
     model = make_dalle(grid_size=1, codebook_size=3)
-    drawn = sample(model, range(2000)).image_tokens.flatten(1)
+    sampled = sample(model, range(2000)).image_tokens.flatten(1)
     pictures = torch.cartesian_prod(torch.arange(3), torch.arange(3))
     text_tokens = TEXT.expand(9, -1)
     expected = 2000 * model.log_likelihood(text_tokens, pictures[:, None]).exp()
     assert expected.sum() == pytest.approx(2000, rel=1e-4)
-    counts = torch.bincount(3 * drawn[:, 0] + drawn[:, 1], minlength=9)
+    counts = torch.bincount(3 * sampled[:, 0] + sampled[:, 1], minlength=9)
     likely = expected > 5
     assert likely.sum() > 2
     assert ((counts - expected) ** 2 / expected)[likely].sum() < 60
@@ -355,7 +355,7 @@ def test_a_completion_depends_on_its_seed_and_number_only(model):
     assert (complete(model, [3], seed=8)[0] != text_tokens).any()
 
 
-def test_whoever_is_told_of_a_completions_step_can_stop_it(model):
+def test_on_step_can_stop_a_completion(model):
     steps: list[int] = []
 
     def stop_at_3(done: int) -> bool:

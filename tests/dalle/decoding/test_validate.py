@@ -1,4 +1,4 @@
-"""Fewer bytes: close to the model, independent of the load, and refused where they are not."""
+"""Lower precision: close to the model, independent of the load, and refused where it is not."""
 
 import pytest
 import torch
@@ -67,15 +67,15 @@ def test_a_layer_that_no_kernel_takes_is_refused_by_name():
     ("precision", "agreement"), [("fp32", 1.0), ("bf16", 0.9), ("fp16", 0.99), ("int8", 0.9)]
 )
 @pytest.mark.parametrize("kind", ATTENTION_KINDS)
-def test_every_precision_says_nearly_the_same_of_what_the_model_drew(
+def test_every_precision_has_nearly_the_probabilities_of_the_model(
     kind, precision, agreement, make_dalle
 ):
     model = make_dalle(attention_kinds=(kind,), width=64, num_heads=2, grid_size=12)
     for parameter in model.parameters():
         parameter.mul_(0.4)
-    sample = sample_reference(model)
-    key_ranges = measure_key_ranges(model, sample) if precision == "int8" else None
-    accuracy = compare(model, sample, precision, key_ranges)
+    reference = sample_reference(model)
+    key_ranges = measure_key_ranges(model, reference) if precision == "int8" else None
+    accuracy = compare(model, reference, precision, key_ranges)
     assert accuracy.greedy_agreement >= agreement
     assert accuracy.likelihood_change < 0.05
     assert (accuracy.likelihood_change > 1e-5) == (precision != "fp32")
@@ -99,11 +99,11 @@ def test_on_a_gpu_bf16_is_built_and_compared(make_dalle):
         build_engine(model, 3, "int8")
 
 
-def test_the_sample_is_what_the_model_draws(model, text_tokens):
-    sample = sample_reference(model, text_tokens.expand(2, -1), seed=3)
+def test_the_reference_is_what_the_model_samples(model, text_tokens):
+    reference = sample_reference(model, text_tokens.expand(2, -1), seed=3)
     expected = sample_image_tokens(model, text_tokens, candidates=range(2), seed=3)
-    assert (sample.image_tokens == expected.image_tokens).all()
-    total = sample.log_p.sum(dim=(0, 2))
+    assert (reference.image_tokens == expected.image_tokens).all()
+    total = reference.log_p.sum(dim=(0, 2))
     torch.testing.assert_close(total, expected.log_likelihood, atol=1e-3, rtol=1e-5)
 
 
@@ -151,7 +151,7 @@ def test_in_bytes_too_a_candidate_does_not_depend_on_the_load(guidance_scale, mo
     options = SamplingOptions(guidance_scale=guidance_scale)
     bounds = AccuracyBounds(greedy_agreement=0.0)
 
-    def draw(num_slots: int, candidates, late: int) -> dict[int, tuple[list[int], float]]:
+    def sample(num_slots: int, candidates, late: int) -> dict[int, tuple[list[int], float]]:
         engine = build_engine(model, num_slots, "int8", bounds=bounds)
         for number in range(late):
             engine.submit(text_tokens.flip(1), candidates=range(number, late), seed=2)
@@ -167,16 +167,16 @@ def test_in_bytes_too_a_candidate_does_not_depend_on_the_load(guidance_scale, mo
                     )
         return found
 
-    whole = draw(16, range(6), 0)
-    assert draw(2, [4], 0)[4][0] == whole[4][0]
-    beside_others = draw(7, [3, 4, 0], 3)
+    whole = sample(16, range(6), 0)
+    assert sample(2, [4], 0)[4][0] == whole[4][0]
+    beside_others = sample(7, [3, 4, 0], 3)
     assert all(beside_others[number][0] == whole[number][0] for number in beside_others)
 
 
 def test_a_longer_picture_is_compared_at_both_of_its_ends(make_dalle):
     model = make_dalle(grid_size=12)
-    sample = sample_reference(model)
-    assert [(each.start, each.stop) for each in sample.windows] == [(0, 48), (96, 144)]
-    assert sample.log_p.shape == (96, 4, 2)
+    reference = sample_reference(model)
+    assert [(each.start, each.stop) for each in reference.windows] == [(0, 48), (96, 144)]
+    assert reference.log_p.shape == (96, 4, 2)
     engine = DecodeEngine(model, 1)
     assert engine.is_idle

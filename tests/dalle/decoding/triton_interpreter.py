@@ -1,8 +1,8 @@
-"""Triton's kernels on a machine without a GPU: by its interpreter, as conftest asks for."""
+"""Triton kernels by Triton's interpreter, for machines without a GPU; conftest turns it on."""
 
 import pytest
 
-# torch for another platform than Linux on x86 comes without them.
+# torch has them as dependencies on Linux on x86 only.
 pytest.importorskip("triton")
 pytest.importorskip("cuda.bindings")
 
@@ -14,8 +14,8 @@ _patch_tensor = interpreter._patch_lang_tensor
 
 
 def _with_an_index(tensor, scope):
-    """numpy 2.4 makes no number of an array of one number, which Triton 3.6 asks of it for the
-    bounds of a loop."""
+    """Let a loop's bounds be tensors: numpy 2.4 no longer converts an array of one number, and
+    Triton 3.6 relies on that."""
     _patch_tensor(tensor, scope)
     scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 

@@ -1,4 +1,4 @@
-// Attention of one head of one row over the inputs that its query sees, read once each from a table of all slots.
+// Attention of one head of one row over the inputs that its query sees, each read once from a table of all slots.
 //
 // Letters: S slots, H heads, L inputs of a sequence, D head width, D' the same rounded up to whole lanes, n inputs seen.
 #pragma once
@@ -13,16 +13,16 @@
 
 constexpr int kMostHeadWidth = 128;
 
-// Keys or values of a layer. A row is one input's of one head. What lies between D and D' counts for nothing: the
+// Keys or values of a layer. A row belongs to one input and one head. Numbers between D and D' have no effect: the
 // query is 0 there.
 struct Table {
   void* rows;     // float or byte [S, H, L, D']
-  float* ranges;  // with bytes: [S, H, L, 2], what 1 means and what 0 means; null with floats
+  float* ranges;  // for bytes: [S, H, L, 2], scale and least value of a row; null for floats
 };
 
-// What a query sees in the image part of a sequence.
+// Inputs that the queries in the image part of a sequence see.
 struct Seen {
-  const int32_t* inputs;  // [L, most]; null: all up to its own
+  const int32_t* inputs;  // [L, most]; null: all inputs up to the query's
   const int32_t* counts;  // [L]
   int32_t most;
 };
@@ -45,7 +45,7 @@ struct FloatTable {
   static float zero(int64_t) { return 0; }
 };
 
-// Rows of bytes, spread over the range of each row.
+// Rows of bytes, each over the range of its numbers.
 template <int C>
 struct ByteTable {
   uint8_t* rows;
@@ -97,13 +97,13 @@ inline void normalise_head(__m512 (&x)[C], int width) {
   for (__m512& each : x) each = _mm512_mul_ps(each, factor);
 }
 
-// Store key and value of input i, the first row of this slot's head in both tables being `first`, and attend.
-// query, key, value, attended: D numbers each. scores: room for L numbers and 16 more.
+// Store key and value of input i, and attend. first: row of this slot's and head's input 0 in both tables.
+// query, key, value, attended: D numbers each. scores: memory for L + 16 numbers.
 template <int C, template <int> class T>
 inline void attend(const Table& key_table, const Table& value_table, const Seen& seen, int64_t first, int i,
                    int width, bool normalises, const float* query, const float* key, const float* value,
                    float* scores, float* attended) {
-  constexpr int kAhead = 8;  // rows that are fetched before they are needed
+  constexpr int kAhead = 8;  // rows by which prefetching is ahead
   const T<C> keys(key_table, first), values(value_table, first);
   __m512 q[C], k[C], v[C];
   for (int c = 0; c < C; ++c) {

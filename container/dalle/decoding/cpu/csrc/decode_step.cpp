@@ -1,14 +1,14 @@
-// One decoding step of a transformer for many sequences, each at a position of its own: the arithmetic of
-// `dalle.decoding.step` in one call. A step of few rows is hundreds of operations of microseconds each, which take longer to
-// be told than to be done; here the weights' way from the memory is what a step takes.
+// One decoding step of a transformer for many sequences, each at its own position: the arithmetic of
+// `dalle.decoding.torch_decoder` in one call. A step of few rows is hundreds of operations of microseconds each, which
+// take longer to dispatch than to compute; here reading the weights from memory takes the time.
 //
-// All threads go through all of it together (`Team`), by turns in rows (norms, activations), in outputs of a matrix, and in
-// heads.
+// All threads run the whole step together (`Team`) and divide its parts by rows (norms, activations), by outputs of a
+// matrix, or by heads.
 //
 // Letters: B rows, W width, M codes per position, V codebook size; see also attention.h.
 #if defined(__x86_64__) && defined(__linux__)
 
-// No VNNI: the same code runs without it. Its one instruction is written out in matrix.h.
+// Without VNNI, so that the same code runs on processors that lack it: matrix.h has its one instruction as assembly.
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
 
 #include <algorithm>
@@ -20,10 +20,10 @@
 #include <vector>
 
 #include "attention.h"
-#include "draw.h"
 #include "matrix.h"
 #include "model.h"
 #include "rows.h"
+#include "sampling.h"
 #include "team.h"
 
 namespace {
@@ -54,27 +54,27 @@ class Step {
     });
   }
 
-  void draw(int threads, int rows, const float* hidden, int candidates, const int32_t* candidate_of_row,
-            const Draw* draws, const float* uniforms, int64_t* codes, float* log_likelihood) {
+  void sample(int threads, int rows, const float* hidden, int candidates, const int32_t* candidate_of_row,
+              const Sampling* sampling, const float* uniforms, int64_t* codes, float* log_likelihood) {
     const int M = model_.num_codebooks, V = model_.codebook_size;
     together(threads, rows, [&]<Precision p>(const Part& part) {
-      DrawRoom& room = rooms_[part.member];
+      SamplingScratch& scratch = sampling_scratch_[part.member];
       for (int m = 0; m < M; ++m) {
         const auto codes_of = [&](int b) { return codes + candidate_of_row[b] * M; };
         predict<p>(part, hidden, m, codes_of, {logits_.row(0), logits_.stride});
         part.each(candidates, [&](int c) {
-          guide(draws[c], logits_.row(c), room.logits.data());
-          const int code = draw_code(draws[c], uniforms[c * M + m], V, room);
+          guide(sampling[c], logits_.row(c), scratch.logits.data());
+          const int code = sample_code(sampling[c], uniforms[c * M + m], V, scratch);
           codes[c * M + m] = code;
           log_likelihood[c] += log_probability(logits_.row(c), V, code);
         });
-        part.team.meet();  // until all codes are known
+        part.team.wait_for_all();  // all codes are known
       }
     });
   }
 
  private:
-  // What one thread does of something.
+  // One thread's share of the work.
   struct Part {
     Team& team;
     int member, members, rows;
@@ -89,12 +89,12 @@ class Step {
     }
   };
 
-  // Call work<precision>(part) in so many threads.
+  // Call work<precision>(part) in each of the threads.
   template <class Work>
   void together(int threads, int rows, Work work) {
     Team& team = teams_.try_emplace(threads, threads).first->second;
     scores_.resize(std::max<size_t>(scores_.size(), threads * most_scores_));
-    while (static_cast<int>(rooms_.size()) < threads) rooms_.emplace_back(model_.codebook_size);
+    while (static_cast<int>(sampling_scratch_.size()) < threads) sampling_scratch_.emplace_back(model_.codebook_size);
     team.run([&](int member) {
       const Part part{team, member, threads, rows};
       switch (model_.precision) {
@@ -110,12 +110,12 @@ class Step {
 
   template <Precision p>
   void product(const Part& part, const Matrix& matrix, Outputs outputs) {
-    part.team.meet();  // until all rows are there
+    part.team.wait_for_all();  // all rows are written
     multiply<p>(matrix, inputs(), part.rows, outputs, part.member, part.members);
-    part.team.meet();
+    part.team.wait_for_all();
   }
 
-  // Of what is in inputs_, what the next matrix reads.
+  // Convert a row of inputs_ to what the next matrix reads.
   template <Precision p>
   void encode_row(int b, int width) {
     if constexpr (is_bytes(p)) inputs().to_bytes(b, width);
@@ -127,7 +127,7 @@ class Step {
     encode_row<p>(b, model_.width);
   }
 
-  // The branch of a feed-forward network whose normalised inputs are ready.
+  // Compute the branch of a feed-forward network from normalised inputs.
   template <Precision p>
   void feed_forward(const Part& part, const FeedForward& network) {
     const int inner = network.contract.inputs;
@@ -156,7 +156,7 @@ class Step {
         attend_head<p>(part, layer, b, h, slots[b], static_cast<int>(positions[b]) + model_.text_length + 1);
       });
       if constexpr (is_bytes(p)) {  // a row's bytes depend on all of its heads
-        part.team.meet();
+        part.team.wait_for_all();
         part.each_row([&](int b) { encode_row<p>(b, W); });
       }
       product<p>(part, layer.out, {branch_.row(0), branch_.stride});
@@ -176,7 +176,7 @@ class Step {
     }
   }
 
-  // codes_of(b): the codes before m of what row b predicts.
+  // Compute the logits of code m. codes_of(b): the codes before m of the position that row b predicts.
   template <Precision p, class Codes>
   void predict(const Part& part, const float* hidden, int m, Codes codes_of, Outputs logits) {
     const int W = model_.width;
@@ -196,17 +196,17 @@ class Step {
     product<p>(part, head.to_logits, logits);
   }
 
-  // Logits of a candidate's own row, moved away from those without the caption.
-  void guide(const Draw& draw, const float* own, float* guided) {
-    if (draw.blank_row < 0) {
+  // Guidance: logits of a candidate's row, moved away from those of its row without caption.
+  void guide(const Sampling& sampling, const float* own, float* guided) {
+    if (sampling.blank_row < 0) {
       std::copy_n(own, model_.codebook_size, guided);
       return;
     }
-    const float* blank = logits_.row(draw.blank_row);
-    for (int v = 0; v < model_.codebook_size; ++v) guided[v] = blank[v] + draw.guidance_scale * (own[v] - blank[v]);
+    const float* blank = logits_.row(sampling.blank_row);
+    for (int v = 0; v < model_.codebook_size; ++v) guided[v] = blank[v] + sampling.guidance_scale * (own[v] - blank[v]);
   }
 
-  // Add the embeddings of some codes, of which each has a table of its own.
+  // Add the embeddings of codes, each of another codebook.
   void embed(const int64_t* codes, int number, const float* tables, float* x) {
     for (int m = 0; m < number; ++m) {
       add(x, tables + (static_cast<int64_t>(m) * model_.codebook_size + codes[m]) * model_.width, nullptr, model_.width);
@@ -225,7 +225,7 @@ class Step {
     });
   }
 
-  // Call work<C>() for the C of 1, 2, … whose lanes hold `width` numbers.
+  // Call work<C>() for the least C for which C times 16 lanes hold `width` numbers.
   template <int... I, class Work>
   static void with_lanes(int width, std::integer_sequence<int, I...>, Work work) {
     ((width > I * kLanes && width <= (I + 1) * kLanes ? work.template operator()<I + 1>() : void()), ...);
@@ -236,9 +236,9 @@ class Step {
   Buffer x_, branch_, qkv_, inner_, inputs_, logits_;
   std::vector<uint8_t> bytes_;
   std::vector<float> scales_, scores_;
-  std::vector<DrawRoom> rooms_;
+  std::vector<SamplingScratch> sampling_scratch_;
   const int64_t most_scores_;
-  std::map<int, Team> teams_;  // by size: whoever tries several numbers of threads starts them once
+  std::map<int, Team> teams_;  // by size, so that trying several numbers of threads starts each once
 };
 
 }  // namespace
@@ -247,7 +247,7 @@ class Step {
 
 namespace {
 
-// Whether the work was done: 0 where there was no memory or no thread for it. No exception leaves this library.
+// Run work: 1 when it is done, 0 where memory or a thread was missing. No exception leaves this library.
 template <class Work>
 int32_t is_done(Work work) {
   try {
@@ -260,13 +260,13 @@ int32_t is_done(Work work) {
 
 }  // namespace
 
-// What this and `dalle.decoding.cpu.structures` must agree on.
+// Sizes on which this library and `dalle.decoding.cpu.structures` must agree.
 EXPORTED void dalle_layout(int32_t* sizes) {
-  const int32_t own[] = {sizeof(Model), sizeof(Layer), sizeof(Head), sizeof(Draw), kLanes, kMostHeadWidth};
+  const int32_t own[] = {sizeof(Model), sizeof(Layer), sizeof(Head), sizeof(Sampling), kLanes, kMostHeadWidth};
   std::copy(std::begin(own), std::end(own), sizes);
 }
 
-// What the model points to must outlive the step. Null where there is no memory for it.
+// The memory that the model points to must outlive the step. Null where there is no memory for the step.
 EXPORTED void* dalle_new_step(const Model* model, int32_t most_rows) {
   Step* step = nullptr;
   is_done([&] { step = new Step(*model, most_rows); });
@@ -275,26 +275,26 @@ EXPORTED void* dalle_new_step(const Model* model, int32_t most_rows) {
 
 EXPORTED void dalle_delete_step(void* step) { delete static_cast<Step*>(step); }
 
-// Take in the codes [B, M] of the slots' [B] positions [B]: hidden [B, W].
+// Run the model on the codes [B, M] of the slots' [B] positions [B]: hidden [B, W].
 EXPORTED int32_t dalle_step(void* step, int32_t threads, int32_t rows, const int64_t* slots, const int64_t* codes,
                             const int64_t* positions, float* hidden) {
   return is_done([&] { static_cast<Step*>(step)->run(threads, rows, slots, codes, positions, hidden); });
 }
 
-// Logits [B, V] of code m of the position that hidden [B, W] predicts, from the codes before it: m of each row's.
+// Logits [B, V] of code m of the position that hidden [B, W] predicts, from the m codes before it in each row.
 EXPORTED int32_t dalle_code_logits(void* step, int32_t threads, int32_t rows, const float* hidden, int32_t m,
                                    const int64_t* codes, int64_t codes_stride, float* logits) {
   return is_done([&] { static_cast<Step*>(step)->code_logits(threads, rows, hidden, m, codes, codes_stride, logits); });
 }
 
-// Draw the codes [candidates, M] of what hidden [B, W] predicts, and add their log p [candidates]. The first rows are the
-// candidates' own.
+// Sample the codes [candidates, M] of the position that hidden [B, W] predicts, and add their log p [candidates]. The
+// first rows are those with caption, in the order of the candidates.
 EXPORTED int32_t dalle_sample(void* step, int32_t threads, int32_t rows, const float* hidden, int32_t candidates,
-                            const int32_t* candidate_of_row, const Draw* draws, const float* uniforms, int64_t* codes,
-                            float* log_likelihood) {
+                              const int32_t* candidate_of_row, const Sampling* sampling, const float* uniforms,
+                              int64_t* codes, float* log_likelihood) {
   return is_done([&] {
-    static_cast<Step*>(step)->draw(threads, rows, hidden, candidates, candidate_of_row, draws, uniforms, codes,
-                                   log_likelihood);
+    static_cast<Step*>(step)->sample(threads, rows, hidden, candidates, candidate_of_row, sampling, uniforms, codes,
+                                     log_likelihood);
   });
 }
 

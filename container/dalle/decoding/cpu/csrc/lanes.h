@@ -1,4 +1,4 @@
-// Sixteen floats at a time: what AVX-512 has no instruction for.
+// Functions of sixteen floats at a time that AVX-512 has no instruction for.
 #pragma once
 
 #include <immintrin.h>
@@ -12,7 +12,7 @@ inline __mmask16 first_lanes(int64_t n) { return n >= kLanes ? 0xFFFF : static_c
 
 // e^x with an error of about 1e-7 of it: 2^n e^r with |r| <= ln 2 / 2, by a polynomial of degree 6 (Cephes, expf).
 inline __m512 exponential(__m512 x) {
-  x = _mm512_max_ps(x, _mm512_set1_ps(-105.0f));  // e^-105 is 0 already, and inf times 0 would be no number
+  x = _mm512_max_ps(x, _mm512_set1_ps(-105.0f));  // e^-105 is 0 already, and inf times 0 would be NaN
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
   // ln 2 in two parts, of which the greater has few digits: n times it is exact.
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
@@ -46,7 +46,7 @@ inline __m512 gelu(__m512 x) {
   return _mm512_fmadd_ps(half, error_function(_mm512_mul_ps(x, _mm512_set1_ps(0.70710678f))), half);
 }
 
-// The sum of n numbers; term(lanes, i) gives those from i on, and 0 in all other lanes.
+// The sum of n numbers; term(lanes, i) gives 16 of them from i on, with 0 in the lanes beyond n.
 template <class Term>
 inline float sum_of(int n, Term term) {
   __m512 sum = _mm512_setzero_ps();

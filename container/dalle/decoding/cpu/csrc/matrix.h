@@ -1,6 +1,6 @@
 // Matrices of a decoding step: a few rows times many weights, each of which is read once.
 //
-// What a row gives does not depend on the rows beside it, nor on the number of threads: its products are always added in
+// A row's result does not depend on the rows beside it or on the number of threads: its products are always added in
 // the same order. Letters: B rows, K inputs, N outputs.
 #pragma once
 
@@ -13,7 +13,7 @@
 
 #include "lanes.h"
 
-// kSmallByte: weights within 63 in magnitude, for processors without VNNI.
+// kSmallByte: weights of magnitude 63 at most, for processors without VNNI.
 enum Precision : int32_t { kFloat = 0, kHalf = 1, kByte = 2, kSmallByte = 3 };
 
 constexpr bool is_bytes(Precision precision) { return precision == kByte || precision == kSmallByte; }
@@ -21,18 +21,18 @@ constexpr bool is_bytes(Precision precision) { return precision == kByte || prec
 // Laid out by `dalle.decoding.cpu.structures`.
 struct Matrix {
   const void* weights;    // float and half: [N, K]; bytes: [ceil(N / 16), ceil(K / 4), 16, 4], zeros at the ends
-  const float* scales;    // bytes: [N], what 1 means
+  const float* scales;    // bytes: [N], the number that 1 stands for
   const int32_t* sums;    // bytes: [N], 128 times the sum of an output's weights
   const float* bias;      // [N] or null
   int32_t inputs, outputs;  // K, N
 };
 
-// Rows that a matrix reads: numbers, or the bytes of them. A byte is the number in 127ths of the row's greatest
-// magnitude, and 128 more. What lies between K and the stride does not matter.
+// Rows that a matrix reads, as floats or as bytes. A byte is 128 plus the number in 127ths of the row's greatest
+// magnitude. Numbers between K and the stride have no effect.
 struct Rows {
   float* numbers;
   uint8_t* bytes;
-  float* scales;  // [B], what 1 means
+  float* scales;  // [B], the number that 1 stands for
   int64_t stride;
 
   float* row(int b) const { return numbers + b * stride; }
@@ -55,7 +55,7 @@ struct Rows {
   }
 };
 
-// Where products go: row b from y + b * stride on.
+// Where products are written: row b from y + b * stride on.
 struct Outputs {
   float* y;
   int64_t stride;
@@ -104,7 +104,7 @@ inline __m512i add_four_products(__m512i sums, __m512i x, __m512i w) {
     asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(x), "vm"(w));
     return sums;
   }
-  const __m512i pairs = _mm512_maddubs_epi16(x, w);  // of 7-bit weights, which do not overflow
+  const __m512i pairs = _mm512_maddubs_epi16(x, w);  // 7-bit weights do not overflow 16 bits
   return _mm512_add_epi32(sums, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
 }
 
@@ -157,7 +157,7 @@ inline void in_blocks(int rows, int begin, int end, Block block) {
   if constexpr (P > 1) in_blocks<Most, 1>(rows, n, end, block);
 }
 
-// One member's share of the outputs of all rows, those of 16 at a time.
+// One thread's share of the outputs of all rows, in panels of 16.
 template <Precision precision>
 inline void multiply(const Matrix& m, const Rows& x, int rows, Outputs out, int member, int members) {
   const int panels = (m.outputs + kLanes - 1) / kLanes;

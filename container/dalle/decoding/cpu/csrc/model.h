@@ -1,4 +1,4 @@
-// A model as `dalle.decoding.cpu.structures` lays it out, field by field.
+// Structures of a model, filled by `dalle.decoding.cpu.structures` field by field.
 //
 // Letters: W width, M codes per position, V codebook size, N positions; see also attention.h.
 #pragma once
@@ -28,7 +28,7 @@ struct Layer {
 
 struct Head {
   const float* earlier;  // [m V, W]: embeddings of the m codes before this one; null for the first
-  FeedForward mix;       // of all but the first
+  FeedForward mix;       // unused in the first
   Norm norm;
   Matrix to_logits;
 };

@@ -1,7 +1,7 @@
-// What this processor can do. By itself, so that nothing here is compiled for more than every processor has.
+// Instruction sets of this processor. In a file of its own, so that it is compiled for every x86-64 processor.
 #include <cstdint>
 
-// 0: the step cannot run here; 1: it can, with bytes of 7 bits; 2: with those of 8.
+// 0: the step cannot run on this processor; 1: it can, with int8 weights of 7 bits; 2: with those of 8 bits.
 extern "C" __attribute__((visibility("default"))) int32_t dalle_support() {
 #if defined(__x86_64__) && defined(__linux__)
   __builtin_cpu_init();

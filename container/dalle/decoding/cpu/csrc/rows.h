@@ -1,4 +1,4 @@
-// What is done with a row of numbers between two matrices: norms, activations, residual sums.
+// Operations on a row of numbers between two matrices: norms, activations, residual sums.
 #pragma once
 
 #include <immintrin.h>
@@ -34,7 +34,7 @@ inline void normalise(const Norm& norm, const float* x, int width, float* y) {
   }
 }
 
-// x + branch · gain, in x's place.
+// x + branch · gain, in x's memory.
 inline void add(float* x, const float* branch, const float* gain, int width) {
   for (int i = 0; i < width; i += kLanes) {
     const __mmask16 lanes = first_lanes(width - i);
@@ -44,7 +44,7 @@ inline void add(float* x, const float* branch, const float* gain, int width) {
   }
 }
 
-// What the expanding matrix gave -> what the contracting one takes, `inner` numbers.
+// Activation: outputs of the expanding matrix -> `inner` inputs of the contracting one.
 inline void activate(int32_t activation, const float* x, int inner, float* y) {
   for (int i = 0; i < inner; i += kLanes) {
     const __mmask16 lanes = first_lanes(inner - i);
@@ -61,8 +61,8 @@ inline void activate(int32_t activation, const float* x, int inner, float* y) {
   }
 }
 
-// Numbers of one kind for each row. Each begins a cache line, and an odd number of those behind the row before it: a
-// power of two would have all rows in the same few places of a cache.
+// A matrix of floats with one row per sequence. Each row begins on a cache line, an odd number of lines after the row
+// before it: with a power of two all rows would share the same few sets of a cache.
 class Buffer {
  public:
   Buffer(int rows, int width) : stride((width + 31) / 32 * 32 + kLanes), numbers_(rows * stride + kLanes) {

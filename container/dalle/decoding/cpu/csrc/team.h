@@ -1,4 +1,4 @@
-// A few threads that go through the same function together, and wait for one another inside it.
+// A few threads that run the same function together, and wait for one another inside it.
 #pragma once
 
 #include <immintrin.h>
@@ -9,11 +9,11 @@
 #include <thread>
 #include <vector>
 
-// A step waits about a hundred times, for less than a microsecond each where all threads run: it spins then. Where
-// another process has taken the processor of one of them, the others give theirs away. Between two calls they sleep.
+// A step waits about a hundred times, for less than a microsecond each where all threads run: they spin. Where another
+// process occupies the processor of one thread, the others yield theirs. Between two calls they sleep.
 class Team {
  public:
-  // size: members, the calling thread being member 0.
+  // size: number of threads with the calling one, which is member 0.
   explicit Team(int size) : size_(size) {
     try {
       for (int member = 1; member < size; ++member) threads_.emplace_back([this, member] { serve(member); });
@@ -28,7 +28,7 @@ class Team {
   Team(const Team&) = delete;
   Team& operator=(const Team&) = delete;
 
-  // Call work(member) once for each member; return when all have.
+  // Call work(member) once in each thread; return when all are done.
   void run(const std::function<void(int)>& work) {
     if (size_ == 1) return work(0);
     work_ = &work;
@@ -38,20 +38,20 @@ class Team {
     await([&] { return running_.load(std::memory_order_acquire) == 0; });
   }
 
-  // Go on when all members are here.
-  void meet() {
+  // Barrier: return when all threads have called it.
+  void wait_for_all() {
     if (size_ == 1) return;
-    const uint32_t meeting = meeting_.load(std::memory_order_relaxed);
+    const uint32_t barrier = barrier_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
       arrived_.store(0, std::memory_order_relaxed);
-      meeting_.store(meeting + 1, std::memory_order_release);
+      barrier_.store(barrier + 1, std::memory_order_release);
     } else {
-      await([&] { return meeting_.load(std::memory_order_acquire) != meeting; });
+      await([&] { return barrier_.load(std::memory_order_acquire) != barrier; });
     }
   }
 
  private:
-  static constexpr int kSpins = 2000;  // some ten to a hundred microseconds
+  static constexpr int kSpins = 2000;  // 10 to 100 microseconds
 
   template <class Condition>
   static void await(Condition holds) {
@@ -89,7 +89,7 @@ class Team {
   bool is_over_ = false;
   const std::function<void(int)>* work_ = nullptr;
   alignas(64) std::atomic<uint32_t> round_{0};
-  alignas(64) std::atomic<uint32_t> meeting_{0};
+  alignas(64) std::atomic<uint32_t> barrier_{0};
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<int> running_{0};
   std::vector<std::thread> threads_;
