@@ -1,17 +1,17 @@
-"""`python -m inference.bench`: how fast this machine draws, and where the time goes.
+"""`python -m inference.bench`: speed of decoding on this machine, by stage.
 
-    python -m inference.bench --size base          weights at random: to speed they do not matter
-    python -m inference.bench --model DIR          an artefact's own sizes
+    python -m inference.bench --size base          random weights, which have no effect on speed
+    python -m inference.bench --model DIR          an artefact's sizes
 
-For each precision and number of candidates: a drawing step at four depths of the image, in turn
-with the others and with a probe of the memory's speed, whose share the step reaches is the figure
-to watch with one candidate; tokens and images a second; memory. Then each stage of a picture apart,
-and whole requests that come at once, by stage from the queue to the files. Times are medians; the
-first of each kind warms up and is shown by itself. On a GPU up to eight steps are timed as one, for
-the host goes ahead of it. The last line is JSON.
+For each precision and number of candidates: a decoding step at four depths of the image, in turn
+with the others and with a probe of the memory's speed; tokens and images per second; memory. With
+one candidate the figure to watch is the share of the memory's speed. Then each later stage of an
+image alone, and whole requests that arrive together, by stage from the queue to the files. Times
+are medians; the first of each kind warms up and is shown separately. On a GPU up to eight steps are
+timed as one, because the host runs ahead of it. The last line is JSON.
 
-On a CPU as many threads compute as draw fastest, found as `serve` finds it, unless `--threads` says
-how many. What HTTP costs: `python -m inference.bench.http` and `python -m infra benchmark`.
+On a CPU the fastest number of threads is used, found as `serve` finds it, unless `--threads` gives
+one. For the cost of HTTP: `python -m inference.bench.http` and `python -m infra benchmark`.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ from inference.engine.thread_tuning import choices, fastest, measure_steps
 
 _TEXT_LENGTH = 64
 _TEXT_VOCAB_SIZE = 10_000
-_STAGE_IMAGES = 8  # pictures decoded and scored together
+_STAGE_IMAGES = 8  # images decoded and scored together
 _STAGE_ROUNDS = 5
 _CPU_PRECISIONS = ("fp32", "fp16", "int8")
 _GPU_PRECISIONS = ("fp32", "bf16")
 _PROFILED_DEPTH = bench_steps.DEPTHS[1]
-_STEPS_TOGETHER = 8  # of a GPU, which the host goes ahead of
-_TRIED = 16  # candidates drawn together while the number of threads is chosen, as `serve` draws
+_STEPS_TOGETHER = 8  # on a GPU, because the host runs ahead of it
+_TRIED = 16  # candidates decoded together while the number of threads is chosen, as in `serve`
 
 
 @dataclass(frozen=True)
 class StepFigures:
-    """One precision with one number of candidates."""
+    """Figures of one precision with one number of candidates."""
 
     precision: str
     candidates: int
@@ -67,17 +67,18 @@ class StepFigures:
     tokens_per_second: float
     images_per_second: float
     bandwidth_share: float
-    """Of the measured speed of memory, by the bytes that a step must read at least."""
+    """Share of the measured speed of memory, for the least bytes that a step reads."""
     outside_kernels: float | None
-    """Share of a step at a third of the image that is no operator's time, the native step's calls
-    being operators: Python's, mostly. None on a GPU, which works while Python goes on."""
+    """Share of a step at a third of the image outside kernels: mostly Python. None on a GPU, which
+    computes while Python continues."""
     tables_mb: float
-    """Keys and values of all candidates."""
+    """Memory of the keys and values of all candidates."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m inference.bench", description="Measure how fast this machine draws."
+        prog="python -m inference.bench",
+        description="Measure the speed of decoding on this machine.",
     )
     parser.add_argument("--size", choices=get_args(SizeName), default="base")
     parser.add_argument("--model", type=Path, help="an artefact's directory, instead of --size")
@@ -87,23 +88,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="fp32,fp16,int8 on a CPU, fp32,bf16 on a GPU; default: the first and the last",
     )
     parser.add_argument(
-        "--torch-kernels", action="store_true", help="steps without our own kernels, to compare"
+        "--torch-kernels", action="store_true", help="steps by torch's kernels alone, to compare"
     )
-    parser.add_argument("--candidates", default="1,8,32", help="drawn together: 1,8,32")
+    parser.add_argument("--candidates", default="1,8,32", help="decoded together: 1,8,32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="torch threads; default: what draws fastest")
+    parser.add_argument("--threads", type=int, help="torch threads; default: the fastest number")
     parser.add_argument(
         "--requests", type=int, default=4, help="whole requests at once; 0 for none"
     )
     parser.add_argument(
         "--request-candidates", type=int, default=1, help="of each of those; default %(default)s"
     )
-    parser.add_argument("--rounds", type=int, default=8, help="steps at each depth")
+    parser.add_argument(
+        "--rounds",
+        type=bench_steps.at_least_one,
+        default=8,
+        help="steps at each depth, after one that warms up; at least 1",
+    )
     parser.add_argument(
         "--probe-mb",
         type=int,
         default=bench_steps.PROBE_BYTES >> 20,
-        help="memory read to measure its speed; more than a processor's caches hold",
+        help="memory read to measure its speed; more than a processor's caches",
     )
     given = parser.parse_args(arguments)
     if given.threads:
@@ -171,7 +177,7 @@ def run(
             )
     stages = _stages(artefact, model, device)
     for name, (milliseconds, warm_up) in stages.items():
-        print(f"{name}: {milliseconds:.2f} ms a picture, warming up {warm_up:.2f} ms", flush=True)
+        print(f"{name}: {milliseconds:.2f} ms an image, warming up {warm_up:.2f} ms", flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if device.type == "cuda":
         described["peak_gpu_mb"] = torch.cuda.max_memory_allocated(device) // 10**6
@@ -247,7 +253,7 @@ def _steps(
 
 
 def _choose_threads(model: Dalle) -> dict[int, float]:
-    """Seconds of a step by number of threads; the fastest is used from now on."""
+    """Time a step by number of threads, in seconds, and use the fastest number from now on."""
     tried = measure_steps(DecodeEngine(model, _TRIED), choices(usable_cpus()), candidates=_TRIED)
     torch.set_num_threads(fastest(tried))
     return tried
@@ -261,7 +267,7 @@ def _prefill_milliseconds(model: Dalle, device: torch.device) -> tuple[float, fl
 def _stages(
     artefact: Artefact, model: Dalle, device: torch.device
 ) -> dict[str, tuple[float, float]]:
-    """Milliseconds a picture, and those of the first, by stage after the sampling."""
+    """Milliseconds per image, later and at first, of each stage after the sampling."""
     if artefact.dvae is None:
         return {}
     dvae, clip = artefact.dvae, artefact.clip
@@ -284,14 +290,14 @@ def _stages(
 
 
 def _milliseconds(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """The median of some calls, and the call before them."""
+    """Median of some calls, and the time of the first call before them."""
     first = bench_steps.timed(work, device)
     later = [bench_steps.timed(work, device) for _ in range(_STAGE_ROUNDS)]
     return 1000 * statistics.median(later), 1000 * first
 
 
 def _build(size: SizeName, device: torch.device) -> Artefact:
-    """Models of a size with random weights."""
+    """Build models of a size with random weights."""
     dvae = DiscreteVAE(DVAEConfig(**sizes.DVAE_SIZES[size]))
     tokenizer = CaptionTokenizer.train([CAPTION], kind="word", text_length=_TEXT_LENGTH)
     transformer = Dalle(
@@ -318,7 +324,7 @@ def _build(size: SizeName, device: torch.device) -> Artefact:
 
 
 def _with_full_attention(model: Dalle) -> Dalle:
-    """A model of the same sizes in which every layer sees everything; its weights are others."""
+    """Build a model of the same sizes with full attention in every layer and random weights."""
     config = replace(model.config, attention_kinds=("full",))
     return Dalle(config).to(model.text_position.device).eval().requires_grad_(False)
 

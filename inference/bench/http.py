@@ -1,12 +1,12 @@
-"""`python -m inference.bench.http`: how much of the engine's speed is left through HTTP.
+"""`python -m inference.bench.http`: throughput through HTTP over that of the engine alone.
 
     python -m inference.bench.http --model out/demo/ml/model --clients 8
 
 Starts the real `serve` on a free port of loopback and, in this process, the same engine without a
-server. Both are asked the same requests, `--clients` at a time, in turns of `--requests`; the ratio
-of a turn is that of its two throughputs, so what else the machine does falls on both. The median of
-the ratios is the figure. Then /ping is asked beside the same load, where it cannot disturb the
-ratio. The last line is JSON.
+server. Both get the same requests, `--clients` at a time, in turns of `--requests`. Each turn gives
+the ratio of its two throughputs, so that other load on the machine affects both; the result is the
+median ratio. After that /ping is timed beside the same load, where it cannot change the ratio. The
+last line is JSON.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import http.client
 import io
 import json
 import os
-import queue
 import re
 import statistics
 import subprocess
@@ -25,7 +24,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -44,12 +44,12 @@ from inference.engine.model_runner import ModelRunner
 _CAPTIONS = ("big filled orange star", "small violet circle", "red square", "blue star")
 _PATIENCE = 600.0  # seconds for a request
 _PING_PAUSE = 0.02  # seconds between two pings
-_LARGE_CLIENTS = 8  # that send large images, where that is asked for
+_LARGE_CLIENTS = 8  # clients that send large images with --image-mb
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn: images drawn per second either way, and seconds of each ping beside the load."""
+    """One turn: images per second either way, and seconds of each ping beside the load."""
 
     engine: float
     http: float
@@ -63,7 +63,7 @@ class Server:
         self.port = port
 
     def ask(self, connection: http.client.HTTPConnection, body: bytes) -> int:
-        """Send one request; the number of candidates that were drawn for it."""
+        """Send one request; return the number of candidates that were completed for it."""
         connection.request("POST", "/invocations", body, {"Content-Type": "application/json"})
         response = connection.getresponse()
         content = response.read()
@@ -72,10 +72,11 @@ class Server:
         return GenerateReply.model_validate_json(content).completed_candidates
 
     def connect(self) -> http.client.HTTPConnection:
+        """Open a connection of one client."""
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=_PATIENCE)
 
     def ping(self) -> float:
-        """Seconds that one ping takes, on a connection of its own as the platform's are."""
+        """Seconds of one ping on a new connection, as the platform sends it."""
         began = time.perf_counter()
         connection = self.connect()
         try:
@@ -92,11 +93,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Measure the engine's throughput through HTTP beside its own.",
     )
     parser.add_argument("--model", type=Path, required=True, help="an artefact's directory")
-    parser.add_argument("--clients", type=int, default=8, help="default %(default)s")
+    parser.add_argument(
+        "--clients", type=bench_steps.at_least_one, default=8, help="default %(default)s"
+    )
     parser.add_argument("--num-candidates", type=int, default=16, help="default %(default)s")
     parser.add_argument("--num-images", type=int, default=4, help="default %(default)s")
-    parser.add_argument("--requests", type=int, default=24, help="of a turn; default %(default)s")
-    parser.add_argument("--turns", type=int, default=5, help="default %(default)s")
+    parser.add_argument(
+        "--requests",
+        type=bench_steps.at_least_one,
+        default=24,
+        help="of a turn; default %(default)s",
+    )
+    parser.add_argument(
+        "--turns", type=bench_steps.at_least_one, default=5, help="default %(default)s"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda; default %(default)s")
     parser.add_argument("--threads", type=int, default=1, help="torch threads; default 1")
     parser.add_argument("--precision", default="fp32", help="default %(default)s")
@@ -130,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def figures(turns: Sequence[Turn], given: argparse.Namespace) -> dict[str, Any]:
-    """What is printed at the end."""
+    """Print each turn and return the result."""
     ratios = [turn.http / turn.engine for turn in turns]
     pings = sorted(ping for turn in turns for ping in turn.pings)
     for turn, ratio in zip(turns, ratios, strict=True):
@@ -158,8 +168,10 @@ def measure(
     *,
     image_bytes: int = 0,
 ) -> Turn:
-    """One turn: the same requests by the engine alone, through HTTP, and beside pings; image_bytes:
-    beside classifications of large images, too."""
+    """Run one turn: the same requests by the engine alone, through HTTP, and beside pings.
+
+    image_bytes: classifications of images of this size run beside the pings, too.
+    """
     engine = _by_engine(runner, bodies, clients)
     through = _by_http(server, bodies, clients)
     pings: list[float] = []
@@ -189,31 +201,22 @@ def _by_engine(runner: ModelRunner, bodies: Sequence[bytes], clients: int) -> fl
 
 
 def _by_http(server: Server, bodies: Sequence[bytes], clients: int) -> float:
-    waiting: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    for body in bodies:
-        waiting.put(body)
-    drawn: list[int] = []
+    """Images per second of clients that send their next request when the last is answered."""
+    waiting = iter(bodies)  # shared: each client takes the next one
 
-    def client() -> None:
-        connection = server.connect()
-        try:
-            while True:
-                drawn.append(server.ask(connection, waiting.get_nowait()))
-        except queue.Empty:
-            connection.close()
+    def client(_: int) -> int:
+        with closing(server.connect()) as connection:
+            return sum(server.ask(connection, body) for body in waiting)
 
-    threads = [threading.Thread(target=client) for _ in range(clients)]
     began = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return sum(drawn) / (time.perf_counter() - began)
+    with ThreadPoolExecutor(clients) as pool:
+        completed = sum(pool.map(client, range(clients)))
+    return completed / (time.perf_counter() - began)
 
 
 @contextmanager
 def beside(*works: Callable[[], None]) -> Iterator[None]:
-    """Repeat works, each in a thread of its own, while the block runs."""
+    """Repeat each of the works in a thread while the block runs."""
     over = threading.Event()
 
     def repeat(work: Callable[[], None]) -> None:
@@ -248,7 +251,7 @@ def _classify(server: Server, body: bytes) -> None:
 
 
 def _large_body(size: int) -> bytes:
-    """A classification whose one image, noise as BMP, has about `size` bytes in base64."""
+    """A classification request with one image, noise as BMP, of about `size` bytes in base64."""
     side = int((size * 0.75 / 3) ** 0.5)
     noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     file = io.BytesIO()
@@ -259,7 +262,7 @@ def _large_body(size: int) -> bytes:
 
 @contextmanager
 def serving(given: argparse.Namespace) -> Iterator[Server]:
-    """`serve` on a free port; its log is shown when it does not start."""
+    """Run `serve` on a free port. Raises RuntimeError with its log where it does not start."""
     with TemporaryDirectory() as directory:
         (Path(directory) / "model").symlink_to(given.model.resolve())
         environment = os.environ | {
@@ -277,7 +280,7 @@ def serving(given: argparse.Namespace) -> Iterator[Server]:
         )
         assert process.stderr is not None
         with process.stderr as log:
-            reader = threading.Thread(target=log.read)  # or the log would fill its pipe
+            reader = threading.Thread(target=log.read)  # the log would fill its pipe
             try:
                 port = _port_when_ready(log)
                 reader.start()

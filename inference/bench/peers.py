@@ -1,15 +1,15 @@
 """`python -m inference.bench.peers`: this engine beside DALLE-pytorch 1.6.6, in one process.
 
-Makes an environment for DALLE-pytorch under out/peers, which borrows torch from the one that runs
-this, and runs itself there. Same sizes on both sides (256 pixels: width 512, 12 layers, 8 heads,
-64 text tokens, 1,024 image tokens, 50 million weights in the blocks), random weights, full
-attention. Three contenders of theirs and ours take turns, step by step:
+Makes an environment for DALLE-pytorch under out/peers, which shares torch with the current one, and
+runs itself there. Both models have the same sizes (256 pixels: width 512, 12 layers, 8 heads, 64
+text tokens, 1,024 image tokens, 50 million weights in the blocks), random weights and full
+attention. Their two contenders and ours take turns, step by step:
 
-    shipped   use_cache=True as released: without guidance the cache is dropped on the way
-    patched   the same with the cache handed on, one line
+    shipped   use_cache=True as released: without guidance the cache is never passed on
+    patched   the same with the cache passed on, one line
     ours      by precision
 
-The last line printed is JSON. Letters: B candidates drawn together.
+The last line printed is JSON.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dalle import peers
+from dalle.models.transformer import Dalle, TransformerConfig
+from inference.bench import steps as bench_steps
 
 TARGETS = {"shipped": {1: 60.0}, "patched": {1: 3.0, 8: 4.0, 32: 5.0}}
 
@@ -31,10 +35,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m inference.bench.peers", description="Compare with DALLE-pytorch 1.6.6."
     )
-    parser.add_argument("--batch", default="1,8,32", help="candidates drawn together: 1,8,32")
+    parser.add_argument("--batch", default="1,8,32", help="candidates together: 1,8,32")
     parser.add_argument("--precision", default="fp32,int8", help="ours: fp32,fp16,int8")
     parser.add_argument("--threads", type=int, default=1, help="torch threads of both sides")
-    parser.add_argument("--rounds", type=int, default=6, help="steps of each at each depth")
+    parser.add_argument(
+        "--rounds",
+        type=bench_steps.at_least_one,
+        default=6,
+        help="steps of each at each depth, after one that warms up; at least 1",
+    )
     parser.add_argument("--out", type=Path, default=Path("out/peers"), help="its environment")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
@@ -53,11 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _compare(batches: list[int], precisions: list[str], threads: int, rounds: int) -> None:
-    import torch
-
-    from dalle.models.transformer import Dalle, TransformerConfig
-    from inference.bench import steps as bench_steps
-
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
     torch.manual_seed(0)
@@ -92,7 +96,7 @@ def _compare(batches: list[int], precisions: list[str], threads: int, rounds: in
             if "shipped" in contenders:
                 shipped = {"shipped": _Shipped(theirs, batch, primed)}
                 bench_steps.take_turns(shipped | steps, timings, depth, 2, device)
-            bench_steps.take_turns(steps, timings, depth, rounds, device)
+            bench_steps.take_turns(steps, timings, depth, rounds + 1, device)
             del steps
             bench_steps.forget()
         for name, timing in timings.items():
@@ -114,18 +118,15 @@ def _compare(batches: list[int], precisions: list[str], threads: int, rounds: in
 
 
 class _Shipped:
-    """One turn of the loop in their `generate_images`, use_cache=True."""
+    """One pass of the loop in their `generate_images`, use_cache=True."""
 
     def __init__(self, model: Any, batch: int, primed: int) -> None:
-        import torch
-
         self.model = model
         self.text = torch.randint(1, 10_000, (1, 64)).expand(batch, -1)
         self.image = torch.randint(8192, (1, primed)).expand(batch, -1)
         self.cache: dict[Any, Any] = {}
 
     def __call__(self) -> None:
-        import torch
         from dalle_pytorch.dalle_pytorch import (  # type: ignore[import-not-found]
             gumbel_sample,
             top_k,
@@ -143,13 +144,13 @@ class _Shipped:
 
 
 class _Patched(_Shipped):
-    """The same with the cache handed on, and filled for all rows from one of them."""
+    """The same with the cache passed on, and filled for all rows from one row."""
 
     def __init__(self, model: Any, batch: int, primed: int) -> None:
         super().__init__(model, batch, primed)
         model(self.text[:1], self.image[:1], cache=self.cache)
         self.cache = {key: _widen(value, batch) for key, value in self.cache.items()}
-        # What filled it was without the token that comes next.
+        # The cache lacks the token that comes next.
         self()
 
     def logits(self) -> Any:

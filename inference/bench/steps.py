@@ -1,12 +1,13 @@
-"""What the benchmarks measure with: the memory's speed, and an engine's steps at several depths.
+"""Timing of an engine's steps at several depths of the image, and of the memory's speed.
 
-Measurements that are to be compared are taken in turn, so that whatever else the machine does falls
-on all of them alike; medians, and what was asked of a thing for the first time does not count.
-Letters: B candidates drawn together, N positions, M codes per position.
+Compared steps are timed in turn, so that other load on the machine affects all of them alike.
+Results are medians; the first step at each depth warms up and does not count.
+Letters: B candidates decoded together, N positions, M codes per position.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import gc
 import platform
@@ -31,19 +32,19 @@ from dalle.types import Precision
 
 DEPTHS = (0.05, 0.35, 0.65, 0.95)  # shares of an image at which steps are timed
 PROFILED_STEPS = 5  # the first of them warms up
-PROBE_BYTES = 512 * 1024**2  # more than a processor's caches hold
+PROBE_BYTES = 512 * 1024**2  # larger than a processor's caches
 
 
 @dataclass
 class Timings:
-    """Seconds of one thing's steps, by depth."""
+    """Seconds of the steps of one contender, by depth."""
 
     first: dict[float, float] = field(default_factory=dict)
     """The step that warms up."""
     later: dict[float, list[float]] = field(default_factory=dict)
 
     def note(self, depth: float, seconds: float) -> None:
-        """The first of a depth is the one that warms up."""
+        """Record a step; the first one at a depth is the warm-up."""
         if depth in self.first:
             self.later.setdefault(depth, []).append(seconds)
         else:
@@ -51,22 +52,22 @@ class Timings:
 
     @property
     def step_seconds(self) -> float:
-        """The median of each depth, and the mean of those: an image's time by its positions."""
+        """Mean over the depths of the median step: an image's time divided by its positions."""
         return statistics.mean(statistics.median(each) for each in self.later.values())
 
     @property
     def spread(self) -> float:
-        """Quartile distance of the steps of a depth, in medians, at the worst depth."""
-        return max(
-            (lambda quarters: (quarters[2] - quarters[0]) / quarters[1])(
-                statistics.quantiles(each, n=4)
-            )
-            for each in self.later.values()
-        )
+        """Quartile distance over the median at the worst depth; 0 where each has one step."""
+        spreads = [0.0]
+        for seconds in self.later.values():
+            if len(seconds) > 1:
+                low, median, high = statistics.quantiles(seconds, n=4)
+                spreads.append((high - low) / median)
+        return max(spreads)
 
 
 class Memory:
-    """The speed at which this process reads memory, bytes per second. One probe at a time."""
+    """Speed at which this process reads memory."""
 
     def __init__(self, device: torch.device, probe_bytes: int = PROBE_BYTES) -> None:
         self._device = device
@@ -75,7 +76,7 @@ class Memory:
         self._speeds: list[float] = []
 
     def probe(self) -> None:
-        """Read the probe twice, by a sum and by a product; the faster counts."""
+        """Read the probe by a sum and by a product, and record the faster one."""
         fastest = min(
             timed(lambda: self._probe.sum(), self._device),
             timed(lambda: torch.mv(self._probe, self._vector), self._device),
@@ -84,11 +85,12 @@ class Memory:
 
     @property
     def bytes_per_second(self) -> float:
+        """Median over the probes."""
         return statistics.median(self._speeds)
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, the device's own work included."""
+    """Seconds of one call, until the device has finished."""
     began = time.perf_counter()
     work()
     if device.type == "cuda":
@@ -106,10 +108,10 @@ def take_turns(
     *,
     together: int = 1,
 ) -> None:
-    """Time each of the steps once a round, in turn, and the memory beside them.
+    """Time each of the steps once a round, in turn, and probe the memory beside them.
 
-    together: steps in a turn, which a GPU is told of while it is still at the first; the turn that
-        warms up is one step.
+    rounds: the first one warms up where the depth is new. together: steps timed as one, which a GPU
+    receives while it computes the first; the warm-up is one step.
     """
 
     def turn(step: Callable[[], object], number: int) -> None:
@@ -133,7 +135,7 @@ def engine_at(
     *,
     own_kernels: bool = True,
 ) -> DecodeEngine:
-    """An engine whose slots are all drawing at a depth. Tokens before it are random.
+    """Build an engine with a candidate at the given depth in every slot, after random tokens.
 
     own_kernels: as of `new_step`.
     """
@@ -148,7 +150,7 @@ def engine_at(
         (int(config.num_positions * depth), config.num_codebooks),
         generator=generator,
     )
-    # For bf16 of a model that is in it, see `in_precision`.
+    # For bf16 the model is in bf16 already, see `in_precision`.
     weights: Precision = precision  # type: ignore[assignment]
     step = new_step(model, batch, weights, key_ranges, own_kernels=own_kernels)
     engine = DecodeEngine(model, batch, step=step)
@@ -163,14 +165,14 @@ def engine_at(
 
 
 def in_precision(model: Dalle, precision: str) -> Dalle:
-    """The model that reads captions beside a step of a precision."""
+    """Return the model that computes the captions for a step in a precision."""
     return copy.deepcopy(model).to(torch.bfloat16) if precision == "bf16" else model
 
 
 def share_outside_kernels(step: Callable[[], object]) -> float:
-    """Share of a step's time that is none of the operators': Python's, and what lies between.
+    """Share of a step's time outside torch's operators and the compiled step, 0 to 1.
 
-    At most: the profiler's own time counts as such.
+    An upper bound: it includes the profiler's time.
     """
     whole = "engine step"
     step()  # warms up
@@ -185,7 +187,7 @@ def share_outside_kernels(step: Callable[[], object]) -> float:
 
 @contextmanager
 def _compiled_calls_recorded() -> Iterator[None]:
-    """The compiled step's calls as operators, which a profiler does not know otherwise."""
+    """Record calls of the compiled step as operators, which the profiler would miss."""
     call = CpuStep._call
 
     def recorded(self: CpuStep, function: Callable[..., int], num_rows: int, *others: Any) -> None:
@@ -200,14 +202,14 @@ def _compiled_calls_recorded() -> Iterator[None]:
 
 
 def wide_ranges(model: Dalle) -> list[KeyRange]:
-    """Key ranges for weights that were never trained, when only time counts."""
+    """Key ranges for random weights, where only the time matters."""
     shape = (model.config.num_heads, model.config.head_width)
     return [KeyRange(torch.full(shape, -8.0), torch.full(shape, 8.0))] * model.config.num_layers
 
 
 def step_bytes(model: Dalle, batch: int, precision: str) -> float:
-    """What a step must read at least, in bytes, at mid-image: each weight once, and of each
-    candidate the keys and values that its query sees."""
+    """Least number of bytes that a step reads at mid-image: each weight once, and the keys and
+    values that each candidate's query sees."""
     config = model.config
     weight_bytes = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}[precision]
     each_key = 1 if precision == "int8" else 2 if precision == "bf16" else 4
@@ -230,7 +232,7 @@ def step_bytes(model: Dalle, batch: int, precision: str) -> float:
 
 
 def describe_machine(device: torch.device) -> dict[str, str | int]:
-    """What a figure depends on."""
+    """Describe the device, the processor and the versions that a figure depends on."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -250,5 +252,13 @@ def describe_machine(device: torch.device) -> dict[str, str | int]:
 
 
 def forget() -> None:
-    """Give back what the last measurement held before the next one begins."""
+    """Free the memory of the last measurement."""
     gc.collect()
+
+
+def at_least_one(text: str) -> int:
+    """Parse a count of an option. Raises argparse's error for less than 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number

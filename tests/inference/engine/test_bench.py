@@ -8,6 +8,7 @@ import torch
 from dalle.models import sizes
 from inference.bench import __main__ as bench
 from inference.bench import http as bench_http
+from inference.bench import peers as bench_peers
 from inference.bench import steps as bench_steps
 
 
@@ -56,7 +57,7 @@ def test_an_artefact_is_measured_as_it_is(tiny_artefact, capsys):
         "--candidates",
         "2",
         "--rounds",
-        "2",
+        "1",
         "--full",
         "--probe-mb",
         "8",
@@ -76,6 +77,7 @@ def test_an_artefact_is_measured_as_it_is(tiny_artefact, capsys):
             "'int8') on cpu, got ['bf16']",
         ),
         (["--size", "huge"], "invalid choice: 'huge'"),
+        (["--rounds", "0"], "argument --rounds: must be at least 1, got 0"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(arguments, says, capsys):
@@ -90,6 +92,42 @@ def test_the_first_step_of_a_depth_does_not_count():
         timings.note(depth, seconds)
     assert timings.first == {0.1: 9.0, 0.9: 9.0}
     assert timings.step_seconds == pytest.approx((2.0 + 4.0) / 2)
+
+
+def test_one_step_has_no_spread():
+    timings = bench_steps.Timings(first={0.1: 9.0}, later={0.1: [2.0]})
+    assert (timings.step_seconds, timings.spread) == (2.0, 0.0)
+    timings.later[0.9] = [1.0, 2.0, 3.0]
+    assert timings.spread == pytest.approx(1.0)
+
+
+def test_one_round_beside_dalle_pytorch_is_enough(make_dalle, monkeypatch, capsys):
+    """Without DALLE-pytorch, of which the environment is made elsewhere."""
+
+    class Peer:
+        transformer = torch.nn.Linear(2, 3)
+
+        def eval(self):
+            return self
+
+    def step(*_):
+        return lambda: None
+
+    monkeypatch.setattr("dalle.peers.dalle_pytorch", Peer)
+    monkeypatch.setattr(bench_peers, "Dalle", lambda _: make_dalle())
+    monkeypatch.setattr(bench_peers, "_Shipped", step)
+    monkeypatch.setattr(bench_peers, "_Patched", step)
+    threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
+    words = ["--inside", "--batch", "1", "--precision", "fp32", "--rounds", "1"]
+    try:
+        bench_peers.main(words)
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(grad)
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    contenders = [each["contender"] for each in figures["results"]]
+    assert contenders == ["shipped", "patched", "fp32"]
+    assert figures["weights"]["theirs"] == 9
 
 
 def test_things_compared_take_turns():
@@ -138,7 +176,7 @@ def test_steps_without_our_own_kernels_can_be_measured(monkeypatch, capsys):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_bf16_has_its_share_of_the_memorys_speed(capsys):
+def test_on_a_gpu_bf16_reaches_a_share_of_the_memorys_speed(capsys):
     arguments = ["--size", "tiny", "--candidates", "2", "--rounds", "2", "--probe-mb", "8"]
     bench.main([*arguments, "--device", "cuda"])
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -147,7 +185,7 @@ def test_on_a_gpu_bf16_has_its_share_of_the_memorys_speed(capsys):
     assert figures["gpu"]
 
 
-def test_the_engine_that_is_measured_in_bf16_draws_whole_pictures(make_dalle):
+def test_the_engine_that_is_measured_in_bf16_finishes_whole_images(make_dalle):
     model = bench_steps.in_precision(make_dalle(), "bf16")
     engine = bench_steps.engine_at(model, 3, 0.5, "bf16", None)
     finished = []
@@ -157,7 +195,7 @@ def test_the_engine_that_is_measured_in_bf16_draws_whole_pictures(make_dalle):
     assert engine.num_bytes == 2 * 2 * 3 * (5 + 16) * 16 * 2  # layers, two of each input, a width
 
 
-def test_what_lies_outside_kernels_is_what_torch_does_not_do():
+def test_time_outside_kernels_is_what_torch_does_not_compute():
     numbers = torch.ones(300_000)
 
     def beside_torch():
