@@ -50,6 +50,23 @@ _REFUSALS: Mapping[int, str] = {
 }
 
 
+_STRING = {"type": "string"}
+_STATUS = {"type": "object", "properties": {"status": _STRING}}
+_PING = {
+    200: ("A self-test has passed and requests are answered.", JSON, _STATUS),
+    500: ("The engine is dead.", JSON, _STATUS),
+    503: ("Loading or stopping.", JSON, _STATUS),
+}
+_PARAMETERS = {
+    "type": "object",
+    "properties": {
+        "MaxConcurrentTransforms": {"type": "integer"},
+        "BatchStrategy": _STRING,
+        "MaxPayloadInMB": {"type": "integer"},
+    },
+}
+
+
 def document(limits: Limits) -> dict[str, Any]:
     """Return the OpenAPI 3.1 document of a server with these limits."""
     _, definitions = models_json_schema(
@@ -73,22 +90,18 @@ def document(limits: Limits) -> dict[str, Any]:
         },
         "paths": {
             "/invocations": {"post": _invocations(limits)},
-            "/ping": {"get": _ping()},
-            "/execution-parameters": {"get": _execution_parameters()},
-            "/metrics": {
-                "get": {
-                    "summary": "Prometheus metrics",
-                    "operationId": "metrics",
-                    "responses": {"200": _body("The text format.", {TEXT: {"type": "string"}})},
-                }
-            },
-            "/openapi.json": {
-                "get": {
-                    "summary": "This document",
-                    "operationId": "openapi",
-                    "responses": {"200": _body("OpenAPI 3.1.", {JSON: {"type": "object"}})},
-                }
-            },
+            "/ping": _get("ping", "Health", _PING),
+            "/execution-parameters": _get(
+                "execution_parameters",
+                "Limits of a batch transform job",
+                {200: ("The limits.", JSON, _PARAMETERS)},
+            ),
+            "/metrics": _get(
+                "metrics", "Prometheus metrics", {200: ("The text format.", TEXT, _STRING)}
+            ),
+            "/openapi.json": _get(
+                "openapi", "This document", {200: ("OpenAPI 3.1.", JSON, {"type": "object"})}
+            ),
         },
         "components": {"schemas": schemas},
     }
@@ -97,16 +110,8 @@ def document(limits: Limits) -> dict[str, Any]:
 def _invocations(limits: Limits) -> dict[str, Any]:
     requests = _any_of("GenerateRequest", "ClassifyRequest", "CompleteRequest")
     replies = _any_of("GenerateReply", "ClassifyReply", "CompleteReply")
-    lines = _any_of(
-        "PreviewLine",
-        "CandidateLine",
-        "RankingLine",
-        "ErrorLine",
-        "GenerateReply",
-        "ClassifyReply",
-        "CompleteReply",
-        "ErrorReply",
-    )
+    lines = _any_of("PreviewLine", "CandidateLine", "RankingLine", "ErrorLine", "ErrorReply")
+    lines["anyOf"][4:4] = replies["anyOf"]
     refusals = {
         str(status): _body(text, {JSON: _ref("ErrorReply")}) for status, text in _REFUSALS.items()
     }
@@ -131,53 +136,26 @@ def _invocations(limits: Limits) -> dict[str, Any]:
         "unchanged.",
         "requestBody": {
             "required": True,
-            "content": {
-                JSON: {"schema": requests},
-                JSON_LINES: {"schema": requests},
-                TEXT: {"schema": {"type": "string"}},
-            },
+            "content": _content({JSON: requests, JSON_LINES: requests, TEXT: _STRING}),
         },
         "responses": {
             "200": _body(
-                "The reply.",
-                {
-                    JSON: replies,
-                    JSON_LINES: lines,
-                    **{media_type: {"type": "string"} for media_type in IMAGES},
-                },
+                "The reply.", {JSON: replies, JSON_LINES: lines, **dict.fromkeys(IMAGES, _STRING)}
             ),
             **refusals,
         },
     }
 
 
-def _ping() -> dict[str, Any]:
-    status = {"type": "object", "properties": {"status": {"type": "string"}}}
-    return {
-        "summary": "Health",
-        "operationId": "ping",
-        "responses": {
-            "200": _body("A self-test has passed and requests are answered.", {JSON: status}),
-            "500": _body("The engine is dead.", {JSON: status}),
-            "503": _body("Loading or stopping.", {JSON: status}),
-        },
+def _get(
+    operation: str, summary: str, responses: Mapping[int, tuple[str, str, dict[str, Any]]]
+) -> dict[str, Any]:
+    """Return a route without parameters. responses: description, media type and schema."""
+    bodies = {
+        str(status): _body(description, {media_type: schema})
+        for status, (description, media_type, schema) in responses.items()
     }
-
-
-def _execution_parameters() -> dict[str, Any]:
-    parameters = {
-        "type": "object",
-        "properties": {
-            "MaxConcurrentTransforms": {"type": "integer"},
-            "BatchStrategy": {"type": "string"},
-            "MaxPayloadInMB": {"type": "integer"},
-        },
-    }
-    return {
-        "summary": "Limits of a batch transform job",
-        "operationId": "execution_parameters",
-        "responses": {"200": _body("The limits.", {JSON: parameters})},
-    }
+    return {"get": {"summary": summary, "operationId": operation, "responses": bodies}}
 
 
 def _ref(name: str) -> dict[str, Any]:
@@ -189,7 +167,8 @@ def _any_of(*names: str) -> dict[str, Any]:
 
 
 def _body(description: str, schemas: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "description": description,
-        "content": {media_type: {"schema": schema} for media_type, schema in schemas.items()},
-    }
+    return {"description": description, "content": _content(schemas)}
+
+
+def _content(schemas: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    return {media_type: {"schema": schema} for media_type, schema in schemas.items()}

@@ -75,84 +75,65 @@ def test_a_blank_text_is_no_caption():
 
 
 @pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("caption", "", 'must have at least 1 character, got ""'),
+        ("caption", " \n", "must have at least 1 character"),
+        ("caption", "a" * 2001, "must have at most 2000 characters"),
+        ("caption", 7, "must be a valid string, got 7"),
+        ("caption", "\ud800", "must be a valid string"),
+        ("num_candidates", 9, "must be 1 to 8, got 9"),
+        ("num_candidates", 0, "must be 1 to 8, got 0"),
+        ("num_candidates", "4", 'must be a valid integer, got "4"'),
+        ("num_candidates", True, "must be a valid integer, got true"),
+        ("num_images", 0, "must be 1 to 4, got 0"),
+        ("num_images", 5, "must be 1 to 4, got 5"),
+        ("num_images", None, "must be a valid integer, got null"),
+        ("temperature", -1, "must be 0.0 to 10.0, got -1"),
+        ("top_k", 0, "must be 1 or more, got 0"),
+        ("top_p", 0, "must be above 0.0 and at most 1.0, got 0"),
+        ("seed", -1, "must be 0 to 9007199254740991, got -1"),
+        ("format", "gif", "must be 'png', 'jpeg' or 'webp'"),
+        ("deadline_seconds", 3601, "must be above 0.0 and at most 3600.0, got 3601"),
+        ("prime_rows", 1, "1 without prime_image"),
+        ("guidance", 3, "is unknown: did you mean guidance_scale?"),
+        ("zzz", 3, "is unknown: known are caption, num_candidates"),
+    ],
+)
+def test_a_field_that_is_wrong_is_a_422_that_says_what_would_be_right(field, value, says):
+    check_refused({"caption": "a", field: value}, field, f"{field} {says}")
+
+
+@pytest.mark.parametrize(
     ("fields", "field", "says"),
     [
         ({}, "caption", "caption, images or complete is missing: give one of"),
         ({"num_images": 1}, "caption", "is missing: give one of caption (generate images)"),
         ({"caption": "a", "complete": "b"}, "caption", "caption and complete exclude each other"),
-        ({"caption": ""}, "caption", 'caption must have at least 1 character, got ""'),
-        ({"caption": " \n"}, "caption", "caption must have at least 1 character"),
-        (
-            {"images": ["aGk="], "classes": ["a", "\t "]},
-            "classes[1]",
-            'classes[1] must not be blank, got "\\t "',
-        ),
-        ({"caption": "a" * 2001}, "caption", "caption must have at most 2000 characters"),
-        ({"caption": 7}, "caption", "caption must be a valid string, got 7"),
-        ({"caption": "\ud800"}, "caption", "caption must be a valid string"),
-        (
-            {"caption": "a", "num_candidates": 9},
-            "num_candidates",
-            "num_candidates must be 1 to 8, got 9",
-        ),
-        (
-            {"caption": "a", "num_candidates": 0},
-            "num_candidates",
-            "num_candidates must be 1 to 8, got 0",
-        ),
-        ({"caption": "a", "num_images": 0}, "num_images", "num_images must be 1 to 4, got 0"),
-        ({"caption": "a", "num_images": None}, "num_images", "valid integer, got null"),
-        (
-            {"caption": "a", "num_candidates": "4"},
-            "num_candidates",
-            'num_candidates must be a valid integer, got "4"',
-        ),
-        (
-            {"caption": "a", "num_candidates": True},
-            "num_candidates",
-            "num_candidates must be a valid integer, got true",
-        ),
-        ({"caption": "a", "num_images": 5}, "num_images", "num_images must be 1 to 4, got 5"),
         (
             {"caption": "a", "num_candidates": 2, "num_images": 3},
             "num_images",
             "num_images must be 1 to num_candidates, which is 2, got 3",
         ),
-        (
-            {"caption": "a", "temperature": -1},
-            "temperature",
-            "temperature must be 0.0 to 10.0, got -1",
-        ),
-        ({"caption": "a", "top_k": 0}, "top_k", "top_k must be 1 or more, got 0"),
-        ({"caption": "a", "top_p": 0}, "top_p", "top_p must be above 0.0 and at most 1.0, got 0"),
-        ({"caption": "a", "seed": -1}, "seed", "seed must be 0 to 9007199254740991, got -1"),
-        ({"caption": "a", "format": "gif"}, "format", "format must be 'png', 'jpeg' or 'webp'"),
-        (
-            {"caption": "a", "deadline_seconds": 3601},
-            "deadline_seconds",
-            "deadline_seconds must be above 0.0 and at most 3600.0, got 3601",
-        ),
-        ({"caption": "a", "prime_rows": 1}, "prime_rows", "prime_rows 1 without prime_image"),
         ({"caption": "a", "prime_image": "aGk="}, "prime_rows", "prime_rows 0 with prime_image"),
         (
-            {"caption": "a", "guidance": 3},
-            "guidance",
-            "guidance is unknown: did you mean guidance_scale?",
+            {"images": ["aGk="], "classes": ["a", "\t "]},
+            "classes[1]",
+            'classes[1] must not be blank, got "\\t "',
         ),
-        ({"caption": "a", "zzz": 3}, "zzz", "zzz is unknown: known are caption, num_candidates"),
         ({"images": ["aGk="]}, "classes", "classes is missing"),
         ({"images": [], "classes": ["a"]}, "images", "images must have 1 to 64 items, got 0"),
         ({"images": ["aGk="] * 65, "classes": ["a"]}, "images", "1 to 64 items, got 65"),
         ({"images": ["aGk=", 3], "classes": ["a"]}, "images[1]", "images[1] must be a valid str"),
         ({"images": ["aGk="], "classes": ["a"], "top": 0}, "top", "top must be 1 to 1000, got 0"),
-        (
-            {"complete": "a", "num_completions": 65},
-            "num_completions",
-            "num_completions must be 1 to 64, got 65",
-        ),
+        ({"complete": "a", "num_completions": 65}, "num_completions", "must be 1 to 64, got 65"),
     ],
 )
-def test_a_field_that_is_wrong_is_a_422_that_says_what_would_be_right(fields, field, says):
+def test_fields_that_do_not_fit_together_are_a_422(fields, field, says):
+    check_refused(fields, field, says)
+
+
+def check_refused(fields: object, field: str, says: str) -> None:
     with pytest.raises(UserError) as caught:
         parse(fields)
     assert says in str(caught.value)
