@@ -41,7 +41,7 @@ soak-training: setup  ## interrupt training at random moments, on one host and o
 	.venv/bin/python -m training.soak --out out/soak --kills 50 $(ARGS)
 	.venv/bin/python -m training.soak --out out/soak --kills 6 --hosts 2 $(ARGS)
 
-soak-serving: setup  ## callers of every habit at `serve` for 10 minutes; ARGS="--minutes 60"
+soak-serving: setup  ## clients of every kind at `serve` for 10 minutes; ARGS="--minutes 60"
 	.venv/bin/python -m tests.inference.soak_serving $(ARGS)
 
 demo: setup  ## train on small synthetic pictures, serve, and ask for captions never seen: out/demo/report.html

@@ -1,4 +1,4 @@
-"""The real `serve` in a process of its own, as the tests start it, ask it and end it."""
+"""The real `serve` process: the tests start it, send requests and end it."""
 
 import os
 import re
@@ -36,7 +36,7 @@ class Served:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self.http = requests.Session()
-        self.http.trust_env = False  # loopback is reached without anybody's proxy
+        self.http.trust_env = False  # no proxy for loopback
         self.url = ""
 
     def _read(self) -> None:
@@ -85,7 +85,7 @@ class Served:
         )
 
     def end(self) -> int:
-        """Wait for the process to end by itself."""
+        """Wait for the process to end; return its status."""
         status = self.process.wait(PATIENCE)
         self._reader.join(PATIENCE)
         return status

@@ -1,6 +1,6 @@
-"""What a soak of `serve` asks, and what each answer must be: a method for each habit of callers.
+"""Clients of a soak of `serve`: a method for each kind of request, with what its reply must be.
 
-Every picture is compared, pixel by pixel, with one drawn by an engine alone.
+Every image is compared, pixel by pixel, with one of an engine alone.
 """
 
 import base64
@@ -35,13 +35,13 @@ BACK_OFF = 0.1  # seconds after a refusal: less than it asks for, or a soak woul
 
 
 class Reference:
-    """What the artefact draws and says when nobody else asks."""
+    """Images and predictions of the artefact without other requests."""
 
     def __init__(self, artefact: Path) -> None:
         threads = torch.get_num_threads()
         runner = ModelRunner.load(artefact, "cpu", threads=1)
         torch.set_num_threads(threads)
-        self.pictures: dict[tuple[str, int, float, int], bytes] = {}
+        self.images: dict[tuple[str, int, float, int], bytes] = {}
         for caption in CAPTIONS:
             for seed in range(SEEDS):
                 for scale in GUIDANCE:
@@ -54,7 +54,7 @@ class Reference:
                     )
                     for each in runner.run(runner.prepare(request)).ranked:
                         key = (caption, seed, scale, each.number)
-                        self.pictures[key] = each.pixels.tobytes()
+                        self.images[key] = each.pixels.tobytes()
         noise = np.random.default_rng(0).integers(0, 256, (350, 350, 3), dtype=np.uint8)
         file = io.BytesIO()
         Image.fromarray(noise).save(file, format="PNG")
@@ -74,10 +74,10 @@ class Reply:
 
 
 @dataclass
-class Callers:
-    """Asks a server at `url`. Every method may be called by any thread.
+class Clients:
+    """Clients of the server at `url`. Any thread may call any method.
 
-    counts: of what happened, by name; sent: requests that reached the server with a whole header.
+    counts: how often each thing happened; sent: requests that were sent with a whole header.
     """
 
     url: str
@@ -87,46 +87,46 @@ class Callers:
     sent: Counter[str] = field(default_factory=Counter)
 
     def one(self, number: int, seed: int) -> None:
-        """Call number `number` of a soak: what it is depends on that and the seed alone.
+        """Make call `number` of a soak, which depends on that and the seed alone.
 
         Raises AssertionError for a wrong answer.
         """
         chance = random.Random(f"{seed} {number}")
-        habits: list[Callable[[random.Random], None]] = [
-            self.asks_plainly,
-            self.asks_plainly,
-            self.wants_one_image,
-            self.watches_a_stream,
-            self.watches_previews,
-            self.sends_lines,
-            self.is_in_a_hurry,
-            self.leaves_before_the_answer,
-            self.leaves_a_stream,
-            self.breaks_off_in_mid_body,
-            self.sends_too_much,
-            self.sends_a_large_image,
-            self.sends_nonsense,
+        kinds: list[Callable[[random.Random], None]] = [
+            self.request_images,
+            self.request_images,
+            self.request_one_image,
+            self.stream,
+            self.stream_previews,
+            self.send_lines,
+            self.set_a_short_deadline,
+            self.close_before_the_reply,
+            self.close_a_stream,
+            self.send_half_a_body,
+            self.send_a_body_over_the_limit,
+            self.send_a_large_image,
+            self.send_nonsense,
         ]
-        habit = chance.choice(habits)
-        habit(chance)
-        self.counts[habit.__name__] += 1
+        kind = chance.choice(kinds)
+        kind(chance)
+        self.counts[kind.__name__] += 1
 
-    def asks_plainly(self, chance: random.Random) -> None:
+    def request_images(self, chance: random.Random) -> None:
         fields = self._fields(chance)
         fields["num_images"] = chance.randint(1, fields["num_candidates"])
         reply = json.loads(self._answer(fields).body)
         assert reply["completed_candidates"] == fields["num_candidates"]
         assert [each["rank"] for each in reply["images"]] == [*range(1, fields["num_images"] + 1)]
         assert len({each["candidate"] for each in reply["images"]}) == fields["num_images"]
-        self._check_pictures(fields, reply["images"])
+        self._check_images(fields, reply["images"])
 
-    def wants_one_image(self, chance: random.Random) -> None:
+    def request_one_image(self, chance: random.Random) -> None:
         fields = self._fields(chance)
         reply = self._answer(fields, accept="image/png")
         number = int(reply.fields["x-dalle-candidate"])
         self._check(fields, number, reply.body)
 
-    def watches_a_stream(self, chance: random.Random, **more: Any) -> None:
+    def stream(self, chance: random.Random, **more: Any) -> None:
         fields = self._fields(chance) | more
         lines = [
             json.loads(line)
@@ -137,68 +137,68 @@ class Callers:
         assert sorted(line["candidate"] for line in finished) == numbers, "each exactly once"
         assert [line["event"] for line in lines].index("ranking") == len(lines) - 1
         assert sorted(each["candidate"] for each in lines[-1]["ranking"]) == numbers
-        self._check_pictures(fields, finished)
+        self._check_images(fields, finished)
 
-    def watches_previews(self, chance: random.Random) -> None:
-        self.watches_a_stream(chance, preview_rows=chance.randint(1, 3))
+    def stream_previews(self, chance: random.Random) -> None:
+        self.stream(chance, preview_rows=chance.randint(1, 3))
 
-    def sends_lines(self, chance: random.Random) -> None:
+    def send_lines(self, chance: random.Random) -> None:
         lines = [self._fields(chance) for _ in range(3)]
         body = b"\n".join([json.dumps(each).encode() for each in lines] + [b"{nonsense"])
         answer = self._answer(body, content_type="application/jsonlines")
         replies = [json.loads(line) for line in answer.body.splitlines()]
         assert len(replies) == 4
         for fields, reply in zip(lines, replies, strict=False):
-            if "error" in reply:  # too many before it: told in its own line
+            if "error" in reply:  # too many requests before it
                 assert reply["error"]["code"] in ("too_busy", "deadline_exceeded"), reply
                 self.counts["lines refused"] += 1
             else:
                 assert reply["seed"] == fields["seed"]
-                self._check_pictures(fields, reply["images"])
+                self._check_images(fields, reply["images"])
         assert replies[3]["error"]["code"] == "malformed_body"
 
-    def is_in_a_hurry(self, chance: random.Random) -> None:
+    def set_a_short_deadline(self, chance: random.Random) -> None:
         fields = self._fields(chance) | {"num_candidates": MANY, "num_images": 1}
         fields["deadline_seconds"] = chance.choice([0.001, 0.05, 0.2])
         reply = self._send(fields)
         if reply.status == 504:
             assert json.loads(reply.body)["error"]["code"] == "deadline_exceeded"
         elif reply.status == 200:
-            told = json.loads(reply.body)
-            assert 1 <= told["completed_candidates"] < MANY
-            best = [each for each in told["images"] if each["candidate"] < CANDIDATES]
-            self._check_pictures(fields, best)
+            body = json.loads(reply.body)
+            assert 1 <= body["completed_candidates"] < MANY
+            best = [each for each in body["images"] if each["candidate"] < CANDIDATES]
+            self._check_images(fields, best)
         else:
             self._check_refusal(reply)
 
-    def leaves_before_the_answer(self, chance: random.Random) -> None:
+    def close_before_the_reply(self, chance: random.Random) -> None:
         body = json.dumps(self._fields(chance) | {"num_candidates": MANY}).encode()
         with self._raw(len(body)) as connection:
             connection.sendall(body)
 
-    def leaves_a_stream(self, chance: random.Random) -> None:
+    def close_a_stream(self, chance: random.Random) -> None:
         fields = self._fields(chance) | {"num_candidates": MANY, "preview_rows": 1}
         body = json.dumps(fields).encode()
         with self._raw(len(body), accept="application/jsonlines") as connection:
             connection.sendall(body)
             assert connection.recv(1), "an answer or a refusal begins"
 
-    def breaks_off_in_mid_body(self, chance: random.Random) -> None:
+    def send_half_a_body(self, chance: random.Random) -> None:
         with self._raw(1000) as connection:
             connection.sendall(b"{" * chance.randint(0, 999))
 
-    def sends_too_much(self, chance: random.Random) -> None:
+    def send_a_body_over_the_limit(self, chance: random.Random) -> None:
         with self._raw(2 * self.most_bytes) as connection:
             status = connection.recv(12)
         assert status in (b"HTTP/1.1 413", b"HTTP/1.1 429"), status
 
-    def sends_a_large_image(self, chance: random.Random) -> None:
+    def send_a_large_image(self, chance: random.Random) -> None:
         indices, classes, probabilities = json.loads(self._answer(self.reference.large).body)[0]
         expected = self.reference.prediction
         assert (indices, classes) == (expected[0], expected[1])
         assert np.allclose(probabilities, expected[2], atol=1e-5)
 
-    def sends_nonsense(self, chance: random.Random) -> None:
+    def send_nonsense(self, chance: random.Random) -> None:
         reply = self._send(b"{" * chance.randint(1, 100))
         if reply.status in REFUSALS:
             self._check_refusal(reply)
@@ -218,7 +218,7 @@ class Callers:
         }
 
     def _answer(self, body: object, **headers: str) -> Reply:
-        """The answer to a request, asked again for as long as it is refused for a time."""
+        """Return the reply to a request, which is repeated while the server is busy."""
         while True:
             reply = self._send(body, **headers)
             if reply.status == 200:
@@ -251,7 +251,7 @@ class Callers:
         return reply
 
     def _raw(self, length: int, accept: str = "*/*") -> socket.socket:
-        """A connection with the header of a request for a body of so many bytes."""
+        """Return a connection, with the header sent of a body of `length` bytes."""
         parts = urlsplit(self.url)
         assert parts.hostname is not None
         assert parts.port is not None
@@ -267,12 +267,12 @@ class Callers:
         self.sent["raw"] += 1
         return connection
 
-    def _check_pictures(self, fields: Mapping[str, Any], images: list[dict[str, Any]]) -> None:
+    def _check_images(self, fields: Mapping[str, Any], images: list[dict[str, Any]]) -> None:
         for each in images:
             self._check(fields, each["candidate"], base64.b64decode(each["image"]))
 
     def _check(self, fields: Mapping[str, Any], number: int, file: bytes) -> None:
         pixels = np.asarray(Image.open(io.BytesIO(file)))
         key = (fields["caption"], fields["seed"], fields["guidance_scale"], number)
-        assert pixels.tobytes() == self.reference.pictures[key], f"another picture for {key}"
-        self.counts["pictures compared"] += 1
+        assert pixels.tobytes() == self.reference.images[key], f"another image for {key}"
+        self.counts["images compared"] += 1

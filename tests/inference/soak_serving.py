@@ -1,11 +1,11 @@
-"""A soak of the real `serve`: callers of every habit at random moments, and nothing may be left.
+"""A soak of the real `serve`: clients of every kind at random times.
 
     python -m tests.inference.soak_serving --minutes 10        make soak-serving
 
-Callers ask plainly, watch streams, send lines, are in a hurry, leave in the middle, send too much
-or nonsense. Every accepted request is answered once, with pictures equal to a reference for its
-seed; refusals name a time. At the end no slot is busy, nothing waits, every request was counted
-once, and the server's memory is where it was after the warm-up. The last line is JSON.
+Clients request images, read streams, send lines, set short deadlines, close early, send too much
+or nonsense. Every accepted request is answered once, with the reference's images of its seed;
+refusals have a Retry-After. At the end no slot is busy, nothing waits, every request was counted
+once, and the server's memory is that after the warm-up. The last line is JSON.
 """
 
 import argparse
@@ -24,15 +24,15 @@ from typing import Any
 from dalle import artefact as artefacts
 from tests.conftest import build_tiny_models
 from tests.inference.served import Served, running
-from tests.inference.serving_work import PATIENCE, Callers, Reference
+from tests.inference.serving_work import PATIENCE, Clients, Reference
 
 CLIENTS = 12  # more than are answered at once, so that the queue is full at times
 QUEUE = 4
 MOST_MB = 1
 MEAN_PAUSE = 0.05  # seconds of a client between two calls
-WARM_UP = 100  # calls until every path was used and every pool is filled
+WARM_UP = 100  # calls, until every path was used
 GROWTH = 1.1  # of the memory after the warm-up, and
-GROWTH_BYTES = 20 * 2**20  # a little for what a call holds at the moment it is looked at
+GROWTH_BYTES = 20 * 2**20  # for the calls that are running at the time
 
 
 def soak(
@@ -43,8 +43,10 @@ def soak(
     seconds: float | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """So many calls, or calls for so long, after the warm-up. Returns what was done; raises
-    AssertionError for whatever was wrong."""
+    """Make so many calls, or calls for so long, after the warm-up, and return their counts.
+
+    Raises AssertionError for a wrong reply, a leak or an error in the log.
+    """
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         shutil.copytree(artefact, root / "model")
@@ -55,20 +57,20 @@ def soak(
         }
         with running(root, **variables) as served:
             served.ready()
-            callers = Callers(served.url, reference, MOST_MB * 1_000_000)
+            clients = Clients(served.url, reference, MOST_MB * 1_000_000)
             numbers = itertools.count()
-            call(callers, numbers, seed, lambda number: number >= WARM_UP)
-            settle(served, callers)
+            call(clients, numbers, seed, lambda number: number >= WARM_UP)
+            settle(served, clients)
             warm = memory_bytes(served)
             ends = time.monotonic() + (seconds or 0.0)
             most = None if calls is None else WARM_UP + CLIENTS + calls
             call(
-                callers,
+                clients,
                 numbers,
                 seed,
                 lambda number: number >= most if most else time.monotonic() > ends,
             )
-            settle(served, callers)
+            settle(served, clients)
             end = memory_bytes(served)
             assert served.get("/ping").status_code == 200
             readers = children(worker_of(served))
@@ -76,22 +78,22 @@ def soak(
     failures = [line for line in served.lines if "Traceback" in line or "internal error" in line]
     until = time.monotonic() + PATIENCE
     while any(is_running(each) for each in readers):
-        assert time.monotonic() < until, "the reader of large bodies outlives the server"
+        assert time.monotonic() < until, "the child process outlives the server"
         time.sleep(0.05)
     assert failures == [], "\n".join(served.lines[-50:])
     assert end <= GROWTH * warm + GROWTH_BYTES, f"{warm:,} bytes became {end:,}"
     return {
-        "calls": sum(callers.sent.values()),
-        "counts": dict(sorted(callers.counts.items())),
+        "calls": sum(clients.sent.values()),
+        "counts": dict(sorted(clients.counts.items())),
         "warm_mb": round(warm / 1e6, 1),
         "end_mb": round(end / 1e6, 1),
     }
 
 
 def call(
-    callers: Callers, numbers: "itertools.count[int]", seed: int, is_enough: Callable[[int], bool]
+    clients: Clients, numbers: "itertools.count[int]", seed: int, is_enough: Callable[[int], bool]
 ) -> None:
-    """Clients at random moments until there were enough calls; raises their first error."""
+    """Run the clients until there were enough calls; raise their first error."""
     errors: list[BaseException] = []
     over = threading.Event()
 
@@ -102,22 +104,22 @@ def call(
                 number = next(numbers)
                 if is_enough(number):
                     return
-                callers.one(number, seed)
+                clients.one(number, seed)
         except BaseException as error:
             errors.append(error)
             over.set()
 
-    clients = [threading.Thread(target=client, args=(name,)) for name in range(CLIENTS)]
-    for each in clients:
+    threads = [threading.Thread(target=client, args=(name,)) for name in range(CLIENTS)]
+    for each in threads:
         each.start()
-    for each in clients:
+    for each in threads:
         each.join()
     if errors:
         raise errors[0]
 
 
-def settle(served: Served, callers: Callers) -> None:
-    """Wait until nothing is under way; every call was then counted once, and no slot is kept."""
+def settle(served: Served, clients: Clients) -> None:
+    """Wait until nothing runs; check that every call was counted once and no slot is busy."""
     until = time.monotonic() + PATIENCE
     while True:
         text = served.get("/metrics").text
@@ -128,7 +130,7 @@ def settle(served: Served, callers: Callers) -> None:
             float(re.findall(rf"^dalle_{name} (\S+)$", text, re.MULTILINE)[0])
             for name in ("busy_slots", "queue_depth")
         )
-        sent = sum(callers.sent.values())
+        sent = sum(clients.sent.values())
         if (answered, busy, waiting) == (sent, 0, 0):
             return
         assert time.monotonic() < until, (
@@ -150,7 +152,7 @@ def children(pid: int) -> list[int]:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process is there and has not ended, whoever is to take note of its end."""
+    """Return whether a process runs; a zombie does not."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):

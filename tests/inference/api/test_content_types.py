@@ -1,4 +1,4 @@
-"""Media types: which bodies are read, and what an Accept header is answered with."""
+"""Media types: which bodies are read, and what an Accept header selects."""
 
 import pytest
 
@@ -52,7 +52,7 @@ def test_another_content_type_is_a_415(content_type):
         ("IMAGE/PNG", "image/png"),
     ],
 )
-def test_accept_chooses_what_is_wished_most(accept, chosen):
+def test_the_greatest_weight_wins(accept, chosen):
     assert Accept.parse(accept).best() == chosen
 
 
@@ -63,13 +63,13 @@ def test_an_accept_that_admits_nothing_is_a_406(accept):
     assert (caught.value.status, caught.value.field) == (406, "Accept")
 
 
-def test_a_wish_that_cannot_be_met_leaves_the_next_one():
+def test_a_type_that_is_not_offered_leaves_the_next_one():
     accept = "image/png, application/x-ndjson;q=0.2, application/json;q=0.7"
     assert Accept.parse(accept).best() == "image/png"
     assert Accept.parse(accept).best(OFFERED_WITHOUT_IMAGE) == "application/json"
 
 
-def test_a_refusal_names_what_is_offered_and_each_only_once():
+def test_a_refusal_names_each_offered_type_once():
     with pytest.raises(UserError) as caught:
         Accept.parse("image/png").best(OFFERED_WITHOUT_IMAGE, what="a line")
     assert str(caught.value) == (

@@ -1,4 +1,4 @@
-"""The OpenAPI document: every field described, this server's limits, no reference astray."""
+"""The OpenAPI document: every field described, the server's limits, no dangling reference."""
 
 from inference.api import openapi
 from inference.api.schema import Limits
@@ -15,10 +15,10 @@ def test_every_field_in_the_openapi_document_is_described():
 
 def test_the_openapi_document_states_this_servers_limits():
     document = openapi.document(LIMITS)
-    drawing = document["components"]["schemas"]["GenerateRequest"]["properties"]
+    fields = document["components"]["schemas"]["GenerateRequest"]["properties"]
     assert document["openapi"] == "3.1.0"
-    assert (drawing["num_candidates"]["maximum"], drawing["num_images"]["maximum"]) == (8, 4)
-    assert drawing["top_p"]["anyOf"][0] == {
+    assert (fields["num_candidates"]["maximum"], fields["num_images"]["maximum"]) == (8, 4)
+    assert fields["top_p"]["anyOf"][0] == {
         "type": "number",
         "exclusiveMinimum": 0.0,
         "maximum": 1.0,

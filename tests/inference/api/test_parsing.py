@@ -1,4 +1,4 @@
-"""Bytes of a body into requests, or into a refusal that says what would be right."""
+"""Bodies to requests, or to errors that name the remedy."""
 
 import base64
 import json
@@ -25,7 +25,7 @@ def test_plain_text_is_the_caption():
     assert request.caption == "zwei Würfel"
 
 
-def test_a_number_too_long_to_be_read_is_told_without_pythons_advice():
+def test_a_number_of_too_many_digits_is_refused_without_pythons_advice():
     with pytest.raises(UserError, match="a number of 5,000 digits is too long") as caught:
         parse_request(b'{"caption": "a", "seed": ' + b"1" * 5_000 + b"}")
     assert caught.value.code == "malformed_body"
@@ -37,7 +37,7 @@ def test_a_byte_order_mark_is_no_part_of_the_body():
     assert parse_request(body) == parse({"caption": "a"}, Limits())
 
 
-def test_all_faults_are_told_at_once():
+def test_all_faults_are_in_one_message():
     with pytest.raises(UserError) as caught:
         parse({"caption": "a", "temperature": -1, "top_k": 0, "colour": 1})
     assert all(name in str(caught.value) for name in ("temperature", "top_k", "colour"))
@@ -84,7 +84,7 @@ def test_a_body_without_lines_is_refused():
         split_lines(b" \n\n")
 
 
-def test_base64_may_be_wrapped_or_a_data_address():
+def test_base64_may_be_wrapped_or_a_data_url():
     text = base64.b64encode(b"hello" * 30).decode()
     wrapped = "\n".join(text[start : start + 76] for start in range(0, len(text), 76))
     assert decode_base64(wrapped, field="x") == b"hello" * 30

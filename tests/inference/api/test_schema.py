@@ -1,4 +1,4 @@
-"""Requests: what is accepted, what is refused and how it is told."""
+"""Requests: what is accepted, what is refused, and the messages."""
 
 import json
 from typing import Any
@@ -151,7 +151,7 @@ def test_defaults_that_depend_on_one_another_are_as_if_they_had_been_sent():
 
 
 @pytest.mark.parametrize("candidates", ["4", True, None, 0])
-def test_a_num_candidates_that_is_wrong_is_the_only_fault_that_is_told(candidates):
+def test_a_wrong_num_candidates_is_the_only_fault(candidates):
     with pytest.raises(UserError) as caught:
         parse({"caption": "a", "num_candidates": candidates})
     assert str(caught.value).startswith("num_candidates must be")

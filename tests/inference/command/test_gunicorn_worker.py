@@ -114,7 +114,7 @@ def test_a_connection_goes_on_after_a_refusal_whose_body_was_read(client):
     assert Reply(client).status == 200
 
 
-def test_who_sends_a_large_body_before_looking_still_reads_why_it_was_refused(served):
+def test_the_reply_to_a_refused_body_reaches_a_client_that_is_still_sending(served):
     with connect(served) as client:
         client.sendall(header(30_000_000))
         client.sendall(bytes(30_000_000))
@@ -134,7 +134,7 @@ def test_a_body_that_stops_in_the_middle_is_a_408(impatient, request_):
         assert has_ended(client)
 
 
-def test_a_body_that_comes_byte_by_byte_has_no_more_time_than_another(impatient):
+def test_a_body_sent_byte_by_byte_has_no_more_time(impatient):
     with connect(impatient) as client:
         client.sendall(header(1_000_000))
         for _ in range(1000):  # far fewer than were announced
@@ -152,7 +152,7 @@ def test_a_body_that_comes_byte_by_byte_has_no_more_time_than_another(impatient)
         (header(None) + b"zz\r\n{}\r\n0\r\n\r\n", "its chunks cannot be read"),
     ],
 )
-def test_a_client_that_closes_its_half_in_mid_body_is_told_so(client, request_, says):
+def test_a_body_that_ends_too_early_is_a_400(client, request_, says):
     client.sendall(request_)
     client.shutdown(socket.SHUT_WR)
     reply = Reply(client)
@@ -231,7 +231,7 @@ def test_ping_is_answered_beside_many_bodies_that_are_never_sent_whole(served):
     assert served.ask().status_code == 200
 
 
-def test_a_client_that_never_closes_its_half_is_closed_all_the_same(served):
+def test_a_client_that_never_closes_its_half_is_closed(served):
     before = open_sockets(served)
     with ExitStack() as stack:
         for _ in range(16):

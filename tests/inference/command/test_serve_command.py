@@ -1,4 +1,4 @@
-"""The real `serve` in its own process, over real HTTP: start, answer, drain, refuse, fail."""
+"""The real `serve` process over HTTP: start, answer, drain, refuse, fail."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def served(root) -> Iterator[Served]:
         yield served.ready()
 
 
-def test_a_caption_is_answered_with_ranked_pictures(served):
+def test_a_caption_is_answered_with_ranked_images(served):
     response = served.ask(num_candidates=3, num_images=2)
     assert response.status_code == 200
     reply = response.json()
@@ -48,7 +48,7 @@ def test_a_caption_is_answered_with_ranked_pictures(served):
     assert (reply["seed"], reply["completed_candidates"], reply["ranked_by"]) == (7, 3, "clip")
 
 
-def test_the_same_seed_gives_the_same_picture_to_requests_at_the_same_time(served):
+def test_the_same_seed_gives_the_same_image_to_concurrent_requests(served):
     replies: list[dict[str, Any]] = []
     threads = [
         threading.Thread(target=lambda n=n: replies.append(served.ask(num_candidates=n).json()))
@@ -58,14 +58,14 @@ def test_the_same_seed_gives_the_same_picture_to_requests_at_the_same_time(serve
         thread.start()
     for thread in threads:
         thread.join(PATIENCE)
-    pictures = {
+    images = {
         image["image"] for reply in replies for image in reply["images"] if image["candidate"] == 0
     }
     assert len(replies) == 3
-    assert len(pictures) == 1
+    assert len(images) == 1
 
 
-def test_a_png_is_answered_to_who_accepts_one(served):
+def test_accept_image_png_gets_a_png(served):
     response = served.ask(accept="image/png")
     assert response.headers["Content-Type"] == "image/png"
     assert response.content.startswith(b"\x89PNG")
@@ -83,7 +83,7 @@ def test_ping_and_metrics_are_answered_while_candidates_are_streamed(served):
         assert "dalle_queue_depth 1.0" in metrics.text, "the stream has not ended"
 
 
-def test_a_client_that_goes_away_gives_its_place_up(served):
+def test_closing_the_connection_cancels_the_request(served):
     body = b'{"caption": "red", "num_candidates": 512, "deadline_seconds": 600}'
     address = served.url.removeprefix("http://").split(":")
     with socket.create_connection((address[0], int(address[1]))) as connection:
@@ -97,7 +97,7 @@ def test_a_client_that_goes_away_gives_its_place_up(served):
     served.wait_for("cancelled: the client closed the connection")
 
 
-def test_who_stops_watching_a_picture_being_drawn_gives_the_place_up(served):
+def test_closing_a_stream_of_previews_cancels_the_request(served):
     stream = served.ask(
         num_candidates=512,
         preview_rows=1,
@@ -181,7 +181,7 @@ def test_sigterm_ends_what_runs_refuses_what_is_new_and_exits_with_0(root):
         last = json.loads(list(lines)[-1])
         assert last["event"] == "ranking"
         assert 1 <= last["completed_candidates"] < 512
-        # Sooner than gunicorn would give up by itself, though these clients keep their connections.
+        # Sooner than gunicorn's graceful_timeout, though these clients keep their connections.
         assert served.process.wait(20) == 0
         assert not any("Traceback" in line for line in served.lines)
 
@@ -256,7 +256,7 @@ def test_a_port_that_is_taken_ends_the_process_with_its_reason(root):
             assert str(port) in served.lines[-1]
 
 
-def test_a_missing_model_directory_is_told_at_once(tmp_path):
+def test_a_missing_model_directory_is_an_error_at_once(tmp_path):
     with running(tmp_path) as served:
         assert served.end() == 2
         served.wait_for("model is not a directory; --root must be")

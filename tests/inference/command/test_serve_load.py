@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.inference.served import PATIENCE, running
-from tests.inference.serving_work import CANDIDATES, Callers, Reference, Reply
+from tests.inference.serving_work import CANDIDATES, Clients, Reference, Reply
 from tests.inference.soak_serving import settle, soak
 
 
@@ -18,20 +18,20 @@ def reference(tiny_artefact: Path) -> Reference:
 
 
 @pytest.mark.slow
-def test_callers_of_every_habit_leave_nothing_behind(tiny_artefact, reference):
+def test_clients_of_every_kind_leave_nothing_behind(tiny_artefact, reference):
     done = soak(tiny_artefact, reference, calls=150)
-    assert done["counts"]["pictures compared"] > 150
-    assert {"leaves_a_stream", "is_in_a_hurry", "sends_a_large_image"} <= set(done["counts"])
+    assert done["counts"]["images compared"] > 150
+    assert {"close_a_stream", "set_a_short_deadline", "send_a_large_image"} <= set(done["counts"])
 
 
 def test_an_overload_is_refused_with_a_time_and_nothing_accepted_is_lost(
     tiny_artefact: Path, reference, tmp_path
 ):
     shutil.copytree(tiny_artefact, tmp_path / "model")
-    clients = 40
+    num_clients = 40
     with running(tmp_path, DALLE_QUEUE_SIZE="2", DALLE_CHUNK_SIZE="1") as served:
         served.ready()
-        callers = Callers(served.url, reference, 1)
+        clients = Clients(served.url, reference, 1)
         replies: list[Reply] = []
         fields = {
             "caption": "a red square",
@@ -41,22 +41,22 @@ def test_an_overload_is_refused_with_a_time_and_nothing_accepted_is_lost(
             "num_images": CANDIDATES,
         }
         threads = [
-            threading.Thread(target=lambda: replies.append(callers._send(fields)))
-            for _ in range(clients)
+            threading.Thread(target=lambda: replies.append(clients._send(fields)))
+            for _ in range(num_clients)
         ]
         for each in threads:
             each.start()
         for each in threads:
             each.join(PATIENCE)
-        settle(served, callers)
+        settle(served, clients)
         metrics = served.get("/metrics").text
     answered = [each for each in replies if each.status == 200]
-    assert len(replies) == clients
-    assert 3 <= len(answered) < clients
+    assert len(replies) == num_clients
+    assert 3 <= len(answered) < num_clients
     assert f'dalle_invocations_total{{status="200"}} {len(answered)}.0' in metrics
     for reply in replies:
         if reply.status == 200:
-            callers._check_pictures(fields, json.loads(reply.body)["images"])
+            clients._check_images(fields, json.loads(reply.body)["images"])
         else:
-            callers._check_refusal(reply)
-    assert callers.counts["pictures compared"] == len(answered) * CANDIDATES
+            clients._check_refusal(reply)
+    assert clients.counts["images compared"] == len(answered) * CANDIDATES

@@ -60,9 +60,9 @@ class Work(EngineRequest):
 
 @dataclass
 class Engine(OneAtATime):
-    """Draws grey squares whose brightness is the candidate's number; remembers what it was asked.
+    """Fake engine: grey squares whose brightness is the candidate's number.
 
-    gate: every candidate waits for it. The caption says what else should happen.
+    gate: every candidate waits for it; asked: requests so far. Some captions change what happens.
     """
 
     gate: threading.Event = field(default_factory=threading.Event)

@@ -107,14 +107,14 @@ def test_a_reply_that_could_be_too_large_is_refused_before_any_work(engine_core,
     assert post(client, {"caption": "a", "num_images": 3, "format": "webp"}).status_code == 200
 
 
-def test_a_mistake_of_ours_is_a_500_without_its_traceback(client):
+def test_an_internal_error_is_a_500_without_its_traceback(client):
     response = post(client, {"caption": "bug"})
     assert (response.status_code, response.json["error"]["code"]) == (500, "internal_error")
     assert b"secret" not in response.data
     assert b"Traceback" not in response.data
 
 
-def test_an_unknown_path_and_a_wrong_method_are_told_in_json(client):
+def test_an_unknown_path_and_a_wrong_method_are_errors_in_json(client):
     assert client.get("/nothing").json["error"]["code"] == "not_found"
     response = client.get("/invocations")
     assert response.status_code == 405
@@ -147,7 +147,7 @@ def test_ping_and_metrics_are_answered_during_a_generation(client, engine):
     assert answers[0].status_code == 200
 
 
-def test_ping_tells_the_states_apart():
+def test_ping_gives_the_state():
     gate = threading.Event()
 
     def load() -> Engine:
@@ -190,7 +190,7 @@ def test_execution_parameters_are_within_the_platforms_limits(client):
     assert parameters["MaxConcurrentTransforms"] * parameters["MaxPayloadInMB"] <= 100
 
 
-def test_metrics_count_what_was_drawn_and_answered(client):
+def test_metrics_count_candidates_and_replies(client):
     post(client, {"caption": "a", "num_candidates": 3})
     post(client, {"caption": "half", "num_candidates": 3})
     post(client, b"{")
@@ -207,7 +207,7 @@ def test_metrics_count_what_was_drawn_and_answered(client):
         assert line in response.text
 
 
-def test_metrics_count_a_picture_reply_and_a_stream_that_breaks_off(client):
+def test_metrics_count_an_image_reply_and_a_stream_that_fails(client):
     post(client, {"caption": "a", "num_candidates": 3}, Accept="image/png")
     post(client, {"caption": "breaks"}, Accept="application/jsonlines")
     metrics = client.get("/metrics").text
@@ -231,7 +231,7 @@ def test_custom_attributes_come_back_unchanged(client, body):
     assert response.headers[ATTRIBUTES] == "trace=abc; x=1"
 
 
-def test_the_callers_own_attributes_go_before_the_scores_of_a_picture(client):
+def test_attributes_of_the_caller_replace_the_scores_of_an_image(client):
     headers = {ATTRIBUTES: "trace=abc", "Accept": "image/png"}
     response = post(client, {"caption": "a"}, **headers)
     assert response.headers.get_all(ATTRIBUTES) == ["trace=abc"]
@@ -252,7 +252,7 @@ def test_custom_attributes_are_at_most_1024_visible_characters(client, attribute
         assert ATTRIBUTES not in response.headers
 
 
-def test_the_scores_of_a_picture_fit_into_the_platforms_header():
+def test_the_scores_of_an_image_fit_into_the_platforms_header():
     pixels = np.zeros((8, 8, 3), np.uint8)
     worst = GenerateResult(
         ranked=[Candidate(511, -1234567.891, -0.987654321, 0.0, pixels)] * 512,

@@ -19,7 +19,7 @@ from inference.server.body_process import BodyProcess, scale_images
 LIMITS = Limits(max_candidates=7)
 
 
-def picture(width: int = 300, height: int = 200, format: str = "PNG") -> str:
+def image_file(width: int = 300, height: int = 200, format: str = "PNG") -> str:
     file = io.BytesIO()
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(file, format=format)
@@ -43,8 +43,8 @@ def parse(body_process: BodyProcess, body: object, kind: BodyKind = BodyKind.JSO
     return body_process.parse(data, kind, limits=LIMITS, prime_size=16, clip_size=24)
 
 
-def test_the_model_sees_the_very_pixels_it_would_have_seen(body_process):
-    images = [picture(), picture(50, 70, "JPEG")]
+def test_scaled_images_give_the_model_the_same_pixels(body_process):
+    images = [image_file(), image_file(50, 70, "JPEG")]
     large = {"images": images, "classes": ["a", "b"], "top": 1}
     request = parse(body_process, large)
     assert isinstance(request, ClassifyRequest)
@@ -52,12 +52,12 @@ def test_the_model_sees_the_very_pixels_it_would_have_seen(body_process):
     for given, small in zip(images, request.images, strict=True):
         assert len(small) < len(given)
         assert (pixels_of(small, 24) == pixels_of(given, 24)).all()
-    prime = picture()
-    drawing = {"caption": "a star", "seed": 3, "prime_image": prime, "prime_rows": 1}
-    request = parse(body_process, drawing)
+    prime = image_file()
+    fields = {"caption": "a star", "seed": 3, "prime_image": prime, "prime_rows": 1}
+    request = parse(body_process, fields)
     assert isinstance(request, GenerateRequest)
     assert (pixels_of(request.prime_image, 16) == pixels_of(prime, 16)).all()
-    plain = parse_request(json.dumps(drawing).encode(), limits=LIMITS)
+    plain = parse_request(json.dumps(fields).encode(), limits=LIMITS)
     same = {"prime_image": request.prime_image}
     assert request == plain.model_copy(update=same), "everything else is as it was"
 
@@ -69,11 +69,11 @@ def test_the_model_sees_the_very_pixels_it_would_have_seen(body_process):
         b"\xff" * 2000,
         {"caption": "a" * 3000},
         {"caption": "a", "num_candidates": 8, "prime_image": "x" * 2000, "prime_rows": 1},
-        {"images": [picture()], "classes": ["a"], "topp": 1},
-        {"images": [picture()], "classes": [""]},
+        {"images": [image_file()], "classes": ["a"], "topp": 1},
+        {"images": [image_file()], "classes": [""]},
     ],
 )
-def test_what_is_wrong_is_told_as_of_a_small_body(body_process, body):
+def test_errors_are_those_of_a_small_body(body_process, body):
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     with pytest.raises(UserError) as here:
         parse_request(data, limits=LIMITS)
@@ -89,17 +89,17 @@ def test_what_is_wrong_is_told_as_of_a_small_body(body_process, body):
     [
         ("####" * 500, r"images\[1\] is not base64"),
         (base64.b64encode(b"hello" * 500).decode(), r"images\[1\] is not an image"),
-        (picture()[:2000], r"images\[1\] is truncated or damaged"),
+        (image_file()[:2000], r"images\[1\] is truncated or damaged"),
         ("https://example.com/" + "a" * 2000, "addresses are not fetched"),
     ],
 )
-def test_a_picture_that_cannot_be_used_is_named(body_process, text, says):
+def test_an_image_that_cannot_be_used_is_named(body_process, text, says):
     with pytest.raises(UserError, match=says) as caught:
-        parse(body_process, {"images": [picture(), text], "classes": ["a"]})
+        parse(body_process, {"images": [image_file(), text], "classes": ["a"]})
     assert (caught.value.status, caught.value.field) == (400, "images[1]")
 
 
-def test_a_small_body_is_read_here(body_process):
+def test_a_small_body_needs_no_child(body_process):
     fresh = BodyProcess()
     assert parse(fresh, {"caption": "a"}).caption == "a"
     assert fresh._child is None
@@ -111,7 +111,7 @@ def test_plain_text_has_its_limit_too(body_process):
 
 
 def test_a_child_that_has_died_is_replaced(body_process):
-    body = {"images": [picture()], "classes": ["a"]}
+    body = {"images": [image_file()], "classes": ["a"]}
     parse(body_process, body)
     child = body_process._child
     child.kill()
@@ -124,15 +124,15 @@ def test_a_body_that_kills_each_child_is_refused(monkeypatch, tmp_path):
     broken = BodyProcess(large_bytes=10)
     monkeypatch.setattr("sys.executable", "/bin/true")
     with pytest.raises(PlatformError, match="died of this one") as caught:
-        parse(broken, {"images": [picture()], "classes": ["a"]})
+        parse(broken, {"images": [image_file()], "classes": ["a"]})
     assert caught.value.status == 503
 
 
-def test_many_threads_get_their_own_requests_back(body_process):
+def test_concurrent_threads_get_their_own_requests(body_process):
     found: dict[int, str] = {}
 
     def ask(number: int) -> None:
-        body = {"images": [picture()], "classes": [f"class {number}"]}
+        body = {"images": [image_file()], "classes": [f"class {number}"]}
         found[number] = parse(body_process, body).classes[0]
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
@@ -143,7 +143,7 @@ def test_many_threads_get_their_own_requests_back(body_process):
     assert found == {number: f"class {number}" for number in range(6)}
 
 
-def test_a_body_made_small_is_json_whatever_it_was():
+def test_scale_images_returns_json_for_text_too():
     assert json.loads(
         scale_images(b"a star", BodyKind.TEXT, limits=LIMITS, prime_size=1, clip_size=1)
     ) == {"caption": "a star", "num_candidates": 7, "num_images": 4}

@@ -1,4 +1,4 @@
-"""From a request to its reply: pictures, streams and lines, through Flask's test client."""
+"""From a request to its reply: images, streams and lines, through Flask's test client."""
 
 import io
 import json
@@ -72,7 +72,7 @@ def test_plain_text_is_a_caption(client, engine):
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
-def test_an_image_type_gets_the_best_picture_with_its_scores_in_headers(client, kind):
+def test_an_image_type_gets_the_best_image_with_its_scores_in_headers(client, kind):
     response = post(client, {"caption": "a", "num_candidates": 3}, Accept=f"image/{kind}")
     assert response.content_type == f"image/{kind}"
     image = Image.open(io.BytesIO(response.data))
@@ -94,7 +94,7 @@ def test_candidates_are_streamed_then_ranked(client):
     assert (lines[3]["seed"], lines[3]["completed_candidates"]) == (5, 3)
 
 
-def test_a_streams_first_line_is_sent_before_its_last_candidate_is_drawn(engine_core, engine):
+def test_a_streams_first_line_is_sent_before_its_last_candidate_is_finished(engine_core, engine):
     engine.gate = OneByOne()
     engine.gate.set()
     client = create_app(engine_core, SETTINGS).test_client()
@@ -113,7 +113,7 @@ def test_a_streams_first_line_is_sent_before_its_last_candidate_is_drawn(engine_
     response.close()
 
 
-def test_previews_come_before_what_they_show_is_finished(client, engine):
+def test_previews_come_before_their_candidate_is_finished(client, engine):
     engine.gate.clear()
     response = client.post(
         "/invocations",
@@ -125,13 +125,13 @@ def test_previews_come_before_what_they_show_is_finished(client, engine):
     preview = json.loads(next(parts))
     assert (preview["event"], preview["candidate"], preview["rows"]) == ("preview", 0, 1)
     assert (pixels_of(preview["image"]) == 128).all()
-    assert not engine.gate.is_set(), "the candidate is not drawn yet"
+    assert not engine.gate.is_set(), "the candidate is not finished yet"
     engine.gate.set()
     assert [json.loads(part)["event"] for part in parts] == ["candidate", "ranking"]
     response.close()
 
 
-def test_previews_are_no_candidates_in_the_metrics(client):
+def test_metrics_do_not_count_previews(client):
     body = {"caption": "a", "num_candidates": 3, "preview_rows": 1}
     lines = post(client, body, Accept="application/jsonlines").data.splitlines()
     assert len(lines) == 3 + 3 + 1
@@ -148,7 +148,7 @@ def test_previews_without_a_stream_are_refused_before_any_work(client, engine):
     assert engine.asked == []
 
 
-def test_a_stream_that_breaks_off_says_so_in_its_last_line(client):
+def test_a_stream_that_fails_ends_with_an_error_line(client):
     response = post(client, {"caption": "breaks"}, Accept="application/jsonlines")
     lines = [json.loads(line) for line in response.data.splitlines()]
     assert [line["event"] for line in lines] == ["candidate", "error"]
@@ -156,7 +156,7 @@ def test_a_stream_that_breaks_off_says_so_in_its_last_line(client):
     assert b"secret" not in response.data
 
 
-def test_a_stream_that_is_closed_gives_its_work_up(engine_core, engine):
+def test_closing_a_stream_cancels_its_request(engine_core, engine):
     engine.gate = OneByOne()
     engine.gate.set()
     client = create_app(engine_core, SETTINGS).test_client()
@@ -197,7 +197,7 @@ def test_each_line_of_a_body_has_one_line_of_the_reply_in_order(client):
     assert lines[7]["captions"]
 
 
-def test_more_lines_than_the_queue_holds_wait_for_each_other(client):
+def test_more_lines_than_the_queue_holds_wait(client):
     line = b'{"caption": "a", "num_candidates": 1}\n'
     response = post(client, line * 20, Content_Type="application/x-ndjson")
     assert [b"images" in each for each in response.data.splitlines()] == [True] * 20
@@ -214,7 +214,7 @@ def test_a_lines_own_short_deadline_fails_that_line_only(client):
     assert second["images"]
 
 
-def test_a_line_that_others_leave_no_time_for_fails_alone(client, engine, engine_core):
+def test_a_line_without_time_left_fails_alone(client, engine, engine_core):
     post(client, {"caption": "a", "num_candidates": 1})
     engine_core._queue.speeds.record(Work, 1, 20.0)
     engine.gate.clear()
@@ -235,14 +235,14 @@ def test_a_server_that_is_not_ready_refuses_all_lines_at_once(client, engine_cor
     assert (response.status_code, response.json["error"]["code"]) == (503, "engine_stopping")
 
 
-WITHOUT_PICTURE = [
+WITHOUT_CAPTION = [
     ({"complete": "big"}, "application/json"),
     ({"images": ["aGk="], "classes": ["a"]}, "application/json"),
     (b'{"caption": "a"}\n', "application/jsonlines"),
 ]
 
 
-@pytest.mark.parametrize(("body", "content_type"), WITHOUT_PICTURE)
+@pytest.mark.parametrize(("body", "content_type"), WITHOUT_CAPTION)
 @pytest.mark.parametrize(
     ("accept", "chosen"),
     [
@@ -254,7 +254,7 @@ WITHOUT_PICTURE = [
         ),
     ],
 )
-def test_who_would_rather_have_a_picture_gets_what_there_is(
+def test_an_accept_that_prefers_images_gets_json_where_there_is_none(
     client, body, content_type, accept, chosen
 ):
     response = post(client, body, Content_Type=content_type, Accept=accept)
@@ -264,9 +264,9 @@ def test_who_would_rather_have_a_picture_gets_what_there_is(
     assert response.content_type == expected
 
 
-@pytest.mark.parametrize(("body", "content_type"), WITHOUT_PICTURE)
+@pytest.mark.parametrize(("body", "content_type"), WITHOUT_CAPTION)
 @pytest.mark.parametrize("accept", ["image/png", "image/*;q=0.5", "image/webp, application/*;q=0"])
-def test_who_accepts_pictures_alone_is_told_what_there_is(
+def test_an_accept_of_images_alone_is_refused_where_there_is_none(
     client, engine, body, content_type, accept
 ):
     response = post(client, body, Content_Type=content_type, Accept=accept)
