@@ -1,17 +1,17 @@
-"""The whole way on one machine, without GPU or AWS: data, `train`, `serve`, and what came of it.
+"""Train, serve and evaluate on one machine, without GPU or AWS: data, `train`, `serve`, a report.
 
     python -m training.demo --out out/demo
 
-writes the rainbow pictures, trains dVAE, transformer and CLIP on a part of their captions by the
-real `train`, starts the real `serve`, asks it over HTTP for captions that were held out, and leaves
+writes the rainbow shapes, trains dVAE, transformer and CLIP on a part of their captions by the
+real `train`, starts the real `serve`, requests images for held-out captions over HTTP, and leaves
 
-  OUT/report.html         losses, reconstructions, generated beside real pictures, caption accuracy
-  OUT/contact_sheet.png   real pictures above the best generated ones
+  OUT/report.html         losses, reconstructions, generated beside real images, caption accuracy
+  OUT/contact_sheet.png   real images above the best generated ones
   OUT/ml/model            the artefact; `serve --root OUT/ml` serves it
-  OUT/generated           the pictures that `serve` returned
+  OUT/generated           the images that `serve` returned
 
-What is done is reused by the next run, unless the data, the recipe or the code that it depends on
-has changed; an interrupted training goes on where it was.
+The next run reuses each step, unless the data, the recipe or the code that it depends on has
+changed; an interrupted training is resumed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import argparse
 import base64
 import json
 import logging
-import os
 import shlex
 import shutil
 import signal
@@ -36,8 +35,7 @@ from dalle.errors import DalleError, UserError
 from dalle.platform.environment import Paths
 from dalle.platform.threads import spin_briefly
 from training import rainbow
-from training.demo.code import digest_of_code, serving_code, showing_code, training_code
-from training.demo.commands import ask, run_train, serving
+from training.demo.commands import invoke, serving
 from training.demo.recipe import (
     DATA_SECONDS,
     EVALUATE_SECONDS,
@@ -48,7 +46,15 @@ from training.demo.recipe import (
     read_recipe,
     training_seconds,
 )
-from training.demo.steps import Ledger, Step, announcer, digest_of_file, run_steps
+from training.demo.run import RainbowRun
+from training.demo.steps import (
+    Step,
+    announcer,
+    digest_of_code,
+    reporting_code,
+    run_steps,
+    serving_code,
+)
 
 NUM_CAPTIONS, NUM_CANDIDATES, NUM_IMAGES, SEED = 8, 16, 4, 7
 
@@ -58,45 +64,14 @@ MADE_FILES = ("accuracy.json", "report.html", "contact_sheet.png", "serve.log", 
 
 
 @dataclass(frozen=True)
-class Demo:
-    """One demo's directory and settings. limit: captions to evaluate; None: as time allows."""
+class Demo(RainbowRun):
+    """A run that is served and reported. limit: captions to evaluate; None: as time allows."""
 
-    out: Path
-    recipe: dict[str, str]
     limit: int | None = None
-
-    @property
-    def data(self) -> Path:
-        return self.out / "data"
-
-    @property
-    def root(self) -> Path:
-        """Of the training job, laid out as SageMaker lays out /opt/ml."""
-        return self.out / "ml"
-
-    @property
-    def manifest(self) -> Path:
-        return Paths(self.root).model / "manifest.json"
-
-    @property
-    def generated(self) -> Path:
-        return self.out / "generated"
-
-    @property
-    def report(self) -> Path:
-        return self.out / "report.html"
-
-    @property
-    def sheet(self) -> Path:
-        return self.out / "contact_sheet.png"
-
-    @property
-    def accuracy(self) -> Path:
-        return self.out / "accuracy.json"
 
     @cached_property
     def captions(self) -> list[str]:
-        """Captions to ask for: drawn from those that are not trained on."""
+        """Return the captions to request: a sample of those that are not trained on."""
         everything = rainbow.samples()
         in_training = rainbow.split(len(everything), seed=0)
         held_out = [
@@ -106,125 +81,83 @@ class Demo:
         return [held_out[row] for row in chosen]
 
     def steps(self) -> list[Step]:
-        """Everything there is to do, in order."""
-        data_key = {"rainbow": digest_of_file(Path(rainbow.__file__)), "seed": 0}
-        train_key = {
-            "data": data_key,
-            "hyperparameters": self.recipe,
-            "code": digest_of_code(training_code()),
-        }
-        served_by, shown_by = digest_of_code(serving_code()), digest_of_code(showing_code())
+        """Return all steps in order."""
+        replies, accuracy = self.out / "generated/replies.json", self.out / "accuracy.json"
+        reported_by = digest_of_code(reporting_code())
         return [
-            Step(
-                name="data",
-                title="writing the pictures: 9,216 captions, 30 % of them to train on",
-                seconds=DATA_SECONDS,
-                key=lambda: data_key,
-                outputs=[self.data / "train", self.data / "validation"],
-                action=self.write_data,
+            self.data_step(
+                "writing the images: 9,216 captions, 30 % of them to train on", DATA_SECONDS
             ),
-            Step(
-                name="train",
-                title="train: dVAE, transformer and CLIP, one after the other",
-                seconds=START_SECONDS + training_seconds(self.recipe),
-                key=lambda: train_key,
-                outputs=[self.manifest],
-                action=self.train,
+            self.train_step(
+                "train: dVAE, transformer and CLIP, one after the other",
+                START_SECONDS + training_seconds(self.recipe),
             ),
             Step(
                 name="serve",
                 title=f"serve: {NUM_CAPTIONS} held-out captions over HTTP, the best {NUM_IMAGES} "
-                f"of {NUM_CANDIDATES} pictures for each",
+                f"of {NUM_CANDIDATES} images for each",
                 seconds=SERVE_SECONDS,
-                key=lambda: [digest_of_file(self.manifest), self.requests(), served_by],
-                outputs=[self.generated / "replies.json"],
-                action=self.ask,
+                key=[self.requests(), digest_of_code(serving_code())],
+                inputs=[self.manifest],
+                outputs=[replies],
+                action=self.request_images,
             ),
             Step(
                 name="evaluate",
-                title="evaluate: how many of the held-out captions get the right picture",
+                title="evaluate: how many of the held-out captions get the right image",
                 seconds=EVALUATE_SECONDS,
-                key=lambda: [digest_of_file(self.manifest), data_key, self.limit, shown_by],
-                outputs=[self.accuracy],
+                key=[self.limit, reported_by],
+                inputs=[self.manifest, Path(rainbow.__file__)],
+                outputs=[accuracy],
                 action=self.evaluate,
             ),
             Step(
                 name="report",
                 title="report",
                 seconds=REPORT_SECONDS,
-                key=lambda: [
-                    train_key,
-                    digest_of_file(self.manifest),
-                    digest_of_file(self.generated / "replies.json"),
-                    digest_of_file(self.accuracy),
-                    shown_by,
-                ],
-                outputs=[self.report, self.sheet],
+                key=[dict(self.recipe), reported_by],
+                inputs=[self.manifest, replies, accuracy],
+                outputs=[self.out / "report.html", self.out / "contact_sheet.png"],
                 action=self.write_report,
             ),
         ]
 
     def requests(self) -> list[dict[str, object]]:
-        """What `serve` is asked."""
+        """Return the requests for `serve`."""
         settings = {"num_candidates": NUM_CANDIDATES, "num_images": NUM_IMAGES, "seed": SEED}
         return [{"caption": caption, **settings} for caption in self.captions]
 
-    def write_data(self, _is_continued: bool) -> None:
-        unfinished = self.out / "data.unfinished"
-        for directory in (unfinished, self.data):
-            shutil.rmtree(directory, ignore_errors=True)
-        rainbow.write_folder(unfinished)
-        os.replace(unfinished, self.data)
-
-    def train(self, is_continued: bool) -> None:
-        """Train anew, or go on from the checkpoints of a run of the same recipe."""
-        if not is_continued:
-            shutil.rmtree(self.root, ignore_errors=True)
-        file = Paths(self.root).hyperparameters
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(self.recipe, indent=1) + "\n", encoding="utf-8")
-        channels = {name: self.data / name for name in ("train", "validation")}
-        run_train(self.root, channels)
-
-    def ask(self, _is_continued: bool) -> None:
-        """Send the requests to a `serve` of our own and keep the pictures."""
-        shutil.rmtree(self.generated, ignore_errors=True)
-        self.generated.mkdir()
+    def request_images(self, _is_continued: bool) -> None:
+        """Start `serve`, send the requests and keep the images."""
+        generated = self.out / "generated"
+        shutil.rmtree(generated, ignore_errors=True)
+        generated.mkdir()
         replies = []
         with serving(self.root, self.out / "serve.log") as url:
             for request in self.requests():
-                reply = {"caption": request["caption"], **ask(url, request)}
+                reply = {"caption": request["caption"], **invoke(url, request)}
                 for image in reply["images"]:
                     stem = str(request["caption"]).replace(" ", "_")
                     image["file"] = f"{stem}.{image['rank']}.png"
-                    pixels = base64.b64decode(image.pop("image"))
-                    (self.generated / image["file"]).write_bytes(pixels)
+                    (generated / image["file"]).write_bytes(base64.b64decode(image.pop("image")))
                 replies.append(reply)
-        (self.generated / "replies.json").write_text(json.dumps(replies, indent=1) + "\n", "utf-8")
+        (generated / "replies.json").write_text(json.dumps(replies, indent=1) + "\n", "utf-8")
 
-    # The two below import torch, for which a run that reuses everything need not wait.
+    # The two below import torch.
 
     def evaluate(self, _is_continued: bool) -> None:
         from training.demo.report import measure_accuracy
 
-        measure_accuracy(self.root, self.data, self.accuracy, self.limit)
+        measure_accuracy(self, self.limit)
 
     def write_report(self, _is_continued: bool) -> None:
         from training.demo.report import write_demo_report
 
-        write_demo_report(
-            self.root,
-            self.data,
-            self.generated,
-            self.accuracy,
-            self.recipe,
-            self.report,
-            self.sheet,
-        )
+        write_demo_report(self)
 
 
 def prepare_directory(out: Path, again: bool) -> None:
-    """Make the directory, or empty it of what a demo made. Raises UserError for somebody else's."""
+    """Make the directory, or empty it of a demo's files. Raises UserError for any other content."""
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()) and not (out / STATE).exists():
         raise UserError(f"{out} holds files that no demo made; give an empty directory as --out")
@@ -237,16 +170,17 @@ def prepare_directory(out: Path, again: bool) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    """Run the command; return 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     options = _parse_arguments(argv)
     spin_briefly()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     say = announcer()
     try:
-        demo = Demo(options.out, read_recipe(options.recipe, options.minutes), options.limit)
+        recipe = read_recipe(options.recipe, options.minutes)
+        demo = Demo(options.out, recipe, limit=options.limit)
         prepare_directory(demo.out, options.again)
-        run_steps(demo.steps(), Ledger(demo.out / STATE), say)
+        run_steps(demo.steps(), demo.out / STATE, say)
         say("done\n")
         print(_ending(demo))
     except DalleError as error:
@@ -261,21 +195,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _ending(demo: Demo) -> str:
-    """Where everything is, and how to go on."""
-    content = json.loads(demo.accuracy.read_text("utf-8"))
+    """Return the lines that say where the files are, and how to go on."""
+    content = json.loads((demo.out / "accuracy.json").read_text("utf-8"))
     scope, methods = next(iter(content["scores"].items()))
     method, score = next(iter(methods.items()))
     script = Path(sys.executable).with_name("serve")
     serve = str(script) if script.exists() else f"{sys.executable} -m inference"
-    artefact = shlex.quote(str(Paths(demo.root).model))
+    model = Paths(demo.root).model
     lines = [
         f"caption accuracy ({method}): {score['right']:.3f} over {score['num_captions']:,} {scope}",
-        f"report:         {demo.report}",
-        f"contact sheet:  {demo.sheet}",
-        f"artefact:       {Paths(demo.root).model}",
+        f"report:         {demo.out / 'report.html'}",
+        f"contact sheet:  {demo.out / 'contact_sheet.png'}",
+        f"artefact:       {model}",
         f"serve it:       {serve} --root {shlex.quote(str(demo.root))}",
-        f"best of 32:     {sys.executable} -m training.evaluate --artefact {artefact} "
-        f"--data {shlex.quote(str(demo.data))} --limit 500",
+        f"best of 32:     {sys.executable} -m training.evaluate --artefact "
+        f"{shlex.quote(str(model))} --data {shlex.quote(str(demo.data))} --limit 500",
     ]
     return "\n".join(lines)
 
@@ -291,7 +225,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--minutes",
         type=float,
         default=RECIPE_MINUTES,
-        help="what it may all take on two quiet cores, at least 2.5 (default: %(default)g)",
+        help="time for all steps on two quiet cores, at least 2.5 (default: %(default)g)",
     )
     parser.add_argument("--again", action="store_true", help="reuse nothing")
     parser.add_argument("--recipe", type=Path, help="hyperparameters to train with, a JSON file")

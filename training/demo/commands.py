@@ -1,6 +1,6 @@
 """The two commands as a user runs them: `train` to its end, `serve` while requests are sent to it.
 
-Knows processes and HTTP; knows nothing of models.
+Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ END_SECONDS = 30.0  # both commands end within 25 s of SIGTERM
 READY_SECONDS = 180.0  # torch's first import on a slow disk is most of it
 REQUEST_SECONDS = 120.0
 POLL_SECONDS = 0.2
-LOG_LINES = 20  # shown of a log when something fails
+LOG_LINES = 20  # of a log in an error message
 
 
 class CommandFailed(DalleError):  # noqa: N818 - reads as what happened
-    """`train` or `serve` ended, or answered, otherwise than it should."""
+    """`train` or `serve` failed, or `serve` refused a request."""
 
     code = "command_failed"
 
@@ -38,16 +38,16 @@ class CommandFailed(DalleError):  # noqa: N818 - reads as what happened
 def run_train(root: Path, channels: Mapping[str, Path]) -> None:
     """Run `train --root root` with its output on this terminal.
 
-    Raises CommandFailed with the failure file's text when it fails, UserError when it was stopped
-    before its budget was spent.
+    Raises CommandFailed with the text of the failure file, UserError for a training that was
+    stopped before its budget was spent.
     """
     environment = os.environ | {
         f"SM_CHANNEL_{name.upper()}": str(directory.absolute())
         for name, directory in channels.items()
     }
     command = [sys.executable, "-m", "training", "--root", str(root)]
-    process = subprocess.Popen(command, env=environment)  # noqa: S603 - our own command
-    with _ended_at_last(process):
+    process = subprocess.Popen(command, env=environment)  # noqa: S603 - the command of this project
+    with _terminated(process):
         status = process.wait()
     paths = Paths(root)
     if status != 0:
@@ -60,7 +60,7 @@ def run_train(root: Path, channels: Mapping[str, Path]) -> None:
 
 
 def is_trained(root: Path) -> bool:
-    """Whether the artefact below a root has all three models, each trained to its end."""
+    """Return whether the artefact below a root has all three models, each trained to its end."""
     try:
         manifest = json.loads((Paths(root).model / "manifest.json").read_text("utf-8"))
     except FileNotFoundError:
@@ -71,19 +71,20 @@ def is_trained(root: Path) -> bool:
 
 @contextmanager
 def serving(root: Path, log: Path) -> Iterator[str]:
-    """Run `serve --root root` on a free port of this machine; gives its address once it is ready.
+    """Run `serve --root root` on a free port of this machine; yield its address once it is ready.
 
-    Its output goes to `log`. It is stopped by SIGTERM, as the platform does it.
+    Its output goes to `log`. SIGTERM stops it, as on the platform.
     Raises CommandFailed with the log's end when it does not become ready, or does not end with 0.
     """
-    port = _free_port()
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
     command = [sys.executable, "-m", "inference", "--root", str(root)]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     with log.open("wb") as output:
-        process = subprocess.Popen(  # noqa: S603 - our own command
+        process = subprocess.Popen(  # noqa: S603 - the command of this project
             command, stdout=output, stderr=subprocess.STDOUT
         )
-    with _ended_at_last(process):
+    with _terminated(process):
         url = f"http://127.0.0.1:{port}"
         _wait_until_ready(process, url, log)
         yield url
@@ -98,10 +99,10 @@ def serving(root: Path, log: Path) -> Iterator[str]:
         raise CommandFailed(f"serve ended with {status} after SIGTERM; {log} ends:\n{_end(log)}")
 
 
-def ask(url: str, request: Mapping[str, Any]) -> dict[str, Any]:
-    """POST a request to a server's /invocations; returns its reply.
+def invoke(url: str, request: Mapping[str, Any]) -> dict[str, Any]:
+    """POST a request to /invocations; return the reply.
 
-    Raises CommandFailed with the server's own words when it refuses.
+    Raises CommandFailed with the server's message when it refuses.
     """
     message = urllib.request.Request(  # noqa: S310 - http, to this machine
         f"{url}/invocations",
@@ -145,8 +146,8 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> 
 
 
 @contextmanager
-def _ended_at_last(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Leave no process behind, whatever happens: asked first, then killed."""
+def _terminated(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """End the process on leaving: SIGTERM first, then SIGKILL."""
     try:
         yield
     finally:
@@ -163,15 +164,8 @@ def _ended_at_last(process: subprocess.Popen[bytes]) -> Iterator[None]:
 
 
 def _direct() -> urllib.request.OpenerDirector:
-    """Without any proxy: this machine is reached directly."""
+    """Return an opener without proxy: requests stay on this machine."""
     return urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _end(log: Path) -> str:

@@ -1,6 +1,6 @@
-"""What the demo trains with, and how long each part of it takes.
+"""The hyperparameters of the demo, and how long each part of it takes.
 
-A recipe is a JSON file of flat hyperparameters; ours is `training/recipes/rainbow_cpu.json`.
+A recipe is a JSON file of flat hyperparameters; the default is `training/recipes/rainbow_cpu.json`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from dalle.types import StageName
 from training.config import hyperparameters
 
 RECIPE = "rainbow_cpu.json"
-RECIPE_MINUTES = 10.5  # of the whole demo on two quiet cores, for which its budgets were chosen
+RECIPE_MINUTES = 10.5  # of the whole demo on two quiet cores, with the budgets of the recipe
 
-# Seconds on two quiet cores, for the estimate of what is left: of a step of our recipe, and of what
-# comes besides.
+# Seconds on two quiet cores, for the estimate of the time left: of a step of the recipe, and of the
+# other parts.
 STEP_SECONDS: dict[StageName, float] = {"dvae": 0.11, "transformer": 0.23, "clip": 0.28}
 DATA_SECONDS = 6.0
 START_SECONDS = 25.0  # of `train`: importing, encoding the data, writing artefact and report
@@ -29,10 +29,10 @@ OTHER_SECONDS = DATA_SECONDS + START_SECONDS + SERVE_SECONDS + EVALUATE_SECONDS 
 
 
 def read_recipe(path: Path | None, minutes: float) -> dict[str, str]:
-    """A recipe's hyperparameters, its training budgets scaled so that the demo takes about
-    `minutes` on two quiet cores.
+    """Read a recipe; scale its training budgets so that the demo takes about `minutes` on two quiet
+    cores.
 
-    path: None for our own. Raises UserError, or HyperparameterError, that says what is wrong.
+    path: None for the default. Raises UserError or HyperparameterError.
     """
     recipe = read_recipe_file(path, RECIPE)
     scale = (60 * minutes - OTHER_SECONDS) / (60 * RECIPE_MINUTES - OTHER_SECONDS)
@@ -46,7 +46,7 @@ def read_recipe(path: Path | None, minutes: float) -> dict[str, str]:
 
 
 def read_recipe_file(path: Path | None, name: str) -> dict[str, str]:
-    """A recipe's hyperparameters, checked, as they are; without a path our own of that name."""
+    """Read and check a recipe; without a path, the one of that name in `training/recipes`."""
     file = resources.files("training") / "recipes" / name if path is None else path
     try:
         content = json.loads(file.read_text("utf-8"))
@@ -58,7 +58,7 @@ def read_recipe_file(path: Path | None, name: str) -> dict[str, str]:
 
 
 def training_seconds(recipe: Mapping[str, str]) -> float:
-    """Of the budgets of all stages together, as far as they are in steps or minutes."""
+    """Return the time of all stages' budgets together, as far as they are in steps or minutes."""
     settings = hyperparameters.parse(recipe)
     return sum(
         60 * (settings.of(name).max_minutes or 0) + seconds * (settings.of(name).max_steps or 0)

@@ -1,90 +1,88 @@
-"""Steps that are done once: what was done, from what, and what may be reused by the next run.
+"""Steps that are done once: a later run reuses what an earlier one left.
 
-A step's key says what its outcome depends on. A step whose key is the one it was done with, and
-whose files are all there, is passed over. Knows nothing of what the steps do.
+    run_steps(steps, out / "state.json", say)
+
+A step is reused when its key and its input files are those it was done with and its outputs exist.
+Keys hold a digest of the code that decides the outcome, without comments, docstrings and layout.
+Knows nothing of what the steps do.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
-from dalle.platform.disk import write_atomically
+NOT_TRAINING = frozenset({"bench", "demo", "evaluate", "rainbow.py", "report", "scenes.py", "soak"})
+"""Files and folders of `training` on which no weight depends. rainbow.py is an input of the data,
+and the recipe is in the key of the training."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One thing to do.
+    """One step of a run.
 
-    title: for people. seconds: about how long it takes.
-    key: what the outcome depends on, as JSON values; asked for when all earlier steps are done.
-    outputs: the files that prove it. action: does it; told whether an earlier run with the same
-    key began and did not finish.
+    title: printed when it begins. seconds: about how long it takes.
+    key, inputs: JSON values, and files of earlier steps, on which the outcome depends.
+    outputs: the files that it leaves. action: does it; its argument says whether an earlier run
+    with the same key began and did not finish.
     """
 
     name: str
     title: str
     seconds: float
-    key: Callable[[], object]
+    key: object
+    inputs: Sequence[Path] = ()
     outputs: Sequence[Path]
     action: Callable[[bool], None]
 
-
-class Ledger:
-    """A JSON file that says which steps were begun and done, with which keys."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        try:
-            self._entries: dict[str, dict[str, object]] = json.loads(path.read_text("utf-8"))
-        except (FileNotFoundError, ValueError):
-            self._entries = {}  # a damaged one costs a run, nothing else
-
-    def is_done(self, step: Step, digest: str) -> bool:
-        """Whether the step was finished with this key and all its files are still there."""
-        done = self._entries.get(step.name) == {"key": digest, "is_done": True}
-        return done and all(output.exists() for output in step.outputs)
-
-    def begin(self, step: Step, digest: str) -> bool:
-        """Note the beginning; returns whether the same was begun before and not finished."""
-        is_continued = self._entries.get(step.name) == {"key": digest, "is_done": False}
-        self._write(step.name, digest, is_done=False)
-        return is_continued
-
-    def end(self, step: Step, digest: str) -> None:
-        """Note that the step is done."""
-        self._write(step.name, digest, is_done=True)
-
-    def _write(self, name: str, digest: str, *, is_done: bool) -> None:
-        self._entries[name] = {"key": digest, "is_done": is_done}
-        write_atomically(self._path, json.dumps(self._entries, indent=1) + "\n")
+    def digest(self) -> str:
+        """Return sha256 of key and inputs as they are now; a missing input counts as empty."""
+        inputs = [_sha256(path.read_bytes()) if path.is_file() else "" for path in self.inputs]
+        return _sha256(json.dumps([self.key, inputs], sort_keys=True).encode())
 
 
-def run_steps(steps: Sequence[Step], ledger: Ledger, say: Callable[[str], None]) -> int:
-    """Do all steps in order, each announced with the time left; returns how many were not reused.
+def run_steps(steps: Sequence[Step], state: Path, say: Callable[[str], None]) -> int:
+    """Do all steps in order, announcing each with the time left; return how many were not reused.
 
-    The time left counts every later step, reused or not: what one step changes, the next redoes.
+    state: a JSON file of the steps that were begun and done; a damaged one is ignored. The time
+    left counts every later step: a step that is done again changes the inputs of the next.
     """
+    try:
+        entries: dict[str, dict[str, object]] = json.loads(state.read_text("utf-8"))
+    except (FileNotFoundError, ValueError):
+        entries = {}
     num_done = 0
     for number, step in enumerate(steps):
-        digest = digest_of(step.key())
-        if ledger.is_done(step, digest):
+        digest = step.digest()
+        before = entries.get(step.name)
+        done, begun = ({"key": digest, "is_done": is_done} for is_done in (True, False))
+        if before == done and all(output.exists() for output in step.outputs):
             say(f"{step.title}: reused")
             continue
         left = sum(each.seconds for each in steps[number:])
         say(f"{step.title}; about {duration(left)} left in all")
-        step.action(ledger.begin(step, digest))
-        ledger.end(step, digest)
+        _write_state(state, entries | {step.name: begun})
+        step.action(before == begun)
+        entries[step.name] = done
+        _write_state(state, entries)
         num_done += 1
     return num_done
 
 
+def _write_state(path: Path, entries: dict[str, dict[str, object]]) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
 def announcer() -> Callable[[str], None]:
-    """A function that prints a line with the time since now before it."""
+    """Return a function that prints a line after the time since now."""
     began = time.monotonic()
 
     def say(line: str) -> None:
@@ -94,17 +92,58 @@ def announcer() -> Callable[[str], None]:
     return say
 
 
-def digest_of(key: object) -> str:
-    """sha256 of JSON values; the order of an object's names makes no difference."""
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-
-
-def digest_of_file(path: Path) -> str:
-    """sha256 of a file's bytes; of a missing one ""."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-
-
 def duration(seconds: float) -> str:
     """`8 min 05 s` or `41 s`."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def training_code() -> list[Path]:
+    """Return the modules that decide the weights."""
+    own = _folder("training")
+    modules = [
+        path for path in _modules("training") if path.relative_to(own).parts[0] not in NOT_TRAINING
+    ]
+    return [*modules, *_modules("dalle")]
+
+
+def serving_code() -> list[Path]:
+    """Return the modules that decide the images of a served artefact."""
+    return [*_modules("inference"), *_modules("dalle")]
+
+
+def reporting_code() -> list[Path]:
+    """Return the files that decide the caption accuracy of an artefact, and the report."""
+    templates = sorted((_folder("training.report") / "templates").iterdir())
+    return [*_modules("training"), *templates, *_modules("dalle")]
+
+
+def digest_of_code(paths: Iterable[Path]) -> str:
+    """Return sha256 of files: of a Python file its statements, of any other its bytes."""
+    digest = hashlib.sha256()
+    for path in paths:
+        content = path.read_bytes()
+        if path.suffix == ".py":
+            tree = _WithoutDocstrings().visit(ast.parse(content))
+            content = ast.dump(tree).encode()
+        digest.update(f"{path.name} {len(content)} ".encode() + content)
+    return digest.hexdigest()
+
+
+class _WithoutDocstrings(ast.NodeTransformer):
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        is_text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        return None if is_text else node
+
+
+def _modules(package: str) -> list[Path]:
+    return sorted(_folder(package).rglob("*.py"))
+
+
+def _folder(package: str) -> Path:
+    with resources.as_file(resources.files(package)) as folder:
+        return folder
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -44,13 +44,13 @@ def test_a_seed_chooses_its_own_training_captions_and_random_numbers(tmp_path, m
     monkeypatch.setattr(rainbow, "samples", lambda: few)
     trained_on = []
     for seed in (0, 1):
-        run = SeedRun(tmp_path / str(seed), seed, {}, 5)
+        run = SeedRun(tmp_path / str(seed), {}, seed, 5)
         run.out.mkdir()
         run.write_data(False)
         trained_on.append({path.name for path in (run.data / "train").glob("*.txt")})
     assert len(trained_on[0]) == len(trained_on[1]) == 12
     assert trained_on[0] != trained_on[1]
-    first, second = (SeedRun(tmp_path, seed, {}, 5).steps()[1].key() for seed in (0, 1))
+    first, second = (SeedRun(tmp_path, {}, seed, 5).steps()[1].key for seed in (0, 1))
     assert first != second
 
 

@@ -14,17 +14,19 @@ from dalle.preprocess.images import decode_image
 from tests import REPOSITORY
 from training import rainbow
 from training.demo.__main__ import Demo, main, prepare_directory
-from training.demo.code import (
-    NOT_TRAINING,
-    digest_of_code,
-    serving_code,
-    showing_code,
-    training_code,
-)
 from training.demo.commands import CommandFailed, run_train, serving
 from training.demo.recipe import RECIPE_MINUTES, read_recipe, training_seconds
-from training.demo.report import draw_sheet
-from training.demo.steps import Ledger, Step, duration, run_steps
+from training.demo.report import caption_sheet
+from training.demo.steps import (
+    NOT_TRAINING,
+    Step,
+    digest_of_code,
+    duration,
+    reporting_code,
+    run_steps,
+    serving_code,
+    training_code,
+)
 
 
 class Kitchen:
@@ -52,7 +54,7 @@ class Kitchen:
                 name="knead",
                 title="kneading",
                 seconds=60,
-                key=lambda: self.flour,
+                key=self.flour,
                 outputs=[dough],
                 action=self.knead,
             ),
@@ -60,12 +62,13 @@ class Kitchen:
                 name="bake",
                 title="baking",
                 seconds=65,
-                key=lambda: [dough.read_text(), 200],
+                key=200,
+                inputs=[dough],
                 outputs=[bread],
                 action=self.bake,
             ),
         ]
-        return run_steps(steps, Ledger(self.directory / "state.json"), self.said.append)
+        return run_steps(steps, self.directory / "state.json", self.said.append)
 
 
 @pytest.fixture
@@ -121,7 +124,7 @@ def names(paths):
 
 
 def test_a_step_depends_on_the_code_that_decides_its_outcome():
-    trained_by, shown_by = names(training_code()), names(showing_code())
+    trained_by, shown_by = names(training_code()), names(reporting_code())
     wanted = {"models/transformer.py", "engine/optimizer.py", "batching/sampler.py"}
     assert wanted <= trained_by
     assert (
@@ -142,12 +145,12 @@ def test_every_key_but_the_datas_has_the_code(tmp_path):
         "data": "",
         "train": digest_of_code(training_code()),
         "serve": digest_of_code(serving_code()),
-        "evaluate": digest_of_code(showing_code()),
-        "report": digest_of_code(showing_code()),
+        "evaluate": digest_of_code(reporting_code()),
+        "report": digest_of_code(reporting_code()),
     }
     assert len(set(digests.values())) == 4
     for step in Demo(tmp_path, {}).steps():
-        assert digests[step.name] in json.dumps(step.key()), step.name
+        assert digests[step.name] in json.dumps(step.key), step.name
 
 
 @pytest.mark.parametrize(
@@ -250,7 +253,7 @@ def test_every_caption_of_the_rainbow_has_all_attributes(tmp_path, monkeypatch):
 def test_the_contact_sheet_has_a_column_for_each_caption():
     picture = np.zeros((32, 32, 3), dtype=np.uint8)
     long = "bigger filled halftone saddlebrown rhombus rotated counterclockwise"
-    sheet = draw_sheet(["red", long], [[picture] * 5, [picture] * 3])
+    sheet = caption_sheet(["red", long], [[picture] * 5, [picture] * 3])
     assert sheet.shape[1] == 60 + 12 + 2 * (128 + 12)
     assert sheet.shape[0] > 5 * (128 + 12) + 4 * 16
     black = (sheet == 0).all(axis=2)
@@ -301,7 +304,7 @@ def test_the_whole_way_in_miniature_interrupted_finished_and_reused(tmp_path):
     finished = start(out, recipe)
     printed, _ = finished.communicate(timeout=300)
     assert finished.returncode == 0, printed
-    assert "writing the pictures: 9,216 captions, 30 % of them to train on: reused" in printed
+    assert "writing the images: 9,216 captions, 30 % of them to train on: reused" in printed
     assert f"--root {out / 'ml'}" in printed
     page = (out / "report.html").read_text("utf-8")
     for heading in (
