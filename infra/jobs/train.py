@@ -60,7 +60,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         type=project.pair,
         default=[],
         metavar="NAME=VALUE",
-        help="a hyperparameter (training/README.md, Hyperparameters); repeatable",
+        help="a hyperparameter (training/REFERENCE.md, Hyperparameters); repeatable",
     )
     parser.add_argument("--artefact", metavar="URI", help="an earlier model.tar.gz to go on from")
     parser.add_argument("--clip", metavar="URI", help="a pretrained OpenAI CLIP file")

@@ -21,6 +21,8 @@ from training.config import hyperparameters
 PAGES = [
     "README.md",
     "training/README.md",
+    "training/REFERENCE.md",
+    "training/INTERNALS.md",
     "inference/README.md",
     "inference/REFERENCE.md",
     "inference/INTERNALS.md",
@@ -29,7 +31,7 @@ PAGES = [
 ]
 # Which page has which generated tables.
 TABLES = {
-    "training/README.md": ["hyperparameters"],
+    "training/REFERENCE.md": ["hyperparameters"],
     "inference/REFERENCE.md": ["environment", "caption", "images", "complete"],
 }
 

@@ -54,7 +54,7 @@ def run_steps(steps: Sequence[Step], state: Path, say: Callable[[str], None]) ->
     left counts every later step: a step that is done again changes the inputs of the next.
     """
     try:
-        entries: dict[str, dict[str, object]] = json.loads(state.read_text("utf-8"))
+        entries: dict[str, dict[str, str | bool]] = json.loads(state.read_text("utf-8"))
     except (FileNotFoundError, ValueError):
         entries = {}
     num_done = 0
@@ -75,7 +75,7 @@ def run_steps(steps: Sequence[Step], state: Path, say: Callable[[str], None]) ->
     return num_done
 
 
-def _write_state(path: Path, entries: dict[str, dict[str, object]]) -> None:
+def _write_state(path: Path, entries: dict[str, dict[str, str | bool]]) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
