@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from dalle.platform.disk import write_atomically
+
 NOT_TRAINING = frozenset({"bench", "demo", "evaluate", "rainbow.py", "report", "scenes.py", "soak"})
 """Files and folders of `training` on which no weight depends. rainbow.py is an input of the data,
 and the recipe is in the key of the training."""
@@ -67,18 +69,12 @@ def run_steps(steps: Sequence[Step], state: Path, say: Callable[[str], None]) ->
             continue
         left = sum(each.seconds for each in steps[number:])
         say(f"{step.title}; about {duration(left)} left in all")
-        _write_state(state, entries | {step.name: begun})
+        write_atomically(state, json.dumps(entries | {step.name: begun}, indent=1) + "\n")
         step.action(before == begun)
         entries[step.name] = done
-        _write_state(state, entries)
+        write_atomically(state, json.dumps(entries, indent=1) + "\n")
         num_done += 1
     return num_done
-
-
-def _write_state(path: Path, entries: dict[str, dict[str, str | bool]]) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def announcer() -> Callable[[str], None]:
