@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dalle.models.dvae_config import DVAEConfig as DVAEConfig
 from dalle.models.encoders import blocks, build_encoder
-from dalle.models.quantiser import GumbelQuantiser, Quantiser, VectorQuantiser
+from dalle.models.quantiser import build_quantiser
 from dalle.models.reduction import ONE_RANK, Ranks
 
 
@@ -35,7 +35,7 @@ class DiscreteVAE(nn.Module):
         self.config = config
         patch, width = config.patch_size, config.width
         self.encoder = build_encoder(config)
-        self.quantiser = self._build_quantiser()
+        self.quantiser = build_quantiser(config)
         code_channels = config.num_codebooks * config.code_width
         self.decoder = nn.Sequential(
             nn.Conv2d(code_channels, width, kernel_size=1),
@@ -47,13 +47,6 @@ class DiscreteVAE(nn.Module):
         self.decoder.extend([nn.Conv2d(width, 3 * patch**2, kernel_size=1), nn.PixelShuffle(patch)])
         # PositionNorm is fastest in this layout.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-    def _build_quantiser(self) -> Quantiser:
-        config = self.config
-        sizes = (config.width, config.num_codebooks, config.codebook_size, config.code_width)
-        if config.quantiser == "gumbel":
-            return GumbelQuantiser(*sizes, kl_weight=config.kl_weight)
-        return VectorQuantiser(*sizes, commitment_weight=config.commitment_weight)
 
     def muon_parameters(self) -> list[nn.Parameter]:
         """Return no parameters: AdamW trains all of them."""

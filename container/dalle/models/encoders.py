@@ -56,6 +56,12 @@ def blocks(config: DVAEConfig, kernel_size: int) -> list[nn.Module]:
     return [ResidualBlock(config.width, kernel_size) for _ in range(config.num_blocks)]
 
 
+def _patch_encoder(config: DVAEConfig, channels: int) -> nn.Sequential:
+    """[B, channels, G, G] of one patch per position -> [B, C, G, G]"""
+    first = nn.Conv2d(channels, config.width, kernel_size=1)
+    return nn.Sequential(first, *blocks(config, config.encoder_kernel_size))
+
+
 class JointEncoder(nn.Module):
     """Images -> one feature map, shared by all codebooks."""
 
@@ -89,14 +95,8 @@ class ColourSplitEncoder(nn.Module):
     def __init__(self, config: DVAEConfig) -> None:
         super().__init__()
         self.patch_size, self.num_codebooks = config.patch_size, config.num_codebooks
-        kernel_size = config.encoder_kernel_size
-        self.colour_layers = nn.Sequential(
-            nn.Conv2d(6, config.width, kernel_size=1), *blocks(config, kernel_size)
-        )
-        self.pattern_layers = nn.Sequential(
-            nn.Conv2d(config.patch_size**2, config.width, kernel_size=1),
-            *blocks(config, kernel_size),
-        )
+        self.colour_layers = _patch_encoder(config, 6)
+        self.pattern_layers = _patch_encoder(config, config.patch_size**2)
         weights = torch.tensor([0.299, 0.587, 0.114])  # ITU-R BT.601
         self.register_buffer("luminance", weights, persistent=False)
 
@@ -133,13 +133,8 @@ class GroundSplitEncoder(nn.Module):
     def __init__(self, config: DVAEConfig) -> None:
         super().__init__()
         self.patch_size, self.num_codebooks = config.patch_size, config.num_codebooks
-        kernel_size, pixels = config.encoder_kernel_size, config.patch_size**2
-        self.pattern_layers = nn.Sequential(
-            nn.Conv2d(pixels, config.width, kernel_size=1), *blocks(config, kernel_size)
-        )
-        self.colour_layers = nn.Sequential(
-            nn.Conv2d(3 * pixels + 3, config.width, kernel_size=1), *blocks(config, kernel_size)
-        )
+        self.pattern_layers = _patch_encoder(config, config.patch_size**2)
+        self.colour_layers = _patch_encoder(config, 3 * config.patch_size**2 + 3)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """[B, 3, S, S] in [0, 1] -> M of [B, C, G, G]; the last encodes the colours"""

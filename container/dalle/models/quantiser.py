@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dalle.models.dvae_config import DVAEConfig
 from dalle.models.reduction import ONE_RANK, Ranks
 
 
@@ -272,6 +273,14 @@ class VectorQuantiser(Quantiser):
             self.counts[m, targets] = 1.0
             self.usage[m, targets] = self.even_share
         ranks.copy_first([self.codebook, self.sums, self.counts, self.usage])
+
+
+def build_quantiser(config: DVAEConfig) -> Quantiser:
+    """Return the quantiser that the config names."""
+    sizes = (config.width, config.num_codebooks, config.codebook_size, config.code_width)
+    if config.quantiser == "gumbel":
+        return GumbelQuantiser(*sizes, kl_weight=config.kl_weight)
+    return VectorQuantiser(*sizes, commitment_weight=config.commitment_weight)
 
 
 def _projections(width: int, num_codebooks: int, channels: int) -> nn.ModuleList:

@@ -56,22 +56,12 @@ class CaptionTokenizer:
         those of the longest caption.
         """
         captions = list(captions)
-        cleans_as_clip = kind == "clip"
-        match kind:
-            case "word":
-                tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
-                tokenizer.normalizer = _lower()
-                tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-                tokenizer.train_from_iterator(captions, _trainer(kind, vocab_size))
-            case "bpe":
-                tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
-                tokenizer.normalizer = _lower()
-                tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-                tokenizer.decoder = decoders.ByteLevel()
-                tokenizer.train_from_iterator(captions, _trainer(kind, vocab_size))
-            case "clip":
-                tokenizer = _clip_tokenizer()
-        trained = cls(tokenizer, text_length or 1, cleans_as_clip=cleans_as_clip)
+        if kind == "clip":
+            tokenizer = _clip_tokenizer()
+        else:
+            tokenizer = _untrained(kind)
+            tokenizer.train_from_iterator(captions, _trainer(kind, vocab_size))
+        trained = cls(tokenizer, text_length or 1, cleans_as_clip=kind == "clip")
         if text_length is None:
             trained.text_length = max((len(ids) for ids in trained._ids(captions)), default=1) or 1
         return trained
@@ -82,18 +72,14 @@ class CaptionTokenizer:
 
         The counts of a data set's parts add up to those of the whole, see `of_words`.
         """
-        match kind:
-            case "word":
-                splitter: pre_tokenizers.PreTokenizer = pre_tokenizers.Whitespace()
-            case "bpe":
-                splitter = pre_tokenizers.ByteLevel(add_prefix_space=True)
-            case "clip":
-                return Counter()
-        lower = _lower()
         counts: Counter[str] = Counter()
-        for caption, times in Counter(captions).items():
-            for word, _ in splitter.pre_tokenize_str(lower.normalize_str(caption)):
-                counts[word] += times
+        if kind != "clip":
+            untrained = _untrained(kind)
+            normalise = untrained.normalizer.normalize_str
+            split = untrained.pre_tokenizer.pre_tokenize_str
+            for caption, times in Counter(captions).items():
+                for word, _ in split(normalise(caption)):
+                    counts[word] += times
         return counts
 
     @classmethod
@@ -174,6 +160,18 @@ class CaptionTokenizer:
             raise ArtefactError(f"{path} is not a caption tokenizer: {error}") from error
 
 
+def _untrained(kind: Literal["word", "bpe"]) -> Tokenizer:
+    if kind == "word":
+        tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    else:
+        tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    return tokenizer
+
+
 def _trainer(
     kind: Literal["word", "bpe"], vocab_size: int
 ) -> trainers.WordLevelTrainer | trainers.BpeTrainer:
@@ -195,10 +193,6 @@ def _lines(counts: Mapping[str, int]) -> Iterator[str]:
     for word, count in counts.items():
         for first in range(0, count, WORDS_PER_TEXT):
             yield "\n".join([word] * min(WORDS_PER_TEXT, count - first))
-
-
-def _lower() -> normalizers.Normalizer:
-    return normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
 
 
 def _clip_cleaned(caption: str) -> str:

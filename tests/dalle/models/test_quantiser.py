@@ -88,7 +88,7 @@ def test_vq_passes_gradients_straight_through():
 
 def test_vq_codes_move_to_the_mean_of_their_vectors():
     quantiser = build("vq").train()
-    features = random_features(64)
+    features = random_features(16)
     for _ in range(400):
         quantiser(features, 0.99)  # late: nothing is restarted
     vectors, image_tokens = quantiser._vectors(features), quantiser.tokens(features)
