@@ -115,8 +115,7 @@ def _stage(staging: Path, artefact: Artefact, git_revision: str) -> Manifest:
     for name in components:
         (staging / name).mkdir()
         if name == "tokenizer":
-            assert artefact.tokenizer is not None
-            artefact.tokenizer.save(staging / name)
+            artefact.require(name).save(staging / name)
         else:
             _save_model(staging / name, getattr(artefact, name))
     manifest = artefact.manifest.model_copy(

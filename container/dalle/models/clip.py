@@ -14,9 +14,8 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from dalle.errors import ArtefactError
 from dalle.models.reduction import ONE_RANK, Ranks
-from dalle.preprocess.openai_clip import clip_module
+from dalle.preprocess.openai_clip import clip_module, openai_tokenizer
 from dalle.preprocess.tokenizer import CaptionTokenizer
 
 CLIP = clip_module("model").CLIP
@@ -214,14 +213,9 @@ class Clip(nn.Module):
         return F.normalize(features, dim=-1)
 
 
-@cache
-def _openai_tokenizer() -> Any:
-    return clip_module("simple_tokenizer").SimpleTokenizer()
-
-
 def _openai_tokens(captions: Sequence[str], text_length: int) -> Tensor:
     """Return OpenAI's ids, int64 [B, text_length]: start mark, words, end mark, zeros."""
-    tokenizer = _openai_tokenizer()
+    tokenizer = openai_tokenizer()
     start, end = tokenizer.encoder["<|startoftext|>"], tokenizer.encoder["<|endoftext|>"]
     tokens = torch.zeros(len(captions), text_length, dtype=torch.int64)
     for row, caption in enumerate(captions):

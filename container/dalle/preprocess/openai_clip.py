@@ -10,6 +10,7 @@ import importlib.util
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 
 @cache
@@ -27,3 +28,9 @@ def clip_module(name: str) -> ModuleType:
             spec.loader.exec_module(module)
             return module
     raise ModuleNotFoundError(f"clip-anytorch has no module {name}, or is not installed")
+
+
+@cache
+def openai_tokenizer() -> Any:
+    """Return the package's byte-pair encoding, which takes a second to build."""
+    return clip_module("simple_tokenizer").SimpleTokenizer()

@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch import Tensor
 
 from dalle.errors import ArtefactError, CaptionTooLong
-from dalle.preprocess.openai_clip import clip_module
+from dalle.preprocess.openai_clip import clip_module, openai_tokenizer
 from dalle.types import TokenizerKind
 
 PADDING = "[PAD]"  # id 0: fills a caption up to the text length; the first one ends it
@@ -208,7 +208,7 @@ def _clip_tokenizer() -> Tokenizer:
 
     The original has no padding; its id 0 is "!" (openai/CLIP, simple_tokenizer.py).
     """
-    original = clip_module("simple_tokenizer").SimpleTokenizer()
+    original = openai_tokenizer()
     vocabulary = {PADDING: 0} | {token: index + 1 for token, index in original.encoder.items()}
     merges = list(original.bpe_ranks)
     tokenizer = Tokenizer(

@@ -85,7 +85,7 @@ def test_the_reconstruction_loss_compares_images_with_what_their_tokens_decode_t
 def test_it_learns_to_reconstruct_a_few_images(config):
     config = replace(config, image_size=32, reconstruction="bce")
     everything = rainbow.samples()
-    pictures = [everything[index].picture() for index in range(0, len(everything), 576)]
+    pictures = [everything[index].picture() for index in range(0, len(everything), 1152)]
     images = torch.stack([torch.from_numpy(each) for each in pictures]).permute(0, 3, 1, 2) / 255
     dvae = build(config).train()
     optimizer = torch.optim.AdamW([p for p in dvae.parameters() if p.requires_grad], 1e-2)

@@ -1,5 +1,6 @@
 """Captions to ids and back, for the three kinds of tokenizer."""
 
+import functools
 import json
 import string
 
@@ -43,6 +44,7 @@ HARD_STRINGS = [
 ]
 
 
+@functools.cache
 def train(kind: str, **fields: object) -> CaptionTokenizer:
     return CaptionTokenizer.train(CAPTIONS, kind=kind, **fields)
 
