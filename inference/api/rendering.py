@@ -88,14 +88,7 @@ class ClassifyResult:
     predictions: Sequence[Prediction]
 
 
-@dataclass(frozen=True, slots=True)
-class CompleteResult:
-    """Continued captions."""
-
-    reply: CompleteReply
-
-
-Result = GenerateResult | ClassifyResult | CompleteResult
+Result = GenerateResult | ClassifyResult | CompleteReply
 
 
 def rank(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -137,9 +130,14 @@ def render_json(
     return GenerateReply(images=images, timings=timings, **_summary(result))
 
 
-def render_best(result: GenerateResult, format: ImageFormat) -> tuple[bytes, dict[str, str]]:
-    """Return the file of the best image, and headers with its scores."""
+def render_best(
+    result: GenerateResult, format: ImageFormat, *, queue_seconds: float = 0.0
+) -> tuple[bytes, dict[str, str], Timings]:
+    """Return the file of the best image, headers with its scores, and the timings."""
+    began = time.monotonic()
     best = result.ranked[0]
+    file = encode_image(best.pixels, format)
+    timings = stage_timings(result, queue_seconds, time.monotonic() - began)
     facts = {
         "seed": f"{result.seed}",
         "candidate": f"{best.number}",
@@ -152,7 +150,7 @@ def render_best(result: GenerateResult, format: ImageFormat) -> tuple[bytes, dic
     facts = {name: value for name, value in facts.items() if value}
     headers = {f"X-Dalle-{name.replace('_', '-').title()}": facts[name] for name in facts}
     headers[CUSTOM_ATTRIBUTES] = ";".join(f"{name}={facts[name]}" for name in facts)
-    return encode_image(best.pixels, format), headers
+    return file, headers, timings
 
 
 def render_preview(preview: Preview, format: ImageFormat) -> PreviewLine:

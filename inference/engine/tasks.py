@@ -9,7 +9,7 @@ import torch
 
 from dalle.artefact import Artefact
 from dalle.decoding.sampling import SamplingStopped, complete_captions
-from inference.api.rendering import ClassifyResult, CompleteResult
+from inference.api.rendering import ClassifyResult
 from inference.api.replies import CompleteReply, Completion, Prediction
 from inference.engine.request import PreparedClassification, PreparedCompletion
 
@@ -42,7 +42,7 @@ def classify(
 @torch.inference_mode()
 def complete(
     artefact: Artefact, request: PreparedCompletion, device: torch.device
-) -> CompleteResult:
+) -> CompleteReply:
     """Return captions that continue the given beginning, likeliest continuation first.
 
     Raises `Cancelled` or `DeadlineExceeded`.
@@ -66,4 +66,4 @@ def complete(
         )
     ]
     captions.sort(key=lambda each: -each.log_likelihood)
-    return CompleteResult(CompleteReply(captions=captions, seed=request.seed))
+    return CompleteReply(captions=captions, seed=request.seed)

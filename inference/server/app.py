@@ -45,12 +45,7 @@ def create_app(engine_core: EngineCore, settings: Settings) -> Flask:
     # One byte over the limit: werkzeug cuts a chunked body there without an error.
     app.config["MAX_CONTENT_LENGTH"] = settings.limits.max_request_bytes + 1
     app.json.sort_keys = False  # type: ignore[attr-defined]  # the default provider has it
-    metrics = Metrics(
-        queue_depth=lambda: engine_core.queue_depth,
-        is_ready=lambda: engine_core.state is State.READY,
-        busy_slots=lambda: engine.busy_slots if (engine := engine_core.loaded_engine) else 0,
-        threads=lambda: engine.threads if (engine := engine_core.loaded_engine) else 0,
-    )
+    metrics = Metrics(engine_core)
     # More requests than these are refused unread, so that threads remain for pings.
     places = threading.BoundedSemaphore(settings.max_invocations)
     body_process = BodyProcess()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -29,7 +28,6 @@ from inference.api.parsing import split_lines
 from inference.api.rendering import (
     Candidate,
     ClassifyResult,
-    CompleteResult,
     GenerateResult,
     Preview,
     Result,
@@ -40,9 +38,8 @@ from inference.api.rendering import (
     render_json,
     render_preview,
     render_ranking,
-    stage_timings,
 )
-from inference.api.replies import ErrorLine, ErrorReply, Prediction
+from inference.api.replies import CompleteReply, ErrorLine, ErrorReply, Prediction
 from inference.api.schema import GenerateRequest, Limits, Request
 from inference.engine.engine_core import Engine, EngineCore
 from inference.engine.request import Cancelled, DeadlineExceeded, EngineRequest, Failed
@@ -52,7 +49,6 @@ from inference.server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-LINES_AHEAD = 2  # of a JSON-lines body: one is generated while the one before it is encoded
 _GRACE_SECONDS = 3.0  # by which the model may miss a deadline before its result is given up
 _CHECK_SECONDS = 0.5  # between two checks whether the client is still connected
 
@@ -128,10 +124,9 @@ class Handler:
             prepared.cancel()
             raise
         if isinstance(result, GenerateResult) and media_type in _IMAGE_FORMATS:
-            began = time.monotonic()
-            file, headers = render_best(result, _IMAGE_FORMATS[media_type])
-            encode_seconds = time.monotonic() - began
-            timings = stage_timings(result, prepared.queue_seconds, encode_seconds)
+            file, headers, timings = render_best(
+                result, _IMAGE_FORMATS[media_type], queue_seconds=prepared.queue_seconds
+            )
             self.metrics.count_generation(result, timings)
             return Answer(file, media_type, headers)
         body = self._render(result, request, prepared)
@@ -155,18 +150,18 @@ class Handler:
         )
 
     def _lines(self, first: _Line | bytes, rest: Sequence[bytes]) -> Iterator[bytes]:
-        started = deque([first])
+        """Yield the reply lines. Each line is generated while the one before it is encoded."""
+        before = line = first
         try:
-            for line in rest:
-                while len(started) >= LINES_AHEAD:
-                    yield self._finish_line(started.popleft())
-                started.append(self._start_line(line, wait=True))
-            while started:
-                yield self._finish_line(started.popleft())
+            for text in rest:
+                line = self._start_line(text, wait=True)
+                yield self._finish_line(before)
+                before = line
+            yield self._finish_line(before)
         except Cancelled:
             return  # the client has gone
         finally:
-            for each in started:
+            for each in (before, line):
                 if isinstance(each, _Line):
                     each.prepared.cancel()
 
@@ -192,8 +187,6 @@ class Handler:
             raise
         except Exception as error:
             return _error_line(error)
-        finally:
-            line.prepared.cancel()
 
     def _stream(
         self, prepared: EngineRequest, request: GenerateRequest, event: Preview | Candidate | Result
@@ -281,8 +274,8 @@ class Handler:
     def _render(self, result: Result, request: Request, prepared: EngineRequest) -> bytes:
         if isinstance(result, ClassifyResult):
             return _PREDICTIONS.dump_json(result.predictions)
-        if isinstance(result, CompleteResult):
-            return _dump(result.reply)
+        if isinstance(result, CompleteReply):
+            return _dump(result)
         assert isinstance(request, GenerateRequest)
         reply = render_json(result, request, queue_seconds=prepared.queue_seconds)
         self.metrics.count_generation(result, reply.timings)

@@ -9,28 +9,22 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from inference.api.rendering import GenerateResult
 from inference.api.replies import Timings
+from inference.engine.engine_core import EngineCore, State
 
 _SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 3600)
 
 
 class Metrics:
-    """Counters and gauges. Any thread may call any method.
-
-    queue_depth, is_ready, busy_slots, threads: functions that return a gauge's value.
-    """
+    """Counters, and gauges of an engine core. Any thread may call any method."""
 
     content_type = CONTENT_TYPE_PLAIN_0_0_4
 
-    def __init__(
-        self,
-        *,
-        queue_depth: Callable[[], float],
-        is_ready: Callable[[], float],
-        busy_slots: Callable[[], float],
-        threads: Callable[[], float],
-    ) -> None:
-        registry = CollectorRegistry()
-        self._registry = registry
+    def __init__(self, engine_core: EngineCore) -> None:
+        def of_engine(name: str) -> float:
+            engine = engine_core.loaded_engine
+            return 0.0 if engine is None else getattr(engine, name)
+
+        registry = self._registry = CollectorRegistry()
         self._invocations = Counter(
             "dalle_invocations", "Answered invocations.", ["status"], registry=registry
         )
@@ -51,12 +45,19 @@ class Metrics:
         self._cut_short = Counter(
             "dalle_cut_short", "Generations that a deadline ended early.", registry=registry
         )
-        for name, description, value in (
-            ("dalle_queue_depth", "Requests that wait or run.", queue_depth),
-            ("dalle_ready", "1 when generations are answered.", is_ready),
-            ("dalle_busy_slots", "Sequences that are being sampled.", busy_slots),
-            ("dalle_threads", "Threads that compute on the CPU; 0 while loading.", threads),
-        ):
+        gauges: dict[tuple[str, str], Callable[[], float]] = {
+            ("dalle_queue_depth", "Requests that wait or run."): lambda: engine_core.queue_depth,
+            ("dalle_ready", "1 when requests are answered."): (
+                lambda: engine_core.state is State.READY
+            ),
+            ("dalle_busy_slots", "Sequences that are being sampled."): (
+                lambda: of_engine("busy_slots")
+            ),
+            ("dalle_threads", "Threads that compute on the CPU; 0 while loading."): (
+                lambda: of_engine("threads")
+            ),
+        }
+        for (name, description), value in gauges.items():
             Gauge(name, description, registry=registry).set_function(value)
 
     def count_invocation(self, status: int, seconds: float) -> None:

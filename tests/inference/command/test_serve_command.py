@@ -142,11 +142,6 @@ def test_lines_are_answered_one_by_one_and_in_order(served):
     assert replies[2]["error"]["code"] == "malformed_body"
 
 
-def test_a_body_over_the_limit_is_refused(served):
-    response = requests.post(f"{served.url}/invocations", data=b" " * 1_200_000, timeout=PATIENCE)
-    assert (response.status_code, response.json()["error"]["code"]) == (413, "payload_too_large")
-
-
 def test_refusals_come_as_json_over_real_http_too(served):
     assert served.ask(caption="red " * 9).json()["error"]["code"] == "caption_too_long"
     assert served.get("/nothing").json()["error"]["code"] == "not_found"

@@ -276,11 +276,11 @@ def test_no_more_classes_are_returned_than_were_asked_for(runner):
 
 def test_captions_are_completed_from_their_beginning(runner):
     request = CompleteRequest(complete="red", num_completions=3, seed=1)
-    reply = answer(runner, request).reply
+    reply = answer(runner, request)
     assert [each.caption.split()[0] for each in reply.captions] == ["red"] * 3
     likelihoods = [each.log_likelihood for each in reply.captions]
     assert likelihoods == sorted(likelihoods, reverse=True)
-    assert answer(runner, request).reply == reply
+    assert answer(runner, request) == reply
 
 
 def test_a_deadline_between_two_words_stops_a_completion(runner):
@@ -292,7 +292,7 @@ def test_a_deadline_between_two_words_stops_a_completion(runner):
 
 
 def test_nothing_may_be_the_beginning_of_a_caption(runner):
-    assert len(answer(runner, CompleteRequest(complete="", seed=1)).reply.captions) == 4
+    assert len(answer(runner, CompleteRequest(complete="", seed=1)).captions) == 4
 
 
 def test_a_caption_that_is_too_long_names_the_limit(runner):

@@ -22,7 +22,6 @@ from inference.api.parsing import decode_base64
 from inference.api.rendering import (
     Candidate,
     ClassifyResult,
-    CompleteResult,
     GenerateResult,
     Preview,
     Result,
@@ -65,6 +64,7 @@ class Engine(OneAtATime):
     gate: every candidate waits for it; asked: requests so far. Some captions change what happens.
     """
 
+    can_complete: bool = True
     gate: threading.Event = field(default_factory=threading.Event)
     begun: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     asked: list[Request] = field(default_factory=list)
@@ -76,9 +76,9 @@ class Engine(OneAtATime):
                 decode_base64(text, field=f"images[{number}]")
             return Work(request=request, units=len(request.images), **times)
         if isinstance(request, CompleteRequest):
-            raise UserError(
-                "this artefact has no transformer", status=422, code="component_missing"
-            )
+            if not self.can_complete:
+                raise UserError("no transformer", status=422, code="component_missing")
+            return Work(request=request, **times)
         if request.caption == "endless":
             raise CaptionTooLong("caption has 9 text tokens, the model reads 8", field="caption")
         return Work(request=request, units=request.num_candidates, **times)
@@ -89,6 +89,9 @@ class Engine(OneAtATime):
         request = work.request
         if isinstance(request, ClassifyRequest):
             return ClassifyResult([([1, 0], ["b", "a"], [0.75, 0.25]) for _ in request.images])
+        if isinstance(request, CompleteRequest):
+            caption = Completion(caption=f"{request.complete} x", log_likelihood=-1.0)
+            return CompleteReply(captions=[caption], seed=3)
         assert isinstance(request, GenerateRequest)
         if request.caption == "bug":
             raise ZeroDivisionError("secret detail")
@@ -114,24 +117,9 @@ class Engine(OneAtATime):
         return GenerateResult(ranked, "clip", seed, request.num_candidates, 0.1, 0.1, 0.1)
 
 
-class Completing(Engine):
-    """An engine that completes captions too."""
-
-    def prepare(self, request: Request, **times: Any) -> Work:
-        if isinstance(request, CompleteRequest):
-            return Work(request=request, **times)
-        return super().prepare(request, **times)
-
-    def run(self, work: Work) -> Result:
-        if isinstance(work.request, CompleteRequest):
-            captions = [Completion(caption=f"{work.request.complete} x", log_likelihood=-1.0)]
-            return CompleteResult(CompleteReply(captions=captions, seed=3))
-        return super().run(work)
-
-
 @pytest.fixture
 def engine() -> Engine:
-    engine = Completing()
+    engine = Engine()
     engine.gate.set()
     return engine
 

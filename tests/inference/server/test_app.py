@@ -87,13 +87,9 @@ def test_a_body_of_unknown_length_is_never_cut(client, content_type, size, statu
         assert response.json["error"]["code"] == "payload_too_large"
 
 
-def test_a_missing_component_is_a_422_that_names_it():
-    engine = Engine()
-    engine_core = EngineCore(lambda: engine)
-    engine_core.start()
-    engine_core.wait_until_loaded(PATIENCE)
-    response = post(create_app(engine_core, SETTINGS).test_client(), {"complete": "a"})
-    engine_core.drain(PATIENCE)
+def test_a_missing_component_is_a_422_that_names_it(client, engine):
+    engine.can_complete = False
+    response = post(client, {"complete": "a"})
     assert (response.status_code, response.json["error"]["code"]) == (422, "component_missing")
 
 

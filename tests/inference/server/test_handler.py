@@ -276,15 +276,12 @@ def test_an_accept_of_images_alone_is_refused_where_there_is_none(
 
 
 def test_deadlines_of_lines_count_from_the_arrival_of_their_body(engine_core):
-    metrics = Metrics(
-        queue_depth=lambda: 0, is_ready=lambda: 1, busy_slots=lambda: 0, threads=lambda: 1
-    )
     handler = Handler(
         engine_core,
         engine_core.engine(),
         BodyProcess(),
         SETTINGS.limits,
-        metrics,
+        Metrics(engine_core),
         accept=Accept.parse(None),
         arrival=time.monotonic() - SETTINGS.limits.deadline_seconds,
         has_left=lambda: False,
