@@ -19,7 +19,7 @@ from training.config import hyperparameters
 from training.config.hyperparameters import Hyperparameters
 from training.distributed.topology import RENDEZVOUS_PORT, Place, Timeouts
 from training.job import channels, process
-from training.memory import options as plan_options
+from training.memory import command as plan_command
 
 DEFAULT_TIMEOUTS = Timeouts()
 
@@ -95,9 +95,9 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="print every hyperparameter with its range and default, then end",
     )
-    plan_options.add_plan_options(parser)
+    plan_command.add_plan_options(parser)
     options = parser.parse_args(arguments)
-    plan_options.check_plan_options(parser, options)
+    plan_command.check_plan_options(parser, options)
     if not options.list_hyperparameters and not options.root.is_dir():
         parser.error(f"--root {options.root} is not a directory")
     return options
@@ -107,7 +107,7 @@ def _plan(options: argparse.Namespace) -> int:
     """Say what the job would need; reads its hyperparameters alone and writes nothing."""
     try:
         job = read_job(options.root)
-        return plan_options.run_plan(job, hyperparameters.parse(job.hyperparameters), options)
+        return plan_command.run_plan(job, hyperparameters.parse(job.hyperparameters), options)
     except DalleError as error:
         print(error, file=sys.stderr)
         return 1

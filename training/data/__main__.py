@@ -1,4 +1,4 @@
-"""Work on a channel before a job: `python -m training.data doctor | shard | cub | bench`.
+"""Check or pack a channel before a job: `python -m training.data doctor | shard | cub | bench`.
 
 Exit status: 0 when all is well, 1 when the data are not fit for training, 2 for a wrong command.
 """
@@ -26,7 +26,7 @@ FINE, BAD, USAGE = 0, 1, 2
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns its exit status."""
+    """Run one command; return its exit status."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
     try:
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def doctor(arguments: argparse.Namespace) -> int:
-    """Check a channel, and say what is wrong with it."""
+    """Check a channel and print the findings."""
     for directory in filter(None, (arguments.channel, arguments.validation)):
         if not directory.is_dir():
             raise UserError(f"{directory} is not a directory")
@@ -89,7 +89,7 @@ def shard(arguments: argparse.Namespace) -> int:
 
 
 def bench(arguments: argparse.Namespace) -> int:
-    """Measure the loading of images; the last line is JSON."""
+    """Measure how fast images are loaded; the last line is JSON."""
     rows = measure(arguments.image_size, arguments.seconds)
     print("images            MB  images/s per core  MB/s")
     for row in rows:
@@ -110,7 +110,7 @@ def cub_folders(arguments: argparse.Namespace) -> int:
     print(
         f"{arguments.out}: {converted.num_train:,} training and {converted.num_validation:,} "
         f"held-out pairs with {converted.num_captions:,} captions; "
-        f"{converted.num_mended:,} caption files were no UTF-8 and read as Latin-1; "
+        f"{converted.num_mended:,} caption files were not UTF-8 and were read as Latin-1; "
         f"skipped: {converted.skips.describe() or 'none'}"
     )
     converted.skips.num_pairs = converted.num_train + converted.num_validation
@@ -143,12 +143,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--megabytes", type=_megabytes, default=100.0, help="size of a shard, default 100"
     )
-    command.add_argument("--seed", type=int, default=0, help="decides the order")
+    command.add_argument("--seed", type=int, default=0, help="of the order")
     command.add_argument(
         "--shrink-to", type=_side, metavar="PIXELS", help="of the shorter side of larger images"
     )
 
-    command = commands.add_parser("bench", help="how many images a second are loaded")
+    command = commands.add_parser("bench", help="measure how many images a second are loaded")
     command.set_defaults(run=bench)
     command.add_argument("--image-size", type=_side, default=256, help="default 256")
     command.add_argument("--seconds", type=float, default=3.0, help="of CPU time for each size")
@@ -157,7 +157,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=cub_folders)
     command.add_argument("directory", type=Path, help="CUB_200_2011, with its folder images")
     command.add_argument("--out", type=Path, required=True, help="a new directory")
-    command.add_argument("--text", type=Path, help="the captions; default: text or text_c10 in it")
+    command.add_argument(
+        "--text", type=Path, help="folder of captions; default: text or text_c10 in DIRECTORY"
+    )
     command.add_argument(
         "--held-out", type=Path, metavar="FILE", help="classes to hold out, one a line"
     )

@@ -1,10 +1,10 @@
-"""`batch_size=auto`: how many pairs a stage takes in one step, found out before it is trained.
+"""`batch_size=auto`: the batch size of a stage, found before it is trained.
 
-On a GPU, as many as fit: the plan's figure for the memory that is free, with some left over, tried
-by two whole steps, and a little less while that runs out of memory. On a CPU memory is seldom the
-limit, and a larger batch soon takes as much longer as it is larger: there the batch is doubled as
-long as that brings a tenth more pairs a second. In both an epoch keeps some steps: a batch of half
-the data set would be trained quickly and badly.
+On a GPU, as many pairs as fit: the plan's figure for the free memory less some headroom, tried by
+whole steps, and reduced a little while they run out of memory. On a CPU memory is seldom the limit,
+and a larger batch soon takes longer in proportion: there the batch is doubled as long as that
+brings a tenth more pairs a second. On both an epoch keeps some steps: a batch of half the data set
+would train quickly and badly.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from dalle.types import StageName
 from training.config.fields import MAX_BATCH_SIZE, StageHyperparameters
 from training.engine.torch_engine import TorchEngine
 from training.memory.estimate import RUNTIME_BYTES, Setting, StageMemory
+from training.memory.passes import random_batch, synthetic_stage
 from training.memory.plan import HEADROOM
-from training.memory.synthetic import random_batch, synthetic_stage
 from training.stopping import Stop, Stopped
 
 logger = logging.getLogger(__name__)
 
 STEPS_PER_EPOCH = 16
-"""At least so many, where there are pairs enough."""
+"""Least steps in an epoch, where there are enough pairs."""
 
 SMALLEST: dict[StageName, int] = {"dvae": 16, "transformer": 16, "clip": 64}
-"""Where doubling begins on a CPU. CLIP tells a pair from the others of its batch: it needs some."""
+"""Where doubling begins on a CPU. CLIP's loss compares the pairs of a batch: it needs more."""
 
 WORTH_DOUBLING = 1.1
 SHRINK = 0.85
@@ -47,7 +47,7 @@ def find_share(
     num_pairs: int,
     stop: Stop,
 ) -> int:
-    """One device's share of a batch, at least 1: pairs of all its parts together.
+    """Return one device's share of a batch, at least 1: the pairs of all accumulation steps.
 
     num_pairs: of the training data. Raises DeviceError when not even one pair fits, Stopped.
     """
@@ -55,7 +55,7 @@ def find_share(
     at_most = min(MAX_BATCH_SIZE, num_pairs // STEPS_PER_EPOCH) // (setting.num_devices * parts)
     at_most = max(1, at_most)
     free = _free_memory(device)
-    # What this process took to be here is taken already.
+    # This process has allocated its runtime already.
     budget = round(free * (1 - HEADROOM)) + RUNTIME_BYTES[memory.device_type]
     fitting = memory.largest_part(setting, budget, at_most=at_most)
     if fitting == 0:
@@ -65,7 +65,7 @@ def find_share(
         )
     trial = Trial(memory, settings, device)
     if setting.engine == "deepspeed":
-        part, why = fitting, "by the plan's figures, which engine=deepspeed is not tried against"
+        part, why = fitting, "by the plan's figures; engine=deepspeed is not tried"
     elif device.type == "cuda":
         part, why = _largest(trial, fitting, stop), "by trial"
     else:
@@ -81,7 +81,7 @@ def find_share(
 
 
 def _largest(trial: Callable[[int], float | None], size: int, stop: Stop) -> int:
-    """The size, or what is left of it when it no longer runs out of memory."""
+    """Return `size`, reduced until a trial no longer runs out of memory."""
     while size > 1 and trial(size) is None:
         if stop.is_set():
             raise Stopped
@@ -92,7 +92,7 @@ def _largest(trial: Callable[[int], float | None], size: int, stop: Stop) -> int
 def _worthwhile(
     trial: Callable[[int], float | None], smallest: int, largest: int, stop: Stop
 ) -> tuple[int, str]:
-    """The last size whose doubling still brought more pairs a second, and why it ended there."""
+    """Double `smallest` while that brings more pairs a second; return the size and why."""
     size, rate = smallest, trial(smallest) or 0.0
     while 2 * size <= largest:
         if stop.is_set():
@@ -107,7 +107,7 @@ def _worthwhile(
 
 
 class Trial:
-    """Trains an untrained copy of the stage's model on random pairs for some steps."""
+    """Times some training steps of an untrained copy of the stage's model on random pairs."""
 
     def __init__(
         self, memory: StageMemory, settings: StageHyperparameters, device: torch.device
@@ -117,7 +117,7 @@ class Trial:
         self._device = device
 
     def __call__(self, size: int) -> float | None:
-        """Pairs a second of parts of a size; None when they do not fit."""
+        """Return the pairs a second at a size; None when it does not fit."""
         try:
             return self._run(size)
         except (torch.OutOfMemoryError, MemoryError):
@@ -141,7 +141,7 @@ class Trial:
         engine = TorchEngine(stage, settings, self._device)
         batch = random_batch(config, size, dvae=dvae)
         seconds = []
-        for step in range(3):  # the first one allocates
+        for step in range(3):  # the first one is warm-up
             began = time.perf_counter()
             loss, _ = engine.loss(batch, 0.0)
             engine.backward(loss)

@@ -1,14 +1,13 @@
-"""What one device holds while a stage is trained: by engine, ZeRO stage and number format.
+"""Memory of one device while a stage is trained, by engine, ZeRO stage and number format.
 
-Activations are traced (training.memory.tracer); all else is counted from the weights. What is
-where:
+Activations are traced (training.memory.passes); the rest is counted from the weights:
 
-    torch       everything on every device; the running average too
-    ZeRO 1      master weights and moments, and the average, shared out among the devices
+    torch       everything is on every device, the exponential moving average too
+    ZeRO 1      master weights, moments and average are partitioned among the devices
     ZeRO 2      the gradients too         ZeRO 3   the weights too
-    offload     shares of the optimiser, or of the weights, in the host's memory instead
+    offload     the device's partition of the optimiser, or of the weights, is in host memory
 
-ZeRO: Rajbhandari et al. 2020, §5 and §7. Sizes are in bytes; P: the weights' number, N: devices.
+ZeRO: Rajbhandari et al. 2020, §5 and §7. Sizes are in bytes; P: number of weights, N: devices.
 """
 
 from __future__ import annotations
@@ -27,8 +26,7 @@ from training.config.deepspeed import BUCKET_ELEMENTS, TRAINED_BY_DEEPSPEED
 from training.config.fields import EngineName, Hyperparameters
 from training.config.models import Config
 from training.engine.optimizer import hidden_matrices, muon_update_elements
-from training.memory.passes import Formats, StagePasses
-from training.memory.synthetic import SyntheticStage, synthetic_stage
+from training.memory.passes import Formats, StagePasses, SyntheticStage, synthetic_stage
 from training.memory.tracer import without_memory
 
 PrecisionName = Literal["fp32", "bf16", "fp16"]
@@ -36,14 +34,13 @@ PrecisionName = Literal["fp32", "bf16", "fp16"]
 RUNTIME_BYTES = {"cuda": 1 << 30, "cpu": 1 << 29}
 """The CUDA context and the libraries' workspaces; Python and torch themselves."""
 
-
 LIVE_PARAMETERS = 1_000_000_000
-"""Weights that ZeRO 3 has fetched at one time, at most: DeepSpeed's stage3_max_live_parameters."""
+"""Most weights that ZeRO 3 has fetched at one time: DeepSpeed's stage3_max_live_parameters."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How a stage is trained, as far as memory depends on it."""
+    """How a stage is trained, as far as memory depends on it. num_parts: accumulation steps."""
 
     engine: EngineName = "torch"
     precision: PrecisionName = "fp32"
@@ -58,7 +55,7 @@ class Setting:
 
     @classmethod
     def of(cls, hyperparameters: Hyperparameters, stage: StageName, *, num_devices: int) -> Setting:
-        """What a job's author chose."""
+        """Return the setting of a job's hyperparameters."""
         settings = hyperparameters.of(stage)
         setting = cls(
             precision=settings.precision,
@@ -79,27 +76,46 @@ class Setting:
             has_muon=False,
         )
 
+    @property
+    def label(self) -> str:
+        """`ZeRO 2, checkpointing, offload, 4 parts`"""
+        words = ["torch" if self.engine == "torch" else f"ZeRO {self.zero_stage}"]
+        if self.activation_checkpointing:
+            words.append("checkpointing")
+        if self.offload_optimizer:
+            words.append("offload all" if self.offload_parameters else "offload")
+        if self.num_parts > 1:
+            words.append(f"{self.num_parts} parts")
+        return ", ".join(words)
 
-@dataclass(frozen=True)
+    @property
+    def formats(self) -> Formats:
+        """Number formats of the passes; bf16 stands for fp16 too, which is as large."""
+        half = None if self.precision == "fp32" else torch.bfloat16
+        weights = None if self.engine == "torch" else half
+        return Formats(half, weights, self.activation_checkpointing)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on one device at the fullest moment of a step; `host`: beside it, for this device.
+    """Peak bytes on one device during a step. host: of host memory, for this device.
 
-    activations: what forward and backward pass hold; or the update, or with DeepSpeed a
+    activations: of the forward and backward pass; or of the update, or with DeepSpeed of a
         validation, if that is more.
-    exchange: what is under way between the devices.
+    exchange: buffers of the communication between devices.
     """
 
     weights: int
     gradients: int
     optimiser: int
     activations: int
-    exchange: int
+    exchange: int = 0
     runtime: int
     host: int = 0
 
     @property
     def device(self) -> int:
-        """All of it but `host`."""
+        """Everything but `host`."""
         kept = self.weights + self.gradients + self.optimiser
         return kept + self.activations + self.exchange + self.runtime
 
@@ -115,7 +131,7 @@ class StageMemory:
         dvae: DVAEConfig | None = None,
         device_type: Literal["cpu", "cuda"],
     ) -> None:
-        """dvae: of the frozen one that the transformer's images go through."""
+        """dvae: of the frozen one that encodes a transformer's images."""
         self.name = name
         self.config = config
         self.dvae = dvae
@@ -133,17 +149,17 @@ class StageMemory:
 
     @property
     def num_parameters(self) -> int:
-        """P, with what is not trained by gradient."""
+        """Weights of the model, including those that are not trained by gradient."""
         return sum(each.numel() for each in self._model.model.parameters())
 
     def at(self, setting: Setting, part_size: int) -> Memory:
-        """part_size: pairs that one device computes at once."""
+        """Return the memory of a step. part_size: pairs that one device computes at once."""
         if setting.engine == "torch":
             return self._with_torch(setting, part_size)
         return self._with_deepspeed(setting, part_size)
 
     def largest_part(self, setting: Setting, device_bytes: int, *, at_most: int) -> int:
-        """How many pairs one device can compute at once in so much memory; 0: not even one."""
+        """Return how many pairs one device can compute at once in so many bytes, 0 to `at_most`."""
         low, high = 0, at_most + 1
         while high - low > 1:
             middle = (low + high) // 2
@@ -162,15 +178,17 @@ class StageMemory:
             optimiser += _num_bytes(self._model.model.parameters())
         update = 4 * muon_update_elements(hidden)
         if setting.num_devices == 1 and setting.num_parts == 1:
-            # Gradients come as activations go.
-            most = max(
-                self._passes.with_gradients(part_size, _formats(setting)), gradients + update
-            )
-            activations = most - gradients
+            # Gradients are allocated while activations are freed.
+            peak = self._passes.with_gradients(part_size, setting.formats)
+            activations = max(0, max(peak, gradients + update) - gradients)
         else:
-            activations = max(self._passes.activations(part_size, _formats(setting)), update)
+            activations = max(self._passes.activations(part_size, setting.formats), update)
         return Memory(
-            weights, gradients, optimiser, max(0, activations), 0, RUNTIME_BYTES[self.device_type]
+            weights=weights,
+            gradients=gradients,
+            optimiser=optimiser,
+            activations=activations,
+            runtime=RUNTIME_BYTES[self.device_type],
         )
 
     def _with_deepspeed(self, setting: Setting, part_size: int) -> Memory:
@@ -178,53 +196,55 @@ class StageMemory:
         P = sum(each.numel() for each in self._trained)
         width = 4 if setting.precision == "fp32" else 2
         bucket = width * min(BUCKET_ELEMENTS, P)
-        activations = self._passes.activations(part_size, _formats(setting))
-        validated = 4 * self.num_parameters  # the whole model in fp32, while it is looked at
+        activations = self._passes.activations(part_size, setting.formats)
+        validated = 4 * self.num_parameters  # the whole model in fp32, during a validation
+        average = 4 if setting.has_average else 0
+        memory = Memory(
+            weights=4 * P + self._resident,
+            gradients=4 * P,
+            optimiser=(8 + average) * P,
+            activations=max(activations, validated),
+            exchange=bucket if N > 1 else 0,
+            runtime=RUNTIME_BYTES[self.device_type],
+        )
         if zero == 0:
-            return Memory(
-                4 * P + self._resident,
-                4 * P,
-                8 * P + (4 * P if setting.has_average else 0),
-                max(activations, validated),
-                bucket if N > 1 else 0,
-                RUNTIME_BYTES[self.device_type],
-            )
+            return memory
         share = -(-P // N)
         weights = width * P
         gradients = width * P
         exchange = bucket
         if zero >= 2:
-            # Sums over several parts are kept in fp32.
+            # Sums over accumulation steps are kept in fp32.
             gradients = (4 if setting.num_parts > 1 else width) * share
             exchange += bucket
-        in_host = 0
+        host = 0
         if zero == 3:
-            # The layers at work and some to come, fetched ahead.
+            # The layers being computed, and some that are fetched ahead.
             exchange += width * min(P, LIVE_PARAMETERS) + bucket
             weights = width * share
             if setting.offload_parameters:
-                in_host, weights = weights, 0
-        # fp32 weights to update, two moments, the average; and the gradients' share in fp32.
-        kept = (4 + 8 + (4 if setting.has_average else 0)) * share
+                host, weights = weights, 0
+        # fp32 weights to update, two moments, the average; and the share's gradients in fp32.
+        optimiser = (4 + 8 + average) * share
         update = 4 * share
         if setting.offload_optimizer:
-            in_host += kept + update
+            host += optimiser + update
+            optimiser = update = 0
             if zero >= 2:
                 gradients = 0
-            kept = update = 0
-        return Memory(
-            weights + self._resident,
-            gradients,
-            kept,
-            max(activations, update, validated),
-            exchange,
-            RUNTIME_BYTES[self.device_type],
-            in_host,
+        return replace(
+            memory,
+            weights=weights + self._resident,
+            gradients=gradients,
+            optimiser=optimiser,
+            activations=max(activations, update, validated),
+            exchange=exchange,
+            host=host,
         )
 
     @cached_property
     def _resident(self) -> int:
-        """Buffers, and the frozen models beside the trained one."""
+        """Bytes of buffers, and of the frozen models beside the trained one."""
         frozen = [
             each
             for each in vars(self._model).values()
@@ -232,13 +252,6 @@ class StageMemory:
         ]
         tensors = [each for model in frozen for each in (*model.parameters(), *model.buffers())]
         return _num_bytes([*self._model.model.buffers(), *tensors])
-
-
-def _formats(setting: Setting) -> Formats:
-    """Of a setting; bf16 stands for fp16 too, which is as large."""
-    half = None if setting.precision == "fp32" else torch.bfloat16
-    weights = None if setting.engine == "torch" else half
-    return Formats(half, weights, setting.activation_checkpointing)
 
 
 def _num_bytes(tensors: Iterable[Tensor]) -> int:

@@ -1,30 +1,78 @@
-"""The forward and backward pass of one of a job's stages, traced at a few sizes for all others."""
+"""A stage without a data set, and the memory of its passes at every batch size and number format.
+
+For measuring what training takes before, or instead of, training.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 
-from dalle.models.clip import ClipConfig
-from dalle.models.dvae import DVAEConfig
-from dalle.models.transformer import TransformerConfig
+from dalle.models.clip import Clip, ClipConfig
+from dalle.models.dvae import DiscreteVAE, DVAEConfig
+from dalle.models.transformer import Dalle, TransformerConfig
 from training.config.models import Config
-from training.memory.synthetic import random_batch, synthetic_stage
+from training.data.batching.batches import Batch
+from training.loop.stages import ClipStage, DVAEStage, StageData, TransformerStage
 from training.memory.tracer import FAKE_DEVICE, Passes, trace_passes
 
-BATCHES = (2, 4)
-CLIP_BATCHES = (2, 4, 6)
-"""CLIP compares all pairs of a batch: that grows with its square."""
+BATCH_SIZES = (2, 4)
+CLIP_BATCH_SIZES = (2, 4, 6)
+"""CLIP compares all pairs of a batch, which grows with its square."""
 
 FEW_LAYERS, MORE_LAYERS = 1, 2
-"""Deeper models are traced at these depths, and what a layer adds is added for the rest."""
+"""Deeper models are traced at these depths, and extrapolated by the difference."""
+
+SyntheticStage = DVAEStage | TransformerStage | ClipStage
+
+
+def synthetic_stage(
+    config: Config,
+    device: torch.device,
+    *,
+    dvae: DVAEConfig | None = None,
+    checkpoints_activations: bool = False,
+) -> SyntheticStage:
+    """Make a stage with an untrained model, as a job does, on torch's current device.
+
+    device: where the stage takes its batches.
+    dvae: for a transformer, whose images are encoded by an untrained one in every step.
+    """
+    data = StageData(cast(Any, SimpleNamespace(dataset=None)), None, device)
+    if isinstance(config, DVAEConfig):
+        return DVAEStage(DiscreteVAE(config), data)
+    if isinstance(config, TransformerConfig):
+        assert dvae is not None, "a transformer's image tokens come from a dVAE"
+        model = Dalle(config)
+        model.checkpoints_activations = checkpoints_activations
+        frozen = DiscreteVAE(dvae).eval().requires_grad_(False)
+        return TransformerStage(model, frozen, data)
+    return ClipStage(Clip(config), data)
+
+
+def random_batch(config: Config, size: int, *, dvae: DVAEConfig | None = None) -> Batch:
+    """Make a batch of random pixels and random text tokens, on the CPU. dvae: as above."""
+    text_tokens = None
+    if isinstance(config, TransformerConfig):
+        assert dvae is not None, "a transformer's image tokens come from a dVAE"
+        image_size = dvae.image_size
+        text_tokens = torch.randint(1, config.text_vocab_size, (size, config.text_length))
+    else:
+        image_size = config.image_size
+    if isinstance(config, ClipConfig):
+        # The model has one token more than the tokenizer, and room for it.
+        shape = (size, config.text_length - 1)
+        text_tokens = torch.randint(1, config.text_vocab_size - 1, shape)
+    images = torch.rand(size, 3, image_size, image_size)
+    return Batch(images, [""] * size, torch.arange(size), text_tokens)
 
 
 @dataclass(frozen=True)
 class Formats:
-    """In what a stage is computed: number formats, None for fp32, and whether activations that can
-    be are computed a second time instead of kept."""
+    """How a stage is computed: number formats, None for fp32, and activation checkpointing."""
 
     forward: torch.dtype | None = None
     weights: torch.dtype | None = None
@@ -32,7 +80,7 @@ class Formats:
 
 
 class StagePasses:
-    """What a stage's passes hold, beside its weights, at every batch size and in all formats."""
+    """Memory of a stage's passes, beside its weights. Traced at a few sizes, for all others."""
 
     def __init__(self, config: Config, dvae: DVAEConfig | None, *, is_for_gpu: bool) -> None:
         """dvae: of the frozen one that a transformer's images go through."""
@@ -42,20 +90,20 @@ class StagePasses:
         self._traces: dict[Formats, list[tuple[float, Passes]]] = {}
 
     def activations(self, batch_size: int, formats: Formats) -> int:
-        """The most bytes held at once beside weights and gradients."""
+        """Return the most bytes held at once beside weights and gradients."""
         traces = self._traced(formats)
-        return round(sum(times * passes.activations(batch_size) for times, passes in traces))
+        return round(sum(factor * passes.activations(batch_size) for factor, passes in traces))
 
     def with_gradients(self, batch_size: int, formats: Formats) -> int:
-        """Likewise with the gradients, which come while activations go."""
+        """Return the same with the gradients, which are allocated while activations are freed."""
         traces = self._traced(formats)
-        return round(sum(times * passes.with_gradients(batch_size) for times, passes in traces))
+        return round(sum(factor * passes.with_gradients(batch_size) for factor, passes in traces))
 
     def _traced(self, formats: Formats) -> list[tuple[float, Passes]]:
-        """Traces, and how much of each is to be added up."""
+        """Return traces, and the factor of each in their sum."""
         if formats not in self._traces:
             self._traces[formats] = [
-                (times, self._trace(each, formats)) for times, each in self._depths()
+                (factor, self._trace(config, formats)) for factor, config in self._depths()
             ]
         return self._traces[formats]
 
@@ -68,30 +116,26 @@ class StagePasses:
                 checkpoints_activations=formats.checkpoints_activations,
             ),
             lambda size: random_batch(config, size, dvae=self._dvae),
-            CLIP_BATCHES if isinstance(config, ClipConfig) else BATCHES,
+            CLIP_BATCH_SIZES if isinstance(config, ClipConfig) else BATCH_SIZES,
             autocast=formats.forward,
             dtype=formats.weights,
             is_for_gpu=self._is_for_gpu,
         )
 
     def _depths(self) -> list[tuple[float, Config]]:
-        """The config itself, or two shallow ones from which a line goes through its depth."""
+        """Return the config, or two shallow ones whose weighted sum extrapolates to its depth."""
         config = self._config
-        few: Config
-        more: Config
         if isinstance(config, TransformerConfig):
-            depth = config.num_layers
             if len({kind == "full" for kind in config.attention_kinds}) > 1:
-                return [(1.0, config)]  # layers with a mask and without take unlike memory
-            few = replace(config, num_layers=FEW_LAYERS)
-            more = replace(config, num_layers=MORE_LAYERS)
+                return [(1.0, config)]  # layers with a mask and without differ in memory
+            depth, fields = config.num_layers, ["num_layers"]
         elif isinstance(config, ClipConfig) and config.vision_layers == config.text_layers:
-            depth = config.text_layers
-            few = replace(config, vision_layers=FEW_LAYERS, text_layers=FEW_LAYERS)
-            more = replace(config, vision_layers=MORE_LAYERS, text_layers=MORE_LAYERS)
+            depth, fields = config.text_layers, ["vision_layers", "text_layers"]
         else:
             return [(1.0, config)]
         if depth <= MORE_LAYERS:
             return [(1.0, config)]
-        times = (depth - FEW_LAYERS) / (MORE_LAYERS - FEW_LAYERS)
-        return [(1 - times, few), (times, more)]
+        factor = (depth - FEW_LAYERS) / (MORE_LAYERS - FEW_LAYERS)
+        few: dict[str, Any] = dict.fromkeys(fields, FEW_LAYERS)
+        more: dict[str, Any] = dict.fromkeys(fields, MORE_LAYERS)
+        return [(1 - factor, replace(config, **few)), (factor, replace(config, **more))]

@@ -1,9 +1,9 @@
-"""What the forward and backward pass of a training step hold in memory, without computing them.
+"""Memory of a training step's forward and backward pass, traced without computing them.
 
-A stage's own loss and its gradient run on fake tensors, which have shapes but no values: every
-storage that is made and dropped is logged. So a change to a model changes the figures by itself,
-and a model of any size is measured in a second. What a kernel takes for itself within one
-operation is not seen.
+The stage's loss and its gradient run on fake tensors, which have shapes but no values, and every
+storage that is allocated and freed is logged. So the figures follow a change to a model, and a
+model of any size is traced in a second. Memory that a kernel allocates and frees within one
+operation is not traced.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from dalle.models.quantiser import Quantiser
 
 FAKE_DEVICE = torch.device("cpu")
-"""For a GPU torch chooses kernels by asking it; on the CPU attention is fused as it is there."""
+"""Without a GPU torch cannot choose its kernels; on the CPU attention is fused as on a GPU."""
 
 
 class Traceable(Protocol):
-    """A stage whose loss is traced; other models among its attributes are frozen ones."""
+    """A stage whose loss is traced; models among its attributes but `model` are frozen."""
 
     @property
     def model(self) -> nn.Module: ...
@@ -46,8 +46,8 @@ class Passes:
 
     coefficients: [degree + 1, storages], of each storage's bytes as a polynomial in the pairs of
         a batch; made of traces at as many batch sizes.
-    log: n >= 0 says that storage n is made, -n - 1 that it is dropped.
-    is_gradient: [storages], of those that are a weight's gradient in the end.
+    log: n >= 0 when storage n is allocated, -n - 1 when it is freed.
+    is_gradient: [storages], whether the storage is a weight's gradient in the end.
     """
 
     coefficients: NDArray[np.float64]
@@ -55,11 +55,11 @@ class Passes:
     is_gradient: NDArray[np.bool_]
 
     def activations(self, batch_size: int) -> int:
-        """The most bytes that the passes hold at once beside weights and gradients."""
+        """Return the most bytes held at once beside weights and gradients."""
         return self._peak(np.where(self.is_gradient, 0.0, self._sizes(batch_size)))
 
     def with_gradients(self, batch_size: int) -> int:
-        """Likewise with the gradients, which come while activations go."""
+        """Return the same with the gradients, which are allocated while activations are freed."""
         return self._peak(self._sizes(batch_size))
 
     def _sizes(self, batch_size: int) -> NDArray[np.float64]:
@@ -75,7 +75,7 @@ class Passes:
 
 @contextmanager
 def without_memory() -> Iterator[None]:
-    """Modules made within have shapes, but neither memory nor initial values."""
+    """Within it, modules are made with shapes, but neither memory nor initial values."""
     with torch.device("meta"), _Uninitialised():
         yield
 
@@ -89,7 +89,7 @@ def trace_passes(
     dtype: torch.dtype | None = None,
     is_for_gpu: bool = False,
 ) -> Passes:
-    """One forward and backward pass of a stage in training.
+    """Trace one forward and backward pass of a stage in training.
 
     make_batch: a batch of so many pairs, whose values do not matter.
     batch_sizes: at least two different ones; three when something grows with their square.
@@ -135,13 +135,13 @@ def _trace(
         stage.model.train()
         for module in stage.model.modules():
             if isinstance(module, Quantiser):
-                module.eval()  # its statistics look at values, and are as small as the codebook
+                module.eval()  # its statistics need values, and are as small as the codebook
         allocations.begin()
         batch = make_batch()
         precision = nullcontext() if autocast is None else torch.autocast("cpu", dtype=autocast)
         with precision:
             loss, reported = stage.loss(batch, 0.0)
-        # Not loss.backward(), within which a function mode would not see what is computed again.
+        # Not loss.backward(): a function mode does not see what is computed again within it.
         torch.autograd.backward(loss)
         parameters = [each for each in stage.model.parameters() if each.grad is not None]
         gradients = {allocations.number(each.grad) for each in parameters if each.grad is not None}
@@ -151,7 +151,7 @@ def _trace(
 
 
 def _ordered(entries: Iterable[int]) -> list[int]:
-    """The log with what is dropped in a row in the order of its numbers."""
+    """Return the log with storages that are freed in a row sorted by number."""
     return [
         entry
         for _, run in groupby(entries, key=lambda entry: entry >= 0)
@@ -160,7 +160,7 @@ def _ordered(entries: Iterable[int]) -> list[int]:
 
 
 class _Allocations(TorchDispatchMode):
-    """A log of storages: each has a number, from 0 in the order in which they are made."""
+    """Logs storages, numbered from 0 in the order in which they are allocated."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ class _Allocations(TorchDispatchMode):
         self.begin()
 
     def begin(self) -> None:
-        """Forget the log; storages that are there already are no part of the next one."""
+        """Start a new log, without the storages that exist already."""
         self.sizes: list[int] = []
         self.entries: list[int] = []
         self._alive = {key: (-1, alive[1]) for key, alive in self._alive.items()}
@@ -183,7 +183,7 @@ class _Allocations(TorchDispatchMode):
         return result
 
     def number(self, tensor: Tensor) -> int:
-        """That of a tensor's storage; -1 when it was there before the log began."""
+        """Return the number of a tensor's storage; -1 when it existed before the log began."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         known = self._alive.get(key)
@@ -193,17 +193,17 @@ class _Allocations(TorchDispatchMode):
         self.sizes.append(storage.nbytes())
         self.entries.append(number)
 
-        def drop(_: weakref.ref[Any]) -> None:
-            dropped, _ = self._alive.pop(key)
-            if dropped >= 0:
-                self.entries.append(-dropped - 1)
+        def free(_: weakref.ref[Any]) -> None:
+            freed, _ = self._alive.pop(key)
+            if freed >= 0:
+                self.entries.append(-freed - 1)
 
-        self._alive[key] = (number, weakref.ref(storage, drop))
+        self._alive[key] = (number, weakref.ref(storage, free))
         return number
 
 
 class _AutocastOfGPU(TorchFunctionMode):
-    """Under autocast, computes in fp32 what on a GPU is computed so."""
+    """Computes in fp32, under autocast, the operations that autocast does so on a GPU."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -220,7 +220,7 @@ _FP32_ON_GPU = {
     *("nll_loss", "norm", "normalize", "pow", "prod", "reciprocal", "rsqrt", "smooth_l1_loss"),
     *("__pow__", "softmax", "softplus", "square", "sum"),
 }
-"""Those of https://docs.pytorch.org/docs/stable/amp.html that a model may use; square is a pow."""
+"""Those of https://docs.pytorch.org/docs/stable/amp.html that models use; square is a pow."""
 
 
 def _in_fp32(value: object) -> object:
@@ -230,7 +230,7 @@ def _in_fp32(value: object) -> object:
 
 
 class _Uninitialised(TorchFunctionMode):
-    """Leaves out what fills new tensors with numbers."""
+    """Skips the functions that fill new tensors with numbers."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -248,7 +248,10 @@ _FILLING = {
 
 
 def _materialise(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Put fake tensors of the same layout in the place of a model's own."""
+    """Replace a model's tensors by fake ones of the same layout, floats in `dtype` if it is given.
+
+    The model is made on the meta device first: `Module.to` cannot convert fake tensors.
+    """
 
     def fake(tensor: Tensor) -> Tensor:
         kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype

@@ -70,7 +70,7 @@ def test_whole_classes_can_be_held_out(birds, tmp_path):
 
 def test_a_list_that_is_a_pickle_is_refused(birds, tmp_path):
     (tmp_path / "filenames.pickle").write_bytes(b"\x80\x03]q\x00.")
-    with pytest.raises(UserError, match="is no text file"):
+    with pytest.raises(UserError, match="is not a text file"):
         cub.convert(birds, tmp_path / "out", held_out=tmp_path / "filenames.pickle")
 
 

@@ -1,4 +1,4 @@
-"""training.memory.auto_batch and what the worker makes of `batch_size=auto`."""
+"""training.memory.auto_batch and what the job makes of `batch_size=auto`."""
 
 import threading
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from training.__main__ import main
-from training.memory.options import parse_bytes
+from training.memory.command import parse_bytes
 
 TINY = {"size": "tiny", "image_size": 16}
 

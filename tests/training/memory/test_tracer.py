@@ -15,7 +15,7 @@ from training.engine.torch_engine import TorchEngine
 from training.memory.allocator import peak_bytes
 from training.memory.auto_batch import Trial
 from training.memory.estimate import Memory, Setting, StageMemory
-from training.memory.synthetic import random_batch, synthetic_stage
+from training.memory.passes import random_batch, synthetic_stage
 from training.memory.tracer import trace_passes
 
 CPU = torch.device("cpu")

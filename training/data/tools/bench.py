@@ -1,7 +1,7 @@
-"""How quickly images come out of shards: read, decoded, cut square and shrunk, by one core.
+"""How fast images come out of shards: read, decoded, cropped square and shrunk, on one core.
 
-Measured in CPU time of this process, so that what else the machine does matters little. What the
-loader adds (bringing a batch from its workers) is some milliseconds a batch.
+Measured in CPU time of this process, so that other load on the machine matters little. The loader
+adds some milliseconds a batch, for passing it between processes.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import numpy as np
 from PIL import Image
 
 from training.data.sources.channel import open_channel
+from training.data.tools.sharding import add_member
 
 SIZES = ((256, 256), (341, 256), (500, 375), (1024, 768))
-"""As `shard --shrink-to 256` writes them (square, 4:3), as CUB has them, and a small camera's."""
+"""Those of `shard --shrink-to 256` (square, 4:3), of CUB, and of a small camera."""
 
-IMAGES = 24  # different ones of each size
+NUM_IMAGES = 24  # different ones of each size
 DETAIL = ((8, 60), (32, 30), (128, 14), (512, 8))
-"""Cells across a picture and their contrast: about as many bytes as photographs of birds have."""
+"""Cells across an image and their contrast: about as many bytes as photographs of birds have."""
 
 
 @dataclass(frozen=True)
@@ -38,40 +39,32 @@ class LoadingSpeed:
 
 
 def measure(image_size: int, seconds: float) -> list[LoadingSpeed]:
-    """Load images of each of `SIZES` as squares of `image_size`, for so much CPU time."""
+    """Load images of each of `SIZES` as squares of `image_size`, for so much CPU time each."""
     return [_measure(width, height, image_size, seconds) for width, height in SIZES]
 
 
 def _measure(width: int, height: int, image_size: int, seconds: float) -> LoadingSpeed:
     with tempfile.TemporaryDirectory() as folder:
-        num_bytes = _write_shard(Path(folder) / "shard.tar", width, height)
+        num_bytes = 0
+        with tarfile.open(Path(folder) / "shard.tar", "w") as archive:
+            for number in range(NUM_IMAGES):
+                image = _photograph(width, height, number)
+                num_bytes += len(image)
+                add_member(archive, f"{number:03}.jpg", image)
+                add_member(archive, f"{number:03}.txt", b"noise")
         dataset = open_channel(Path(folder), image_size=image_size)
-        for index in range(len(dataset)):  # the first pass warms up
+        for index in range(len(dataset)):  # warm-up
             dataset.image(index)
         count = 0
         begin = time.process_time()
         while (spent := time.process_time() - begin) < seconds:
             dataset.image(count % len(dataset))
             count += 1
-    return LoadingSpeed(width, height, num_bytes / IMAGES / 1e6, count, count / spent)
-
-
-def _write_shard(path: Path, width: int, height: int) -> int:
-    """Returns the bytes of its images."""
-    total = 0
-    with tarfile.open(path, "w") as archive:
-        for number in range(IMAGES):
-            image = _photograph(width, height, number)
-            total += len(image)
-            for suffix, data in (("jpg", image), ("txt", b"noise")):
-                info = tarfile.TarInfo(f"{number:03}.{suffix}")
-                info.size = len(data)
-                archive.addfile(info, io.BytesIO(data))
-    return total
+    return LoadingSpeed(width, height, num_bytes / NUM_IMAGES / 1e6, count, count / spent)
 
 
 def _photograph(width: int, height: int, seed: int) -> bytes:
-    """A JPEG of smooth noise at several scales."""
+    """Return a JPEG of smooth noise at several scales."""
     generator = np.random.default_rng(seed)
     pixels = np.full((height, width, 3), 128.0, dtype=np.float32)
     for cells, contrast in DETAIL:

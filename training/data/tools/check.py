@@ -1,16 +1,15 @@
-"""What is wrong with a channel, found before a job is paid for. See `training.data.tools.findings`.
+"""Checks of a channel before a job is paid for. See `training.data.tools.findings`.
 
-The channel is read as training reads it, each image decoded once, and what training would skip or
-refuse is counted by the same names. Two things training does not look for: pictures that occur
-twice, and pictures of the channel `validation` that are trained on.
+The channel is read as training reads it, each image is decoded once, and what training would skip
+or refuse is counted under the same names. Training does not look for two things that are counted
+too: images that occur twice, and images of the channel `validation` that are trained on.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dalle.errors import CaptionTooLong, DataError
+from dalle.platform.limits import usable_cpus
 from dalle.preprocess.images import ImageError
 from dalle.types import TokenizerKind
 from training.data.skips import SkipReason, printable
@@ -25,13 +25,13 @@ from training.data.sources.channel import open_channel
 from training.data.sources.index import Pairs
 from training.data.tools.findings import ChannelFindings, Doubles, Findings, LongCaptions
 
-AT_ONCE = 64  # images on their way through the threads
+THREAD_CHUNK = 64  # images that threads work on at a time
 ENCODE_CHUNK = 4096
 
 
 @dataclass(frozen=True)
 class CheckOptions:
-    """What training would be told; the names are those of hyperparameters."""
+    """Settings of the job; the names are those of hyperparameters."""
 
     image_size: int
     max_bad_share: float
@@ -41,65 +41,58 @@ class CheckOptions:
     tokenizer_vocab_size: int
 
 
-@dataclass(frozen=True)
-class _Looked:
-    """A channel that could be opened, and the pictures it holds: digest -> the first's name."""
-
-    dataset: Pairs
-    pictures: dict[bytes, str]
-    findings: ChannelFindings
-
-
 def check(directory: Path, validation: Path | None, options: CheckOptions) -> Findings:
-    """Look at a channel, and at the held-out one that goes with it."""
-    train = _look(directory, "train", options)
-    held_out = None if validation is None else _look(validation, "validation", options)
-    looked = [each for each in (train, held_out) if isinstance(each, _Looked)]
-    leaks = Doubles(0, [])
-    if isinstance(train, _Looked) and isinstance(held_out, _Looked):
-        names = [
-            f"{name} is {train.pictures[digest]}"
-            for digest, name in held_out.pictures.items()
-            if digest in train.pictures
-        ]
-        leaks = Doubles(len(names), names)
-    channels = [
-        each.findings if isinstance(each, _Looked) else each
-        for each in (train, held_out)
-        if each is not None
+    """Check a channel, and the held-out one that goes with it."""
+    findings: list[ChannelFindings] = []
+    opened: dict[str, Pairs] = {}
+    images: dict[str, dict[bytes, str]] = {"train": {}, "validation": {}}
+    for channel, root in (("train", directory), ("validation", validation)):
+        if root is None:
+            continue
+        try:
+            dataset = open_channel(
+                root,
+                image_size=options.image_size,
+                channel=channel,
+                max_bad_share=1.0,  # everything is counted, however much of it is bad
+                caption_key=options.caption_key,
+            )
+        except DataError as error:
+            findings.append(ChannelFindings(channel, str(root), refusal=str(error)))
+            continue
+        opened[channel] = dataset
+        findings.append(_check_channel(dataset, str(root), images[channel]))
+    leaks = [
+        f"{name} is {images['train'][digest]}"
+        for digest, name in images["validation"].items()
+        if digest in images["train"]
     ]
+    num_shared_captions = 0
+    if len(opened) == 2:
+        trained_on = {caption for _, caption in _captions(opened["train"])}
+        shared = (caption in trained_on for _, caption in _captions(opened["validation"]))
+        num_shared_captions = sum(shared)
     return Findings(
-        channels,
-        leaks=leaks,
-        num_shared_captions=_shared_captions(looked),
-        long_captions=_long_captions([each.dataset for each in looked], options),
+        findings,
+        leaks=Doubles(len(leaks), leaks),
+        num_shared_captions=num_shared_captions,
+        long_captions=_long_captions(opened, options),
         max_bad_share=options.max_bad_share,
     )
 
 
-def _look(directory: Path, channel: str, options: CheckOptions) -> _Looked | ChannelFindings:
-    """Open a channel and decode all of it; findings alone when it cannot be opened."""
-    try:
-        dataset = open_channel(
-            directory,
-            image_size=options.image_size,
-            channel=channel,
-            max_bad_share=1.0,  # everything is to be seen, however much of it is bad
-            caption_key=options.caption_key,
-        )
-    except DataError as error:
-        return ChannelFindings(channel, str(directory), refusal=str(error))
-    pictures: dict[bytes, str] = {}
+def _check_channel(dataset: Pairs, directory: str, images: dict[bytes, str]) -> ChannelFindings:
+    """Decode all of a channel. images: filled with the name of each digest's first image."""
     doubles: list[str] = []
     for index, digest in _digests(dataset):
         name = printable(dataset.name(index))
-        first = pictures.setdefault(digest, name)
+        first = images.setdefault(digest, name)
         if first != name:
             doubles.append(f"{name} is {first}")
     skips = dataset.skips
-    findings = ChannelFindings(
-        channel,
-        str(directory),
+    return ChannelFindings(
+        dataset.channel,
+        directory,
         layout=dataset.layout,
         num_pairs=skips.num_good,
         num_captions=sum(len(dataset.captions(index)) for index in range(len(dataset))),
@@ -110,11 +103,10 @@ def _look(directory: Path, channel: str, options: CheckOptions) -> _Looked | Cha
         examples={reason.value: names for reason, names in skips.examples.items()},
         doubles=Doubles(len(doubles), doubles),
     )
-    return _Looked(dataset, pictures, findings)
 
 
 def _digests(dataset: Pairs) -> Iterator[tuple[int, bytes]]:
-    """A hash of each picture that can be decoded, as the models see it; the others are counted."""
+    """Hash each image that can be decoded, as the models see it; the others are counted."""
 
     def digest(index: int) -> bytes | ImageError:
         try:
@@ -127,8 +119,8 @@ def _digests(dataset: Pairs) -> Iterator[tuple[int, bytes]]:
     )
     numbers = iter(bar)
     # Pillow decodes without the interpreter's lock, so threads are enough.
-    with ThreadPoolExecutor(_num_cpus()) as threads:
-        while chunk := list(itertools.islice(numbers, AT_ONCE)):
+    with ThreadPoolExecutor(usable_cpus()) as threads:
+        while chunk := list(itertools.islice(numbers, THREAD_CHUNK)):
             for index, result in zip(chunk, threads.map(digest, chunk), strict=True):
                 if isinstance(result, ImageError):
                     reason = SkipReason.of(result)
@@ -137,53 +129,44 @@ def _digests(dataset: Pairs) -> Iterator[tuple[int, bytes]]:
                     yield index, result
 
 
-def _num_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-
-
 def _captions(dataset: Pairs) -> Iterator[tuple[str, str]]:
-    """The name of a pair and a caption of it, for all captions."""
+    """Yield the name of a pair and a caption of it, for all captions."""
     for index in range(len(dataset)):
         for caption in dataset.captions(index):
             yield dataset.name(index), caption
 
 
-def _shared_captions(looked: Sequence[_Looked]) -> int:
-    """Held-out captions that are trained on word for word."""
-    if len(looked) < 2:
-        return 0
-    known = {caption for _, caption in _captions(looked[0].dataset)}
-    return sum(caption in known for _, caption in _captions(looked[1].dataset))
-
-
-def _long_captions(datasets: Iterable[Pairs], options: CheckOptions) -> LongCaptions:
-    """Captions that training would refuse, by the tokenizer that it would make."""
-    datasets = list(datasets)
-    if not datasets or datasets[0].channel != "train":
+def _long_captions(opened: dict[str, Pairs], options: CheckOptions) -> LongCaptions:
+    """Find captions that training would refuse, with the tokenizer that it would train."""
+    if "train" not in opened:
         return LongCaptions(options.text_length, "there are no captions to train on")
     try:
         from dalle.preprocess.tokenizer import CaptionTokenizer  # torch: a laptop need not have it
     except ImportError as error:
         return LongCaptions(options.text_length, f"{error.name} is not installed here")
     tokenizer = CaptionTokenizer.train(
-        (caption for _, caption in _captions(datasets[0])),
+        (caption for _, caption in _captions(opened["train"])),
         kind=options.tokenizer_kind,
         vocab_size=options.tokenizer_vocab_size,
         text_length=options.text_length,
     )
-    too_long: list[str] = []
-    everything = (
-        (f"{dataset.channel}/{printable(name)}", caption)
-        for dataset in datasets
+
+    def too_long(pairs: Iterable[tuple[str, str]]) -> Iterator[str]:
+        for name, caption in pairs:
+            try:
+                tokenizer.encode([caption])
+            except CaptionTooLong as error:
+                yield f"{name}: {error}"
+
+    found: list[str] = []
+    captions = (
+        (f"{channel}/{printable(name)}", caption)
+        for channel, dataset in opened.items()
         for name, caption in _captions(dataset)
     )
-    while chunk := list(itertools.islice(everything, ENCODE_CHUNK)):
+    while chunk := list(itertools.islice(captions, ENCODE_CHUNK)):
         try:
             tokenizer.encode([caption for _, caption in chunk])
-        except CaptionTooLong:  # of one of them; now one by one
-            for name, caption in chunk:
-                try:
-                    tokenizer.encode([caption])
-                except CaptionTooLong as error:
-                    too_long.append(f"{name}: {error}")
-    return LongCaptions(options.text_length, None, len(too_long), too_long)
+        except CaptionTooLong:  # at least one of them
+            found += too_long(chunk)
+    return LongCaptions(options.text_length, None, len(found), found)

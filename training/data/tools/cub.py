@@ -1,8 +1,8 @@
 """CUB-200-2011 (birds) with ten captions an image, as the image-text folders that `train` reads.
 
-The images come as `images/<class>/<name>.jpg` with `images.txt` and `train_test_split.txt`; the
-captions (Reed et al. 2016, as AttnGAN packs them) as `text/<class>/<name>.txt`, one a line. Lists
-that are pickles are not read: give a plain text file instead.
+The images are `images/<class>/<name>.jpg` with `images.txt` and `train_test_split.txt`. The
+captions (Reed et al. 2016, as AttnGAN packs them) are `text/<class>/<name>.txt`, one a line.
+Pickled lists are not read: give a plain text file instead.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NAMES = "images.txt"
 
 @dataclass(frozen=True)
 class Converted:
-    """How many pairs and captions went where. num_mended: caption files that were no UTF-8."""
+    """What was written. num_mended: caption files that were not UTF-8."""
 
     num_train: int
     num_validation: int
@@ -39,9 +39,9 @@ def convert(
     """Write `out/train` and, when anything is held out, `out/validation`.
 
     text: the folder of captions; `text` or `text_c10` in the directory when None.
-    held_out: a text file that names a class (or class/image) a line; CUB's own split when None.
+    held_out: a text file with a class (or class/image) on each line; CUB's split when None.
         Without either, everything is trained on.
-    Raises UserError or DataError naming what is missing.
+    Raises UserError or DataError, which name what is missing.
     """
     images_root, text_root = directory / "images", _text_root(directory, text)
     if not images_root.is_dir():
@@ -92,12 +92,12 @@ def _text_root(directory: Path, text: Path | None) -> Path:
 
 
 def _held_out(directory: Path, held_out: Path | None) -> AbstractSet[str]:
-    """Classes, and images as `class/name` without suffix."""
+    """Return the held-out classes, and images as `class/name` without suffix."""
     if held_out is not None:
         try:
             lines = held_out.read_text("utf-8").split()
         except UnicodeDecodeError as error:
-            raise UserError(f"{held_out} is no text file; give one class a line") from error
+            raise UserError(f"{held_out} is not a text file; give one class a line") from error
         known = {line.removesuffix(".jpg") for line in lines}
         missing = [
             name for name in sorted(known) if not any((directory / "images").glob(f"{name}*"))
@@ -117,7 +117,7 @@ def _is_held_out(image: File, held_out: AbstractSet[str]) -> bool:
 
 
 def _captions(path: Path) -> tuple[list[str], bool]:
-    """The lines that hold text, and whether they were no UTF-8: then they are read as Latin-1."""
+    """Return the lines that hold text, and whether they are Latin-1 because they are not UTF-8."""
     data = path.read_bytes()
     try:
         content, is_mended = data.decode("utf-8-sig"), False

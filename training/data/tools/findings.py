@@ -1,4 +1,4 @@
-"""What `python -m training.data doctor` has found, as a verdict, a table, JSON and HTML."""
+"""Findings of `python -m training.data doctor`, as a verdict, a table, JSON and HTML."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EXAMPLES = 5
 
 @dataclass(frozen=True)
 class Doubles:
-    """Pictures that are another's, pixel by pixel as the models see them."""
+    """Images that equal another one, pixel by pixel as the models see them."""
 
     count: int
     names: Sequence[str]
@@ -25,7 +25,7 @@ class Doubles:
 
 @dataclass(frozen=True)
 class LongCaptions:
-    """Captions of more text tokens than `text_length`. unchecked: why nobody looked."""
+    """Captions of more text tokens than `text_length`. unchecked: why they were not checked."""
 
     text_length: int
     unchecked: str | None = None
@@ -35,7 +35,7 @@ class LongCaptions:
 
 @dataclass(frozen=True)
 class ChannelFindings:
-    """One channel. refusal: why it could not be read at all; num_bytes: of its images."""
+    """Findings of one channel. refusal: why it cannot be read at all; num_bytes: of its images."""
 
     channel: str
     directory: str
@@ -51,7 +51,7 @@ class ChannelFindings:
     doubles: Doubles = Doubles(0, ())
 
     def problems(self, max_bad_share: float) -> Iterator[str]:
-        """What would stop a job, or spoil what it learns."""
+        """Yield what would stop a job, or make its model worse."""
         if self.refusal is not None:
             yield self.refusal
             return
@@ -72,9 +72,9 @@ class ChannelFindings:
 
 @dataclass(frozen=True)
 class Findings:
-    """All channels together.
+    """Findings of all channels.
 
-    leaks: held-out pictures that are trained on. num_shared_captions: held-out captions that are.
+    leaks: held-out images that are trained on. num_shared_captions: held-out captions that are.
     """
 
     channels: Sequence[ChannelFindings]
@@ -85,7 +85,7 @@ class Findings:
 
     @property
     def problems(self) -> list[str]:
-        """Nothing when the channels are fit for training."""
+        """What makes the channels unfit for training; empty when they are fit."""
         found = [each for one in self.channels for each in one.problems(self.max_bad_share)]
         if self.long_captions.count:
             found.append(
@@ -102,13 +102,13 @@ class Findings:
         return found
 
     def as_json(self) -> str:
-        """One object; the names of doubles and of long captions are cut to a few."""
+        """Return one object, with a few names of doubles and of long captions."""
         content: dict[str, Any] = {"is_fine": not self.problems, "problems": self.problems}
         content |= _shortened(asdict(self))
         return json.dumps(content, indent=1, ensure_ascii=False)
 
     def as_text(self) -> str:
-        """A table for a terminal, and the problems below it."""
+        """Return a table for a terminal, and the problems below it."""
         rows = [("", *(each.channel for each in self.channels))]
         rows += [(name, *values) for name, values in self._rows()]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -126,7 +126,7 @@ class Findings:
         return "\n".join(lines)
 
     def as_html(self) -> str:
-        """A page that needs nothing else."""
+        """Return a page without references to other files."""
         environment = Environment(loader=PackageLoader("training.report"), autoescape=True)
         return environment.get_template("channels.html").render(
             title="Channel check",
@@ -138,7 +138,7 @@ class Findings:
         )
 
     def _rows(self) -> Iterator[tuple[str, list[str]]]:
-        """Name -> a value for each channel."""
+        """Yield the rows of the table: a name, and a value for each channel."""
         yield "layout", [each.layout or "unreadable" for each in self.channels]
         yield "pairs", [f"{each.num_pairs:,}" for each in self.channels]
         yield "captions", [f"{each.num_captions:,}" for each in self.channels]
@@ -156,7 +156,7 @@ class Findings:
         yield f"captions over {self.long_captions.text_length} tokens", [number, *blanks]
 
     def _examples(self) -> Iterator[tuple[str, list[str]]]:
-        """Heading -> some names."""
+        """Yield headings with some names."""
         if self.long_captions.unchecked is not None:
             yield "length of captions not checked", [self.long_captions.unchecked]
         for each in self.channels:
@@ -188,7 +188,7 @@ def _some(names: Sequence[str], count: int) -> list[str]:
 
 
 def _shortened(value: Any) -> Any:
-    """The same with at most `EXAMPLES` of every list of names."""
+    """Return the same with at most `EXAMPLES` of every list of names."""
     if isinstance(value, dict):
         return {
             key: list(each)[:EXAMPLES] if key == "names" else _shortened(each)

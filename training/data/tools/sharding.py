@@ -1,9 +1,8 @@
-"""Any channel as WebDataset tar shards, in an order that does not depend on who writes them.
+"""Any channel as WebDataset tar shards, in an order that depends on the seed alone.
 
 A shard of 50 to 150 MB is quick to fetch from S3 and quick to read; thousands of small files are
 neither. Image files are copied as they are, unless they are to be shrunk: photographs of a camera's
-size keep a job waiting for their pixels. The same input gives the same bytes: members carry no
-times or owners, and the order is drawn from the seed.
+size slow a job down. The same input gives the same bytes: members have no times or owners.
 """
 
 from __future__ import annotations
@@ -48,20 +47,20 @@ def write_shards(
 ) -> Written:
     """Write shards of about `megabytes` (of 10**6 bytes) into a new or empty directory.
 
-    shrink_to: pixels of the shorter side; images that have more are written anew with so many, as
-        JPEG (quality 95) if they were that, else as PNG. Shards then get smaller, too.
+    shrink_to: pixels of the shorter side; larger images are encoded again at that size, as JPEG
+        (quality 95) if they were JPEG, else as PNG. Shards then are smaller than `megabytes`.
     An image file that cannot be read, or is too large, is left out and counted in the data set's
-    skips. Raises UserError when something is in the directory already: it might be left of other
-    data; DataError when more than the data set's `max_bad_share` are left out.
+    skips. Raises UserError for a directory that is not empty; DataError when more than the data
+    set's `max_bad_share` are left out.
     """
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
         raise UserError(f"{out} is not empty; give a new directory")
     order = Sampler(num_pairs=len(dataset), batch_size=1, seed=seed).permutation(0)
-    ends = np.cumsum([_tar_bytes(dataset, index) for index in order.tolist()])
+    sizes = np.asarray([_tar_bytes(dataset, index) for index in order.tolist()])
+    ends = np.cumsum(sizes)
     num_shards = max(1, round(float(ends[-1]) / (megabytes * 1e6)))
-    # A pair goes where its middle lies: all shards are of one size, but for half a pair.
-    sizes = np.diff(ends, prepend=0)
+    # A pair goes where its middle lies, so that shards differ by less than a pair.
     shard_of = ((ends - sizes / 2) * num_shards // ends[-1]).astype(int)
     bar = tqdm(total=len(dataset), desc=f"writing {out}", unit="pairs", disable=None, delay=0.5)
     num_pairs = num_captions = num_bytes = 0
@@ -81,8 +80,8 @@ def write_shards(
                     dataset.skips.check_share(dataset.max_bad_share)
                     continue
                 key = key_of(dataset.name(index))
-                _add_file(archive, key + suffix, image)
-                _add_file(archive, f"{key}.txt", _text(dataset, index))
+                add_member(archive, key + suffix, image)
+                add_member(archive, f"{key}.txt", _text(dataset, index))
                 num_pairs += 1
                 num_captions += len(dataset.captions(index))
         num_bytes += path.stat().st_size
@@ -91,7 +90,7 @@ def write_shards(
 
 
 def key_of(name: str) -> str:
-    """A pair's name without its suffix, as a key: no dot in its last part, no two alike.
+    """Return a pair's name without its suffix as a key: unique, with no dot in its last part.
 
     >>> key_of("a.b/IMG_0.5.jpg")
     'a.b/IMG_0%2E5'
@@ -100,8 +99,15 @@ def key_of(name: str) -> str:
     return posixpath.join(folder, base.replace("%", "%25").replace(".", "%2E"))
 
 
+def add_member(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Append a file without times or owners."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    archive.addfile(info, io.BytesIO(data))
+
+
 def _tar_bytes(dataset: Pairs, index: int) -> int:
-    """What a pair takes in a shard, names of ordinary length presumed."""
+    """Return what a pair takes in a shard, unless its name needs a header of its own."""
     parts = (dataset.num_bytes(index), len(_text(dataset, index)))
     return sum(BLOCK + -(-num_bytes // BLOCK) * BLOCK for num_bytes in parts)
 
@@ -111,7 +117,7 @@ def _text(dataset: Pairs, index: int) -> bytes:
 
 
 def _image(dataset: Pairs, index: int, shrink_to: int | None) -> tuple[str, bytes]:
-    """Suffix and bytes of an image file. Raises `ImageError`."""
+    """Return suffix and bytes of an image file. Raises `ImageError`."""
     name, data = dataset.name(index), dataset.image_bytes(index)
     suffix = posixpath.splitext(name)[1].lower()
     if shrink_to is None:
@@ -128,9 +134,3 @@ def _image(dataset: Pairs, index: int, shrink_to: int | None) -> tuple[str, byte
         return suffix, file.getvalue()
     image.save(file, format="PNG")
     return ".png", file.getvalue()
-
-
-def _add_file(archive: tarfile.TarFile, name: str, data: bytes) -> None:
-    info = tarfile.TarInfo(name)  # without times and owners
-    info.size = len(data)
-    archive.addfile(info, io.BytesIO(data))
