@@ -1,6 +1,6 @@
-"""The command `train`: read the job, check it, run it on all of this host's devices.
+"""Command `train`: read the job, check it, run it on all of this host's devices.
 
-Whatever can be wrong with the job's description is found before torch is even imported.
+The job's description is checked before torch is imported.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    """Say what the job would need; reads its hyperparameters alone and writes nothing."""
+    """Print the memory plan; reads only the job's hyperparameters and writes nothing."""
     try:
         job = read_job(options.root)
         return plan_command.run_plan(job, hyperparameters.parse(job.hyperparameters), options)
@@ -114,7 +114,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _checked(root: Path) -> tuple[Job, Hyperparameters]:
-    """The job and its typed hyperparameters. Raises JobError with everything that is wrong."""
+    """Return the job and its typed hyperparameters. Raises JobError with all problems."""
     job = read_job(root)
     problems: list[JobError] = []
     settings = None
@@ -136,7 +136,7 @@ def _checked(root: Path) -> tuple[Job, Hyperparameters]:
 def _run(
     job: Job, settings: Hyperparameters, stop: threading.Event, port: int, timeouts: Timeouts
 ) -> int:
-    # Imported here: torch takes seconds, which a job that cannot run need not wait for.
+    # Imported here: torch takes seconds, which a wrong job should not wait for.
     from training.engine.devices import count_devices
     from training.job import launch
 

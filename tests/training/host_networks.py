@@ -40,7 +40,7 @@ class Network:
 
     @contextmanager
     def cut(self, number):
-        """One host's packets are lost on the way, in both directions, and nobody is told."""
+        """Drop one host's packets in both directions, silently."""
         if self.switch is None:
             not_permitted("a host can be cut off where network namespaces are permitted alone")
         _ip("-n", self.switch, "link", "set", f"port{number}", "down")

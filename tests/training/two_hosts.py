@@ -91,7 +91,7 @@ def forked(trees, network=None, *, timeouts=LONG_TIMEOUTS, work=None):
     """The same as `started`, sooner: forks of a process that has torch, see
     `tests.training.forked`.
 
-    work: what they do in place of `train`, a function of a module.
+    work: a function of a module to run in place of `train`.
     """
     port = str(free_port())
     with _ended_at_last() as processes:
@@ -112,7 +112,7 @@ def forked(trees, network=None, *, timeouts=LONG_TIMEOUTS, work=None):
 
 
 def train(words, timeouts, namespace):
-    """What a fork does."""
+    """Main function of a fork."""
     if namespace is not None:
         enter(namespace)
     return main(words, timeouts=timeouts)
@@ -139,7 +139,7 @@ def log_of(tree):
 
 
 def wait_for_step(trees, processes, stage, step):
-    """Until the first host has reported a step of a stage; the end of any process is an error."""
+    """Wait until the first host has reported a step; the end of any process is an error."""
     pattern = re.compile(rf"{stage}_step={step};")
     while not pattern.search(log_of(trees[0])):
         for tree, process in zip(trees, processes, strict=True):
@@ -175,6 +175,6 @@ def metrics_of(tree):
 
 
 def written(tree):
-    """What a host wrote, by path under its root."""
+    """Paths under its root that a host wrote."""
     paths = (path.relative_to(tree.root) for path in tree.root.rglob("*") if path.is_file())
     return {str(path) for path in paths if path.parts[0] != "input" and str(path) != "log"}

@@ -212,7 +212,7 @@ class _Ours:
         self.engine.step(1_000, 0.5)
 
     def state_bytes(self) -> int:
-        return _state_bytes(self.model, self.engine.optimisers)
+        return _state_bytes(self.model, self.engine.optimizers)
 
 
 def _state_bytes(model: Any, optimisers: Sequence[Any]) -> int:

@@ -1,8 +1,8 @@
-"""DeepSpeed's configuration, from hyperparameters and from the JSON a job may bring. No torch.
+"""DeepSpeed's configuration, from hyperparameters and from the JSON of a job. No torch.
 
-What a hyperparameter decides stands in one place. The JSON (`deepspeed_config`) may say it in the
-hyperparameter's stead, or the same as it, but nothing else; and it may set what there is no
-hyperparameter for, as far as that changes how DeepSpeed works and not what it computes.
+A key of the JSON (`deepspeed_config`) that a hyperparameter decides sets that hyperparameter, or
+must agree with it. Of the other keys those may be set that change how DeepSpeed works but not what
+it computes.
 """
 
 from __future__ import annotations
@@ -17,28 +17,25 @@ from dalle.types import StageName
 from training.config.fields import Hyperparameters, StageHyperparameters
 
 TRAINED_BY_DEEPSPEED: tuple[StageName, ...] = ("transformer",)
-"""dVAE and CLIP stay with torch's engine: of any size they fit on a device many times over.
+"""Stages for DeepSpeed. dVAE and CLIP fit on any device and stay with torch's engine.
 
-Nor would they come out right. The dVAE's quantiser puts new vectors into weights in the midst of
-training, which the copies that ZeRO updates would undo a step later; and DeepSpeed 0.19 cannot
-send around a parameter without dimensions, which CLIP's logit scale is.
+DeepSpeed would also train them wrongly: the dVAE's quantiser writes new vectors into weights, which
+ZeRO's copies would undo a step later, and DeepSpeed 0.19 cannot broadcast a parameter without
+dimensions, such as CLIP's logit scale.
 """
 
 AUTO = "auto"
-"""A value that stands for the hyperparameter's own, as others write it in such files."""
+"""Value that stands for the hyperparameter's, as in other tools' files."""
 
 BUCKET_ELEMENTS = 50_000_000
-"""Largest number of gradients, or weights, that are exchanged at once: 100 MB of bf16."""
+"""Most gradients or weights exchanged at once: 100 MB of bf16."""
 
 Key = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Implied:
-    """A hyperparameter that the JSON decides by a key.
-
-    text: its value, as a job's author would write it.
-    """
+    """A hyperparameter that a key of the JSON decides; text: its value as a hyperparameter."""
 
     key: Key
     name: str
@@ -56,7 +53,7 @@ def _is_on_cpu(value: Any) -> str:
     return words[value]
 
 
-# Key -> the hyperparameter that decides the same, and the JSON's value in its words.
+# Key -> the hyperparameter that decides the same, and the conversion of the JSON's value.
 _DECIDED: dict[Key, tuple[str, Callable[[Any], str]]] = {
     ("train_batch_size",): ("batch_size", _plain),
     ("gradient_accumulation_steps",): ("gradient_accumulation_steps", _plain),
@@ -68,53 +65,22 @@ _DECIDED: dict[Key, tuple[str, Callable[[Any], str]]] = {
 _PRECISIONS: dict[Key, str] = {("fp16", "enabled"): "fp16", ("bf16", "enabled"): "bf16"}
 _MICRO_BATCH: Key = ("train_micro_batch_size_per_gpu",)
 
-# What may be set besides.
-_FREE: frozenset[Key] = frozenset(
-    [
-        ("communication_data_type",),
-        ("comms_logger", "enabled"),
-        ("comms_logger", "verbose"),
-        ("data_types", "grad_accum_dtype"),
-        ("dump_state",),
-        ("gradient_predivide_factor",),
-        ("memory_breakdown",),
-        ("prescale_gradients",),
-        ("steps_per_print",),
-        ("wall_clock_breakdown",),
-        *[
-            ("fp16", name)
-            for name in (
-                "consecutive_hysteresis",
-                "hysteresis",
-                "initial_scale_power",
-                "loss_scale",
-                "loss_scale_window",
-                "min_loss_scale",
-            )
-        ],
-        *[
-            ("zero_optimization", name)
-            for name in (
-                "allgather_bucket_size",
-                "allgather_partitions",
-                "contiguous_gradients",
-                "overlap_comm",
-                "reduce_bucket_size",
-                "reduce_scatter",
-                "round_robin_gradients",
-                "stage3_max_live_parameters",
-                "stage3_max_reuse_distance",
-                "stage3_param_persistence_threshold",
-                "stage3_prefetch_bucket_size",
-                "sub_group_size",
-            )
-        ],
-        ("zero_optimization", "offload_optimizer", "pin_memory"),
-        ("zero_optimization", "offload_param", "pin_memory"),
-    ]
-)
+# Keys that may be set without a hyperparameter.
+_FREE_KEYS = """
+communication_data_type comms_logger.enabled comms_logger.verbose data_types.grad_accum_dtype
+dump_state gradient_predivide_factor memory_breakdown prescale_gradients steps_per_print
+wall_clock_breakdown fp16.consecutive_hysteresis fp16.hysteresis fp16.initial_scale_power
+fp16.loss_scale fp16.loss_scale_window fp16.min_loss_scale zero_optimization.allgather_bucket_size
+zero_optimization.allgather_partitions zero_optimization.contiguous_gradients
+zero_optimization.overlap_comm zero_optimization.reduce_bucket_size zero_optimization.reduce_scatter
+zero_optimization.round_robin_gradients zero_optimization.stage3_max_live_parameters
+zero_optimization.stage3_max_reuse_distance zero_optimization.stage3_param_persistence_threshold
+zero_optimization.stage3_prefetch_bucket_size zero_optimization.sub_group_size
+zero_optimization.offload_optimizer.pin_memory zero_optimization.offload_param.pin_memory
+"""
+_FREE: frozenset[Key] = frozenset(tuple(key.split(".")) for key in _FREE_KEYS.split())
 
-# Why the commonest of the others are refused.
+# Advice for the commonest of the refused keys.
 _INSTEAD: dict[str, str] = {
     "optimizer": "it is AdamW; set learning_rate and weight_decay",
     "scheduler": "set learning_rate and warmup_steps",
@@ -126,10 +92,9 @@ _INSTEAD: dict[str, str] = {
 
 
 def read_json(text: str) -> list[Implied]:
-    """The hyperparameters that a `deepspeed_config` decides; none for an empty text.
+    """Return the hyperparameters that a `deepspeed_config` decides; none for an empty text.
 
-    Raises HyperparameterError with every key that is not DeepSpeed's, not supported, or decided
-    by something else.
+    Raises HyperparameterError with every key that is unknown, unsupported or decided elsewhere.
     """
     implied: list[Implied] = []
     problems: list[str] = []
@@ -170,7 +135,7 @@ def read_json(text: str) -> list[Implied]:
 
 
 def refused_combinations(hyperparameters: Hyperparameters) -> list[str]:
-    """A line for each pair of hyperparameters that DeepSpeed cannot train with together."""
+    """Return a line for each combination of hyperparameters that DeepSpeed cannot train with."""
     if hyperparameters.engine != "deepspeed":
         return []
     problems = []
@@ -200,14 +165,14 @@ def configuration(
     num_parameters: int,
     is_on_cpu: bool,
 ) -> dict[str, Any]:
-    """What `deepspeed.initialize` is given for one stage.
+    """Return the config for `deepspeed.initialize` of one stage.
 
-    Raises HyperparameterError for a size of parts in the JSON that is not that of the batch.
+    Raises HyperparameterError for a micro-batch size in the JSON that contradicts the batch size.
     """
     parts = settings.gradient_accumulation_steps
     part_size = settings.pairs_per_step // (num_ranks * parts)
     zero_stage = hyperparameters.zero_stage
-    # Even numbers only; and a small model needs no more than it has.
+    # An even number, and no more than the model has.
     bucket = min(BUCKET_ELEMENTS, num_parameters + num_parameters % 2)
     zero: dict[str, Any] = {
         "stage": zero_stage,
@@ -216,7 +181,7 @@ def configuration(
     }
     if zero_stage == 3:
         zero["stage3_prefetch_bucket_size"] = bucket
-    # Page-locked memory is for a device that fetches from it by itself.
+    # Page-locked memory speeds up copies to a GPU.
     in_host_memory = {"device": "cpu", "pin_memory": not is_on_cpu}
     if hyperparameters.offload_optimizer:
         zero["offload_optimizer"] = in_host_memory
@@ -226,13 +191,13 @@ def configuration(
         "train_batch_size": part_size * num_ranks * parts,
         "train_micro_batch_size_per_gpu": part_size,
         "gradient_accumulation_steps": parts,
-        # Without the key it is 1. At ZeRO 0 the engine clips by itself, to know the norm.
+        # Without the key it is 1. At ZeRO 0 `DeepSpeedEngine` clips, because it reports the norm.
         "gradient_clipping": settings.gradient_clipping if zero_stage else 0.0,
         "fp16": {"enabled": settings.precision == "fp16"},
-        # A gradient that is not finite ends the job, and is not passed over as with fp16.
+        # A gradient that is not finite ends the job; with fp16 the step is skipped.
         "bf16": {"enabled": settings.precision == "bf16", "check_grad_overflow": False},
         "zero_optimization": zero,
-        # torch's own AdamW, in host memory too: DeepSpeed's would have to be compiled first.
+        # torch's AdamW in host memory too: DeepSpeed's needs a compiler.
         "zero_force_ds_cpu_optimizer": False,
     }
     if parts > 1 and settings.precision != "fp32":
@@ -270,7 +235,7 @@ def _parsed(text: str) -> Mapping[str, Any]:
 
 
 def _leaves(config: Mapping[str, Any], above: Key = ()) -> Iterator[tuple[Key, Any]]:
-    """Every value that is no object, by the keys that lead to it."""
+    """Yield every value that is not an object, with the keys that lead to it."""
     for name, value in config.items():
         if isinstance(value, dict):
             yield from _leaves(value, (*above, name))

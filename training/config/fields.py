@@ -1,8 +1,7 @@
-"""Every hyperparameter of a training job: its type, range, default and one sentence.
+"""Hyperparameters of a training job: type, range, default and one sentence of each.
 
-A stage's model fields are overrides: None leaves what the named `size` says (see
-dalle.models.sizes). How flat text becomes these models, and how they become a table, is in
-training.config.hyperparameters."""
+The model fields of a stage override its named `size` (see `dalle.models.sizes`) unless they are
+None. `training.config.hyperparameters` parses text into these models and renders the table."""
 
 from __future__ import annotations
 
@@ -49,7 +48,7 @@ class _Fields(BaseModel):
 
 
 class FitHyperparameters(_Fields):
-    """How one stage is trained, whatever its model."""
+    """Training of one stage, whatever its model."""
 
     epochs: Positive | None = None
     """Passes of each stage over the training pairs; 20 when neither max_steps nor max_minutes is
@@ -91,30 +90,30 @@ class FitHyperparameters(_Fields):
 
     @property
     def pairs_per_step(self) -> int:
-        """batch_size as a number: of a job whose own `auto` has been settled."""
-        assert self.batch_size != "auto", "the worker settles it before it builds a stage"
+        """batch_size as a number, once `auto` has been replaced."""
+        assert self.batch_size != "auto", "the trainer replaces it before it builds a stage"
         return self.batch_size
 
     def identity(self) -> dict[str, Any]:
-        """What decides the numbers of a run.
+        """Return the values that decide the numbers of a run.
 
-        Not the budget: a finished run may be prolonged. Nor where memory is saved, which may
-        change as the number of hosts may: that only rounds otherwise.
+        Without the budget, so that a finished run can be prolonged, and without the settings that
+        save memory, which only change rounding and may differ on other machines.
         """
         return self.model_dump(mode="json", exclude={*BUDGETS, *SAVES_MEMORY})
 
 
 class StageHyperparameters(FitHyperparameters):
-    """How one stage is trained, and what it trains: a named size and changes to it."""
+    """Training of one stage and its model: a named size and changes to it."""
 
     not_for_authors: ClassVar[frozenset[str]] = frozenset()
-    """Fields that have one value in this stage, and so are no hyperparameters of it."""
+    """Fields with a single value in this stage, which are not hyperparameters of it."""
 
     size: SizeName = "small"
     """Named model size that the fields below start from."""
 
     def overrides(self) -> dict[str, Any]:
-        """Config field -> value, of the fields that were given for the model."""
+        """Return config field -> value of the model fields that were given."""
         common = StageHyperparameters.model_fields
         return {
             name: getattr(self, name)
@@ -126,7 +125,7 @@ class StageHyperparameters(FitHyperparameters):
 class DVAEHyperparameters(StageHyperparameters):
     """The stage `dvae`."""
 
-    # Its codebook takes a step with each forward pass, and it is small.
+    # Its codebook is updated in each forward pass, so that micro-batches would change it.
     not_for_authors: ClassVar[frozenset[str]] = frozenset({"muon_learning_rate", *SAVES_MEMORY})
     muon_learning_rate: float = Field(default=0.0, ge=0, le=0)  # AdamW has all of its weights
 
@@ -206,7 +205,7 @@ class TransformerHyperparameters(StageHyperparameters):
 class ClipHyperparameters(StageHyperparameters):
     """The stage `clip`."""
 
-    # Its loss contrasts all pairs of a batch, which parts of one would not be.
+    # Its loss compares all pairs of a batch; a micro-batch has only some of them.
     not_for_authors: ClassVar[frozenset[str]] = frozenset(SAVES_MEMORY)
 
     embed_size: Width | None = None
@@ -229,7 +228,7 @@ class ClipHyperparameters(StageHyperparameters):
 
 
 class JobHyperparameters(_Fields):
-    """What holds for the whole job, whatever it trains."""
+    """Hyperparameters of the whole job."""
 
     stage: Literal["all", StageName] = "all"
     """What to train; all: what the artefact channel lacks, in that order."""
@@ -274,10 +273,7 @@ class JobHyperparameters(_Fields):
 
 
 class Hyperparameters(JobHyperparameters):
-    """All hyperparameters of one job: its own fields and one model per stage.
-
-    given: the flat names that the job's author set.
-    """
+    """All hyperparameters of one job; given: the flat names that its author set."""
 
     dvae: DVAEHyperparameters = DVAEHyperparameters()
     transformer: TransformerHyperparameters = TransformerHyperparameters()
@@ -285,7 +281,7 @@ class Hyperparameters(JobHyperparameters):
     given: frozenset[str] = frozenset()
 
     def of(self, stage: StageName) -> StageHyperparameters:
-        """The settings of one stage."""
+        """Return the settings of one stage."""
         settings: StageHyperparameters = getattr(self, stage)
         return settings
 

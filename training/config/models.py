@@ -1,7 +1,4 @@
-"""The model configs that a job's hyperparameters mean.
-
-A named size, the author's changes to it, and what each model takes over from the others.
-"""
+"""Model configs from a job's hyperparameters: a named size, the changes to it, shared sizes."""
 
 from __future__ import annotations
 
@@ -22,14 +19,14 @@ Config = DVAEConfig | TransformerConfig | ClipConfig
 
 @dataclass(frozen=True)
 class TextSizes:
-    """What the models that read captions take over from the tokenizer."""
+    """Sizes of the tokenizer, for the models that read captions."""
 
     vocab_size: int
     text_length: int
 
 
 def dvae_config(hyperparameters: Hyperparameters) -> DVAEConfig:
-    """Raises HyperparameterError when such a model cannot be built; the others likewise."""
+    """Return the dVAE's config. Raises HyperparameterError when it is invalid; so do the others."""
     settings = hyperparameters.dvae
     with _named("dvae"):
         return DVAEConfig(**DVAE_SIZES[settings.size] | settings.overrides())
@@ -38,7 +35,7 @@ def dvae_config(hyperparameters: Hyperparameters) -> DVAEConfig:
 def transformer_config(
     hyperparameters: Hyperparameters, text: TextSizes, dvae: DVAEConfig
 ) -> TransformerConfig:
-    """For the image tokens of a dVAE."""
+    """Return the config of a transformer for the image tokens of a dVAE."""
     settings = hyperparameters.transformer
     known = {
         "text_vocab_size": text.vocab_size,
@@ -52,7 +49,7 @@ def transformer_config(
 
 
 def clip_config(hyperparameters: Hyperparameters, text: TextSizes, image_size: int) -> ClipConfig:
-    """For images of a size, in pixels."""
+    """Return CLIP's config for images of a size, in pixels."""
     settings = hyperparameters.clip
     known = {
         "image_size": image_size,

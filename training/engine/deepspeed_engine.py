@@ -1,8 +1,8 @@
-"""The engine that shares out a model's training state among the ranks: DeepSpeed's ZeRO.
+"""Engine that partitions a model's training state among the ranks by DeepSpeed's ZeRO.
 
-DeepSpeed trains a twin of the stage's model, in whose modules it puts its hooks. The stage's own
-stays plain: it has no weights while the twin is trained, and all of them, in fp32, whenever they
-are looked at: in validation, and for good at the end. Needs neither a compiler nor MPI.
+DeepSpeed adds hooks to the modules it trains, so it trains a copy of the stage's model. The stage's
+model has no weights meanwhile; it gets all of them, in fp32, for validation and at the end. Needs
+neither a compiler nor MPI.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import copy
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch
@@ -23,21 +23,21 @@ from dalle.errors import HyperparameterError
 from training.config.deepspeed import configuration
 from training.config.fields import Hyperparameters, StageHyperparameters
 from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from training.engine.devices import AUTOCAST_TYPES, check_precision
+from training.engine.devices import AUTOCAST_TYPES, autocast, check_precision
 from training.engine.ema import ema_decay_at
 from training.engine.interface import Trainable
 from training.engine.optimizer import ModelOptimizers
 from training.engine.partitions import AVERAGE, MOMENTS, Partitions
 
 LOSS_SCALING = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-"""What DeepSpeed's dynamic loss scale goes on from."""
+"""State of DeepSpeed's dynamic loss scale."""
 
 
 class DeepSpeedEngine:
-    """The weights of one stage's model, AdamW's state and the gradients, by ZeRO.
+    """Weights, gradients and AdamW state of one stage's model, partitioned by ZeRO.
 
     Raises HyperparameterError for a precision that the device does not have, and for a
-    `deepspeed_config` that DeepSpeed does not take.
+    `deepspeed_config` that DeepSpeed refuses.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class DeepSpeedEngine:
         return self._device
 
     def begin(self, state: dict[str, Any] | None) -> None:
-        # The tensors of a large model go from rank to rank one by one.
+        # The tensors of a large model are sent one by one.
         small = None if state is None else {k: state[k] for k in ("num_steps", "loss_scaling")}
         small = self._ranks.share(small)
         names = [name for name, _ in self._model.named_parameters()]
@@ -101,15 +101,15 @@ class DeepSpeedEngine:
             self._engine.step()  # counts the part
 
     def step(self, step: int, progress: float) -> float:
-        share = self._optimisers.schedule(step, progress)
+        share = self._optimizers.schedule(step, progress)
         clipping = self._settings.gradient_clipping
         self._gradient_norm = None
         if clipping and self._zero_stage == 0:
-            self._gradient_norm = nn.utils.clip_grad_norm_(self._twin.parameters(), clipping)
+            self._gradient_norm = nn.utils.clip_grad_norm_(self._trained.parameters(), clipping)
         self._engine.step()
         if clipping and self._zero_stage and self._engine.was_step_applied():
             norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32)
-            # DeepSpeed says -1 of a gradient that is not finite.
+            # DeepSpeed returns -1 for a gradient that is not finite.
             self._gradient_norm = torch.where(norm < 0, torch.nan, norm)
         if self._settings.ema_decay:
             weight = 1 - ema_decay_at(self._settings.ema_decay, step + 1)
@@ -131,7 +131,7 @@ class DeepSpeedEngine:
 
     def state(self) -> dict[str, Any]:
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
-        named = [name for name, _ in self._twin.named_parameters()]
+        named = [name for name, _ in self._trained.named_parameters()]
         state: dict[str, Any] = {
             "num_steps": self._partitions.num_steps,
             "loss_scaling": {name: getattr(scaler, name) for name in LOSS_SCALING}
@@ -139,7 +139,7 @@ class DeepSpeedEngine:
             else {},
             "model": {
                 name: value.cpu()
-                for name, value in self._twin.state_dict().items()
+                for name, value in self._trained.state_dict().items()
                 if name not in named
             },
         }
@@ -147,7 +147,7 @@ class DeepSpeedEngine:
             values = state.setdefault(kind, {})
             for name in named:
                 value = self._partitions.whole(name, key)
-                if self._ranks.is_first:  # has room for all of them in its host's memory
+                if self._ranks.is_first:  # only its host's memory holds all of them
                     values[name] = value.to("cpu", copy=True)
         return state
 
@@ -155,55 +155,55 @@ class DeepSpeedEngine:
         self._fill()
         self._ranks.copy_first(self._model.state_dict().values())
         self._engine.destroy()
-        for parameter in self._twin.parameters():
-            # DeepSpeed does not let go of every module that it ever had.
+        for parameter in self._trained.parameters():
+            # DeepSpeed keeps references to modules: free their memory.
             parameter.data = parameter.new_empty(0)
             if hasattr(parameter, "ds_tensor"):
                 parameter.ds_tensor.data = parameter.new_empty(0)
-        del self._engine, self._partitions, self._optimisers, self._twin, self._loss
+        del self._engine, self._partitions, self._optimizers, self._trained, self._loss
 
     def _kinds(self) -> dict[str, str | None]:
-        """What a state has of each parameter, by the name that `Partitions` has for it."""
+        """Return what a state holds of each parameter: name in the state -> key in `Partitions`."""
         beside = (*MOMENTS, AVERAGE) if self._settings.ema_decay else MOMENTS
         return {"model": None, **{key: key for key in beside}}
 
     def _initialise(self) -> None:
-        """Hand the model's weights over to a twin, and that to DeepSpeed."""
+        """Move the model's weights into a copy, and give that to DeepSpeed."""
         deepspeed = _deepspeed(self._device)
-        for module in self._model.modules():  # ZeRO 3 itself moves parameters only
+        for module in self._model.modules():  # ZeRO 3 moves only parameters
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(self._device)
         tensors = [*self._model.parameters(), *self._model.buffers()]
-        self._twin = copy.deepcopy(self._model, {id(tensor): tensor for tensor in tensors})
-        self._twin.train()
+        self._trained = copy.deepcopy(self._model, {id(tensor): tensor for tensor in tensors})
+        self._trained.train()
         _empty(self._model)
         precision = self._settings.precision
-        self._loss = _Loss(self._stage, self._twin, self._device, AUTOCAST_TYPES.get(precision))
-        # Before ZeRO 3, after which no weight has its shape: it says which of them decay.
-        self._optimisers = ModelOptimizers(
-            self._twin,
+        self._loss = _Loss(self._stage, self._trained, self._device, precision)
+        # Before ZeRO 3 removes the shapes, which decide on weight decay.
+        self._optimizers = ModelOptimizers(
+            self._trained,
             learning_rate=self._settings.learning_rate,
             weight_decay=self._settings.weight_decay,
             warmup_steps=self._settings.warmup_steps,
         )
-        (adam,) = self._optimisers.optimisers
+        (adam,) = self._optimizers.optimizers
         if self._zero_stage == 3:
-            # Part by part from where they are, so that no device has to hold all of them.
-            for parameter in self._twin.parameters():
+            # Partitioned one by one from host memory, so that no device holds all of them.
+            for parameter in self._trained.parameters():
                 parameter.data = parameter.data.to(AUTOCAST_TYPES.get(precision, torch.float32))
             deepspeed.zero.Init(module=self._loss, config_dict_or_path=self._config)
-        with redirect_stdout(sys.stderr):  # it prints; the standard output is for metrics
+        with redirect_stdout(sys.stderr):  # it prints; stdout is for metrics
             self._engine, *_ = deepspeed.initialize(
                 model=self._loss, optimizer=adam, config=self._config, dist_init_required=False
             )
         self._partitions = Partitions(
             self._engine,
-            dict(self._twin.named_parameters()),
+            dict(self._trained.named_parameters()),
             is_averaged=bool(self._settings.ema_decay),
         )
 
     def _fill(self) -> None:
-        """Give the stage's model the weights that are to be saved."""
+        """Give the stage's model the weights to be saved."""
         key = AVERAGE if self._settings.ema_decay else None
         for name, parameter in list(self._model.named_parameters()):
             value = self._partitions.whole(name, key)
@@ -211,14 +211,14 @@ class DeepSpeedEngine:
 
 
 class _Loss(nn.Module):
-    """The loss of a stage with another model in place of its own."""
+    """Loss of a stage, computed with another model."""
 
     def __init__(
         self,
         stage: Trainable,
         model: nn.Module,
         device: torch.device,
-        autocast_type: torch.dtype | None,
+        precision: str,
     ) -> None:
         super().__init__()
         self.model = model
@@ -227,23 +227,18 @@ class _Loss(nn.Module):
         own.model = model
         self._stage: Trainable = own
         self._device = device
-        self._autocast_type = autocast_type
+        self._precision = precision
 
     def forward(self, batch: Any, progress: float) -> Tensor:
-        # Norms and the loss itself in fp32, though the weights are not.
-        precision = (
-            nullcontext()
-            if self._autocast_type is None
-            else torch.autocast(self._device.type, dtype=self._autocast_type)
-        )
+        # Autocast computes norms and the loss in fp32, though the weights are not.
         loss: Tensor
-        with precision:
+        with autocast(self._precision, self._device):
             loss, self.scalars = self._stage.loss(batch, progress)
         return loss
 
 
 def check_config(config: dict[str, Any], device: torch.device) -> None:
-    """Raises HyperparameterError for values that DeepSpeed does not take."""
+    """Raise HyperparameterError for values that DeepSpeed refuses."""
     deepspeed = _deepspeed(device)
     try:
         deepspeed.DeepSpeedConfig(config)
@@ -254,27 +249,27 @@ def check_config(config: dict[str, Any], device: torch.device) -> None:
 
 
 def _deepspeed(device: torch.device) -> Any:
-    """The library, set up for this process; importing it takes seconds."""
+    """Import DeepSpeed, which takes seconds, and set it up for this process."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ["LOCAL_RANK"] = str(device.index or 0)
     if not dist.is_initialized():
-        # A job of one rank has no process group, and DeepSpeed does not work without.
+        # A job of one rank has no process group, and DeepSpeed needs one.
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=HashStore(),
             rank=0,
             world_size=1,
         )
-    # On import it asks torch to compile something some day, and torch asks for the user's name,
-    # which a container's user that is but a number does not have.
+    # On import it calls torch.compile, which looks up the user's name; a container's user may
+    # have only a number.
     os.environ.setdefault("LOGNAME", str(os.getuid()))
     import deepspeed
     import deepspeed.ops
 
-    # Its operations in C++ would be compiled now, and one of them takes all ranks to be on this
-    # host. None of them is needed.
+    # Its operations in C++ would be compiled now, and one of them assumes that all ranks are on
+    # this host. None of them is needed.
     deepspeed.ops.__compatible_ops__ = {}
-    # With the process group that there is: otherwise it would look for MPI.
+    # With the present process group: otherwise it would look for MPI.
     deepspeed.init_distributed(dist_init_required=False)
     return deepspeed
 
@@ -285,7 +280,7 @@ def _set(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
 
 
 def _empty(model: nn.Module) -> None:
-    """Leave a model's parameters without values."""
+    """Replace a model's parameters by meta tensors."""
     for name, parameter in list(model.named_parameters()):
         nothing = torch.empty_like(parameter, dtype=torch.float32, device="meta")
         _set(model, name, nn.Parameter(nothing, parameter.requires_grad))

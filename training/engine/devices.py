@@ -1,4 +1,4 @@
-"""Which devices of this host a job trains on, and in which number formats they can."""
+"""Devices of this host for training, and the number formats they support."""
 
 from __future__ import annotations
 
@@ -13,40 +13,46 @@ from training.config.fields import FitHyperparameters
 logger = logging.getLogger(__name__)
 
 AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""What matrices are multiplied in, by precision; fp32 does without."""
+"""Type of matrix products by precision; fp32 needs no autocast."""
 
 
 def check_precision(hyperparameters: FitHyperparameters, device: torch.device) -> None:
-    """Raises HyperparameterError for a number format that the device cannot train in."""
+    """Raise HyperparameterError for a number format that the device cannot train in."""
     if hyperparameters.precision == "fp16" and device.type == "cpu":
         raise HyperparameterError(
             "precision=fp16 needs a GPU; on this CPU it must be fp32 or bf16", field="precision"
         )
 
 
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Return the context of the forward pass for a precision; it does nothing for fp32."""
+    dtype = AUTOCAST_TYPES.get(precision)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
 def is_emulated(precision: str, device: torch.device) -> bool:
-    """Whether a number format is slower than fp32 on the device, for want of instructions."""
+    """Return whether a number format is slower than fp32 because the device emulates it."""
     return precision == "bf16" and device.type == "cpu" and not _multiplies_in_bf16()
 
 
 def _multiplies_in_bf16() -> bool:
-    """Whether the CPU does; assumed of other architectures, of which torch does not tell."""
+    """Return whether the CPU has bf16 products; True where torch cannot tell."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return True
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def count_devices(wanted: str) -> int:
-    """How many devices of this host to train on, at least 1; `wanted` is auto, cpu or cuda."""
+    """Return the number of devices to train on, at least 1; `wanted` is auto, cpu or cuda."""
     if wanted == "cpu" or not torch.cuda.is_available():
         return 1
     return torch.cuda.device_count()
 
 
 def choose_device(wanted: str, number: int = 0) -> torch.device:
-    """The device to train on; `wanted` is auto, cpu or cuda. Logs the choice and its reason.
+    """Return the device to train on; `wanted` is auto, cpu or cuda. Logs the choice.
 
-    number: which of several, from 0. Raises DeviceError when cuda is asked for and there is none.
+    number: of the CUDA device, from 0. Raises DeviceError when cuda is asked for and there is none.
     """
     has_cuda = torch.cuda.is_available()
     if wanted == "cuda" and not has_cuda:

@@ -1,4 +1,4 @@
-"""A running average of a model's weights, often better than the weights of any one step."""
+"""Exponential moving average of a model's weights, often better than those of any one step."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 
 def ema_decay_at(decay: float, step: int) -> float:
-    """Share of the average that is kept after `step` steps, counted from 1.
+    """Return the share of the average that step `step`, counted from 1, keeps.
 
-    The first steps keep less, so that the average does not remember the initialisation.
+    The first steps keep less, so that the average forgets the initial weights.
     """
     return min(decay, (1 + step) / (10 + step))
 
 
 class ModelEma:
-    """Exponential average of the parameters; buffers stay the model's own.
+    """Average of the parameters; buffers are not averaged.
 
-    decay: in (0, 1), share of the average kept in one step, but for the first ones.
+    decay: in (0, 1), the share of the average that a step keeps, except for the first steps.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -29,18 +29,18 @@ class ModelEma:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights after `step` steps, counted from 1."""
+        """Add the weights after `step` steps, counted from 1."""
         weight = 1 - ema_decay_at(self._decay, step)
         torch._foreach_lerp_(self._average, list(model.parameters()), weight)
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
-        """Make the average the model's weights for good."""
+        """Overwrite the model's weights with the average."""
         torch._foreach_copy_(list(model.parameters()), self._average)
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:
-        """Let the model have the averaged weights for a while, then its own again."""
+        """Give the model the averaged weights within the context."""
         own = [parameter.detach().clone() for parameter in model.parameters()]
         self.copy_to(model)
         try:

@@ -1,4 +1,4 @@
-"""What the training loop needs of an engine, and an engine of a stage."""
+"""Interfaces: of an engine for the training loop, and of a stage for an engine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Trainable(Protocol):
-    """What an engine needs of a stage."""
+    """Model and loss of a stage."""
 
     @property
     def model(self) -> nn.Module: ...
@@ -20,63 +20,62 @@ class Trainable(Protocol):
 
 
 class Engine(Protocol):
-    """What the training loop needs to turn a stage's loss into better weights.
+    """Backward pass and weight updates of one stage.
 
-    It has the weights, the optimiser's state and the running average from `begin` to `finish`;
-    in between the stage's own model is whole within `whole_model` only. Every rank makes the same
-    calls in the same order, for they may exchange what is shared out among them.
+    The engine holds the weights, the optimizer's state and the EMA from `begin` to `finish`; in
+    between the stage's model is complete only within `whole_model`. Every rank must make the same
+    calls in the same order, because they may exchange data.
     """
 
     @property
     def device(self) -> torch.device:
-        """Where this rank computes."""
+        """Device of this rank."""
         ...
 
     def begin(self, state: dict[str, Any] | None) -> None:
-        """Start with what a checkpoint holds of `state()`, or with the model as it is.
+        """Start from a `state()` of a checkpoint, or with None from the model as it is.
 
-        state: the first rank's; what the others give is ignored. Its tensors may be changed.
+        state: the first rank's; ignored on the others. Its tensors may be changed.
         """
         ...
 
     def loss(self, batch: Any, progress: float) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The stage's loss of this rank's share of a batch, and what it reports beside it.
+        """Return the stage's loss and scalars for this rank's share of a batch.
 
-        Likewise of a part of it: of gradient_accumulation_steps equal ones, one after another.
+        Or for one of its gradient_accumulation_steps micro-batches, one after another.
         """
         ...
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a scalar loss: the mean over a step's parts and all ranks."""
+        """Add the gradients of a scalar loss: the mean over micro-batches and all ranks."""
         ...
 
     def step(self, step: int, progress: float) -> float:
-        """Update the weights, forget the gradients, return the schedule's share in [0, 1]."""
+        """Update the weights, clear the gradients, return the schedule's share in [0, 1]."""
         ...
 
     @property
     def gradient_norm(self) -> Tensor | None:
-        """Scalar: the norm of the gradient that the last step used, before clipping.
+        """Norm of the last step's gradient before clipping, a scalar.
 
-        None when nothing was clipped or the step was left out.
+        None when clipping is off or the step was skipped.
         """
         ...
 
     def whole_model(self) -> AbstractContextManager[None]:
-        """Let the stage's model have all the weights that would be saved now, on every rank.
+        """Give the stage's model, within the context, all weights that would be saved now.
 
-        Those are the averaged ones when ema_decay is set. No rank waits for another on leaving.
+        On every rank; the averaged ones when ema_decay is set. Leaving waits for no other rank.
         """
         ...
 
     def state(self) -> dict[str, Any]:
-        """Everything to begin with again: plain values and tensors, `model` among them.
+        """Return the state for `begin`: plain values and tensors; `model` is a state dict.
 
-        `model` is the model's state dict. Whole on the first rank, and the same for any number of
-        ranks; the others' is not to be used.
+        Complete on the first rank only, and the same for any number of ranks.
         """
         ...
 
     def finish(self) -> None:
-        """Put the weights that are to be saved into the stage's model, equal on every rank."""
+        """Put the weights to be saved into the stage's model, equal on every rank."""
         ...

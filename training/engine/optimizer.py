@@ -21,11 +21,11 @@ MOMENTUM = 0.95
 NEWTON_SCHULZ_STEPS = 5
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 TOGETHER_ELEMENTS = 1 << 27
-"""Most numbers in one batched product: all equal matrices of a large model would be gigabytes."""
+"""Most elements in one batched product: all equal matrices of a large model take gigabytes."""
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised; a step has about the same size in every direction.
+    """Muon: Nesterov momentum, orthogonalised, so that all directions get steps of similar size.
 
     Weights with more than two dimensions (convolutions) are taken as matrices [first, rest].
     learning_rate: size of a step for a square matrix; tall ones take sqrt(rows / columns) more.
@@ -78,7 +78,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _move(parameters: Sequence[Tensor], directions: Sequence[Tensor], size: float) -> None:
-    """Take a step of some matrices of one shape. By itself, so that it leaves nothing behind."""
+    """Update some matrices of one shape; a function, so that its temporaries are freed."""
     stacked = torch.stack([each.flatten(1) for each in directions])
     for parameter, update in zip(parameters, orthogonalise(stacked), strict=True):
         parameter.add_(update.view_as(parameter), alpha=-size)
@@ -104,10 +104,10 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 def muon_update_elements(parameters: Sequence[Tensor]) -> int:
-    """The most numbers that a step of `Muon` holds for a moment, beside its state.
+    """Return the peak number of temporary elements in a step of `Muon`.
 
-    All directions, and of the most matrices that go together: them once more, the iteration's old
-    and new matrices, and two products.
+    All directions, and for the largest batch of matrices: a copy of them, the iteration's old and
+    new matrices, and two products.
     """
     held = [0]
     groups = Counter((each.shape[0], each[0].numel()) for each in parameters)
@@ -118,21 +118,21 @@ def muon_update_elements(parameters: Sequence[Tensor]) -> int:
 
 
 def _together(rows: int, columns: int) -> int:
-    """How many matrices go through one batched product, which is what fills a GPU."""
+    """Return the number of matrices in one batched product; large batches fill a GPU."""
     return max(1, TOGETHER_ELEMENTS // (rows * columns))
 
 
 def _iteration_type(device: torch.device) -> torch.dtype:
-    """bfloat16 is exact enough for the iteration and much quicker, where the hardware has it."""
+    """Return bfloat16 where the hardware has it: exact enough for the iteration, and faster."""
     is_native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if is_native else torch.float32
 
 
 class ModelOptimizers:
-    """The optimisers of one model, their common schedule, and their state.
+    """Muon and AdamW of one model, with a common schedule and state.
 
-    A model says which weights are hidden matrices by `muon_parameters()`; everything else, and
-    every weight of a model without that method, is AdamW's. muon_learning_rate 0 leaves Muon out.
+    Muon gets the model's `muon_parameters()`, AdamW all others. A model without that method, or
+    muon_learning_rate 0, has AdamW only.
     """
 
     def __init__(
@@ -148,12 +148,12 @@ class ModelOptimizers:
         hidden = hidden_matrices(model) if muon_learning_rate else []
         hidden_ids = {id(parameter) for parameter in hidden}
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in hidden_ids]
-        self.optimisers: list[torch.optim.Optimizer] = []
+        self.optimizers: list[torch.optim.Optimizer] = []
         if hidden:
             muon = Muon(hidden, learning_rate=muon_learning_rate, weight_decay=weight_decay)
-            self.optimisers.append(muon)
+            self.optimizers.append(muon)
         if rest:
-            # Gains and biases are not pulled to zero: a norm with gain 0 is a dead layer.
+            # No weight decay on gains and biases: a norm with gain 0 is a dead layer.
             groups = [
                 {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
                 {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
@@ -164,10 +164,10 @@ class ModelOptimizers:
                 betas=ADAM_BETAS,
                 fused=True,
             )
-            self.optimisers.append(adam)
+            self.optimizers.append(adam)
         self._full_rates = [
-            [float(group["lr"]) for group in optimiser.param_groups]
-            for optimiser in self.optimisers
+            [float(group["lr"]) for group in optimizer.param_groups]
+            for optimizer in self.optimizers
         ]
 
     def schedule(self, step: int, progress: float) -> float:
@@ -176,34 +176,34 @@ class ModelOptimizers:
         step counts from 0; progress is the share of the whole budget done, in [0, 1].
         """
         share = learning_rate_share(step, progress, self.warmup_steps)
-        for optimiser, rates in zip(self.optimisers, self._full_rates, strict=True):
-            for group, rate in zip(optimiser.param_groups, rates, strict=True):
+        for optimizer, rates in zip(self.optimizers, self._full_rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * share
         return share
 
     def zero_grad(self) -> None:
-        for optimiser in self.optimisers:
-            optimiser.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> list[dict[str, Any]]:
-        return [optimiser.state_dict() for optimiser in self.optimisers]
+        return [optimizer.state_dict() for optimizer in self.optimizers]
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        for optimiser, state in zip(self.optimisers, states, strict=True):
-            optimiser.load_state_dict(state)
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
 
 
 def learning_rate_share(step: int, progress: float, warmup_steps: int) -> float:
-    """Share of the full learning rate: a straight rise over the warm-up, a straight fall to 0.
+    """Return the share of the full learning rate: linear warm-up, then linear decay to 0.
 
-    The fall follows progress, not steps, so that a budget in minutes ends at 0 as well.
+    The decay follows progress, not steps, so that a budget in minutes ends at 0 as well.
     """
     rise = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
     return rise * (1.0 - min(1.0, max(0.0, progress)))
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """The weights that Muon takes, unless it is left out."""
+    """Return the parameters for Muon."""
     choose = getattr(model, "muon_parameters", None)
     if choose is None:
         return []

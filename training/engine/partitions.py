@@ -1,8 +1,8 @@
-"""The fp32 weights and the state of AdamW behind a DeepSpeed engine, whole parameter by parameter.
+"""Partitions of a DeepSpeed engine: fp32 weights and AdamW state, read and written by parameter.
 
-ZeRO keeps them as flat tensors, of which each rank has a part. What is read here is put together
-from all ranks' parts, on every rank; what is written here is given whole to every rank, which
-takes its part. So every rank makes the same calls in the same order.
+ZeRO keeps them as flat tensors, of which each rank has a part. Reading gathers a whole parameter
+from all ranks on every rank; writing takes the whole parameter on every rank, and each keeps its
+part. So every rank must make the same calls in the same order.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 AVERAGE = "average"
-"""What the running average of the weights is called beside AdamW's own two moments."""
+"""Key of the EMA of the weights, beside AdamW's two moments."""
 
 
 class Partitions:
-    """Of one engine, after `deepspeed.initialize` with torch's AdamW as its optimiser.
+    """Partitions of one engine, after `deepspeed.initialize` with torch's AdamW.
 
-    parameters: all of the model's, as DeepSpeed has them by now, by name; each is trained.
-    is_averaged: keep a running average of the weights, beginning with the weights as they are.
+    parameters: all parameters of DeepSpeed's model by name; each is trained. is_averaged: keep an
+    EMA of the weights, which begins with the present weights.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Partitions:
         self._optimizer = engine.optimizer
         self._state: Any = engine.basic_optimizer.state
         self.flat: list[Tensor] = self._flat_weights()
-        # Before the first step AdamW has no state yet, and what is resumed needs a place to go.
+        # AdamW makes its state in the first step; resuming needs it before.
         for weights in self.flat:
             state = {key: torch.zeros_like(weights) for key in MOMENTS}
             if is_averaged:
@@ -46,12 +46,12 @@ class Partitions:
 
     @property
     def averages(self) -> list[Tensor]:
-        """This rank's part of the running average, beside `flat`."""
+        """This rank's part of the EMA, in the order of `flat`."""
         return [self._state[weights][AVERAGE] for weights in self.flat]
 
     @property
     def num_steps(self) -> int:
-        """How many steps AdamW has taken."""
+        """Number of steps that AdamW has taken."""
         return int(self._state[self.flat[0]]["step"])
 
     @num_steps.setter
@@ -60,9 +60,9 @@ class Partitions:
             self._state[weights]["step"].fill_(number)
 
     def whole(self, name: str, key: str | None = None) -> Tensor:
-        """A parameter's weights, or of `key` its moment or average: fp32, on the engine's device.
+        """Return a parameter's weights, or with `key` its moment or average, in fp32.
 
-        Not to be changed: it may be the engine's own.
+        On the engine's device. Do not change it: it may be the engine's tensor.
         """
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
@@ -79,9 +79,9 @@ class Partitions:
 
     @torch.no_grad()
     def put(self, name: str, value: Tensor, key: str | None = None) -> None:
-        """Take over a parameter's weights, or with `key` its moment or average.
+        """Write a parameter's weights, or with `key` its moment or average.
 
-        The copy that the forward pass computes with is not changed: it has these weights already.
+        The low-precision copy of the forward pass is not changed: it has these weights already.
         """
         from deepspeed.utils import (
             safe_set_full_fp32_param,
@@ -99,7 +99,7 @@ class Partitions:
             else:
                 safe_set_full_optimizer_state(parameter, value, key)
         else:
-            # Not the functions for a full one: they fail where the ranks' parts are padded.
+            # The functions for full tensors fail where the ranks' parts are padded.
             own = _own_part(value, parameter.ds_tensor.numel())  # type: ignore[attr-defined]
             if key is None:
                 safe_set_local_fp32_param(parameter, own)
@@ -112,14 +112,14 @@ class Partitions:
                 return list(self._parameters.values())
             case 3:
                 return list(self._optimizer.fp32_partitioned_groups_flat)
-        # ZeRO 1 that adds up bf16 gradients in fp32 has an optimiser of its own.
+        # ZeRO 1 with bf16 gradients summed in fp32 uses another optimizer class.
         names = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition")
         (name,) = (name for name in names if hasattr(self._optimizer, name))
         return list(getattr(self._optimizer, name))
 
 
 def _own_part(value: Tensor, size: int) -> Tensor:
-    """This rank's part [size] of a tensor that is padded to a multiple of the ranks."""
+    """Return this rank's part [size] of a tensor, padded to a multiple of the ranks."""
     flat = value.flatten()
     part = flat.new_zeros(size)
     own = flat[dist.get_rank() * size :][:size]

@@ -1,4 +1,4 @@
-"""Which engine trains a stage: torch's, or DeepSpeed where the job asks for it and it applies."""
+"""Selection of a stage's engine: torch's, or DeepSpeed's for the transformer on request."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ logger = logging.getLogger(__name__)
 
 
 def engine_of(hyperparameters: Hyperparameters, stage: StageName) -> EngineName:
-    """Which engine trains a stage of the job."""
+    """Return the name of the engine that trains a stage of the job."""
     return hyperparameters.engine if stage in TRAINED_BY_DEEPSPEED else "torch"
 
 
 def device_of_new(
     hyperparameters: Hyperparameters, stage: StageName, device: torch.device
 ) -> torch.device:
-    """Where a stage's model is made: at ZeRO 3 it may be too large for the device it trains on."""
+    """Return where to make a stage's model: with ZeRO 3 it may be too large for the device."""
     is_by_deepspeed = engine_of(hyperparameters, stage) == "deepspeed"
     is_shared_out = is_by_deepspeed and hyperparameters.zero_stage == 3
     return torch.device("cpu") if is_shared_out else device
@@ -37,10 +37,7 @@ def check_engine(
     device: torch.device,
     num_ranks: int,
 ) -> None:
-    """Find out before any stage is trained what DeepSpeed would say of its configuration.
-
-    Raises HyperparameterError.
-    """
+    """Raise HyperparameterError when DeepSpeed refuses its configuration, before any training."""
     for stage in stages:
         if engine_of(hyperparameters, stage) == "deepspeed":
             from training.engine.deepspeed_engine import check_config
@@ -62,7 +59,7 @@ def select_engine(
     device: torch.device,
     ranks: ProcessGroup = SINGLE_PROCESS,
 ) -> Engine:
-    """The engine for one stage of a job. Raises HyperparameterError where it cannot train it."""
+    """Return the engine for one stage of a job. Raises HyperparameterError."""
     settings = hyperparameters.of(name)
     if engine_of(hyperparameters, name) == "deepspeed":
         # Imported here: only the engine needs DeepSpeed's own import, which takes seconds.

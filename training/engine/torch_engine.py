@@ -1,6 +1,6 @@
-"""One training step's arithmetic on one device, in plain torch: precision, backward, update.
+"""Training step on one device in plain torch: autocast, backward pass, clipping, update.
 
-Knows a stage's loss and its model's parameters, and nothing of data, time or files.
+Knows a stage's loss and its model's parameters; knows nothing of data, time or files.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from training.config.fields import FitHyperparameters
 from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from training.engine.devices import AUTOCAST_TYPES, check_precision
+from training.engine.devices import autocast, check_precision
 from training.engine.ema import ModelEma
 from training.engine.interface import Trainable
 from training.engine.optimizer import ModelOptimizers
@@ -42,10 +42,10 @@ class TorchEngine:
         self._device = device
         self._num_parts = hyperparameters.gradient_accumulation_steps
         self._parts_done = 0
-        self._autocast_type = AUTOCAST_TYPES.get(precision)
+        self._precision = precision
         self._clipping = hyperparameters.gradient_clipping
         self._gradient_norm: Tensor | None = None
-        self._optimisers = ModelOptimizers(
+        self._optimizers = ModelOptimizers(
             model,
             learning_rate=hyperparameters.learning_rate,
             muon_learning_rate=hyperparameters.muon_learning_rate,
@@ -62,31 +62,26 @@ class TorchEngine:
         return self._device
 
     @property
-    def optimisers(self) -> list[torch.optim.Optimizer]:
+    def optimizers(self) -> list[torch.optim.Optimizer]:
         """Muon and AdamW, or one of them."""
-        return self._optimisers.optimisers
+        return self._optimizers.optimizers
 
     def begin(self, state: dict[str, Any] | None) -> None:
         state = self._ranks.share(state)
         if state is None:
             return
         self._model.load_state_dict(state["model"])
-        self._optimisers.load_state_dict(state["optimisers"])
+        self._optimizers.load_state_dict(state["optimisers"])
         if self._scaler.is_enabled():
             self._scaler.load_state_dict(state["loss_scaling"])
         if self._average is not None:
             self._average.load_state(state["average"])
 
     def loss(self, batch: Any, progress: float) -> tuple[Tensor, Mapping[str, Tensor]]:
-        precision = (
-            nullcontext()
-            if self._autocast_type is None
-            else torch.autocast(self._device.type, dtype=self._autocast_type)
-        )
         is_last = self._parts_done == self._num_parts - 1
-        # The ranks' gradients are exchanged once a step, with those of the last part.
+        # The ranks exchange gradients once a step, in the last micro-batch.
         exchange = nullcontext() if is_last else self._ranks.without_exchange(self._loss)
-        with precision, exchange:
+        with autocast(self._precision, self._device), exchange:
             loss: tuple[Tensor, Mapping[str, Tensor]] = self._loss(batch, progress)
         return loss
 
@@ -95,25 +90,25 @@ class TorchEngine:
         torch.autograd.backward(self._scaler.scale(loss / self._num_parts))
 
     def step(self, step: int, progress: float) -> float:
-        share = self._optimisers.schedule(step, progress)
+        share = self._optimizers.schedule(step, progress)
         self._parts_done = 0
         is_finite = True
         self._gradient_norm = None
         if self._scaler.is_enabled():
-            for optimiser in self._optimisers.optimisers:
-                self._scaler.unscale_(optimiser)
-            # Too large a scale overflows now and then: leave out the step in both optimisers
-            # alike. The scaler by itself would decide for each alone.
+            for optimizer in self._optimizers.optimizers:
+                self._scaler.unscale_(optimizer)
+            # Too large a scale overflows now and then: skip the step in both optimizers. The
+            # scaler by itself would decide for each one alone.
             norm = self._clip_gradients()
             is_finite = bool(torch.isfinite(norm))
             self._gradient_norm = norm if is_finite else None
         elif self._clipping:
             self._gradient_norm = self._clip_gradients()
         if is_finite:
-            for optimiser in self._optimisers.optimisers:
-                self._scaler.step(optimiser)
+            for optimizer in self._optimizers.optimizers:
+                self._scaler.step(optimizer)
         self._scaler.update()
-        self._optimisers.zero_grad()
+        self._optimizers.zero_grad()
         if self._average is not None:
             self._average.update(self._model, step + 1)
         return share
@@ -123,7 +118,7 @@ class TorchEngine:
         return self._gradient_norm
 
     def _clip_gradients(self) -> Tensor:
-        """Scale the gradients down to the norm that is allowed; returns the norm before."""
+        """Scale the gradients down to gradient_clipping and return their norm before."""
         largest = self._clipping or float("inf")
         return nn.utils.clip_grad_norm_(self._model.parameters(), largest)
 
@@ -133,7 +128,7 @@ class TorchEngine:
     def state(self) -> dict[str, Any]:
         return {
             "model": self._model.state_dict(),
-            "optimisers": self._optimisers.state_dict(),
+            "optimisers": self._optimizers.state_dict(),
             "loss_scaling": self._scaler.state_dict(),
             "average": None if self._average is None else self._average.state(),
         }
@@ -141,12 +136,12 @@ class TorchEngine:
     def finish(self) -> None:
         if self._average is not None:
             self._average.copy_to(self._model)
-        # Processors of another kind may round otherwise; what builds on this model must not differ.
+        # Other processors may round differently; later stages need equal models on all ranks.
         self._ranks.copy_first(self._model.state_dict().values())
 
 
 class _Loss(nn.Module):
-    """A stage's loss as the forward pass of a module that has the model's parameters."""
+    """Module whose forward pass is a stage's loss, with the parameters of the stage's model."""
 
     def __init__(self, stage: Trainable) -> None:
         super().__init__()

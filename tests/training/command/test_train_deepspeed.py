@@ -1,4 +1,4 @@
-"""A whole job by engine=deepspeed, by the real command: killed, gone on from by another number."""
+"""A whole job by engine=deepspeed, by the command: killed, then resumed by fewer hosts."""
 
 import os
 import shutil

@@ -89,7 +89,7 @@ def test_the_interface_is_the_one_that_has_the_hosts_address(finished, two):
 
 
 def interrupted(trees, network=None):
-    """Stop a job in the midst of its second stage by SIGTERM to its last host."""
+    """Stop a job during its second stage by SIGTERM to its last host."""
     with forked(trees, network) as processes:
         wait_for_step(trees, processes, "transformer", 20)
         processes[-1].terminate()
@@ -150,7 +150,7 @@ def test_a_lost_host_is_named_by_the_others_which_end(three, tmp_path, how, lost
             processes[lost].send_signal(signal.SIGKILL if how == "killed" else signal.SIGSTOP)
         with three.cut(lost) if how == "cut off" else nullcontext():
             assert [processes[number].wait(timeout=300) for number in others] == [1, 1]
-            if how == "cut off":  # of whom it is told as little as they of it
+            if how == "cut off":  # it misses the others as they miss it
                 assert processes[lost].wait(timeout=300) == 1
                 either = tuple(f"host {three.hosts[number]} {SILENT}" for number in others)
                 assert trees[lost].failure.startswith(either)

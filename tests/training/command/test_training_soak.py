@@ -1,4 +1,4 @@
-"""training.soak: jobs that are killed and stopped at random moments end as if nothing had been."""
+"""training.soak: jobs that are killed and stopped at random moments end like undisturbed ones."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What each rank does in test_ranks.py."""
+"""Work of each rank in test_process_group.py."""
 
 from datetime import timedelta
 
@@ -82,7 +82,7 @@ def revived(kind, ranks):
 
 
 def work(rank, port, file):
-    """Writes what one of the two processes sees."""
+    """Write the results of one of the two processes to a file."""
     store = TCPStore("127.0.0.1", port, wait_for_workers=False)
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60)

@@ -51,7 +51,7 @@ class Member:
         self._is_running.set()
 
     def reason(self):
-        """Why it ends; waits for it."""
+        """Wait for the reason of its end."""
         return self.reasons.get(timeout=30)
 
     def wait_for_exchanges(self, more):
@@ -112,7 +112,7 @@ def test_a_failure_is_passed_on_with_its_cause(members):
     assert members[1].reasons.empty(), "it has its own cause"
 
 
-def test_a_stop_asked_of_one_rank_is_asked_of_all(members):
+def test_a_stop_of_one_rank_reaches_all(members):
     members[1].stop.set()
     for member in members:
         assert member.stop.wait(timeout=30)
@@ -124,7 +124,7 @@ def test_ranks_that_live_are_not_lost_however_long_it_takes(members):
     assert all(member.reasons.empty() for member in members)
 
 
-def test_nobody_is_lost_after_the_end(members):
+def test_no_rank_is_lost_after_the_end(members):
     for member in members:
         member.heartbeat.close()
     members[0].heartbeat.wait_for_lost_rank()

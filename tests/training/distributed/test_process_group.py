@@ -1,4 +1,4 @@
-"""What two processes make of numbers, decisions and state together."""
+"""training.distributed.process_group: two processes exchange numbers, decisions and state."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from training.distributed.process_group import SINGLE_PROCESS
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
-    """What each of two processes saw, by rank."""
+    """The results of each of two processes, by rank."""
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     files = [tmp_path_factory.mktemp("ranks") / f"{rank}.pt" for rank in range(2)]
     processes = [Forked(work, rank, server.port, file) for rank, file in enumerate(files)]

@@ -1,4 +1,4 @@
-"""Which rank a process is, and over what its host reaches the others."""
+"""training.distributed.topology: the rank of a process and the network to other hosts."""
 
 import os
 import socket
@@ -9,7 +9,7 @@ import pytest
 
 from dalle.errors import HostError
 from dalle.platform.environment import read_job
-from training.distributed import topology as hosts
+from training.distributed import topology
 from training.distributed.topology import Place
 from training.stopping import Stopped
 
@@ -29,7 +29,7 @@ def test_hosts_are_ranked_as_text_and_not_by_their_groups(opt_ml, host, rank):
     assert place.name(rank) == f"host {host}"
 
 
-def test_every_device_of_every_host_is_a_rank_of_its_own():
+def test_every_device_of_every_host_is_one_rank():
     names = ("algo-1", "algo-2")
     places = [Place(names, host, 4, device) for host in names for device in range(4)]
     assert [place.rank for place in places] == list(range(8))
@@ -47,19 +47,19 @@ def test_the_interface_is_the_one_that_owns_the_address_whatever_the_job_says(na
     }
     assert owned
     for address, name in owned.items():
-        assert hosts.interface_of(address, named) == name
+        assert topology.interface_of(address, named) == name
 
 
 def test_every_loopback_address_is_the_loopback_interfaces():
     # Debian gives a machine's own name 127.0.1.1, which no interface lists.
-    assert hosts.interface_of("127.0.1.1", None) == hosts.interface_of("127.0.0.1", None)
+    assert topology.interface_of("127.0.1.1", None) == topology.interface_of("127.0.0.1", None)
 
 
 def test_the_interface_that_the_job_names_is_taken_only_if_it_exists(caplog):
-    nobodys = "203.0.113.77"
-    loopback = hosts.interface_of("127.0.0.1", None)
-    assert hosts.interface_of(nobodys, loopback) == loopback
-    assert hosts.interface_of(nobodys, "ethwe") is None
+    unowned = "203.0.113.77"
+    loopback = topology.interface_of("127.0.0.1", None)
+    assert topology.interface_of(unowned, loopback) == loopback
+    assert topology.interface_of(unowned, "ethwe") is None
     assert "ethwe does not exist" in caplog.text
 
 
@@ -67,37 +67,37 @@ def test_the_interface_is_set_exactly_and_not_over_the_environments(monkeypatch)
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "=eth7")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that what is set below is undone
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
-    hosts.use_interface("eth0")
+    topology.use_interface("eth0")
     assert os.environ["GLOO_SOCKET_IFNAME"] == "eth0"
     assert os.environ["NCCL_SOCKET_IFNAME"] == "=eth7"
     monkeypatch.delenv("NCCL_SOCKET_IFNAME")
-    hosts.use_interface("eth0")
+    topology.use_interface("eth0")
     assert os.environ["NCCL_SOCKET_IFNAME"] == "=eth0"
 
 
 def test_a_name_is_an_address_and_a_missing_one_is_named():
-    assert hosts.resolve("localhost", seconds=5, stop=NEVER).startswith("127.")
+    assert topology.resolve("localhost", seconds=5, stop=NEVER).startswith("127.")
     with pytest.raises(HostError, match=r"host algo-2\.invalid did not resolve .+ within 0\.1 s"):
-        hosts.resolve("algo-2.invalid", seconds=0.1, stop=NEVER)
+        topology.resolve("algo-2.invalid", seconds=0.1, stop=NEVER)
 
 
-def test_waiting_ends_when_a_stop_is_asked_for():
+def test_waiting_ends_after_a_stop():
     stop = threading.Event()
     stop.set()
     with pytest.raises(Stopped):
-        hosts.resolve("algo-2.invalid", seconds=60, stop=stop)
+        topology.resolve("algo-2.invalid", seconds=60, stop=stop)
 
 
-def test_a_host_that_nobody_listens_on_is_named_with_its_address():
+def test_a_host_without_a_listener_is_named_with_its_address():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        hosts.reach("algo-1", "127.0.0.1", port, seconds=5, stop=NEVER)
+        topology.reach("algo-1", "127.0.0.1", port, seconds=5, stop=NEVER)
     with pytest.raises(HostError, match=rf"host algo-1 .+ on 127\.0\.0\.1:{port} within 0\.1 s"):
-        hosts.reach("algo-1", "127.0.0.1", port, seconds=0.1, stop=NEVER)
+        topology.reach("algo-1", "127.0.0.1", port, seconds=0.1, stop=NEVER)
 
 
 def test_a_port_in_use_says_how_to_choose_another():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         with pytest.raises(HostError, match="--rendezvous-port chooses another"):
-            hosts.listen("127.0.0.1", port)
+            topology.listen("127.0.0.1", port)

@@ -1,4 +1,4 @@
-"""What each rank does in test_deepspeed.py: python tests/training/engine/deepspeed_work.py RANK
+"""Work of each rank in test_deepspeed.py: python tests/training/engine/deepspeed_work.py RANK
 PORT FILE."""
 
 import sys
@@ -93,7 +93,7 @@ def parts_of(step, ranks, num_parts):
 
 
 class Run:
-    """An engine and what its steps gave."""
+    """An engine and the results of its steps."""
 
     def __init__(self, raw, ranks=SINGLE_PROCESS, state=None):
         hyperparameters = parse(COMMON | raw)
@@ -120,7 +120,7 @@ class Run:
         return self
 
     def validated(self):
-        """A loss in the midst of training, by the stage's own model; and by which weights."""
+        """A loss between two steps, by the stage's model, and its weights."""
         with torch.no_grad(), self.engine.whole_model():
             model = self.stage.model.eval()
             total = model.loss(*parts_of(0, SINGLE_PROCESS, 1)[0][:2]).total

@@ -1,4 +1,4 @@
-"""training.engine.deepspeed_engine: two processes that share out what one would have whole."""
+"""training.engine.deepspeed_engine: two processes hold in parts what one holds whole."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ AVERAGED = [name for name in FP32 if "averaged" in name]
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
-    """What each of two processes saw, by rank; there is nothing that could compile anything."""
+    """The results of two processes, by rank, on a machine without a compiler."""
     scratch = tmp_path_factory.mktemp("deepspeed")
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environment = {
@@ -92,7 +92,7 @@ def test_half_as_many_bits_have_nearly_those_losses(seen, alone, case):
 
 
 @pytest.mark.parametrize("case", FP32)
-def test_the_model_is_whole_and_right_in_the_midst_of_training_and_in_the_end(seen, alone, case):
+def test_the_model_is_whole_and_right_between_steps_and_at_the_end(seen, alone, case):
     one = of_one(alone, case)
     for rank in seen:
         assert rank[case]["validated"] == pytest.approx(one["validated"], rel=1e-4)

@@ -49,7 +49,7 @@ def test_gradients_are_clipped_to_the_norm_allowed(clipping, norm):
     engine = make_engine(model, gradient_clipping=clipping)
     engine.backward(30 * model.weight.sum())
     seen = []
-    engine._optimisers.optimisers[0].register_step_pre_hook(
+    engine._optimizers.optimizers[0].register_step_pre_hook(
         lambda *_: seen.append(model.weight.grad.norm().item())
     )
     engine.step(0, 0.0)

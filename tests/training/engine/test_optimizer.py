@@ -98,10 +98,10 @@ def test_muon_refuses_vectors():
         Muon([nn.Parameter(torch.ones(3))], learning_rate=0.1)
 
 
-def test_every_parameter_belongs_to_exactly_one_optimiser():
+def test_every_parameter_belongs_to_exactly_one_optimizer():
     model = Model()
     pair = ModelOptimizers(model, learning_rate=0.1, muon_learning_rate=0.1)
-    muon, adam = pair.optimisers
+    muon, adam = pair.optimizers
     groups = [p for o in (muon, adam) for group in o.param_groups for p in group["params"]]
     assert sorted(map(id, groups)) == sorted(map(id, model.parameters()))
     assert {id(p) for p in muon.param_groups[0]["params"]} == set(map(id, model.muon_parameters()))
@@ -110,13 +110,13 @@ def test_every_parameter_belongs_to_exactly_one_optimiser():
 @pytest.mark.parametrize(("model", "muon_learning_rate"), [(Model(), 0.0), (nn.Linear(3, 3), 0.1)])
 def test_without_muon_everything_is_adamws(model, muon_learning_rate):
     pair = ModelOptimizers(model, learning_rate=0.1, muon_learning_rate=muon_learning_rate)
-    assert [type(optimiser) for optimiser in pair.optimisers] == [torch.optim.AdamW]
+    assert [type(optimizer) for optimizer in pair.optimizers] == [torch.optim.AdamW]
 
 
 def test_gains_and_biases_are_not_decayed():
     model = Model()
     pair = ModelOptimizers(model, learning_rate=0.1, weight_decay=0.5)
-    for group in pair.optimisers[0].param_groups:
+    for group in pair.optimizers[0].param_groups:
         assert {p.ndim >= 2 for p in group["params"]} == {group["weight_decay"] > 0}
 
 
@@ -124,7 +124,7 @@ def test_frozen_weights_are_nobodys():
     model = Model()
     model.hidden.requires_grad_(False)
     pair = ModelOptimizers(model, learning_rate=0.1, muon_learning_rate=0.1)
-    (group,) = pair.optimisers[0].param_groups
+    (group,) = pair.optimizers[0].param_groups
     assert len(group["params"]) == 1
 
 
@@ -140,7 +140,7 @@ def test_the_learning_rate_rises_over_the_warm_up_and_falls_to_zero():
 def test_the_schedule_keeps_the_ratio_of_both_learning_rates():
     pair = ModelOptimizers(Model(), learning_rate=0.01, muon_learning_rate=0.2)
     assert pair.schedule(step=0, progress=0.75) == 0.25
-    assert [o.param_groups[0]["lr"] for o in pair.optimisers] == [0.05, 0.0025]
+    assert [o.param_groups[0]["lr"] for o in pair.optimizers] == [0.05, 0.0025]
 
 
 def test_a_pair_goes_on_where_its_state_was_saved():
@@ -150,14 +150,14 @@ def test_a_pair_goes_on_where_its_state_was_saved():
     pair = ModelOptimizers(first, **settings)
     for seed in range(2):
         give_gradients(first, seed)
-        for optimiser in pair.optimisers:
-            optimiser.step()
+        for optimizer in pair.optimizers:
+            optimizer.step()
     second.load_state_dict(first.state_dict())
     resumed = ModelOptimizers(second, **settings)
     resumed.load_state_dict(copy.deepcopy(pair.state_dict()))
-    for model, optimisers in ((first, pair), (second, resumed)):
+    for model, optimizers in ((first, pair), (second, resumed)):
         give_gradients(model, seed=9)
-        for optimiser in optimisers.optimisers:
-            optimiser.step()
+        for optimizer in optimizers.optimizers:
+            optimizer.step()
     for ours, theirs in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(ours, theirs)

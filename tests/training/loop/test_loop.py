@@ -78,7 +78,7 @@ class TinyStage:
 
 
 class Clock:
-    """Seconds that pass only when told to."""
+    """Clock that the test sets."""
 
     def __init__(self):
         self.now = 1000.0

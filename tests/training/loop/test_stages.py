@@ -88,7 +88,7 @@ class Recorded:
         return self.loss(*inputs, pictures=pictures)
 
 
-def test_clip_is_told_which_pairs_have_the_same_picture(tmp_path, tiny_models, monkeypatch):
+def test_clip_gets_equal_numbers_for_equal_images(tmp_path, tiny_models, monkeypatch):
     for number, sample in enumerate(rainbow.samples()[:4]):
         pixels = rainbow.samples()[0 if number == 2 else number * 900].picture()
         (tmp_path / f"{number}.png").write_bytes(encode_image(pixels, "png"))

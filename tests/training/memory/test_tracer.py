@@ -65,8 +65,8 @@ def measured_peak(stage, config, batch_size, settings):
     tensors = [each for model in models for each in (*model.parameters(), *model.buffers())]
     state = [
         value
-        for optimiser in engine.optimisers
-        for values in optimiser.state.values()
+        for optimizer in engine.optimizers
+        for values in optimizer.state.values()
         for value in values.values()
     ]
     held = sum(each.numel() * each.element_size() for each in tensors + state)
