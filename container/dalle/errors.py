@@ -39,6 +39,10 @@ class DalleError(Exception):
     status: int = 500
     code: str = "internal_error"
 
+    def __init_subclass__(cls, status: int | None = None, code: str | None = None) -> None:
+        """status, code: those of the parent class unless given."""
+        cls.status, cls.code = status or cls.status, code or cls.code
+
     def __init__(
         self,
         message: str,
@@ -49,123 +53,75 @@ class DalleError(Exception):
     ) -> None:
         super().__init__(message)
         self.field = field
-        if status is not None:
-            self.status = status
-        if code is not None:
-            self.code = code
+        self.status, self.code = status or self.status, code or self.code
 
 
-class UserError(DalleError):
+class UserError(DalleError, status=400, code="bad_request"):
     """The author of the job or the request must change something."""
 
-    status = 400
-    code = "bad_request"
 
-
-class JobError(UserError):
+class JobError(UserError, code="bad_job"):
     """A file, variable or value of the training job's contract is wrong."""
 
-    code = "bad_job"
 
-
-class HyperparameterError(JobError):
+class HyperparameterError(JobError, code="bad_hyperparameter"):
     """One or more hyperparameters are unknown, mistyped or out of range; all are in the message."""
 
-    code = "bad_hyperparameter"
 
-
-class ChannelError(JobError):
+class ChannelError(JobError, code="bad_channel"):
     """A channel is missing, empty or unexpected."""
 
-    code = "bad_channel"
 
-
-class DataError(UserError):
+class DataError(UserError, code="bad_data"):
     """An image or a caption cannot be used."""
 
-    code = "bad_data"
 
-
-class CaptionTooLong(DataError):  # noqa: N818 - a condition, not an Error
+class CaptionTooLong(DataError, status=422, code="caption_too_long"):  # noqa: N818
     """A caption has more text tokens than the model reads."""
 
-    status = 422
-    code = "caption_too_long"
 
-
-class ArtefactError(UserError):
+class ArtefactError(UserError, status=422, code="bad_artefact"):
     """A trained model's file or component is missing, damaged or of another version."""
 
-    status = 422
-    code = "bad_artefact"
 
-
-class CheckpointError(UserError):
+class CheckpointError(UserError, status=409, code="bad_checkpoint"):
     """The checkpoint directory holds another run's state, or only damaged files."""
 
-    status = 409
-    code = "bad_checkpoint"
 
-
-class DivergenceError(UserError):
+class DivergenceError(UserError, status=422, code="diverged"):
     """The loss, the gradient or a weight is NaN or infinite."""
 
-    status = 422
-    code = "diverged"
 
-
-class PlanError(UserError):
+class PlanError(UserError, status=422, code="bad_plan"):
     """The platform's limits rule a job or endpoint out; found before any call to AWS.
 
     The message names the limit and its value.
     """
 
-    status = 422
-    code = "bad_plan"
 
-
-class AccessError(UserError):
+class AccessError(UserError, status=403, code="no_access"):
     """AWS credentials or region are missing, wrong or expired, or lack a permission."""
 
-    status = 403
-    code = "no_access"
 
-
-class PriceMissing(UserError):  # noqa: N818 - a condition, not an Error
+class PriceMissing(UserError, status=404, code="price_missing"):  # noqa: N818
     """No price is known and none is guessed; the message says how to read it from AWS."""
 
-    status = 404
-    code = "price_missing"
 
-
-class PlatformError(DalleError):
+class PlatformError(DalleError, status=503, code="platform_error"):
     """The machine or service underneath must be changed, or the call repeated."""
 
-    status = 503
-    code = "platform_error"
 
-
-class DiskFullError(PlatformError):
+class DiskFullError(PlatformError, status=507, code="disk_full"):
     """The disk has no room for what must be written."""
 
-    status = 507
-    code = "disk_full"
 
-
-class DeviceError(PlatformError):
+class DeviceError(PlatformError, code="device_error"):
     """The device asked for is absent or does not work."""
 
-    code = "device_error"
 
-
-class HostError(PlatformError):
+class HostError(PlatformError, code="host_lost"):
     """Another host of the training job did not join, or is lost."""
 
-    code = "host_lost"
 
-
-class AwsError(PlatformError):
+class AwsError(PlatformError, status=502, code="aws_error"):
     """AWS refused a request, failed, or did not answer."""
-
-    status = 502
-    code = "aws_error"

@@ -46,10 +46,11 @@ class Quantiser(nn.Module):
     RESTART_EVERY = 20  # steps
     RESTART_UNTIL = 0.6  # of the training
 
-    def __init__(self, num_codebooks: int, codebook_size: int, code_width: int) -> None:
+    def __init__(self, config: DVAEConfig) -> None:
         super().__init__()
-        self.codebook = nn.Parameter(torch.randn(num_codebooks, codebook_size, code_width))
-        self.register_buffer("usage", torch.empty(num_codebooks, codebook_size))
+        M, V = config.num_codebooks, config.codebook_size
+        self.codebook = nn.Parameter(torch.randn(M, V, config.code_width))
+        self.register_buffer("usage", torch.empty(M, V))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.usage.fill_(self.even_share)
 
@@ -117,18 +118,10 @@ class GumbelQuantiser(Quantiser):
     FINAL_TEMPERATURE = 1 / 16  # ibid., appendix A.2
     FINAL_PROGRESS = 0.75  # share of the training after which the temperature is final
 
-    def __init__(
-        self,
-        width: int,
-        num_codebooks: int,
-        codebook_size: int,
-        code_width: int,
-        *,
-        kl_weight: float,
-    ) -> None:
-        super().__init__(num_codebooks, codebook_size, code_width)
-        self.to_logits = _projections(width, num_codebooks, codebook_size)
-        self.kl_weight = kl_weight
+    def __init__(self, config: DVAEConfig) -> None:
+        super().__init__(config)
+        self.to_logits = _projections(config, config.codebook_size)
+        self.kl_weight = config.kl_weight
 
     def _logits(self, features: Sequence[Tensor]) -> Tensor:
         """[B, N, M, V]"""
@@ -189,21 +182,13 @@ class VectorQuantiser(Quantiser):
     sums: Tensor  # [M, V, E] moving sums of the vectors assigned to each code
     counts: Tensor  # [M, V] moving numbers of these vectors
 
-    def __init__(
-        self,
-        width: int,
-        num_codebooks: int,
-        codebook_size: int,
-        code_width: int,
-        *,
-        commitment_weight: float,
-    ) -> None:
-        super().__init__(num_codebooks, codebook_size, code_width)
+    def __init__(self, config: DVAEConfig) -> None:
+        super().__init__(config)
         self.codebook.requires_grad_(False)
-        self.to_vectors = _projections(width, num_codebooks, code_width)
-        self.commitment_weight = commitment_weight
+        self.to_vectors = _projections(config, config.code_width)
+        self.commitment_weight = config.commitment_weight
         self.register_buffer("sums", torch.zeros_like(self.codebook))
-        self.register_buffer("counts", torch.zeros(num_codebooks, codebook_size))
+        self.register_buffer("counts", torch.zeros_like(self.usage))
 
     def _vectors(self, features: Sequence[Tensor]) -> Tensor:
         """[B, N, M, E], normalised: otherwise encoder and codebook could grow without bound."""
@@ -277,14 +262,13 @@ class VectorQuantiser(Quantiser):
 
 def build_quantiser(config: DVAEConfig) -> Quantiser:
     """Return the quantiser that the config names."""
-    sizes = (config.width, config.num_codebooks, config.codebook_size, config.code_width)
-    if config.quantiser == "gumbel":
-        return GumbelQuantiser(*sizes, kl_weight=config.kl_weight)
-    return VectorQuantiser(*sizes, commitment_weight=config.commitment_weight)
+    return (GumbelQuantiser if config.quantiser == "gumbel" else VectorQuantiser)(config)
 
 
-def _projections(width: int, num_codebooks: int, channels: int) -> nn.ModuleList:
-    return nn.ModuleList(nn.Conv2d(width, channels, kernel_size=1) for _ in range(num_codebooks))
+def _projections(config: DVAEConfig, channels: int) -> nn.ModuleList:
+    """Return one pointwise layer per codebook."""
+    layers = (nn.Conv2d(config.width, channels, 1) for _ in range(config.num_codebooks))
+    return nn.ModuleList(layers)
 
 
 def _project(layers: nn.ModuleList, features: Sequence[Tensor]) -> Tensor:

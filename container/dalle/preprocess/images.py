@@ -57,10 +57,8 @@ class ImageFault(StrEnum):
     DAMAGED = "truncated or damaged image"
 
 
-class ImageError(DataError):
+class ImageError(DataError, code="bad_image"):
     """A file or payload cannot be used as an image, for the reason in `fault`."""
-
-    code = "bad_image"
 
     def __init__(self, message: str, fault: ImageFault) -> None:
         super().__init__(message)
@@ -129,34 +127,25 @@ def encode_image(pixels: Pixels, format: ImageFormat) -> bytes:
     return file.getvalue()
 
 
-def contact_sheet(
-    rows: Sequence[Sequence[Pixels]], *, padding: int = 2, scale: int = 1, background: int = 255
-) -> Pixels:
-    """Arrange images of one size in rows from the left, with `padding` pixels around each.
+def contact_sheet(rows: Sequence[Sequence[Pixels]], *, padding: int = 2, scale: int = 1) -> Pixels:
+    """Arrange images of one size in rows from the left, on white, `padding` pixels around each.
 
-    scale: side of the square that each pixel becomes, for tiny images. background: grey value, 0 to
-    255, of the padding and of empty places. Returns a uint8 array
+    scale: side of the square that each pixel becomes, for tiny images. Returns a uint8 array
     [rows * (scale*H + padding) + padding, columns * (scale*W + padding) + padding, 3].
     """
     shapes = {image.shape for row in rows for image in row}
     if len(shapes) != 1:
         raise ValueError(f"contact_sheet takes images of one size, got {sorted(shapes) or 'none'}")
-    if scale < 1 or padding < 0:
-        raise ValueError(f"scale must be >= 1 and padding >= 0, got {scale} and {padding}")
-    height, width = (scale * extent for extent in shapes.pop()[:2])
+    H, W, _ = shapes.pop()
+    height, width = scale * H + padding, scale * W + padding  # of one cell
     columns = max(len(row) for row in rows)
-    sheet = np.full(
-        (len(rows) * (height + padding) + padding, columns * (width + padding) + padding, 3),
-        background,
-        dtype=np.uint8,
-    )
-    for row_number, row in enumerate(rows):
-        top = padding + row_number * (height + padding)
-        for column, image in enumerate(row):
+    shape = (len(rows) * height + padding, columns * width + padding, 3)
+    sheet = np.full(shape, 255, dtype=np.uint8)
+    for top, row in zip(range(padding, shape[0], height), rows, strict=True):
+        for left, image in zip(range(padding, shape[1], width), row, strict=False):
             _check_pixels(image)
-            left = padding + column * (width + padding)
             enlarged = image.repeat(scale, axis=0).repeat(scale, axis=1)
-            sheet[top : top + height, left : left + width] = enlarged
+            sheet[top : top + scale * H, left : left + scale * W] = enlarged
     return sheet
 
 

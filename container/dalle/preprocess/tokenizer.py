@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -175,17 +175,11 @@ def _untrained(kind: Literal["word", "bpe"]) -> Tokenizer:
 def _trainer(
     kind: Literal["word", "bpe"], vocab_size: int
 ) -> trainers.WordLevelTrainer | trainers.BpeTrainer:
-    special = [PADDING, UNKNOWN]
+    options: dict[str, Any] = {"special_tokens": [PADDING, UNKNOWN], "show_progress": False}
     if kind == "word":
-        return trainers.WordLevelTrainer(
-            vocab_size=vocab_size, special_tokens=special, show_progress=False
-        )
-    return trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+        return trainers.WordLevelTrainer(vocab_size=vocab_size, **options)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    return trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, **options)
 
 
 def _lines(counts: Mapping[str, int]) -> Iterator[str]:

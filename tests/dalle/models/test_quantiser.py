@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from dalle.models.quantiser import GumbelQuantiser, Quantiser, VectorQuantiser
+from dalle.models.dvae import DVAEConfig
+from dalle.models.quantiser import GumbelQuantiser, Quantiser, build_quantiser
 
 WIDTH, M, V, E = 6, 2, 16, 4
 KINDS = ["gumbel", "vq"]
@@ -13,10 +14,8 @@ KINDS = ["gumbel", "vq"]
 
 def build(kind: str, codebook_size: int = V, **weights: float) -> Quantiser:
     torch.manual_seed(0)
-    sizes = (WIDTH, M, codebook_size, E)
-    if kind == "gumbel":
-        return GumbelQuantiser(*sizes, **({"kl_weight": 0.0} | weights))
-    return VectorQuantiser(*sizes, **({"commitment_weight": 0.25} | weights))
+    sizes = {"width": WIDTH, "num_codebooks": M, "codebook_size": codebook_size, "code_width": E}
+    return build_quantiser(DVAEConfig(quantiser=kind, **sizes, **weights))
 
 
 def random_features(count: int = 8) -> list[torch.Tensor]:

@@ -8,7 +8,8 @@ from torch import nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from dalle.models.clip import Clip, ClipConfig
-from dalle.models.quantiser import GumbelQuantiser, VectorQuantiser
+from dalle.models.dvae import DVAEConfig
+from dalle.models.quantiser import build_quantiser
 from training.distributed.process_group import TorchProcessGroup
 
 STATE = {
@@ -65,14 +66,11 @@ def clip_loss_and_gradients(ranks):
 
 
 def revived(kind, ranks):
-    """A quantiser's parameters and buffers before and after half of its codes were revived."""
+    """A quantiser's parameters and buffers before and after half of its codes are restarted."""
     torch.manual_seed(7)
-    sizes = (6, 2, 8, 4)
-    quantiser = (
-        GumbelQuantiser(*sizes, kl_weight=0.1)
-        if kind == "gumbel"
-        else VectorQuantiser(*sizes, commitment_weight=0.1)
-    )
+    sizes = {"width": 6, "num_codebooks": 2, "codebook_size": 8, "code_width": 4}
+    weights = {"kl_weight": 0.1, "commitment_weight": 0.1}
+    quantiser = build_quantiser(DVAEConfig(quantiser=kind, **sizes, **weights))
     quantiser.usage[:, 4:] = 0.0
     quantiser.steps.fill_(quantiser.RESTART_EVERY - 1)
     before = {name: value.clone() for name, value in quantiser.state_dict().items()}
