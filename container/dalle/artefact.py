@@ -63,21 +63,23 @@ class Artefact:
         return [name for name in COMPONENTS if getattr(self, name) is not None]
 
     @overload
-    def require(self, name: Literal["dvae"]) -> DiscreteVAE: ...
+    def require(self, name: Literal["dvae"], purpose: str = ...) -> DiscreteVAE: ...
     @overload
-    def require(self, name: Literal["transformer"]) -> Dalle: ...
+    def require(self, name: Literal["transformer"], purpose: str = ...) -> Dalle: ...
     @overload
-    def require(self, name: Literal["clip"]) -> Clip: ...
+    def require(self, name: Literal["clip"], purpose: str = ...) -> Clip: ...
     @overload
-    def require(self, name: Literal["tokenizer"]) -> CaptionTokenizer: ...
-    def require(self, name: ComponentName) -> nn.Module | CaptionTokenizer:
-        """Return a component. Raises ArtefactError that names it where the artefact has none."""
+    def require(self, name: Literal["tokenizer"], purpose: str = ...) -> CaptionTokenizer: ...
+    def require(self, name: ComponentName, purpose: str = "") -> nn.Module | CaptionTokenizer:
+        """Return a component. Raises ArtefactError naming one that is missing and what for."""
         component: nn.Module | CaptionTokenizer | None = getattr(self, name)
         if component is None:
             stage = "transformer" if name == "tokenizer" else name
+            has = ", ".join(self.components()) or "nothing"
+            needed = f", which {purpose} needs" if purpose else ""
             raise ArtefactError(
-                f"the artefact has no {name}; train the stage {stage} with this artefact in the "
-                "channel `artefact`"
+                f"the artefact has no {name}{needed}; it has {has}: train the stage {stage} with "
+                "this artefact in the channel `artefact`"
             )
         return component
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from torch import Tensor
 
-from dalle.decoding.request import FinishedCandidate, Generation
+from dalle.decoding.request import CandidateTokens, DecodeRequest
 from inference.api.rendering import Candidate, GenerateResult, rank
 from inference.api.replies import RankedBy
 from inference.engine.request import PreparedGeneration
@@ -25,14 +25,14 @@ class RunningRequest:
     """A request for images that was begun."""
 
     request: PreparedGeneration
-    generation: Generation
+    decoding: DecodeRequest
     """The request in the decoding engine."""
     caption_embedding: Tensor | None
     """[1, E] by CLIP; None without a CLIP."""
     num_positions: int
     """Positions that are sampled: all but the primed ones."""
     began: float
-    sampled: deque[FinishedCandidate] = field(default_factory=deque)
+    sampled: deque[CandidateTokens] = field(default_factory=deque)
     """Candidates whose tokens are complete, and which are not decoded yet."""
     finished: list[Candidate] = field(default_factory=list)
     decode_seconds: float = 0.0
@@ -43,12 +43,12 @@ class RunningRequest:
     @property
     def num_unsampled(self) -> int:
         """Candidates that wait for a slot or are being sampled."""
-        return len(self.generation.waiting) + self.generation.in_slots
+        return len(self.decoding.waiting) + self.decoding.in_slots
 
     @property
     def is_over(self) -> bool:
         """Whether no further candidate will be finished."""
-        return self.request.is_cancelled or (self.generation.is_over and not self.sampled)
+        return self.request.is_cancelled or (self.decoding.is_over and not self.sampled)
 
     def release_pixels(self) -> None:
         """Keep the pixels of the best `num_images` candidates only.

@@ -16,7 +16,7 @@ import torch
 
 from dalle.artefact import Artefact
 from dalle.decoding.engine import DecodeEngine
-from dalle.decoding.request import FinishedCandidate
+from dalle.decoding.request import CandidateTokens
 from inference.api.rendering import Candidate
 from inference.api.replies import RankedBy
 from inference.engine.image_decoder import (
@@ -78,7 +78,7 @@ class Scheduler:
             num_primed = request.prime_rows * self._dvae.config.grid_size
             prime_tokens = self._dvae.encode(request.prime.to(self._device))[0, :num_primed]
             num_positions -= num_primed
-        generation = self._engine.submit(
+        decoding = self._engine.submit(
             request.text_tokens.to(self._device),
             candidates=range(request.num_candidates),
             seed=request.seed,
@@ -86,7 +86,7 @@ class Scheduler:
             prime_tokens=prime_tokens,
         )
         running = RunningRequest(
-            request, generation, embedding, num_positions, began, rank_seconds=rank_seconds
+            request, decoding, embedding, num_positions, began, rank_seconds=rank_seconds
         )
         request.cost_seconds = time.monotonic() - began
         self._running.append(running)
@@ -96,10 +96,10 @@ class Scheduler:
     def step(self) -> list[EngineRequest]:
         """Sample one position of every candidate, finish some, return the requests that ended."""
         for running in self._running:
-            unfinished = running.generation.in_slots + len(running.sampled)
+            unfinished = running.decoding.in_slots + len(running.sampled)
             if not running.request.may_continue(self._latency.finishing_seconds(unfinished)):
                 self._wait_for_device()
-                self._engine.cancel(running.generation)
+                self._engine.cancel(running.decoding)
                 running.is_stopped = True
         if not self._engine.is_idle:
             self._sample()
@@ -108,7 +108,7 @@ class Scheduler:
         ended = [each for each in self._running if each.is_over]
         self._running = [each for each in self._running if each not in ended]
         for running in ended:
-            self._engine.cancel(running.generation)  # it may have been cancelled just now
+            self._engine.cancel(running.decoding)  # it may have been cancelled just now
             running.end(self._ranked_by)
         return [running.request for running in ended]
 
@@ -120,7 +120,7 @@ class Scheduler:
 
     def _sample(self) -> None:
         """Sample one position of every candidate; divide the time among the requests."""
-        by_generation = {running.generation: running for running in self._running}
+        by_request = {running.decoding: running for running in self._running}
         began = time.monotonic()
         sampled = self._engine.step()
         if self._synchronize is not None:
@@ -130,14 +130,14 @@ class Scheduler:
                 self._synchronize()
         seconds = time.monotonic() - began
         self._shares = {
-            running: running.generation.in_slots
-            + sum(each.generation is running.generation for each in sampled)
+            running: running.decoding.in_slots
+            + sum(each.request is running.decoding for each in sampled)
             for running in self._running
         }
         self._charge(seconds)
         self._measure(sum(self._shares.values()), seconds)
         for each in sampled:
-            running = by_generation[each.generation]
+            running = by_request[each.request]
             running.sampled.append(each)
             self._limit(running)
 
@@ -161,7 +161,7 @@ class Scheduler:
 
     def _measure(self, num_candidates: int, seconds: float) -> None:
         """Record the seconds of steps in the latency model, many of one size at once."""
-        guided = any(running.generation.slots_each == 2 for running in self._running)
+        guided = any(running.decoding.slots_each == 2 for running in self._running)
         candidates, was_guided, steps, total = self._measured
         if (candidates, was_guided) != (num_candidates, guided) or steps == _STEPS_PER_RECORD:
             if steps and candidates:
@@ -171,15 +171,15 @@ class Scheduler:
 
     def _limit(self, running: RunningRequest) -> None:
         """Limit the candidates in slots to what can be finished before the request's deadline."""
-        request, generation = running.request, running.generation
+        request, decoding = running.request, running.decoding
         previews = max_previews(self._dvae.config.grid_size, request.preview_rows)
-        generation.most = self._latency.chunk_size(
+        decoding.max_in_slots = self._latency.chunk_size(
             max(1, running.num_unsampled),
             request.options.guidance_scale != 1.0,
             running.num_positions,
             request.seconds_left(),
             decodes=1 + previews,
-            others=self._engine.in_making - generation.in_slots,
+            others=self._engine.num_in_slots - decoding.in_slots,
         )
 
     def _preview(self) -> None:
@@ -189,12 +189,12 @@ class Scheduler:
             every_rows = running.request.preview_rows
             if every_rows is None or running.is_stopped:
                 continue
-            positions = self._engine.positions(running.generation).values()
+            positions = self._engine.positions(running.decoding).values()
             if not any(is_preview_position(each, grid_size, every_rows) for each in positions):
                 continue
             self._wait_for_device()
             began = time.monotonic()
-            unfinished = self._engine.tokens_so_far(running.generation)
+            unfinished = self._engine.tokens_so_far(running.decoding)
             for preview in decode_previews(self._dvae, unfinished, every_rows):
                 running.request.put(preview)
             seconds = time.monotonic() - began
@@ -204,7 +204,7 @@ class Scheduler:
     def _finish(self) -> None:
         """Decode and score a few sampled candidates, in the order of sampling; pass them on."""
         most = _FINISH_BATCH_GPU if self._device.type == "cuda" else _FINISH_BATCH
-        batch: list[tuple[RunningRequest, FinishedCandidate]] = []
+        batch: list[tuple[RunningRequest, CandidateTokens]] = []
         for running in self._running:
             while running.sampled and len(batch) < most and not running.request.is_cancelled:
                 batch.append((running, running.sampled.popleft()))
@@ -228,7 +228,7 @@ class Scheduler:
             running.decode_seconds += (decoded - began) / len(batch)
             running.rank_seconds += (ranked - decoded) / len(batch)
             running.request.cost_seconds += (ranked - began) / len(batch)
-            candidate = Candidate(each.candidate, each.log_likelihood, score, merit, image)
+            candidate = Candidate(each.number, each.log_likelihood, score, merit, image)
             running.finished.append(candidate)
             running.request.put(candidate)
         for running in dict.fromkeys(running for running, _ in batch):

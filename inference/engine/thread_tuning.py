@@ -44,13 +44,13 @@ def measure_steps(
     text_tokens = torch.full((1, engine.model.config.text_length), PADDING)
     text_tokens = text_tokens.to(engine.model.text_position.device)
     times: dict[int, list[float]] = {number: [] for number in numbers}
-    generation = None
+    request = None
     try:
         for turn in range(_MAX_ROUNDS + 1):
             for place in range(len(numbers)):
                 number = numbers[(place + turn) % len(numbers)]
                 if engine.is_idle:  # at first, and when all candidates are finished
-                    generation = engine.submit(text_tokens, candidates=range(candidates), seed=0)
+                    request = engine.submit(text_tokens, candidates=range(candidates), seed=0)
                     engine.step()  # also fills the slots, which is not to be timed
                 torch.set_num_threads(number)
                 began = clock()
@@ -59,8 +59,8 @@ def measure_steps(
             if clock() > ends:
                 break
     finally:
-        if generation is not None:
-            engine.cancel(generation)
+        if request is not None:
+            engine.cancel(request)
     return {
         number: statistics.median(measured[1:] or measured) for number, measured in times.items()
     }

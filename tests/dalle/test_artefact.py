@@ -103,6 +103,14 @@ def test_a_component_may_be_missing(missing, tiny_models, tmp_path):
     assert getattr(loaded, missing) is None
 
 
+def test_a_required_component_that_is_missing_is_named_with_the_stage_to_train(tiny_models):
+    partial = replace(tiny_models, tokenizer=None)
+    assert partial.require("dvae") is tiny_models.dvae
+    says = "no tokenizer, which this test needs; it has dvae, .*: train the stage transformer"
+    with pytest.raises(ArtefactError, match=says):
+        partial.require("tokenizer", "this test")
+
+
 def test_saving_over_an_older_artefact_leaves_nothing_of_it(tiny_models, artefact_copy, make_dalle):
     (artefact_copy / "report.html").write_text("somebody else's")
     other = make_dalle()

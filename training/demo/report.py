@@ -63,8 +63,8 @@ def write_demo_report(run: RainbowRun) -> None:
     Reads `accuracy.json`, and `generated/` with `replies.json` and the images of `serve`.
     """
     artefact, truth = run.read()
-    assert artefact.dvae is not None
-    size = artefact.dvae.config.image_size
+    dvae = artefact.require("dvae")
+    size = dvae.config.image_size
     generated = run.out / "generated"
     replies = json.loads((generated / "replies.json").read_text("utf-8"))
     rows = [_row(reply, generated, truth) for reply in replies]
@@ -88,8 +88,8 @@ def write_demo_report(run: RainbowRun) -> None:
         ],
         stages=[StageSummary.of(record) for record in artefact.manifest.stages],
         curves=read_curves(Paths(run.root).output_data / "metrics.jsonl"),
-        codebooks=codebook_usage(artefact.dvae, held_out),
-        reconstructions=reconstructions(artefact.dvae, held_out[shown]),
+        codebooks=codebook_usage(dvae, held_out),
+        reconstructions=reconstructions(dvae, held_out[shown]),
         generated=rows,
         ranked_by=replies[0]["ranked_by"],
         accuracy=evaluation.accuracies(),

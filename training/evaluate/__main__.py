@@ -30,7 +30,6 @@ from dalle.errors import DalleError, UserError
 from training.engine.devices import choose_device
 from training.evaluate.ground_truth import TRAIN, GroundTruth, read_ground_truth
 from training.evaluate.scores import evaluate, render_table
-from training.report.samples import require
 
 logger = logging.getLogger(__name__)
 
@@ -41,14 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         artefact = artefacts.load(options.artefact, choose_device(options.device))
-        require(artefact, "dvae", "transformer", "tokenizer", purpose="caption accuracy")
-        assert artefact.dvae is not None
+        dvae = artefact.require("dvae", "caption accuracy")
+        artefact.require("transformer", "caption accuracy")
+        artefact.require("tokenizer", "caption accuracy")
         if artefact.clip is None and not options.greedy and options.candidates > 1:
             raise UserError(
                 f"the artefact has no clip, which the best of {options.candidates} needs; "
                 "train the stage clip, or give --greedy or --candidates 1"
             )
-        truth = read_ground_truth(options.data, artefact.dvae.config.image_size)
+        truth = read_ground_truth(options.data, dvae.config.image_size)
         _warn_of_other_data(artefact, truth, options.data)
         evaluation = evaluate(
             artefact,

@@ -24,7 +24,7 @@ from dalle.artefact import Artefact
 from dalle.decoding.sampling import SamplingOptions
 from training.evaluate.ground_truth import GroundTruth
 from training.report.content import CaptionAccuracy
-from training.report.samples import generate_candidates, reconstruct, require
+from training.report.samples import generate_candidates, reconstruct
 
 GREEDY, SINGLE = "greedy", "single sample"
 ALL, NOVEL = "held-out captions", "held-out captions whose picture is not in training"
@@ -214,13 +214,12 @@ def _nearest_of_generated(
 
 def _reconstruction_accuracy(artefact: Artefact, truth: GroundTruth, classes: list[int]) -> float:
     """Share of the classes whose image is still nearest to itself after the dVAE."""
-    require(artefact, "dvae", purpose="reconstruction")
-    assert artefact.dvae is not None
+    dvae = artefact.require("dvae", "reconstruction")
     block = max(1, BLOCK_BYTES // (3 * truth.image_size**2))
     right = 0
     for start in range(0, len(classes), block):
         numbers = classes[start : start + block]
-        again = reconstruct(artefact.dvae, truth.images(numbers))
+        again = reconstruct(dvae, truth.images(numbers))
         right += int((truth.nearest(again) == torch.tensor(numbers)).sum())
     return right / len(classes)
 

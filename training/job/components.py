@@ -139,8 +139,7 @@ class Components:
                 dvae = DiscreteVAE(config).to(device)
                 return DVAEStage(dvae, inputs.data(settings, with_captions=False))
             case TransformerConfig() as config:
-                trained = inputs.artefact.dvae
-                assert trained is not None, "the trainer orders the stages"
+                trained = inputs.artefact.require("dvae", "the stage transformer")
                 model = Dalle(config).to(device)
                 model.checkpoints_activations = settings.activation_checkpointing
                 pairs = inputs.pairs_with_tokens(settings, trained)

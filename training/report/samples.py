@@ -19,14 +19,12 @@ from torch import Tensor
 
 from dalle.artefact import Artefact
 from dalle.decoding.engine import DecodeEngine
-from dalle.decoding.request import FinishedCandidate
+from dalle.decoding.request import CandidateTokens
 from dalle.decoding.sampling import SamplingOptions
 from dalle.decoding.select import new_step
-from dalle.errors import ArtefactError
 from dalle.models.dvae import DiscreteVAE
 from dalle.models.transformer import Dalle
 from dalle.preprocess.images import Pixels
-from dalle.types import ComponentName
 from training.data.batching.preload import float_chunks, images_per_chunk
 from training.report.content import CodebookUsage, Generated, Reconstructions, Retrieval
 from training.stopping import NEVER, Stop, Stopped, unless_stopped
@@ -55,17 +53,6 @@ class CandidateImages:
         return order[:count].tolist()
 
 
-def require(artefact: Artefact, *components: ComponentName, purpose: str) -> None:
-    """Raise ArtefactError naming the components that `purpose` needs and the artefact lacks."""
-    missing = [name for name in components if name not in artefact.components()]
-    if missing:
-        has = ", ".join(artefact.components()) or "nothing"
-        raise ArtefactError(
-            f"the artefact has no {' and no '.join(missing)}, which {purpose} needs; it has {has}: "
-            "train the missing stages with this artefact in the channel `artefact`"
-        )
-
-
 def generate_candidates(
     artefact: Artefact,
     captions: Sequence[str],
@@ -81,10 +68,9 @@ def generate_candidates(
     image for the same caption, seed and number. CLIP scores the images where the artefact has one.
     Raises ArtefactError when a component is missing, CaptionTooLong, and Stopped.
     """
-    require(artefact, "dvae", "transformer", "tokenizer", purpose="generating images")
-    transformer, tokenizer = artefact.transformer, artefact.tokenizer
-    assert transformer is not None
-    assert tokenizer is not None
+    artefact.require("dvae", "generating images")
+    transformer = artefact.require("transformer", "generating images")
+    tokenizer = artefact.require("tokenizer", "generating images")
     text_tokens = tokenizer.encode(captions).to(_device(transformer))
     embeddings = None if artefact.clip is None else _embed_captions(artefact, captions, stop)
     is_guided = options is not None and options.guidance_scale != 1.0
@@ -108,11 +94,11 @@ def generate_candidates(
             raise Stopped
         sampled = engine.step()
         num_open -= len(sampled)
-        owners = [rows[each.generation] for each in sampled]
+        owners = [rows[each.request] for each in sampled]
         wanted = None if embeddings is None else embeddings[owners]
         parts = _decode_and_score(artefact, sampled, wanted, stop)
         for row, each, part in zip(owners, sampled, parts, strict=True):
-            finished[row][each.candidate] = part
+            finished[row][each.number] = part
         while yielded < len(captions) and len(finished[yielded]) == len(candidates[yielded]):
             own = [finished[yielded].pop(number) for number in candidates[yielded]]
             yield CandidateImages(*(torch.stack(column) for column in zip(*own, strict=True)))
@@ -197,9 +183,7 @@ def retrieval(
     An image equal to the caption's own, pixel by pixel, counts as its own.
     Raises ArtefactError without a CLIP that can read the captions; Stopped.
     """
-    require(artefact, "clip", purpose="retrieval")
-    clip = artefact.clip
-    assert clip is not None
+    clip = artefact.require("clip", "retrieval")
     first: dict[bytes, int] = {}
     same = torch.tensor(
         [first.setdefault(image.tobytes(), row) for row, image in enumerate(images.numpy())]
@@ -243,7 +227,7 @@ def _most_together(transformer: Dalle, is_guided: bool) -> int:
 
 def _decode_and_score(
     artefact: Artefact,
-    sampled: Sequence[FinishedCandidate],
+    sampled: Sequence[CandidateTokens],
     wanted: Tensor | None,
     stop: Stop,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -251,8 +235,7 @@ def _decode_and_score(
 
     wanted: CLIP's vectors of their captions [K, E]; None scores by the log-likelihood.
     """
-    dvae, clip = artefact.dvae, artefact.clip
-    assert dvae is not None
+    dvae, clip = artefact.require("dvae"), artefact.clip
     size = images_per_chunk(dvae.config.image_size)
     for start in unless_stopped(range(0, len(sampled), size), stop):
         some = sampled[start : start + size]
@@ -268,8 +251,7 @@ def _decode_and_score(
 
 def _embed_captions(artefact: Artefact, captions: Sequence[str], stop: Stop) -> Tensor:
     """CLIP's unit vectors [C, E]."""
-    clip = artefact.clip
-    assert clip is not None
+    clip = artefact.require("clip")
     with torch.inference_mode():
         chunks = [
             clip.encode_captions(captions[start : start + CAPTION_CHUNK], artefact.tokenizer)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalle.decoding.request import Candidate
+from dalle.decoding.request import CandidateTokens
 from dalle.decoding.sampling import SamplingOptions, sample_tokens
 from dalle.models.transformer import TransformerConfig
 
@@ -52,7 +52,7 @@ class Batch:
     waits for the host.
     """
 
-    candidates: list[Candidate]
+    candidates: list[CandidateTokens]
     """Of the first rows, [C]."""
     numpy_rows: np.ndarray
     """Each row's slot, [B]."""
@@ -62,7 +62,7 @@ class Batch:
     """Indices of the candidates with guidance, in the order of their rows without caption."""
 
     def __init__(
-        self, candidates: Sequence[Candidate], num_positions: int, device: torch.device
+        self, candidates: Sequence[CandidateTokens], num_positions: int, device: torch.device
     ) -> None:
         self.candidates = list(candidates)
         guided = [row for row, each in enumerate(candidates) if each.guidance_slot is not None]
@@ -150,7 +150,7 @@ class Batch:
         """Candidates of equal options: the options, their rows, their rows without caption."""
         by_options: dict[SamplingOptions, list[int]] = {}
         for row, each in enumerate(self.candidates):
-            by_options.setdefault(each.generation.options, []).append(row)
+            by_options.setdefault(each.request.options, []).append(row)
         blank_rows = self.blank_rows
         return [
             (

@@ -1,4 +1,4 @@
-"""A request as the decoding engine keeps it: its candidates, waiting, in slots, finished.
+"""A request in the decoding engine, and its candidates: waiting, in slots, finished.
 
 Letters: N positions, M codes per position, W width.
 """
@@ -15,19 +15,9 @@ from torch import Tensor
 from dalle.decoding.sampling import SamplingOptions
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class FinishedCandidate:
-    """One image's worth of tokens, [N, M] int64, and its log p as in `SampledTokens`."""
-
-    generation: Generation
-    candidate: int
-    image_tokens: Tensor = field(repr=False)
-    log_likelihood: float
-
-
 @dataclass(eq=False)
-class Generation:
-    """A request's candidates on their way; made by `DecodeEngine.submit`."""
+class DecodeRequest:
+    """A request for candidates of one caption; made by `DecodeEngine.submit`."""
 
     seed: int
     options: SamplingOptions
@@ -35,11 +25,11 @@ class Generation:
     """Numbers of the candidates that have no slot yet."""
     prime_tokens: Tensor | None = field(repr=False)
     prefixes: list[Prefix] = field(repr=False)
-    """With the caption, and with guidance without it."""
-    most: int | None = None
-    """Candidates that may be in the making together; None: as many as there is room for."""
+    """With the caption, and with guidance without it; none where every position is primed."""
+    max_in_slots: int | None = None
+    """Candidates that may be in slots at the same time; None: as many as there is room for."""
     in_slots: int = 0
-    """Candidates in the making."""
+    """Candidates in slots now."""
 
     @property
     def slots_each(self) -> int:
@@ -48,18 +38,20 @@ class Generation:
 
     @property
     def may_start(self) -> bool:
-        """Whether more of its candidates wait and may begin."""
-        return bool(self.waiting) and (self.most is None or self.in_slots < self.most)
+        """Whether a candidate waits and may take slots."""
+        return bool(self.waiting) and (
+            self.max_in_slots is None or self.in_slots < self.max_in_slots
+        )
 
     @property
     def is_over(self) -> bool:
-        """Whether no candidate of it is to come any more."""
+        """Whether every candidate is finished or given up."""
         return not self.waiting and not self.in_slots
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Prefix:
-    """A caption's pass through the model, done once: what its candidates' slots begin with."""
+    """Result of the caption's pass through the model, with which each candidate starts."""
 
     packed: Sequence[Any]
     """What `Step.load` writes."""
@@ -67,11 +59,24 @@ class Prefix:
 
 
 @dataclass(eq=False, slots=True)
-class Candidate:
-    """A candidate in the making."""
+class CandidateTokens:
+    """The image tokens of one candidate, while they are sampled and when they are complete."""
 
-    generation: Generation
+    request: DecodeRequest
     number: int
-    slot: int
-    guidance_slot: int | None
+    slots: tuple[int, ...]
+    """The slot with the caption, then with guidance the one without it."""
     position: int
+    """Number of positions that are primed or sampled."""
+    image_tokens: Tensor = field(repr=False)
+    """[N, M] int64. Only the first `position` are valid, and in a slot it is the engine's own."""
+    log_likelihood: float = 0.0
+    """log p of the sampled tokens in nats, as in `SampledTokens`; set when they are complete."""
+
+    @property
+    def slot(self) -> int:
+        return self.slots[0]
+
+    @property
+    def guidance_slot(self) -> int | None:
+        return self.slots[1] if len(self.slots) > 1 else None

@@ -57,14 +57,14 @@ def model(make_dalle):
 def run(engine: DecodeEngine, requests=REQUESTS, every: int = 5):
     """Submit a request every few steps; tokens and log-likelihood by request and candidate."""
     found: dict[tuple[int, int], tuple[torch.Tensor, float]] = {}
-    generations: list[object] = []
+    submitted: list[object] = []
     steps = 0
-    while len(generations) < len(requests) or not engine.is_idle:
-        if steps % every == 0 and len(generations) < len(requests):
-            request = dict(requests[len(generations)])
-            generations.append(engine.submit(request.pop("text_tokens"), **request))
+    while len(submitted) < len(requests) or not engine.is_idle:
+        if steps % every == 0 and len(submitted) < len(requests):
+            request = dict(requests[len(submitted)])
+            submitted.append(engine.submit(request.pop("text_tokens"), **request))
         for each in engine.step():
-            key = generations.index(each.generation), each.candidate
+            key = submitted.index(each.request), each.number
             assert key not in found
             found[key] = each.image_tokens, each.log_likelihood
         steps += 1
@@ -166,13 +166,13 @@ def test_a_step_reads_what_its_queries_see_and_little_else(kind, make_dalle, mon
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_a_picture_that_is_primed_whole_is_finished_at_once(guidance_scale, model):
+def test_an_image_whose_every_position_is_primed_is_finished_at_once(guidance_scale, model):
     engine = DecodeEngine(model, 2)
     prime_tokens = torch.full((N, M), 4)
     options = SamplingOptions(guidance_scale=guidance_scale)
     engine.submit(TEXT, candidates=[3, 1], seed=0, options=options, prime_tokens=prime_tokens)
     finished = engine.step()
-    assert [each.candidate for each in finished] == [3, 1]
+    assert [each.number for each in finished] == [3, 1]
     assert all((each.image_tokens == 4).all() for each in finished)
     assert [each.log_likelihood for each in finished] == [0.0, 0.0]
     assert engine.is_idle
@@ -203,7 +203,7 @@ def test_slots_go_to_the_request_that_has_fewest(model):
     while short.waiting or short.in_slots:
         finished += engine.step()
     assert len(long.waiting) >= 4, "the long request came first, and still waits for half"
-    assert {each.candidate for each in finished if each.generation is short} == {0, 1}
+    assert {each.number for each in finished if each.request is short} == {0, 1}
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -222,9 +222,9 @@ def test_a_cancelled_request_frees_its_slots_and_leaves_the_others_alone(step, m
     finished = []
     while not engine.is_idle:
         finished += engine.step()
-    assert all(each.generation is kept for each in finished)
+    assert all(each.request is kept for each in finished)
     expected = sample_image_tokens(model, TEXT, candidates=range(3), seed=5).image_tokens
-    by_number = sorted(finished, key=lambda each: each.candidate)
+    by_number = sorted(finished, key=lambda each: each.number)
     assert (torch.stack([each.image_tokens for each in by_number]) == expected).all()
     engine.cancel(kept)  # finished already: nothing to give up
     assert engine.busy_slots == 0
@@ -244,14 +244,14 @@ def test_an_engine_that_was_reset_begins_anew(step, model):
 
 def test_tokens_so_far_are_the_beginning_of_the_finished_image(model):
     engine = DecodeEngine(model, 2)
-    generation = engine.submit(TEXT, candidates=[4], seed=0)
+    request = engine.submit(TEXT, candidates=[4], seed=0)
     for done in range(1, N):
         engine.step()
-        ((number, tokens),) = engine.tokens_so_far(generation)
+        ((number, tokens),) = engine.tokens_so_far(request)
         assert (number, tokens.shape) == (4, (done, M))
     (finished,) = engine.step()
     assert (finished.image_tokens[: N - 1] == tokens).all()
-    assert engine.tokens_so_far(generation) == []
+    assert engine.tokens_so_far(request) == []
 
 
 def test_guidance_needs_two_slots(model):

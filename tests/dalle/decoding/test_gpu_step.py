@@ -84,7 +84,7 @@ def engine_of(model, num_slots):
 def finished_by(engine):
     finished = {}
     while not engine.is_idle:
-        finished |= {each.candidate: each for each in engine.step()}
+        finished |= {each.number: each for each in engine.step()}
     return finished
 
 

@@ -118,9 +118,9 @@ def test_an_engine_is_built_in_the_precision_asked_for(precision, model, text_to
     assert len(finished) == 3
     expected = sample_image_tokens(model, text_tokens, candidates=range(3), seed=1)
     for each in finished:
-        likelihood = float(expected.log_likelihood[each.candidate])
+        likelihood = float(expected.log_likelihood[each.number])
         if precision == "fp32":
-            assert (each.image_tokens == expected.image_tokens[each.candidate]).all()
+            assert (each.image_tokens == expected.image_tokens[each.number]).all()
         assert each.log_likelihood == pytest.approx(likelihood, rel=0.1)
 
 
@@ -160,8 +160,8 @@ def test_in_bytes_too_a_candidate_does_not_depend_on_the_load(guidance_scale, mo
         found = {}
         while not engine.is_idle:
             for each in engine.step():
-                if each.generation is own:
-                    found[each.candidate] = (
+                if each.request is own:
+                    found[each.number] = (
                         each.image_tokens.flatten().tolist(),
                         each.log_likelihood,
                     )

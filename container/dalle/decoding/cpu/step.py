@@ -259,7 +259,7 @@ class _BatchSampling:
         C, blank_rows = len(batch.candidates), batch.blank_rows
         array = (CSampling * C)()
         for row, (sampling, candidate) in enumerate(zip(array, batch.candidates, strict=True)):
-            options = candidate.generation.options
+            options = candidate.request.options
             sampling.top_p = 1.0 if options.top_p is None else options.top_p
             sampling.temperature = options.temperature
             sampling.guidance_scale = options.guidance_scale

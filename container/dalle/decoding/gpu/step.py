@@ -236,7 +236,7 @@ class GpuStep(CudaGraphStep):
         # Idle slots are after the last position, where no keys are read or stored.
         plan[:, POSITION] = self._config.num_positions
         for each in [] if batch is None else batch.candidates:
-            options, blank = each.generation.options, each.guidance_slot
+            options, blank = each.request.options, each.guidance_slot
             mine = plan[each.slot]
             mine[BLANK] = NO_GUIDANCE if blank is None else blank
             mine[TEMPERATURE] = options.temperature
