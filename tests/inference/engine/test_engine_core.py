@@ -132,7 +132,7 @@ def test_a_slow_reader_misses_previews_but_no_candidate():
     assert 1 <= len(events) - len(candidates) <= 64
 
 
-def test_a_full_queue_refuses_with_the_time_to_come_back():
+def test_a_full_queue_refuses_with_the_seconds_until_a_retry():
     with started(Engine(), queue_size=1) as engine_core:
         running, waiting = Work(), Work()
         submit(engine_core, running)
@@ -145,7 +145,7 @@ def test_a_full_queue_refuses_with_the_time_to_come_back():
         assert caught.value.retry_after >= 1
 
 
-def test_a_cancelled_request_gives_its_place_in_the_queue_back():
+def test_a_cancelled_request_frees_its_place_in_the_queue():
     with started(Engine(), queue_size=1) as engine_core:
         running = Work()
         submit(engine_core, running)
@@ -154,7 +154,7 @@ def test_a_cancelled_request_gives_its_place_in_the_queue_back():
         submit(engine_core, Work())
 
 
-def test_who_waits_for_a_place_gets_it_when_one_is_free():
+def test_a_request_that_waits_for_a_place_gets_a_free_one():
     with started(Engine(), queue_size=1) as engine_core:
         running, waiting = Work(), Work().opened()
         submit(engine_core, running)
@@ -165,7 +165,7 @@ def test_who_waits_for_a_place_gets_it_when_one_is_free():
         assert isinstance(last_event(request), GenerateResult)
 
 
-def test_who_waits_for_a_place_waits_no_longer_than_the_deadline():
+def test_a_request_waits_for_a_place_until_its_deadline():
     with started(Engine(), queue_size=1) as engine_core:
         running = Work()
         submit(engine_core, running)
@@ -210,7 +210,7 @@ def test_work_whose_deadline_passed_in_the_queue_is_not_begun():
     assert not late.begun.is_set()
 
 
-def test_a_deadline_counts_from_arrival_and_leaves_what_is_done():
+def test_a_deadline_counts_from_arrival():
     with started(Engine()) as engine_core:
         now = time.monotonic()
         request = Work(units=3, arrival=now - 100, deadline=now + 100).opened()

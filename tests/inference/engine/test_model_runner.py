@@ -1,4 +1,4 @@
-"""The pipeline on a tiny real artefact: seeds, deadlines, ranking, priming, missing components."""
+"""inference.engine.model_runner: seeds, deadlines, ranking, priming, missing components."""
 
 import base64
 import io
@@ -35,7 +35,7 @@ def runner(artefact) -> ModelRunner:
 
 
 def ask(**fields: object) -> GenerateRequest:
-    """All candidates are asked for, so that none of their pictures is let go."""
+    """All candidates are asked for, so that the pixels of all are kept."""
     given = {"caption": "a red square", "seed": 7, "num_images": fields.get("num_candidates", 4)}
     return GenerateRequest.model_validate(given | fields)
 
@@ -72,7 +72,7 @@ def test_candidates_come_ranked_by_clip_best_first(runner):
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_a_seeds_pictures_depend_on_nothing_else(artefact, guidance_scale):
+def test_the_images_of_a_seed_depend_on_nothing_else(artefact, guidance_scale):
     few = ModelRunner(artefact, CPU, chunk_size=1)
     many = ModelRunner(artefact, CPU, chunk_size=4)
     one = by_number(answer(few, ask(num_candidates=2, guidance_scale=guidance_scale)))
@@ -86,11 +86,11 @@ def test_a_seeds_pictures_depend_on_nothing_else(artefact, guidance_scale):
 def test_candidates_of_a_seed_differ_and_so_do_seeds(runner):
     first = by_number(answer(runner, ask(num_candidates=2)))
     second = by_number(answer(runner, ask(num_candidates=2, seed=8)))
-    pictures = [each.pixels.tobytes() for each in (*first.values(), *second.values())]
-    assert len(set(pictures)) == 4
+    images = [each.pixels.tobytes() for each in (*first.values(), *second.values())]
+    assert len(set(images)) == 4
 
 
-def test_without_a_seed_one_is_drawn_and_returned(runner):
+def test_without_a_seed_one_is_chosen_and_returned(runner):
     result = answer(runner, ask(seed=None, num_candidates=1))
     again = answer(runner, ask(seed=result.seed, num_candidates=1))
     assert (result.ranked[0].pixels == again.ranked[0].pixels).all()
@@ -122,14 +122,14 @@ def test_a_clip_with_a_likelihood_weight_ranks_by_both_as_training_does(artefact
         assert (candidate.pixels == by_number(result)[number].pixels).all()
 
 
-def test_finished_candidates_are_handed_over_one_by_one(artefact):
+def test_finished_candidates_are_passed_on_one_by_one(artefact):
     runner = ModelRunner(artefact, CPU, chunk_size=2)
     prepared = runner.prepare(ask(num_candidates=5))
     runner.run(prepared)
     assert [event.number for event in events_of(prepared)] == [0, 1, 2, 3, 4]
 
 
-def test_previews_show_what_is_drawn_above_grey_and_change_nothing(artefact):
+def test_previews_show_the_sampled_rows_above_grey_and_change_nothing(artefact):
     dvae = artefact.dvae
     runner = ModelRunner(artefact, CPU, chunk_size=2)
     request = ask(num_candidates=3, preview_rows=1)
@@ -147,9 +147,9 @@ def test_previews_show_what_is_drawn_above_grey_and_change_nothing(artefact):
         seed=7,
     ).image_tokens
     for preview in seen:
-        drawn = image_tokens[preview.number, None].clone()
-        drawn[:, preview.rows * dvae.config.grid_size :] = 0
-        expected = (dvae.decode(drawn)[0] * 255).round().permute(1, 2, 0).numpy()
+        sampled = image_tokens[preview.number, None].clone()
+        sampled[:, preview.rows * dvae.config.grid_size :] = 0
+        expected = (dvae.decode(sampled)[0] * 255).round().permute(1, 2, 0).numpy()
         height = preview.rows * 4
         assert np.abs(preview.pixels[:height] - expected[:height]).max() <= 1
         assert (preview.pixels[height:] == 128).all()
@@ -171,22 +171,22 @@ def test_previews_come_as_often_as_they_were_asked_for(artefact, fields, rows):
     assert [each.rows for each in events_of(prepared) if isinstance(each, Preview)] == rows
 
 
-def test_a_watcher_that_leaves_stops_the_sampling_at_the_next_token(artefact, monkeypatch):
+def test_a_cancelled_request_stops_at_the_next_token(artefact, monkeypatch):
     seen = []
 
-    def leave(preview: Preview) -> None:
+    def cancel(preview: Preview) -> None:
         seen.append(preview)
         prepared.cancel()
 
     runner = ModelRunner(artefact, CPU)
     prepared = runner.prepare(ask(num_candidates=1, preview_rows=1))
-    monkeypatch.setattr(prepared, "put", leave)
+    monkeypatch.setattr(prepared, "put", cancel)
     with pytest.raises(Cancelled):
         runner.run(prepared)
     assert [preview.rows for preview in seen] == [1]
 
 
-def test_a_caption_is_read_by_clip_once_whatever_is_drawn(artefact):
+def test_a_caption_is_read_by_clip_once_for_all_candidates(artefact):
     calls: list[int] = []
     text_encoder = artefact.clip.model.transformer
     handle = text_encoder.register_forward_hook(lambda *_: calls.append(1))
@@ -198,7 +198,7 @@ def test_a_caption_is_read_by_clip_once_whatever_is_drawn(artefact):
 
 
 class Clock:
-    """Seconds that pass only when somebody looks."""
+    """A clock that advances by a second at each reading."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -235,7 +235,7 @@ def test_cancelled_work_stops_between_candidates(artefact, monkeypatch):
         runner.run(prepared)
 
 
-def test_primed_rows_are_kept_and_the_rest_is_drawn(artefact, runner):
+def test_primed_rows_are_kept_and_the_rest_is_sampled(artefact, runner):
     dvae, size, rows = artefact.dvae, artefact.dvae.config.image_size, 2
     result = answer(runner, ask(num_candidates=3, prime_image=picture(size), prime_rows=rows))
     pixels = np.array(Image.open(io.BytesIO(base64.b64decode(picture(size)))))
@@ -291,7 +291,7 @@ def test_a_deadline_between_two_words_stops_a_completion(runner):
         runner.run(prepared)
 
 
-def test_nothing_may_be_the_beginning_of_a_caption(runner):
+def test_the_beginning_of_a_caption_may_be_empty(runner):
     assert len(answer(runner, CompleteRequest(complete="", seed=1)).captions) == 4
 
 
@@ -343,7 +343,7 @@ def test_an_image_among_several_is_named(runner):
         ({"preview_rows": 4}, "preview_rows must be 1 to 3"),
     ],
 )
-def test_what_only_the_model_can_know_is_checked_before_any_work(runner, fields, says):
+def test_limits_of_the_model_are_checked_before_any_work(runner, fields, says):
     with pytest.raises(UserError, match=says) as caught:
         runner.prepare(ask(**fields))
     assert caught.value.status == 422
@@ -371,7 +371,7 @@ def test_a_missing_component_says_which_stage_to_train(artefact, missing, reques
 
 
 @pytest.mark.parametrize("missing", ["dvae", "transformer", "clip", None])
-def test_whatever_can_be_done_passes_the_self_test(artefact, missing):
+def test_an_artefact_without_a_component_passes_the_self_test(artefact, missing):
     partial = replace(artefact, **{missing: None}) if missing else artefact
     ModelRunner(partial, CPU).self_test()
 
@@ -399,15 +399,13 @@ def test_a_device_that_is_absent_is_named():
 
 
 @pytest.mark.gpu
-def test_it_draws_and_scores_on_a_gpu(tiny_artefact):
+def test_it_samples_and_scores_on_a_gpu(tiny_artefact):
     runner = ModelRunner.load(tiny_artefact, "cuda")
     runner.self_test()
     assert len(answer(runner, ask(num_candidates=3)).ranked) == 3
 
 
-def test_number_formats_are_compared_by_captions_that_the_artefact_brings(
-    tiny_artefact, monkeypatch
-):
+def test_precisions_are_compared_on_the_artefacts_example_captions(tiny_artefact, monkeypatch):
     given = []
 
     def build_engine(model, num_slots, *_, captions, **__):

@@ -33,7 +33,7 @@ def runner(artefact) -> ModelRunner:
 
 
 def ask(number: int = 0, **fields: object) -> GenerateRequest:
-    """All candidates are asked for, so that none of their pictures is let go."""
+    """All candidates are asked for, so that the pixels of all are kept."""
     given = {"caption": CAPTIONS[number], "seed": number, "num_candidates": 3} | fields
     return GenerateRequest.model_validate({"num_images": given["num_candidates"]} | given)
 
@@ -45,7 +45,7 @@ REQUESTS = [
 ]
 
 
-def pictures(result: GenerateResult) -> dict[int, bytes]:
+def images_of(result: GenerateResult) -> dict[int, bytes]:
     return {each.number: each.pixels.tobytes() for each in result.ranked}
 
 
@@ -72,15 +72,15 @@ def test_each_is_sampled_as_if_it_were_alone(every, artefact, runner):
     outcomes = sample_together(runner, prepared, every=every)
     for request, outcome in zip(REQUESTS, outcomes, strict=True):
         alone = answer(ModelRunner(artefact, CPU, chunk_size=1), request)
-        assert pictures(outcome) == pictures(alone)
+        assert images_of(outcome) == images_of(alone)
         for one, other in zip(outcome.ranked, alone.ranked, strict=True):
             assert one.number == other.number
             assert one.clip_score == pytest.approx(other.clip_score, abs=1e-5)
             assert one.log_likelihood == pytest.approx(other.log_likelihood, abs=1e-3)
 
 
-def test_they_take_turns_in_one_step(runner, monkeypatch):
-    """The second does not wait for the first to end."""
+def test_requests_share_each_step(runner, monkeypatch):
+    """The second request does not wait for the end of the first."""
     seen: list[tuple[int, int]] = []
 
     prepared = [runner.prepare(each) for each in (ask(0, num_candidates=20), ask(1))]
@@ -93,17 +93,17 @@ def test_they_take_turns_in_one_step(runner, monkeypatch):
     assert [number for which, number in seen if which == 0] == list(range(20))
 
 
-def test_who_leaves_does_not_disturb_who_stays(artefact, runner, monkeypatch):
+def test_a_cancelled_request_leaves_the_others_alone(artefact, runner, monkeypatch):
     leaves, stays = (runner.prepare(each) for each in (ask(0, num_candidates=9), ask(1)))
     monkeypatch.setattr(leaves, "put", lambda _: leaves.cancel())
     first, second = sample_together(runner, [leaves, stays])
     assert isinstance(first, Cancelled)
-    assert pictures(second) == pictures(answer(ModelRunner(artefact, CPU), ask(1)))
+    assert images_of(second) == images_of(answer(ModelRunner(artefact, CPU), ask(1)))
     assert runner.has_room
 
 
 class Clock:
-    """Seconds that pass only when somebody looks."""
+    """A clock that advances by a second at each reading."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -113,7 +113,7 @@ class Clock:
         return self.now
 
 
-def test_a_deadline_ends_its_own_request_only(artefact, runner):
+def test_a_deadline_ends_one_request_only(artefact, runner):
     prepared = [
         runner.prepare(ask(0)),
         runner.prepare(ask(1, num_candidates=40), deadline=40.0),
@@ -121,31 +121,31 @@ def test_a_deadline_ends_its_own_request_only(artefact, runner):
     ]
     prepared[1].clock, prepared[2].clock = Clock(), Clock()
     whole, part, none = sample_together(runner, prepared)
-    assert pictures(whole) == pictures(answer(ModelRunner(artefact, CPU), ask(0)))
+    assert images_of(whole) == images_of(answer(ModelRunner(artefact, CPU), ask(0)))
     assert 1 <= len(part.ranked) < 40
     assert part.num_candidates == 40
     assert isinstance(none, DeadlineExceeded)
 
 
-def test_of_512_candidates_only_the_best_pictures_are_ever_held(artefact, monkeypatch):
+def test_of_512_candidates_only_the_best_images_are_in_memory(artefact, monkeypatch):
     runner = ModelRunner(artefact, CPU, chunk_size=32)
-    handed_over: dict[int, bytes] = {}
-    held: list[int] = []
+    passed_on: dict[int, bytes] = {}
+    in_memory: list[int] = []
 
     def note(candidate: Candidate) -> None:
-        handed_over[candidate.number] = candidate.pixels.tobytes()
+        passed_on[candidate.number] = candidate.pixels.tobytes()
         (running,) = runner._scheduler._running
         finished = [each.pixels.size > 0 for each in running.finished]
-        held.append(sum(finished))
+        in_memory.append(sum(finished))
 
     prepared = runner.prepare(ask(0, num_candidates=512, num_images=25))
     monkeypatch.setattr(prepared, "put", note)
     result = runner.run(prepared)
-    assert sorted(handed_over) == list(range(512))
-    assert max(held) <= 25 + 4, "those of the last few are not ranked yet"
+    assert sorted(passed_on) == list(range(512))
+    assert max(in_memory) <= 25 + 4, "those of the last few are not ranked yet"
     assert len(result.ranked) == 512
     best = result.ranked[:25]
-    assert [each.pixels.tobytes() for each in best] == [handed_over[each.number] for each in best]
+    assert [each.pixels.tobytes() for each in best] == [passed_on[each.number] for each in best]
     assert all(each.pixels.size == 0 for each in result.ranked[25:])
     merits = [each.merit for each in result.ranked]
     assert merits == sorted(merits, reverse=True)
@@ -177,7 +177,7 @@ def test_the_self_test_leaves_running_requests_alone(artefact, runner):
     assert ended == [prepared]
     outcome = prepared.outcome
     expected = answer(ModelRunner(artefact, CPU), ask(0, num_candidates=5))
-    assert pictures(outcome) == pictures(expected)
+    assert images_of(outcome) == images_of(expected)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -232,13 +232,13 @@ def last_event(prepared):
     return event
 
 
-def test_many_clients_get_their_own_pictures(artefact, runner, engine_core):
+def test_each_of_many_clients_gets_the_images_of_its_request(artefact, runner, engine_core):
     requests = [ask(number % 3, seed=number, num_candidates=1 + number % 4) for number in range(9)]
     submitted = [submit(engine_core, runner, request) for request in requests]
     completion = submit(engine_core, runner, CompleteRequest(complete="red", seed=1))
     alone = ModelRunner(artefact, CPU)
     for request, prepared in zip(requests, submitted, strict=True):
-        assert pictures(last_event(prepared)) == pictures(answer(alone, request))
+        assert images_of(last_event(prepared)) == images_of(answer(alone, request))
     assert len(last_event(completion).captions) == 4
     assert engine_core.queue_depth == 0
 
@@ -253,7 +253,7 @@ def test_a_short_request_overtakes_a_long_one(runner, engine_core):
     assert isinstance(last_event(long).error, Cancelled)
 
 
-def test_a_failure_in_a_step_ends_what_was_in_it_and_nothing_later(artefact, engine_core, runner):
+def test_a_failed_step_ends_the_requests_in_it_and_no_later_one(artefact, engine_core, runner):
     both_begun = threading.Event()
 
     def fail(module, arguments):
@@ -283,14 +283,14 @@ def test_a_full_device_is_an_error_with_a_remedy_for_all_requests_that_run(runne
     assert len(runner._scheduler._running) == 2
     runner.abandon()
     assert runner._scheduler._running == []
-    assert pictures(answer(runner, ask(0)))
+    assert images_of(answer(runner, ask(0)))
 
 
 def test_without_a_transformer_there_is_no_room(artefact):
     assert not ModelRunner(replace(artefact, transformer=None), CPU).has_room
 
 
-def test_a_device_that_lags_behind_is_waited_for_in_time(runner, monkeypatch):
+def test_the_host_waits_for_a_device_that_is_behind(runner, monkeypatch):
     """As on a GPU: after some steps, before a candidate is decoded, and before the seconds would be
     charged to another request."""
     waits: list[int] = []  # steps before each

@@ -1,4 +1,4 @@
-"""How many threads draw: found by timing steps, whatever the clock says, and put to use."""
+"""inference.engine.thread_tuning: the number of threads, by timed steps."""
 
 import logging
 
@@ -69,7 +69,7 @@ def test_more_threads_must_be_worth_it(seconds, chosen):
     assert fastest(seconds) == chosen
 
 
-def test_what_was_chosen_is_told_and_used_and_changes_no_picture(tiny_artefact, caplog):
+def test_the_chosen_number_is_logged_and_used(tiny_artefact, caplog):
     caplog.set_level(logging.INFO)
     runner = ModelRunner.load(tiny_artefact, "cpu", most_threads=2)
     assert runner.threads == torch.get_num_threads()
@@ -81,7 +81,7 @@ def test_what_was_chosen_is_told_and_used_and_changes_no_picture(tiny_artefact, 
     assert runner.busy_slots == 0
 
 
-def test_a_number_that_is_given_is_not_questioned(tiny_artefact, caplog):
+def test_a_given_number_is_used_without_timing(tiny_artefact, caplog):
     caplog.set_level(logging.INFO)
     runner = ModelRunner.load(tiny_artefact, "cpu", threads=2, most_threads=1)
     assert runner.threads == torch.get_num_threads() == 2
