@@ -176,7 +176,7 @@ def _read_body(limits: Limits) -> bytes:
                 code="request_timeout",
             ) from error
         raise UserError(
-            "the body broke off in the middle, or its chunks cannot be read", code="malformed_body"
+            "the body ended in the middle, or its chunks cannot be read", code="malformed_body"
         ) from error
     if len(body) > limits.max_request_bytes:
         raise parsing.too_large(limits)

@@ -148,7 +148,7 @@ def test_a_body_sent_byte_by_byte_has_no_more_time(impatient):
     ("request_", "says"),
     [
         (header(1000) + b"{", "the body ended after 1 of 1,000 bytes"),
-        (header(None) + b"5\r\n{", "the body broke off in the middle"),
+        (header(None) + b"5\r\n{", "the body ended in the middle"),
         (header(None) + b"zz\r\n{}\r\n0\r\n\r\n", "its chunks cannot be read"),
     ],
 )
