@@ -1,17 +1,15 @@
-"""Sampling of image tokens for a caption, and of a caption's continuation, position by position.
+"""Sampling of tokens from logits, and of a caption's continuation.
 
-    sample_tokens         logits -> one token per row: guidance, temperature, filters, log p
-    sample_image_tokens   the reference that the engine's steps are tested against
-    complete_captions     text tokens -> more text tokens
+    sample_tokens       logits -> one token per row: guidance, temperature, filters, log p
+    complete_captions   text tokens -> more text tokens
 
 Knows ids and probabilities; knows no captions, pixels or HTTP.
-Letters: K candidates, T text length, N positions, M codes per position, V codebook size,
-P primed positions.
+Letters: K candidates or completions, T text length, V codebook or vocabulary size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,106 +35,8 @@ class SamplingOptions:
     """uncond + s · (cond − uncond); 1.0 skips the unconditional pass, half of the work."""
 
 
-@dataclass(frozen=True)
-class SampledTokens:
-    """Sampled images as tokens."""
-
-    image_tokens: Tensor
-    """[K, N, M] int64 in [0, V)."""
-    log_likelihood: Tensor
-    """[K] float32: log p of the sampled tokens given the caption, in nats, before temperature,
-    filters and guidance; primed positions are not counted."""
-
-
 class SamplingStopped(Exception):  # noqa: N818 - no error: the caller stopped it
     """`on_step` returned False."""
-
-
-@torch.inference_mode()
-def sample_image_tokens(
-    model: Dalle,
-    text_tokens: Tensor,
-    *,
-    candidates: Sequence[int],
-    seed: int,
-    options: SamplingOptions | None = None,
-    prime_tokens: Tensor | None = None,
-    on_step: Callable[[int], bool] | None = None,
-    on_tokens: Callable[[Tensor], None] | None = None,
-) -> SampledTokens:
-    """Sample the image tokens of each of the numbered candidates.
-
-    text_tokens: [1, T] int64, one caption for all, or [K, T], a caption for each; not modified.
-    candidates: their numbers; candidate k of a seed and a caption is the same image whichever
-    others are sampled beside it. prime_tokens: [P, M], the first P positions in raster order, kept
-    as they are. on_step: called after each position with the number of positions done; returning
-    False ends the call with SamplingStopped. on_tokens: called before that with the tokens sampled
-    so far, [K, n, M], a view that must not be changed or kept.
-    Raises ValueError for a model in training mode, whose dropout would change the tokens.
-    """
-    require_evaluation_mode(model)
-    options = options or SamplingOptions()
-    config = model.config
-    N, M, K = config.num_positions, config.num_codebooks, len(candidates)
-    device = text_tokens.device
-    primed = 0 if prime_tokens is None else len(prime_tokens)
-    image_tokens = torch.zeros(K, N, M, dtype=torch.int64, device=device)
-    log_likelihood = torch.zeros(K, device=device)
-    uniforms = torch.from_numpy(
-        np.stack([image_uniforms(seed, k, N * M).reshape(N, M) for k in candidates])
-    ).to(device)
-    if prime_tokens is not None:
-        image_tokens[:, :primed] = prime_tokens
-        if primed == N:
-            return SampledTokens(image_tokens, log_likelihood)
-
-    branches = [_Branch(model, text_tokens, prime_tokens, K)]
-    if options.guidance_scale != 1.0:
-        no_caption = torch.full_like(text_tokens, PADDING)
-        branches.append(_Branch(model, no_caption, prime_tokens, K))
-    for position in range(primed, N):
-        codes = image_tokens[:, position]
-        for m in range(M):
-            logits = [branch.code_logits(m, codes) for branch in branches]
-            blank = logits[1] if len(logits) == 2 else None
-            codes[:, m], log_p = sample_tokens(logits[0], uniforms[:, position, m], options, blank)
-            log_likelihood += log_p
-        if on_tokens is not None:
-            on_tokens(image_tokens[:, : position + 1])
-        if on_step is not None and not on_step(position + 1):
-            raise SamplingStopped
-        if position + 1 < N:
-            for branch in branches:
-                branch.advance(codes, position)
-    return SampledTokens(image_tokens, log_likelihood)
-
-
-class _Branch:
-    """One caption's pass through the model: its cache and its last hidden state."""
-
-    def __init__(
-        self, model: Dalle, text_tokens: Tensor, prime_tokens: Tensor | None, num_candidates: int
-    ) -> None:
-        self.model = model
-        rows = len(text_tokens)
-        if rows not in (1, num_candidates):
-            raise ValueError(f"text_tokens must have 1 or {num_candidates} rows, got {rows}")
-        prime = None if prime_tokens is None else prime_tokens.expand(rows, -1, -1)
-        self.cache = model.new_cache(rows)
-        self.hidden = model.prefill(text_tokens, prime, self.cache)
-        if rows < num_candidates:
-            # A caption that all candidates share is computed once, in one row.
-            prefix, self.cache = self.cache, model.new_cache(num_candidates)
-            self.cache.copy_from(prefix)
-            self.hidden = self.hidden.expand(num_candidates, -1)
-
-    def code_logits(self, m: int, codes: Tensor) -> Tensor:
-        """Logits [K, V] of code m of the position, given its codes before m."""
-        return self.model.code_logits(self.hidden, m, codes).float()
-
-    def advance(self, codes: Tensor, position: int) -> None:
-        """Run the model on the codes [K, M] of a position."""
-        self.hidden = self.model.decode_one(codes, position, self.cache)
 
 
 @torch.inference_mode()

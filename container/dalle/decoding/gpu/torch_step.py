@@ -9,7 +9,6 @@ query sees, or that a prefix has.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +22,11 @@ from dalle.types import AttentionKind
 
 _BLOCK = 128  # inputs by which the keys that are read grow
 _ALIGNED = 16  # keys: attention kernels copy a mask whose rows are of another length
+
+
+_View = tuple[Tensor | None, Tensor]
+"""Rows [S * n] of a layer's table that the slots' queries see, None for all inputs up to the bound;
+and their mask [S, 1, 1, n]: 0 for an input that is seen, else -inf."""
 
 
 class GpuTorchStep(CudaGraphStep):
@@ -39,7 +43,7 @@ class GpuTorchStep(CudaGraphStep):
         ]
         self._heads = (config.num_heads, config.head_width)
         self._kinds = [config.kind_of_layer(layer) for layer in range(config.num_layers)]
-        self._seen = {kind: _Seen.of(config, kind, like) for kind in set(self._kinds)}
+        self._seen = {kind: _Seen(config, kind, like) for kind in set(self._kinds)}
         self._first_rows = torch.arange(num_slots, device=like.device) * config.length
         # Of the current step.
         self._rows = self._first_rows
@@ -48,17 +52,16 @@ class GpuTorchStep(CudaGraphStep):
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """As `torch_decoder.Cache`, for all slots."""
-        table, view = self._tables[layer], self._views[self._kinds[layer]]
+        table = self._tables[layer]
+        rows, mask = self._views[self._kinds[layer]]
         table.select(1, 0).index_copy_(0, self._rows, key.flatten(1))
         table.select(1, 1).index_copy_(0, self._rows, value.flatten(1))
-        if view.rows is None:
+        if rows is None:
             seen = table.view(self._num_slots, -1, *table.shape[1:])[:, : self._bound]
         else:
-            seen = table.index_select(0, view.rows).view(self._num_slots, -1, *table.shape[1:])
+            seen = table.index_select(0, rows).view(self._num_slots, -1, *table.shape[1:])
         keys, values = seen.view(*seen.shape[:3], *self._heads).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(
-            query[:, :, None], keys, values, attn_mask=view.mask
-        )
+        attended = F.scaled_dot_product_attention(query[:, :, None], keys, values, attn_mask=mask)
         return attended.flatten(1)
 
     def code_logits(self, hidden: Tensor, m: int, codes: Tensor) -> Tensor:
@@ -94,17 +97,6 @@ class GpuTorchStep(CudaGraphStep):
         self._hidden.copy_(self._decoder(self._codes, self._positions, self))
 
 
-@dataclass(frozen=True, eq=False)
-class _View:
-    """Inputs that the slots' queries see in a step of one length."""
-
-    rows: Tensor | None
-    """[S * n] of a layer's table; None: all inputs up to the bound."""
-    mask: Tensor
-    """[S, 1, 1, n]: 0 for an input that is seen, else -inf."""
-
-
-@dataclass(frozen=True, eq=False)
 class _Seen:
     """Inputs that the query at each input sees, for one kind of attention.
 
@@ -112,32 +104,24 @@ class _Seen:
     scores: 0 for an input that is seen, -inf for padding.
     """
 
-    inputs: Tensor | None
-    mask: Tensor
-
-    @classmethod
-    def of(cls, config: TransformerConfig, kind: AttentionKind, like: Tensor) -> _Seen:
-        """Build the tables. like: a tensor of the device and dtype to use."""
+    def __init__(self, config: TransformerConfig, kind: AttentionKind, like: Tensor) -> None:
+        """like: a tensor of the device and dtype to use."""
         visible = visibility(kind, config.text_length, config.grid_size, config.conv_kernel_size)
-        if kind == "full":
-            return cls(None, _as_mask(visible, like))
-        counts = visible.sum(dim=1)
-        n = int(counts[config.text_length + 1 :].max()) if config.num_positions > 1 else 1
-        n = min(-(-n // _ALIGNED) * _ALIGNED, config.length)
-        order = visible.int().argsort(dim=1, descending=True, stable=True)[:, :n]
-        counted = torch.arange(n) < counts[:, None]
-        return cls(order.where(counted, 0).to(like.device), _as_mask(counted, like))
+        self.inputs: Tensor | None = None
+        if kind != "full":
+            counts = visible.sum(dim=1)
+            n = int(counts[config.text_length + 1 :].max()) if config.num_positions > 1 else 1
+            n = min(-(-n // _ALIGNED) * _ALIGNED, config.length)
+            order = visible.int().argsort(dim=1, descending=True, stable=True)[:, :n]
+            visible = torch.arange(n) < counts[:, None]
+            self.inputs = order.where(visible, 0).to(like.device)
+        unseen = ~visible.to(like.device)
+        self.mask = like.new_zeros(visible.shape).masked_fill_(unseen, -torch.inf)
 
     def by(self, inputs: Tensor, first_rows: Tensor, bound: int) -> _View:
         """Select for queries at the slots' inputs [S]. first_rows: [S], the slots' in a table."""
         if self.inputs is None:
-            mask = self.mask[:, :bound].index_select(0, inputs)[:, None, None]
-            return _View(None, mask)
+            return None, self.mask[:, :bound].index_select(0, inputs)[:, None, None]
         mask = self.mask.index_select(0, inputs)[:, None, None]
         rows = self.inputs.index_select(0, inputs) + first_rows[:, None]
-        return _View(rows.flatten(), mask)
-
-
-def _as_mask(counted: Tensor, like: Tensor) -> Tensor:
-    """0 where counted, -inf elsewhere."""
-    return like.new_zeros(counted.shape).masked_fill_(~counted.to(like.device), -torch.inf)
+        return rows.flatten(), mask
