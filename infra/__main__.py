@@ -38,17 +38,17 @@ class Command:
 COMMANDS: dict[str, Command] = {
     "bootstrap": Command(
         "infra.setup.bootstrap",
-        "make the project's bucket, image repository and role, as one stack",
+        "create the project's bucket, image repository and role, as one stack",
         ("bootstrap", "bootstrap --read-bucket our-pictures --region eu-central-1"),
     ),
     "push": Command(
         "infra.setup.push",
-        "push the Docker image into the project's repository, and look that hosts will take it",
+        "push the Docker image to the project's repository, and check that SageMaker accepts it",
         ("push", "push --image dalle-sagemaker:trial --tag trial"),
     ),
     "upload": Command(
         "infra.setup.upload",
-        "copy a folder of pictures and captions to the bucket; what is there already is skipped",
+        "copy a folder of images and captions to the bucket; unchanged files are skipped",
         ("upload out/job/input/data --name rainbow", "upload pictures --name stars --delete"),
     ),
     "train": Command(
@@ -73,7 +73,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "status": Command(
         "infra.account.status",
-        "show what the project has and how its jobs and endpoints are",
+        "show the project's storage, jobs and endpoints, with their state and cost",
         ("status", "status dalle-1a2b3c4d5e-all", "status --json"),
     ),
     "logs": Command(
@@ -93,7 +93,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "invoke": Command(
         "infra.endpoint.invoke",
-        "draw pictures for a caption by an endpoint, and write them as files",
+        "send a caption to an endpoint, and write the images that come back as files",
         (
             "invoke 'big filled orange star' --out out/star",
             "invoke 'big filled orange star' --num-candidates 32 --num-images 4 --stream",
@@ -101,17 +101,17 @@ COMMANDS: dict[str, Command] = {
     ),
     "teardown": Command(
         "infra.account.teardown",
-        "find everything the project made, say what it costs, delete it, and look again",
+        "list the project's resources with their cost, delete them, and check that none is left",
         ("teardown", "teardown --yes", "teardown --keep-storage"),
     ),
     "prices": Command(
-        "infra.cost.prices",
+        "infra.cost.command",
         "show the dated price table, or refresh it from AWS",
         ("prices", "prices refresh --type ml.g5.xlarge --region eu-west-1 --out prices.json"),
     ),
     "benchmark": Command(
         "infra.benchmark.command",
-        "measure how long pictures take, on the local image or an endpoint",
+        "measure latency and throughput of a server, the local image or an endpoint",
         (
             "benchmark --url http://127.0.0.1:8080 --clients 1 --clients 8",
             "benchmark --image dalle-sagemaker --model model.tar.gz --cpus 1 --cpus 2",
@@ -120,7 +120,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "compare": Command(
         "infra.compare.command",
-        "join measurements with prices: dollars per thousand pictures, and which way to serve",
+        "join measurements with prices: dollars per thousand images, and which way to serve",
         (
             "compare RUN.json=ml.c7i.large,serverless",
             "compare cpu.json=ml.c5.large gpu.json=ml.g5.xlarge --html out/compare.html",
@@ -145,26 +145,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         module = importlib.import_module(COMMANDS[name].module)
         options = parser_of(name, COMMANDS[name], module).parse_args(words[1:])
-    except SystemExit as exit_:  # argparse's own: 0 after --help, 2 after a mistake
+    except SystemExit as exit_:  # argparse: 0 after --help, 2 after a mistake
         return exit_.code if isinstance(exit_.code, int) else USAGE
     try:
         return int(module.run(options))
     except DalleError as error:
         return _failed(error, as_json=getattr(options, "json", False))
     except Exception as error:
-        from infra.aws.client import told  # loads boto3, which not every command needs
+        from infra.aws.client import ERRORS, explain  # loads boto3, which some commands do without
 
-        explained = told(error)
-        if explained is None:
+        if not isinstance(error, ERRORS):
             raise
-        return _failed(explained, as_json=getattr(options, "json", False))
+        return _failed(explain(error), as_json=getattr(options, "json", False))
     except KeyboardInterrupt:
-        print("\ninterrupted; what was begun at AWS goes on there", file=sys.stderr)
+        print("\ninterrupted; what was started at AWS continues there", file=sys.stderr)
         return INTERRUPTED
 
 
 def overview() -> str:
-    """What `--help` without a command shows."""
+    """Return the text of `--help` without a command."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
@@ -181,7 +180,7 @@ def overview() -> str:
 
 
 def parser_of(name: str, command: Command, module: object) -> argparse.ArgumentParser:
-    """The parser of one command, with its examples below the options."""
+    """Return the parser of one command, with its examples below the options."""
     parser = argparse.ArgumentParser(
         prog=f"python -m infra {name}",
         description=command.summary[0].upper() + command.summary[1:] + ".",

@@ -1,8 +1,8 @@
-"""What a project has at AWS, found by name and tag: what `status` shows and `teardown` deletes.
+"""The project's resources at AWS, found by name and tag, for `status` and `teardown`.
 
-Lists are asked by the project's name, and each thing by its tag, because another project's name may
-begin alike. What carries no tag (scaling, alarms, log groups) is named after an endpoint; its
-name is also in that of its configurations, which are therefore deleted last.
+Lists are filtered by the project's name, and then by the tag of each resource, because another
+project's name may begin alike. Scaling, alarms and log groups carry no tag and are named after an
+endpoint; its name is also in that of its configurations, which are therefore deleted last.
 """
 
 from __future__ import annotations
@@ -12,34 +12,42 @@ from dataclasses import dataclass
 from typing import Any
 
 from infra.aws.project import Project
-from infra.aws.request import DIGEST_CHARACTERS, Call
+from infra.aws.request import DIGEST_CHARACTERS, Request
 from infra.endpoint import autoscaling
 from infra.jobs.progress import ENDPOINT_LOGS
 
 
 @dataclass(frozen=True)
-class Kind:
-    """One kind of SageMaker's things: how it is listed, described, and what ends it."""
+class ResourceKind:
+    """One kind of SageMaker resource.
+
+    name: the API's. words: for the output. list_key: of the entries in a list's response.
+    end_verb: of the operation that ends it, Delete or Stop.
+    """
 
     name: str
-    listed: str
-    plural: str
-    ended_by: str
+    words: str
+    list_key: str
+    end_verb: str
 
     @property
     def name_key(self) -> str:
         return f"{self.name}Name"
 
     @property
-    def words(self) -> str:
-        return WORDS[self.name]
+    def list_operation(self) -> str:
+        return f"List{self.name}s"
+
+    @property
+    def end_operation(self) -> str:
+        return f"{self.end_verb}{self.name}"
 
 
 @dataclass(frozen=True)
-class Thing:
-    """One thing of SageMaker's. status: empty for kinds that have none."""
+class Resource:
+    """One SageMaker resource. status: empty for kinds that have none."""
 
-    kind: Kind
+    kind: ResourceKind
     name: str
     arn: str
     status: str
@@ -49,71 +57,64 @@ class Thing:
         return {self.kind.name_key: self.name}
 
 
-WORDS = {
-    "Endpoint": "endpoint",
-    "EndpointConfig": "configuration",
-    "Model": "model",
-    "TrainingJob": "training job",
-    "TransformJob": "transform job",
-    "HyperParameterTuningJob": "tuning job",
-}
-ENDPOINT = Kind("Endpoint", "ListEndpoints", "Endpoints", "DeleteEndpoint")
-CONFIG = Kind("EndpointConfig", "ListEndpointConfigs", "EndpointConfigs", "DeleteEndpointConfig")
-MODEL = Kind("Model", "ListModels", "Models", "DeleteModel")
-TRAINING = Kind("TrainingJob", "ListTrainingJobs", "TrainingJobSummaries", "StopTrainingJob")
-TRANSFORM = Kind("TransformJob", "ListTransformJobs", "TransformJobSummaries", "StopTransformJob")
-TUNING = Kind(
-    "HyperParameterTuningJob",
-    "ListHyperParameterTuningJobs",
-    "HyperParameterTuningJobSummaries",
-    "StopHyperParameterTuningJob",
+ENDPOINT = ResourceKind("Endpoint", "endpoint", "Endpoints", "Delete")
+CONFIG = ResourceKind("EndpointConfig", "configuration", "EndpointConfigs", "Delete")
+MODEL = ResourceKind("Model", "model", "Models", "Delete")
+TRAINING = ResourceKind("TrainingJob", "training job", "TrainingJobSummaries", "Stop")
+TRANSFORM = ResourceKind("TransformJob", "transform job", "TransformJobSummaries", "Stop")
+TUNING = ResourceKind(
+    "HyperParameterTuningJob", "tuning job", "HyperParameterTuningJobSummaries", "Stop"
 )
 JOBS = (TUNING, TRAINING, TRANSFORM)
 RUNNING = ("InProgress", "Stopping")
 
 
-def things(
-    opened: Project,
-    kind: Kind,
+def resources(
+    project: Project,
+    kind: ResourceKind,
     *,
     also: Callable[[dict[str, Any]], bool] = lambda found: True,
     **filters: str,
-) -> Iterator[Thing]:
-    """All of one kind that are the project's, newest first.
+) -> Iterator[Resource]:
+    """Yield the project's resources of one kind, newest first.
 
-    filters: of the list operation. also: whether one of its entries is wanted.
+    filters: of the list operation. also: whether to include an entry of the list.
     """
     request = {
-        "NameContains": opened.name,
+        "NameContains": project.name,
         "SortBy": "CreationTime",
         "SortOrder": "Descending",
         **filters,
     }
-    for found in opened.aws.items(Call("sagemaker", kind.listed, request), kind.plural):
+    for found in project.aws.items(
+        Request("sagemaker", kind.list_operation, request), kind.list_key
+    ):
         name = found[kind.name_key]
-        is_named = name == opened.name or name.startswith(f"{opened.name}-")
+        is_named = name == project.name or name.startswith(f"{project.name}-")
         if not is_named or not also(found):
             continue
-        thing = Thing(kind, name, found[f"{kind.name}Arn"], found.get(f"{kind.name}Status", ""))
-        if opened.owns(thing.arn):
-            yield thing
+        resource = Resource(
+            kind, name, found[f"{kind.name}Arn"], found.get(f"{kind.name}Status", "")
+        )
+        if project.owns(resource.arn):
+            yield resource
 
 
-def running(opened: Project) -> list[Thing]:
-    """Jobs that cost money now."""
+def running_jobs(project: Project) -> list[Resource]:
+    """Return the jobs that run, and so cost money now."""
     return [
-        thing
+        resource
         for kind in JOBS
         for status in RUNNING
-        for thing in things(opened, kind, StatusEquals=status)
+        for resource in resources(project, kind, StatusEquals=status)
     ]
 
 
-def warm_pools(opened: Project) -> list[Thing]:
-    """Finished training jobs whose instances are still kept, and paid for."""
+def warm_pools(project: Project) -> list[Resource]:
+    """Return finished training jobs whose instances are still kept, and paid for."""
     return list(
-        things(
-            opened,
+        resources(
+            project,
             TRAINING,
             also=lambda found: found.get("WarmPoolStatus", {}).get("Status") == "Available",
             WarmPoolStatusEquals="Available",
@@ -121,58 +122,58 @@ def warm_pools(opened: Project) -> list[Thing]:
     )
 
 
-def endpoint_names(endpoints: list[Thing], configs: list[Thing]) -> list[str]:
-    """Names of all endpoints that there are, or were when the configurations were made."""
+def endpoint_names(endpoints: list[Resource], configs: list[Resource]) -> list[str]:
+    """Return the names of the endpoints that exist or once belonged to a configuration."""
     of_configs = {config.name[: -DIGEST_CHARACTERS - 1] for config in configs}
     return sorted({endpoint.name for endpoint in endpoints} | of_configs)
 
 
-def scaling(opened: Project, endpoints: list[str], variant: str) -> list[dict[str, str]]:
-    """The scalable targets of these endpoints, as the requests about them name them."""
+def scaling(project: Project, endpoints: list[str], variant: str) -> list[dict[str, str]]:
+    """Return the scalable targets of these endpoints, as parameters of a request."""
     found = []
     for endpoint in endpoints:
-        where = autoscaling.resource(endpoint, variant)
-        call = Call(
+        where = autoscaling.scalable_target(endpoint, variant)
+        request = Request(
             "application-autoscaling",
             "DescribeScalableTargets",
             {"ServiceNamespace": "sagemaker", "ResourceIds": [where["ResourceId"]]},
         )
-        found += [where for _ in opened.aws.items(call, "ScalableTargets")]
+        found += [where for _ in project.aws.items(request, "ScalableTargets")]
     return found
 
 
-def alarms(opened: Project, endpoints: list[str]) -> list[str]:
-    """Names of the alarms that wake these endpoints."""
+def alarms(project: Project, endpoints: list[str]) -> list[str]:
+    """Return the names of the alarms that start the first instance of these endpoints."""
     if not endpoints:
         return []
     names = [autoscaling.alarm_name(endpoint) for endpoint in endpoints]
-    call = Call("cloudwatch", "DescribeAlarms", {"AlarmNames": names})
-    return [alarm["AlarmName"] for alarm in opened.aws.items(call, "MetricAlarms")]
+    request = Request("cloudwatch", "DescribeAlarms", {"AlarmNames": names})
+    return [alarm["AlarmName"] for alarm in project.aws.items(request, "MetricAlarms")]
 
 
-def log_groups(opened: Project, endpoints: list[str]) -> list[str]:
-    """Log groups that the platform made for these endpoints; they never expire by themselves."""
+def log_groups(project: Project, endpoints: list[str]) -> list[str]:
+    """Return the log groups that the platform created for these endpoints; they never expire."""
     found = []
     for endpoint in endpoints:
         name = f"{ENDPOINT_LOGS}/{endpoint}"
-        call = Call("logs", "DescribeLogGroups", {"logGroupNamePrefix": name})
+        request = Request("logs", "DescribeLogGroups", {"logGroupNamePrefix": name})
         found += [
             group["logGroupName"]
-            for group in opened.aws.items(call, "logGroups")
+            for group in project.aws.items(request, "logGroups")
             if group["logGroupName"] == name
         ]
     return found
 
 
-def stored(opened: Project, bucket: str) -> tuple[int, int]:
-    """How many objects a bucket holds, and their bytes."""
-    call = Call("s3", "ListObjectsV2", {"Bucket": bucket})
-    sizes = [found["Size"] for found in opened.aws.items(call, "Contents")]
+def stored(project: Project, bucket: str) -> tuple[int, int]:
+    """Return the number of objects in a bucket, and their bytes."""
+    request = Request("s3", "ListObjectsV2", {"Bucket": bucket})
+    sizes = [found["Size"] for found in project.aws.items(request, "Contents")]
     return len(sizes), sum(sizes)
 
 
-def images(opened: Project, repository: str) -> list[dict[str, Any]]:
-    """The images of the repository, newest first."""
-    call = Call("ecr", "DescribeImages", {"repositoryName": repository})
-    found = list(opened.aws.items(call, "imageDetails"))
+def images(project: Project, repository: str) -> list[dict[str, Any]]:
+    """Return the images of the repository, newest first."""
+    request = Request("ecr", "DescribeImages", {"repositoryName": repository})
+    found = list(project.aws.items(request, "imageDetails"))
     return sorted(found, key=lambda image: str(image.get("imagePushedAt", "")), reverse=True)

@@ -1,4 +1,4 @@
-"""`status`: what the project has, or one job or endpoint closely."""
+"""`status`: the project's storage, endpoints and jobs, or one job or endpoint in detail."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from typing import Any
 
 from dalle.errors import UserError
 from infra.account import inventory
-from infra.aws import project
 from infra.aws.output import count_words, size_words
-from infra.aws.project import OUTPUTS, Project
-from infra.aws.request import Call
-from infra.endpoint.standing_cost import standing
+from infra.aws.project import OUTPUTS, Project, add_project_arguments, open_project
+from infra.aws.request import describe
+from infra.endpoint.idle_cost import idle_cost
 from infra.jobs import progress
 
 NEWEST = 10
@@ -19,67 +18,65 @@ NEWEST = 10
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", help="a training job or an endpoint")
-    project.add_arguments(parser)
+    add_project_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    opened = project.open_project(options)
+    project = open_project(options)
     if options.name:
-        return show_one(opened, options.name)
-    stack = opened.stack()
+        return show_one(project, options.name)
+    stack = project.stack()
     if stack is None:
-        opened.console.say(f"project {opened.name} has no stack; `python -m infra bootstrap`")
-        return opened.console.finish(project=opened.name, stack=None)
+        project.output.line(f"project {project.name} has no stack; `python -m infra bootstrap`")
+        return project.output.finish(project=project.name, stack=None)
     outputs = {o["OutputKey"]: o["OutputValue"] for o in stack.get("Outputs", [])}
-    opened.console.item(f"stack {opened.name}", stack["StackStatus"])
-    found: dict[str, Any] = {"project": opened.name, "stack": stack["StackStatus"]}
+    project.output.item(f"stack {project.name}", stack["StackStatus"])
+    found: dict[str, Any] = {"project": project.name, "stack": stack["StackStatus"]}
     if all(key in outputs for key in OUTPUTS):
-        found |= _storage(opened, outputs["Bucket"], outputs["Repository"])
-    found["endpoints"] = _endpoints(opened)
-    found["jobs"] = _jobs(opened)
-    return opened.console.finish(**found)
+        found |= _storage(project, outputs["Bucket"], outputs["Repository"])
+    found["endpoints"] = _endpoints(project)
+    found["jobs"] = _jobs(project)
+    return project.output.finish(**found)
 
 
-def show_one(opened: Project, name: str) -> int:
-    """A training job with its losses, or an endpoint with its cost. Raises UserError."""
-    asked = Call("sagemaker", "DescribeTrainingJob", {"TrainingJobName": name})
-    job = opened.aws.find(asked)
+def show_one(project: Project, name: str) -> int:
+    """Print a training job with its losses, or an endpoint with its cost. Raises UserError."""
+    job = project.aws.find(describe("TrainingJob", name))
     if job is not None:
-        return _show_job(opened, name, job)
-    endpoint = standing(opened, name)
-    if endpoint is None and not opened.aws.dry_run:
+        return _show_job(project, name, job)
+    endpoint = idle_cost(project, name)
+    if endpoint is None and not project.aws.dry_run:
         raise UserError(
-            f"there is no training job or endpoint {name}; `python -m infra status` shows those "
-            "there are"
+            f"there is no training job or endpoint {name}; `python -m infra status` lists them"
         )
     if endpoint is not None:
-        opened.console.item(f"endpoint {name}", f"{endpoint.mode}, {endpoint.hosts}")
-        opened.console.item("  costs", endpoint.cost)
-        return opened.console.finish(
+        project.output.item(f"endpoint {name}", f"{endpoint.mode}, {endpoint.hosts}")
+        project.output.item("  costs", endpoint.description)
+        return project.output.finish(
             name=name,
             kind="endpoint",
             mode=endpoint.mode,
             instances=endpoint.instances,
             usd_per_month=endpoint.usd_per_month,
         )
-    return opened.console.finish()
+    return project.output.finish()
 
 
-def _show_job(opened: Project, name: str, job: dict[str, Any]) -> int:
-    console = opened.console
-    console.item(f"training job {name}", progress.ended(job))
+def _show_job(project: Project, name: str, job: dict[str, Any]) -> int:
+    output = project.output
+    output.item(f"training job {name}", progress.ended(job))
     reason = job.get("FailureReason")
     if reason:
-        console.say(f"  {reason}")
-    metrics = progress.courses(opened, name)
+        output.line(f"  {reason}")
+    metrics = progress.metric_history(project, name)
     rows = progress.loss_rows(metrics)
     if rows:
-        console.say()
-        console.table(("loss", "first", "last", "course"), rows)
+        output.line()
+        output.table(("loss", "first", "last", "course"), rows)
     model = job.get("ModelArtifacts", {}).get("S3ModelArtifacts")
     if model:
-        console.say(f"\nmodel: {model}")
-    return console.finish(
+        output.line(f"\nmodel: {model}")
+    return output.finish(
         name=name,
         kind="training job",
         status=job["TrainingJobStatus"],
@@ -89,16 +86,16 @@ def _show_job(opened: Project, name: str, job: dict[str, Any]) -> int:
     )
 
 
-def _storage(opened: Project, bucket: str, repository: str) -> dict[str, Any]:
-    number, num_bytes = inventory.stored(opened, bucket)
-    opened.console.item(
+def _storage(project: Project, bucket: str, repository: str) -> dict[str, Any]:
+    number, num_bytes = inventory.stored(project, bucket)
+    project.output.item(
         f"bucket {bucket}", f"{count_words(number, 'object')}, {size_words(num_bytes)}"
     )
-    images = inventory.images(opened, repository)
+    images = inventory.images(project, repository)
     words = count_words(len(images), "image")
     if images:
         words += f", newest {images[0]['imageDigest'][:19]}"
-    opened.console.item(f"repository {repository}", words)
+    project.output.item(f"repository {repository}", words)
     return {
         "bucket": bucket,
         "objects": number,
@@ -107,35 +104,35 @@ def _storage(opened: Project, bucket: str, repository: str) -> dict[str, Any]:
     }
 
 
-def _endpoints(opened: Project) -> list[dict[str, Any]]:
+def _endpoints(project: Project) -> list[dict[str, Any]]:
     found = []
-    for thing in inventory.things(opened, inventory.ENDPOINT):
-        stands = standing(opened, thing.name)
-        if stands is None:
+    for resource in inventory.resources(project, inventory.ENDPOINT):
+        cost = idle_cost(project, resource.name)
+        if cost is None:
             continue
-        opened.console.item(
-            f"endpoint {thing.name}", f"{thing.status}, {stands.mode}, {stands.hosts}"
+        project.output.item(
+            f"endpoint {resource.name}", f"{resource.status}, {cost.mode}, {cost.hosts}"
         )
-        opened.console.item("  costs", stands.cost)
+        project.output.item("  costs", cost.description)
         found.append(
             {
-                "name": thing.name,
-                "status": thing.status,
-                "mode": stands.mode,
-                "instances": stands.instances,
-                "usd_per_month": stands.usd_per_month,
+                "name": resource.name,
+                "status": resource.status,
+                "mode": cost.mode,
+                "instances": cost.instances,
+                "usd_per_month": cost.usd_per_month,
             }
         )
     return found
 
 
-def _jobs(opened: Project) -> list[dict[str, str]]:
+def _jobs(project: Project) -> list[dict[str, str]]:
     found = []
     for kind in inventory.JOBS:
-        for number, thing in enumerate(inventory.things(opened, kind)):
+        for number, resource in enumerate(inventory.resources(project, kind)):
             if number == NEWEST:
-                opened.console.say(f"older {kind.words}s are not shown")
+                project.output.line(f"older {kind.words}s are not shown")
                 break
-            opened.console.item(f"{kind.words} {thing.name}", thing.status)
-            found.append({"kind": kind.words, "name": thing.name, "status": thing.status})
+            project.output.item(f"{kind.words} {resource.name}", resource.status)
+            found.append({"kind": kind.words, "name": resource.name, "status": resource.status})
     return found

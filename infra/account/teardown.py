@@ -1,8 +1,8 @@
-"""`teardown`: everything the project made is found, priced, deleted, and looked for again.
+"""`teardown`: find the project's resources, print their cost, delete them, and look for them again.
 
-The order is by what costs most: running jobs and endpoints first, the bucket and the stack last. It
-works after a crash in the middle of anything, its own included, because nothing is remembered: each
-run looks at what there is.
+The order is by cost: running jobs and endpoints first, the bucket and the stack last. Nothing is
+remembered between runs, each of which lists what exists. So it also works after a crash of another
+command or of `teardown` itself.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from typing import Any
 
 from dalle.errors import AwsError, UserError
 from infra.account import inventory
-from infra.account.inventory import RUNNING, Thing
-from infra.aws import project
+from infra.account.inventory import RUNNING, Resource
 from infra.aws.output import count_words, size_words
-from infra.aws.project import Project
-from infra.aws.request import Call
+from infra.aws.project import Project, add_project_arguments, open_project
+from infra.aws.request import Request, describe
 from infra.endpoint.deploy import VARIANT
-from infra.endpoint.standing_cost import Standing, standing
+from infra.endpoint.idle_cost import IdleCost, idle_cost
 from infra.setup import bootstrap, upload
 
 POLL_SECONDS = 5.0
@@ -29,14 +28,14 @@ IMAGES_TOGETHER = 100
 
 
 @dataclass
-class Found:
-    """What there is to delete. bucket, repository: None when the stack has none."""
+class Inventory:
+    """The resources to delete. bucket, repository: None when the stack has none."""
 
-    running: list[Thing]
-    warm_pools: list[Thing]
-    endpoints: list[Thing]
-    configs: list[Thing]
-    models: list[Thing]
+    running: list[Resource]
+    warm_pools: list[Resource]
+    endpoints: list[Resource]
+    configs: list[Resource]
+    models: list[Resource]
     scaling: list[dict[str, str]]
     alarms: list[str]
     log_groups: list[str]
@@ -46,16 +45,10 @@ class Found:
 
     @property
     def hosting(self) -> list[tuple[str, str]]:
-        """Everything but bucket, repository and role: a kind and a name each."""
-        named = [
-            *self.running,
-            *self.warm_pools,
-            *self.endpoints,
-            *self.configs,
-            *self.models,
-        ]
+        """Kind and name of every resource but bucket, repository and role."""
+        named = [*self.running, *self.warm_pools, *self.endpoints, *self.configs, *self.models]
         return [
-            *((thing.kind.words, thing.name) for thing in named),
+            *((resource.kind.words, resource.name) for resource in named),
             *(("scaling", where["ResourceId"]) for where in self.scaling),
             *(("alarm", name) for name in self.alarms),
             *(("log group", name) for name in self.log_groups),
@@ -63,213 +56,208 @@ class Found:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--yes", action="store_true", help="delete without asking")
+    parser.add_argument("--yes", action="store_true", help="delete without a question")
     parser.add_argument(
         "--keep-storage",
         action="store_true",
-        help="delete what costs by the hour; keep bucket, images and role",
+        help="delete what is paid by the hour; keep bucket, images and role",
     )
-    project.add_arguments(parser)
+    add_project_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    opened = project.open_project(options)
-    console = opened.console
-    found = look(opened)
+    project = open_project(options)
+    output = project.output
+    found = collect(project)
     storage = found.stack is not None and not options.keep_storage
-    if opened.aws.dry_run:
-        return console.finish()
+    if project.aws.dry_run:
+        return output.finish()
     if not found.hosting and not storage:
-        console.say(f"project {opened.name} has nothing to delete")
-        return console.finish(project=opened.name, deleted=[], usd_per_month_stopped=0.0)
-    costs = show(opened, found, storage=storage)
+        output.line(f"project {project.name} has nothing to delete")
+        return output.finish(project=project.name, deleted=[], usd_per_month_stopped=0.0)
+    costs = show(project, found, storage=storage)
     if not options.yes:
-        confirm(opened)
+        confirm(project)
     deleted = [list(pair) for pair in found.hosting]
-    end_hosting(opened, found)
+    end_hosting(project, found)
     if storage:
-        empty(opened, found.bucket)
-        delete_images(opened, found.repository)
-        delete_stack(opened)
-        deleted.append(["stack", opened.name])
-    verify(opened, found.bucket if storage else None, storage=storage)
+        empty(project, found.bucket)
+        delete_images(project, found.repository)
+        delete_stack(project)
+        deleted.append(["stack", project.name])
+    verify(project, found.bucket if storage else None, storage=storage)
     known = [cost.usd_per_month for cost in costs.values() if cost.usd_per_month is not None]
-    console.say(f"\nnothing is left{'' if storage else ' but bucket, images and role'}")
-    return console.finish(
-        project=opened.name,
+    output.line(f"\nnothing is left{'' if storage else ' but bucket, images and role'}")
+    return output.finish(
+        project=project.name,
         deleted=deleted,
         usd_per_month_stopped=sum(known),
         unpriced=[name for name, cost in costs.items() if cost.usd_per_month is None],
     )
 
 
-def look(opened: Project) -> Found:
-    """Everything of the project that is there now."""
-    stack = opened.stack()
-    endpoints = list(inventory.things(opened, inventory.ENDPOINT))
-    configs = list(inventory.things(opened, inventory.CONFIG))
+def collect(project: Project) -> Inventory:
+    """Return every resource of the project that exists now."""
+    stack = project.stack()
+    endpoints = list(inventory.resources(project, inventory.ENDPOINT))
+    configs = list(inventory.resources(project, inventory.CONFIG))
     names = inventory.endpoint_names(endpoints, configs)
     outputs = {o["OutputKey"]: o["OutputValue"] for o in (stack or {}).get("Outputs", [])}
-    return Found(
-        running=inventory.running(opened),
-        warm_pools=inventory.warm_pools(opened),
+    return Inventory(
+        running=inventory.running_jobs(project),
+        warm_pools=inventory.warm_pools(project),
         endpoints=endpoints,
         configs=configs,
-        models=list(inventory.things(opened, inventory.MODEL)),
-        scaling=inventory.scaling(opened, names, VARIANT),
-        alarms=inventory.alarms(opened, names),
-        log_groups=inventory.log_groups(opened, names),
+        models=list(inventory.resources(project, inventory.MODEL)),
+        scaling=inventory.scaling(project, names, VARIANT),
+        alarms=inventory.alarms(project, names),
+        log_groups=inventory.log_groups(project, names),
         stack=stack,
         bucket=outputs.get("Bucket"),
         repository=outputs.get("Repository"),
     )
 
 
-def show(opened: Project, found: Found, *, storage: bool) -> dict[str, Standing]:
-    """Print what would go and what it costs; returns the costs by endpoint."""
-    console = opened.console
-    console.say(f"project {opened.name} has in {opened.aws.region}:")
+def show(project: Project, found: Inventory, *, storage: bool) -> dict[str, IdleCost]:
+    """Print the resources and their cost; return the costs by endpoint."""
+    output = project.output
+    output.line(f"project {project.name} has in {project.aws.region}:")
     costs = {}
-    for thing in found.endpoints:
-        cost = standing(opened, thing.name)
+    for resource in found.endpoints:
+        cost = idle_cost(project, resource.name)
         if cost is not None:
-            costs[thing.name] = cost
+            costs[resource.name] = cost
     for kind, name in found.hosting:
-        about = f"  {costs[name].cost}" if kind == "endpoint" and name in costs else ""
-        console.say(f"  {kind:<14} {name}{about}")
+        about = f"  {costs[name].description}" if kind == "endpoint" and name in costs else ""
+        output.line(f"  {kind:<14} {name}{about}")
     if storage and found.bucket:
-        number, num_bytes = inventory.stored(opened, found.bucket)
+        number, num_bytes = inventory.stored(project, found.bucket)
         size = f"{count_words(number, 'object')}, {size_words(num_bytes)}: data, models, results"
-        console.say(f"  {'bucket':<14} {found.bucket}  {size}")
-        console.say(f"  {'stack':<14} {opened.name}  bucket, images, role")
+        output.line(f"  {'bucket':<14} {found.bucket}  {size}")
+        output.line(f"  {'stack':<14} {project.name}  bucket, images, role")
     total = sum(cost.usd_per_month or 0.0 for cost in costs.values())
     unknown = [name for name, cost in costs.items() if cost.usd_per_month is None]
-    more = f", and what {', '.join(unknown)} costs" if unknown else ""
-    console.say(f"deleting it stops {total:,.2f} USD a month{more}, storage not counted")
+    more = f", and the unknown cost of {', '.join(unknown)}" if unknown else ""
+    output.line(f"deleting it stops {total:,.2f} USD a month{more}, storage not counted")
     return costs
 
 
-def confirm(opened: Project) -> None:
-    """Ask for the project's name on a terminal. Raises UserError otherwise."""
+def confirm(project: Project) -> None:
+    """Read the project's name from a terminal. Raises UserError for any other input."""
     if not sys.stdin.isatty():
-        raise UserError("nothing was deleted; give --yes to delete without being asked")
-    opened.console.say(f"\ndelete all of it? Type the project's name, {opened.name}:")
-    if input().strip() != opened.name:
+        raise UserError("nothing was deleted; give --yes to delete without a question")
+    project.output.line(f"\ndelete all of it? Type the project's name, {project.name}:")
+    if input().strip() != project.name:
         raise UserError("nothing was deleted")
 
 
-def end_hosting(opened: Project, found: Found) -> None:
-    """Stop jobs, delete endpoints and all that belongs to them; configurations go last."""
-    aws, console = opened.aws, opened.console
-    for thing in found.running:
-        if thing.status != "Stopping":
-            aws.find(Call("sagemaker", thing.kind.ended_by, thing.identity))
-        console.item(f"{thing.kind.words} {thing.name}", "stopping")
-    for thing in found.warm_pools:
-        ended = {**thing.identity, "ResourceConfig": {"KeepAlivePeriodInSeconds": 0}}
-        aws.find(Call("sagemaker", "UpdateTrainingJob", ended))
-        console.item(f"warm pool of {thing.name}", "ended")
+def end_hosting(project: Project, found: Inventory) -> None:
+    """Stop jobs, delete endpoints and what belongs to them; configurations last."""
+    aws, output = project.aws, project.output
+    for resource in found.running:
+        if resource.status != "Stopping":
+            aws.find(Request("sagemaker", resource.kind.end_operation, resource.identity))
+        output.item(f"{resource.kind.words} {resource.name}", "stopping")
+    for resource in found.warm_pools:
+        ended = {**resource.identity, "ResourceConfig": {"KeepAlivePeriodInSeconds": 0}}
+        aws.find(Request("sagemaker", "UpdateTrainingJob", ended))
+        output.item(f"warm pool of {resource.name}", "ended")
     for where in found.scaling:
-        aws.find(Call("application-autoscaling", "DeregisterScalableTarget", where))
-        console.item(f"scaling of {where['ResourceId'].split('/')[1]}", "deleted")
+        aws.find(Request("application-autoscaling", "DeregisterScalableTarget", where))
+        output.item(f"scaling of {where['ResourceId'].split('/')[1]}", "deleted")
     if found.alarms:
-        aws.call(Call("cloudwatch", "DeleteAlarms", {"AlarmNames": found.alarms}))
+        aws.call(Request("cloudwatch", "DeleteAlarms", {"AlarmNames": found.alarms}))
         for name in found.alarms:
-            console.item(f"alarm {name}", "deleted")
-    for thing in found.endpoints:
-        if thing.status != "Deleting":
-            aws.find(Call("sagemaker", thing.kind.ended_by, thing.identity))
-    for thing in found.endpoints:
-        what = f"the end of endpoint {thing.name}"
-        aws.until(what, partial(_is_gone, opened, thing), every_seconds=POLL_SECONDS)
-        console.item(f"endpoint {thing.name}", "deleted")
-    # A job that still stops may write into the bucket that is about to be emptied.
-    for thing in found.running:
-        what = f"the end of {thing.kind.words} {thing.name}"
-        aws.until(what, partial(_has_ended, opened, thing), every_seconds=POLL_SECONDS)
-        console.item(f"{thing.kind.words} {thing.name}", "stopped")
+            output.item(f"alarm {name}", "deleted")
+    for resource in found.endpoints:
+        if resource.status != "Deleting":
+            aws.find(Request("sagemaker", resource.kind.end_operation, resource.identity))
+    for resource in found.endpoints:
+        what = f"the end of endpoint {resource.name}"
+        aws.until(what, partial(_is_gone, project, resource), every_seconds=POLL_SECONDS)
+        output.item(f"endpoint {resource.name}", "deleted")
+    # A stopping job may still write into the bucket that is emptied next.
+    for resource in found.running:
+        what = f"the end of {resource.kind.words} {resource.name}"
+        aws.until(what, partial(_has_ended, project, resource), every_seconds=POLL_SECONDS)
+        output.item(f"{resource.kind.words} {resource.name}", "stopped")
     for name in found.log_groups:
-        aws.find(Call("logs", "DeleteLogGroup", {"logGroupName": name}))
-        console.item(f"log group {name}", "deleted")
-    for thing in [*found.models, *found.configs]:
-        aws.find(Call("sagemaker", thing.kind.ended_by, thing.identity))
-        console.item(f"{thing.kind.words} {thing.name}", "deleted")
+        aws.find(Request("logs", "DeleteLogGroup", {"logGroupName": name}))
+        output.item(f"log group {name}", "deleted")
+    for resource in [*found.models, *found.configs]:
+        aws.find(Request("sagemaker", resource.kind.end_operation, resource.identity))
+        output.item(f"{resource.kind.words} {resource.name}", "deleted")
 
 
-def empty(opened: Project, bucket: str | None) -> None:
-    """Delete every object in all its versions, which CloudFormation would not, and every unfinished
-    upload."""
+def empty(project: Project, bucket: str | None) -> None:
+    """Delete all objects in all versions, which CloudFormation does not, and unfinished uploads."""
     if bucket is None:
         return
-    call = Call("s3", "ListObjectVersions", {"Bucket": bucket})
+    request = Request("s3", "ListObjectVersions", {"Bucket": bucket})
     kinds = ("Versions", "DeleteMarkers")
-    objects = [upload.identity(found) for key in kinds for found in opened.aws.items(call, key)]
-    upload.delete(opened, bucket, objects)
-    unfinished = Call("s3", "ListMultipartUploads", {"Bucket": bucket})
-    for found in opened.aws.items(unfinished, "Uploads"):
-        opened.aws.find(
-            Call(
+    objects = [upload.identity(found) for key in kinds for found in project.aws.items(request, key)]
+    upload.delete(project, bucket, objects)
+    unfinished = Request("s3", "ListMultipartUploads", {"Bucket": bucket})
+    for found in project.aws.items(unfinished, "Uploads"):
+        project.aws.find(
+            Request(
                 "s3",
                 "AbortMultipartUpload",
                 {"Bucket": bucket, "Key": found["Key"], "UploadId": found["UploadId"]},
             )
         )
-    opened.console.item(f"bucket {bucket}", f"{count_words(len(objects), 'object')} deleted")
+    project.output.item(f"bucket {bucket}", f"{count_words(len(objects), 'object')} deleted")
 
 
-def delete_images(opened: Project, repository: str | None) -> None:
-    """Delete every image, which the deletion of a stack does not do everywhere."""
+def delete_images(project: Project, repository: str | None) -> None:
+    """Delete every image, because deleting the stack does not do so everywhere."""
     if repository is None:
         return
-    found = sorted({image["imageDigest"] for image in inventory.images(opened, repository)})
+    found = sorted({image["imageDigest"] for image in inventory.images(project, repository)})
     for start in range(0, len(found), IMAGES_TOGETHER):
         some = [{"imageDigest": digest} for digest in found[start : start + IMAGES_TOGETHER]]
-        call = {"repositoryName": repository, "imageIds": some}
-        opened.aws.call(Call("ecr", "BatchDeleteImage", call))
-    opened.console.item(f"repository {repository}", f"{count_words(len(found), 'image')} deleted")
+        request = {"repositoryName": repository, "imageIds": some}
+        project.aws.call(Request("ecr", "BatchDeleteImage", request))
+    project.output.item(f"repository {repository}", f"{count_words(len(found), 'image')} deleted")
 
 
-def delete_stack(opened: Project) -> None:
+def delete_stack(project: Project) -> None:
     """Delete the stack and wait. Raises AwsError with CloudFormation's reason when it stays."""
-    opened.aws.call(Call("cloudformation", "DeleteStack", {"StackName": opened.name}))
-    what = f"the end of stack {opened.name}"
-    opened.aws.until(what, partial(_stack_is_gone, opened), every_seconds=POLL_SECONDS)
-    opened.console.item(f"stack {opened.name}", "deleted")
+    project.aws.call(Request("cloudformation", "DeleteStack", {"StackName": project.name}))
+    what = f"the end of stack {project.name}"
+    project.aws.until(what, partial(_stack_is_gone, project), every_seconds=POLL_SECONDS)
+    project.output.item(f"stack {project.name}", "deleted")
 
 
-def _stack_is_gone(opened: Project) -> bool:
-    stack = opened.stack()
+def _stack_is_gone(project: Project) -> bool:
+    stack = project.stack()
     if stack is not None and stack["StackStatus"] == "DELETE_FAILED":
-        bootstrap.wait(opened)
+        bootstrap.wait(project)
     return stack is None or stack["StackStatus"] == "DELETE_COMPLETE"
 
 
-def verify(opened: Project, bucket: str | None, *, storage: bool) -> None:
-    """Look for everything again. Raises AwsError that names what is still there.
+def verify(project: Project, bucket: str | None, *, storage: bool) -> None:
+    """List the resources again. Raises AwsError that names those that still exist.
 
-    bucket: what should have gone with the stack.
+    bucket: the one that should have been deleted with the stack.
     """
-    left = look(opened)
+    left = collect(project)
     names = [f"{kind} {name}" for kind, name in left.hosting]
     if storage and left.stack is not None:
-        names.append(f"stack {opened.name} ({left.stack['StackStatus']})")
-    if bucket is not None and opened.aws.find(Call("s3", "HeadBucket", {"Bucket": bucket})):
+        names.append(f"stack {project.name} ({left.stack['StackStatus']})")
+    if bucket is not None and project.aws.find(Request("s3", "HeadBucket", {"Bucket": bucket})):
         names.append(f"bucket {bucket}")
     if names:
         raise AwsError(
-            f"still there after all: {', '.join(names)}; run the same command again, and look in "
-            "the console when it stays"
+            f"not deleted: {', '.join(names)}; run the same command again, and look in the AWS "
+            "console when that does not help"
         )
 
 
-def _is_gone(opened: Project, thing: Thing) -> bool:
-    return opened.aws.find(_describe(thing)) is None
+def _is_gone(project: Project, resource: Resource) -> bool:
+    return project.aws.find(describe(resource.kind.name, resource.name)) is None
 
 
-def _has_ended(opened: Project, thing: Thing) -> bool:
-    found = opened.aws.find(_describe(thing))
-    return found is None or found[f"{thing.kind.name}Status"] not in RUNNING
-
-
-def _describe(thing: Thing) -> Call:
-    return Call("sagemaker", f"Describe{thing.kind.name}", thing.identity)
+def _has_ended(project: Project, resource: Resource) -> bool:
+    found = project.aws.find(describe(resource.kind.name, resource.name))
+    return found is None or found[f"{resource.kind.name}Status"] not in RUNNING

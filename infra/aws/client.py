@@ -1,10 +1,10 @@
-"""The only file that knows boto3: sessions, retries, dry runs, and AWS's errors as plain advice.
+"""The AWS client, and the only file that imports boto3: sessions, retries, dry runs, errors.
 
     aws = connect(options)
-    aws.call(Call("sagemaker", "DescribeModel", {"ModelName": "dalle"}))
+    aws.call(Request("sagemaker", "DescribeModel", {"ModelName": "dalle"}))
 
-Every request is checked against botocore's model before it is sent, so that a mistake costs no
-round trip and is told alike in a dry run, which sends nothing and needs neither credentials nor
+Every request is checked against botocore's model before it is sent. So a mistake costs no round
+trip and gives the same message in a dry run, which sends nothing and needs neither credentials nor
 network. Throttled requests are sent again by botocore's adaptive mode.
 """
 
@@ -29,20 +29,20 @@ from botocore.config import Config
 
 from dalle.errors import AccessError, AwsError, DalleError, PlanError
 from infra.aws.errors import LOG_IN, explain_answer, is_absence, plain
-from infra.aws.output import Console
-from infra.aws.request import Call, placeholder, problems
+from infra.aws.output import Output
+from infra.aws.request import Request, placeholder, problems
 
 MAX_ATTEMPTS = 8
 CONNECT_SECONDS = 10
 MAX_CONNECTIONS = 16
 READ_SECONDS = 70
-"""A real-time invocation may take 60 s; nothing else takes longer to answer."""
+"""Above the 60 s that a real-time invocation may take; every other request is quicker."""
 
 LOCAL_REGION = "us-east-1"
 PATIENCE_SECONDS = 1800.0
-"""For endpoints, stacks and jobs to be gone; each takes minutes at most."""
+"""For endpoints, stacks and jobs to be deleted, which takes minutes."""
 
-# What botocore raises; the last of them when an answer is not of the form it must have.
+# botocore's exceptions; the last one is for a response that cannot be parsed.
 ERRORS = (
     botocore.exceptions.BotoCoreError,
     botocore.exceptions.ClientError,
@@ -51,7 +51,7 @@ ERRORS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of every command that speaks to AWS."""
+    """Add the options of every command that sends requests to AWS."""
     group = parser.add_argument_group("AWS")
     group.add_argument("--region", help="default: AWS_REGION, AWS_DEFAULT_REGION or the profile's")
     group.add_argument("--profile", help="a profile of the AWS configuration files")
@@ -61,37 +61,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
 
-def connect(options: argparse.Namespace, console: Console | None = None) -> Aws:
-    """AWS as the options of `add_arguments` describe it."""
-    console = console or Console(as_json=options.json, dry_run=options.dry_run)
-    return Aws(console, region=options.region, profile=options.profile)
-
-
-def told(error: Exception) -> DalleError | None:
-    """An error of botocore's as one of ours; None for every other error."""
-    if isinstance(error, botocore.exceptions.ClientError):
-        return explain(error, Call("AWS", error.operation_name, {}))
-    if isinstance(error, ERRORS):
-        return explain(error, Call("AWS", "request", {}))
-    return None
+def connect(options: argparse.Namespace, output: Output | None = None) -> Aws:
+    """Return the client that the options of `add_arguments` describe."""
+    output = output or Output(as_json=options.json, dry_run=options.dry_run)
+    return Aws(output, region=options.region, profile=options.profile)
 
 
 class Aws:
-    """One account and region. Nothing is read or sent before the first call.
+    """A client of one account and region. Nothing is read or sent before the first request.
 
-    A dry run is the console's: requests are printed there instead of being sent.
-    local_url: of an endpoint on this machine, which takes the place of AWS and trusts everybody.
+    In a dry run (`output.dry_run`) requests are printed instead of being sent.
+    local_url: of an endpoint on this machine, which replaces AWS and needs no credentials.
     """
 
     def __init__(
         self,
-        console: Console,
+        output: Output,
         *,
         region: str | None = None,
         profile: str | None = None,
         local_url: str | None = None,
     ) -> None:
-        self.console = console
+        self.output = output
         self._local_url = local_url
         self._region = region
         self._profile = profile
@@ -102,11 +93,11 @@ class Aws:
 
     @property
     def dry_run(self) -> bool:
-        return self.console.dry_run
+        return self.output.dry_run
 
     @property
     def region(self) -> str:
-        """The region that requests go to. Raises AccessError when none is chosen."""
+        """The region of every request. Raises AccessError when none is chosen."""
         if self._local_url:
             return LOCAL_REGION
         found = self._region or os.environ.get("AWS_REGION") or self._boto().region_name
@@ -116,111 +107,118 @@ class Aws:
             return placeholder("region")
         raise AccessError("no AWS region is chosen; give --region, or set AWS_REGION")
 
-    def check(self, call: Call) -> None:
-        """Raises PlanError with everything that botocore's model of the request finds wrong."""
-        model = self._botocore.get_service_model(call.service).operation_model(call.operation)
+    def check(self, request: Request) -> None:
+        """Raise PlanError with every fault of a request by botocore's model of it."""
+        model = self._botocore.get_service_model(request.service).operation_model(request.operation)
         shape = model.input_shape
         if shape is None:
             return
-        report = botocore.validate.ParamValidator().validate(dict(call.parameters), shape)
+        report = botocore.validate.ParamValidator().validate(dict(request.parameters), shape)
         wrong = report.generate_report().splitlines() if report.has_errors() else []
-        wrong.extend(problems(shape, call.parameters, call.operation))
+        wrong.extend(problems(shape, request.parameters, request.operation))
         if wrong:
             raise PlanError("\n".join(wrong))
 
     def call(
         self,
-        call: Call,
+        request: Request,
         *,
         answer: Mapping[str, Any] | None = None,
         region: str | None = None,
         read_seconds: float = READ_SECONDS,
     ) -> dict[str, Any]:
-        """Send one request and return AWS's answer.
+        """Send one request and return AWS's response.
 
-        answer: what a dry run goes on with, placeholders for what only AWS knows.
+        answer: the response in a dry run, with placeholders for values of AWS's.
         Raises PlanError before sending, AccessError and AwsError after it.
         """
-        self.check(call)
+        self.check(request)
         if self.dry_run:
-            self.console.request(call)
+            self.output.request(request)
             return dict(answer or {})
         try:
-            return self._send(call, region, read_seconds)
+            return self._send(request, region, read_seconds)
         except ERRORS as error:
-            raise explain(error, call) from error
+            raise explain(error, request) from error
 
-    def find(self, call: Call, *, answer: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
-        """As `call`, but None for a thing that is not there; so is a dry run without an answer."""
+    def find(
+        self, request: Request, *, answer: Mapping[str, Any] | None = None
+    ) -> dict[str, Any] | None:
+        """As `call`, but return None for a resource that does not exist, or without `answer`."""
         if self.dry_run:
-            self.call(call)
+            self.call(request)
             return None if answer is None else dict(answer)
-        self.check(call)
+        self.check(request)
         try:
-            return self._send(call, None, READ_SECONDS)
+            return self._send(request, None, READ_SECONDS)
         except ERRORS as error:
             if is_missing(error):
                 return None
-            raise explain(error, call) from error
+            raise explain(error, request) from error
 
     def items(
-        self, call: Call, key: str, *, answer: list[Any] | None = None, region: str | None = None
+        self,
+        request: Request,
+        key: str,
+        *,
+        answer: list[Any] | None = None,
+        region: str | None = None,
     ) -> Iterator[Any]:
-        """What stands under `key` on every page of a list; a dry run goes on with `answer`.
+        """Yield the entries under `key` on every page of a list; in a dry run, of `answer`.
 
-        Raises as `call` does. A list of a thing that does not exist is empty.
+        Raises as `call` does. The list of a resource that does not exist is empty.
         """
-        self.check(call)
+        self.check(request)
         if self.dry_run:
-            self.console.request(call)
+            self.output.request(request)
             yield from answer or []
             return
         try:
-            client = self.client(call.service, region, READ_SECONDS)
-            paginator = client.get_paginator(_method(call.operation))
-            for page in paginator.paginate(**call.parameters):
+            client = self.client(request.service, region, READ_SECONDS)
+            paginator = client.get_paginator(_method(request.operation))
+            for page in paginator.paginate(**request.parameters):
                 yield from page.get(key, [])
         except ERRORS as error:
             if not is_missing(error):
-                raise explain(error, call) from error
+                raise explain(error, request) from error
 
     def wait(
-        self, call: Call, state: Callable[[dict[str, Any]], bool], *, every_seconds: float
+        self, request: Request, state: Callable[[dict[str, Any]], bool], *, every_seconds: float
     ) -> dict[str, Any]:
-        """Ask until `state` of the answer is true; a dry run asks once and gets no answer."""
+        """Repeat a request until `state` of its response is true; once only in a dry run."""
         if self.dry_run:
-            return self.call(call)
+            return self.call(request)
         while True:
-            found = self.call(call)
+            found = self.call(request)
             if state(found):
                 return found
             self.pause(every_seconds)
 
     def until(self, what: str, is_done: Callable[[], bool], *, every_seconds: float) -> None:
-        """Ask until something has come about. Raises AwsError when that takes half an hour."""
+        """Wait until `is_done` is true. Raises AwsError after half an hour."""
         ends = time.monotonic() + PATIENCE_SECONDS
         while not is_done():
             if time.monotonic() > ends:
                 raise AwsError(
-                    f"{what} has not come about within {PATIENCE_SECONDS / 60:.0f} minutes; "
-                    "run the same command again to wait on"
+                    f"{what} did not happen within {PATIENCE_SECONDS / 60:.0f} minutes; "
+                    "run the same command again to continue waiting"
                 )
             self.pause(every_seconds)
 
     def pause(self, seconds: float) -> None:
-        """Between two looks at something that takes its time."""
+        """Wait between two requests of a polling loop."""
         time.sleep(seconds)
 
     def read(self, bucket: str, key: str) -> bytes | None:
-        """The content of one S3 object; None when there is none."""
-        call = Call("s3", "GetObject", {"Bucket": bucket, "Key": key})
-        found = self.find(call)
+        """Return the content of one S3 object; None when there is none."""
+        request = Request("s3", "GetObject", {"Bucket": bucket, "Key": key})
+        found = self.find(request)
         if found is None:
             return None
-        return b"".join(self.chunks(found["Body"], call))
+        return b"".join(self.chunks(found["Body"], request))
 
-    def chunks(self, body: Any, call: Call) -> Iterator[bytes]:
-        """The bytes of an answer that arrives bit by bit: a body, or a stream of events."""
+    def chunks(self, body: Any, request: Request) -> Iterator[bytes]:
+        """Yield the bytes of a streamed response: a body, or a stream of events."""
         try:
             if hasattr(body, "iter_chunks"):
                 yield from body.iter_chunks(1 << 20)
@@ -229,25 +227,25 @@ class Aws:
                 if "PayloadPart" in event:
                     yield event["PayloadPart"]["Bytes"]
         except ERRORS as error:
-            raise explain(error, call) from error
+            raise explain(error, request) from error
 
     def write(self, path: Path, bucket: str, key: str) -> None:
-        """One file to one S3 object, in a single request."""
+        """Write one file to one S3 object, in a single request."""
         with path.open("rb") as file:
-            self.call(Call("s3", "PutObject", {"Bucket": bucket, "Key": key, "Body": file}))
+            self.call(Request("s3", "PutObject", {"Bucket": bucket, "Key": key, "Body": file}))
 
-    def _send(self, call: Call, region: str | None, read_seconds: float) -> dict[str, Any]:
-        client = self.client(call.service, region, read_seconds)
-        answer: dict[str, Any] = getattr(client, _method(call.operation))(**call.parameters)
+    def _send(self, request: Request, region: str | None, read_seconds: float) -> dict[str, Any]:
+        client = self.client(request.service, region, read_seconds)
+        answer: dict[str, Any] = getattr(client, _method(request.operation))(**request.parameters)
         return answer
 
     def client(
         self, service: str, region: str | None = None, read_seconds: float = READ_SECONDS
     ) -> Any:
-        """boto3's client, made once."""
+        """Return boto3's client of a service, created once."""
         key = (service, region or self.region, read_seconds)
         if key not in self._clients:
-            # A drawing that was paid for once is not asked for again behind the caller's back.
+            # An invocation costs money, and so is never repeated without the caller.
             attempts = 1 if service == "sagemaker-runtime" else _attempts()
             config = Config(
                 retries={"mode": "adaptive", "total_max_attempts": attempts},
@@ -272,32 +270,32 @@ class Aws:
 
 @functools.cache
 def _loader() -> Any:
-    """Of the services' models: that of SageMaker is 2 MB of JSON, and is read once."""
+    """Return the loader of the services' models: SageMaker's is 2 MB of JSON, read once."""
     return botocore.loaders.create_loader()
 
 
 def _attempts() -> int:
-    """How often one request is tried, the first time included (AWS_MAX_ATTEMPTS)."""
+    """Return how often one request is sent at most, the first time included (AWS_MAX_ATTEMPTS)."""
     text = os.environ.get("AWS_MAX_ATTEMPTS", "")
     return int(text) if text.isdigit() and int(text) > 0 else MAX_ATTEMPTS
 
 
 def _method(operation: str) -> str:
-    """boto3's name of an operation: CreateModel is create_model."""
+    """Return boto3's name of an operation: create_model for CreateModel."""
     return str(botocore.xform_name(operation))
 
 
 def is_missing(error: Exception) -> bool:
-    """Whether AWS says that what was asked about is not there."""
+    """Return whether AWS reports that the resource does not exist."""
     if not isinstance(error, botocore.exceptions.ClientError):
         return False
     details = error.response.get("Error", {})
     return is_absence(details.get("Code", ""), details.get("Message", ""))
 
 
-def explain(error: Exception, call: Call) -> DalleError:
-    """An error of botocore's as one of ours that says what to do."""
-    action = f"{call.service}:{call.operation}"
+def explain(error: Exception, request: Request | None = None) -> DalleError:
+    """Return botocore's error as one of ours that says what to do."""
+    action = f"{request.service}:{request.operation}" if request else "a request"
     match error:
         case botocore.exceptions.ClientError():
             details = error.response.get("Error", {})
@@ -331,7 +329,8 @@ def explain(error: Exception, call: Call) -> DalleError:
 
 
 def _explain_container(response: Mapping[str, Any], message: str) -> AwsError:
-    """What `serve` itself answered, which the platform wraps into an error of its own."""
+    """Return the error reply of `serve`, which the platform wraps into a ModelError."""
+
     text = response.get("OriginalMessage") or message
     try:
         text = json.loads(text)["error"]["message"]

@@ -1,4 +1,4 @@
-"""What AWS's refusals mean and what to do about them, by their codes. Knows no AWS library."""
+"""AWS's error codes: what each means and what to do about it. Knows nothing of boto3."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ MISSING_WORDS = re.compile(r"could not find|does not exist|not found", re.IGNORE
 
 
 def explain_answer(code: str, message: str, action: str, attempts: int) -> DalleError:
-    """A refusal as an error of ours. action: such as sagemaker:CreateModel."""
+    """Return AWS's error as one of ours. action: such as sagemaker:CreateModel."""
     if code in EXPIRED:
         return AccessError(f"the AWS credentials have expired; {LOG_IN}")
     if code in UNKNOWN:
         return AccessError(f"AWS does not know these credentials ({code}: {message}); {LOG_IN}")
     if code in DENIED:
-        # The message names the permission, which is not always called as the operation is.
+        # The message names the permission, which may differ from the operation's name.
         named = re.search(r"perform:?\s+([\w-]+:\w+)", message)
         action = named[1] if named else action
         return AccessError(
@@ -62,7 +62,7 @@ def explain_answer(code: str, message: str, action: str, attempts: int) -> Dalle
     if code in THROTTLED:
         return AwsError(
             f"AWS throttled {action}, the last of {attempts} attempts too; wait a minute and "
-            "run the same command again: it goes on where it stopped"
+            "run the same command again: it continues where it stopped"
         )
     if code in QUOTA:
         return AwsError(
@@ -74,11 +74,11 @@ def explain_answer(code: str, message: str, action: str, attempts: int) -> Dalle
 
 
 def plain(text: str) -> str:
-    """A message as one line: a server that breaks down may answer with a page of HTML."""
+    """Return a message as one line without tags: a failing server may answer with HTML."""
     return " ".join(re.sub(r"<[^<>]*>|\\n", " ", text).split())[:MAX_MESSAGE]
 
 
 def is_absence(code: str, message: str) -> bool:
-    """Whether a refusal says that what was asked about is not there."""
+    """Return whether an error means that the resource does not exist."""
     is_validation = code in ("ValidationException", "ValidationError")
     return code in MISSING or (is_validation and MISSING_WORDS.search(message) is not None)

@@ -1,7 +1,7 @@
-"""What SageMaker cannot do, in numbers: a plan is held against them before any request is sent.
+"""SageMaker's limits in numbers: a plan is checked against them before any request is sent.
 
-Every refusal names the limit and its number. Sources: AWS's documentation and the API's own model,
-as of 2026-11; where they differ, the narrower one.
+Every error names the limit and its number. Sources: AWS's documentation and the API's model, as of
+2026-11; where they differ, the narrower one.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ATTRIBUTES = 16
 HYPERPARAMETERS = 100
 HYPERPARAMETER_NAME = 256
 HYPERPARAMETER_VALUE = 256
-"""What the documentation says; the API's own model would let 2,500 pass."""
+"""By the documentation; the API's model allows 2,500."""
 MAX_RUNTIME_SECONDS = 28 * 24 * 3600
 KEEP_ALIVE_SECONDS = 21_600
 
@@ -63,17 +63,17 @@ BLACKWELL = {"g7", "g7e", "p6-b200", "p6-b300"}
 TOO_OLD = {"p2": "Kepler", "p3": "Volta", "p3dn": "Volta"}
 OTHER_CHIPS = {"inf1", "inf2", "trn1", "trn1n", "trn2", "dl1"}
 NO_BATCH = {"t2", "p4d", "p4de", "p5", "p5e", "p5en", "g7", "g7e"}
-# Their disks are built in; a volume that is asked for is ignored, or refused.
+# Families with built-in disks; a requested volume is ignored or refused.
 OWN_DISKS = {"g4dn", "g5", "g6", "g6e", "g7", "g7e", "p3dn", "p4d", "p4de", "p5", "p5e", "p5en"}
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """How one model is to be served. What a mode does not use is None.
+    """How one model is to be served. A field that the mode does not use is None.
 
     model_data: the s3 address of a model.tar.gz. image_bytes: unpacked, or None where unknown.
-    min_instances, max_instances: between which the number of instances may move.
-    concurrent_per_instance: requests that one instance is meant to have at once.
+    min_instances, max_instances: bounds of the scaling.
+    concurrent_per_instance: requests in progress that the scaling aims at.
     """
 
     name: str
@@ -99,43 +99,43 @@ class Deployment:
 
 
 def family(instance_type: str) -> str:
-    """The middle of a type's name: ml.g5.xlarge is of g5."""
+    """Return the family of a type: g5 for ml.g5.xlarge."""
     parts = instance_type.split(".")
     return parts[1] if len(parts) == 3 and parts[0] == "ml" else instance_type
 
 
 def has_gpu(instance_type: str) -> bool:
-    """Whether a type has NVIDIA GPUs, by its family: those that begin with p or g do."""
+    """Return whether a type has NVIDIA GPUs: its family begins with p or g."""
     return re.match(r"[pg]\d", family(instance_type)) is not None
 
 
 def is_arm(instance_type: str) -> bool:
-    """Whether a type has an ARM processor: its generation is followed by a g."""
+    """Return whether a type has an ARM processor: a g follows its generation."""
     return re.match(r"[a-z]+\d+g|p6e-gb", family(instance_type)) is not None
 
 
 def default_ami(instance_type: str) -> str | None:
-    """The host software of an endpoint that has a driver for our CUDA; None without a GPU."""
+    """Return the InferenceAmiVersion with a driver for the image's CUDA; None without a GPU."""
     if not has_gpu(instance_type):
         return None
     return NEWEST_AMI if family(instance_type) in BLACKWELL else DEFAULT_AMI
 
 
-def check_deployment(wanted: Deployment) -> None:
-    """Raises PlanError with a line for every limit that the deployment would break."""
+def check_deployment(deployment: Deployment) -> None:
+    """Raise PlanError with a line for every limit that the deployment breaks."""
     raise_all(
-        f"deployment {wanted.name} ({wanted.mode})",
+        f"deployment {deployment.name} ({deployment.mode})",
         [
-            *_hosts(wanted),
-            *_serverless(wanted),
-            *_numbers(wanted),
-            *_model_and_environment(wanted),
+            *_hosts(deployment),
+            *_serverless(deployment),
+            *_numbers(deployment),
+            *_model_and_environment(deployment),
         ],
     )
 
 
 def raise_all(what: str, wrong: Sequence[str]) -> None:
-    """Raises PlanError that names every one of several mistakes; nothing when there is none."""
+    """Raise PlanError with every mistake; return when there is none."""
     if len(wrong) == 1:
         raise PlanError(f"{what}: {wrong[0]}")
     if wrong:
@@ -143,43 +143,43 @@ def raise_all(what: str, wrong: Sequence[str]) -> None:
 
 
 def check_instance_type(instance_type: str) -> Iterator[str]:
-    """Whether our image can run on a type at all: x86, and no GPU that its torch has left."""
+    """Yield why the image cannot run on a type: not x86, or a GPU that its torch dropped."""
     kind = family(instance_type)
     if not re.fullmatch(r"ml\.[a-z0-9-]+\.[a-z0-9-]+", instance_type):
         yield f"an instance type such as ml.g5.xlarge was expected, got {instance_type!r}"
     elif kind in TOO_OLD:
         yield (
             f"{instance_type} has {TOO_OLD[kind]} GPUs, which drivers and PyTorch for CUDA {CUDA} "
-            "support no more or not for long; take ml.g4dn, ml.g5 or ml.g6"
+            "no longer support or will soon drop; take ml.g4dn, ml.g5 or ml.g6"
         )
     elif kind in OTHER_CHIPS:
-        yield f"{instance_type} has neither an NVIDIA GPU nor is it a plain CPU host"
+        yield f"{instance_type} is neither a host with NVIDIA GPUs nor a plain CPU host"
     elif is_arm(instance_type):
         yield f"{instance_type} has an ARM processor, and the image is for x86 (linux/amd64)"
 
 
-def _hosts(wanted: Deployment) -> Iterator[str]:
-    kind = wanted.instance_type
-    if wanted.mode == "serverless":
+def _hosts(deployment: Deployment) -> Iterator[str]:
+    kind = deployment.instance_type
+    if deployment.mode == "serverless":
         return
     if kind is None:
-        yield f"mode {wanted.mode} needs --instance-type"
+        yield f"mode {deployment.mode} needs --instance-type"
         return
     yield from check_instance_type(kind)
-    if wanted.mode == "batch":
+    if deployment.mode == "batch":
         if family(kind) in NO_BATCH:
             yield f"batch transform has no {kind}; take ml.g5, ml.g6, or a CPU type such as ml.c7i"
         return
-    if wanted.volume_gb is not None and family(kind) in OWN_DISKS:
-        yield f"{kind} has its own disk: --volume-gb cannot be chosen for it"
-    if wanted.ami is None:
+    if deployment.volume_gb is not None and family(kind) in OWN_DISKS:
+        yield f"{kind} has a built-in disk: --volume-gb cannot be chosen for it"
+    if deployment.ami is None:
         if has_gpu(kind):
             yield (
                 f"{kind} needs an explicit InferenceAmiVersion: the default has driver 470 on most "
-                f"families, and CUDA {CUDA} needs {OLDEST_DRIVER} or newer"
+                f"families, and CUDA {CUDA} needs driver {OLDEST_DRIVER} or newer"
             )
         return
-    yield from _ami(wanted.ami, kind)
+    yield from _ami(deployment.ami, kind)
 
 
 def _ami(ami: str, kind: str) -> Iterator[str]:
@@ -195,90 +195,88 @@ def _ami(ami: str, kind: str) -> Iterator[str]:
         )
 
 
-def _serverless(wanted: Deployment) -> Iterator[str]:
+def _serverless(deployment: Deployment) -> Iterator[str]:
     given = {
-        "--memory-mb": wanted.memory_mb,
-        "--max-concurrency": wanted.max_concurrency,
-        "--provisioned-concurrency": wanted.provisioned_concurrency,
+        "--memory-mb": deployment.memory_mb,
+        "--max-concurrency": deployment.max_concurrency,
+        "--provisioned-concurrency": deployment.provisioned_concurrency,
     }
-    if wanted.mode != "serverless":
+    if deployment.mode != "serverless":
         for option, value in given.items():
             if value is not None:
                 yield f"{option} is for --mode serverless alone"
         return
-    if wanted.instance_type is not None:
+    if deployment.instance_type is not None:
         yield (
             "a serverless endpoint has no instances and no GPU: leave --instance-type out, or take "
             "--mode async, which costs nothing when idle either"
         )
-    if wanted.memory_mb not in SERVERLESS_MEMORY_MB:
+    if deployment.memory_mb not in SERVERLESS_MEMORY_MB:
         yield (
             f"a serverless endpoint has 1024 to 6144 MB of memory (6 GB) in steps of 1024, "
-            f"got {wanted.memory_mb}"
+            f"got {deployment.memory_mb}"
         )
-    size = wanted.image_bytes or wanted.compressed_bytes
+    size = deployment.image_bytes or deployment.compressed_bytes
     if size > SERVERLESS_IMAGE_BYTES:
         yield (
             f"a serverless endpoint takes images of at most {SERVERLESS_IMAGE_BYTES:,} bytes "
-            f"(10 GiB), and this one has {'' if wanted.image_bytes else 'packed '}{size:,}"
+            f"(10 GiB), and this one has {'' if deployment.image_bytes else 'packed '}{size:,}"
         )
-    most = wanted.max_concurrency or 0
+    most = deployment.max_concurrency or 0
     if not 1 <= most <= SERVERLESS_CONCURRENCY:
         yield f"--max-concurrency must be 1 to {SERVERLESS_CONCURRENCY}, got {most}"
-    warm = wanted.provisioned_concurrency
+    warm = deployment.provisioned_concurrency
     if warm is not None and not 1 <= warm <= most:
         yield (
             f"--provisioned-concurrency must be 1 to --max-concurrency, which is {most}, got {warm}"
         )
     for option, chosen in (
-        ("--ami", wanted.ami),
-        ("--volume-gb", wanted.volume_gb),
-        ("--isolate", wanted.isolate or None),
+        ("--ami", deployment.ami),
+        ("--volume-gb", deployment.volume_gb),
+        ("--isolate", deployment.isolate or None),
     ):
         if chosen is not None:
             yield f"{option} does not exist for a serverless endpoint"
 
 
-def _numbers(wanted: Deployment) -> Iterator[str]:
-    most = INVOCATION_SECONDS[wanted.mode]
-    seconds = wanted.invocation_seconds
+def _numbers(deployment: Deployment) -> Iterator[str]:
+    most = INVOCATION_SECONDS[deployment.mode]
+    seconds = deployment.invocation_seconds
     if seconds is not None and not 1 <= seconds <= most:
         hint = "; --mode async has up to 3600" if most == INVOCATION_SECONDS["realtime"] else ""
-        yield f"an invocation has 1 to {most} s in mode {wanted.mode}, got {seconds}{hint}"
-    if wanted.mode == "serverless":
+        yield f"an invocation has 1 to {most} s in mode {deployment.mode}, got {seconds}{hint}"
+    if deployment.mode == "serverless":
         return
     for option, value in (
-        ("--startup-seconds", wanted.startup_seconds),
-        ("--download-seconds", wanted.download_seconds),
+        ("--startup-seconds", deployment.startup_seconds),
+        ("--download-seconds", deployment.download_seconds),
     ):
-        if wanted.mode != "batch" and value not in TIMEOUT_SECONDS:
+        if deployment.mode != "batch" and value not in TIMEOUT_SECONDS:
             yield f"{option} must be 60 to 3600, got {value}"
-    if wanted.volume_gb is not None and wanted.volume_gb not in VOLUME_GB:
-        yield f"--volume-gb must be 1 to 512, got {wanted.volume_gb}"
-    if wanted.max_instances < max(1, wanted.min_instances):
+    if deployment.volume_gb is not None and deployment.volume_gb not in VOLUME_GB:
+        yield f"--volume-gb must be 1 to 512, got {deployment.volume_gb}"
+    if deployment.max_instances < max(1, deployment.min_instances):
         yield (
             f"--max-instances must be at least 1 and --min-instances, which is "
-            f"{wanted.min_instances}, got {wanted.max_instances}"
+            f"{deployment.min_instances}, got {deployment.max_instances}"
         )
-    if wanted.mode == "realtime" and wanted.min_instances < 1:
+    if deployment.mode == "realtime" and deployment.min_instances < 1:
         yield (
             "a real-time endpoint keeps at least 1 instance; --mode async and --mode serverless "
             "cost nothing when idle"
         )
-    if wanted.mode == "async" and not 1 <= wanted.concurrent_per_instance <= 1000:
-        yield f"--concurrent must be 1 to 1000, got {wanted.concurrent_per_instance}"
+    if deployment.mode == "async" and not 1 <= deployment.concurrent_per_instance <= 1000:
+        yield f"--concurrent must be 1 to 1000, got {deployment.concurrent_per_instance}"
 
 
-def _model_and_environment(wanted: Deployment) -> Iterator[str]:
-    if not wanted.model_data.startswith("s3://"):
-        yield f"the model is given by its s3:// address, got {wanted.model_data!r}"
-    elif not wanted.model_data.endswith(".tar.gz"):
-        uncompressed = " (batch transform cannot read uncompressed models)"
-        yield (
-            f"the model must be a model.tar.gz{uncompressed if wanted.mode == 'batch' else ''}, "
-            f"got {wanted.model_data}"
-        )
-    environment = wanted.environment or {}
+def _model_and_environment(deployment: Deployment) -> Iterator[str]:
+    if not deployment.model_data.startswith("s3://"):
+        yield f"the model is given by its s3:// address, got {deployment.model_data!r}"
+    elif not deployment.model_data.endswith(".tar.gz"):
+        is_batch = deployment.mode == "batch"
+        hint = " (batch transform cannot read uncompressed models)" if is_batch else ""
+        yield f"the model must be a model.tar.gz{hint}, got {deployment.model_data}"
+    environment = deployment.environment or {}
     if len(environment) > ENVIRONMENT_ENTRIES:
         yield f"at most {ENVIRONMENT_ENTRIES} environment variables, got {len(environment)}"
     for name, value in environment.items():
@@ -290,7 +288,7 @@ def _model_and_environment(wanted: Deployment) -> Iterator[str]:
 
 
 def check_payload(mode: Mode, num_bytes: int) -> None:
-    """Raises PlanError when a request's body is larger than its kind of endpoint takes."""
+    """Raise PlanError when a request's body is larger than the mode allows."""
     most = PAYLOAD_BYTES[mode]
     if num_bytes > most:
         hint = "" if mode in ("async", "batch") else "; --mode async takes up to 1 GB"

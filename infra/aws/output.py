@@ -1,21 +1,25 @@
-"""What a command prints: lines and tables for people, or one JSON object with `--json`."""
+"""A command's output: lines and tables, or one JSON object with `--json`; and files."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
-from infra.aws.request import Call, printable
+from dalle.errors import UserError
+from dalle.platform.disk import write_atomically
+from infra.aws.request import Request, printable
 
 BARS = "▁▂▃▄▅▆▇█"
 
 
-class Console:
-    """as_json: people's lines go to stderr, and `finish` prints the object on stdout.
+class Output:
+    """The output of one command.
 
-    dry_run: every request is printed as it would be sent.
+    as_json: lines go to stderr, and `finish` prints one JSON object on stdout.
+    dry_run: every request is printed as it would be sent, and lines are not.
     """
 
     def __init__(self, *, as_json: bool = False, dry_run: bool = False) -> None:
@@ -24,31 +28,32 @@ class Console:
         self._requests: list[dict[str, Any]] = []
 
     @property
-    def _people(self) -> TextIO:
-        # Looked up each time, so that a stream that somebody has replaced is the one written to.
+    def _lines(self) -> TextIO:
+        # Looked up each time, because tests replace the streams.
         return sys.stderr if self.as_json else sys.stdout
 
-    def say(self, text: str = "") -> None:
-        """A line for people. A dry run is silent: nothing has happened that could be told."""
+    def line(self, text: str = "") -> None:
+        """Print a line, except in a dry run, in which nothing happens."""
         if not self.dry_run:
-            print(text, file=self._people, flush=True)
+            print(text, file=self._lines, flush=True)
 
     def item(self, what: str, state: str) -> None:
-        """A thing and what became of it, aligned with the others."""
-        self.say(f"{what:<44}  {state}")
+        """Print a resource and its state, aligned with the others."""
+        self.line(f"{what:<44}  {state}")
 
     def table(self, heading: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """Print a table."""
         for line in aligned([heading, *rows]):
-            self.say(line)
+            self.line(line)
 
-    def request(self, call: Call) -> None:
-        """A request that a dry run does not send."""
-        self._requests.append(call.as_json())
+    def request(self, request: Request) -> None:
+        """Print a request that a dry run does not send."""
+        self._requests.append(request.as_json())
         if not self.as_json:
-            print(json.dumps(call.as_json(), indent=2, ensure_ascii=False), flush=True)
+            print(json.dumps(request.as_json(), indent=2, ensure_ascii=False), flush=True)
 
     def finish(self, **result: Any) -> int:
-        """The end of a command that worked: its exit code, 0."""
+        """Print the result as JSON where it is requested; return the exit code of success, 0."""
         if self.as_json:
             if self.dry_run:
                 result = {"dry_run": True, "requests": self._requests}
@@ -56,8 +61,16 @@ class Console:
         return 0
 
 
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a file, whole or not at all; its directory is created if needed. Raises UserError."""
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
 def aligned(rows: Iterable[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines, each column as wide as its widest cell."""
+    """Return rows of cells as lines, each column as wide as its widest cell."""
     table = [list(row) for row in rows]
     if not table:
         return []
@@ -69,9 +82,9 @@ def aligned(rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def sparkline(values: Sequence[float], width: int = 24) -> str:
-    """The course of a number, a block a step: the lowest value is the lowest block.
+    """Return the course of a number as one block a value: the lowest value is the lowest block.
 
-    More values than `width` are thinned evenly; the last one always shows.
+    More values than `width` are thinned evenly; the last one is always shown.
     """
     if not values:
         return ""
@@ -83,12 +96,12 @@ def sparkline(values: Sequence[float], width: int = 24) -> str:
 
 
 def count_words(number: int, noun: str) -> str:
-    """A number of things: 1 image, 2 images."""
+    """Return a number with its noun: 1 image, 2 images."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def size_words(num_bytes: float) -> str:
-    """A number of bytes in the unit that reads best."""
+    """Return a number of bytes in the largest unit that leaves 1 or more."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if num_bytes < 1000 or unit == "GB":
             return f"{num_bytes:,.0f} {unit}" if unit == "bytes" else f"{num_bytes:,.1f} {unit}"
@@ -97,7 +110,7 @@ def size_words(num_bytes: float) -> str:
 
 
 def span_words(seconds: float) -> str:
-    """A length of time in its two largest units."""
+    """Return a duration in its two largest units."""
     whole = round(seconds)
     hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
     if hours:

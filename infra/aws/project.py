@@ -1,8 +1,8 @@
-"""What belongs together, by name and tag, and where it stands: there is no local state file.
+"""A project: the name and tag of its resources, and the outputs of its stack.
 
-Everything that these commands make is named after the project and carries its tag. Bucket,
-repository and role are outputs of the project's stack, so that any machine with credentials finds
-them.
+Every resource that these commands create is named after the project and carries its tag. Bucket,
+repository and role are outputs of the project's stack. So there is no local state file, and any
+machine with credentials can continue.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from typing import Any
 from dalle.errors import PlanError, UserError
 from infra.aws import client as aws_module
 from infra.aws.client import Aws
-from infra.aws.output import Console
-from infra.aws.request import Call, placeholder
+from infra.aws.output import Output
+from infra.aws.request import Request, placeholder
 
 DEFAULT_NAME = "dalle"
 NAME_PATTERN = r"[a-z][a-z0-9]*(-[a-z0-9]+)*"
 MAX_NAME = 20
-"""A bucket's name has 63 characters: the project's, the account's, the region's, and two dashes."""
-TAG = "dalle:project"
+"""A bucket's name has 63 characters: project, account, region and two dashes."""
+PROJECT_TAG = "dalle:project"
 OUTPUTS = ("Bucket", "Repository", "RoleArn")
 IMAGE_TAG = "latest"
 
 
 @dataclass(frozen=True)
-class Outputs:
-    """What the project's stack made.
+class StackOutputs:
+    """Outputs of the project's stack.
 
     bucket, repository: names. role_arn: of the role that jobs and endpoints run as.
     """
@@ -43,9 +43,9 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Image:
-    """The image in the repository. uri: by digest, so that it never changes under a name.
+    """The image in the repository. uri: by digest, so that its content never changes.
 
-    num_bytes: unpacked, as `push` noted it; None when another image was pushed without it.
+    num_bytes: unpacked, as `push` noted it; None when the image was pushed by other means.
     compressed_bytes: as the repository stores it.
     """
 
@@ -57,33 +57,33 @@ class Image:
 
 @dataclass(frozen=True)
 class Project:
-    """A name, and the AWS account it lives in."""
+    """A project's name, and the AWS account that holds its resources."""
 
     name: str
     aws: Aws
 
     @property
-    def console(self) -> Console:
-        return self.aws.console
+    def output(self) -> Output:
+        return self.aws.output
 
     @property
     def tags(self) -> list[dict[str, str]]:
-        return [{"Key": TAG, "Value": self.name}]
+        return [{"Key": PROJECT_TAG, "Value": self.name}]
 
     def stack(self) -> dict[str, Any] | None:
-        """The project's stack as CloudFormation describes it; None before `bootstrap`."""
+        """Return the stack as CloudFormation describes it; None before `bootstrap`."""
         outputs = [
             {"OutputKey": key, "OutputValue": placeholder(f"{key} of stack {self.name}")}
             for key in OUTPUTS
         ]
         found = self.aws.find(
-            Call("cloudformation", "DescribeStacks", {"StackName": self.name}),
+            Request("cloudformation", "DescribeStacks", {"StackName": self.name}),
             answer={"Stacks": [{"StackStatus": "CREATE_COMPLETE", "Outputs": outputs}]},
         )
         return found["Stacks"][0] if found and found["Stacks"] else None
 
-    def outputs(self) -> Outputs:
-        """Raises UserError when `bootstrap` has not made them."""
+    def stack_outputs(self) -> StackOutputs:
+        """Return bucket, repository and role. Raises UserError before `bootstrap`."""
         stack = self.stack() or {}
         found = {o["OutputKey"]: o["OutputValue"] for o in stack.get("Outputs", [])}
         if not all(key in found for key in OUTPUTS):
@@ -92,17 +92,15 @@ class Project:
                 f"the stack {self.name} {state}, and so project {self.name} has no bucket, "
                 f"repository and role yet; run `python -m infra bootstrap` first"
             )
-        return Outputs(found["Bucket"], found["Repository"], found["RoleArn"])
+        return StackOutputs(found["Bucket"], found["Repository"], found["RoleArn"])
 
     def image(self, repository: str, tag: str = IMAGE_TAG) -> Image:
-        """The pushed image. Raises UserError when nothing was pushed by that tag."""
-        asked = Call(
-            "ecr",
-            "DescribeImages",
-            {"repositoryName": repository, "imageIds": [{"imageTag": tag}]},
+        """Return the pushed image. Raises UserError when the repository has no such tag."""
+        request = Request(
+            "ecr", "DescribeImages", {"repositoryName": repository, "imageIds": [{"imageTag": tag}]}
         )
         size = {"imageDigest": placeholder("digest of the image"), "imageSizeInBytes": 0}
-        found = self.aws.find(asked, answer={"imageDetails": [size]})
+        found = self.aws.find(request, answer={"imageDetails": [size]})
         if not found or not found["imageDetails"]:
             raise UserError(
                 f"the repository {repository} has no image {tag!r}; "
@@ -120,18 +118,18 @@ class Project:
         )
 
     def repository(self, name: str) -> dict[str, Any]:
-        """Its `uri` (without a tag), `arn` and `tags`. Raises AwsError when it is gone."""
+        """Return a repository's `uri` (without a tag), `arn` and `tags`. Raises AwsError."""
         there = {
             "repositoryUri": placeholder("address of the repository"),
             "repositoryArn": placeholder("ARN of the repository"),
         }
         answer = self.aws.call(
-            Call("ecr", "DescribeRepositories", {"repositoryNames": [name]}),
+            Request("ecr", "DescribeRepositories", {"repositoryNames": [name]}),
             answer={"repositories": [there]},
         )
         found = answer["repositories"][0]
         tags = self.aws.call(
-            Call("ecr", "ListTagsForResource", {"resourceArn": found["repositoryArn"]}),
+            Request("ecr", "ListTagsForResource", {"resourceArn": found["repositoryArn"]}),
             answer={"tags": []},
         )
         return {
@@ -141,32 +139,32 @@ class Project:
         }
 
     def owns(self, arn: str) -> bool:
-        """Whether a SageMaker resource carries this project's tag."""
-        tags = self.aws.items(Call("sagemaker", "ListTags", {"ResourceArn": arn}), "Tags")
-        return any(tag == {"Key": TAG, "Value": self.name} for tag in tags)
+        """Return whether a SageMaker resource carries this project's tag."""
+        tags = self.aws.items(Request("sagemaker", "ListTags", {"ResourceArn": arn}), "Tags")
+        return any(tag == {"Key": PROJECT_TAG, "Value": self.name} for tag in tags)
 
-    def ensure(self, what: str, look: Call, make: Call) -> bool:
-        """Make a thing unless it is there, and say which. True when it was made."""
+    def ensure(self, what: str, look: Request, make: Request) -> bool:
+        """Create a resource unless it exists, and print which; return True when it was created."""
         if self.aws.find(look) is not None:
-            self.console.item(what, "already there")
+            self.output.item(what, "already there")
             return False
         self.aws.call(make)
-        self.console.item(what, "made")
+        self.output.item(what, "made")
         return True
 
 
 def image_size_tag(tag: str) -> str:
-    """The repository's tag under which `push` notes how large an image is when unpacked."""
+    """Return the repository's tag in which `push` notes the unpacked size of an image."""
     return f"dalle:image-bytes:{tag}"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--project, and the options of everything that speaks to AWS."""
+def add_project_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --project, and the options of every command that sends requests to AWS."""
     parser.add_argument(
         "--project",
         type=project_name,
         default=os.environ.get("DALLE_PROJECT") or DEFAULT_NAME,
-        help=f"whose things these are; default: DALLE_PROJECT or {DEFAULT_NAME}",
+        help=f"the project's name; default: DALLE_PROJECT or {DEFAULT_NAME}",
     )
     aws_module.add_arguments(parser)
 
@@ -176,7 +174,7 @@ def open_project(options: argparse.Namespace) -> Project:
 
 
 def project_name(text: str) -> str:
-    """`text`, if names of every kind can be made from it. For argparse."""
+    """Return `text` if it can be part of every resource's name. For argparse."""
     if len(text) <= MAX_NAME and re.fullmatch(NAME_PATTERN, text):
         return text
     raise argparse.ArgumentTypeError(
@@ -185,8 +183,8 @@ def project_name(text: str) -> str:
     )
 
 
-def pair(text: str) -> tuple[str, str]:
-    """NAME=VALUE as two texts. For argparse."""
+def name_value(text: str) -> tuple[str, str]:
+    """Return NAME=VALUE as two texts. For argparse."""
     name, equals, value = text.partition("=")
     if name and equals:
         return name, value
@@ -194,7 +192,7 @@ def pair(text: str) -> tuple[str, str]:
 
 
 def split_uri(uri: str) -> tuple[str, str]:
-    """Bucket and key of s3://bucket/key. Raises PlanError."""
+    """Return bucket and key of s3://bucket/key. Raises PlanError."""
     parts = re.fullmatch(r"s3://([^/]+)/?(.*)", uri)
     if parts is None:
         raise PlanError(f"an S3 address such as s3://bucket/folder/ was expected, got {uri!r}")

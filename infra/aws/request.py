@@ -1,7 +1,7 @@
-"""One request to AWS as plain data, and what botocore's own model says about it before it is sent.
+"""One request to AWS as plain data, and its check against botocore's model before it is sent.
 
-A command is built from such calls by pure functions, so that a plan can be printed, compared and
-tested without AWS. Knows no AWS library: the shapes are handed in by `infra.aws.client`.
+Pure functions build the requests of a command, so that a plan can be printed, compared and tested
+without AWS. Knows nothing of boto3: `infra.aws.client` passes the shapes in.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ DIGEST_CHARACTERS = 10
 
 
 @dataclass(frozen=True)
-class Call:
-    """service: as boto3 names it. operation: as the API does, such as CreateModel."""
+class Request:
+    """One request. service: boto3's name of it. operation: the API's, such as CreateModel."""
 
     service: str
     operation: str
@@ -35,8 +35,13 @@ class Call:
         }
 
 
+def describe(kind: str, name: str) -> Request:
+    """Return the request that describes a SageMaker resource. kind: such as TrainingJob."""
+    return Request("sagemaker", f"Describe{kind}", {f"{kind}Name": name})
+
+
 def placeholder(name: str) -> str:
-    """What a dry run shows in place of something that only AWS's answer would tell."""
+    """Return the stand-in that a dry run shows for a value of AWS's response."""
     return f"<{name}>"
 
 
@@ -45,13 +50,13 @@ def has_placeholder(value: str) -> bool:
 
 
 def digest(value: Any) -> str:
-    """Ten hexadecimal characters that stand for a JSON value: the same value, the same name."""
+    """Return ten hexadecimal characters that are equal for equal JSON values."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_CHARACTERS]
 
 
 def printable(value: Any) -> Any:
-    """`value` with everything that JSON cannot hold, such as the bytes of a file, described."""
+    """Return `value` with everything that JSON cannot hold, such as bytes, described in words."""
     if isinstance(value, Mapping):
         return {str(key): printable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -65,11 +70,11 @@ def printable(value: Any) -> Any:
 
 
 def problems(shape: Any, value: Any, where: str) -> Iterator[str]:
-    """What the service would refuse: lengths, numbers, words and patterns out of bounds.
+    """Yield what the service would reject: lengths, numbers, words and patterns out of bounds.
 
-    shape: botocore's, of a whole request or of a part. Types, missing and unknown members are not
-    looked at: botocore's own validator does that, but checks no maximum, word or pattern.
-    A value with a placeholder in it is taken to be right.
+    shape: botocore's, of a whole request or of a part. Types, missing and unknown members are left
+    to botocore's validator, which in turn checks no maximum, word or pattern.
+    A value with a placeholder in it passes.
     """
     kind = shape.type_name
     limits = shape.metadata
@@ -120,7 +125,7 @@ def _words(limits: Mapping[str, Any], value: str, where: str) -> Iterator[str]:
 
 @functools.cache
 def _compiled(pattern: str) -> re.Pattern[str] | None:
-    """None for those of Java's expressions that have no counterpart in Python."""
+    """Return the pattern compiled; None for a Java expression without counterpart in Python."""
     try:
         return re.compile(pattern)
     except re.error:

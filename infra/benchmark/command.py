@@ -1,12 +1,12 @@
-"""How long pictures take, and how many a second: one workload against a URL, image or endpoint.
+"""`benchmark`: latency and throughput of one workload on a URL, the local image or an endpoint.
 
     python -m infra benchmark --url http://127.0.0.1:8080 --clients 1 --clients 8
     python -m infra benchmark --image dalle-sagemaker --model model.tar.gz --cpus 1 --cpus 2
     python -m infra benchmark --endpoint dalle --rate 0.5
 
-Writes RUN.json, prints a table, and ends with one line of JSON. `infra.benchmark.measure` does the
-measuring, `infra.benchmark.load` sends the requests, `infra.benchmark.targets` knows what they are
-sent to."""
+Writes RUN.json, prints a table, and ends with one line of JSON. `infra.benchmark.measure` runs the
+measurement, `infra.benchmark.load` sends the requests, `infra.benchmark.targets` has the servers.
+"""
 
 from __future__ import annotations
 
@@ -21,32 +21,33 @@ from typing import Any
 
 from dalle.errors import AwsError, UserError
 from infra.aws import client as aws
-from infra.aws.output import Console, aligned
+from infra.aws.output import Output, aligned
 from infra.benchmark.http import TIMEOUT_SECONDS
 from infra.benchmark.machine import load_average
 from infra.benchmark.measure import Load, Plan, measure
 from infra.benchmark.run_file import Run, save_run
-from infra.benchmark.targets import Subject, endpoint_subject, image_subjects, url_subject
+from infra.benchmark.targets import Server, endpoint_server, image_servers, url_server
 from infra.benchmark.workload import Workload, read_captions
-from infra.cost.prices import add_table_argument, load_prices
+from infra.cost.command import add_table_argument
+from infra.cost.prices import load_prices
 
 DEFAULT_CLIENTS = (1, 8, 64)
 P_NAMES = ("p50", "p95", "p99")
 
 
-# --- the command
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of `benchmark`."""
-    where = parser.add_argument_group("what is measured (one of the first three)")
+    """Add the options of `benchmark`."""
+    where = parser.add_argument_group("the server (one of the first three)")
     target = where.add_mutually_exclusive_group(required=True)
     target.add_argument("--url", help="a running server, such as http://127.0.0.1:8080")
     target.add_argument("--image", metavar="NAME", help="the local image, started here by Docker")
     target.add_argument("--endpoint", metavar="NAME", help="a SageMaker endpoint, by boto3")
     where.add_argument("--model", type=Path, help="of --image: a model.tar.gz or its directory")
     where.add_argument(
-        "--cpus", type=float, action="append", help="of --image: processors; repeatable, in turns"
+        "--cpus",
+        type=float,
+        action="append",
+        help="of --image: processors; repeatable, measured in alternating rounds",
     )
     where.add_argument("--memory", metavar="LIMIT", help="of --image: such as 6g")
     where.add_argument(
@@ -54,22 +55,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="WORD",
-        help="of --image: a further word of `docker run`, such as --docker-option=--gpus=all",
+        help="of --image: a further option of `docker run`, such as --docker-option=--gpus=all",
     )
     where.add_argument(
-        "--device", choices=("cpu", "cuda"), help="what the server computes on, if not seen here"
+        "--device", choices=("cpu", "cuda"), help="of the server, where it is not known here"
     )
-    where.add_argument("--processor", help="of --url: its processor or its GPU, in words")
+    where.add_argument("--processor", help="of --url: the name of its processor or GPU")
     where.add_argument(
         "--as",
         dest="stands_for",
         action="append",
         default=[],
         metavar="TYPE",
-        help="the instance type (or serverless, lambda) whose price this run is joined with; "
-        "an assumption of yours, printed as such; repeatable",
+        help="the instance type (or serverless, lambda) whose price this run is compared with; "
+        "printed as your assumption; repeatable",
     )
-    work = parser.add_argument_group("what is asked for")
+    work = parser.add_argument_group("the requests")
     work.add_argument("--captions", type=Path, metavar="FILE", help="one caption a line")
     work.add_argument("--caption", action="append", metavar="TEXT", help="repeatable")
     work.add_argument("--num-candidates", type=int, default=16, help="default %(default)s")
@@ -93,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=100,
         help="of each load; default %(default)s, and in each round at least 2 for each client",
     )
-    load.add_argument("--warm-up", type=int, default=3, help="of each load; default %(default)s")
+    load.add_argument("--warm-up", type=int, default=3, help="for each load; default %(default)s")
     load.add_argument("--rounds", type=int, help="default 1, with several --cpus 3")
     load.add_argument(
         "--max-seconds", type=float, default=120.0, help="of each load; default %(default)s"
@@ -105,43 +106,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Do what `add_arguments` read. Raises UserError, AccessError, AwsError."""
-    console = Console(as_json=options.json, dry_run=options.dry_run)
+    """Measure, write RUN.json and print it. Raises UserError, AccessError, AwsError."""
+    output = Output(as_json=options.json, dry_run=options.dry_run)
     plan = _plan(options)
     if options.dry_run:
         print(json.dumps(_dry_run(options, plan), ensure_ascii=False, indent=1))
         return 0
     before = load_average()
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    with _subjects(options, console) as subjects:
-        scenarios = measure(plan, subjects, console.say)
+    with _servers(options, output) as servers:
+        scenarios = measure(plan, servers, output.line)
         runs = {
-            _out(options.out, subject, len(subjects)): Run(
+            _out(options.out, server, len(servers)): Run(
                 date=now,
-                kind=subject.kind,
-                target=subject.place,
-                device=subject.device,
-                stands_for=options.stands_for or subject.stands_for,
-                hardware=subject.hardware,
-                versions=subject.versions,
+                kind=server.kind,
+                target=server.address,
+                device=server.device,
+                stands_for=options.stands_for or server.stands_for,
+                hardware=server.hardware,
+                versions=server.versions,
                 workload=plan.workload,
                 scenarios=found,
-                ready_seconds=subject.ready_seconds,
-                peak_memory_bytes=subject.peak_memory_bytes(),
+                ready_seconds=server.ready_seconds,
+                peak_memory_bytes=server.peak_memory_bytes(),
                 load_average=before,
                 rounds=plan.rounds,
-                interleaved_with=[each.name for each in subjects if each is not subject],
+                interleaved_with=[each.name for each in servers if each is not server],
             )
-            for subject, found in zip(subjects, scenarios, strict=True)
+            for server, found in zip(servers, scenarios, strict=True)
         }
     if not any(each.outcomes.get("200") for each in sum(scenarios, [])):
         outcomes = {name: n for each in sum(scenarios, []) for name, n in each.outcomes.items()}
-        raise AwsError(f"no request was answered: {outcomes or 'all were refused, to the end'}")
+        raise AwsError(f"no request was answered: {outcomes or 'all got 429 or 503'}")
     for path, each in runs.items():
         save_run(each, path)
-        console.say(f"\n{path}: {each.hardware.describe()}\n{render_run(each)}")
+        output.line(f"\n{path}: {each.hardware.describe()}\n{render_run(each)}")
     if len(runs) > 1:
-        console.say(f"\n{render_ratios(list(runs.values()))}")
+        output.line(f"\n{render_ratios(list(runs.values()))}")
     print(json.dumps({"runs": [_brief(path, each) for path, each in runs.items()]}))
     return 0
 
@@ -176,10 +177,10 @@ def _plan(options: argparse.Namespace) -> Plan:
 
 
 @contextlib.contextmanager
-def _subjects(options: argparse.Namespace, console: Console) -> Iterator[list[Subject]]:
+def _servers(options: argparse.Namespace, output: Output) -> Iterator[list[Server]]:
     if options.url:
         yield [
-            url_subject(
+            url_server(
                 options.url,
                 device=options.device,
                 processor=options.processor,
@@ -187,26 +188,26 @@ def _subjects(options: argparse.Namespace, console: Console) -> Iterator[list[Su
             )
         ]
     elif options.image:
-        with image_subjects(
+        with image_servers(
             options.image,
             options.model,
             cpus=options.cpus or (),
             memory=options.memory,
             options=options.docker_option,
             timeout_seconds=options.timeout,
-            say=console.say,
-        ) as subjects:
-            yield subjects
+            line=output.line,
+        ) as servers:
+            yield servers
     else:
-        account = aws.connect(options, console)
+        account = aws.connect(options, output)
         table = load_prices(options.prices)
-        yield [endpoint_subject(account, options.endpoint, table, device=options.device)]
+        yield [endpoint_server(account, options.endpoint, table, device=options.device)]
 
 
-def _out(out: Path, subject: Subject, subjects: int) -> Path:
-    if subjects == 1:
+def _out(out: Path, server: Server, servers: int) -> Path:
+    if servers == 1:
         return out
-    return out.with_name(f"{out.stem}-{subject.name.replace(' ', '')}{out.suffix}")
+    return out.with_name(f"{out.stem}-{server.name.replace(' ', '')}{out.suffix}")
 
 
 def _dry_run(options: argparse.Namespace, plan: Plan) -> dict[str, Any]:
@@ -225,7 +226,7 @@ def _dry_run(options: argparse.Namespace, plan: Plan) -> dict[str, Any]:
 
 
 def render_run(run: Run) -> str:
-    """A table for the terminal, a line a scenario, and one of seconds by stage."""
+    """Return a table for the terminal, one line a scenario."""
     head = ["load", "requests", "failed", "requests/s", "images/s", *P_NAMES]
     lines: list[Sequence[str]] = [[*head, "mean seconds by stage"]]
     for each in run.scenarios:
@@ -234,7 +235,7 @@ def render_run(run: Run) -> str:
         rates = [f"{each.requests_per_second:.3g}", f"{each.images_per_second:.3g}"]
         lines.append([each.name, str(each.requests), str(each.errors), *rates, *seconds, stages])
     notes = [
-        f"refused and asked again: {each.refusals} ({each.name})"
+        f"sent again after: {each.refusals} ({each.name})"
         for each in run.scenarios
         if each.refusals
     ]
@@ -242,9 +243,9 @@ def render_run(run: Run) -> str:
 
 
 def render_ratios(runs: Sequence[Run]) -> str:
-    """How many times as many requests a second each run answers as the first, load by load.
+    """Return the ratio of each run's requests a second to the first run's, for each load.
 
-    The median of the rounds' own ratios: a disturbance in one round leaves the others alone.
+    It is the median of the rounds' ratios, which a disturbance in one round does not change.
     """
     first = runs[0]
     lines = []

@@ -1,4 +1,4 @@
-"""One client's line to a server: bytes out, a reply or the reason for none back."""
+"""One client's HTTP connection to a server: send bytes, return the response or its failure."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from urllib.parse import urlsplit
 
 from dalle.errors import UserError
 
-TIMEOUT_SECONDS = 70.0  # above the platform's 60 s, so that its own answer is seen
+TIMEOUT_SECONDS = 70.0  # above the platform's 60 s, so that its error response arrives
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """One HTTP reply, or why there was none.
+class Response:
+    """One HTTP response, or why there was none.
 
     outcome: the status as text ("200"), `timeout` or `connection`. retry_after: seconds, where
-    the reply named them.
+    the response has the header.
     """
 
     outcome: str
@@ -26,21 +26,21 @@ class Answer:
 
 
 class Connection(Protocol):
-    """One client's line to the server; used by one thread at a time."""
+    """One client's connection to the server; used by one thread at a time."""
 
-    def send(self, body: bytes) -> Answer: ...
+    def send(self, body: bytes) -> Response: ...
 
     def close(self) -> None: ...
 
 
 class Target(Protocol):
-    """What is measured. `connect` may be called by any thread."""
+    """A server that takes requests. `connect` may be called by any thread."""
 
     def connect(self) -> Connection: ...
 
 
 class HttpTarget:
-    """The /invocations below a URL. Raises UserError for what is no http(s) address."""
+    """The /invocations below a URL. Raises UserError for anything but an http(s) address."""
 
     def __init__(self, url: str, *, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         parts = urlsplit(url)
@@ -58,52 +58,52 @@ class HttpTarget:
         return HttpConnection(self)
 
     def open(self) -> http.client.HTTPConnection:
-        """A new connection of the standard library's; it connects when it is used."""
+        """Return a new connection, which connects at its first request."""
         kind = http.client.HTTPSConnection if self.is_tls else http.client.HTTPConnection
         return kind(self.host, self.port, timeout=self.timeout_seconds)
 
     def get(self, path: str) -> bytes:
-        """The body of another route's 200. Raises OSError when there is none."""
+        """Return the body of another route's 200. Raises OSError for any other outcome."""
         connection = self.open()
         try:
             connection.request("GET", f"{self.base}{path}")
             response = connection.getresponse()
             body = response.read()
         except http.client.HTTPException as error:
-            raise OSError(f"{path} was not answered in HTTP: {error!r}") from error
+            raise OSError(f"{path} gave no HTTP response: {error!r}") from error
         finally:
             connection.close()
         if response.status != 200:
-            raise OSError(f"{path} was answered with {response.status}")
+            raise OSError(f"{path} answered {response.status}")
         return body
 
 
 class HttpConnection:
-    """One kept-alive connection; opened again when the server has closed it between requests."""
+    """One kept-alive connection, opened again when the server closed it between requests."""
 
     def __init__(self, target: HttpTarget) -> None:
         self._target = target
         self._http = target.open()
         self._is_fresh = True
 
-    def send(self, body: bytes) -> Answer:
+    def send(self, body: bytes) -> Response:
         was_fresh = self._is_fresh
         try:
             return self._send(body)
         except TimeoutError:
             self._reopen()
-            return Answer("timeout")
+            return Response("timeout")
         except (OSError, http.client.HTTPException):
             self._reopen()
             if was_fresh:
-                return Answer("connection")
-        # The server may close a kept-alive connection at any time; that is no failure of its own.
+                return Response("connection")
+        # The server may close a kept-alive connection at any time, which is no failure.
         return self.send(body)
 
     def close(self) -> None:
         self._http.close()
 
-    def _send(self, body: bytes) -> Answer:
+    def _send(self, body: bytes) -> Response:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         self._http.request("POST", self._target.path, body, headers)
         response = self._http.getresponse()
@@ -111,7 +111,7 @@ class HttpConnection:
         self._is_fresh = False
         waits = response.getheader("Retry-After", "")
         retry_after = float(waits) if waits.isdigit() else None
-        return Answer(str(response.status), content, retry_after)
+        return Response(str(response.status), content, retry_after)
 
     def _reopen(self) -> None:
         self._http.close()

@@ -1,12 +1,12 @@
-"""Load on `serve`: clients that wait for their answers, and arrivals that wait for nobody.
+"""Load on `serve`: a closed loop of clients, or an open loop of arrivals at a rate.
 
-    closed_loop   N clients, each sends its next request when the last one is answered: what the
-                  server can do, and how long N users wait
-    open_loop     requests arrive at a rate, whatever the server does: what users feel when they do
-                  not wait for each other. Latency counts from the intended arrival, so that a
+    closed_loop   N clients, each sends its next request when the last one is answered: shows the
+                  throughput, and how long N users wait
+    open_loop     requests arrive at a rate, whatever the server does: shows the latency for users
+                  who do not wait for each other. It counts from the intended arrival, so that a
                   server, or a client, that falls behind cannot hide it
 
-Knows nothing of HTTP, containers, AWS or prices: a `Target` takes bytes and gives a reply.
+Knows nothing of HTTP, containers, AWS or prices: a `Target` takes bytes and returns a response.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from dataclasses import dataclass, field
 from pydantic import ValidationError
 
 from inference.api.replies import GenerateReply
-from infra.benchmark.http import Answer, Connection, Target
+from infra.benchmark.http import Connection, Response, Target
 from infra.benchmark.workload import Workload
 
 STAGES = ("queue", "sample", "decode", "rank", "encode")
-HTTP = "http"  # what is none of the server's own stages: reading, sending, JSON, the network
-RETRY = "retry"  # from the first refusal to the attempt that was taken
+HTTP = "http"  # the rest of the latency: reading, sending, JSON, the network
+RETRY = "retry"  # from the first 429 or 503 to the attempt that was accepted
 DEFAULT_RETRY_SECONDS = 1.0
-MAX_IN_FLIGHT = 256  # of the open loop; beyond it arrivals wait here, and their latency counts it
-REFUSALS = ("429", "503")  # come with Retry-After; the closed loop tries again
+MAX_IN_FLIGHT = 256  # of the open loop; further arrivals wait, and their latency includes it
+BUSY = ("429", "503")  # responses with Retry-After; the closed loop sends the request again
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
     """One request of a measurement, answered or failed.
 
-    outcome: `200`, another status, `timeout`, `connection`, or `bad reply` for a 200 that is no
-    reply of ours. latency_seconds: from when it should have been sent (closed loop: was first
-    sent) to the last byte of its answer. late_seconds: how much later than intended it was sent,
-    which is the measuring program's own fault. stages: seconds by stage, where the reply has them.
+    outcome: `200`, another status, `timeout`, `connection`, or `bad reply` for a 200 with an
+    unknown body. latency_seconds: from the intended sending (closed loop: the first sending) to
+    the last byte of the response. late_seconds: delay of the sending against its intended time,
+    caused by this program. stages: seconds by stage, where the reply has them.
     """
 
     number: int
@@ -65,7 +65,7 @@ class Record:
 class Measurement:
     """The requests of one loop. window_seconds: from the first sent to the last one counted.
 
-    refusals: how often the server answered "not now", by status; the closed loop asked again.
+    refusals: the number of 429 and 503 responses, after which the closed loop sent it again.
     """
 
     records: list[Record]
@@ -74,12 +74,12 @@ class Measurement:
 
     @property
     def answered_per_second(self) -> float:
-        """Over the window; 0 where nothing was answered."""
+        """Answered requests per second of the window; 0 without any."""
         answered = sum(each.is_answered for each in self.records)
         return answered / self.window_seconds if answered else 0.0
 
     def __add__(self, other: Measurement) -> Measurement:
-        """Rounds of the same load, taken together."""
+        """Return two rounds of the same load as one."""
         return Measurement(
             self.records + other.records,
             self.window_seconds + other.window_seconds,
@@ -96,12 +96,11 @@ def closed_loop(
     first: int = 0,
     max_seconds: float = 600.0,
 ) -> Measurement:
-    """`clients` clients at once until `requests` requests are answered or the time is up.
+    """Run `clients` clients at once until `requests` requests are answered or the time is over.
 
-    All clients stay busy to the end, so that throughput is that of full load; what is still under
-    way then is waited for and not counted. A request that is refused with 429 or 503 is sent again
-    after Retry-After, and its latency counts from the first time. first: the number of the first
-    request.
+    All clients stay busy to the end, so that throughput is that of full load; requests in progress
+    at the end are awaited and not counted. After a 429 or 503 a request is sent again after
+    Retry-After, and its latency counts from the first time. first: the number of the first request.
     """
     numbers = itertools.count(first)
     lock = threading.Lock()
@@ -151,12 +150,12 @@ def _until_answered(
     result: Measurement,
     lock: threading.Lock,
 ) -> Record | None:
-    """Send one request until it is not refused; None when the loop ended before that."""
+    """Send one request until it is accepted; return None when the loop ends before."""
     body = workload.request(number)
     began = sent = time.perf_counter()
     while True:
         answer = connection.send(body)
-        if answer.outcome not in REFUSALS:
+        if answer.outcome not in BUSY:
             latency = time.perf_counter() - began
             return _record(number, answer, body, latency, refused=sent - began)
         with lock:
@@ -169,7 +168,7 @@ def _until_answered(
 
 
 def arrivals(rate_per_second: float, requests: int, seed: int) -> list[float]:
-    """When requests arrive, in seconds from the start: a Poisson stream, the same for a seed."""
+    """Return arrival times in seconds from the start: a Poisson process, fixed by the seed."""
     chance = random.Random(seed)  # noqa: S311 - load, no secret
     gaps = (chance.expovariate(rate_per_second) for _ in range(requests))
     return list(itertools.accumulate(gaps))
@@ -183,12 +182,12 @@ def open_loop(
     first: int = 0,
     max_in_flight: int = MAX_IN_FLIGHT,
 ) -> Measurement:
-    """One request at each of the times (seconds from the start, rising), refusals not repeated."""
+    """Send one request at each of the times (seconds from the start, rising), none twice."""
     lines: queue.LifoQueue[Connection] = queue.LifoQueue()
     opened: list[Connection] = []
     began = time.perf_counter()
 
-    def ask(place: int, intended: float) -> Record:
+    def send(place: int, intended: float) -> Record:
         sent = time.perf_counter() - began
         try:
             connection = lines.get_nowait()
@@ -208,19 +207,19 @@ def open_loop(
                 pause = intended - (time.perf_counter() - began)
                 if pause > 0:
                     time.sleep(pause)
-                waiting.append(pool.submit(ask, place, intended))
+                waiting.append(pool.submit(send, place, intended))
             records = [each.result() for each in waiting]
     finally:
         for connection in opened:
             connection.close()
-    refusals = Counter(each.outcome for each in records if each.outcome in REFUSALS)
+    refusals = Counter(each.outcome for each in records if each.outcome in BUSY)
     ends = [at + each.latency_seconds for at, each in zip(times, records, strict=True)]
     return Measurement(records, max(ends, default=0.0), refusals)
 
 
 def _record(
     number: int,
-    answer: Answer,
+    answer: Response,
     body: bytes,
     latency: float,
     *,

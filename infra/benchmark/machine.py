@@ -1,6 +1,6 @@
-"""What a server runs on, and what it uses of it: this machine's, or a container's from inside.
+"""A server's hardware and its use: of this machine, or of a container from inside.
 
-Nothing here is guessed: what cannot be seen is None.
+Nothing is guessed: a value that cannot be read is None.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def read(*names):
 group = "/sys/fs/cgroup/"
 # memory.peak and cpu.stat are of cgroup version 2, the others of version 1.
 peak = read(group + "memory.peak", group + "memory/memory.max_usage_in_bytes").strip()
-# Pages of files that another container read first are on that one's account, so that the group's
-# peak may be too low; the processes' own peaks count them.
+# Pages of files that another container read first count there, so that this group's peak may be too
+# low; the peaks of the processes include them.
 marks = 0
 for status in Path("/proc").glob("[0-9]*/status"):
     mark = re.search(r"VmHWM:\\s*(\\d+) kB", read(status))
@@ -40,11 +40,8 @@ for status in Path("/proc").glob("[0-9]*/status"):
         marks += int(mark[1]) * 1024
 usage = re.search(r"usage_usec (\\d+)", read(group + "cpu.stat"))
 nanoseconds = read(group + "cpuacct/cpuacct.usage").strip()
-name = re.search(r"model name\\s*:\\s*(.+)", read("/proc/cpuinfo"))
-family = re.search(r"cpu family\\s*:\\s*(\\d+)\\nmodel\\s*:\\s*(\\d+)", read("/proc/cpuinfo"))
 print(json.dumps({
-    "processor": name[1] if name else None,
-    "family": family.groups() if family else None,
+    "cpuinfo": read("/proc/cpuinfo")[:2000],
     "num_cpus": len(os.sched_getaffinity(0)),
     "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
     "peak_bytes": max(marks, int(peak) if peak.isdigit() else 0) or None,
@@ -55,8 +52,8 @@ print(json.dumps({
 
 
 @dataclass(frozen=True, slots=True)
-class Inside:
-    """What a Python inside a container sees of it, in bytes and seconds since it was started."""
+class ContainerUsage:
+    """A container's hardware and its use since the start, in bytes and seconds, from inside."""
 
     processor: str | None
     num_cpus: int
@@ -65,22 +62,20 @@ class Inside:
     cpu_seconds: float | None
 
 
-def look_inside(container: Container) -> Inside:
-    """Ask a second Python inside a running container."""
+def container_usage(container: Container) -> ContainerUsage:
+    """Return the hardware and its use as a second Python inside the container reads them."""
     seen: dict[str, Any] = json.loads(container.python(_INSIDE))
-    family = seen.pop("family")
-    seen["processor"] = processor_name(seen["processor"], family)
-    return Inside(**seen)
+    return ContainerUsage(processor=processor_name(seen.pop("cpuinfo")), **seen)
 
 
 def container_hardware(
     container: Container, *, cpu_limit: float | None, memory_limit: str | None
 ) -> tuple[Device, Hardware]:
-    """What a container's `serve` computes on, by its own log, once it is ready."""
+    """Return device and hardware of a container's `serve` by its log, once it is ready."""
     loaded = container.wait_for(r"loaded .* on (\S+) with (\d+) threads")
     device: Device = "cuda" if loaded[1].startswith("cuda") else "cpu"
     gpu = re.search(r"GPU: driver (.+)", container.log)
-    inside = look_inside(container)
+    inside = container_usage(container)
     return device, Hardware(
         processor=inside.processor,
         num_cpus=inside.num_cpus,
@@ -93,47 +88,49 @@ def container_hardware(
 
 
 def container_versions(container: Container) -> dict[str, str]:
-    """Names and versions in the first line of a container's log."""
+    """Return the versions in the first line of a container's log, by name."""
     first = container.wait_for(r"serve (.*python=.*)")[1]
     return dict(re.findall(r"(\S+)=(\S+)", first))
 
 
 def this_machine(device: Device = "cpu", root: Path = Path("/")) -> Hardware:
-    """This machine's processor, and how much of it there is; for cuda also the GPU by its driver.
+    """Return this machine's hardware; for cuda with the GPU's name by its driver.
 
-    root: where /proc is found.
+    root: stands for /, below which /proc is read.
     """
     gpu = None
     if device == "cuda":
-        told = "".join(map(_read, root.glob("proc/driver/nvidia/gpus/*/information")))
-        model = re.search(r"Model:\s*(.+)", told)
+        text = "".join(map(_read, root.glob("proc/driver/nvidia/gpus/*/information")))
+        model = re.search(r"Model:\s*(.+)", text)
         gpu = model[1] if model else None
-    text = _read(root / "proc/cpuinfo")
-    name = re.search(r"model name\s*:\s*(.+)", text)
-    family = re.search(r"cpu family\s*:\s*(\d+)\nmodel\s*:\s*(\d+)", text)
     memory = re.search(r"MemTotal:\s*(\d+) kB", _read(root / "proc/meminfo"))
     return Hardware(
-        processor=processor_name(name[1] if name else None, family.groups() if family else None),
+        processor=processor_name(_read(root / "proc/cpuinfo")),
         num_cpus=os.cpu_count(),
         memory_bytes=int(memory[1]) * 1024 if memory else None,
         gpu=gpu,
     )
 
 
-def processor_name(name: str | None, family: tuple[str, ...] | list[str] | None) -> str | None:
-    """The processor as it calls itself; cloud machines hide the model, so its numbers go along."""
-    if name is None:
+def processor_name(cpuinfo: str) -> str | None:
+    """Return the processor's name in /proc/cpuinfo, with family and model where the name hides it.
+
+    Cloud machines have names without a number, such as "Intel Xeon Processor".
+    """
+    found = re.search(r"model name\s*:\s*(.+)", cpuinfo)
+    if found is None:
         return None
-    name = re.sub(r"\((R|TM)\)", "", name).strip()
+    name = re.sub(r"\((R|TM)\)", "", found[1]).strip()
+    family = re.search(r"cpu family\s*:\s*(\d+)\nmodel\s*:\s*(\d+)", cpuinfo)
     if family and not re.search(r"\d", name):
-        name += f" (family {family[0]}, model {family[1]})"
+        name += f" (family {family[1]}, model {family[2]})"
     return " ".join(name.split())
 
 
-class Clock:
-    """How busy this machine's processors are with what is neither the server nor this program.
+class CpuClock:
+    """Processor time on this machine that neither the server nor this program uses.
 
-    Only for a server on this machine whose own processor time is known.
+    Only for a server on this machine whose processor time is known.
     """
 
     def __init__(self, root: Path = Path("/")) -> None:
@@ -141,7 +138,7 @@ class Clock:
         self._began = self._now()
 
     def others_share(self, server_cpu_seconds: float | None) -> float | None:
-        """Their share of all processors' time since the clock was made, 0 to 1."""
+        """Return the others' share of all processors' time since the start, 0 to 1."""
         before, after = self._began, self._now()
         if before is None or after is None or server_cpu_seconds is None:
             return None
@@ -162,7 +159,7 @@ class Clock:
 
 
 def load_average() -> float | None:
-    """Of the last minute."""
+    """Return the load average of the last minute; None where the system has none."""
     try:
         return os.getloadavg()[0]
     except OSError:

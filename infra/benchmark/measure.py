@@ -1,8 +1,7 @@
-"""What is measured in which order: every load on every server, in rounds that take turns.
+"""The measurement: every load on every server, in alternating rounds.
 
-Servers that are compared are asked the same requests in each round, one after the other, so that
-their ratio does not depend on what else the machine did meanwhile. Knows nothing of how a server
-is reached.
+Servers that are compared get the same requests in each round, one server after the other, so that
+their ratio does not depend on other load of the machine. Knows nothing of how a server is reached.
 """
 
 from __future__ import annotations
@@ -12,20 +11,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from infra.benchmark.load import Measurement, Record, arrivals, closed_loop, open_loop
-from infra.benchmark.machine import Clock
+from infra.benchmark.machine import CpuClock
 from infra.benchmark.run_file import Scenario, summarise
-from infra.benchmark.targets import Subject
+from infra.benchmark.targets import Server
 from infra.benchmark.workload import Workload
 
-# Of each client at least. With fewer, a loop would end while most clients wait for their first
-# answer, and only the quickest would have been counted.
+# At least so many requests of each client. With fewer, a loop would end while most clients wait for
+# their first reply, and only the quickest requests would count.
 ROUND_TRIPS = 2
-WARM_UP_FIRST = 1_000_000  # numbers of requests that no measurement reaches
+WARM_UP_FIRST = 1_000_000  # request numbers that no measurement reaches
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """One scenario to be measured: so many clients, or so many arrivals a second."""
+    """One load: a number of clients, or a rate of arrivals a second."""
 
     clients: int | None = None
     rate_per_second: float | None = None
@@ -33,7 +32,7 @@ class Load:
 
 @dataclass
 class Plan:
-    """What is measured: each load on each subject, in rounds."""
+    """Each load on each server, in rounds."""
 
     workload: Workload
     loads: Sequence[Load]
@@ -45,7 +44,7 @@ class Plan:
 
 @dataclass
 class _Tally:
-    """One load on one subject, over the rounds."""
+    """The measurements of one load on one server, over the rounds."""
 
     rounds: list[Measurement] = field(default_factory=list)
     warm_up: list[Record] = field(default_factory=list)
@@ -54,20 +53,20 @@ class _Tally:
 
 
 def measure(
-    plan: Plan, subjects: Sequence[Subject], say: Callable[[str], None]
+    plan: Plan, servers: Sequence[Server], line: Callable[[str], None]
 ) -> list[list[Scenario]]:
-    """The scenarios of each subject. Every subject is asked the same requests in every round."""
-    tallies = {(s, load): _Tally() for s in range(len(subjects)) for load in plan.loads}
+    """Return the scenarios of each server. Every server gets the same requests in every round."""
+    tallies = {(s, load): _Tally() for s in range(len(servers)) for load in plan.loads}
     share = math.ceil(plan.requests / plan.rounds)
     for number in range(plan.rounds):
         for load in plan.loads:
-            for place, subject in enumerate(subjects):
+            for place, server in enumerate(servers):
                 tally = tallies[place, load]
                 if number == 0 and plan.warm_up:
-                    tally.warm_up = _warm_up(plan, subject, load)
-                used, clock = subject.cpu_seconds(), Clock()
-                part = _one_round(plan, subject, load, number, share)
-                after = subject.cpu_seconds()
+                    tally.warm_up = _warm_up(plan, server, load)
+                used, clock = server.cpu_seconds(), CpuClock()
+                part = _one_round(plan, server, load, number, share)
+                after = server.cpu_seconds()
                 tally.rounds.append(part)
                 if used is None or after is None or tally.cpu_seconds is None:
                     tally.cpu_seconds = None
@@ -75,7 +74,7 @@ def measure(
                     tally.cpu_seconds += after - used
                     others = clock.others_share(after - used)
                     tally.others += [] if others is None else [others]
-                say(_progress(plan, subject, load, number, part))
+                line(_progress(plan, server, load, number, part))
     return [
         [
             summarise(
@@ -88,13 +87,13 @@ def measure(
             )
             for load in plan.loads
         ]
-        for place in range(len(subjects))
+        for place in range(len(servers))
     ]
 
 
-def _warm_up(plan: Plan, subject: Subject, load: Load) -> list[Record]:
+def _warm_up(plan: Plan, server: Server, load: Load) -> list[Record]:
     warmed = closed_loop(
-        subject.target,
+        server.target,
         plan.workload,
         clients=min(load.clients or 1, plan.warm_up),
         requests=plan.warm_up,
@@ -104,11 +103,11 @@ def _warm_up(plan: Plan, subject: Subject, load: Load) -> list[Record]:
     return warmed.records
 
 
-def _one_round(plan: Plan, subject: Subject, load: Load, number: int, share: int) -> Measurement:
+def _one_round(plan: Plan, server: Server, load: Load, number: int, share: int) -> Measurement:
     first = number * share
     if load.clients is not None:
         return closed_loop(
-            subject.target,
+            server.target,
             plan.workload,
             clients=load.clients,
             requests=max(share, ROUND_TRIPS * load.clients),
@@ -118,15 +117,15 @@ def _one_round(plan: Plan, subject: Subject, load: Load, number: int, share: int
     assert load.rate_per_second is not None
     times = arrivals(load.rate_per_second, share, plan.workload.seed + number)
     kept = [each for each in times if each <= plan.max_seconds / plan.rounds]
-    return open_loop(subject.target, plan.workload, times=kept or times[:1], first=first)
+    return open_loop(server.target, plan.workload, times=kept or times[:1], first=first)
 
 
-def _progress(plan: Plan, subject: Subject, load: Load, number: int, part: Measurement) -> str:
+def _progress(plan: Plan, server: Server, load: Load, number: int, part: Measurement) -> str:
     loaded = f"{load.clients} clients" if load.clients else f"{load.rate_per_second:g}/s"
     answered = sum(each.is_answered for each in part.records)
     of = f"round {number + 1} of {plan.rounds}, " if plan.rounds > 1 else ""
     rate = f"{part.answered_per_second:.3g}"
-    name = f"{subject.name}, " if subject.name else ""
+    name = f"{server.name}, " if server.name else ""
     return f"{of}{name}{loaded}: {answered} of {len(part.records)} answered, {rate} requests/s"
 
 

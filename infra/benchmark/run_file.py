@@ -1,4 +1,4 @@
-"""RUN.json: what one benchmark measured, on what and how.."""
+"""RUN.json: the results of one benchmark, with hardware and workload."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dalle.errors import UserError
-from dalle.platform.disk import write_atomically
+from infra.aws.output import write_file
 from infra.benchmark.load import HTTP, RETRY, STAGES, Measurement, Record
 from infra.benchmark.workload import Workload
 
-NEARLY = 0.95
+SATURATED_SHARE = 0.95
 MAX_LATENCIES = 2_000  # stored of one scenario, evenly spaced in their order
 
 Device = Literal["cpu", "cuda"]
@@ -25,8 +25,8 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Spread(_Part):
-    """How some seconds are distributed; percentiles by linear interpolation."""
+class Distribution(_Part):
+    """The distribution of durations in seconds; percentiles by linear interpolation."""
 
     count: int
     mean: float
@@ -38,15 +38,15 @@ class Spread(_Part):
 
 
 class Scenario(_Part):
-    """One load and what came of it. Rates are of answered requests, per second of the window.
+    """One load and its results. Rates are of answered requests, per second of the window.
 
-    by_round: requests a second of each round, which differ where the machine is not quiet.
-    outcomes: counted requests by status or failure. refusals: "not now" answers beside them, which
-    the closed loop asked again. cut_short: answered with fewer candidates than asked for.
-    stages: of answered requests; together they are the latency. latencies_seconds: rising.
-    warm_up_seconds: latencies of the requests before, which count nowhere. late: how late the
-    measuring program itself was. cpu_seconds: of the server, in the window.
-    others_share: of all processors' time, what neither server nor client used; None: not known.
+    by_round: requests a second of each round, which differ on a busy machine.
+    outcomes: counted requests by status or failure. refusals: 429 and 503 responses beside them,
+    after which the closed loop sent the request again. cut_short: answered with fewer candidates
+    than requested. stages: of answered requests; they add up to the latency. latencies_seconds:
+    rising. warm_up_seconds: latencies of the warm-up, which count nowhere else. late: delay of the
+    benchmark's own sending. cpu_seconds: of the server, in the window.
+    others_share: of all processors' time, used by neither server nor client; None: not known.
     """
 
     load: Literal["closed", "open"]
@@ -61,9 +61,9 @@ class Scenario(_Part):
     images_per_second: float
     candidates_per_second: float
     by_round: list[float]
-    latency: Spread | None
-    stages: dict[str, Spread]
-    late: Spread | None
+    latency: Distribution | None
+    stages: dict[str, Distribution]
+    late: Distribution | None
     latencies_seconds: list[float]
     request_bytes: float
     reply_bytes: float
@@ -80,14 +80,14 @@ class Scenario(_Part):
 
     @property
     def errors(self) -> int:
-        """Counted requests without an answer."""
+        """Counted requests without a reply."""
         return self.requests - self.outcomes.get("200", 0)
 
 
 class Hardware(_Part):
-    """What the server ran on. cpu_limit: processors it was allowed, None for all of them.
+    """The server's hardware. cpu_limit: processors it was limited to, None for no limit.
 
-    processor, num_cpus, memory_bytes: None where the server's machine cannot be seen.
+    processor, num_cpus, memory_bytes: None for a server on another machine.
     instance_type: of an endpoint.
     """
 
@@ -101,7 +101,7 @@ class Hardware(_Part):
     instance_type: str | None = None
 
     def describe(self) -> str:
-        """One line for people."""
+        """Return the hardware in one line."""
         parts = [self.instance_type or "", self.processor or "processor not known"]
         if self.num_cpus:
             parts.append(f"{self.num_cpus} processors")
@@ -116,14 +116,14 @@ class Hardware(_Part):
 
 
 class Run(_Part):
-    """One benchmark of one target.
+    """One benchmark of one server.
 
     date: UTC, to the second. kind: how the server was reached. target: its URL without
-    credentials, image or endpoint name. device: what the server computed on. stands_for: the
-    instance types (or `serverless`, `lambda`) whose price this run is joined with, as the person
-    who measured says. ready_seconds: from the container's start to the first 200 of /ping.
+    credentials, image or endpoint name. device: of the server. stands_for: the instance types (or
+    `serverless`, `lambda`) whose prices this run is compared with, given by the user.
+    ready_seconds: from the container's start to the first 200 of /ping.
     peak_memory_bytes: of the server's container. load_average: of the measuring machine, over a
-    minute, before the first request. interleaved_with: runs that took turns with this one.
+    minute, before the first request. interleaved_with: runs measured in alternation with this one.
     """
 
     format: Literal[1] = 1
@@ -144,33 +144,33 @@ class Run(_Part):
 
     @property
     def alone(self) -> Scenario | None:
-        """The scenario of one client that waits for each answer."""
+        """The closed loop with one client."""
         found = (each for each in self.scenarios if each.load == "closed" and each.clients == 1)
         return next(found, None)
 
     @property
     def saturated(self) -> Scenario | None:
-        """The closed loop that shows what the server can do: the one with the fewest clients that
-        answers nearly as many requests a second as the best. More clients only wait longer."""
+        """The closed loop at full load: the one with the fewest clients whose rate is within 5 % of
+        the highest. More clients only wait longer."""
         closed = [each for each in self.scenarios if each.load == "closed" and each.clients]
         most = max((each.requests_per_second for each in closed), default=0.0)
-        enough = [each for each in closed if each.requests_per_second >= NEARLY * most > 0]
+        enough = [each for each in closed if each.requests_per_second >= SATURATED_SHARE * most > 0]
         return min(enough, key=lambda each: each.clients or 0, default=None)
 
     @property
     def others_share(self) -> float | None:
-        """The largest share of the processors that others had while a scenario was measured."""
+        """The largest share of the processors that other programs used in a scenario."""
         known = [each.others_share for each in self.scenarios if each.others_share is not None]
         return max(known, default=None)
 
 
-def spread(seconds: Sequence[float]) -> Spread | None:
-    """How values are distributed; None for none."""
+def distribution(seconds: Sequence[float]) -> Distribution | None:
+    """Return the distribution of values; None for no values."""
     if not seconds:
         return None
     values = np.asarray(seconds, dtype=float)
     p50, p95, p99 = np.percentile(values, [50, 95, 99])
-    return Spread(
+    return Distribution(
         count=len(values),
         mean=float(values.mean()),
         minimum=float(values.min()),
@@ -190,15 +190,17 @@ def summarise(
     cpu_seconds: float | None = None,
     others_share: float | None = None,
 ) -> Scenario:
-    """Rounds of one load as RUN.json keeps them. One of clients (closed loop) and rate is given."""
+    """Return the rounds of one load as a scenario, of `clients` (closed loop) or of a rate."""
     measured = sum(rounds, Measurement([], 0.0))
     answered = [each for each in measured.records if each.is_answered]
-    window = measured.window_seconds or 1.0  # nothing was answered: every rate is 0
+    window = measured.window_seconds or 1.0  # without a reply every rate is 0
     latencies = sorted(each.latency_seconds for each in answered)
-    stages = {name: spread([each.stages[name] for each in answered]) for name in (*STAGES, HTTP)}
+    stages = {
+        name: distribution([each.stages[name] for each in answered]) for name in (*STAGES, HTTP)
+    }
     retries = [each.stages[RETRY] for each in answered]
     if any(retries):
-        stages[RETRY] = spread(retries)
+        stages[RETRY] = distribution(retries)
     return Scenario(
         load="open" if clients is None else "closed",
         clients=clients,
@@ -212,9 +214,11 @@ def summarise(
         images_per_second=sum(each.num_images for each in answered) / window,
         candidates_per_second=sum(each.completed_candidates for each in answered) / window,
         by_round=[each.answered_per_second for each in rounds],
-        latency=spread(latencies),
+        latency=distribution(latencies),
         stages={name: each for name, each in stages.items() if each is not None},
-        late=spread([each.late_seconds for each in measured.records]) if clients is None else None,
+        late=distribution([each.late_seconds for each in measured.records])
+        if clients is None
+        else None,
         latencies_seconds=[round(each, 5) for each in thinned(latencies, MAX_LATENCIES)],
         request_bytes=_mean([each.request_bytes for each in measured.records]),
         reply_bytes=_mean([each.reply_bytes for each in answered]),
@@ -225,19 +229,19 @@ def summarise(
 
 
 def thinned(values: Sequence[float], most: int) -> list[float]:
-    """At most so many of the values, evenly spaced in their order, with first and last."""
+    """Return at most `most` of the values, evenly spaced in their order, with first and last."""
     if len(values) <= most:
         return list(values)
     return [values[round(place)] for place in np.linspace(0, len(values) - 1, most)]
 
 
 def save_run(run: Run, path: Path) -> None:
-    """Write RUN.json, at once or not at all."""
-    write_atomically(path, run.model_dump_json(indent=1) + "\n")
+    """Write RUN.json, whole or not at all. Raises UserError."""
+    write_file(path, run.model_dump_json(indent=1) + "\n")
 
 
 def load_run(path: Path) -> Run:
-    """Read RUN.json. Raises UserError that names the file and what is wrong in it."""
+    """Read RUN.json. Raises UserError that names the file and its fault."""
     try:
         return Run.model_validate_json(path.read_bytes())
     except OSError as error:

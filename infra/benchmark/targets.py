@@ -1,4 +1,4 @@
-"""What a benchmark can be aimed at: a URL, the local image under several limits, an endpoint."""
+"""The servers of a benchmark: a URL, the local image under several limits, an endpoint."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from urllib.parse import urlsplit, urlunsplit
 
 from dalle.errors import DalleError, UserError
 from infra.aws.client import Aws
-from infra.aws.request import Call
-from infra.benchmark.http import Answer, HttpTarget, Target
+from infra.aws.request import Request, describe
+from infra.benchmark.http import HttpTarget, Response, Target
 from infra.benchmark.machine import (
     container_hardware,
+    container_usage,
     container_versions,
-    look_inside,
     this_machine,
 )
 from infra.benchmark.run_file import Device, Hardware
@@ -31,17 +31,17 @@ READY_SECONDS = 600.0
 
 
 @dataclass
-class Subject:
+class Server:
     """One server to be measured, ready for requests.
 
-    name: short, for tables and file names; empty where there is only one. cpu_seconds: asks for
-    the processor time that the server has used; gives None where nobody knows. peak_memory_bytes:
-    likewise.
+    name: short, for tables and file names; empty for a single server. address: its URL, image or
+    endpoint name. cpu_seconds: returns the processor time that the server has used, or None where
+    it cannot be read; peak_memory_bytes likewise.
     """
 
     name: str
     kind: Literal["url", "image", "endpoint"]
-    place: str
+    address: str
     target: Target
     device: Device
     hardware: Hardware
@@ -52,22 +52,22 @@ class Subject:
     peak_memory_bytes: Callable[[], int | None] = lambda: None
 
 
-def url_subject(
+def url_server(
     url: str, *, device: Device | None, processor: str | None, timeout_seconds: float
-) -> Subject:
-    """A server that is already running somewhere.
+) -> Server:
+    """Return a server that is already running.
 
-    device and processor: what it computes on, as the caller knows; with cuda `processor` names the
-    GPU. Of a server on this machine they need not be given: the names are those that /proc has, and
-    the device is the CPU where there is no NVIDIA driver.
-    Raises UserError when it does not answer, or when the device is not known.
+    device, processor: given by the caller; with cuda `processor` names the GPU. They are optional
+    for a server on this machine: the names come from /proc, and the device is the CPU without an
+    NVIDIA driver.
+    Raises UserError when the server does not answer, or when the device is not known.
     """
     target = HttpTarget(url, timeout_seconds=timeout_seconds)
     is_here = target.host in LOOPBACK
     if device is None:
         if not is_here or Path("/proc/driver/nvidia").exists():
             raise UserError(
-                f"what {target.host} computes on cannot be seen from here: give --device cpu or "
+                f"the device of {target.host} is not known here: give --device cpu or "
                 "--device cuda",
                 field="--device",
             )
@@ -84,12 +84,12 @@ def url_subject(
         named = "gpu" if device == "cuda" else "processor"
         hardware = hardware.model_copy(update={named: processor})
     parts = urlsplit(url)
-    place = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-    return Subject("", "url", place, target, device, hardware, _versions(target))
+    address = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return Server("", "url", address, target, device, hardware, _versions(target))
 
 
 @contextlib.contextmanager
-def image_subjects(
+def image_servers(
     image: str,
     model: Path,
     *,
@@ -97,12 +97,12 @@ def image_subjects(
     memory: str | None,
     options: Sequence[str] = (),
     timeout_seconds: float,
-    say: Callable[[str], None],
-) -> Iterator[list[Subject]]:
-    """The image's `serve`, once for each number of processors, all running until the end.
+    line: Callable[[str], None],
+) -> Iterator[list[Server]]:
+    """Run the image's `serve` once for each number of processors, all until the end of `with`.
 
-    cpus: limits as of `docker run --cpus`; empty for one container without a limit. memory: a
-    limit such as `6g`. options: more words for `docker run`, such as `--gpus all`.
+    cpus: limits for `docker run --cpus`; empty for one container without a limit. memory: a limit
+    such as `6g`. options: further options of `docker run`, such as `--gpus all`.
     Raises UserError where Docker, the image or the model is missing.
     """
     reason = why_no_docker(image)
@@ -112,28 +112,28 @@ def image_subjects(
         raise UserError(f"{model} does not exist; give a model.tar.gz or its directory")
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(unpacked(model))
-        subjects = []
+        servers = []
         for limit in cpus or (None,):
             words = [*options, *(("--cpus", f"{limit:g}") if limit else ())]
             if memory:
-                # Without a limit on swap as well, a container may use as much of that again.
+                # Without a limit on swap, a container may use as much swap in addition.
                 words += ["--memory", memory, "--memory-swap", memory]
             try:
                 container = stack.enter_context(Serving(directory, *words, image=image))
             except RuntimeError as error:
                 raise UserError(f"{image} did not start: {error}", field="--image") from error
-            subject = _container_subject(container, image, limit, memory, timeout_seconds)
-            say(
-                f"{subject.name or image}: ready after {subject.ready_seconds:.1f} s, "
-                f"{subject.hardware.describe()}"
+            server = _container_server(container, image, limit, memory, timeout_seconds)
+            line(
+                f"{server.name or image}: ready after {server.ready_seconds:.1f} s, "
+                f"{server.hardware.describe()}"
             )
-            subjects.append(subject)
-        yield subjects
+            servers.append(server)
+        yield servers
 
 
-def _container_subject(
+def _container_server(
     container: Serving, image: str, limit: float | None, memory: str | None, timeout: float
-) -> Subject:
+) -> Server:
 
     try:
         container.wait_until_ready(READY_SECONDS)
@@ -141,22 +141,22 @@ def _container_subject(
         raise UserError(f"{image} did not start: {error}", field="--image") from error
     ready_seconds = time.monotonic() - container.began
     device, hardware = container_hardware(container, cpu_limit=limit, memory_limit=memory)
-    return Subject(
+    return Server(
         name=f"{limit:g} cpus" if limit else "",
         kind="image",
-        place=image,
+        address=image,
         target=HttpTarget(f"http://127.0.0.1:{container.port}", timeout_seconds=timeout),
         device=device,
         hardware=hardware,
         versions=container_versions(container),
         ready_seconds=ready_seconds,
-        cpu_seconds=lambda: look_inside(container).cpu_seconds,
-        peak_memory_bytes=lambda: look_inside(container).peak_bytes,
+        cpu_seconds=lambda: container_usage(container).cpu_seconds,
+        peak_memory_bytes=lambda: container_usage(container).peak_bytes,
     )
 
 
 class EndpointTarget:
-    """A SageMaker endpoint, invoked as boto3 does it. Used by many threads at once."""
+    """A SageMaker endpoint, invoked through boto3. Used by many threads at once."""
 
     def __init__(self, aws: Aws, endpoint: str) -> None:
         self._aws = aws
@@ -166,10 +166,10 @@ class EndpointTarget:
         return self
 
     def close(self) -> None:
-        """Its connections are boto3's own."""
+        """boto3 closes its connections itself."""
 
-    def send(self, body: bytes) -> Answer:
-        call = Call(
+    def send(self, body: bytes) -> Response:
+        request = Request(
             "sagemaker-runtime",
             "InvokeEndpoint",
             {
@@ -180,14 +180,14 @@ class EndpointTarget:
             },
         )
         try:
-            answer = self._aws.call(call)
-            return Answer("200", b"".join(self._aws.chunks(answer["Body"], call)))
+            answer = self._aws.call(request)
+            return Response("200", b"".join(self._aws.chunks(answer["Body"], request)))
         except DalleError as error:
-            return Answer(_outcome(error.__cause__))
+            return Response(_outcome(error.__cause__))
 
 
 def _outcome(cause: BaseException | None) -> str:
-    """What went wrong with an invocation: the container's own status before the platform's."""
+    """Return the outcome of a failed invocation: the container's status before the platform's."""
     response: dict[str, Any] = getattr(cause, "response", None) or {}
     status = response.get("OriginalStatusCode") or response.get("ResponseMetadata", {}).get(
         "HTTPStatusCode"
@@ -197,21 +197,19 @@ def _outcome(cause: BaseException | None) -> str:
     return "timeout" if "Timeout" in type(cause).__name__ else "connection"
 
 
-def endpoint_subject(
-    aws: Aws, endpoint: str, table: PriceTable, *, device: Device | None
-) -> Subject:
-    """A real-time or serverless endpoint with one instance.
+def endpoint_server(aws: Aws, endpoint: str, table: PriceTable, *, device: Device | None) -> Server:
+    """Return a real-time or serverless endpoint with one instance.
 
     Raises UserError for an asynchronous one, for one with several instances, and for an instance
-    type that the price table does not describe where no device is given.
+    type that the price table does not describe when no device is given.
     """
-    described = aws.call(Call("sagemaker", "DescribeEndpoint", {"EndpointName": endpoint}))
+    described = aws.call(describe("Endpoint", endpoint))
     name = described["EndpointConfigName"]
-    config = aws.call(Call("sagemaker", "DescribeEndpointConfig", {"EndpointConfigName": name}))
+    config = aws.call(describe("EndpointConfig", name))
     if config.get("AsyncInferenceConfig"):
         raise UserError(
-            f"{endpoint} is asynchronous and answers into S3; measure the same image and type as a "
-            "real-time endpoint",
+            f"{endpoint} is asynchronous and replies through S3; measure the same image and type "
+            "as a real-time endpoint",
             field="--endpoint",
         )
     variant = config["ProductionVariants"][0]
@@ -225,8 +223,8 @@ def endpoint_subject(
         count = current or variant.get("InitialInstanceCount", 1)
         if count != 1:
             raise UserError(
-                f"{endpoint} has {count} instances: scale it to 1, so that what is measured is "
-                "what one instance costs",
+                f"{endpoint} has {count} instances: scale it to 1, because the cost is that of one "
+                "instance",
                 field="--endpoint",
             )
         known = table.instance_type(kind)
@@ -237,10 +235,10 @@ def endpoint_subject(
             memory_bytes=int(known.memory_gib * 2**30),
             gpu=f"{known.gpus} x {known.gpu or 'GPU'}" if known.gpus else None,
         )
-    return Subject(
+    return Server(
         name="",
         kind="endpoint",
-        place=endpoint,
+        address=endpoint,
         target=EndpointTarget(aws, endpoint),
         device=device,
         hardware=hardware,

@@ -1,4 +1,4 @@
-"""What a benchmark asks for: the same captions with the same seeds in every run."""
+"""The requests of a benchmark: the same captions with the same seeds in every run."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ DEFAULT_CAPTIONS = (
     "smaller red circle",
     "big filled shaded yellow hexagon rotated twice",
 )
-"""Of the demo's synthetic pictures; any model answers them, if not well."""
+"""Captions of the demo's synthetic images; any model answers them."""
 
 MAX_SEED = 2**32
 
 
 class Workload(BaseModel):
-    """What is asked for: request k is caption k, from the beginning again, with seed + k."""
+    """The requests: request k has caption k modulo their number, and seed + k."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -40,13 +40,13 @@ class Workload(BaseModel):
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
 
     def request(self, number: int) -> bytes:
-        """Request `number` (0 or more) as JSON."""
+        """Return request `number` (0 or more) as JSON."""
         return json.dumps(self._fields(number), ensure_ascii=False).encode()
 
     def check(self) -> None:
-        """Raises UserError for the first request that no server would take.
+        """Raise UserError for the first request that no server would accept.
 
-        A server's own limits are not known here; it tells of them itself.
+        The limits of a particular server are not known here.
         """
         for number, caption in enumerate(self.captions):
             try:
@@ -65,18 +65,18 @@ class Workload(BaseModel):
         return fields
 
     def describe(self) -> str:
-        """One line for people."""
+        """Return the workload in one line."""
         guided = f", guidance {self.guidance_scale:g}" if self.guidance_scale != 1 else ""
         return (
-            f"{len(self.captions)} captions in turn, {self.num_candidates} candidates each, the "
-            f"best {self.num_images} returned as {self.format}{guided}, seeds from {self.seed}"
+            f"{len(self.captions)} captions, {self.num_candidates} candidates each, the best "
+            f"{self.num_images} returned as {self.format}{guided}, seeds from {self.seed}"
         )
 
 
 def read_captions(path: Path | None, captions: Sequence[str] | None) -> list[str]:
-    """Captions of a file (one a line, empty lines left out), then those given; else the default.
+    """Return the captions of a file (one a line), then those given; without any the defaults.
 
-    Raises UserError when the file cannot be read or has none.
+    Raises UserError when the file cannot be read or is empty.
     """
     found: list[str] = []
     if path is not None:

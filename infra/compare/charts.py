@@ -1,219 +1,136 @@
-"""The two charts of a comparison, written as SVG that follows the page's colours.
+"""The two charts of a comparison, drawn by matplotlib as inline SVG in the page's colours.
 
-Text stays text, so that it can be read out, searched and copied. Lines are told apart by colour
-and by dashes, and named where they end.
+Text stays text, so that it can be searched and copied. Only matplotlib's `Figure` is used, never
+pyplot, so that nothing stays open.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from html import escape
+import re
+from collections.abc import Iterator, Mapping
+from io import StringIO
 
-from infra.benchmark.run_file import Run, Scenario
-from infra.compare.join import HIGH, LOW, Comparison
-from infra.compare.options import Option
-from infra.compare.words import about
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-COLOURS = 5  # --series-1 to --series-5 of the style sheet
-DASHES = {"always on": "", "scaled to zero": "7 4", "serverless": "", "lambda": "2 4"}
+from infra.benchmark.run_file import Run
+from infra.compare.comparison import HIGH, LOW, Comparison
+from infra.compare.recommendation import about
+
 LEAST_USD = 0.1  # a month; what is cheaper lies below the chart
-LINE_HEIGHT = 15
+COLUMNS = 2
+LINE_STYLES = {
+    "always on": "solid",
+    "scaled to zero": (0, (5, 3)),
+    "serverless": "solid",
+    "lambda": (0, (1, 2)),
+}
+# Placeholder colours; the page's style sheet gives the real ones, for light and dark.
+_INK, _MUTED, _RULE = "#010101", "#010102", "#010103"
+_SERIES = [f"#01010{number}" for number in range(4, 9)]
+_THEME = {_INK: "ink", _MUTED: "muted", _RULE: "rule"} | {
+    colour: f"series-{number}" for number, colour in enumerate(_SERIES, 1)
+}
 
 
-@dataclass(frozen=True)
-class _Plot:
-    """A rectangle of the drawing with logarithmic axes."""
-
-    left: float
-    top: float
-    width: float
-    height: float
-    x_range: tuple[float, float]
-    y_range: tuple[float, float]
-    y_is_log: bool = True
-
-    def x(self, value: float) -> float:
-        low, high = map(math.log10, self.x_range)
-        return self.left + self.width * (math.log10(value) - low) / (high - low)
-
-    def y(self, value: float) -> float:
-        low, high = self.y_range
-        if self.y_is_log:
-            low, high, value = math.log10(low), math.log10(high), math.log10(value)
-        return self.top + self.height * (1 - (value - low) / (high - low))
-
-    @property
-    def right(self) -> float:
-        return self.left + self.width
-
-    @property
-    def foot(self) -> float:
-        return self.top + self.height
-
-
-def draw_costs(comparison: Comparison) -> str:
-    """USD a month against requests a day, both logarithmic, with break-even points marked."""
-    width, height = 1000.0, 500.0
-    places = [10 ** (math.log10(LOW) + step * 6 / 240) for step in range(241)]
-    most = max(option.usd(HIGH) for option in comparison.options)
-    top = 10 ** math.ceil(math.log10(most))
-    plot = _Plot(72, 16, 684, 430, (LOW, HIGH), (LEAST_USD, top))
-    parts = [_grid_x(plot, _powers(LOW, HIGH), lambda value: f"{value:,.0f}", "requests a day")]
-    parts.append(
-        _grid_y(plot, _powers(LEAST_USD, top), lambda value: f"${value:,g}", "USD a month")
-    )
-    ends: list[tuple[float, str, str]] = []
-    colours = _colours(comparison)
-    for option in comparison.options:
-        values = [option.usd(place) for place in places]
-        points = [
-            f"{plot.x(place):.1f},{plot.y(value):.1f}"
-            for place, value in zip(places, values, strict=True)
-            if value >= LEAST_USD
-        ]
-        colour = colours[option.joined.stands_for]
-        parts.append(
-            f'<polyline class="line" style="stroke: {colour}; stroke-dasharray: '
-            f'{DASHES[option.kind] or "none"}" points="{" ".join(points)}">'
-            f"<title>{escape(option.name)}</title></polyline>"
+def plot_costs(comparison: Comparison) -> Figure:
+    """USD a month against requests a day, both logarithmic, with the break-even points marked."""
+    top = 10 ** math.ceil(math.log10(max(option.usd(HIGH) for option in comparison.options)))
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    axis = _axis(figure)
+    axis.set(xscale="log", yscale="log", xlim=(LOW, HIGH), ylim=(LEAST_USD, top))
+    axis.set_xlabel("requests a day", color=_MUTED)
+    axis.set_ylabel("USD a month", color=_MUTED)
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.yaxis.set_major_formatter("${x:,g}")
+    requests = np.geomspace(LOW, HIGH, 241)
+    series = _series()
+    colours: dict[str, str] = {}
+    for option in sorted(comparison.options, key=lambda option: -option.usd(HIGH)):
+        kind = option.priced_run.stands_for
+        if kind not in colours:
+            colours[kind] = next(series)
+        axis.plot(
+            requests,
+            [option.usd(volume) for volume in requests],
+            color=colours[kind],
+            linestyle=LINE_STYLES[option.kind],
+            label=option.name,
         )
-        ends.append((plot.y(max(LEAST_USD, values[-1])), colour, option.name))
-    parts += _end_labels(plot.right, ends, plot.top, plot.foot)
     for crossing in comparison.crossings:
-        x, y = plot.x(crossing.requests_per_day), plot.y(max(LEAST_USD, crossing.usd))
-        parts.append(
-            f'<line class="drop" x1="{x:.1f}" x2="{x:.1f}" y1="{y:.1f}" y2="{plot.foot:.1f}"/>'
-            f'<circle class="mark" cx="{x:.1f}" cy="{y:.1f}" r="5"><title>'
-            f"{escape(_crossing_words(crossing.cheaper_below, crossing.cheaper_above))}</title>"
-            f'</circle><text class="note" x="{x - 8:.1f}" y="{y - 10:.1f}" text-anchor="end">'
-            f"{about(crossing.requests_per_day)} a day</text>"
+        point = (crossing.requests_per_day, max(LEAST_USD, crossing.usd))
+        axis.plot(*point, "o", color=_INK, fillstyle="none")
+        axis.annotate(
+            f"{about(crossing.requests_per_day)} a day",
+            point,
+            xytext=(-6, 8),
+            textcoords="offset points",
+            ha="right",
+            color=_MUTED,
         )
-    return _svg(width, height, "Cost against requests a day", parts)
+    figure.legend(loc="outside right upper", frameon=False, labelcolor=_INK)
+    return figure
 
 
-def draw_latencies(runs: dict[str, Run], limit_seconds: float) -> str:
-    """The share of requests that were answered within a time, a panel for each run."""
-    closed = {
+def plot_latencies(runs: Mapping[str, Run], limit_seconds: float) -> Figure:
+    """The share of requests answered within a time, a panel for each run."""
+    measured = {
         name: [each for each in run.scenarios if each.latencies_seconds]
         for name, run in runs.items()
     }
-    longest = max(each.latencies_seconds[-1] for found in closed.values() for each in found)
-    shortest = min(each.latencies_seconds[0] for found in closed.values() for each in found)
-    low = 10 ** math.floor(math.log10(shortest))
-    high = 10 ** math.ceil(math.log10(max(longest, limit_seconds) * 1.05))
-    columns = min(2, len(closed))
-    wide, tall = 1000.0 / columns, 300.0
-    parts = []
-    for place, (name, found) in enumerate(closed.items()):
-        left, top = (place % columns) * wide, (place // columns) * tall
-        plot = _Plot(left + 52, top + 34, wide - 70, tall - 88, (low, high), (0, 1), y_is_log=False)
-        parts.append(
-            f'<text class="title" x="{plot.left:.1f}" y="{top + 18:.1f}">{escape(name)}</text>'
-        )
-        parts.append(_grid_x(plot, _powers(low, high), lambda value: f"{value:g} s", ""))
-        parts.append(_grid_y(plot, [0, 0.5, 0.95], lambda value: f"{value:.0%}", ""))
-        parts.append(
-            f'<line class="limit" x1="{plot.x(limit_seconds):.1f}" x2="{plot.x(limit_seconds):.1f}"'
-            f' y1="{plot.top:.1f}" y2="{plot.foot:.1f}"/><text class="note" text-anchor="end" '
-            f'x="{plot.x(limit_seconds) - 4:.1f}" y="{plot.foot - 6:.1f}">limit {limit_seconds:g} s'
-            "</text>"
-        )
-        for number, scenario in enumerate(found):
-            parts.append(_distribution(plot, scenario, number))
-    rows = math.ceil(len(closed) / columns)
-    return _svg(1000.0, rows * tall, "Share of requests answered within a time", parts)
+    latencies = [s for found in measured.values() for each in found for s in each.latencies_seconds]
+    low = 10 ** math.floor(math.log10(min(latencies)))
+    high = 10 ** math.ceil(math.log10(max(*latencies, limit_seconds) * 1.05))
+    rows = math.ceil(len(measured) / COLUMNS)
+    figure = Figure(figsize=(10, 3.2 * rows), layout="constrained")
+    for place, (name, scenarios) in enumerate(measured.items(), 1):
+        axis = _axis(figure, rows, min(COLUMNS, len(measured)), place)
+        axis.set(xscale="log", xlim=(low, high), ylim=(0, 1.02), yticks=(0, 0.5, 0.95))
+        axis.set_title(name, color=_INK, loc="left", parse_math=False)
+        axis.xaxis.set_major_formatter("{x:g} s")
+        axis.yaxis.set_major_formatter("{x:.0%}")
+        for scenario, colour in zip(scenarios, _series(), strict=False):
+            axis.ecdf(scenario.latencies_seconds, color=colour, label=scenario.name)
+        axis.axvline(limit_seconds, color=_MUTED, linestyle="dashed", linewidth=1)
+        axis.text(limit_seconds, 0.02, f"limit {limit_seconds:g} s ", ha="right", color=_MUTED)
+        axis.legend(loc="best", frameon=False, labelcolor=_MUTED)
+    return figure
 
 
-def _distribution(plot: _Plot, scenario: Scenario, number: int) -> str:
-    """Steps up by one request each; the name stands below the axes, in a row of its own."""
-    seconds = scenario.latencies_seconds
-    points = [(seconds[0], 0.0)]
-    for place, value in enumerate(seconds):
-        points += [(value, points[-1][1]), (value, (place + 1) / len(seconds))]
-    path = " ".join(f"{plot.x(x):.1f},{plot.y(y):.1f}" for x, y in points)
-    colour = f"var(--series-{number % COLOURS + 1})"
-    x = plot.left + number * plot.width / 3.2
-    return (
-        f'<polyline class="line" style="stroke: {colour}" points="{path}"><title>'
-        f"{escape(scenario.name)}</title></polyline>"
-        f'<line class="line" style="stroke: {colour}" x1="{x:.1f}" x2="{x + 18:.1f}" '
-        f'y1="{plot.foot + 38:.1f}" y2="{plot.foot + 38:.1f}"/>'
-        f'<text class="note" x="{x + 24:.1f}" y="{plot.foot + 42:.1f}">{escape(scenario.name)}'
-        "</text>"
+def render_svg(figure: Figure, title: str) -> str:
+    """The figure as one `<svg>` element that refers to the page's colours by name."""
+    file = StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
+        figure.savefig(file, format="svg", transparent=True)
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"font: [\d.]+px [^;\"]*;?", "", svg)  # the page's font
+    svg = re.sub(
+        r'<svg [^>]*?viewBox="([^"]*)"[^>]*>',
+        rf'<svg viewBox="\1" role="img" aria-label="{title}">',
+        svg,
+        count=1,
     )
+    for colour, name in _THEME.items():
+        svg = svg.replace(colour, f"var(--{name})")
+    return svg
 
 
-def _crossing_words(below: Option, above: Option) -> str:
-    return f"below: {below.name}; above: {above.name}"
+def _axis(figure: Figure, rows: int = 1, columns: int = 1, place: int = 1) -> Axes:
+    axis = figure.add_subplot(rows, columns, place)
+    axis.patch.set_alpha(0)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color(_RULE)
+    axis.tick_params(colors=_MUTED, which="both")
+    axis.grid(color=_RULE, linewidth=0.5)
+    axis.set_axisbelow(True)
+    return axis
 
 
-def _colours(comparison: Comparison) -> dict[str, str]:
-    types = list(dict.fromkeys(each.joined.stands_for for each in comparison.options))
-    return {name: f"var(--series-{place % COLOURS + 1})" for place, name in enumerate(types)}
-
-
-def _powers(low: float, high: float) -> list[float]:
-    first, last = round(math.log10(low)), round(math.log10(high))
-    return [float(10.0**power) for power in range(first, last + 1)]
-
-
-def _grid_x(plot: _Plot, values: Sequence[float], words: Callable[[float], str], title: str) -> str:
-    lines = [
-        f'<line class="grid" x1="{plot.x(value):.1f}" x2="{plot.x(value):.1f}" '
-        f'y1="{plot.top:.1f}" y2="{plot.foot:.1f}"/>'
-        f'<text class="tick" text-anchor="middle" x="{plot.x(value):.1f}" '
-        f'y="{plot.foot + 18:.1f}">{escape(words(value))}</text>'
-        for value in values
-    ]
-    if title:
-        middle = plot.left + plot.width / 2
-        lines.append(
-            f'<text class="tick" text-anchor="middle" x="{middle:.1f}" y="{plot.foot + 40:.1f}">'
-            f"{escape(title)}</text>"
-        )
-    return "".join(lines)
-
-
-def _grid_y(plot: _Plot, values: Sequence[float], words: Callable[[float], str], title: str) -> str:
-    lines = [
-        f'<line class="grid" x1="{plot.left:.1f}" x2="{plot.right:.1f}" '
-        f'y1="{plot.y(value):.1f}" y2="{plot.y(value):.1f}"/>'
-        f'<text class="tick" text-anchor="end" x="{plot.left - 8:.1f}" '
-        f'y="{plot.y(value) + 4:.1f}">{escape(words(value))}</text>'
-        for value in values
-    ]
-    if title:
-        lines.append(
-            f'<text class="tick" x="{plot.left + 6:.1f}" y="{plot.top + 14:.1f}">{escape(title)}'
-            "</text>"
-        )
-    return "".join(lines)
-
-
-def _end_labels(
-    x: float, ends: Sequence[tuple[float, str, str]], top: float, foot: float
-) -> list[str]:
-    """Names beside the ends of lines, moved apart where they would lie on each other."""
-    ordered = sorted(ends)
-    places: list[float] = []
-    for y, _, _ in ordered:
-        places.append(max(y, places[-1] + LINE_HEIGHT) if places else max(y, top))
-    over = max(0.0, places[-1] - foot) if places else 0.0
-    for number in range(len(places) - 1, -1, -1):
-        most = places[number + 1] - LINE_HEIGHT if number + 1 < len(places) else foot
-        places[number] = min(places[number] - (over if number + 1 == len(places) else 0), most)
-    return [
-        f'<line class="leader" x1="{x:.1f}" x2="{x + 10:.1f}" y1="{y:.1f}" y2="{place:.1f}" '
-        f'style="stroke: {colour}"/><text class="name" x="{x + 14:.1f}" y="{place + 4:.1f}" '
-        f'style="fill: {colour}">{escape(name)}</text>'
-        for (y, colour, name), place in zip(ordered, places, strict=True)
-    ]
-
-
-def _svg(width: float, height: float, title: str, parts: Sequence[str]) -> str:
-    return (
-        f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(title)}">'
-        f"{''.join(parts)}</svg>"
-    )
+def _series() -> Iterator[str]:
+    return itertools.cycle(_SERIES)

@@ -1,10 +1,10 @@
-"""What a picture costs, and which way to serve: measured runs joined with dated prices.
+"""`compare`: the cost of an image and the cheapest way to serve, from measured runs and prices.
 
     python -m infra compare RUN.json=ml.c7i.large,serverless
     python -m infra compare cpu.json=ml.c5.large gpu.json=ml.g5.xlarge --html out/compare.html
 
-Prints a recommendation with its reasons and the tables behind it; writes JSON and one HTML page
-when asked. The arithmetic is `infra.cost.costs`, the joining `infra.compare.join`.
+Prints a recommendation with its reasons and tables; writes JSON and one HTML page on request. The
+arithmetic is in `infra.cost.costs`, the comparison in `infra.compare.comparison`.
 """
 
 from __future__ import annotations
@@ -19,29 +19,28 @@ from pathlib import Path
 from typing import Any
 
 from dalle.errors import UserError
-from dalle.platform.disk import write_atomically
-from infra.aws.output import Console, aligned
+from infra.aws.output import Output, aligned, write_file
 from infra.benchmark.run_file import Run, load_run
-from infra.compare.join import Comparison, join
-from infra.compare.page import write_page
-from infra.compare.tables import Table, tables
-from infra.compare.words import claims, quietness, recommendation
+from infra.compare.comparison import Comparison, compare_runs
+from infra.compare.recommendation import quietness, recommendation
+from infra.compare.tables import Table, article, tables
 from infra.cost.assumptions import Assumptions
-from infra.cost.prices import DEFAULT_REGION, add_table_argument, load_prices
+from infra.cost.command import add_table_argument
+from infra.cost.prices import DEFAULT_REGION, load_prices
 
 DEFAULT_VOLUMES = (10.0, 100.0, 1_000.0, 10_000.0, 100_000.0)
-TITLE = "What a picture costs"
+TITLE = "What an image costs"
 WIDTH = 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of `compare`."""
+    """Add the options of `compare`."""
     parser.add_argument(
         "runs",
         nargs="+",
         metavar="RUN.json[=TYPE,...]",
-        help="a run as `benchmark` wrote it, and what it stands for: instance types, serverless, "
-        "lambda; without =TYPE what its --as said",
+        help="a run of `benchmark`, and the types it stands for: instance types, serverless, "
+        "lambda; default: those of its --as",
     )
     parser.add_argument("--region", default=DEFAULT_REGION, help="of the prices; %(default)s")
     parser.add_argument(
@@ -62,9 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Do what `add_arguments` read. Raises UserError, PriceMissing."""
-    console = Console(as_json=options.json)
-    comparison = join(
+    """Compare, print and write the result. Raises UserError, PriceMissing."""
+    output = Output(as_json=options.json)
+    comparison = compare_runs(
         read_runs(options.runs),
         load_prices(options.prices),
         region=options.region,
@@ -72,19 +71,21 @@ def run(options: argparse.Namespace) -> int:
         volumes=_volumes(options.requests_per_day),
     )
     whole = as_json(comparison)
-    console.say(render_text(comparison))
+    output.line(render_text(comparison))
     if options.html:
+        from infra.compare.page import write_page  # loads matplotlib
+
         date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
         write_page(comparison, options.html, title=options.title, date=date)
-        console.say(f"\n{options.html} written")
+        output.line(f"\n{options.html} written")
     if options.out:
-        write_atomically(options.out, json.dumps(whole, ensure_ascii=False, indent=1) + "\n")
-        console.say(f"{options.out} written")
-    return console.finish(**whole)
+        write_file(options.out, json.dumps(whole, ensure_ascii=False, indent=1) + "\n")
+        output.line(f"{options.out} written")
+    return output.finish(**whole)
 
 
 def read_runs(words: Sequence[str]) -> list[tuple[str, Run, list[str]]]:
-    """Name, run and what it stands for, of words such as `out/cpu.json=ml.c5.large,serverless`."""
+    """Parse words such as `out/cpu.json=ml.c5.large,serverless` to name, run and types."""
     found: list[tuple[str, Run, list[str]]] = []
     for word in words:
         path, _, types = word.partition("=")
@@ -115,7 +116,7 @@ def _assumed(words: Sequence[str]) -> dict[str, float]:
 
 
 def render_text(comparison: Comparison) -> str:
-    """The comparison for the terminal."""
+    """Return the comparison for the terminal."""
     parts = []
     for line in [*recommendation(comparison), *quietness(comparison)]:
         parts.append(textwrap.fill(line, WIDTH, subsequent_indent="  "))
@@ -124,7 +125,7 @@ def render_text(comparison: Comparison) -> str:
 
 
 def _text_table(table: Table) -> str:
-    """Columns side by side; where the last ones hold sentences, they stand below instead."""
+    """Return columns side by side, or long ones below the others."""
     rows = [[name.removeprefix("#") for name in table.columns], *map(list, table.rows)]
     if max(len(line) for line in aligned(rows)) <= 2 * WIDTH - 40:
         body = aligned(rows)
@@ -148,7 +149,7 @@ def _text_table(table: Table) -> str:
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
-    """Everything that the tables show, as values."""
+    """Return the content of the tables as values."""
     return {
         "region": comparison.region,
         "recommendation": recommendation(comparison),
@@ -157,9 +158,9 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
             {
                 "name": option.name,
                 "kind": option.kind,
-                "stands_for": option.joined.stands_for,
-                "run": option.joined.name,
-                "device": option.joined.run.device,
+                "stands_for": option.priced_run.stands_for,
+                "run": option.priced_run.name,
+                "device": option.priced_run.run.device,
                 "problem": option.problem or None,
                 "busy": asdict(option.busy),
                 "months": [asdict(option.month(each)) for each in comparison.volumes],
@@ -174,7 +175,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
                 "price": each.price.model_dump(),
                 "usd_per_month_always_on": each.usd_per_month,
                 "speedup_needed": each.speedup,
-                "against": each.base.joined.stands_for if each.base else None,
+                "against": each.base.priced_run.stands_for if each.base else None,
             }
             for each in comparison.not_measured
         ],
@@ -195,7 +196,10 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
             }
             for each in comparison.crossings
         ],
-        "article": [asdict(each) for each in claims(comparison)],
+        "article": [
+            dict(zip(("figure", "article", "ours", "from"), row, strict=True))
+            for row in article(comparison).rows
+        ],
         "assumptions": asdict(comparison.assumptions),
-        "stands_for": {each.stands_for: each.assumption for each in comparison.joined},
+        "stands_for": {each.stands_for: each.assumption for each in comparison.priced_runs},
     }

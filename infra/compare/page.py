@@ -1,117 +1,65 @@
-"""A comparison as one HTML page that needs nothing else, not even a network."""
+"""A comparison as one HTML page that loads nothing else, from disk or network."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from html import escape
 from importlib import resources
 from pathlib import Path
-from string import Template
 
-from dalle.platform.disk import write_atomically
-from infra.compare.charts import draw_costs, draw_latencies
-from infra.compare.join import Comparison
-from infra.compare.tables import (
-    NOT_MEASURED,
-    Table,
-    article,
-    assumptions,
-    busy,
-    gpus,
-    latency,
-    monthly,
-    prices,
-    runs,
-    stages,
-)
-from infra.compare.words import quietness, recommendation
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
-LONG = 40  # characters; what is longer is wrapped
+from infra.aws.output import write_file
+from infra.compare import tables
+from infra.compare.charts import plot_costs, plot_latencies, render_svg
+from infra.compare.comparison import Comparison
+from infra.compare.recommendation import quietness, recommendation
+
+LONG = 40  # characters; longer cells wrap
 
 
 def write_page(comparison: Comparison, path: Path, *, title: str, date: str) -> None:
-    """Write `render_page` to a file, at once or not at all."""
-    write_atomically(path, render_page(comparison, title=title, date=date))
+    """Write `render_page` to a file, whole or not at all."""
+    write_file(path, render_page(comparison, title=title, date=date))
 
 
 def render_page(comparison: Comparison, *, title: str, date: str) -> str:
-    """The page. date: when it was made, as it is to be printed."""
-    templates = resources.files("infra.compare") / "templates"
-    hardware = dict.fromkeys(
-        run.hardware.gpu or run.hardware.processor or run.target for run in comparison.runs.values()
+    """Return the page. date: of the page, as it is to be printed."""
+    environment = Environment(
+        loader=PackageLoader("infra.compare"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    runs = comparison.runs.values()
+    hardware = {run.hardware.gpu or run.hardware.processor or run.target: None for run in runs}
     first, *reasons = recommendation(comparison)
+    style = resources.files("infra.compare") / "templates" / "compare.css"
     limit = comparison.assumptions.synchronous_limit_seconds
-    sections = [
-        f'<p class="lead">{escape(first)}</p>',
-        _list([*reasons, *quietness(comparison)]),
-        _section(
-            "Cost against requests a day",
-            "Circles: break-even points between the cheapest ways to answer while a caller waits.",
-            _scroll(draw_costs(comparison)),
-        ),
-        _table(monthly(comparison)),
-        _table(busy(comparison)),
-        _section(
-            "How long requests take",
-            "The share of requests answered within a time; to the left and steep is good.",
-            _scroll(draw_latencies(comparison.runs, limit)),
-        ),
-        _table(gpus(comparison)) if comparison.not_measured else "",
-        *map(_table, (latency(comparison), stages(comparison), article(comparison))),
-        *map(_table, (prices(comparison), assumptions(comparison), runs(comparison))),
-    ]
-    return Template((templates / "compare.html").read_text("utf-8")).substitute(
-        title=escape(title),
-        style=(templates / "compare.css").read_text("utf-8"),
-        meta=escape(
-            f"{date} · measured on {'; '.join(hardware)}"
-            f"{'' if comparison.has_gpu else ' · no GPU was measured'}"
-        ),
-        body="\n".join(sections),
+    return environment.get_template("compare.html").render(
+        title=title,
+        style=style.read_text("utf-8"),
+        date=date,
+        hardware=hardware,
+        comparison=comparison,
+        recommendation=first,
+        remarks=[*reasons, *quietness(comparison)],
+        costs=render_svg(plot_costs(comparison), "Cost against requests a day"),
+        latencies=render_svg(plot_latencies(comparison.runs, limit), "How long requests take"),
+        tables=tables,
+        classes=classes,
     )
 
 
-def _section(title: str, note: str, *parts: str) -> str:
-    introduction = f'<p class="note">{escape(note)}</p>' if note else ""
-    return f"<section><h2>{escape(title)}</h2>{introduction}{''.join(parts)}</section>"
-
-
-def _list(lines: Sequence[str]) -> str:
-    return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>" if lines else ""
-
-
-def _scroll(part: str) -> str:
-    return f'<div class="scroll">{part}</div>'
-
-
-def _table(table: Table) -> str:
-    heads = "".join(
-        f'<th scope="col"{" class=number" if name.startswith("#") else ""}>'
-        f"{escape(name.removeprefix('#'))}</th>"
-        for name in table.columns
-    )
-    rows = "".join(
-        f"<tr>{''.join(_cell(table, row, column) for column in range(len(table.columns)))}</tr>"
-        for row in range(len(table.rows))
-    )
-    body = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
-    return _section(table.title, table.note, _scroll(body))
-
-
-def _cell(table: Table, row: int, column: int) -> str:
+def classes(table: tables.Table, row: int, column: int) -> str:
+    """Return the CSS classes of one cell, separated by spaces."""
     text = table.rows[row][column]
-    if column == 0:
-        wraps = ' class="words"' if len(text) > LONG else ""
-        return f'<th scope="row"{wraps}>{escape(text)}</th>'
-    kinds = []
-    if table.columns[column].startswith("#"):
-        kinds.append("number")
+    found = []
+    if column and table.columns[column].startswith("#"):
+        found.append("number")
     elif len(text) > LONG:
-        kinds.append("words")
-    if text == NOT_MEASURED:
-        kinds.append("none")
+        found.append("words")
+    if text == tables.NOT_MEASURED:
+        found.append("none")
     if (row, column) in table.best:
-        kinds.append("best")
-    attribute = f' class="{" ".join(kinds)}"' if kinds else ""
-    return f"<td{attribute}>{escape(text)}</td>"
+        found.append("best")
+    return " ".join(found)

@@ -1,4 +1,4 @@
-"""The tables of a comparison as plain cells; the terminal and the page set them each in its way."""
+"""The tables of a comparison as plain cells, for the terminal and the page."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dalle.errors import PriceMissing
 from infra.benchmark.load import HTTP, STAGES
-from infra.compare.join import Comparison
-from infra.compare.options import Option
-from infra.compare.words import claims, usd
+from infra.compare.comparison import Comparison
+from infra.compare.recommendation import usd
+from infra.compare.serving_options import Option
+from infra.cost.prices import CONFIDENCE
 
 NOT_MEASURED = "not measured"
+SMALLEST = "ml.t2.medium"
 
 
 @dataclass(frozen=True)
 class Table:
-    """columns: headings; one that begins with # is of numbers. rows: a cell for each column.
+    """One table. columns: headings; # marks a column of numbers. rows: a cell for each column.
 
-    best: places (row, column) of cells to point out.
+    best: (row, column) of the cells to highlight.
     """
 
     title: str
@@ -29,7 +32,7 @@ class Table:
 
 
 def tables(comparison: Comparison) -> list[Table]:
-    """All of them, in the order in which they are read."""
+    """Return all tables in the order of the report."""
     return [
         monthly(comparison),
         busy(comparison),
@@ -44,7 +47,7 @@ def tables(comparison: Comparison) -> list[Table]:
 
 
 def monthly(comparison: Comparison) -> Table:
-    """USD a month at each of the volumes; the cheapest that answers at once is pointed out."""
+    """USD a month at each of the volumes; the cheapest that answers at once is highlighted."""
     rows = [
         [option.name, *(usd(option.usd(volume)) for volume in comparison.volumes), _remark(option)]
         for option in comparison.options
@@ -82,7 +85,7 @@ def _remark(option: Option) -> str:
             f"{month.added_seconds / 60:.0f} min for an instance"
         )
     if option.kind == "serverless":
-        return f"at 100 a day {option.month(100).cold_share:.0%} of requests find nothing warm"
+        return f"at 100 a day {option.month(100).cold_share:.0%} of requests meet a cold start"
     return f"price {option.prices[0].dated}, confidence {option.prices[0].confidence}"
 
 
@@ -91,7 +94,7 @@ def busy(comparison: Comparison) -> Table:
     rows = []
     for option in comparison.options:
         if option.kind == "scaled to zero":
-            continue  # while it is up it costs what the same instance always costs
+            continue  # a running instance costs the same as one that is always on
         cost, price = option.busy, option.prices[0]
         rows.append(
             [
@@ -104,18 +107,18 @@ def busy(comparison: Comparison) -> Table:
                 f"{price.dated}, {price.confidence}",
             ]
         )
-    first = comparison.joined[0].speed
+    first = comparison.priced_runs[0].speed
     return Table(
         "USD per 1,000, while busy",
-        "Price per hour / 3,600 / requests per second x 1,000. A request here draws "
+        "Price per hour / 3,600 / requests per second x 1,000. A request here samples "
         f"{first.candidates_per_request:g} candidates and returns {first.images_per_request:g} "
-        "pictures. Serverless and Lambda are paid by the second of one request alone.",
+        "images. Serverless and Lambda are paid by the second of one request alone.",
         [
             "served by",
             "#USD/hour",
             "#requests/s",
             "#1,000 requests",
-            "#1,000 pictures",
+            "#1,000 images",
             "#1,000 candidates",
             "price: date, confidence",
         ],
@@ -124,12 +127,12 @@ def busy(comparison: Comparison) -> Table:
 
 
 def gpus(comparison: Comparison) -> Table:
-    """Instances with a GPU that were not measured: their price, and what would be worth it."""
+    """Instances with a GPU that were not measured: their price, and the speed to be worth it."""
     rows = []
     for each in comparison.not_measured:
         needed = "-"
         if each.base and each.speedup:
-            needed = f"{each.speedup * each.base.joined.speed.requests_per_second:.1f}"
+            needed = f"{each.speedup * each.base.priced_run.speed.requests_per_second:.1f}"
         rows.append(
             [
                 f"{each.instance_type} ({each.hardware.gpu})",
@@ -141,11 +144,11 @@ def gpus(comparison: Comparison) -> Table:
                 f"{each.price.dated}, {each.price.confidence}",
             ]
         )
-    base = next((each.base.joined for each in comparison.not_measured if each.base), None)
+    base = next((each.base.priced_run for each in comparison.not_measured if each.base), None)
     against = f" than on {base.stands_for}, as {base.name} was measured" if base else ""
     return Table(
         "GPUs that were not measured",
-        f"What one would have to answer so that a picture is cheaper{against}; from prices alone.",
+        f"The requests/s at which an image is cheaper{against}; from prices alone.",
         [
             "instance",
             "#USD/hour",
@@ -160,7 +163,7 @@ def gpus(comparison: Comparison) -> Table:
 
 
 def latency(comparison: Comparison) -> Table:
-    """Of every scenario, against the limit of an invocation."""
+    """Latencies of every scenario, against the limit of an invocation."""
     limit = comparison.assumptions.synchronous_limit_seconds
     rows = []
     for name, run in comparison.runs.items():
@@ -184,7 +187,7 @@ def latency(comparison: Comparison) -> Table:
     return Table(
         "Latency in seconds",
         f"Measured at the client, against the {limit:.0f} s after which the platform ends an "
-        "invocation. Refused: answers 429 or 503, asked again after Retry-After; the wait counts.",
+        "invocation. Refused: 429 or 503, sent again after Retry-After; the wait counts.",
         [
             "run",
             "load",
@@ -203,7 +206,7 @@ def latency(comparison: Comparison) -> Table:
 
 
 def stages(comparison: Comparison) -> Table:
-    """Where the time of a request goes, one client alone."""
+    """Mean time of each stage of a request, for every load."""
     names = [*STAGES, HTTP]
     rows = [
         [name, each.name, *(f"{1000 * each.stages[s].mean:.1f}" for s in names)]
@@ -213,20 +216,69 @@ def stages(comparison: Comparison) -> Table:
     ]
     return Table(
         "Mean milliseconds by stage",
-        "As the replies tell; http is the rest: reading, sending, JSON and the network.",
+        "From the replies; http is the rest: reading, sending, JSON and the network.",
         ["run", "load", *(f"#{name}" for name in names)],
         rows,
     )
 
 
 def article(comparison: Comparison) -> Table:
-    """The article's figures as a worked example."""
-    rows = [[each.claim, each.ours, each.verdict] for each in claims(comparison)]
-    return Table("The article's figures", "", ["it says", "our figures", "so"], rows)
+    """The article's figures beside those of the price table and the runs."""
+    columns = ["figure", "#article", "#ours", "from"]
+    try:
+        smallest = comparison.table.hourly(SMALLEST, comparison.region)
+    except PriceMissing as error:
+        rows = [["USD a month, smallest CPU instance", "50", NOT_MEASURED, str(error)]]
+        return Table("The article's figures", "", columns, rows)
+    hours = comparison.assumptions.hours_per_month
+    rows = [
+        [
+            "USD a month, smallest CPU instance",
+            "50",
+            usd(smallest.usd * hours),
+            f"{SMALLEST}: {smallest.describe()} x {hours:g} hours",
+        ]
+    ]
+    always_on = [each for each in comparison.options if each.kind == "always on"]
+    measured_gpus = [e.prices[0] for e in always_on if e.priced_run.run.device == "cuda"]
+    gpus = [*(each.price for each in comparison.not_measured), *measured_gpus]
+    if gpus:
+        gpu = min(gpus, key=lambda each: each.usd)
+        cpus = [e.prices[0] for e in always_on if e.priced_run.run.device == "cpu"]
+        similar = ("ml.m5.xlarge", "Hosting", comparison.region)  # its vCPUs and memory
+        cpus += [each for each in comparison.table.prices if each.key == similar]
+        for cpu in dict.fromkeys([smallest, *cpus]):
+            ratio = f"{gpu.usd / cpu.usd:.1f}"
+            source = f"{gpu.describe_item()} / {cpu.describe_item()}"
+            rows.append([f"price of {gpu.item} / {cpu.item}", "3 or more", ratio, source])
+        rows.append(["speed of a GPU / a CPU", "3 or more", *_speed_ratio(comparison)])
+    return Table("The article's figures", "", columns, rows)
+
+
+def _speed_ratio(comparison: Comparison) -> tuple[str, str]:
+    """The ratio of the fastest measured GPU to the fastest measured CPU, and its source."""
+    best = {
+        device: max(
+            (each for each in comparison.priced_runs if each.run.device == device),
+            key=lambda each: each.speed.requests_per_second,
+            default=None,
+        )
+        for device in ("cuda", "cpu")
+    }
+    rates = [
+        f"{each.stands_for} {each.speed.requests_per_second:.2f} requests/s"
+        for each in best.values()
+        if each
+    ]
+    gpu, cpu = best["cuda"], best["cpu"]
+    if gpu is None or cpu is None:
+        return NOT_MEASURED, "; ".join(rates)
+    ratio = gpu.speed.requests_per_second / cpu.speed.requests_per_second
+    return f"{ratio:.1f}", " / ".join(rates)
 
 
 def prices(comparison: Comparison) -> Table:
-    """Every price that a figure rests on."""
+    """Every price that a figure depends on."""
     rows = []
     for each in comparison.prices:
         source = f"{each.source}; {each.note}" if each.note else each.source
@@ -234,26 +286,25 @@ def prices(comparison: Comparison) -> Table:
         rows.append([*what, each.dated, each.confidence, source])
     return Table(
         f"Prices in {comparison.region}",
-        "A: read from the Pricing API by `prices refresh`; B: a dated read by others, or a file of "
-        "AWS's own; C: third-party tables, or inferred; low: doubtful. The table was put together "
-        f"on {comparison.table.gathered}.",
+        "; ".join(f"{mark}: {meaning}" for mark, meaning in CONFIDENCE.items())
+        + f". The table was compiled on {comparison.table.gathered}.",
         ["item", "component", "#USD", "per", "date", "confidence", "source"],
         rows,
     )
 
 
 def assumptions(comparison: Comparison) -> Table:
-    """What is neither measured nor a price."""
+    """Every value that is neither measured nor a price."""
     rows = [
         [each.name, f"{getattr(comparison.assumptions, each.name):g}", each.metadata["unit"],
          each.metadata["meaning"]]
         for each in dataclasses.fields(comparison.assumptions)
     ]  # fmt: skip
-    rows += [["stands for", "", "", each.assumption] for each in comparison.joined]
+    rows += [["stands for", "", "", each.assumption] for each in comparison.priced_runs]
     asynchronous = [o for o in comparison.options if o.kind == "scaled to zero"]
     if any(option.prices[0].component == "Hosting" for option in asynchronous):
-        said = "that an hour of an asynchronous endpoint costs what one of hosting does"
-        rows.append(["async price", "", "", said])
+        meaning = "an hour of an asynchronous endpoint costs as much as one of hosting"
+        rows.append(["async price", "", "", meaning])
     return Table(
         "Assumptions",
         "Change one with --assume NAME=VALUE.",
@@ -263,7 +314,7 @@ def assumptions(comparison: Comparison) -> Table:
 
 
 def runs(comparison: Comparison) -> Table:
-    """What was measured, on what."""
+    """Every run with its hardware and workload."""
     rows = []
     for name, run in comparison.runs.items():
         start = f"{run.ready_seconds:.1f} s" if run.ready_seconds else "-"
@@ -271,7 +322,9 @@ def runs(comparison: Comparison) -> Table:
         versions = " ".join(f"{n}={v[:12]}" for n, v in run.versions.items())
         where = f"{run.kind} {run.target}, {run.device}: {run.hardware.describe()}"
         done = f"{run.workload.describe()}; {run.rounds} rounds"
-        taken = f", in turns with {', '.join(run.interleaved_with)}" if run.interleaved_with else ""
+        taken = (
+            f", alternating with {', '.join(run.interleaved_with)}" if run.interleaved_with else ""
+        )
         rows.append([name, run.date, where, done + taken, start, memory, versions])
     return Table(
         "Runs",

@@ -1,6 +1,6 @@
-"""What a cost rests on that was neither measured nor is a price.
+"""Assumptions of the cost calculation: values that are neither measured nor prices.
 
-Every one is a field with a unit and a meaning, so that a report can print them all and a reader can
+Every one is a field with a unit and a meaning, so that a report prints them all and a reader can
 change one.
 """
 
@@ -22,39 +22,38 @@ def _assumed(value: float, unit: str, meaning: str) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assumptions:
-    """What is neither measured nor a price. Every field has a unit and a meaning."""
+    """Every assumption, with its unit and meaning."""
 
-    hours_per_month: float = _assumed(730, "hours", "a month, as AWS's own calculator takes it")
+    hours_per_month: float = _assumed(730, "hours", "in a month, as in AWS's calculator")
     peak_to_mean: float = _assumed(
-        3, "times", "requests a second in the busy hours against the day's mean: 3 is all of them "
-        "within 8 hours, 1 is evenly day and night; within those hours they come at random"
+        3, "times", "the day's mean rate in the busy hours: 3 is all requests within 8 hours, 1 is "
+        "evenly day and night; within those hours they arrive at random"
     )  # fmt: skip
     target_utilisation: float = _assumed(
-        0.7, "share", "of an instance's measured throughput that is planned for; the rest keeps "
-        "queues short"
-    )  # fmt: skip
-    volume_gb: float = _assumed(20, "GB", "of disk that is paid for per instance: image and model")
+        0.7, "share", "of an instance's measured throughput in use; the rest keeps queues short"
+    )
+    volume_gb: float = _assumed(20, "GB", "of disk per instance, for image and model")
     async_utilisation: float = _assumed(
         0.9, "share", "the same for asynchronous endpoints, whose queue may be long"
     )
     async_cold_start_seconds: float = _assumed(
-        360, "seconds", "from an alarm on an empty endpoint to its first answer, paid for; 5 to 6 "
+        360, "seconds", "from an alarm on an empty endpoint to its first reply, paid for; 5 to 6 "
         "minutes were reported for large models, ours was not measured"
     )  # fmt: skip
     async_idle_tail_seconds: float = _assumed(
-        900, "seconds", "that an idle instance is still paid for before it is scaled in: a "
-        "target-tracking policy waits for 15 minutes of low readings"
+        900, "seconds", "of an idle instance paid for before it is removed: a target-tracking "
+        "policy waits for 15 minutes of low readings"
     )  # fmt: skip
-    serverless_memory_gb: float = _assumed(6, "GB", "of a serverless endpoint: the most there is")
+    serverless_memory_gb: float = _assumed(6, "GB", "of a serverless endpoint, the maximum")
     serverless_cold_start_seconds: float = _assumed(
-        30, "seconds", "added to a request that finds no warm instance; not paid for, not measured"
+        30, "seconds", "added to a request without a warm instance; not paid for, not measured"
     )
-    lambda_memory_gb: float = _assumed(10, "GB", "of a Lambda function: the most there is")
+    lambda_memory_gb: float = _assumed(10, "GB", "of a Lambda function, the maximum")
     lambda_cold_start_seconds: float = _assumed(
-        30, "seconds", "added to a call that finds no warm instance; paid for, not measured"
+        30, "seconds", "added to a request without a warm instance; paid for, not measured"
     )
     keep_warm_seconds: float = _assumed(
-        300, "seconds", "that serverless and Lambda keep an idle instance; AWS promises none"
+        300, "seconds", "that serverless and Lambda keep an idle instance; AWS guarantees none"
     )
     synchronous_limit_seconds: float = _assumed(
         60, "seconds", "after which a real-time or serverless invocation fails"
@@ -75,11 +74,11 @@ class Assumptions:
         return self.hours_per_month / 24
 
     def busy_rate(self, requests_per_day: float) -> float:
-        """Requests per second in the busy hours."""
+        """Return requests per second in the busy hours."""
         return requests_per_day / SECONDS_PER_DAY * self.peak_to_mean
 
     def with_values(self, changes: dict[str, float]) -> Assumptions:
-        """Some of them changed. Raises UserError for a name that is none of them."""
+        """Return the assumptions with some changed. Raises UserError for an unknown name."""
         known = {each.name for each in dataclasses.fields(self)}
         for name in changes:
             if name not in known:

@@ -1,14 +1,14 @@
-"""What pictures cost: arithmetic from measured speed and dated prices. No files, no network.
+"""The cost of images: arithmetic from measured speed and dated prices. No files, no network.
 
-What is neither measured nor a price is in `infra.cost.assumptions`. Rates are requests; a request
-draws several candidates and returns several pictures, and the cost is given for each of the three.
+Values that are neither measured nor prices are in `infra.cost.assumptions`. Rates are requests; a
+request samples several candidates and returns several images, and the cost is given for each.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dalle.errors import UserError
 from infra.cost.assumptions import Assumptions
@@ -18,9 +18,9 @@ SECONDS_PER_HOUR = 3600.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speed:
-    """What one instance was measured to do.
+    """The measured speed of one instance.
 
-    requests_per_second: answered under full load. seconds_per_request: alone, mean; None where one
+    requests_per_second: under full load. seconds_per_request: mean with one client; None where one
     client alone was not measured. gigabytes_per_request: in and out.
     """
 
@@ -37,7 +37,7 @@ class Speed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HourlyPrices:
-    """What an instance costs in USD: its hours, its disk, and the data that goes in and out."""
+    """An instance's prices in USD: its hours, its disk, and the data in and out."""
 
     usd_per_hour: float
     usd_per_volume_gb_month: float
@@ -57,34 +57,37 @@ class BusyCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Month:
-    """What a month costs at a number of requests a day.
+    """The cost of a month at a number of requests a day.
 
     usd: the sum of the other usd_ fields. mean_instances: paid for, averaged over the month;
     busy_instances: needed in the busy hours; both None where nothing is paid by the hour.
-    cold_share: of the requests, those that find nothing warm. added_seconds: what such a request
-    waits in addition.
+    cold_share: of the requests, those without a warm instance. added_seconds: their extra wait.
     """
 
     requests_per_day: float
-    usd: float
+    usd: float = field(init=False)
     usd_compute: float
-    usd_volume: float
-    usd_data: float
-    usd_requests: float
-    mean_instances: float | None
-    busy_instances: int | None
+    usd_volume: float = 0.0
+    usd_data: float = 0.0
+    usd_requests: float = 0.0
+    mean_instances: float | None = None
+    busy_instances: int | None = None
     cold_share: float
     added_seconds: float
 
+    def __post_init__(self) -> None:
+        total = self.usd_compute + self.usd_volume + self.usd_data + self.usd_requests
+        object.__setattr__(self, "usd", total)
+
 
 def busy(speed: Speed, usd_per_hour: float) -> BusyCost:
-    """Dollars per 1,000 requests, pictures and candidates, the instance never idle."""
+    """Return USD per 1,000 requests, images and candidates of an instance that is never idle."""
     usd = usd_per_hour / SECONDS_PER_HOUR / speed.requests_per_second * 1000
     return _per_thousand(speed, usd_per_hour, usd)
 
 
 def busy_by_the_second(speed: Speed, usd_per_gb_second: float, memory_gb: float) -> BusyCost:
-    """The same where seconds of memory are paid for; needs `seconds_per_request`."""
+    """Return the same for a price by memory and seconds; needs `seconds_per_request`."""
     usd = usd_per_gb_second * memory_gb * _alone(speed) * 1000
     usd_per_hour = usd_per_gb_second * memory_gb * SECONDS_PER_HOUR
     return _per_thousand(speed, usd_per_hour, usd)
@@ -102,29 +105,17 @@ def _per_thousand(speed: Speed, usd_per_hour: float, usd: float) -> BusyCost:
 
 def _alone(speed: Speed) -> float:
     if speed.seconds_per_request is None:
-        raise UserError(
-            "what is paid by the second needs a run with one client: benchmark --clients 1"
-        )
+        raise UserError("a price by the second needs a run with one client: benchmark --clients 1")
     return speed.seconds_per_request
 
 
-def instances_needed(
-    requests_per_second: float, *, capacity_per_second: float, utilisation: float
-) -> int:
-    """Instances for a rate, each loaded to a share of what it was measured to do; at least 1."""
-    return max(1, math.ceil(requests_per_second / (capacity_per_second * utilisation) - 1e-9))
-
-
 def always_on(
-    speed: Speed,
-    requests_per_day: float,
-    assumptions: Assumptions,
-    prices: HourlyPrices,
+    speed: Speed, requests_per_day: float, assumptions: Assumptions, prices: HourlyPrices
 ) -> Month:
-    """Never less than one instance; more of them follow the load through the busy hours.
+    """Return the cost of at least one instance; more of them follow the load in the busy hours.
 
-    That is what a real-time endpoint does whose policy tracks a target. Rounding up to whole
-    instances hour by hour is left out, so that costs have no steps.
+    So works a real-time endpoint with a target-tracking policy. Instances are not rounded up to
+    whole ones, so that costs have no steps.
     """
     rate = assumptions.busy_rate(requests_per_day)
     load = rate / (speed.requests_per_second * assumptions.target_utilisation)
@@ -133,16 +124,13 @@ def always_on(
 
 
 def scale_to_zero(
-    speed: Speed,
-    requests_per_day: float,
-    assumptions: Assumptions,
-    prices: HourlyPrices,
+    speed: Speed, requests_per_day: float, assumptions: Assumptions, prices: HourlyPrices
 ) -> Month:
-    """An asynchronous endpoint that has no instance while nothing is asked of it.
+    """Return the cost of an asynchronous endpoint that has no instance without requests.
 
     In the busy hours requests arrive at random (Poisson). An instance stays for its idle tail after
-    each answer; a request after that waits for a cold start, which is paid for too. Above one
-    instance's worth of work the fleet follows the load.
+    each reply; a request after that waits for a cold start, which is paid for too. Above the
+    capacity of one instance their number follows the load.
     """
     rate = assumptions.busy_rate(requests_per_day)
     work = 1 / speed.requests_per_second
@@ -166,12 +154,12 @@ def scale_to_zero(
 
 
 def cold_share(rate_per_second: float, *, warm_seconds: float, cold_start_seconds: float) -> float:
-    """The share of requests that find no instance, and so the share of time without one.
+    """Return the share of requests without an instance, which is also the share of time without.
 
-    Gaps between requests are exponential. After a warm request the instance is there for
+    Gaps between requests are exponential. After a warm request the instance stays for
     `warm_seconds`, after a cold one for the cold start in addition. With a, b the chances of a
-    longer gap, the share p of cold requests satisfies p = p b + (1 - p) a; and as random arrivals
-    see time averages, it is the share of time without an instance too.
+    longer gap, the share p of cold requests satisfies p = p b + (1 - p) a. As random arrivals see
+    time averages, p is also the share of time without an instance.
     """
     longer_than_warm = math.exp(-rate_per_second * warm_seconds)
     longer_than_cold = math.exp(-rate_per_second * (warm_seconds + cold_start_seconds))
@@ -194,11 +182,9 @@ def _by_the_hour(
     data = _gigabytes(speed, requests_per_day, assumptions) * prices.usd_per_data_gb
     return Month(
         requests_per_day=requests_per_day,
-        usd=compute + volume + data,
         usd_compute=compute,
         usd_volume=volume,
         usd_data=data,
-        usd_requests=0.0,
         mean_instances=instances,
         busy_instances=max(1, math.ceil(load - 1e-9)),
         cold_share=cold,
@@ -214,20 +200,15 @@ def serverless(
     usd_per_gb_second: float,
     usd_per_data_gb: float,
 ) -> Month:
-    """A serverless endpoint without provisioned concurrency: seconds of work, nothing idle."""
+    """Return the cost of a serverless endpoint without provisioned concurrency."""
     month = requests_per_day * assumptions.days_per_month
     memory = assumptions.serverless_memory_gb
     compute = month * _alone(speed) * memory * usd_per_gb_second
     data = _gigabytes(speed, requests_per_day, assumptions) * usd_per_data_gb
     return Month(
         requests_per_day=requests_per_day,
-        usd=compute + data,
         usd_compute=compute,
-        usd_volume=0.0,
         usd_data=data,
-        usd_requests=0.0,
-        mean_instances=None,
-        busy_instances=None,
         cold_share=_idle_share(speed, requests_per_day, assumptions),
         added_seconds=assumptions.serverless_cold_start_seconds,
     )
@@ -241,7 +222,7 @@ def lambda_function(
     usd_per_gb_second: float,
     usd_per_million_requests: float,
 ) -> Month:
-    """A Lambda function from a container image: seconds of work and of cold starts, and calls."""
+    """Return the cost of a Lambda function: seconds of work and of cold starts, and requests."""
     month = requests_per_day * assumptions.days_per_month
     cold = _idle_share(speed, requests_per_day, assumptions)
     seconds = _alone(speed) + cold * assumptions.lambda_cold_start_seconds
@@ -249,13 +230,8 @@ def lambda_function(
     requests = month * usd_per_million_requests / 1e6
     return Month(
         requests_per_day=requests_per_day,
-        usd=compute + requests,
         usd_compute=compute,
-        usd_volume=0.0,
-        usd_data=0.0,
         usd_requests=requests,
-        mean_instances=None,
-        busy_instances=None,
         cold_share=cold,
         added_seconds=assumptions.lambda_cold_start_seconds,
     )
@@ -278,9 +254,9 @@ def crossings(
     high: float = 1e6,
     points: int = 600,
 ) -> list[float]:
-    """Requests a day at which two monthly costs are equal, rising; found between low and high.
+    """Return the requests a day, between low and high, at which two monthly costs are equal.
 
-    Looked for between so many points, evenly spaced in the logarithm, then bisected. Costs that
+    Signs are compared at `points` points, evenly spaced in the logarithm, then bisected. Costs that
     jump past each other cross where they jump.
     """
     step = (math.log(high) - math.log(low)) / (points - 1)

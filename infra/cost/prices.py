@@ -1,16 +1,11 @@
-"""What AWS charges: a dated table with a source for every row, looked up and shown.
+"""AWS's prices: a dated table with a source for every row.
 
-    python -m infra prices show --type ml.g5.xlarge
-    python -m infra prices refresh --type ml.g5.xlarge --region eu-west-1 --out prices-2026-11.json
-
-A price that is not in the table is an error that says how to read it; none is ever guessed. The
-table is `prices.json` beside this file, or any file of its form. Knows nothing of what is measured.
+A price that is not in the table is an error that says how to read it; none is guessed. The table
+is `prices.json` beside this file, or any file of its form. Knows nothing of measurements.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
@@ -19,16 +14,14 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dalle.errors import PriceMissing, UserError
-from dalle.platform.disk import write_atomically
-from infra.aws.output import aligned
 
 DEFAULT_REGION = "us-east-1"
-HOURS_PER_MONTH = 730.0  # what AWS's own calculator takes
+HOURS_PER_MONTH = 730.0  # as in AWS's calculator
 
 Confidence = Literal["A", "B", "C", "low"]
 CONFIDENCE: dict[Confidence, str] = {
     "A": "read from the Pricing API by `prices refresh`",
-    "B": "a dated read by others, or a file of AWS's own",
+    "B": "dated, read by others, or from a file of AWS's",
     "C": "third-party tables, or inferred",
     "low": "doubtful",
 }
@@ -39,11 +32,11 @@ class _Row(BaseModel):
 
 
 class Price(_Row):
-    """One price and where it comes from.
+    """One price and its source.
 
-    item: an instance type, or `serverless`, `lambda`, `endpoint`. component: what is paid for of
-    it (Hosting, Training, compute, volume, ...). usd: per unit, above 0. date: as exactly as it is
-    known ("2026-09-28", "2026-09", "2026"); None where the source has none.
+    item: an instance type, or `serverless`, `lambda`, `endpoint`. component: the part of it that is
+    paid for (Hosting, Training, compute, volume, ...). usd: per unit, above 0. date: as precise as
+    the source ("2026-09-28", "2026-09", "2026"); None where the source has none.
     """
 
     item: str
@@ -63,7 +56,7 @@ class Price(_Row):
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What a table holds only once."""
+        """The key of the row, unique in a table."""
         return self.item, self.component, self.region
 
     def describe(self) -> str:
@@ -71,17 +64,17 @@ class Price(_Row):
         return f"{self.amount} USD per {self.unit} ({self.dated}, {self.confidence})"
 
     def describe_item(self) -> str:
-        """What it is, with the figure: `ml.m5.xlarge at 0.23 USD per hour (2026-09-28, B)`."""
+        """The item with the figure: `ml.m5.xlarge at 0.23 USD per hour (2026-09-28, B)`."""
         return f"{self.item} at {self.describe()}"
 
     @property
     def amount(self) -> str:
-        """The dollars in plain digits, none of them lost: `0.0000166667`."""
+        """The dollars in plain digits, all of them: `0.0000166667`."""
         return f"{self.usd:.10f}".rstrip("0").rstrip(".")
 
 
 class InstanceType(_Row):
-    """What a type of instance has. memory_gib: GiB of main memory; gpu: the model of its GPUs."""
+    """An instance type. memory_gib: GiB of main memory. gpu: the model of its GPUs."""
 
     vcpus: int = Field(ge=1)
     memory_gib: float = Field(gt=0)
@@ -90,7 +83,7 @@ class InstanceType(_Row):
 
 
 class NotOffered(_Row):
-    """Something that AWS does not sell, so that no refresh will find a price of it."""
+    """An item that AWS does not sell, so that no refresh finds a price of it."""
 
     item: str
     component: str
@@ -98,7 +91,7 @@ class NotOffered(_Row):
 
 
 class PriceTable(_Row):
-    """All prices that are known. gathered: the day on which the table was put together."""
+    """A price table. gathered: the day on which it was compiled."""
 
     about: str
     gathered: str = Field(pattern=r"^20\d\d-\d\d-\d\d$")
@@ -107,7 +100,7 @@ class PriceTable(_Row):
     prices: list[Price]
 
     def price(self, item: str, component: str, region: str = DEFAULT_REGION) -> Price:
-        """The one price of something. Raises PriceMissing that names it and how to read it."""
+        """Return one price. Raises PriceMissing, whose message says how to read it."""
         for each in self.prices:
             if each.key == (item, component, region):
                 return each
@@ -120,7 +113,7 @@ class PriceTable(_Row):
         ]
         elsewhere = f"; known of it: {', '.join(known)}" if known else ""
         raise PriceMissing(
-            f"no price is known for {what}{elsewhere}. Read it from AWS and use what was read: "
+            f"no price is known for {what}{elsewhere}. Read it from AWS and use the new table: "
             f"python -m infra prices refresh --type {item} --component {component} "
             f"--region {region} --out prices.json, then --prices prices.json",
             field=item,
@@ -129,11 +122,11 @@ class PriceTable(_Row):
     def hourly(
         self, instance_type: str, region: str = DEFAULT_REGION, component: str = "Hosting"
     ) -> Price:
-        """USD per hour of one instance. Raises PriceMissing."""
+        """Return USD per hour of one instance. Raises PriceMissing."""
         return self.price(instance_type, component, region)
 
     def instance_type(self, name: str) -> InstanceType:
-        """What a type has. Raises PriceMissing where the table does not say."""
+        """Return the description of a type. Raises PriceMissing where the table has none."""
         try:
             return self.instance_types[name]
         except KeyError:
@@ -147,16 +140,16 @@ class PriceTable(_Row):
     def with_rows(
         self, prices: Iterable[Price], instance_types: dict[str, InstanceType] | None = None
     ) -> PriceTable:
-        """A table in which newer rows stand in the places of older ones; the others stay."""
+        """Return a table in which these rows replace older ones of the same key."""
         rows = {each.key: each for each in (*self.prices, *prices)}
         types = self.instance_types | (instance_types or {})
         return self.model_copy(update={"prices": list(rows.values()), "instance_types": types})
 
 
 def load_prices(path: Path | None = None) -> PriceTable:
-    """The table in a file, or the one that comes with this package.
+    """Return the table in a file, or the one of this package.
 
-    Raises UserError that names the file and what is wrong in it.
+    Raises UserError that names the file and its fault.
     """
     place = path or resources.files("infra.cost") / "prices.json"
     try:
@@ -168,13 +161,8 @@ def load_prices(path: Path | None = None) -> PriceTable:
     keys = [each.key for each in table.prices]
     twice = sorted({" ".join(key) for key in keys if keys.count(key) > 1})
     if twice:
-        raise UserError(f"{path} has two prices each of {', '.join(twice)}; leave one of each")
+        raise UserError(f"{path} has two prices each of {', '.join(twice)}; keep one of each")
     return table
-
-
-def save_prices(table: PriceTable, path: Path) -> None:
-    """Write a table to a file that `load_prices` reads, at once or not at all."""
-    write_atomically(path, table.model_dump_json(indent=1, exclude_none=False) + "\n")
 
 
 def hourly(
@@ -184,94 +172,8 @@ def hourly(
     component: str = "Hosting",
     table: PriceTable | None = None,
 ) -> Price:
-    """USD per hour of one instance, from the table that comes with this package or another.
+    """Return USD per hour of one instance, from this package's table or another.
 
     component: Hosting, Training, BatchTransform or AsyncInference. Raises PriceMissing.
     """
     return (table or load_prices()).hourly(instance_type, region, component)
-
-
-# --- the command
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`prices`, `prices show` and `prices refresh`."""
-    from infra.cost import refresh as prices_refresh
-
-    parser.set_defaults(type=None, region=None, json=False, prices=None)  # `prices` is `show`
-    actions = parser.add_subparsers(dest="action", metavar="show | refresh")
-    show = actions.add_parser(
-        "show",
-        help="print prices with date, source and confidence",
-        description="Print prices with their dates, sources and confidence.",
-        epilog="example:\n  python -m infra prices show --type ml.m5.xlarge --type ml.g5.xlarge",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    show.add_argument("--type", action="append", metavar="ITEM", help="only this one; repeatable")
-    show.add_argument("--region", help="only this region")
-    show.add_argument("--json", action="store_true", help="print JSON")
-    add_table_argument(show)
-    refresh = actions.add_parser(
-        "refresh",
-        help="read prices from the AWS Pricing API into a file",
-        description="Read prices from the AWS Pricing API (needs the permission "
-        "pricing:GetProducts) and write the whole table, with what was read in the place of older "
-        "rows, to a file of your own.",
-        epilog="example:\n  python -m infra prices refresh --type ml.g5.xlarge "
-        "--region eu-west-1 --out prices.json\n  python -m infra compare --prices prices.json ...",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    prices_refresh.add_arguments(refresh)
-    add_table_argument(refresh)
-
-
-def add_table_argument(parser: argparse.ArgumentParser) -> None:
-    """`--prices FILE`."""
-    parser.add_argument(
-        "--prices", type=Path, metavar="FILE", help="a table of your own, as `refresh` wrote it"
-    )
-
-
-def run(options: argparse.Namespace) -> int:
-    """Do what `add_arguments` read. Raises UserError."""
-    if options.action == "refresh":
-        from infra.cost import refresh as prices_refresh
-
-        return prices_refresh.run(options)
-    table = load_prices(options.prices)
-    shown = [
-        each
-        for each in table.prices
-        if (not options.region or each.region == options.region)
-        and (not options.type or each.item in options.type)
-    ]
-    for item in options.type or ():
-        if item not in {each.item for each in shown}:
-            table.price(item, "Hosting", options.region or DEFAULT_REGION)
-    if options.json:
-        print(json.dumps([each.model_dump() for each in shown], indent=1))
-    else:
-        print(render_prices(shown))
-    return 0
-
-
-def render_prices(prices: Iterable[Price]) -> str:
-    """A table for the terminal; what an instance costs in a month of 730 hours stands beside it."""
-    head = (
-        "item",
-        "component",
-        "region",
-        "USD",
-        "per",
-        "USD/month",
-        "date",
-        "confidence",
-        "source",
-    )
-    lines = [head]
-    for each in prices:
-        month = f"{each.usd * HOURS_PER_MONTH:,.2f}" if each.unit == "hour" else ""
-        source = f"{each.source}; {each.note}" if each.note else each.source
-        figures = (each.amount, each.unit, month, each.dated, each.confidence, source)
-        lines.append((each.item, each.component, each.region, *figures))
-    return "\n".join(aligned(lines))

@@ -1,8 +1,8 @@
-"""How many instances an endpoint has: by the requests in progress, or by the queue down to none.
+"""Autoscaling: instances by the requests in progress, or by the queue down to none.
 
-An asynchronous endpoint goes to zero by its backlog for each instance. That number does not exist
-while there is no instance, so a second policy wakes the first one: an alarm on
-HasBacklogWithoutCapacity adds an instance as soon as anything waits.
+The number of instances of an asynchronous endpoint follows its backlog for each instance. That
+metric does not exist without an instance, so a second policy starts the first one: an alarm on
+HasBacklogWithoutCapacity adds an instance as soon as a request waits.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from typing import Any
 
 from infra.aws.limits import Deployment
 from infra.aws.project import Project
-from infra.aws.request import Call, placeholder
+from infra.aws.request import Request, placeholder
 
 DIMENSION = "sagemaker:variant:DesiredInstanceCount"
 SCALE_IN_SECONDS = 300
 SCALE_OUT_SECONDS = 60
 WAKE_COOLDOWN_SECONDS = 300
 BACKLOG_TARGET = 2.0
-"""Waiting requests for each instance that another one is started for."""
+"""Waiting requests for each instance, above which another one is started."""
 
 
-def resource(endpoint: str, variant: str) -> dict[str, str]:
-    """What the service calls the number of instances of one endpoint."""
+def scalable_target(endpoint: str, variant: str) -> dict[str, str]:
+    """Return the service's identifier of the number of instances of one endpoint."""
     return {
         "ServiceNamespace": "sagemaker",
         "ResourceId": f"endpoint/{endpoint}/variant/{variant}",
@@ -34,18 +34,18 @@ def alarm_name(endpoint: str) -> str:
     return f"{endpoint}-wake"
 
 
-def is_wanted(wanted: Deployment) -> bool:
-    """Whether the number of instances may move at all."""
-    return wanted.mode != "serverless" and wanted.max_instances > wanted.min_instances
+def is_wanted(deployment: Deployment) -> bool:
+    """Return whether the number of instances may change at all."""
+    return deployment.mode != "serverless" and deployment.max_instances > deployment.min_instances
 
 
-def scale(opened: Project, wanted: Deployment, variant: str) -> None:
-    """Give the endpoint the scaling it wants, or take it away; what is right already stays."""
-    aws, console = opened.aws, opened.console
-    where = resource(wanted.name, variant)
+def scale(project: Project, deployment: Deployment, variant: str) -> None:
+    """Create or remove the endpoint's scaling; leave unchanged what is right already."""
+    aws, output = project.aws, project.output
+    where = scalable_target(deployment.name, variant)
     targets = list(
         aws.items(
-            Call(
+            Request(
                 "application-autoscaling",
                 "DescribeScalableTargets",
                 {"ServiceNamespace": "sagemaker", "ResourceIds": [where["ResourceId"]]},
@@ -53,45 +53,45 @@ def scale(opened: Project, wanted: Deployment, variant: str) -> None:
             "ScalableTargets",
         )
     )
-    if not is_wanted(wanted):
+    if not is_wanted(deployment):
         if targets:
-            remove(opened, wanted.name, where)
-            console.item(f"scaling of {wanted.name}", "removed")
+            remove(project, deployment.name, where)
+            output.item(f"scaling of {deployment.name}", "removed")
         return
-    asked = Call(
+    request = Request(
         "application-autoscaling",
         "DescribeScalingPolicies",
         {"ServiceNamespace": "sagemaker", "ResourceId": where["ResourceId"]},
     )
-    there = {policy["PolicyName"]: policy for policy in aws.items(asked, "ScalingPolicies")}
-    bounds = {"MinCapacity": wanted.min_instances, "MaxCapacity": wanted.max_instances}
+    there = {policy["PolicyName"]: policy for policy in aws.items(request, "ScalingPolicies")}
+    bounds = {"MinCapacity": deployment.min_instances, "MaxCapacity": deployment.max_instances}
     same = bool(targets) and bounds.items() <= targets[0].items()
     if not same:
-        aws.call(Call("application-autoscaling", "RegisterScalableTarget", {**where, **bounds}))
-    for policy in policies(wanted, where):
+        aws.call(Request("application-autoscaling", "RegisterScalableTarget", {**where, **bounds}))
+    for policy in policies(deployment, where):
         name = policy.parameters["PolicyName"]
         found = there.get(name)
         if found is None or not _says(found, policy.parameters):
             same = False
             found = aws.call(policy, answer={"PolicyARN": placeholder(f"ARN of policy {name}")})
         if policy.parameters["PolicyType"] == "StepScaling":
-            same = _ensure_alarm(opened, wanted.name, found["PolicyARN"]) and same
-    words = f"{wanted.min_instances} to {wanted.max_instances} instances"
-    console.item(f"scaling of {wanted.name}", f"{words}, {'already there' if same else 'made'}")
+            same = _ensure_alarm(project, deployment.name, found["PolicyARN"]) and same
+    words = f"{deployment.min_instances} to {deployment.max_instances} instances"
+    output.item(f"scaling of {deployment.name}", f"{words}, {'already there' if same else 'made'}")
 
 
-def policies(wanted: Deployment, where: dict[str, str]) -> list[Call]:
-    """The requests for the policies of a real-time endpoint, or of an asynchronous one."""
-    if wanted.mode == "realtime":
-        return [_tracking(where, f"{wanted.name}-requests", _by_requests(wanted))]
+def policies(deployment: Deployment, where: dict[str, str]) -> list[Request]:
+    """Return the requests for the policies of a real-time or an asynchronous endpoint."""
+    if deployment.mode == "realtime":
+        return [_tracking(where, f"{deployment.name}-requests", _by_requests(deployment))]
     return [
-        _tracking(where, f"{wanted.name}-backlog", _by_backlog(wanted.name)),
-        Call(
+        _tracking(where, f"{deployment.name}-backlog", _by_backlog(deployment.name)),
+        Request(
             "application-autoscaling",
             "PutScalingPolicy",
             {
                 **where,
-                "PolicyName": alarm_name(wanted.name),
+                "PolicyName": alarm_name(deployment.name),
                 "PolicyType": "StepScaling",
                 "StepScalingPolicyConfiguration": {
                     "AdjustmentType": "ChangeInCapacity",
@@ -104,9 +104,9 @@ def policies(wanted: Deployment, where: dict[str, str]) -> list[Call]:
     ]
 
 
-def wake_alarm(endpoint: str, policy_arn: str, tags: list[dict[str, str]]) -> Call:
-    """The alarm that starts the first instance: one minute with a backlog and nobody to do it."""
-    return Call(
+def wake_alarm(endpoint: str, policy_arn: str, tags: list[dict[str, str]]) -> Request:
+    """Return the alarm that starts the first instance: one minute of backlog without capacity."""
+    return Request(
         "cloudwatch",
         "PutMetricAlarm",
         {
@@ -127,24 +127,24 @@ def wake_alarm(endpoint: str, policy_arn: str, tags: list[dict[str, str]]) -> Ca
     )
 
 
-def _ensure_alarm(opened: Project, endpoint: str, policy_arn: str) -> bool:
-    """True when the alarm was there already, for this policy."""
-    asked = Call("cloudwatch", "DescribeAlarms", {"AlarmNames": [alarm_name(endpoint)]})
-    there = list(opened.aws.items(asked, "MetricAlarms"))
+def _ensure_alarm(project: Project, endpoint: str, policy_arn: str) -> bool:
+    """Create the alarm unless it exists for this policy; return whether it existed."""
+    request = Request("cloudwatch", "DescribeAlarms", {"AlarmNames": [alarm_name(endpoint)]})
+    there = list(project.aws.items(request, "MetricAlarms"))
     if there and there[0].get("AlarmActions") == [policy_arn]:
         return True
-    opened.aws.call(wake_alarm(endpoint, policy_arn, opened.tags))
+    project.aws.call(wake_alarm(endpoint, policy_arn, project.tags))
     return False
 
 
-def remove(opened: Project, endpoint: str, where: dict[str, str]) -> None:
-    """Take the scaling away; its policies go with it, the alarm does not."""
-    opened.aws.find(Call("application-autoscaling", "DeregisterScalableTarget", where))
-    opened.aws.call(Call("cloudwatch", "DeleteAlarms", {"AlarmNames": [alarm_name(endpoint)]}))
+def remove(project: Project, endpoint: str, where: dict[str, str]) -> None:
+    """Remove the scalable target, and with it its policies; and remove the alarm."""
+    project.aws.find(Request("application-autoscaling", "DeregisterScalableTarget", where))
+    project.aws.call(Request("cloudwatch", "DeleteAlarms", {"AlarmNames": [alarm_name(endpoint)]}))
 
 
-def _tracking(where: dict[str, str], name: str, configuration: dict[str, Any]) -> Call:
-    return Call(
+def _tracking(where: dict[str, str], name: str, configuration: dict[str, Any]) -> Request:
+    return Request(
         "application-autoscaling",
         "PutScalingPolicy",
         {
@@ -160,11 +160,11 @@ def _tracking(where: dict[str, str], name: str, configuration: dict[str, Any]) -
     )
 
 
-def _by_requests(wanted: Deployment) -> dict[str, Any]:
-    # Requests in progress, not those that arrive: one drawing can fill an instance for a minute.
+def _by_requests(deployment: Deployment) -> dict[str, Any]:
+    # Requests in progress, not arriving: one request can keep an instance busy for a minute.
     metric = "SageMakerVariantConcurrentRequestsPerModelHighResolution"
     return {
-        "TargetValue": float(wanted.concurrent_per_instance),
+        "TargetValue": float(deployment.concurrent_per_instance),
         "PredefinedMetricSpecification": {"PredefinedMetricType": metric},
     }
 
@@ -181,8 +181,8 @@ def _by_backlog(endpoint: str) -> dict[str, Any]:
     }
 
 
-def _says(there: dict[str, Any], wanted: Any) -> bool:
-    """Whether a policy is as wanted; the service adds fields of its own."""
-    if isinstance(wanted, dict):
-        return all(key in there and _says(there[key], value) for key, value in wanted.items())
-    return bool(there == wanted)
+def _says(there: dict[str, Any], deployment: Any) -> bool:
+    """Return whether a policy has the wanted values; the service adds further fields."""
+    if isinstance(deployment, dict):
+        return all(key in there and _says(there[key], value) for key, value in deployment.items())
+    return bool(there == deployment)

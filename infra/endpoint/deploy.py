@@ -2,11 +2,11 @@
 
     realtime     instances that are always on, scaled by the requests in progress
     async        requests wait in a queue; no instance while there are none
-    serverless   CPU alone, paid by the second of work
-    batch        a file of captions in, pictures out, and nothing left running
+    serverless   CPU only, paid by the second of work
+    batch        a file of captions in, images out, and nothing left running
 
-Model and endpoint configuration are named by a digest of what they say, so that a second run finds
-them, and a changed option or a newly pushed image makes new ones and updates the endpoint.
+Model and endpoint configuration are named by a digest of their content. So a second run finds them,
+and a changed option or a newly pushed image creates new ones and updates the endpoint.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ import argparse
 from typing import Any
 
 from dalle.errors import AwsError, UserError
-from infra.aws import project
 from infra.aws.limits import Deployment, check_deployment
-from infra.aws.project import Outputs, Project
-from infra.aws.request import Call, digest, placeholder
+from infra.aws.project import Project, StackOutputs, add_project_arguments, open_project
+from infra.aws.request import Request, describe, digest, placeholder
 from infra.endpoint import autoscaling, batch
 from infra.endpoint import options as endpoint_options
-from infra.endpoint.standing_cost import expected
+from infra.endpoint.idle_cost import expected_idle_cost
 
 VARIANT = "main"
 POLL_SECONDS = 15.0
@@ -29,61 +28,58 @@ POLL_SECONDS = 15.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     endpoint_options.add_arguments(parser)
-    project.add_arguments(parser)
+    add_project_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     endpoint_options.check_given(options)
-    opened = project.open_project(options)
-    outputs = opened.outputs()
-    image = opened.image(outputs.repository, options.tag)
-    model_data = options.model or newest_model(opened)
-    wanted = endpoint_options.read(options, opened.name, image, model_data)
-    check_deployment(wanted)
-    model = model_call(wanted, outputs, opened.tags)
+    project = open_project(options)
+    outputs = project.stack_outputs()
+    image = project.image(outputs.repository, options.tag)
+    model_data = options.model or newest_model(project)
+    deployment = endpoint_options.read(options, project.name, image, model_data)
+    check_deployment(deployment)
+    model = model_request(deployment, outputs, project.tags)
     model_name = model.parameters["ModelName"]
-    if wanted.mode == "batch":
-        work = batch.plan(wanted, model_name, outputs.bucket, options.captions, opened.tags)
-        opened.aws.check(work.job)
-        opened.ensure(f"model {model_name}", _look("Model", model_name), model)
-        return batch.run(opened, work, options.out)
-    config = config_call(wanted, model_name, outputs, opened.tags)
+    if deployment.mode == "batch":
+        job = batch.plan(deployment, model_name, outputs.bucket, options.captions, project.tags)
+        project.aws.check(job.request)
+        project.ensure(f"model {model_name}", describe("Model", model_name), model)
+        return batch.run(project, job, options.out)
+    config = config_request(deployment, model_name, outputs, project.tags)
     config_name = config.parameters["EndpointConfigName"]
-    # The whole plan is looked at before its first part is made.
-    opened.aws.check(config)
-    opened.ensure(f"model {model_name}", _look("Model", model_name), model)
-    opened.ensure(f"configuration {config_name}", _look("EndpointConfig", config_name), config)
-    state = put_endpoint(opened, wanted.name, config_name, wait=options.wait)
-    if options.wait or opened.aws.dry_run:
-        autoscaling.scale(opened, wanted, VARIANT)
-    elif autoscaling.is_wanted(wanted):
-        opened.console.say("run the same command again once it is in service, for its scaling")
-    if not opened.aws.dry_run:
-        opened.console.item("costs", expected(wanted, opened.aws.region))
-    opened.console.say(f"\ndraw: python -m infra invoke 'a caption'{_suffix(options, wanted)}")
-    return opened.console.finish(
-        endpoint=wanted.name,
-        mode=wanted.mode,
+    # The whole plan is checked before its first part is created.
+    project.aws.check(config)
+    project.ensure(f"model {model_name}", describe("Model", model_name), model)
+    project.ensure(f"configuration {config_name}", describe("EndpointConfig", config_name), config)
+    state = put_endpoint(project, deployment.name, config_name, wait=options.wait)
+    if options.wait or project.aws.dry_run:
+        autoscaling.scale(project, deployment, VARIANT)
+    elif autoscaling.is_wanted(deployment):
+        project.output.line("run the same command again once it is in service, to scale it")
+    if not project.aws.dry_run:
+        project.output.item("costs", expected_idle_cost(deployment, project.aws.region))
+    suffix = f" --endpoint {deployment.name}" if options.name else ""
+    project.output.line(f"\ntry it: python -m infra invoke 'a caption'{suffix}")
+    return project.output.finish(
+        endpoint=deployment.name,
+        mode=deployment.mode,
         state=state,
         model=model_name,
         configuration=config_name,
-        model_data=wanted.model_data,
-        image=wanted.image_uri,
+        model_data=deployment.model_data,
+        image=deployment.image_uri,
     )
 
 
-def _suffix(options: argparse.Namespace, wanted: Deployment) -> str:
-    return f" --endpoint {wanted.name}" if options.name else ""
-
-
-def newest_model(opened: Project) -> str:
-    """The model.tar.gz of the training job that finished last. Raises UserError without one."""
-    jobs = opened.aws.items(
-        Call(
+def newest_model(project: Project) -> str:
+    """Return the model.tar.gz of the newest completed training job. Raises UserError."""
+    jobs = project.aws.items(
+        Request(
             "sagemaker",
             "ListTrainingJobs",
             {
-                "NameContains": f"{opened.name}-",
+                "NameContains": f"{project.name}-",
                 "StatusEquals": "Completed",
                 "SortBy": "CreationTime",
                 "SortOrder": "Descending",
@@ -93,135 +89,134 @@ def newest_model(opened: Project) -> str:
         answer=[{"TrainingJobName": placeholder("newest completed training job")}],
     )
     for job in jobs:
-        described = opened.aws.call(
-            Call("sagemaker", "DescribeTrainingJob", {"TrainingJobName": job["TrainingJobName"]}),
+        described = project.aws.call(
+            describe("TrainingJob", job["TrainingJobName"]),
             answer={"ModelArtifacts": {"S3ModelArtifacts": "s3://<Bucket>/<model>.tar.gz"}},
         )
-        if opened.aws.dry_run or opened.owns(described["TrainingJobArn"]):
+        if project.aws.dry_run or project.owns(described["TrainingJobArn"]):
             return str(described["ModelArtifacts"]["S3ModelArtifacts"])
     raise UserError(
-        f"project {opened.name} has no completed training job; run `python -m infra train` "
+        f"project {project.name} has no completed training job; run `python -m infra train` "
         "first, or name a model by --model s3://…/model.tar.gz"
     )
 
 
-def model_call(wanted: Deployment, outputs: Outputs, tags: list[dict[str, str]]) -> Call:
-    """The request that makes the model: image, weights, environment, role."""
+def model_request(
+    deployment: Deployment, outputs: StackOutputs, tags: list[dict[str, str]]
+) -> Request:
+    """Return the request that creates the model: image, weights, environment, role."""
     request: dict[str, Any] = {
         "PrimaryContainer": {
-            "Image": wanted.image_uri,
-            "ModelDataUrl": wanted.model_data,
-            "Environment": dict(wanted.environment or {}),
+            "Image": deployment.image_uri,
+            "ModelDataUrl": deployment.model_data,
+            "Environment": dict(deployment.environment or {}),
         },
         "ExecutionRoleArn": outputs.role_arn,
     }
-    if wanted.isolate:
+    if deployment.isolate:
         request["EnableNetworkIsolation"] = True
-    name = f"{wanted.name}-{digest(request)}"
-    return Call("sagemaker", "CreateModel", {"ModelName": name, **request, "Tags": tags})
+    name = f"{deployment.name}-{digest(request)}"
+    return Request("sagemaker", "CreateModel", {"ModelName": name, **request, "Tags": tags})
 
 
-def config_call(
-    wanted: Deployment, model_name: str, outputs: Outputs, tags: list[dict[str, str]]
-) -> Call:
-    """The request that makes the endpoint configuration. Data capture is off: there is no word of
-    it."""
-    request: dict[str, Any] = {"ProductionVariants": [variant(wanted, model_name)]}
-    if wanted.mode == "async":
-        folder = f"s3://{outputs.bucket}/async/{wanted.name}"
+def config_request(
+    deployment: Deployment, model_name: str, outputs: StackOutputs, tags: list[dict[str, str]]
+) -> Request:
+    """Return the request that creates the endpoint configuration, without data capture."""
+    request: dict[str, Any] = {"ProductionVariants": [variant(deployment, model_name)]}
+    if deployment.mode == "async":
+        folder = f"s3://{outputs.bucket}/async/{deployment.name}"
         request["AsyncInferenceConfig"] = {
-            "ClientConfig": {"MaxConcurrentInvocationsPerInstance": wanted.concurrent_per_instance},
+            "ClientConfig": {
+                "MaxConcurrentInvocationsPerInstance": deployment.concurrent_per_instance
+            },
             "OutputConfig": {
                 "S3OutputPath": f"{folder}/replies/",
                 "S3FailurePath": f"{folder}/failures/",
             },
         }
-    name = f"{wanted.name}-{digest(request)}"
-    return Call(
+    name = f"{deployment.name}-{digest(request)}"
+    return Request(
         "sagemaker", "CreateEndpointConfig", {"EndpointConfigName": name, **request, "Tags": tags}
     )
 
 
-def variant(wanted: Deployment, model_name: str) -> dict[str, Any]:
-    """The one production variant: instances of a type, or a serverless share."""
+def variant(deployment: Deployment, model_name: str) -> dict[str, Any]:
+    """Return the one production variant: instances of a type, or a serverless configuration."""
     found: dict[str, Any] = {"VariantName": VARIANT, "ModelName": model_name}
-    if wanted.mode == "serverless":
+    if deployment.mode == "serverless":
         serverless = {
-            "MemorySizeInMB": wanted.memory_mb,
-            "MaxConcurrency": wanted.max_concurrency,
-            "ProvisionedConcurrency": wanted.provisioned_concurrency,
+            "MemorySizeInMB": deployment.memory_mb,
+            "MaxConcurrency": deployment.max_concurrency,
+            "ProvisionedConcurrency": deployment.provisioned_concurrency,
         }
         given = {key: value for key, value in serverless.items() if value is not None}
         return {**found, "ServerlessConfig": given}
     found |= {
-        "InstanceType": wanted.instance_type,
-        # One at least, even where none may remain: scaling takes it away when nobody asks.
-        "InitialInstanceCount": max(1, wanted.min_instances),
+        "InstanceType": deployment.instance_type,
+        # One at least, even with a minimum of 0: the scaling removes it without requests.
+        "InitialInstanceCount": max(1, deployment.min_instances),
         "InitialVariantWeight": 1.0,
-        "ModelDataDownloadTimeoutInSeconds": wanted.download_seconds,
-        "ContainerStartupHealthCheckTimeoutInSeconds": wanted.startup_seconds,
+        "ModelDataDownloadTimeoutInSeconds": deployment.download_seconds,
+        "ContainerStartupHealthCheckTimeoutInSeconds": deployment.startup_seconds,
     }
-    if wanted.mode == "realtime":
-        # Drawings take long and differ in length: the next goes where fewest are in progress.
+    if deployment.mode == "realtime":
+        # Requests are long and differ in length: the next goes where the fewest are in progress.
         found["RoutingConfig"] = {"RoutingStrategy": "LEAST_OUTSTANDING_REQUESTS"}
-    if wanted.volume_gb is not None:
-        found["VolumeSizeInGB"] = wanted.volume_gb
-    if wanted.ami is not None:
-        found["InferenceAmiVersion"] = wanted.ami
+    if deployment.volume_gb is not None:
+        found["VolumeSizeInGB"] = deployment.volume_gb
+    if deployment.ami is not None:
+        found["InferenceAmiVersion"] = deployment.ami
     return found
 
 
-def put_endpoint(opened: Project, name: str, config_name: str, *, wait: bool) -> str:
-    """Make the endpoint, or change its configuration; returns what became of it.
+def put_endpoint(project: Project, name: str, config_name: str, *, wait: bool) -> str:
+    """Create the endpoint, or change its configuration; return `made`, `updated`, `already there`.
 
     Raises AwsError with the platform's reason when it does not come into service.
     """
-    console = opened.console
-    call = _look("Endpoint", name)
+    output = project.output
+    request = describe("Endpoint", name)
     target = {"EndpointName": name, "EndpointConfigName": config_name}
-    found = opened.aws.find(call)
+    found = project.aws.find(request)
     if found is not None and found["EndpointStatus"] not in ("InService", "Failed"):
-        console.item(f"endpoint {name}", f"is {found['EndpointStatus']}; waiting")
-        found = opened.aws.wait(call, _rests, every_seconds=POLL_SECONDS)
+        output.item(f"endpoint {name}", f"is {found['EndpointStatus']}; waiting")
+        found = project.aws.wait(request, _rests, every_seconds=POLL_SECONDS)
     if found is not None and found["EndpointStatus"] == "Failed":
-        # It can only be deleted; a new one takes its name.
-        console.item(f"endpoint {name}", "had failed; deleted")
-        opened.aws.call(Call("sagemaker", "DeleteEndpoint", {"EndpointName": name}))
-        opened.aws.until(
+        # A failed endpoint can only be deleted; a new one takes its name.
+        output.item(f"endpoint {name}", "had failed; deleted")
+        project.aws.call(Request("sagemaker", "DeleteEndpoint", {"EndpointName": name}))
+        project.aws.until(
             f"the end of endpoint {name}",
-            lambda: opened.aws.find(call) is None,
+            lambda: project.aws.find(request) is None,
             every_seconds=POLL_SECONDS,
         )
         found = None
     if found is None:
         state = "made"
-        opened.aws.call(Call("sagemaker", "CreateEndpoint", {**target, "Tags": opened.tags}))
+        project.aws.call(Request("sagemaker", "CreateEndpoint", {**target, "Tags": project.tags}))
     elif found["EndpointConfigName"] == config_name:
         state = "already there"
     else:
         state = "updated"
-        opened.aws.call(Call("sagemaker", "UpdateEndpoint", target))
+        project.aws.call(Request("sagemaker", "UpdateEndpoint", target))
     if not wait:
-        console.item(f"endpoint {name}", f"{state}; not waited for")
+        output.item(f"endpoint {name}", f"{state}; not waited for")
         return state
-    ready = opened.aws.wait(call, _rests, every_seconds=POLL_SECONDS)
-    if not opened.aws.dry_run and ready["EndpointStatus"] != "InService":
+    ready = project.aws.wait(request, _rests, every_seconds=POLL_SECONDS)
+    if not project.aws.dry_run and ready["EndpointStatus"] != "InService":
         raise AwsError(
             f"endpoint {name} is {ready['EndpointStatus']}: "
             f"{ready.get('FailureReason', 'no reason given')}; its log: python -m infra logs {name}"
         )
-    if not opened.aws.dry_run and ready["EndpointConfigName"] != config_name:
+    if not project.aws.dry_run and ready["EndpointConfigName"] != config_name:
         raise AwsError(
             f"endpoint {name} went back to configuration {ready['EndpointConfigName']}: "
             f"{ready.get('FailureReason', 'no reason given')}; its log: python -m infra logs {name}"
         )
-    console.item(f"endpoint {name}", f"{state}, in service")
+    output.item(f"endpoint {name}", f"{state}, in service")
     return state
 
 
 def _rests(answer: dict[str, Any]) -> bool:
     return not answer["EndpointStatus"].endswith("ing")
-
-
-def _look(kind: str, name: str) -> Call:
-    return Call("sagemaker", f"Describe{kind}", {f"{kind}Name": name})

@@ -1,7 +1,7 @@
-"""`invoke`: a caption to an endpoint, and its pictures as files.
+"""`invoke`: a caption to an endpoint, and the images as files.
 
-The request is checked here before it is sent. Which way it goes is read off the endpoint: straight
-away, bit by bit with --stream, or through S3 to an asynchronous one.
+The request is checked here before it is sent. The endpoint's configuration decides how it is sent:
+as one request, as a stream with --stream, or through S3 to an asynchronous endpoint.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from dalle.errors import AwsError, PlanError, UserError
 from inference.api.parsing import parse_request
 from inference.api.replies import CandidateLine, RankingLine
 from inference.api.schema import GenerateRequest, Limits
-from infra.aws import project
 from infra.aws.client import Aws
 from infra.aws.limits import Mode, check_payload
-from infra.aws.output import Console
-from infra.aws.project import Outputs, Project
-from infra.aws.request import Call, digest, placeholder
+from infra.aws.output import Output
+from infra.aws.project import Project, StackOutputs, add_project_arguments, open_project, split_uri
+from infra.aws.request import Request, describe, digest, placeholder
 from infra.endpoint import results
 from infra.endpoint.options import endpoint_name
 
@@ -47,24 +46,26 @@ FIELDS = (
     "prime_rows",
     "deadline_seconds",
 )
-# The endpoint has limits of its own, which only it knows; these let everything else be checked.
+# Checks everything but the endpoint's limits, which are not known here.
 NO_LIMITS = Limits(max_candidates=1 << 30, max_images=1 << 30, max_request_bytes=1 << 40)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("caption", help="what the pictures should show")
-    parser.add_argument("--endpoint", metavar="NAME", help="default: the project's own")
+    parser.add_argument("caption", help="what the images should show")
+    parser.add_argument("--endpoint", metavar="NAME", help="default: named as the project")
     parser.add_argument(
         "--out", type=Path, default=Path("out/invoke"), help="folder for the files; out/invoke"
     )
     parser.add_argument(
-        "--stream", action="store_true", help="write candidates as they are finished (realtime)"
+        "--stream", action="store_true", help="write each candidate when it is finished (realtime)"
     )
     parser.add_argument(
         "--timeout", type=float, default=1800.0, help="seconds to wait for an async reply; 1800"
     )
     parser.add_argument(
-        "--local", action="store_true", help="call the one of `python -m infra.local endpoint`"
+        "--local",
+        action="store_true",
+        help="send it to `python -m infra.local endpoint` on this machine",
     )
     parser.add_argument(
         "--port", type=int, default=LOCAL_PORT, help=f"with --local; default: {LOCAL_PORT}"
@@ -72,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fields = parser.add_argument_group("fields of the request (inference/REFERENCE.md)")
     fields.add_argument("--num-candidates", type=int)
     fields.add_argument("--num-images", type=int)
-    fields.add_argument("--seed", type=int, help="the same seed draws the same pictures")
+    fields.add_argument("--seed", type=int, help="the same seed gives the same images")
     fields.add_argument("--temperature", type=float)
     fields.add_argument("--top-k", type=int)
     fields.add_argument("--top-p", type=float)
@@ -81,38 +82,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fields.add_argument("--prime-image", type=Path, metavar="FILE")
     fields.add_argument("--prime-rows", type=int)
     fields.add_argument("--deadline-seconds", type=float)
-    project.add_arguments(parser)
+    add_project_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     body = request_body(options)
     if options.local:
-        console = Console(as_json=options.json, dry_run=options.dry_run)
-        local = Aws(console, local_url=f"http://127.0.0.1:{options.port}")
-        opened = Project(options.project, local)
+        output = Output(as_json=options.json, dry_run=options.dry_run)
+        local = Aws(output, local_url=f"http://127.0.0.1:{options.port}")
+        project = Project(options.project, local)
     else:
-        opened = project.open_project(options)
-    name = endpoint_name(opened.name, options.endpoint)
-    mode = "realtime" if options.local else endpoint_mode(opened, name)
+        project = open_project(options)
+    name = endpoint_name(project.name, options.endpoint)
+    mode = "realtime" if options.local else endpoint_mode(project, name)
     check_payload(mode, len(body))
     if options.stream:
         if mode in ("async", "serverless"):
             raise PlanError(f"endpoint {name} is {mode}, and only a realtime one can stream")
-        return stream(opened, name, body, options.out)
+        return invoke_stream(project, name, body, options.out)
     if mode == "async":
-        reply = ask_later(opened, opened.outputs(), name, body, options.timeout)
+        reply = invoke_async(project, project.stack_outputs(), name, body, options.timeout)
     else:
-        reply = ask_now(opened, name, body)
-    if opened.aws.dry_run:
-        return opened.console.finish()
+        reply = invoke_sync(project, name, body)
+    if project.aws.dry_run:
+        return project.output.finish()
     read = results.read_reply(reply)
-    pictures = results.save_pictures(read, options.out, options.format or "png")
-    results.show(opened.console, pictures)
-    opened.console.say(
+    images = results.save_images(read, options.out, options.format or "png")
+    results.show(project.output, images)
+    project.output.line(
         f"seed {read.seed}, {read.completed_candidates} of {read.num_candidates} candidates, "
         f"ranked by {read.ranked_by}"
     )
-    return opened.console.finish(
+    return project.output.finish(
         endpoint=name,
         mode=mode,
         seed=read.seed,
@@ -120,12 +121,12 @@ def run(options: argparse.Namespace) -> int:
         completed_candidates=read.completed_candidates,
         ranked_by=read.ranked_by,
         timings=read.timings.model_dump(),
-        images=[picture.as_json() for picture in pictures],
+        images=[image.as_json() for image in images],
     )
 
 
 def request_body(options: argparse.Namespace) -> bytes:
-    """The request as JSON. Raises UserError that names what is wrong, before anything is sent."""
+    """Return the request as JSON. Raises UserError for an invalid field, before it is sent."""
     fields: dict[str, Any] = {"caption": options.caption}
     fields |= {name: value for name in FIELDS if (value := getattr(options, name)) is not None}
     if options.prime_image is not None:
@@ -139,61 +140,59 @@ def request_body(options: argparse.Namespace) -> bytes:
     return body
 
 
-def endpoint_mode(opened: Project, name: str) -> Mode:
-    """How an endpoint is to be asked. Raises UserError when there is none of that name."""
-    found = opened.aws.find(
-        Call("sagemaker", "DescribeEndpoint", {"EndpointName": name}),
+def endpoint_mode(project: Project, name: str) -> Mode:
+    """Return an endpoint's mode. Raises UserError when there is none of that name."""
+    found = project.aws.find(
+        describe("Endpoint", name),
         answer={"EndpointConfigName": placeholder(f"configuration of {name}")},
     )
     if found is None:
         raise UserError(
-            f"there is no endpoint {name}; `python -m infra status` shows those there are, and "
-            "`python -m infra deploy` makes one"
+            f"there is no endpoint {name}; `python -m infra status` lists them, and "
+            "`python -m infra deploy` creates one"
         )
-    config = opened.aws.call(
-        Call(
-            "sagemaker",
-            "DescribeEndpointConfig",
-            {"EndpointConfigName": found["EndpointConfigName"]},
-        ),
+    config = project.aws.call(
+        describe("EndpointConfig", found["EndpointConfigName"]),
         answer={"ProductionVariants": [{}]},
     )
     return mode_of(config)
 
 
 def mode_of(config: dict[str, Any]) -> Mode:
-    """How an endpoint of this configuration works."""
+    """Return the mode of an endpoint with this configuration."""
     if config.get("AsyncInferenceConfig"):
         return "async"
     return "serverless" if config["ProductionVariants"][0].get("ServerlessConfig") else "realtime"
 
 
-def ask_now(opened: Project, name: str, body: bytes) -> bytes:
-    """The reply of a real-time or serverless endpoint, which has 60 s for it."""
-    call = Call(
+def invoke_sync(project: Project, name: str, body: bytes) -> bytes:
+    """Return the reply of a real-time or serverless endpoint, which has 60 s for it."""
+    request = Request(
         "sagemaker-runtime",
         "InvokeEndpoint",
         {"EndpointName": name, "ContentType": JSON, "Accept": JSON, "Body": body},
     )
-    answer = opened.aws.call(call, answer={"Body": []})
-    return b"".join(opened.aws.chunks(answer["Body"], call))
+    answer = project.aws.call(request, answer={"Body": []})
+    return b"".join(project.aws.chunks(answer["Body"], request))
 
 
-def ask_later(opened: Project, outputs: Outputs, name: str, body: bytes, timeout: float) -> bytes:
-    """The reply of an asynchronous endpoint: request and reply travel through the bucket.
+def invoke_async(
+    project: Project, outputs: StackOutputs, name: str, body: bytes, timeout: float
+) -> bytes:
+    """Return the reply of an asynchronous endpoint: request and reply pass through the bucket.
 
-    Raises AwsError with what the endpoint wrote about its failure, and when nothing came in time.
+    Raises AwsError with the endpoint's error message, and when no reply came in time.
     """
     key = f"async/{name}/requests/{digest(body.decode())}.json"
-    opened.aws.call(
-        Call(
+    project.aws.call(
+        Request(
             "s3",
             "PutObject",
             {"Bucket": outputs.bucket, "Key": key, "Body": body, "ContentType": JSON},
         )
     )
-    answer = opened.aws.call(
-        Call(
+    answer = project.aws.call(
+        Request(
             "sagemaker-runtime",
             "InvokeEndpointAsync",
             {
@@ -204,56 +203,56 @@ def ask_later(opened: Project, outputs: Outputs, name: str, body: bytes, timeout
             },
         )
     )
-    if opened.aws.dry_run:
+    if project.aws.dry_run:
         return b""
-    opened.console.say(
-        f"endpoint {name} has the request; a first one wakes an instance, which takes minutes"
+    project.output.line(
+        f"endpoint {name} has the request; without an instance it starts one, which takes minutes"
     )
     reply, failure = answer["OutputLocation"], answer.get("FailureLocation")
     ends = time.monotonic() + timeout
     while True:
-        content = opened.aws.read(*project.split_uri(reply))
+        content = project.aws.read(*split_uri(reply))
         if content is not None:
             return content
-        content = opened.aws.read(*project.split_uri(failure)) if failure else None
+        content = project.aws.read(*split_uri(failure)) if failure else None
         if content is not None:
             message = results.error_message(content) or content.decode("utf-8", "replace")[:500]
             raise AwsError(f"endpoint {name} could not answer: {message}")
         if time.monotonic() > ends:
             raise AwsError(
                 f"no reply within {timeout:.0f} s; it will be at {reply} when it comes, and "
-                f"`python -m infra logs {name}` shows what the endpoint does"
+                f"`python -m infra logs {name}` shows the endpoint's log"
             )
-        opened.aws.pause(POLL_SECONDS)
+        project.aws.pause(POLL_SECONDS)
 
 
-def stream(opened: Project, name: str, body: bytes, out: Path) -> int:
-    """Write every candidate when it arrives, then show the ranking."""
-    call = Call(
+def invoke_stream(project: Project, name: str, body: bytes, out: Path) -> int:
+    """Write every candidate when it arrives, then print the ranking; return the exit code."""
+    request = Request(
         "sagemaker-runtime",
         "InvokeEndpointWithResponseStream",
         {"EndpointName": name, "ContentType": JSON, "Accept": JSON_LINES, "Body": body},
     )
-    answer = opened.aws.call(call, answer={"Body": []}, read_seconds=STREAM_SECONDS)
-    if opened.aws.dry_run:
-        return opened.console.finish()
-    request = GenerateRequest.model_validate_json(body)
+    answer = project.aws.call(request, answer={"Body": []}, read_seconds=STREAM_SECONDS)
+    if project.aws.dry_run:
+        return project.output.finish()
+    fields = GenerateRequest.model_validate_json(body)
     files: dict[int, Path] = {}
     ranking: RankingLine | None = None
-    for line in lines(opened.aws.chunks(answer["Body"], call)):
+    for line in lines(project.aws.chunks(answer["Body"], request)):
         event = read_line(line)
         if isinstance(event, CandidateLine):
-            path = out / f"candidate-{event.candidate}.{request.format}"
+            path = out / f"candidate-{event.candidate}.{fields.format}"
             state = results.write(path, results.decode(event.image))
             files[event.candidate] = path
-            opened.console.item(str(path), state)
+            project.output.item(str(path), state)
         elif isinstance(event, RankingLine):
             ranking = event
     if ranking is None:
         raise AwsError(f"the stream of endpoint {name} ended without a ranking")
-    best = ranking.ranking[: request.num_images]
-    results.show_ranking(opened.console, best, files)
-    return opened.console.finish(
+    best = ranking.ranking[: fields.num_images]
+    results.show_ranking(project.output, best, files)
+    return project.output.finish(
         endpoint=name,
         mode="realtime",
         seed=ranking.seed,
@@ -265,7 +264,7 @@ def stream(opened: Project, name: str, body: bytes, out: Path) -> int:
 
 
 def lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Whole lines out of parts that are cut anywhere."""
+    """Yield whole lines from chunks that are cut anywhere."""
     rest = b""
     for chunk in chunks:
         *whole, rest = (rest + chunk).split(b"\n")
@@ -275,7 +274,7 @@ def lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def read_line(line: bytes) -> CandidateLine | RankingLine | None:
-    """One line of a stream; None for kinds that are of no use here. Raises AwsError."""
+    """Parse one line of a stream; return None for other events. Raises AwsError."""
     try:
         event = json.loads(line).get("event")
         if event == "candidate":
@@ -287,5 +286,5 @@ def read_line(line: bytes) -> CandidateLine | RankingLine | None:
         raise AwsError(f"the endpoint sent a line that cannot be read: {shown!r}") from error
     message = results.error_message(line)
     if message is not None:
-        raise AwsError(f"the endpoint broke off: {message}")
+        raise AwsError(f"the stream ended with an error: {message}")
     return None

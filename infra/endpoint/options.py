@@ -1,4 +1,4 @@
-"""The options of `deploy`, and the deployment that they and the defaults of each mode describe."""
+"""The options of `deploy`, and the deployment that they describe with each mode's defaults."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import argparse
 from pathlib import Path
 
 from dalle.errors import PlanError
-from infra.aws import project
 from infra.aws.limits import MODES, Deployment, Mode, default_ami, has_gpu
-from infra.aws.project import IMAGE_TAG, Image
+from infra.aws.project import IMAGE_TAG, Image, name_value
 
 DEFAULT_INSTANCE: dict[Mode, str | None] = {
     "realtime": "ml.c7i.2xlarge",
@@ -17,8 +16,8 @@ DEFAULT_INSTANCE: dict[Mode, str | None] = {
     "batch": "ml.g5.xlarge",
 }
 DEFAULT_CONCURRENT: dict[Mode, int] = {"realtime": 4, "async": 1, "serverless": 1, "batch": 2}
-# What the server is told of its limits: a little less than the platform's own, so that the reply
-# that explains arrives before the platform breaks off.
+# The server's limits are a little below the platform's, so that its error reply arrives before the
+# platform cuts the request off.
 DEADLINES: dict[Mode, int] = {"realtime": 55, "serverless": 55, "async": 890, "batch": 590}
 REPLY_MB: dict[Mode, int] = {"realtime": 5, "serverless": 3, "async": 100, "batch": 90}
 DEFAULT_MEMORY_MB = 6144
@@ -28,7 +27,7 @@ DEFAULT_CONCURRENCY = 5
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mode", choices=MODES, default="async", help="default: async")
     parser.add_argument(
-        "--name", help="tells several endpoints of one project apart; becomes PROJECT-NAME"
+        "--name", help="for a further endpoint of the project, which is called PROJECT-NAME"
     )
     parser.add_argument(
         "--model", metavar="URI", help="s3://…/model.tar.gz; default: of the newest completed job"
@@ -37,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--env",
         action="append",
-        type=project.pair,
+        type=name_value,
         default=[],
         metavar="NAME=VALUE",
         help="for the server (`serve --help` lists the names); repeatable",
@@ -58,10 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     hosts.add_argument(
         "--concurrent",
         type=int,
-        help="requests that one instance is to have at once; default: 4, async 1, batch 2",
+        help="requests in progress for each instance; default: 4, async 1, batch 2",
     )
     hosts.add_argument(
-        "--ami", help="InferenceAmiVersion; default: what has a driver for the image's CUDA"
+        "--ami", help="InferenceAmiVersion; default: one with a driver for the image's CUDA"
     )
     hosts.add_argument("--startup-seconds", type=int, default=600, help="default: 600")
     hosts.add_argument("--download-seconds", type=int, default=600, help="default: 600")
@@ -72,14 +71,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     share.add_argument("--provisioned-concurrency", type=int, help="always warm; default: none")
     work = parser.add_argument_group("batch")
     work.add_argument("--captions", type=Path, help="a text file, one caption a line")
-    work.add_argument("--out", type=Path, help="a folder for the pictures; default: out/batch")
+    work.add_argument("--out", type=Path, help="a folder for the images; default: out/batch")
     parser.add_argument(
         "--invocation-seconds", type=int, help="for one request; default: 60, async and batch 900"
     )
 
 
 def check_given(options: argparse.Namespace) -> None:
-    """Raises PlanError for options that belong to another mode, or lack one they need."""
+    """Raise PlanError for options of another mode, and for a missing one."""
     if options.mode == "batch" and options.captions is None:
         raise PlanError("--mode batch needs --captions, a text file with one caption a line")
     if options.mode != "batch":
@@ -89,7 +88,7 @@ def check_given(options: argparse.Namespace) -> None:
 
 
 def endpoint_name(project_name: str, name: str | None) -> str:
-    """What the endpoint is called at AWS. `name` may be given with or without the project."""
+    """Return the endpoint's name at AWS. `name` may begin with the project's name or not."""
     if not name or name == project_name:
         return project_name
     return name if name.startswith(f"{project_name}-") else f"{project_name}-{name}"
@@ -98,14 +97,14 @@ def endpoint_name(project_name: str, name: str | None) -> str:
 def read(
     options: argparse.Namespace, project_name: str, image: Image, model_data: str
 ) -> Deployment:
-    """The deployment that the options describe, each mode's defaults filled in."""
+    """Return the deployment that the options describe, with the mode's defaults."""
     mode: Mode = options.mode
     kind = options.instance_type or DEFAULT_INSTANCE[mode]
     is_gpu = kind is not None and has_gpu(kind)
     seconds = options.invocation_seconds
     is_long = mode in ("async", "batch")
     environment = {
-        # A GPU that cannot be used shall fail the start, not cost its price for a CPU's pace.
+        # With an unusable GPU the start fails; a GPU's price is never paid for a CPU's speed.
         "DALLE_DEVICE": "cuda" if is_gpu else "cpu",
         "DALLE_DEADLINE_SECONDS": str(max(1, seconds - 10) if seconds else DEADLINES[mode]),
         "DALLE_MAX_REPLY_MB": str(REPLY_MB[mode]),

@@ -1,4 +1,4 @@
-"""A reply of the endpoint into picture files, named by rank, and a line for each."""
+"""An endpoint's reply as image files named by rank, and as a table."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dalle.errors import AwsError, UserError
-from dalle.platform.disk import write_atomically
+from dalle.errors import AwsError
 from inference.api.replies import GenerateReply, RankedCandidate
-from infra.aws.output import Console
+from infra.aws.output import Output, write_file
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One file that was written. state: `written`, or `unchanged` when it was there like that."""
+class SavedImage:
+    """One image file. state: `written`, or `unchanged` when it had the same content before."""
 
     path: Path
     rank: int
@@ -39,19 +38,19 @@ class Picture:
 
 
 def read_reply(body: bytes) -> GenerateReply:
-    """The reply to a caption. Raises AwsError with the server's message, or for anything else."""
+    """Return the reply to a caption. Raises AwsError with the server's error message."""
     try:
         return GenerateReply.model_validate_json(body)
     except ValidationError as error:
         message = error_message(body)
         if message is None:
             shown = body[:200].decode("utf-8", "replace")
-            raise AwsError(f"the endpoint's reply has no pictures: {shown!r}") from error
+            raise AwsError(f"the endpoint's reply has no images: {shown!r}") from error
         raise AwsError(f"the endpoint refused the request: {message}") from error
 
 
 def error_message(body: bytes | str) -> str | None:
-    """The message in a reply of the form {"error": {"message": …}}; None for any other."""
+    """Return the message of a reply {"error": {"message": …}}; None for any other reply."""
     try:
         found = json.loads(body)
         return str(found["error"]["message"])
@@ -59,10 +58,12 @@ def error_message(body: bytes | str) -> str | None:
         return None
 
 
-def save_pictures(reply: GenerateReply, out: Path, format_: str, prefix: str = "") -> list[Picture]:
-    """Write a file for each returned picture: OUT/PREFIXrank-1.png is the best one."""
+def save_images(
+    reply: GenerateReply, out: Path, format_: str, prefix: str = ""
+) -> list[SavedImage]:
+    """Write a file for each returned image: OUT/PREFIXrank-1.png is the best one."""
     return [
-        Picture(
+        SavedImage(
             path=out / f"{prefix}rank-{ranked.rank}.{format_}",
             rank=ranked.rank,
             clip_score=ranked.clip_score,
@@ -74,40 +75,37 @@ def save_pictures(reply: GenerateReply, out: Path, format_: str, prefix: str = "
 
 
 def decode(image: str) -> bytes:
-    """The file in a reply's base64. Raises AwsError."""
+    """Return the bytes of an image in base64. Raises AwsError."""
     try:
         return base64.b64decode(image, validate=True)
     except binascii.Error as error:
-        raise AwsError(f"a picture in the endpoint's reply is not base64: {error}") from error
+        raise AwsError(f"an image in the endpoint's reply is not base64: {error}") from error
 
 
 def write(path: Path, content: bytes) -> str:
-    """Write a file unless it has that content already; returns which. Raises UserError."""
-    try:
-        if path.is_file() and path.read_bytes() == content:
-            return "unchanged"
-        write_atomically(path, content)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    """Write a file unless it has that content already; return which. Raises UserError."""
+    if path.is_file() and path.read_bytes() == content:
+        return "unchanged"
+    write_file(path, content)
     return "written"
 
 
-def show(console: Console, pictures: Sequence[Picture]) -> None:
-    """A table of the files with their scores."""
-    console.table(
+def show(output: Output, images: Sequence[SavedImage]) -> None:
+    """Print a table of the files with their scores."""
+    output.table(
         ("rank", "CLIP score", "log likelihood", "file", ""),
         [
             (str(p.rank), score(p.clip_score), f"{p.log_likelihood:.2f}", str(p.path), p.state)
-            for p in pictures
+            for p in images
         ],
     )
 
 
 def show_ranking(
-    console: Console, ranking: Sequence[RankedCandidate], files: Mapping[int, Path]
+    output: Output, ranking: Sequence[RankedCandidate], files: Mapping[int, Path]
 ) -> None:
-    """The order of streamed candidates; files: by candidate number."""
-    console.table(
+    """Print the ranking of streamed candidates. files: by candidate number."""
+    output.table(
         ("rank", "CLIP score", "log likelihood", "file"),
         [
             (str(r.rank), score(r.clip_score), f"{r.log_likelihood:.2f}", str(files[r.candidate]))

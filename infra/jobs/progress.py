@@ -1,7 +1,7 @@
-"""A job's log and metrics as they come: what `train` shows while it waits, and `logs` and `status`.
+"""A job's log and metrics while it runs, as `train`, `logs` and `status` show them.
 
-Metrics are read from the log by the same expressions that the platform is given, so that they show
-within seconds and with their steps.
+Metrics are read from the log by the same regular expressions that the job's request names, so that
+they appear within seconds and with their steps.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from dalle.platform.metric_lines import read_metrics
 from infra.aws.output import span_words, sparkline
 from infra.aws.project import Project
-from infra.aws.request import Call
+from infra.aws.request import Request, describe
 
 POLL_SECONDS = 15.0
 TRAINING_LOGS = "/aws/sagemaker/TrainingJobs"
@@ -23,10 +23,10 @@ LOSS = "loss"
 
 
 class Log:
-    """A log group's lines of one job or endpoint, each given once however often it is asked."""
+    """The lines of one job or endpoint in a log group; each line is returned once."""
 
-    def __init__(self, opened: Project, group: str, streams: str = "") -> None:
-        self._opened = opened
+    def __init__(self, project: Project, group: str, streams: str = "") -> None:
+        self._opened = project
         self._request: dict[str, Any] = {"logGroupName": group}
         if streams:
             self._request["logStreamNamePrefix"] = streams
@@ -35,10 +35,10 @@ class Log:
         self._newest = 0
 
     def lines(self) -> Iterator[str]:
-        """What is new since the last time, oldest first; nothing while there is no log yet."""
-        # From the newest moment on, that moment included: lines of one moment may arrive apart.
+        """Yield the lines that are new since the last call, oldest first."""
+        # From the newest timestamp on, included: lines of one timestamp may arrive separately.
         request = {**self._request, "startTime": self._newest}
-        events = self._opened.aws.items(Call("logs", "FilterLogEvents", request), "events")
+        events = self._opened.aws.items(Request("logs", "FilterLogEvents", request), "events")
         for event in sorted(events, key=lambda event: int(event["timestamp"])):
             is_own = event["logStreamName"].startswith(self._streams)
             if not is_own or event["eventId"] in self._seen:
@@ -48,33 +48,33 @@ class Log:
             yield event["message"].rstrip("\n")
 
 
-def training_log(opened: Project, job: str) -> Log:
-    return Log(opened, TRAINING_LOGS, f"{job}/")
+def training_log(project: Project, job: str) -> Log:
+    return Log(project, TRAINING_LOGS, f"{job}/")
 
 
-def follow(opened: Project, job: str) -> dict[str, Any]:
-    """Show a training job's states and metric lines until it ends; returns its description."""
-    call = Call("sagemaker", "DescribeTrainingJob", {"TrainingJobName": job})
-    log = training_log(opened, job)
+def follow(project: Project, job: str) -> dict[str, Any]:
+    """Print a training job's states and metric lines until it ends; return its description."""
+    request = describe("TrainingJob", job)
+    log = training_log(project, job)
     shown = 0
     while True:
-        found = opened.aws.call(call)
+        found = project.aws.call(request)
         transitions = found.get("SecondaryStatusTransitions", [])
         for transition in transitions[shown:]:
             message = transition.get("StatusMessage", "")
-            opened.console.say(f"  {transition['Status']:<12} {message}".rstrip())
+            project.output.line(f"  {transition['Status']:<12} {message}".rstrip())
         shown = len(transitions)
         for line in log.lines():
             if read_metrics(line):
-                opened.console.say(f"  {line}")
+                project.output.line(f"  {line}")
         if found["TrainingJobStatus"] in ENDED:
-            opened.console.item(f"training job {job}", ended(found))
+            project.output.item(f"training job {job}", ended(found))
             return found
-        opened.aws.pause(POLL_SECONDS)
+        project.aws.pause(POLL_SECONDS)
 
 
 def ended(job: dict[str, Any]) -> str:
-    """How a job ended, how long it was paid for, and what spot capacity saved."""
+    """Return how a job ended, the billed time, and what spot capacity saved."""
     words = str(job["TrainingJobStatus"])
     ran, billed = job.get("TrainingTimeInSeconds"), job.get("BillableTimeInSeconds")
     if billed is not None:
@@ -84,17 +84,17 @@ def ended(job: dict[str, Any]) -> str:
     return words
 
 
-def courses(opened: Project, job: str) -> dict[str, list[float]]:
-    """Every metric of a training job, its values in the order in which they were printed."""
+def metric_history(project: Project, job: str) -> dict[str, list[float]]:
+    """Return every metric of a training job, its values in the order of the log."""
     found: dict[str, list[float]] = {}
-    for line in training_log(opened, job).lines():
+    for line in training_log(project, job).lines():
         for name, value in read_metrics(line).items():
             found.setdefault(name, []).append(value)
     return found
 
 
 def loss_rows(metrics: dict[str, list[float]]) -> list[tuple[str, str, str, str]]:
-    """Table rows of the losses: name, first and last value, and their course as a line of bars."""
+    """Return table rows of the losses: name, first value, last value, sparkline."""
     return [
         (name, f"{values[0]:.4g}", f"{values[-1]:.4g}", sparkline(values))
         for name, values in metrics.items()

@@ -1,8 +1,8 @@
-"""`train`: one job for all stages, or a chain of jobs that hand the artefact on.
+"""`train`: one job for all stages, or a chain of jobs that pass the artefact on.
 
-A job is named by a digest of what it is to learn from what. So a second run finds the jobs that
-are there: it waits for one that runs, takes the model of one that is done, and starts a failed one
-anew, from its last checkpoint.
+A job's name has a digest of its data and settings. So a second run finds the jobs of the first: it
+waits for a running one, takes the model of a completed one, and starts a failed one again from its
+last checkpoint.
 """
 
 from __future__ import annotations
@@ -12,19 +12,26 @@ from typing import Any, get_args
 
 from dalle.errors import AwsError, PlanError, UserError
 from dalle.types import STAGES
-from infra.aws import project
-from infra.aws.project import IMAGE_TAG, Outputs, Project
-from infra.aws.request import Call
+from infra.aws.project import (
+    IMAGE_TAG,
+    Project,
+    StackOutputs,
+    add_project_arguments,
+    name_value,
+    open_project,
+    split_uri,
+)
+from infra.aws.request import Request, describe
 from infra.jobs import progress
 from infra.jobs.training_job import (
     Distribution,
     InputMode,
-    Run,
     Stage,
+    TrainingRun,
     check_run,
     job_name,
     model_uri,
-    training_call,
+    training_request,
 )
 
 MAX_ATTEMPTS = 20
@@ -43,11 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-wait", dest="wait", action="store_false", help="return once the job is started"
     )
-    project.add_arguments(parser)
+    add_project_arguments(parser)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `train` and `tune` have in common."""
+    """Add the options that `train` and `tune` share."""
     parser.add_argument(
         "--data",
         required=True,
@@ -57,63 +64,68 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set",
         action="append",
-        type=project.pair,
+        type=name_value,
         default=[],
         metavar="NAME=VALUE",
         help="a hyperparameter (training/REFERENCE.md, Hyperparameters); repeatable",
     )
-    parser.add_argument("--artefact", metavar="URI", help="an earlier model.tar.gz to go on from")
+    parser.add_argument("--artefact", metavar="URI", help="an earlier model.tar.gz to start from")
     parser.add_argument("--clip", metavar="URI", help="a pretrained OpenAI CLIP file")
     parser.add_argument("--tag", default=IMAGE_TAG, help=f"the image's tag; default: {IMAGE_TAG}")
     parser.add_argument(
         "--run",
         default="",
         metavar="NAME",
-        help="a word in the names of its jobs; another word is another run",
+        help="a word in the names of the jobs; another word starts another run",
     )
     parser.add_argument("--instance-type", default="ml.g5.xlarge", help="default: ml.g5.xlarge")
     parser.add_argument("--instance-count", type=int, default=1, help="hosts; default: 1")
     parser.add_argument("--volume-gb", type=int, default=50, help="disk; default: 50")
-    parser.add_argument("--max-hours", type=float, default=24.0, help="of running; default: 24")
+    parser.add_argument("--max-hours", type=float, default=24.0, help="running time; default: 24")
     parser.add_argument("--spot", action="store_true", help="spare capacity: cheaper, may pause")
     parser.add_argument(
-        "--max-wait-hours", type=float, help="with --spot, waiting included; default: twice"
+        "--max-wait-hours",
+        type=float,
+        help="with --spot: waiting and running; default: twice --max-hours",
     )
     parser.add_argument(
         "--input-mode",
         choices=get_args(InputMode),
         default="File",
-        help="File copies the data first; FastFile streams it, for tar shards of 50 MB and more; "
-        "Pipe brings it once through a pipe, as an augmented manifest must come",
+        help="File copies the data first; FastFile streams them, for tar shards of 50 MB and more; "
+        "Pipe sends them once through a pipe, and is the only mode for an augmented manifest",
     )
     parser.add_argument(
         "--distribution",
         choices=get_args(Distribution),
         default="FullyReplicated",
-        help="of the training data: all of it to every host, or other shards to each",
+        help="of the training data: all of them to every host, or different shards to each",
     )
     parser.add_argument(
         "--attributes",
         type=attributes,
         default=(),
         metavar="NAME,…",
-        help="the data are an augmented manifest (--data s3://….manifest): the image's attribute "
-        "in it, and then the captions'",
+        help="for an augmented manifest (--data s3://….manifest): the attribute of the image, then "
+        "those of the captions",
     )
     parser.add_argument(
-        "--validation", metavar="URI", help="held-out pairs: s3://…/, with --attributes a manifest"
+        "--validation",
+        metavar="URI",
+        help="held-out pairs: s3://…/, or with --attributes a manifest",
     )
+    parser.add_argument("--env", action="append", type=name_value, default=[], metavar="NAME=VALUE")
     parser.add_argument(
-        "--env", action="append", type=project.pair, default=[], metavar="NAME=VALUE"
-    )
-    parser.add_argument(
-        "--keep-alive-minutes", type=float, default=0.0, help="warm pool for the next job"
+        "--keep-alive-minutes",
+        type=float,
+        default=0.0,
+        help="keep the instances that long for the next job (a warm pool)",
     )
     parser.add_argument("--isolate", action="store_true", help="give the container no network")
 
 
 def attributes(text: str) -> tuple[str, ...]:
-    """Names of an augmented manifest's attributes. For argparse."""
+    """Return the names of an augmented manifest's attributes. For argparse."""
     names = tuple(text.split(","))
     if all(names) and len(set(names)) == len(names) and len(names) >= 2:
         return names
@@ -124,7 +136,7 @@ def attributes(text: str) -> tuple[str, ...]:
 
 
 def stages(text: str) -> tuple[Stage, ...]:
-    """`all`, or stages in the order of training. For argparse."""
+    """Return `all`, or stages in the order of training. For argparse."""
     found = tuple(text.split(","))
     known = get_args(Stage)
     in_order = found == ("all",) or found == tuple(stage for stage in STAGES if stage in found)
@@ -136,31 +148,31 @@ def stages(text: str) -> tuple[Stage, ...]:
 
 
 def run(options: argparse.Namespace) -> int:
-    opened = project.open_project(options)
-    wanted = read_run(options, opened)
+    project = open_project(options)
+    training_run = read_run(options, project)
     artefact = options.artefact
     jobs = []
     for stage in options.stages:
-        job = start(opened, wanted, stage, artefact)
+        job = start(project, training_run, stage, artefact)
         jobs.append(job)
         is_last = stage == options.stages[-1]
-        if not opened.aws.dry_run and (options.wait or not is_last):
-            finish(opened, job)
-        artefact = model_uri(wanted, job)
+        if not project.aws.dry_run and (options.wait or not is_last):
+            finish(project, job)
+        artefact = model_uri(training_run, job)
     waited = options.wait
-    opened.console.say(
+    project.output.line(
         f"\nmodel: {artefact}" if waited else f"\nmodel, when it is done: {artefact}"
     )
-    return opened.console.finish(run=wanted.name, jobs=jobs, model=artefact, waited=waited)
+    return project.output.finish(run=training_run.name, jobs=jobs, model=artefact, waited=waited)
 
 
-def read_run(options: argparse.Namespace, opened: Project) -> Run:
-    """The run that the options describe. Raises PlanError for what the platform cannot do."""
+def read_run(options: argparse.Namespace, project: Project) -> TrainingRun:
+    """Return the run that the options describe. Raises PlanError for a broken limit."""
     given = dict(options.set)
     if "stage" in given:
         raise PlanError("the stage is given by --stages, not by --set stage=…")
-    outputs = opened.outputs()
-    image = opened.image(outputs.repository, options.tag)
+    outputs = project.stack_outputs()
+    image = project.image(outputs.repository, options.tag)
     if options.attributes:
         if not options.data.startswith("s3://") or options.data.endswith("/"):
             raise PlanError(
@@ -168,14 +180,14 @@ def read_run(options: argparse.Namespace, opened: Project) -> Run:
             )
         channels = {"train": options.data}
     else:
-        channels = data_channels(opened, outputs, options.data)
+        channels = data_channels(project, outputs, options.data)
     if options.validation:
         channels["validation"] = options.validation
     if options.clip:
         channels["clip"] = options.clip
     wait = options.max_wait_hours
-    wanted = Run(
-        project=opened.name,
+    training_run = TrainingRun(
+        project=project.name,
         image_uri=image.uri,
         role_arn=outputs.role_arn,
         bucket=outputs.bucket,
@@ -195,66 +207,66 @@ def read_run(options: argparse.Namespace, opened: Project) -> Run:
         environment=dict(options.env),
         note=options.run,
     )
-    check_run(wanted)
-    return wanted
+    check_run(training_run)
+    return training_run
 
 
-def data_channels(opened: Project, outputs: Outputs, data: str) -> dict[str, str]:
-    """The channels `train` and, where there is one, `validation`. Raises UserError without data.
+def data_channels(project: Project, outputs: StackOutputs, data: str) -> dict[str, str]:
+    """Return the channels `train` and, where there is one, `validation`.
 
-    A folder without train/ in it is the channel `train` itself.
+    A folder without train/ in it is the channel `train` itself. Raises UserError without data.
     """
     base = data if data.startswith("s3://") else f"s3://{outputs.bucket}/data/{data}"
-    # Without the slash, a channel would also take in what only begins alike: train, train_old.
+    # Without the slash a channel would also include prefixes that begin alike: train, train_old.
     base = base.rstrip("/") + "/"
-    if holds_objects(opened, f"{base}train/"):
+    if holds_objects(project, f"{base}train/"):
         found = {"train": f"{base}train/"}
-        if holds_objects(opened, f"{base}validation/"):
+        if holds_objects(project, f"{base}validation/"):
             found["validation"] = f"{base}validation/"
         return found
-    if holds_objects(opened, base):
+    if holds_objects(project, base):
         return {"train": base}
     raise UserError(
-        f"there is nothing at {base}; `python -m infra upload FOLDER --name {data}` puts it there"
+        f"there is nothing at {base}; `python -m infra upload FOLDER --name {data}` uploads it"
     )
 
 
-def holds_objects(opened: Project, uri: str) -> bool:
-    bucket, prefix = project.split_uri(uri)
-    answer = opened.aws.call(
-        Call("s3", "ListObjectsV2", {"Bucket": bucket, "Prefix": prefix, "MaxKeys": 1}),
+def holds_objects(project: Project, uri: str) -> bool:
+    bucket, prefix = split_uri(uri)
+    answer = project.aws.call(
+        Request("s3", "ListObjectsV2", {"Bucket": bucket, "Prefix": prefix, "MaxKeys": 1}),
         answer={"KeyCount": 1},
     )
     return bool(answer["KeyCount"])
 
 
-def start(opened: Project, wanted: Run, stage: Stage, artefact: str | None) -> str:
-    """Start the stage's job unless it runs or is done; returns its name."""
+def start(project: Project, training_run: TrainingRun, stage: Stage, artefact: str | None) -> str:
+    """Start the stage's job unless it is running or completed; return its name."""
     for attempt in range(1, MAX_ATTEMPTS + 1):
-        name = job_name(wanted, stage, attempt)
-        found = opened.aws.find(describe(name))
+        name = job_name(training_run, stage, attempt)
+        found = project.aws.find(describe("TrainingJob", name))
         if found is None:
             break
         status = found["TrainingJobStatus"]
-        if status == "Completed" and not holds_objects(opened, model_uri(wanted, name)):
+        if status == "Completed" and not holds_objects(project, model_uri(training_run, name)):
             status = "Completed, but its model is gone"
         elif status not in ENDED_BADLY:
-            opened.console.item(f"training job {name}", f"already there, {status}")
+            project.output.item(f"training job {name}", f"already there, {status}")
             return name
-        opened.console.item(f"training job {name}", f"{status}; another attempt")
+        project.output.item(f"training job {name}", f"{status}; another attempt")
     else:
         raise UserError(
-            f"{MAX_ATTEMPTS} attempts at {job_name(wanted, stage)} have failed; "
-            f"`python -m infra status {name}` says why, and --run gives another name"
+            f"{MAX_ATTEMPTS} attempts at {job_name(training_run, stage)} have failed; "
+            f"`python -m infra status {name}` shows why, and --run gives another name"
         )
-    opened.aws.call(training_call(wanted, stage, name, opened.tags, artefact))
-    opened.console.item(f"training job {name}", "made")
+    project.aws.call(training_request(training_run, stage, name, project.tags, artefact))
+    project.output.item(f"training job {name}", "made")
     return name
 
 
-def finish(opened: Project, name: str) -> dict[str, Any]:
-    """Show the job's progress until it ends. Raises AwsError with the reason when it fails."""
-    done = progress.follow(opened, name)
+def finish(project: Project, name: str) -> dict[str, Any]:
+    """Print the job's progress until it ends. Raises AwsError with the reason when it fails."""
+    done = progress.follow(project, name)
     status = done["TrainingJobStatus"]
     if status != "Completed":
         raise AwsError(
@@ -262,7 +274,3 @@ def finish(opened: Project, name: str) -> dict[str, Any]:
             f"its log: python -m infra logs {name}"
         )
     return done
-
-
-def describe(name: str) -> Call:
-    return Call("sagemaker", "DescribeTrainingJob", {"TrainingJobName": name})

@@ -1,6 +1,6 @@
 """The request for one training job: pure functions from a run to CreateTrainingJob's parameters.
 
-`train` sends it, and `tune` takes the same parts into its job definition.
+`train` sends it, and `tune` uses the same parts in its job definition.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dalle.platform.environment import Paths
 from dalle.platform.metric_lines import METRIC_DEFINITIONS
 from dalle.types import StageName
 from infra.aws import limits
-from infra.aws.request import Call, digest
+from infra.aws.request import Request, digest
 
 InputMode = Literal["File", "FastFile", "Pipe"]
 Distribution = Literal["FullyReplicated", "ShardedByS3Key"]
@@ -27,14 +27,14 @@ NOTE_PATTERN = rf"(?=.{{1,{MAX_NOTE}}}$)[a-zA-Z0-9]+(-[a-zA-Z0-9]+)*"
 
 
 @dataclass(frozen=True)
-class Run:
-    """What one `train` command asks for; the same run has the same digest, and so the same names.
+class TrainingRun:
+    """The settings of one `train` command; equal runs have equal digests, and so equal job names.
 
     channels: name -> s3 address of a folder (or, for `artefact` and `clip`, of a file).
     spot: spare capacity, cheaper and interruptible. keep_alive_seconds: of a warm pool.
-    distribution: of the channel train over the hosts. attributes: of an augmented manifest, where
-    the data are one.
-    note: a word for people in the names.
+    distribution: of the channel train over the hosts. attributes: of an augmented manifest, empty
+    for other data.
+    note: the word that --run puts into the names.
     """
 
     project: str
@@ -59,7 +59,7 @@ class Run:
 
     @property
     def digest(self) -> str:
-        """Of everything that decides what is learned; how long one may wait for it does not."""
+        """The digest of every setting that affects the model; time limits do not."""
         return digest(
             [
                 self.image_uri,
@@ -80,8 +80,8 @@ class Run:
         return "-".join(part for part in (self.project, self.note, self.digest) if part)
 
 
-def check_run(run: Run) -> None:
-    """Raises PlanError with a line for every limit that the run would break."""
+def check_run(run: TrainingRun) -> None:
+    """Raise PlanError with a line for every limit that the run breaks."""
     wrong = list(limits.check_instance_type(run.instance_type))
     if run.note and not re.fullmatch(NOTE_PATTERN, run.note):
         wrong.append(
@@ -96,7 +96,7 @@ def check_run(run: Run) -> None:
         wrong.append("--max-wait-hours is for --spot alone")
     if run.max_wait_seconds is not None and run.max_wait_seconds < run.max_runtime_seconds:
         wrong.append(
-            f"--max-wait-hours counts waiting and running, and must be at least --max-hours, "
+            f"--max-wait-hours includes waiting and running, and must be at least --max-hours, "
             f"which is {run.max_runtime_seconds / 3600:g}, got {run.max_wait_seconds / 3600:g}"
         )
     if not 0 <= run.keep_alive_seconds <= limits.KEEP_ALIVE_SECONDS:
@@ -110,8 +110,7 @@ def check_run(run: Run) -> None:
         wrong.append(f"a job trains on 1 instance or more, got {run.instance_count}")
     if run.attributes and run.input_mode != "Pipe":
         wrong.append(
-            f"an augmented manifest (--attributes) comes by --input-mode Pipe alone, got "
-            f"{run.input_mode}"
+            f"an augmented manifest (--attributes) needs --input-mode Pipe, got {run.input_mode}"
         )
     if len(run.attributes) > limits.ATTRIBUTES:
         wrong.append(
@@ -138,27 +137,31 @@ def _check_hyperparameters(hyperparameters: Mapping[str, str]) -> list[str]:
     return wrong
 
 
-def job_name(run: Run, stage: Stage, attempt: int = 1) -> str:
-    """Of one job of the run; a job that failed leaves its name to the next attempt's number."""
+def job_name(run: TrainingRun, stage: Stage, attempt: int = 1) -> str:
+    """Return the name of one job of the run; a repeated attempt has its number in the name."""
     return f"{run.name}-{stage}" + (f"-{attempt}" if attempt > 1 else "")
 
 
-def model_uri(run: Run, job: str) -> str:
-    """Where the platform puts what a job of that name has trained."""
+def model_uri(run: TrainingRun, job: str) -> str:
+    """Return the address to which the platform writes the model of a job."""
     return f"s3://{run.bucket}/models/{job}/output/{MODEL_FILE}"
 
 
-def training_call(
-    run: Run, stage: Stage, job: str, tags: list[dict[str, str]], artefact: str | None = None
-) -> Call:
-    """The request that starts one job. artefact: an earlier job's model.tar.gz, if there is one."""
+def training_request(
+    run: TrainingRun,
+    stage: Stage,
+    job: str,
+    tags: list[dict[str, str]],
+    artefact: str | None = None,
+) -> Request:
+    """Return the request that starts one job. artefact: an earlier job's model.tar.gz, or None."""
     channels = {**run.channels, **({"artefact": artefact} if artefact else {})}
     request: dict[str, Any] = {
         "TrainingJobName": job,
         "HyperParameters": {**run.hyperparameters, "stage": stage},
         **definition(run, channels),
-        "ResourceConfig": resources(run),
-        # One folder for all attempts: a new one goes on where the last was interrupted.
+        "ResourceConfig": resource_config(run),
+        # One folder for all attempts: a new one resumes from the last checkpoint.
         "CheckpointConfig": {
             "S3Uri": f"s3://{run.bucket}/checkpoints/{job_name(run, stage)}/",
             "LocalPath": str(Paths().checkpoints),
@@ -172,11 +175,11 @@ def training_call(
     }
     if run.environment:
         request["Environment"] = dict(run.environment)
-    return Call("sagemaker", "CreateTrainingJob", request)
+    return Request("sagemaker", "CreateTrainingJob", request)
 
 
-def definition(run: Run, channels: Mapping[str, str]) -> dict[str, Any]:
-    """What a training job and the definition within a tuning job have in common."""
+def definition(run: TrainingRun, channels: Mapping[str, str]) -> dict[str, Any]:
+    """Return the part that a training job and the definition in a tuning job share."""
     stopping = {"MaxRuntimeInSeconds": run.max_runtime_seconds}
     if run.spot:
         stopping["MaxWaitTimeInSeconds"] = run.max_wait_seconds or 2 * run.max_runtime_seconds
@@ -198,8 +201,8 @@ def definition(run: Run, channels: Mapping[str, str]) -> dict[str, Any]:
     return common
 
 
-def resources(run: Run) -> dict[str, Any]:
-    """The instances. A family with disks of its own takes no notice of the volume."""
+def resource_config(run: TrainingRun) -> dict[str, Any]:
+    """Return the ResourceConfig. A family with built-in disks ignores the volume."""
     found: dict[str, Any] = {
         "InstanceType": run.instance_type,
         "InstanceCount": run.instance_count,
@@ -210,10 +213,10 @@ def resources(run: Run) -> dict[str, Any]:
     return found
 
 
-def channel(run: Run, name: str, uri: str) -> dict[str, Any]:
-    """One input. Models are files that are unpacked, and so always copied; data may be streamed.
+def channel(run: TrainingRun, name: str, uri: str) -> dict[str, Any]:
+    """Return one input. Models are copied, because they are unpacked; data may be streamed.
 
-    Held-out data go to every host: they are few, and none looks at more than a sample.
+    Held-out data go to every host: they are few, and each host reads only a sample.
     """
     source: dict[str, Any] = {
         "S3DataType": "S3Prefix",
@@ -228,5 +231,5 @@ def channel(run: Run, name: str, uri: str) -> dict[str, Any]:
     if run.attributes and name in DATA:
         source["S3DataType"] = "AugmentedManifestFile"
         source["AttributeNames"] = list(run.attributes)
-        found["RecordWrapperType"] = "RecordIO"  # or nothing would tell where one value ends
+        found["RecordWrapperType"] = "RecordIO"  # marks where each value ends
     return found

@@ -1,4 +1,4 @@
-"""`tune`: a hyperparameter tuning job over the same run that `train` would start once."""
+"""`tune`: a hyperparameter tuning job over the run that `train` would start once."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import Any
 from dalle.errors import PlanError
 from dalle.platform.metric_lines import METRIC_DEFINITIONS
 from dalle.types import STAGES
-from infra.aws import project
-from infra.aws.project import Project
-from infra.aws.request import Call, digest
+from infra.aws.project import Project, add_project_arguments, name_value, open_project
+from infra.aws.request import Request, describe, digest
 from infra.jobs.train import add_run_arguments, read_run
-from infra.jobs.training_job import Run, definition, resources
+from infra.jobs.training_job import TrainingRun, definition, resource_config
 
 POLL_SECONDS = 30.0
 MAX_NAME = 32
@@ -24,76 +23,77 @@ ENVIRONMENT_ENTRIES = 48
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     search = parser.add_argument_group("search")
     search.add_argument(
-        "--float", action="append", type=project.pair, default=[], metavar="NAME=LOW:HIGH[:log]"
+        "--float", action="append", type=name_value, default=[], metavar="NAME=LOW:HIGH[:log]"
     )
     search.add_argument(
-        "--int", action="append", type=project.pair, default=[], metavar="NAME=LOW:HIGH[:log]"
+        "--int", action="append", type=name_value, default=[], metavar="NAME=LOW:HIGH[:log]"
     )
     search.add_argument(
-        "--choice", action="append", type=project.pair, default=[], metavar="NAME=ONE,TWO"
+        "--choice", action="append", type=name_value, default=[], metavar="NAME=ONE,TWO"
     )
     search.add_argument(
         "--objective",
         default="transformer_validation_loss",
         help="the metric; default: transformer_validation_loss",
     )
-    search.add_argument("--maximise", action="store_true", help="more is better; default: less is")
+    search.add_argument("--maximise", action="store_true", help="default: minimise the metric")
     search.add_argument(
         "--strategy", choices=("Bayesian", "Random", "Hyperband", "Grid"), default="Bayesian"
     )
     search.add_argument("--max-jobs", type=int, default=8, help="in all; default: 8")
     search.add_argument("--parallel", type=int, default=2, help="at a time; default: 2")
-    search.add_argument("--early-stopping", action="store_true", help="end hopeless jobs early")
+    search.add_argument(
+        "--early-stopping", action="store_true", help="stop jobs that fall behind the others"
+    )
     parser.add_argument("--stage", choices=("all", *STAGES), default="all")
     parser.add_argument(
         "--no-wait", dest="wait", action="store_false", help="return once the job is started"
     )
     add_run_arguments(parser)
-    project.add_arguments(parser)
+    add_project_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    opened = project.open_project(options)
-    wanted = read_run(options, opened)
-    channels = {**wanted.channels, **({"artefact": options.artefact} if options.artefact else {})}
-    call = tuning_call(options, wanted, channels, opened.tags)
-    name = call.parameters["HyperParameterTuningJobName"]
-    look = Call(
-        "sagemaker",
-        "DescribeHyperParameterTuningJob",
-        {"HyperParameterTuningJobName": name},
-    )
-    opened.ensure(f"tuning job {name}", look, call)
-    if not options.wait or opened.aws.dry_run:
-        return opened.console.finish(tuning_job=name)
-    return show(opened, name, _wait(opened, look))
+    project = open_project(options)
+    training_run = read_run(options, project)
+    channels = {
+        **training_run.channels,
+        **({"artefact": options.artefact} if options.artefact else {}),
+    }
+    request = tuning_request(options, training_run, channels, project.tags)
+    name = request.parameters["HyperParameterTuningJobName"]
+    look = describe("HyperParameterTuningJob", name)
+    project.ensure(f"tuning job {name}", look, request)
+    if not options.wait or project.aws.dry_run:
+        return project.output.finish(tuning_job=name)
+    return show(project, name, _wait(project, look))
 
 
-def _wait(opened: Project, look: Call) -> dict[str, Any]:
-    told: dict[str, int] = {}
+def _wait(project: Project, look: Request) -> dict[str, Any]:
+    printed: dict[str, int] = {}
     while True:
-        found = opened.aws.call(look)
+        found = project.aws.call(look)
         counts = found.get("TrainingJobStatusCounters", {})
-        if counts and counts != told:
-            told = counts
+        if counts and counts != printed:
+            printed = counts
             words = ", ".join(f"{key} {value}" for key, value in counts.items() if value)
-            opened.console.say(f"  {words or 'no training job yet'}")
+            project.output.line(f"  {words or 'no training job yet'}")
         if found["HyperParameterTuningJobStatus"] in ENDED:
             return found
-        opened.aws.pause(POLL_SECONDS)
+        project.aws.pause(POLL_SECONDS)
 
 
-def show(opened: Project, name: str, job: dict[str, Any]) -> int:
-    """The best job that was found, with the values it tried."""
+def show(project: Project, name: str, job: dict[str, Any]) -> int:
+    """Print the best job with its hyperparameters; return the exit code."""
     status = job["HyperParameterTuningJobStatus"]
     best = job.get("BestTrainingJob") or {}
     metric = best.get("FinalHyperParameterTuningJobObjectiveMetric", {})
-    opened.console.item(f"tuning job {name}", status)
+    project.output.item(f"tuning job {name}", status)
     if best.get("TrainingJobName"):
-        opened.console.item(f"best: {best['TrainingJobName']}", f"{metric.get('Value')}")
+        project.output.item(f"best: {best['TrainingJobName']}", f"{metric.get('Value')}")
         for key, value in best.get("TunedHyperParameters", {}).items():
-            opened.console.say(f"  --set {key}={value}")
-    opened.console.finish(
+            project.output.line(f"  --set {key}={value}")
+    project.output.finish(
         tuning_job=name,
         status=status,
         best_job=best.get("TrainingJobName"),
@@ -103,13 +103,13 @@ def show(opened: Project, name: str, job: dict[str, Any]) -> int:
     return 0 if status == "Completed" else 1
 
 
-def tuning_call(
+def tuning_request(
     options: argparse.Namespace,
-    wanted: Run,
+    training_run: TrainingRun,
     channels: dict[str, str],
     tags: list[dict[str, str]],
-) -> Call:
-    """The request that starts the search. Raises PlanError for a search that cannot be."""
+) -> Request:
+    """Return the request that starts the search. Raises PlanError for settings that contradict."""
     metrics = [metric["Name"] for metric in METRIC_DEFINITIONS]
     if options.objective not in metrics:
         raise PlanError(
@@ -125,22 +125,22 @@ def tuning_call(
             f"got {options.parallel}"
         )
     searched = {entry["Name"] for entries in ranges.values() for entry in entries}
-    both = sorted(searched & {*wanted.hyperparameters, "stage"})
+    both = sorted(searched & {*training_run.hyperparameters, "stage"})
     if both:
         raise PlanError(f"{', '.join(both)} cannot be both given and searched")
-    if len(wanted.environment) > ENVIRONMENT_ENTRIES:
+    if len(training_run.environment) > ENVIRONMENT_ENTRIES:
         raise PlanError(
             f"a tuning job has at most {ENVIRONMENT_ENTRIES} environment variables, "
-            f"got {len(wanted.environment)}"
+            f"got {len(training_run.environment)}"
         )
-    # No CheckpointConfig: all jobs of a search would write into its one folder.
+    # No CheckpointConfig: all jobs of a search would write into one folder.
     job: dict[str, Any] = {
-        "StaticHyperParameters": {**wanted.hyperparameters, "stage": options.stage},
-        **definition(wanted, channels),
-        "ResourceConfig": resources(wanted),
+        "StaticHyperParameters": {**training_run.hyperparameters, "stage": options.stage},
+        **definition(training_run, channels),
+        "ResourceConfig": resource_config(training_run),
     }
-    if wanted.environment:
-        job["Environment"] = dict(wanted.environment)
+    if training_run.environment:
+        job["Environment"] = dict(training_run.environment)
     search = {
         "Strategy": options.strategy,
         "HyperParameterTuningJobObjective": {
@@ -154,9 +154,9 @@ def tuning_call(
         "ParameterRanges": ranges,
         "TrainingJobEarlyStoppingType": "Auto" if options.early_stopping else "Off",
     }
-    # The jobs of a search are named by the platform after it, so its name must be short.
-    name = f"{wanted.project}-{digest([search, job])}"[:MAX_NAME]
-    return Call(
+    # The platform derives the names of the jobs from it, so it must be short.
+    name = f"{training_run.project}-{digest([search, job])}"[:MAX_NAME]
+    return Request(
         "sagemaker",
         "CreateHyperParameterTuningJob",
         {
@@ -169,7 +169,7 @@ def tuning_call(
 
 
 def parameter_ranges(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """What is searched, in the API's words. Raises PlanError for a range that is none."""
+    """Return the search space in the API's form. Raises PlanError for an invalid range."""
     return {
         "ContinuousParameterRanges": [_range(name, text, float) for name, text in options.float],
         "IntegerParameterRanges": [_range(name, text, int) for name, text in options.int],

@@ -1,13 +1,13 @@
-"""The image on this machine, treated as SageMaker treats it:
+"""The image on this machine, run as SageMaker runs it:
 
     python3 -m infra.local train --data DIR --out out/local --set size=tiny --set max_steps=20
     python3 -m infra.local serve --model out/local/model.tar.gz --port 8080
     python3 -m infra.local endpoint --model out/local/model.tar.gz --port 8081 --memory 4g --cpus 2
 
-`train` lays out what the platform puts under /opt/ml, runs the image on it and packs model.tar.gz;
-`serve` unpacks one, read-only, and serves it with limits on memory and processors; `endpoint` does
-so behind a stand-in for SageMaker's runtime, which boto3's own client calls. Ctrl-C stops a
-container as the platform does, by SIGTERM first. Needs a Docker engine and the standard library.
+`train` creates the tree of /opt/ml, runs the image on it and packs model.tar.gz. `serve` unpacks
+one, read-only, and serves it with limits on memory and processors. `endpoint` does so behind a
+stand-in for SageMaker's runtime, for boto3's client. Ctrl-C stops a container as the platform does,
+by SIGTERM first. Needs a Docker engine and the standard library.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ reply = runtime.invoke_endpoint(
 with open("star.png", "wb") as file:
     file.write(reply["Body"].read())
 """
-"""What `endpoint` prints: runs as it stands, with any credentials."""
+"""Printed by `endpoint`: a program that runs unchanged, with any credentials."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: leave nothing behind
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: remove the container
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     reason = why_no_docker(options.image)
     if reason:
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         limits += ["--env", variable]
     try:
         result: int = options.run(options, limits)
-    except KeyboardInterrupt:  # before there was anything to stop
+    except KeyboardInterrupt:  # before a container was started
         return 130
     return result
 
@@ -81,7 +81,7 @@ def _train(options: argparse.Namespace, limits: list[str]) -> int:
     channels = folders if "train" in folders else {"train": options.data}
     tree = OptMl(options.out, "platform")
     tree.set_hyperparameters(**dict(options.set))
-    if os.getuid() != 0:  # what it writes shall belong to who asked for it
+    if os.getuid() != 0:  # files that it writes belong to the caller
         limits = [*limits, "--user", f"{os.getuid()}:{os.getgid()}"]
     with ExitStack() as stack:
         mounted = {}
@@ -104,7 +104,7 @@ def _train(options: argparse.Namespace, limits: list[str]) -> int:
         except KeyboardInterrupt:
             status = container.stop(STOP_TRAINING_SECONDS)
         if container.state()["OOMKilled"]:
-            print("killed: it needed more memory than --memory allows", file=sys.stderr)
+            print("killed: the container exceeded --memory", file=sys.stderr)
     if status != 0:
         print(f"failed with exit status {status}", file=sys.stderr)
         return 1
@@ -125,16 +125,16 @@ def _endpoint(options: argparse.Namespace, limits: list[str]) -> int:
         call = CALL.format(url=facade.url, name=options.name)
         return _until_stopped(
             serving,
-            f"the endpoint {options.name}. Any client of the SageMaker runtime finds it by\n\n"
+            f"the endpoint {options.name}. For every client of the SageMaker runtime:\n\n"
             f"export AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME={facade.url}\n\n"
-            f"This one needs no more than boto3:\n\n{call}",
+            f"A program that needs boto3 only:\n\n{call}",
         )
 
 
 @contextmanager
 def _serving(options: argparse.Namespace, port: int, limits: list[str]) -> Iterator[Serving]:
     if not options.model.exists():
-        sys.exit(f"{options.model} is not there; `train` of this program makes one")
+        sys.exit(f"{options.model} does not exist; `python3 -m infra.local train` makes one")
     with (
         unpacked(options.model) as model,
         Serving(model, *limits, image=options.image, port=port) as serving,
@@ -144,7 +144,7 @@ def _serving(options: argparse.Namespace, port: int, limits: list[str]) -> Itera
 
 
 def _until_stopped(serving: Serving, ready: str) -> int:
-    """Say what can be called once it can be; the container's exit status."""
+    """Print `ready` once the server is ready; return the container's exit status."""
     try:
         serving.wait_until_ready()
         print(f"ready after {time.monotonic() - serving.began:.1f} s: {ready}", flush=True)
@@ -174,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         help="holds pairs, or the channels train, validation, ...",
     )
-    train.add_argument("--out", type=Path, required=True, help="becomes what /opt/ml is")
+    train.add_argument("--out", type=Path, required=True, help="becomes the container's /opt/ml")
     train.add_argument(
         "--set",
         action="append",
@@ -187,7 +187,7 @@ def _parser() -> argparse.ArgumentParser:
         "--input-mode",
         choices=("File", "Pipe"),
         default="File",
-        help="Pipe streams train and validation through FIFOs (Linux): tar shards, or a *.manifest",
+        help="Pipe streams train and validation through FIFOs (Linux): tar shards or a *.manifest",
     )
     train.add_argument(
         "--attributes",

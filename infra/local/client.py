@@ -1,4 +1,4 @@
-"""One POST /invocations to a container, with one deadline for the whole of it.
+"""One POST /invocations to a container, with one deadline from connection to last byte.
 
 Standard library only.
 """
@@ -23,12 +23,12 @@ class BrokenError(Exception):
 
 
 class StoppingError(Exception):
-    """The facade is being stopped."""
+    """The stand-in for the runtime is being stopped."""
 
 
-class Call:
-    """One request to a container, and one deadline for all of it. Closing it tells the container
-    that nobody waits any more."""
+class Invocation:
+    """One request to a container under one deadline. `close` closes the connection, by which the
+    container sees that the client has gone."""
 
     def __init__(self, port: int, seconds: float) -> None:
         self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=seconds)
@@ -39,7 +39,7 @@ class Call:
         self._response: http.client.HTTPResponse | None = None
 
     def send(self, body: bytes, headers: Mapping[str, str]) -> http.client.HTTPResponse:
-        """The beginning of the reply: its status and headers."""
+        """Send the request; return the reply with status and headers, its body unread."""
         with self._failures():
             self.connection.connect()
             self._socket = self.connection.sock
@@ -57,7 +57,7 @@ class Call:
             return self._response
 
     def parts(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
-        """The body as it arrives."""
+        """Yield the body as it arrives."""
         with self._failures():
             while part := response.read1(PART_BYTES):
                 yield part
@@ -76,7 +76,7 @@ class Call:
     def _cut(self, reason: threading.Event) -> None:
         reason.set()
         if self._socket is not None:
-            with suppress(OSError):  # it has ended by itself
+            with suppress(OSError):  # it is closed already
                 self._socket.shutdown(socket.SHUT_RDWR)
 
     @contextmanager

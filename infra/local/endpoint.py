@@ -1,12 +1,12 @@
-"""SageMaker's runtime on this machine: what stands between a client and the container.
+"""SageMaker's runtime on this machine: the HTTP server between a client and the container.
 
-An HTTP server on loopback that the unmodified boto3 client `sagemaker-runtime` calls through
-AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME (or `endpoint_url`). It passes `invoke_endpoint` and
-`invoke_endpoint_with_response_stream` on to `POST /invocations` of a container, and keeps the
-platform's limits on the way: time, sizes, which headers pass in which direction, and how a
-container's errors reach the client. It knows nothing of what is asked or answered.
+It listens on loopback, for the unmodified boto3 client `sagemaker-runtime` through
+AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME (or `endpoint_url`). It forwards `invoke_endpoint` and
+`invoke_endpoint_with_response_stream` to `POST /invocations` of a container, under the platform's
+limits: time, sizes, the headers that pass in each direction, and the form of a container's errors.
+It knows nothing of the content of requests and replies.
 
-Where the platform's own words are known, messages use them. Signatures are not checked.
+Error messages are the platform's where those are known. Signatures are not checked.
 Standard library only.
 """
 
@@ -27,7 +27,7 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import unquote
 
-from infra.local.client import PART_BYTES, BrokenError, Call, StoppingError, TimedOutError
+from infra.local.client import PART_BYTES, BrokenError, Invocation, StoppingError, TimedOutError
 from infra.local.event_stream import MEDIA_TYPE, exception, payload_part
 
 logger = logging.getLogger(__name__)
@@ -58,9 +58,9 @@ PROCESS_EXITED = "An error occurred while handling request as the model process 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """The platform's, for a real-time endpoint.
+    """The platform's limits of a real-time endpoint.
 
-    reply_seconds: until the whole of a plain reply has come. stream_seconds: of a streamed one.
+    reply_seconds: from the request to the last byte of a plain reply. stream_seconds: of a stream.
     request_bytes, reply_bytes: of a body; a streamed reply may be of any size.
     attribute_characters: of the custom attributes, visible ASCII in both directions.
     """
@@ -72,8 +72,8 @@ class Limits:
     attribute_characters: int = 1024
 
 
-class Refusal(Exception):  # noqa: N818 - an answer, not a mistake
-    """What the client gets instead of a reply: an HTTP status, the error's name, its members."""
+class EndpointError(Exception):
+    """An error response to the client: its HTTP status, the error's name, its members."""
 
     def __init__(self, status: int, name: str, message: str, **members: str | int) -> None:
         super().__init__(message)
@@ -83,9 +83,9 @@ class Refusal(Exception):  # noqa: N818 - an answer, not a mistake
 
 
 class RuntimeFacade:
-    """Endpoints by name, each a container's port on loopback; served from `with` to its end.
+    """Endpoints by name, each a container's port on loopback; a context manager serves them.
 
-    url: what AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME must be. port: 0 for a free one.
+    url: the value for AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME. port: 0 for a free one.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class RuntimeFacade:
     ) -> None:
         self.endpoints = dict(endpoints)
         self.limits = limits or Limits()
-        self._calls: set[Call] = set()
+        self._invocations: set[Invocation] = set()
         self._change = threading.Condition()
         self._server = _Server(self, port)
         self._thread = threading.Thread(
@@ -105,20 +105,20 @@ class RuntimeFacade:
         return f"http://127.0.0.1:{self._server.server_port}"
 
     @contextmanager
-    def call(self, name: str, seconds: float) -> Iterator[Call]:
-        """A call to the endpoint of that name. Raises Refusal when there is none."""
+    def invoke(self, name: str, seconds: float) -> Iterator[Invocation]:
+        """Open an invocation of an endpoint. Raises EndpointError for an unknown name."""
         if name not in self.endpoints:
             message = f"Endpoint {name} of account {ACCOUNT} not found."
-            raise Refusal(400, "ValidationError", message)
-        call = Call(self.endpoints[name], seconds)
+            raise EndpointError(400, "ValidationError", message)
+        invocation = Invocation(self.endpoints[name], seconds)
         with self._change:
-            self._calls.add(call)
+            self._invocations.add(invocation)
         try:
-            yield call
+            yield invocation
         finally:
-            call.close()
+            invocation.close()
             with self._change:
-                self._calls.discard(call)
+                self._invocations.discard(invocation)
                 self._change.notify_all()
 
     def __enter__(self) -> Self:
@@ -128,19 +128,19 @@ class RuntimeFacade:
     def __exit__(
         self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
     ) -> None:
-        """Calls that still run are cut off; their clients are told."""
+        """Stop: invocations in progress end with an error response to their clients."""
         self._server.shutdown()
         with self._change:
-            for call in self._calls:
-                call.stop()
-            self._change.wait_for(lambda: not self._calls, STOP_SECONDS)
+            for invocation in self._invocations:
+                invocation.stop()
+            self._change.wait_for(lambda: not self._invocations, STOP_SECONDS)
         self._server.server_close()
         self._thread.join(STOP_SECONDS)
 
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
-    block_on_close = False  # a client that only holds a connection open must not hold us up
+    block_on_close = False  # a client that keeps a connection open must not delay the end
     request_queue_size = 128
 
     def __init__(self, facade: RuntimeFacade, port: int) -> None:
@@ -154,32 +154,29 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 60  # of one read from or write to the client
 
     def do_POST(self) -> None:
-        self.close_connection = True  # one request each: nothing is left open when we stop
+        self.close_connection = True  # one request a connection: none stays open at the end
         began = time.monotonic()
         try:
-            self._answer()
-        except Refusal as refusal:
-            logger.info("%s: %s", refusal.name, refusal)
-            self._refuse(refusal)
-        except OSError as error:  # a failure of the container's has another type
-            logger.info("the client went away: %s", error)
+            self._handle()
+        except EndpointError as error:
+            logger.info("%s: %s", error.name, error)
+            self._send_error(error)
+        except OSError as error:  # failures of the container have other types
+            logger.info("the client closed the connection: %s", error)
         logger.info("%s after %.2f s", self.path, time.monotonic() - began)
 
-    def _answer(self) -> None:
+    def _handle(self) -> None:
         body = self._body()
         route = ROUTE.fullmatch(self.path.partition("?")[0])
-        operations = {
-            "invocations": self._invoke,
-            "invocations-response-stream": self._stream,
-        }
+        operations = {"invocations": self._invoke, "invocations-response-stream": self._stream}
         if route is None or route["operation"] not in operations:
             message = f"{self.path} is none of {', '.join(operations)} of /endpoints/NAME/"
-            raise Refusal(404, "UnknownOperationException", message)
+            raise EndpointError(404, "UnknownOperationException", message)
         _check_attributes(self.headers.get(ATTRIBUTES, ""), self._limits)
         variant = self.headers.get("X-Amzn-SageMaker-Target-Variant", VARIANT)
         if variant != VARIANT:
             message = f"Variant {variant} of {unquote(route['name'])} not found: it has {VARIANT}."
-            raise Refusal(400, "ValidationError", message)
+            raise EndpointError(400, "ValidationError", message)
         operations[route["operation"]](unquote(route["name"]), body)
 
     @property
@@ -189,20 +186,20 @@ class _Handler(BaseHTTPRequestHandler):
     def _body(self) -> bytes:
         text = self.headers.get("Content-Length", "")
         if not text.isdigit():
-            raise Refusal(411, "ValidationError", "the request has no Content-Length")
+            raise EndpointError(411, "ValidationError", "the request has no Content-Length")
         length = int(text)
         if length > self._limits.request_bytes:
             while length > 0 and (part := self.rfile.read(min(length, PART_BYTES))):
-                length -= len(part)  # read all the same: a client reads why once it has sent all
+                length -= len(part)  # a client reads the response only after it has sent all
             message = f"HTTP content length exceeded {self._limits.request_bytes} bytes."
-            raise Refusal(413, "", message)
+            raise EndpointError(413, "", message)
         body = self.rfile.read(length)
         if len(body) < length:
             raise ConnectionResetError(f"{len(body)} of the request's {length} bytes came")
         return body
 
-    def _passed_on(self) -> dict[str, str]:
-        """The request's headers that a container sees."""
+    def _request_headers(self) -> dict[str, str]:
+        """Return the request's headers that are forwarded to the container."""
         passed = {}
         for name, value in self.headers.items():
             if name.lower() in REQUEST_HEADERS or name.lower().startswith(PREFIX):
@@ -211,11 +208,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _invoke(self, name: str, body: bytes) -> None:
         limits = self._limits
-        with self.server.facade.call(name, limits.reply_seconds) as call:
+        with self.server.facade.invoke(name, limits.reply_seconds) as invocation:
             reply = bytearray()
             try:
-                response = call.send(body, self._passed_on())
-                for part in call.parts(response):
+                response = invocation.send(body, self._request_headers())
+                for part in invocation.parts(response):
                     reply += part
                     if len(reply) > limits.reply_bytes:
                         what = f"the reply is larger than {limits.reply_bytes} bytes"
@@ -232,15 +229,15 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(reply)
 
     def _stream(self, name: str, body: bytes) -> None:
-        headers = self._passed_on()
+        headers = self._request_headers()
         accept = headers.pop(STREAM_ACCEPT, None)
         if accept is not None:
             headers["Accept"] = accept
-        with self.server.facade.call(name, self._limits.stream_seconds) as call:
+        with self.server.facade.invoke(name, self._limits.stream_seconds) as invocation:
             try:
-                response = call.send(body, headers)
+                response = invocation.send(body, headers)
                 if not 200 <= response.status < 300:
-                    _check_status(name, response.status, b"".join(call.parts(response)))
+                    _check_status(name, response.status, b"".join(invocation.parts(response)))
                 reply_headers = self._reply_headers(name, response)
             except (TimedOutError, BrokenError, StoppingError) as error:
                 raise _failed(name, error) from error
@@ -251,7 +248,7 @@ class _Handler(BaseHTTPRequestHandler):
             chunked = {"Content-Type": MEDIA_TYPE, "Transfer-Encoding": "chunked"}
             self._send_headers(reply_headers | chunked)
             try:
-                for part in call.parts(response):
+                for part in invocation.parts(response):
                     self._send_chunk(payload_part(part))
             except TimedOutError:
                 code = {"Message": TIMED_OUT, "ErrorCode": "ModelInvocationTimeExceeded"}
@@ -265,21 +262,21 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_chunk(b"")
 
     def _reply_headers(self, name: str, response: http.client.HTTPResponse) -> dict[str, str]:
-        """The container's headers that a client sees. Raises Refusal for attributes too long."""
+        """Return the reply's headers that are forwarded to the client. Raises EndpointError."""
         passed = {n: v for n in REPLY_HEADERS if (v := response.headers.get(n)) is not None}
         try:
             _check_attributes(passed.get(ATTRIBUTES, ""), self._limits)
-        except Refusal as refusal:
-            raise _model_error(name, response.status, str(refusal)) from refusal
+        except EndpointError as error:
+            raise _model_error(name, response.status, str(error)) from error
         return passed | {"x-Amzn-Invoked-Production-Variant": VARIANT}
 
-    def _refuse(self, refusal: Refusal) -> None:
-        self.send_response(refusal.status)
-        body = json.dumps(refusal.members).encode()
+    def _send_error(self, error: EndpointError) -> None:
+        self.send_response(error.status)
+        body = json.dumps(error.members).encode()
         headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
-        if refusal.name:
-            headers["x-amzn-ErrorType"] = refusal.name
-        with suppress(OSError):  # nobody waits for it any more
+        if error.name:
+            headers["x-amzn-ErrorType"] = error.name
+        with suppress(OSError):  # the client has closed the connection
             self._send_headers(headers)
             self.wfile.write(body)
 
@@ -291,7 +288,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def _send_chunk(self, chunk: bytes) -> None:
-        """A chunk of the body as HTTP frames it; an empty one ends the body."""
+        """Send one chunk of the body in HTTP's framing; an empty one ends the body."""
         self.wfile.write(f"{len(chunk):x}\r\n".encode() + chunk + b"\r\n")
 
     def log_message(self, format: str, *values: object) -> None:
@@ -302,7 +299,8 @@ def _check_attributes(attributes: str, limits: Limits) -> None:
     longest = limits.attribute_characters
     if len(attributes) > longest or not re.fullmatch(r"[ -~]*", attributes):
         what = f"custom attributes must be at most {longest} visible ASCII characters"
-        raise Refusal(400, "ValidationError", f"{what}, got {len(attributes)}: {attributes[:40]!r}")
+        message = f"{what}, got {len(attributes)}: {attributes[:40]!r}"
+        raise EndpointError(400, "ValidationError", message)
 
 
 def _check_status(name: str, status: int, body: bytes | bytearray) -> None:
@@ -310,18 +308,18 @@ def _check_status(name: str, status: int, body: bytes | bytearray) -> None:
         raise _model_error(name, status, body.decode("utf-8", "replace"))
 
 
-def _failed(name: str, error: Exception) -> Refusal:
+def _failed(name: str, error: Exception) -> EndpointError:
     if isinstance(error, StoppingError):
-        return Refusal(503, "ServiceUnavailable", "The endpoint is being stopped.")
+        return EndpointError(503, "ServiceUnavailable", "The endpoint is being stopped.")
     return _model_error(name, 0, TIMED_OUT if isinstance(error, TimedOutError) else PROCESS_EXITED)
 
 
-def _model_error(name: str, status: int, message: str) -> Refusal:
-    """A container's error as a client sees it; a status of 0 where it gave none."""
+def _model_error(name: str, status: int, message: str) -> EndpointError:
+    """Return a container's error in the platform's form; status 0 stands for no response."""
     group = f"/aws/sagemaker/Endpoints/{name}"
     whose = "client" if 400 <= status < 500 else "server"
     received = f'Received {whose} error ({status}) from primary with message "{message}".'
-    return Refusal(
+    return EndpointError(
         424,
         "ModelError",
         f"{received} See {group} in account {ACCOUNT} for more information.",

@@ -1,4 +1,4 @@
-"""AWS's event-stream frames: what a streamed reply of an endpoint is made of.
+"""AWS's event-stream frames, of which an endpoint's streamed reply consists.
 
     total length | headers length | CRC-32 of both | headers | payload | CRC-32 of all before
 
@@ -18,7 +18,7 @@ TEXT = 7
 
 
 def frame(headers: Mapping[str, str], payload: bytes) -> bytes:
-    """One frame. Names of headers are at most 255 bytes, values at most 65,535."""
+    """Return one frame. Names of headers are at most 255 bytes, values at most 65,535."""
     head = b"".join(_header(name.encode(), value.encode()) for name, value in headers.items())
     prelude = struct.pack(">II", 16 + len(head) + len(payload), len(head))
     message = prelude + struct.pack(">I", crc32(prelude)) + head + payload
@@ -26,7 +26,7 @@ def frame(headers: Mapping[str, str], payload: bytes) -> bytes:
 
 
 def payload_part(part: bytes) -> bytes:
-    """The frame that carries a piece of the reply's body."""
+    """Return the frame that carries a part of the reply's body."""
     headers = {
         ":event-type": "PayloadPart",
         ":content-type": "application/octet-stream",
@@ -36,7 +36,7 @@ def payload_part(part: bytes) -> bytes:
 
 
 def exception(kind: str, fields: Mapping[str, str]) -> bytes:
-    """The frame that ends a stream which cannot go on. kind: the error's name, such as
+    """Return the frame that ends a failed stream. kind: the error's name, such as
     ModelStreamError; fields: its members."""
     headers = {
         ":exception-type": kind,

@@ -53,7 +53,7 @@ CHANNEL_CONFIG = {
 
 
 class OptMl:
-    """What stands under /opt/ml, in a directory of this machine.
+    """The tree below /opt/ml, in a directory of this machine.
 
     shape: `platform`, `local` (the SDK's local mode), or `empty` (no config files at all).
     """
@@ -70,22 +70,22 @@ class OptMl:
             self.write("hyperparameters", {})
 
     def write(self, name: str, value: object) -> Path:
-        """input/config/<name>.json; a text is written as it is, anything else as JSON."""
+        """Write input/config/<name>.json: a text unchanged, anything else as JSON."""
         path = self.root / "input" / "config" / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
         return path
 
     def set_hyperparameters(self, **values: object) -> None:
-        """As the SDK does it: texts as they are, everything else as JSON in a text."""
+        """Write hyperparameters as the SDK does: texts unchanged, other values as JSON texts."""
         texts = {n: v if isinstance(v, str) else json.dumps(v) for n, v in values.items()}
         self.write("hyperparameters", texts)
 
     def add_channel(self, name: str, **settings: str) -> Path:
-        """The new channel's directory, described in inputdataconfig.json where there is one.
+        """Create a channel and its entry in inputdataconfig.json; return its directory.
 
-        settings: keys of that description, such as TrainingInputMode="Pipe"; the directory of such
-        a channel does not exist, its FIFOs are beside it (see `pipes`).
+        settings: of the entry, such as TrainingInputMode="Pipe". A channel in Pipe mode has no
+        directory; its FIFOs are beside it (see `pipes`).
         """
         directory = self.root / "input" / "data" / name
         if settings.get("TrainingInputMode") != "Pipe":
@@ -97,13 +97,13 @@ class OptMl:
 
     @property
     def failure(self) -> str:
-        """What the platform would show as FailureReason."""
+        """The text that the platform would show as FailureReason."""
         return (self.root / "output" / "failure").read_text(encoding="utf-8")[:1024]
 
     def mounts(self, channels: Mapping[str, Path]) -> list[str]:
-        """Options of `docker run`: input is read-only, outputs are writable for every user.
+        """Return options of `docker run`: input is read-only, outputs are writable for every user.
 
-        channels: directories that stand elsewhere and are mounted in place of the tree's own.
+        channels: directories outside the tree, mounted as channels of these names.
         """
         options = ["--volume", f"{(self.root / 'input').absolute()}:/opt/ml/input:ro"]
         for name, directory in channels.items():
@@ -124,7 +124,7 @@ def start_training(
     command: Sequence[str] = ("train",),
     channels: Mapping[str, Path] | None = None,
 ) -> Container:
-    """The image's `train` on a tree. channels: data that stands elsewhere, by channel name."""
+    """Start the image's `train` on a tree. channels: directories outside it, by channel name."""
     job = ["--env", "TRAINING_JOB_NAME=local"]
     return Container(
         image or image_name(), *command, options=[*job, *tree.mounts(channels or {}), *options]
@@ -132,7 +132,7 @@ def start_training(
 
 
 def pack_model(model: Path, archive: Path) -> Path:
-    """model.tar.gz as SageMaker packs /opt/ml/model: paths relative to it, links as links."""
+    """Write model.tar.gz as SageMaker does: paths relative to /opt/ml/model, links as links."""
     with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
         for path in sorted(model.iterdir()):
             tar.add(path, path.name)

@@ -1,4 +1,4 @@
-"""A channel in Pipe mode, brought as SageMaker brings it: a FIFO for each epoch, one at a time.
+"""A channel in Pipe mode as SageMaker provides it: a FIFO for each epoch, one at a time.
 
 Standard library only.
 """
@@ -22,11 +22,11 @@ POLL_SECONDS = 0.05
 CHUNK_BYTES = 1 << 20
 
 Content = Callable[[], Iterable[bytes]]
-"""What an epoch's stream is made of, piece by piece."""
+"""Returns an epoch's stream, piece by piece."""
 
 
 class Pipe:
-    """The FIFOs `<directory>_0`, `<directory>_1`, ... of a channel, for as long as it is open."""
+    """The FIFOs `<directory>_0`, `<directory>_1`, ... of a channel, until the end of `with`."""
 
     def __init__(self, directory: Path, content: Content) -> None:
         self._directory = directory
@@ -35,7 +35,7 @@ class Pipe:
         self._feeder = threading.Thread(target=self._feed, daemon=True)
 
     def __enter__(self) -> Self:
-        self._make(0)  # at once: whoever starts a container mounts it
+        self._make(0)  # before the container starts, which mounts it
         self._feeder.start()
         return self
 
@@ -46,7 +46,7 @@ class Pipe:
         trace: TracebackType | None,
     ) -> None:
         self._is_closed.set()
-        self._feeder.join(timeout=5)  # it may be writing to who does not read: it is a daemon
+        self._feeder.join(timeout=5)  # it may be blocked in a write; it is a daemon
         for path in self._directory.parent.glob(f"{self._directory.name}_*"):
             path.unlink()
 
@@ -67,12 +67,12 @@ class Pipe:
             self._make(epoch)
 
     def _open(self, path: Path) -> int | None:
-        """The FIFO once somebody reads it; None when nobody is to any more."""
+        """Open the FIFO once it has a reader; return None when the pipe is closed before."""
         while not self._is_closed.wait(POLL_SECONDS):
             try:
                 descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
             except OSError as error:
-                if error.errno == errno.ENXIO:  # nobody has it open for reading
+                if error.errno == errno.ENXIO:  # it has no reader
                     continue
                 raise
             os.set_blocking(descriptor, True)
@@ -81,9 +81,9 @@ class Pipe:
 
 
 def stream_of(folder: Path, attributes: str) -> tuple[Content, str]:
-    """A folder's stream and its RecordWrapperType: that of its one *.manifest, or of its files.
+    """Return a folder's stream and RecordWrapperType: of its one *.manifest, or of its files.
 
-    attributes: of a manifest, with commas.
+    attributes: of a manifest, separated by commas.
     """
     manifest = next(iter(sorted(folder.glob("*.manifest"))), None)
     if manifest is None:
@@ -92,7 +92,7 @@ def stream_of(folder: Path, attributes: str) -> tuple[Content, str]:
 
 
 def objects(folder: Path) -> Iterator[bytes]:
-    """All files of a folder, one behind the other by their names: S3Prefix in Pipe mode."""
+    """Yield all files of a folder in the order of their names: S3Prefix in Pipe mode."""
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as file:
             while piece := file.read(CHUNK_BYTES):
@@ -100,10 +100,10 @@ def objects(folder: Path) -> Iterator[bytes]:
 
 
 def augmented(manifest: Path, attributes: Sequence[str]) -> Iterator[bytes]:
-    """An AugmentedManifestFile in Pipe mode: of each line one RecordIO record for each attribute.
+    """Yield an AugmentedManifestFile in Pipe mode: a RecordIO record an attribute of each line.
 
     The value of an attribute whose name ends in `-ref` is a file beside the manifest (on the
-    platform, an object in S3) and brings its content; others bring text, or JSON.
+    platform, an object in S3) and gives its content; others give text, or JSON.
     """
     for line in manifest.read_text("utf-8").splitlines():
         sample = json.loads(line)
@@ -116,9 +116,9 @@ def augmented(manifest: Path, attributes: Sequence[str]) -> Iterator[bytes]:
 
 
 def record(data: bytes) -> bytes:
-    """RecordIO's frame around some bytes (dmlc-core, `recordio.h`).
+    """Return bytes in RecordIO's frame (dmlc-core, `recordio.h`).
 
-    Where the magic number stands in them at a multiple of four, they are parted there.
+    Bytes that contain the magic number at a multiple of four are split there.
     """
     cuts = [place for place in range(0, len(data) - 3, 4) if data[place : place + 4] == MAGIC]
     begins = [0, *(cut + len(MAGIC) for cut in cuts)]

@@ -1,4 +1,4 @@
-"""The image's `serve` on this machine: a model unpacked read-only, a container, its replies.
+"""The image's `serve` on this machine: the model unpacked read-only, a container, its replies.
 
 Standard library only.
 """
@@ -71,7 +71,7 @@ class Serving(Container):
         body: bytes | dict[str, Any] | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Reply:
-        """GET, or POST when there is a body; a dictionary goes as JSON. OSError while unbound."""
+        """Send GET, or POST with a body, a dictionary as JSON. Raises OSError while unbound."""
         sent = dict(headers or {})
         if isinstance(body, dict):
             body = json.dumps(body).encode()
@@ -86,9 +86,9 @@ class Serving(Container):
             connection.close()
 
     def wait_until_ready(self, seconds: float = PATIENCE) -> list[int]:
-        """Ping as the platform does, until 200. The different statuses on the way, 200 the last.
+        """Ping as the platform does, until 200; return the statuses without repetitions, 200 last.
 
-        Raises RuntimeError with the log when the container ends or the time is up.
+        Raises RuntimeError with the log when the container ends or the time is over.
         """
         statuses: list[int] = []
         while time.monotonic() < self.began + seconds and not self._ended:
@@ -105,18 +105,18 @@ class Serving(Container):
 
 
 def unpack_model(archive: Path, directory: Path) -> Path:
-    """Unpack where nobody may write, as under an endpoint's /opt/ml/model.
+    """Unpack into a read-only directory, as an endpoint's /opt/ml/model is.
 
-    Raises ValueError for anything but files and directories, which hosting unpacks badly.
+    Raises ValueError for links and special files, which SageMaker's hosting does not support.
     """
     with tarfile.open(archive) as tar:
         for member in tar.getmembers():
             if not (member.isfile() or member.isdir()):
                 raise ValueError(f"{archive}: {member.name} is neither a file nor a directory")
-        # Python 3.11.4 brought filters, 3.14 made this one the default.
+        # Filters exist since Python 3.11.4; this one is the default since 3.14.
         if hasattr(tarfile, "data_filter"):
             tar.extraction_filter = tarfile.data_filter
-        tar.extractall(directory)  # noqa: S202 - of our own making, and checked above
+        tar.extractall(directory)  # noqa: S202 - checked above
     for path in [directory, *directory.rglob("*")]:
         path.chmod(0o555 if path.is_dir() else 0o444)
     return directory
@@ -124,7 +124,7 @@ def unpack_model(archive: Path, directory: Path) -> Path:
 
 @contextmanager
 def unpacked(model: Path) -> Iterator[Path]:
-    """A directory as it is; an archive unpacked for as long as it is needed."""
+    """Yield a directory unchanged, or an archive unpacked until the end of `with`."""
     if model.is_dir():
         yield model
         return

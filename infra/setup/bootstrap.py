@@ -1,7 +1,7 @@
-"""`bootstrap`: the project's stack, made once and brought up to date ever after.
+"""`bootstrap`: create the project's stack, or bring it up to date.
 
-The template is infra/setup/template.yaml. A digest of it and of its parameters is the stack's tag,
-so that a second run sees, without comparing documents, that there is nothing to do.
+The template is infra/setup/template.yaml. A digest of it and of its parameters is a tag of the
+stack, so that a second run finds nothing to do without comparing documents.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from dalle.errors import AwsError
-from infra.aws import project
-from infra.aws.project import Project
-from infra.aws.request import Call, digest
+from infra.aws.project import PROJECT_TAG, Project, add_project_arguments, open_project, tag_value
+from infra.aws.request import Request, digest
 
 TEMPLATE = Path(__file__).parent / "template.yaml"
 TEMPLATE_TAG = "dalle:template"
@@ -24,34 +23,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--read-bucket",
         metavar="NAME",
-        help="another bucket that jobs may read, for pictures that stay where they are; "
-        "remembered by the stack until another is given, '' for none",
+        help="another bucket that jobs may read, for data that stay where they are; the stack "
+        "keeps it until another is given, '' for none",
     )
-    project.add_arguments(parser)
+    add_project_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    opened = project.open_project(options)
-    console = opened.console
-    before = None if console.dry_run else opened.stack()
+    project = open_project(options)
+    output = project.output
+    before = None if output.dry_run else project.stack()
     read_bucket = options.read_bucket
     if read_bucket is None:
         read_bucket = _parameter(before, "ReadBucket")
-    call = stack_call(opened.name, TEMPLATE.read_text("utf-8"), read_bucket, is_new=before is None)
-    wanted = project.tag_value(call.parameters["Tags"], TEMPLATE_TAG)
-    if before is not None and project.tag_value(before.get("Tags", []), TEMPLATE_TAG) == wanted:
+    request = stack_request(
+        project.name, TEMPLATE.read_text("utf-8"), read_bucket, is_new=before is None
+    )
+    wanted = tag_value(request.parameters["Tags"], TEMPLATE_TAG)
+    if before is not None and tag_value(before.get("Tags", []), TEMPLATE_TAG) == wanted:
         state = "already there"
     else:
-        opened.aws.call(call)
+        project.aws.call(request)
         state = "made" if before is None else "brought up to date"
-    wait(opened)
-    outputs = opened.outputs()
-    console.item(f"stack {opened.name}", state)
-    console.item(f"bucket {outputs.bucket}", state)
-    console.item(f"repository {outputs.repository}", state)
-    console.item("role of jobs and endpoints", state)
-    return console.finish(
-        project=opened.name,
+    wait(project)
+    outputs = project.stack_outputs()
+    output.item(f"stack {project.name}", state)
+    output.item(f"bucket {outputs.bucket}", state)
+    output.item(f"repository {outputs.repository}", state)
+    output.item("role of jobs and endpoints", state)
+    return output.finish(
+        project=project.name,
         state=state,
         bucket=outputs.bucket,
         repository=outputs.repository,
@@ -59,8 +60,8 @@ def run(options: argparse.Namespace) -> int:
     )
 
 
-def stack_call(name: str, template: str, read_bucket: str, *, is_new: bool) -> Call:
-    """The request that makes the stack, or changes it."""
+def stack_request(name: str, template: str, read_bucket: str, *, is_new: bool) -> Request:
+    """Return the request that creates the stack, or changes it."""
     parameters = [
         {"ParameterKey": "Project", "ParameterValue": name},
         {"ParameterKey": "ReadBucket", "ParameterValue": read_bucket},
@@ -71,45 +72,45 @@ def stack_call(name: str, template: str, read_bucket: str, *, is_new: bool) -> C
         "Parameters": parameters,
         "Capabilities": ["CAPABILITY_IAM"],
         "Tags": [
-            {"Key": project.TAG, "Value": name},
+            {"Key": PROJECT_TAG, "Value": name},
             {"Key": TEMPLATE_TAG, "Value": digest([template, parameters])},
         ],
     }
     if is_new:
-        # Otherwise a stack that could not be made stays, and has to be deleted by hand.
+        # Otherwise a stack whose creation failed stays and must be deleted by hand.
         request["OnFailure"] = "DELETE"
     operation = "CreateStack" if is_new else "UpdateStack"
-    return Call("cloudformation", operation, request)
+    return Request("cloudformation", operation, request)
 
 
-def wait(opened: Project) -> None:
-    """Until the stack rests. Raises AwsError with CloudFormation's reason when it did not work."""
-    stack = opened.stack()
-    if opened.aws.dry_run or stack is None:
+def wait(project: Project) -> None:
+    """Wait until no change is in progress. Raises AwsError with CloudFormation's reason."""
+    stack = project.stack()
+    if project.aws.dry_run or stack is None:
         return
-    name = stack["StackId"]  # a stack that was deleted answers to this alone
-    described = opened.aws.wait(
-        Call("cloudformation", "DescribeStacks", {"StackName": name}),
+    name = stack["StackId"]  # the only name by which a deleted stack is described
+    described = project.aws.wait(
+        Request("cloudformation", "DescribeStacks", {"StackName": name}),
         lambda answer: not answer["Stacks"][0]["StackStatus"].endswith("_IN_PROGRESS"),
         every_seconds=POLL_SECONDS,
     )
     status = described["Stacks"][0]["StackStatus"]
     if status not in ("CREATE_COMPLETE", "UPDATE_COMPLETE"):
-        raise AwsError(f"the stack {opened.name} is {status}: {_reason(opened, name)}")
+        raise AwsError(f"the stack {project.name} is {status}: {_reason(project, name)}")
 
 
-def _reason(opened: Project, stack: str) -> str:
-    """The first thing that CloudFormation could not do."""
-    call = Call("cloudformation", "DescribeStackEvents", {"StackName": stack})
+def _reason(project: Project, stack: str) -> str:
+    """Return the first failure that CloudFormation reports."""
+    request = Request("cloudformation", "DescribeStackEvents", {"StackName": stack})
     failures = [
         f"{event['LogicalResourceId']}: {event.get('ResourceStatusReason', 'no reason given')}"
-        for event in opened.aws.items(call, "StackEvents")
+        for event in project.aws.items(request, "StackEvents")
         if event.get("ResourceStatus", "").endswith("_FAILED")
     ]
-    return failures[-1] if failures else "the stack's events in the console say why"
+    return failures[-1] if failures else "see the stack's events in the AWS console"
 
 
 def _parameter(stack: dict[str, Any] | None, key: str) -> str:
-    """A parameter of the stack as it is; the empty text when there is none."""
+    """Return a parameter of the stack; the empty text when it has none of that name."""
     parameters = (stack or {}).get("Parameters", [])
     return next((p["ParameterValue"] for p in parameters if p["ParameterKey"] == key), "")

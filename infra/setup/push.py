@@ -17,11 +17,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from dalle.errors import AwsError, PlanError, PlatformError, UserError
-from infra.aws import project
 from infra.aws.limits import SERVERLESS_IMAGE_BYTES
 from infra.aws.output import size_words
-from infra.aws.project import IMAGE_TAG, Project, image_size_tag
-from infra.aws.request import Call, placeholder
+from infra.aws.project import (
+    IMAGE_TAG,
+    Project,
+    add_project_arguments,
+    image_size_tag,
+    open_project,
+)
+from infra.aws.request import Request, placeholder
 from infra.docker import DockerError, docker, image_name, program
 
 PLATFORM = "linux/amd64"
@@ -51,32 +56,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an image of this machine; default: DALLE_IMAGE or dalle-sagemaker",
     )
     parser.add_argument("--tag", default=IMAGE_TAG, help=f"its tag there; default: {IMAGE_TAG}")
-    project.add_arguments(parser)
+    add_project_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    opened = project.open_project(options)
-    console = opened.console
+    project = open_project(options)
+    output = project.output
     image = inspect(options.image)
     check_image(image)
-    repository = opened.outputs().repository
-    about = opened.repository(repository)
-    manifest = read_manifest(opened, repository, options.tag)
+    repository = project.stack_outputs().repository
+    about = project.repository(repository)
+    manifest = read_manifest(project, repository, options.tag)
     if manifest is not None and image.identity in (manifest["config"], manifest["digest"]):
         state = "already there"
     else:
         state = "pushed"
-        push(opened, image, f"{about['uri']}:{options.tag}")
-        manifest = read_manifest(opened, repository, options.tag)
-    if not opened.aws.dry_run:
+        push(project, image, f"{about['uri']}:{options.tag}")
+        manifest = read_manifest(project, repository, options.tag)
+    if not project.aws.dry_run:
         check_manifest(manifest, repository, options.tag)
     digest = manifest["digest"] if manifest else placeholder("digest of the image")
-    note_size(opened, about, options.tag, f"{digest} {image.num_bytes}")
-    console.item(f"image {repository}:{options.tag}", state)
-    console.item("", f"{size_words(image.num_bytes)} unpacked, docker media types")
+    note_size(project, about, options.tag, f"{digest} {image.num_bytes}")
+    output.item(f"image {repository}:{options.tag}", state)
+    output.item("", f"{size_words(image.num_bytes)} unpacked, docker media types")
     if image.num_bytes > SERVERLESS_IMAGE_BYTES:
-        console.item("", "too large for a serverless endpoint, which takes 10 GiB")
-    return console.finish(
+        output.item("", "too large for a serverless endpoint, which takes 10 GiB")
+    return output.finish(
         image=f"{about['uri']}@{digest}", tag=options.tag, num_bytes=image.num_bytes, state=state
     )
 
@@ -101,7 +106,7 @@ def inspect(name: str) -> LocalImage:
 
 
 def check_image(image: LocalImage) -> None:
-    """Raises PlanError for an image that no host of SageMaker could run."""
+    """Raise PlanError for an image that no host of SageMaker can run."""
     if image.platform != PLATFORM:
         raise PlanError(
             f"image {image.name} is for {image.platform}, and hosts need {PLATFORM}; "
@@ -109,16 +114,16 @@ def check_image(image: LocalImage) -> None:
         )
 
 
-def push(opened: Project, image: LocalImage, target: str) -> None:
-    """Log in, tag and push. The password is read from AWS and not kept."""
-    token = opened.aws.call(
-        Call("ecr", "GetAuthorizationToken", {}), answer={"authorizationData": []}
+def push(project: Project, image: LocalImage, target: str) -> None:
+    """Log in, tag and push."""
+    token = project.aws.call(
+        Request("ecr", "GetAuthorizationToken", {}), answer={"authorizationData": []}
     )
-    if opened.aws.dry_run:
+    if project.aws.dry_run:
         return
     about = token["authorizationData"][0]
     user, _, password = base64.b64decode(about["authorizationToken"]).decode().partition(":")
-    opened.console.say(f"pushing {size_words(image.num_bytes)}; layers that are there are skipped")
+    project.output.line(f"pushing {size_words(image.num_bytes)}; layers that are there are skipped")
     _docker("tag", image.name, target)
     try:
         with tempfile.TemporaryDirectory(prefix="docker-") as directory:
@@ -147,9 +152,9 @@ def _docker(
         ) from error
 
 
-def read_manifest(opened: Project, repository: str, tag: str) -> dict[str, Any] | None:
-    """`type` (its media type), `digest` and `config` of what is in the registry; None without."""
-    call = Call(
+def read_manifest(project: Project, repository: str, tag: str) -> dict[str, Any] | None:
+    """Return `type` (media type), `digest` and `config` of the registry's manifest, or None."""
+    request = Request(
         "ecr",
         "BatchGetImage",
         {
@@ -158,7 +163,7 @@ def read_manifest(opened: Project, repository: str, tag: str) -> dict[str, Any] 
             "acceptedMediaTypes": MANIFEST_TYPES,
         },
     )
-    found = opened.aws.call(call, answer={"images": []})["images"]
+    found = project.aws.call(request, answer={"images": []})["images"]
     if not found:
         return None
     manifest = json.loads(found[0]["imageManifest"])
@@ -171,7 +176,7 @@ def read_manifest(opened: Project, repository: str, tag: str) -> dict[str, Any] 
 
 
 def check_manifest(manifest: dict[str, Any] | None, repository: str, tag: str) -> None:
-    """Raises AwsError when the registry does not hold what hosts take."""
+    """Raise AwsError when SageMaker does not accept the registry's manifest."""
     if manifest is None:
         raise AwsError(f"the repository {repository} has no image {tag!r} after the push")
     if manifest["type"] != DOCKER_MANIFEST:
@@ -183,12 +188,12 @@ def check_manifest(manifest: dict[str, Any] | None, repository: str, tag: str) -
         )
 
 
-def note_size(opened: Project, about: dict[str, Any], tag: str, note: str) -> None:
-    """Keep the unpacked size beside the image: the registry knows only the packed one."""
+def note_size(project: Project, about: dict[str, Any], tag: str, note: str) -> None:
+    """Store the unpacked size as a tag: the registry itself has only the compressed size."""
     key = image_size_tag(tag)
     if about["tags"].get(key) != note:
-        opened.aws.call(
-            Call(
+        project.aws.call(
+            Request(
                 "ecr",
                 "TagResource",
                 {"resourceArn": about["arn"], "tags": [{"Key": key, "Value": note}]},

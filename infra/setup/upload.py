@@ -1,7 +1,7 @@
-"""`upload`: a folder into the bucket under data/NAME/, as often as you like.
+"""`upload`: a folder to the bucket under data/NAME/.
 
-A file is skipped when the object there has its size and MD5, which is what S3 calls ETag of an
-object that came in one piece. Hidden files stay here.
+A file is skipped when its object has the same size and MD5, which is the ETag of an object that was
+uploaded in one piece. Hidden files are left out.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from dalle.errors import AwsError, PlanError, UserError
-from infra.aws import project
 from infra.aws.client import MAX_CONNECTIONS
 from infra.aws.output import count_words, size_words
-from infra.aws.project import Project
-from infra.aws.request import Call
+from infra.aws.project import Project, add_project_arguments, open_project
+from infra.aws.request import Request
 
 MAX_BYTES = 5 * (1 << 30)
-"""Of an object that is sent in one piece."""
+"""Limit of an upload in one piece."""
 DELETED_TOGETHER = 1000
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 
@@ -37,13 +36,13 @@ class File:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "folder", type=Path, help="with train/ and, if you like, validation/ in it, or pictures"
+        "folder", type=Path, help="holds train/ and optionally validation/, or images and captions"
     )
     parser.add_argument("--name", help="what `train --data` calls it; default: the folder's name")
     parser.add_argument(
-        "--delete", action="store_true", help="delete there what is not in the folder any more"
+        "--delete", action="store_true", help="delete objects that are no longer in the folder"
     )
-    project.add_arguments(parser)
+    add_project_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -51,28 +50,28 @@ def run(options: argparse.Namespace) -> int:
     name = options.name or folder.resolve().name
     if not re.fullmatch(NAME_PATTERN, name):
         raise PlanError(f"--name is letters, digits, dots, dashes and underscores, got {name!r}")
-    opened = project.open_project(options)
-    bucket = opened.outputs().bucket
+    project = open_project(options)
+    bucket = project.stack_outputs().bucket
     prefix = f"data/{name}/"
     files = list(find_files(folder, prefix))
-    there = listing(opened, bucket, prefix)
-    with ThreadPoolExecutor(1 if opened.aws.dry_run else MAX_CONNECTIONS) as pool:
-        sent = list(pool.map(lambda file: _send(opened, bucket, file, there), files))
+    there = listing(project, bucket, prefix)
+    with ThreadPoolExecutor(1 if project.aws.dry_run else MAX_CONNECTIONS) as pool:
+        sent = list(pool.map(lambda file: _send(project, bucket, file, there), files))
     gone = sorted(there.keys() - {file.key for file in files})
     if options.delete and gone:
-        delete(opened, bucket, [{"Key": key} for key in gone])
+        delete(project, bucket, [{"Key": key} for key in gone])
     num_bytes = sum(file.num_bytes for file, new in zip(files, sent, strict=True) if new)
     uri = f"s3://{bucket}/{prefix}"
-    console = opened.console
-    console.item(f"{count_words(sum(sent), 'file')}, {size_words(num_bytes)}", "uploaded")
-    console.item(count_words(len(files) - sum(sent), "file"), "already there")
+    output = project.output
+    output.item(f"{count_words(sum(sent), 'file')}, {size_words(num_bytes)}", "uploaded")
+    output.item(count_words(len(files) - sum(sent), "file"), "already there")
     if gone:
-        console.item(
+        output.item(
             f"{count_words(len(gone), 'file')} not in {folder}",
             "deleted there" if options.delete else "left there (--delete removes them)",
         )
-    console.say(f"\ntrain on it: python -m infra train --data {name}")
-    return console.finish(
+    output.line(f"\ntrain on it: python -m infra train --data {name}")
+    return output.finish(
         uri=uri,
         uploaded=sum(sent),
         unchanged=len(files) - sum(sent),
@@ -83,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def find_files(folder: Path, prefix: str) -> Iterator[File]:
-    """Every file in a folder that is not hidden, in order. Raises UserError, PlanError."""
+    """Yield every file of a folder that is not hidden, in order. Raises UserError, PlanError."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
     found = False
@@ -103,23 +102,25 @@ def find_files(folder: Path, prefix: str) -> Iterator[File]:
         raise UserError(f"{folder} has no files in it")
 
 
-def listing(opened: Project, bucket: str, prefix: str) -> dict[str, tuple[int, str]]:
-    """Key -> size and ETag of every object under a prefix."""
-    call = Call("s3", "ListObjectsV2", {"Bucket": bucket, "Prefix": prefix})
+def listing(project: Project, bucket: str, prefix: str) -> dict[str, tuple[int, str]]:
+    """Return key -> size and ETag of every object under a prefix."""
+    request = Request("s3", "ListObjectsV2", {"Bucket": bucket, "Prefix": prefix})
     return {
         found["Key"]: (found["Size"], found["ETag"].strip('"'))
-        for found in opened.aws.items(call, "Contents")
+        for found in project.aws.items(request, "Contents")
     }
 
 
-def delete(opened: Project, bucket: str, objects: list[dict[str, str]]) -> None:
-    """Delete objects (Key and, if need be, VersionId), a thousand a request.
+def delete(project: Project, bucket: str, objects: list[dict[str, str]]) -> None:
+    """Delete objects (Key, optionally VersionId), a thousand a request.
 
-    Raises AwsError for those that S3 kept.
+    Raises AwsError for objects that S3 did not delete.
     """
     for start in range(0, len(objects), DELETED_TOGETHER):
         some = {"Objects": objects[start : start + DELETED_TOGETHER], "Quiet": True}
-        answer = opened.aws.call(Call("s3", "DeleteObjects", {"Bucket": bucket, "Delete": some}))
+        answer = project.aws.call(
+            Request("s3", "DeleteObjects", {"Bucket": bucket, "Delete": some})
+        )
         kept = answer.get("Errors", [])
         if kept:
             raise AwsError(
@@ -128,24 +129,24 @@ def delete(opened: Project, bucket: str, objects: list[dict[str, str]]) -> None:
 
 
 def identity(found: Mapping[str, Any]) -> dict[str, str]:
-    """What `delete` takes, of a version as S3 lists it.
+    """Return the argument of `delete` for a version as S3 lists it.
 
-    A bucket that keeps no versions calls its only one `null`; that word is passed on, because in a
-    bucket that began to keep them later a deletion without it would only hide the object.
+    A bucket without versioning calls its only version `null`. That id is passed on, because after
+    versioning was switched on, a deletion without it would only hide the object.
     """
     return {"Key": found["Key"], "VersionId": found["VersionId"]}
 
 
-def _send(opened: Project, bucket: str, file: File, there: Mapping[str, tuple[int, str]]) -> bool:
-    """True when the file was sent, False when it was there already."""
+def _send(project: Project, bucket: str, file: File, there: Mapping[str, tuple[int, str]]) -> bool:
+    """Upload a file unless its object is the same; return whether it was uploaded."""
     found = there.get(file.key)
     if found is not None and found[0] == file.num_bytes and found[1] == md5(file.path):
         return False
-    opened.aws.write(file.path, bucket, file.key)
+    project.aws.write(file.path, bucket, file.key)
     return True
 
 
 def md5(path: Path) -> str:
-    """As S3 counts it: to tell whether a file has changed, not to protect anything."""
+    """Return the MD5 of a file, which S3 gives as ETag. It shows changes and protects nothing."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

@@ -1,4 +1,4 @@
-"""A pretended AWS account for tests: moto_server over HTTP, behind a server that can refuse.
+"""A simulated AWS account for tests: moto_server over HTTP, behind a server that can reject.
 
 That server counts every request, answers those that a test tells it to (throttling, expired
 credentials, a crash in the middle), does what moto lacks (see `LACKING`), and passes everything
@@ -64,7 +64,7 @@ repository, filters of lists by warm pool, and jobs that take time."""
 
 
 @dataclass(frozen=True)
-class Told:
+class Result:
     """What a command said."""
 
     code: int
@@ -163,7 +163,7 @@ class Account:
         self.refusals.setdefault(operation, []).extend([(status, code, message)] * times)
 
     def client(self, service: str) -> Any:
-        """A client that goes to moto itself: what it asks is neither counted nor refused."""
+        """A client of moto without the server between: it is neither counted nor refused."""
         return boto3.client(
             service,
             endpoint_url=f"http://{self.moto}",

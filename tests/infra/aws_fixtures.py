@@ -11,7 +11,7 @@ from dalle.preprocess.images import encode_image
 from infra.__main__ import main
 from infra.local.endpoint import RuntimeFacade
 from tests.inference.served import running
-from tests.infra.aws_account import BUCKET, Account, Told, moto_server
+from tests.infra.aws_account import BUCKET, Account, Result, moto_server
 from tests.infra.aws_platform import Platform
 from training import rainbow
 
@@ -41,11 +41,11 @@ def account(moto_address, monkeypatch):
 def infra(capfd):
     """A function: words of a command line -> exit code, stdout and stderr of `python -m infra`."""
 
-    def run(*words: object) -> Told:
+    def run(*words: object) -> Result:
         capfd.readouterr()
         code = main([str(word) for word in words])
         captured = capfd.readouterr()
-        return Told(code, captured.out, captured.err)
+        return Result(code, captured.out, captured.err)
 
     return run
 
@@ -66,8 +66,8 @@ def endpoint(account, infra, serve_url, monkeypatch):
     def deploy(*words: object):
         infra("bootstrap")
         account.put_image()
-        told = infra("deploy", *words, "--model", f"s3://{BUCKET}/models/job/output/model.tar.gz")
-        assert told.code == 0, told.err
+        result = infra("deploy", *words, "--model", f"s3://{BUCKET}/models/job/output/model.tar.gz")
+        assert result.code == 0, result.err
         return account
 
     port = int(serve_url.rpartition(":")[2])

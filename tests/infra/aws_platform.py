@@ -1,4 +1,4 @@
-"""What SageMaker does on its own, done for real: a job trains, an endpoint serves.
+"""The work of SageMaker done for real: a job trains, an endpoint serves.
 
 moto answers that a job has completed and that an endpoint is in service, and runs neither. Here
 CreateTrainingJob runs `train` on the channels of the request, and leaves its log and its model

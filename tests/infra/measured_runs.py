@@ -1,9 +1,9 @@
 """Runs as `benchmark` would have written them, with round figures, and their comparison."""
 
 from infra.benchmark.load import HTTP, STAGES
-from infra.benchmark.run_file import Hardware, Run, Scenario, spread
+from infra.benchmark.run_file import Hardware, Run, Scenario, distribution
 from infra.benchmark.workload import Workload
-from infra.compare.join import join
+from infra.compare.comparison import compare_runs
 from infra.cost.assumptions import Assumptions
 from infra.cost.prices import load_prices
 
@@ -13,7 +13,7 @@ VOLUMES = (10.0, 1_000.0, 100_000.0)
 def scenario(clients: int, rate: float, seconds: float, **changes) -> Scenario:
     """A closed loop with so many answers a second, each taking about so long."""
     latencies = [seconds * (0.9 + 0.2 * place / 19) for place in range(20)]
-    stage = spread([seconds / 6])
+    stage = distribution([seconds / 6])
     fields = {
         "load": "closed",
         "clients": clients,
@@ -26,7 +26,7 @@ def scenario(clients: int, rate: float, seconds: float, **changes) -> Scenario:
         "images_per_second": 4 * rate,
         "candidates_per_second": 16 * rate,
         "by_round": [rate],
-        "latency": spread(latencies),
+        "latency": distribution(latencies),
         "stages": dict.fromkeys((*STAGES, HTTP), stage),
         "late": None,
         "latencies_seconds": latencies,
@@ -58,7 +58,7 @@ GPU = a_run(scenario(1, 10.0, 0.1), scenario(8, 40.0, 0.2), device="cuda")
 
 
 def compare(*runs, table=None, volumes=VOLUMES, **assumed):
-    return join(
+    return compare_runs(
         runs,
         table or load_prices(),
         region="us-east-1",

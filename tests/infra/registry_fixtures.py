@@ -1,4 +1,4 @@
-"""A registry on loopback that `docker push` speaks to, and an ECR that knows its images."""
+"""A registry on loopback that `docker push` speaks to, and an ECR that describes its images."""
 
 import base64
 import hashlib
@@ -111,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def registry(account, infra):
-    """A registry that the pretended ECR speaks for."""
+    """A registry whose images the simulated ECR describes."""
     infra("bootstrap")
     with Registry() as registry:
         arn = "arn:aws:ecr:us-east-1:123456789012:repository/dalle"

@@ -15,11 +15,11 @@ from tests import REPOSITORY
 
 
 def test_help_lists_every_command(infra):
-    told = infra("--help")
-    assert told.code == 0
+    result = infra("--help")
+    assert result.code == 0
     for name, command in COMMANDS.items():
-        assert f"  {name}" in told.out
-        assert command.summary in told.out
+        assert f"  {name}" in result.out
+        assert command.summary in result.out
 
 
 def test_no_command_is_a_usage_error(infra):
@@ -27,15 +27,18 @@ def test_no_command_is_a_usage_error(infra):
 
 
 def test_a_misspelt_command_suggests_the_nearest(infra):
-    told = infra("teerdown")
-    assert (told.code, told.err) == (2, "there is no command 'teerdown'; did you mean teardown?\n")
+    result = infra("teerdown")
+    assert (result.code, result.err) == (
+        2,
+        "there is no command 'teerdown'; did you mean teardown?\n",
+    )
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_commands_help_has_examples(infra, name):
-    told = infra(name, "--help")
-    assert told.code == 0
-    assert "examples:\n  python -m infra " in told.out
+    result = infra(name, "--help")
+    assert result.code == 0
+    assert "examples:\n  python -m infra " in result.out
 
 
 @pytest.mark.parametrize(
@@ -52,26 +55,26 @@ def test_every_example_can_be_parsed(name, example):
 
 
 def test_an_unknown_option_is_a_usage_error(infra):
-    told = infra("status", "--colour")
-    assert told.code == 2
-    assert "--colour" in told.err
+    result = infra("status", "--colour")
+    assert result.code == 2
+    assert "--colour" in result.err
 
 
 def test_an_error_is_one_message_and_with_json_an_object_too(account, infra):
-    told = infra("deploy", "--json")
-    assert told.code == 1
-    assert "Traceback" not in told.err
-    assert told.json["error"]["code"] == "bad_request"
-    assert told.json["error"]["message"] == told.err.strip()
+    result = infra("deploy", "--json")
+    assert result.code == 1
+    assert "Traceback" not in result.err
+    assert result.json["error"]["code"] == "bad_request"
+    assert result.json["error"]["message"] == result.err.strip()
 
 
-def test_expired_credentials_are_told_by_every_command_alike(account, infra):
+def test_expired_credentials_are_reported_by_every_command_alike(account, infra):
     for words in (["status"], ["bootstrap"], ["teardown", "--yes"], ["train", "--data", "x"]):
         account.refuse("DescribeStacks", "ExpiredToken", "The security token is expired")
         account.refuse("ListEndpoints", "ExpiredTokenException", "expired")
-        told = infra(*words)
-        assert told.code == 1, words
-        assert told.err.startswith("the AWS credentials have expired; log in again"), words
+        result = infra(*words)
+        assert result.code == 1, words
+        assert result.err.startswith("the AWS credentials have expired; log in again"), words
         account.refusals.clear()
 
 
@@ -108,5 +111,5 @@ def test_only_one_file_imports_boto3_and_none_the_sagemaker_sdk():
 
 def test_the_json_of_every_command_is_one_object(account, infra):
     infra("bootstrap")
-    told = infra("status", "--json")
-    assert isinstance(json.loads(told.out), dict)
+    result = infra("status", "--json")
+    assert isinstance(json.loads(result.out), dict)

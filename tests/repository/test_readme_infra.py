@@ -98,9 +98,9 @@ def live(account, platform, infra, tmp_path, monkeypatch, rainbow_pairs):
         if command.split()[0] == "push":  # the engine's part is tested beside the registry
             account.put_image()
             return ""
-        told = infra(*shlex.split(command))
-        assert told.code == 0, told.err
-        return str(told.out).strip()
+        result = infra(*shlex.split(command))
+        assert result.code == 0, result.err
+        return str(result.out).strip()
 
     return run
 
@@ -140,8 +140,8 @@ def test_a_push_prints_what_the_transcript_shows(registry, tiny_image, infra):
         for command, output in steps(between(README.read_text("utf-8"), TRANSCRIPT))
         if command == "push"
     ]
-    told = infra("push", "--image", tiny_image)
-    assert comparable("push", told.out) == comparable("push", output)
+    result = infra("push", "--image", tiny_image)
+    assert comparable("push", result.out) == comparable("push", output)
 
 
 def test_the_transcript_has_every_command_that_speaks_to_aws():
@@ -164,7 +164,7 @@ def test_only_figures_of_a_machine_are_passed_over():
     assert comparable("status dalle-x", "loss 0.8 ▁▂█") == "loss N COURSE"
 
 
-def test_names_are_told_apart_though_their_digests_are_passed_over():
+def test_names_are_distinguished_though_their_digests_are_ignored():
     one, other = Names(), Names()
     assert one.numbered("dalle-0123456789 dalle-aaaaaaaaaa") == other.numbered(
         "dalle-bbbbbbbbbb dalle-cccccccccc"

@@ -25,40 +25,40 @@ def job(account, infra):
 def test_everything_is_listed(account, infra, job):
     model = f"s3://{BUCKET}/m.tar.gz"
     infra("deploy", "--mode", "async", "--instance-type", "ml.g4dn.xlarge", "--model", model)
-    told = infra("status", "--json")
-    assert told.code == 0, told.err
-    assert told.json["stack"] == "CREATE_COMPLETE"
-    assert told.json["bucket"] == BUCKET
-    assert len(told.json["images"]) == 1
-    (endpoint,) = told.json["endpoints"]
+    result = infra("status", "--json")
+    assert result.code == 0, result.err
+    assert result.json["stack"] == "CREATE_COMPLETE"
+    assert result.json["bucket"] == BUCKET
+    assert len(result.json["images"]) == 1
+    (endpoint,) = result.json["endpoints"]
     assert (endpoint["name"], endpoint["mode"], endpoint["status"]) == (
         "dalle",
         "async",
         "InService",
     )
     assert endpoint["usd_per_month"] == pytest.approx(537.57, abs=0.01)
-    assert told.json["jobs"] == [{"kind": "training job", "name": job, "status": "Completed"}]
+    assert result.json["jobs"] == [{"kind": "training job", "name": job, "status": "Completed"}]
 
 
 def test_a_project_without_a_stack_says_what_comes_first(account, infra):
-    told = infra("status")
-    assert told.code == 0
-    assert "project dalle has no stack; `python -m infra bootstrap`" in told.out
+    result = infra("status")
+    assert result.code == 0
+    assert "project dalle has no stack; `python -m infra bootstrap`" in result.out
 
 
 def test_a_job_is_shown_with_the_course_of_its_losses(infra, job):
-    told = infra("status", job)
-    assert "dvae_loss  0.8    0.1   █▄▂▁" in told.out
-    assert "dvae_epoch" not in told.out
+    result = infra("status", job)
+    assert "dvae_loss  0.8    0.1   █▄▂▁" in result.out
+    assert "dvae_epoch" not in result.out
     assert infra("status", job, "--json").json["metrics"]["dvae_loss"] == 0.1
 
 
 def test_the_log_is_the_jobs_own(infra, job):
-    told = infra("logs", job)
-    assert told.out.splitlines()[0] == "starting"
-    assert len(told.out.splitlines()) == 5
-    assert "9.9" not in told.out
-    assert infra("logs").out == told.out, "the newest job is the default"
+    result = infra("logs", job)
+    assert result.out.splitlines()[0] == "starting"
+    assert len(result.out.splitlines()) == 5
+    assert "9.9" not in result.out
+    assert infra("logs").out == result.out, "the newest job is the default"
 
 
 def test_the_logs_end_is_shown(infra, job):
@@ -77,10 +77,10 @@ def test_an_endpoints_log_has_a_group_of_its_own(account, infra, job):
 
 
 @pytest.mark.parametrize("command", ["status", "logs"])
-def test_a_name_that_is_nothing_is_told(account, infra, command):
-    told = infra(command, "dalle-none")
-    assert told.code == 1
-    assert "`python -m infra status` shows those there are" in told.err
+def test_an_unknown_name_is_reported(account, infra, command):
+    result = infra(command, "dalle-none")
+    assert result.code == 1
+    assert "`python -m infra status` lists them" in result.err
 
 
 def test_without_a_job_there_is_no_log(account, infra):

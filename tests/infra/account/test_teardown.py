@@ -60,20 +60,20 @@ NOTHING = dict.fromkeys(
 
 
 def test_nothing_is_left(full, infra):
-    told = infra("teardown", "--yes")
-    assert told.code == 0, told.err
+    result = infra("teardown", "--yes")
+    assert result.code == 0, result.err
     assert left(full) == NOTHING
-    assert told.out.rstrip().endswith("nothing is left")
+    assert result.out.rstrip().endswith("nothing is left")
 
 
 def test_it_shows_the_monthly_cost_that_stops(full, infra):
-    told = infra("teardown", "--yes")
+    result = infra("teardown", "--yes")
     # 730 hours of ml.g4dn.xlarge at 0.7364 USD, the figure of the price table
-    assert "endpoint       dalle  537.57 USD a month (1 x 0.7364 USD per hour" in told.out
-    assert "deleting it stops 537.57 USD a month" in told.out
+    assert "endpoint       dalle  537.57 USD a month (1 x 0.7364 USD per hour" in result.out
+    assert "deleting it stops 537.57 USD a month" in result.out
 
 
-def test_a_price_that_is_not_known_is_said_and_not_guessed(full, infra, monkeypatch):
+def test_an_unknown_price_is_an_error_and_not_guessed(full, infra, monkeypatch):
     full.client("sagemaker").create_endpoint_config(
         EndpointConfigName="dalle-zz-0123456789",
         ProductionVariants=[
@@ -91,30 +91,30 @@ def test_a_price_that_is_not_known_is_said_and_not_guessed(full, infra, monkeypa
         EndpointConfigName="dalle-zz-0123456789",
         Tags=[{"Key": "dalle:project", "Value": "dalle"}],
     )
-    told = infra("teardown", "--yes", "--json")
-    assert told.json["unpriced"] == ["dalle-zz"]
-    assert told.json["usd_per_month_stopped"] == pytest.approx(537.57, abs=0.01)
-    assert "no price is known for ml.g4dn.8xlarge" in told.err
-    assert "and what dalle-zz costs" in told.err
+    result = infra("teardown", "--yes", "--json")
+    assert result.json["unpriced"] == ["dalle-zz"]
+    assert result.json["usd_per_month_stopped"] == pytest.approx(537.57, abs=0.01)
+    assert "no price is known for ml.g4dn.8xlarge" in result.err
+    assert "and the unknown cost of dalle-zz" in result.err
 
 
 def test_a_second_run_finds_nothing(full, infra):
     infra("teardown", "--yes")
-    told = infra("teardown", "--yes")
-    assert (told.code, told.out) == (0, "project dalle has nothing to delete\n")
+    result = infra("teardown", "--yes")
+    assert (result.code, result.out) == (0, "project dalle has nothing to delete\n")
 
 
 def test_nothing_is_deleted_without_yes(full, infra):
     before = left(full)
-    told = infra("teardown")
-    assert told.code == 1
-    assert "nothing was deleted; give --yes" in told.err
+    result = infra("teardown")
+    assert result.code == 1
+    assert "nothing was deleted; give --yes" in result.err
     assert left(full) == before
 
 
 def test_storage_may_be_kept(full, infra):
-    told = infra("teardown", "--yes", "--keep-storage")
-    assert told.code == 0, told.err
+    result = infra("teardown", "--yes", "--keep-storage")
+    assert result.code == 0, result.err
     remains = {key: value for key, value in left(full).items() if value}
     assert set(remains) == {"buckets", "repositories", "roles"}
     assert "data/pictures/train/0.txt" in full.keys_in()
@@ -166,24 +166,24 @@ def test_a_deployment_that_broke_off_is_found(account, infra, operation):
 )
 def test_a_teardown_that_broke_off_is_taken_up(full, infra, operation):
     full.refuse(operation, "AccessDeniedException", "no", status=403)
-    told = infra("teardown", "--yes")
-    assert told.code == 1
-    assert "these credentials may not do" in told.err
-    told = infra("teardown", "--yes")
-    assert told.code == 0, told.err
+    result = infra("teardown", "--yes")
+    assert result.code == 1
+    assert "these credentials may not do" in result.err
+    result = infra("teardown", "--yes")
+    assert result.code == 0, result.err
     assert left(full) == NOTHING
 
 
 def test_what_stays_after_all_is_named(full, infra):
     full.handlers["DeleteModel"] = lambda request: {}
     (model,) = full.names("models")
-    told = infra("teardown", "--yes")
-    assert told.code == 1
-    assert f"still there after all: model {model}" in told.err
+    result = infra("teardown", "--yes")
+    assert result.code == 1
+    assert f"not deleted: model {model}" in result.err
 
 
 def test_a_running_job_is_stopped_before_the_bucket_goes(full, infra):
-    """moto's jobs end at once and cannot be stopped: this one runs until it is told to stop."""
+    """moto's jobs end at once and cannot be stopped: this one runs until StopTrainingJob."""
     arn = "arn:aws:sagemaker:us-east-1:123456789012:training-job/dalle-long"
     status = ["InProgress"]
     order = []
@@ -212,12 +212,12 @@ def test_a_running_job_is_stopped_before_the_bucket_goes(full, infra):
         "TrainingJobName": "dalle-long",
         "TrainingJobStatus": status[0],
     }
-    told = infra("teardown", "--yes")
-    assert told.code == 0, told.err
+    result = infra("teardown", "--yes")
+    assert result.code == 0, result.err
     assert order == ["stop"]
     operations = [name for name, _ in full.sent]
     assert operations.index("StopTrainingJob") < operations.index(f"POST /{BUCKET}")
-    assert "training job dalle-long" in told.out
+    assert "training job dalle-long" in result.out
 
 
 def test_a_warm_pool_is_ended(full, infra):
@@ -244,9 +244,9 @@ def test_a_warm_pool_is_ended(full, infra):
         {"Tags": [{"Key": "dalle:project", "Value": "dalle"}]}
     )
     full.handlers["UpdateTrainingJob"] = update
-    told = infra("teardown", "--yes")
-    assert told.code == 0, told.err
-    assert "warm pool of dalle-warm" in told.out
+    result = infra("teardown", "--yes")
+    assert result.code == 0, result.err
+    assert "warm pool of dalle-warm" in result.out
 
 
 def test_a_bucket_with_old_versions_and_unfinished_uploads_is_emptied(full, infra):
@@ -256,8 +256,8 @@ def test_a_bucket_with_old_versions_and_unfinished_uploads_is_emptied(full, infr
     full.put_object("twice", b"two")
     s3.delete_object(Bucket=BUCKET, Key="twice")
     s3.create_multipart_upload(Bucket=BUCKET, Key="unfinished")
-    told = infra("teardown", "--yes")
-    assert told.code == 0, told.err
+    result = infra("teardown", "--yes")
+    assert result.code == 0, result.err
     assert left(full) == NOTHING
 
 

@@ -10,16 +10,16 @@ from dalle.errors import AccessError, AwsError, PlanError
 from infra.__main__ import COMMANDS
 from infra.aws import client as aws
 from infra.aws.client import Aws
-from infra.aws.output import Console
-from infra.aws.request import Call
+from infra.aws.output import Output
+from infra.aws.request import Request
 from tests.infra.aws_account import LACKING
 
-LIST = Call("sagemaker", "ListModels", {})
+LIST = Request("sagemaker", "ListModels", {})
 
 
 @pytest.fixture
 def connected(account):
-    return Aws(Console())
+    return Aws(Output())
 
 
 def test_a_throttled_request_is_sent_again_until_it_passes(account, connected):
@@ -56,7 +56,7 @@ def test_a_server_error_is_tried_again(account, connected):
         ("ValidationException", "ModelName is bad", "refused: ValidationException: ModelName is"),
     ],
 )
-def test_an_error_is_told_as_what_to_do(account, connected, code, message, says):
+def test_an_error_is_reported_as_what_to_do(account, connected, code, message, says):
     account.refuse("ListModels", code, message)
     with pytest.raises((AccessError, AwsError), match=re.escape(says)):
         connected.call(LIST)
@@ -66,19 +66,19 @@ def test_the_permission_that_lacks_is_named_as_aws_names_it(account, connected):
     message = "User: me is not authorized to perform: s3:ListBucket on resource: arn:aws:s3:::b"
     account.refuse("GET /b", "AccessDenied", message, status=403)
     with pytest.raises(AccessError, match="may not do s3:ListBucket"):
-        connected.call(Call("s3", "ListObjectsV2", {"Bucket": "b"}))
+        connected.call(Request("s3", "ListObjectsV2", {"Bucket": "b"}))
 
 
-def test_a_page_of_html_is_told_as_a_line(account, connected, monkeypatch):
+def test_a_page_of_html_is_reported_as_a_line(account, connected, monkeypatch):
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     account.refuse("DescribeStacks", "500", "<!doctype html>\n<h1>Server\nError</h1>", status=500)
-    with pytest.raises(AwsError) as told:
-        connected.call(Call("cloudformation", "DescribeStacks", {}))
-    assert "\n" not in str(told.value)
-    assert "<" not in str(told.value)
+    with pytest.raises(AwsError) as result:
+        connected.call(Request("cloudformation", "DescribeStacks", {}))
+    assert "\n" not in str(result.value)
+    assert "<" not in str(result.value)
 
 
-def test_missing_credentials_are_told_before_anything_is_sent(account, connected, monkeypatch):
+def test_missing_credentials_are_reported_before_anything_is_sent(account, connected, monkeypatch):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with pytest.raises(AccessError, match="no AWS credentials were found; log in again"):
@@ -86,7 +86,7 @@ def test_missing_credentials_are_told_before_anything_is_sent(account, connected
     assert account.requests.total() == 0
 
 
-def test_a_missing_region_is_told(account, connected, monkeypatch):
+def test_a_missing_region_is_reported(account, connected, monkeypatch):
     monkeypatch.delenv("AWS_DEFAULT_REGION")
     with pytest.raises(AccessError, match="no AWS region is chosen; give --region, or set AWS_REG"):
         connected.call(LIST)
@@ -94,12 +94,12 @@ def test_a_missing_region_is_told(account, connected, monkeypatch):
     assert connected.call(LIST)["Models"] == []
 
 
-def test_an_unknown_profile_is_told(account):
+def test_an_unknown_profile_is_reported(account):
     with pytest.raises(AccessError, match="mars.*aws configure list-profiles"):
-        Aws(Console(), profile="mars").call(LIST)
+        Aws(Output(), profile="mars").call(LIST)
 
 
-def test_a_server_that_does_not_answer_is_told(account, connected, monkeypatch):
+def test_a_server_that_does_not_answer_is_reported(account, connected, monkeypatch):
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     with pytest.raises(AwsError, match="did not answer sagemaker:ListModels.*check the network"):
@@ -107,23 +107,23 @@ def test_a_server_that_does_not_answer_is_told(account, connected, monkeypatch):
 
 
 def test_an_invocation_is_never_sent_twice(account, connected):
-    call = Call("sagemaker-runtime", "InvokeEndpoint", {"EndpointName": "e", "Body": b"{}"})
+    request = Request("sagemaker-runtime", "InvokeEndpoint", {"EndpointName": "e", "Body": b"{}"})
     account.refuse("POST /endpoints/e/invocations", "InternalFailure", "x", status=500, times=3)
     with pytest.raises(AwsError):
-        connected.call(call)
+        connected.call(request)
     assert account.requests["POST /endpoints/e/invocations"] == 1
 
 
 def test_what_is_not_there_is_found_as_none(connected):
-    assert connected.find(Call("sagemaker", "DescribeModel", {"ModelName": "m"})) is None
-    assert connected.find(Call("cloudformation", "DescribeStacks", {"StackName": "s"})) is None
+    assert connected.find(Request("sagemaker", "DescribeModel", {"ModelName": "m"})) is None
+    assert connected.find(Request("cloudformation", "DescribeStacks", {"StackName": "s"})) is None
     assert connected.read("no-such-bucket", "key") is None
 
 
 def test_a_refusal_is_no_absence(account, connected):
     account.refuse("DescribeModel", "AccessDeniedException", "no")
     with pytest.raises(AccessError):
-        connected.find(Call("sagemaker", "DescribeModel", {"ModelName": "m"}))
+        connected.find(Request("sagemaker", "DescribeModel", {"ModelName": "m"}))
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_a_refusal_is_no_absence(account, connected):
 )
 def test_a_wrong_request_is_refused_before_it_is_sent(account, connected, parameters, says):
     with pytest.raises(PlanError, match=re.escape(says)):
-        connected.call(Call("sagemaker", "CreateModel", parameters))
+        connected.call(Request("sagemaker", "CreateModel", parameters))
     assert account.requests.total() == 0
 
 
@@ -164,26 +164,26 @@ def test_a_dry_run_prints_requests_and_sends_none(account, infra, monkeypatch, t
         monkeypatch.delenv(variable)
     (tmp_path / "0.txt").write_text("a star")
     words = [str(tmp_path) if word == "FOLDER" else word for word in DRY[name]]
-    told = infra(name, *words, "--dry-run", "--json")
-    assert told.code == 0, told.err
+    result = infra(name, *words, "--dry-run", "--json")
+    assert result.code == 0, result.err
     assert account.requests.total() == 0
-    assert told.json["dry_run"] is True
-    assert told.json["requests"]
-    for request in told.json["requests"]:
+    assert result.json["dry_run"] is True
+    assert result.json["requests"]
+    for request in result.json["requests"]:
         assert set(request) == {"service", "operation", "parameters"}
 
 
 def test_a_dry_run_names_what_only_aws_knows(account, infra):
-    told = infra("deploy", "--mode", "async", "--dry-run", "--json")
-    made = {request["operation"]: request["parameters"] for request in told.json["requests"]}
+    result = infra("deploy", "--mode", "async", "--dry-run", "--json")
+    made = {request["operation"]: request["parameters"] for request in result.json["requests"]}
     assert made["CreateModel"]["ExecutionRoleArn"] == "<RoleArn of stack dalle>"
     assert "<digest of the image>" in made["CreateModel"]["PrimaryContainer"]["Image"]
     assert made["PutMetricAlarm"]["AlarmActions"] == ["<ARN of policy dalle-wake>"]
 
 
 def test_a_dry_run_for_people_prints_a_json_object_for_each_request(account, infra):
-    told = infra("bootstrap", "--dry-run")
-    decoder, rest, found = json.JSONDecoder(), told.out.strip(), []
+    result = infra("bootstrap", "--dry-run")
+    decoder, rest, found = json.JSONDecoder(), result.out.strip(), []
     while rest:
         value, end = decoder.raw_decode(rest)
         found.append(value["operation"])
@@ -192,9 +192,9 @@ def test_a_dry_run_for_people_prints_a_json_object_for_each_request(account, inf
 
 
 def test_a_dry_run_finds_a_wrong_request_too(account, infra):
-    told = infra("deploy", "--mode", "realtime", "--instance-type", "ml.t3.medium", "--dry-run")
-    assert told.code == 1
-    assert "'ml.t3.medium', which this service does not offer; near: ml.t2.medium" in told.err
+    result = infra("deploy", "--mode", "realtime", "--instance-type", "ml.t3.medium", "--dry-run")
+    assert result.code == 1
+    assert "'ml.t3.medium', which this service does not offer; near: ml.t2.medium" in result.err
 
 
 def test_every_command_that_makes_something_has_a_dry_run():
@@ -207,15 +207,15 @@ def test_every_command_that_makes_something_has_a_dry_run():
 def test_what_moto_lacks_is_checked_against_botocores_model(
     account, connected, monkeypatch, service, operation
 ):
-    call = Call(service, operation, LACKING[service, operation])
-    connected.check(call)
+    request = Request(service, operation, LACKING[service, operation])
+    connected.check(request)
     with pytest.raises(PlanError):
-        connected.check(Call(service, operation, {**call.parameters, "Colour": "red"}))
+        connected.check(Request(service, operation, {**request.parameters, "Colour": "red"}))
     # As soon as moto has it, it leaves the list.
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     account.handlers.clear()
     with pytest.raises(AwsError):
-        connected.call(call)
+        connected.call(request)
 
 
 def test_the_options_of_aws_are_the_same_for_all():

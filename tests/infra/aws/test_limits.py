@@ -57,13 +57,13 @@ REFUSED = [
     (REALTIME, {"instance_type": None}, "mode realtime needs --instance-type"),
     (REALTIME, {"instance_type": "g5"}, "an instance type such as ml.g5.xlarge was expected"),
     # hosts and their drivers
-    (GPU, {"ami": None}, "default has driver 470 on most families, and CUDA 12.8 needs 525"),
+    (GPU, {"ami": None}, "default has driver 470 on most families, and CUDA 12.8 needs driver 525"),
     (GPU, {"ami": "gpu-9"}, "InferenceAmiVersion 'gpu-9' is unknown; there are"),
     (GPU, {"instance_type": "ml.g7.xlarge"}, "needs driver 570 or newer, and al2-ami-sagemaker"),
     (GPU, {"instance_type": "ml.p3.2xlarge"}, "ml.p3.2xlarge has Volta GPUs"),
     (GPU, {"instance_type": "ml.p2.xlarge"}, "Kepler"),
-    (GPU, {"instance_type": "ml.inf2.xlarge"}, "neither an NVIDIA GPU nor"),
-    (GPU, {"volume_gb": 100}, "ml.g5.xlarge has its own disk"),
+    (GPU, {"instance_type": "ml.inf2.xlarge"}, "is neither a host with NVIDIA GPUs nor"),
+    (GPU, {"volume_gb": 100}, "ml.g5.xlarge has a built-in disk"),
     (REALTIME, {"ami": limits.DEFAULT_AMI}, "is for GPU hosts, and ml.m5.large has no GPU"),
     (REALTIME, {"instance_type": "ml.c7g.large"}, "ARM processor, and the image is for x86"),
     # asynchronous
@@ -87,10 +87,10 @@ def test_what_the_platform_cannot_do_is_refused_by_name(wanted, changes, says):
         check_deployment(replace(wanted, **changes))
 
 
-def test_all_mistakes_are_told_at_once():
-    with pytest.raises(PlanError) as told:
+def test_all_mistakes_are_reported_at_once():
+    with pytest.raises(PlanError) as result:
         check_deployment(replace(SERVERLESS, memory_mb=1, max_concurrency=0))
-    assert str(told.value).count("\n- ") == 2
+    assert str(result.value).count("\n- ") == 2
 
 
 @pytest.mark.parametrize(

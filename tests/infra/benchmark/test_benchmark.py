@@ -12,8 +12,8 @@ import pytest
 from dalle.errors import UserError
 from infra.__main__ import main
 from infra.benchmark.load import HTTP, RETRY, STAGES, Measurement, Record
-from infra.benchmark.machine import Clock, processor_name, this_machine
-from infra.benchmark.run_file import Run, load_run, spread, summarise, thinned
+from infra.benchmark.machine import CpuClock, processor_name, this_machine
+from infra.benchmark.run_file import Run, distribution, load_run, summarise, thinned
 from infra.local.endpoint import RuntimeFacade
 from tests.inference.served import running
 from tests.infra.aws_account import NUMBER, REGION, Account, moto_server
@@ -117,9 +117,9 @@ def test_the_last_line_is_json_that_names_the_file(served, tmp_path, capsys):
 def test_nothing_but_json_goes_to_stdout_when_it_is_asked_for(served, tmp_path, capsys):
     words = ["--url", served.url, "--clients", "1", "--requests", "1", *QUICK, "--json"]
     assert benchmark(tmp_path / "r.json", *words)[0] == 0
-    told = capsys.readouterr()
-    assert json.loads(told.out)["runs"]
-    assert "requests/s" in told.err
+    result = capsys.readouterr()
+    assert json.loads(result.out)["runs"]
+    assert "requests/s" in result.err
 
 
 def test_requests_that_the_server_refuses_are_a_failure_that_counts_them(served, tmp_path, capsys):
@@ -129,7 +129,7 @@ def test_requests_that_the_server_refuses_are_a_failure_that_counts_them(served,
     assert "no request was answered: {'422': 2}" in capsys.readouterr().err
 
 
-def test_a_dry_run_tells_the_plan_and_asks_nothing(tmp_path, capsys):
+def test_a_dry_run_prints_the_plan_and_sends_nothing(tmp_path, capsys):
     words = ["--url", "http://127.0.0.1:9", "--clients", "2", "--dry-run", *QUICK]
     status, out = benchmark(tmp_path / "r.json", *words)
     assert (status, out.exists()) == (0, False)
@@ -264,12 +264,12 @@ def test_the_image_is_measured_under_each_limit_in_turns(image, archive, tmp_pat
         assert each.ready_seconds > 0
         assert each.hardware.memory_limit == "3g"
         assert each.versions["torch"].startswith("2.")
-    told = capsys.readouterr().out
-    assert "1 client: 2 processors answer" in told
-    assert "(median of 2 rounds" in told
+    result = capsys.readouterr().out
+    assert "1 client: 2 processors answer" in result
+    assert "(median of 2 rounds" in result
 
 
-def test_without_the_image_it_is_said_what_is_missing(tmp_path, capsys, monkeypatch):
+def test_without_the_image_the_missing_part_is_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("DOCKER", "no-such-program")
     words = ["--image", "dalle-sagemaker", "--model", str(tmp_path)]
     assert benchmark(tmp_path / "r.json", *words)[0] == 1
@@ -280,10 +280,10 @@ def test_without_the_image_it_is_said_what_is_missing(tmp_path, capsys, monkeypa
 
 
 def test_percentiles_lie_where_they_should():
-    found = spread([float(n) for n in range(101)])
+    found = distribution([float(n) for n in range(101)])
     assert (found.p50, found.p95, found.p99) == (50, 95, 99)
     assert (found.mean, found.minimum, found.maximum, found.count) == (50, 0, 100, 101)
-    assert spread([]) is None
+    assert distribution([]) is None
 
 
 def test_thinning_keeps_the_first_the_last_and_the_order():
@@ -315,27 +315,29 @@ def test_a_run_that_is_none_is_named_with_what_is_wrong(tmp_path, run):
 
 
 @pytest.mark.parametrize(
-    ("name", "family", "expected"),
+    ("name", "numbers", "expected"),
     [
         ("Intel(R) Xeon(R) Processor", ("6", "207"), "Intel Xeon Processor (family 6, model 207)"),
         ("AMD EPYC 7R13 Processor", ("25", "1"), "AMD EPYC 7R13 Processor"),
-        (None, None, None),
     ],
 )
-def test_a_processor_that_hides_its_model_is_told_by_its_numbers(name, family, expected):
-    assert processor_name(name, family) == expected
+def test_a_processor_that_hides_its_model_is_reported_by_its_numbers(name, numbers, expected):
+    family, model = numbers
+    cpuinfo = f"cpu family\t: {family}\nmodel\t\t: {model}\nmodel name\t: {name}\nstepping\t: 8\n"
+    assert processor_name(cpuinfo) == expected
+    assert processor_name("") is None
 
 
 def test_the_gpu_of_a_server_here_is_named_by_its_driver(tmp_path):
     (tmp_path / "proc/driver/nvidia/gpus/0000:06:00.0").mkdir(parents=True)
-    told = tmp_path / "proc/driver/nvidia/gpus/0000:06:00.0/information"
-    told.write_text("Model: \t\t NVIDIA H100 80GB HBM3\nIRQ:   \t\t 42\n")
+    result = tmp_path / "proc/driver/nvidia/gpus/0000:06:00.0/information"
+    result.write_text("Model: \t\t NVIDIA H100 80GB HBM3\nIRQ:   \t\t 42\n")
     assert this_machine("cuda", tmp_path).gpu == "NVIDIA H100 80GB HBM3"
     assert this_machine("cuda", tmp_path / "proc").gpu is None
     assert this_machine("cpu", tmp_path).gpu is None
 
 
-def test_what_others_use_of_the_processors_is_told_from_what_the_server_used(tmp_path, monkeypatch):
+def test_the_others_share_is_the_busy_time_less_the_servers(tmp_path, monkeypatch):
     ticks = os.sysconf("SC_CLK_TCK")
     stat = tmp_path / "proc" / "stat"
     stat.parent.mkdir()
@@ -344,15 +346,15 @@ def test_what_others_use_of_the_processors_is_told_from_what_the_server_used(tmp
     monkeypatch.setattr("infra.benchmark.machine.time.monotonic", lambda: next(now))
     monkeypatch.setattr("infra.benchmark.machine.time.process_time", lambda: 0.0)
     monkeypatch.setattr("infra.benchmark.machine.os.cpu_count", lambda: 2)
-    clock = Clock(tmp_path)
+    clock = CpuClock(tmp_path)
     # 12 of 20 processor seconds were busy, 7 of them the server's.
     stat.write_text(f"cpu {10 * ticks} 0 {2 * ticks} 999 0 0 0 0\n")
     assert clock.others_share(7.0) == pytest.approx(5 / 20)
 
 
-def test_where_the_servers_time_is_not_known_nothing_is_said_of_others():
-    assert Clock().others_share(None) is None
-    assert Clock(Path("/nonexistent")).others_share(1.0) is None
+def test_without_the_servers_time_the_others_share_is_none():
+    assert CpuClock().others_share(None) is None
+    assert CpuClock(Path("/nonexistent")).others_share(1.0) is None
 
 
 def test_measuring_leaves_no_thread_behind(served, tmp_path):

@@ -101,7 +101,7 @@ def well(handler, request):
     handler.send(200, json.dumps(reply(request)).encode())
 
 
-def test_every_run_asks_the_same_captions_with_the_same_seeds():
+def test_every_run_sends_the_same_captions_with_the_same_seeds():
     asked = [[json.loads(WORKLOAD.request(k)) for k in range(5)] for _ in range(2)]
     assert asked[0] == asked[1]
     assert [each["caption"] for each in asked[0]] == ["a red square", "a blue star"] * 2 + [
@@ -112,7 +112,7 @@ def test_every_run_asks_the_same_captions_with_the_same_seeds():
     assert json.loads(other.request(3))["seed"] == 103
 
 
-def test_a_closed_loop_counts_as_many_requests_as_it_was_told_and_no_more():
+def test_a_closed_loop_counts_exactly_the_given_number_of_requests():
     with serving(well) as server:
         measured = closed_loop(server.target, WORKLOAD, clients=3, requests=10)
     assert len(measured.records) == 10
@@ -211,7 +211,7 @@ def test_a_kept_connection_that_the_server_closed_is_no_failure():
         assert server.connections == 4
 
 
-def test_a_reply_with_fewer_candidates_than_asked_for_is_marked():
+def test_a_reply_with_fewer_candidates_than_requested_is_marked():
     def answer(handler, request):
         handler.send(200, json.dumps(reply(request, completed=3)).encode())
 
@@ -228,7 +228,7 @@ def test_arrivals_are_the_same_for_a_seed_and_come_at_the_rate():
     assert times[-1] == pytest.approx(2000, rel=0.1)
 
 
-def test_an_open_loop_waits_for_nobody():
+def test_an_open_loop_does_not_wait_for_replies():
     together = threading.Barrier(5)
 
     def answer(handler, request):
@@ -261,7 +261,7 @@ def test_an_open_loop_does_not_repeat_what_is_refused():
     assert [each.outcome for each in measured.records] == ["429", "429"]
 
 
-def test_a_mistake_in_one_client_ends_the_loop_and_is_told():
+def test_a_mistake_in_one_client_ends_the_loop_and_is_reported():
     class Broken:
         def connect(self):
             return self

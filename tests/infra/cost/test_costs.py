@@ -38,17 +38,6 @@ def test_what_is_paid_by_the_second_costs_its_memory_times_the_seconds_of_one_re
     assert cost.requests_per_second == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize(
-    ("rate", "capacity", "utilisation", "needed"),
-    [(0, 1, 0.7, 1), (0.7, 1, 0.7, 1), (0.71, 1, 0.7, 2), (7, 2, 1.0, 4), (7, 2, 0.5, 7)],
-)
-def test_instances_are_as_many_as_carry_the_rate_at_the_utilisation(
-    rate, capacity, utilisation, needed
-):
-    found = costs.instances_needed(rate, capacity_per_second=capacity, utilisation=utilisation)
-    assert found == needed
-
-
 def test_an_instance_that_is_always_on_costs_the_same_for_no_request_and_for_few():
     month = costs.always_on(SPEED, 0, EVEN, PRICES)
     assert month.usd_compute == pytest.approx(0.36 * 730)

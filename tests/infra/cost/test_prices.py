@@ -13,7 +13,7 @@ import pytest
 from dalle.errors import PriceMissing, UserError
 from infra.__main__ import main
 from infra.cost.prices import hourly, load_prices
-from infra.cost.refresh import request_for
+from infra.cost.pricing_api import request_for
 
 # us-east-1, as the contract has them: USD per hour, date, confidence.
 HOSTING = {
@@ -225,7 +225,7 @@ def test_a_price_of_one_region_is_not_taken_for_another():
         hourly("ml.m5.xlarge", region="eu-west-1")
 
 
-def test_what_is_not_sold_is_said_to_be_so_and_not_to_be_refreshed():
+def test_an_item_that_is_not_sold_is_reported_without_advice_to_refresh():
     with pytest.raises(PriceMissing, match="ml.t3.medium .Hosting. .* is not offered") as caught:
         hourly("ml.t3.medium")
     assert "refresh" not in str(caught.value)

@@ -31,8 +31,8 @@ def described(account, name: str = "dalle") -> tuple[dict[str, Any], dict[str, A
 
 
 def test_an_async_endpoint_sleeps_and_is_woken(ready, infra):
-    told = infra(*ASYNC, "--max-instances", 2)
-    assert told.code == 0, told.err
+    result = infra(*ASYNC, "--max-instances", 2)
+    assert result.code == 0, result.err
     config, model = described(ready)
     assert config["AsyncInferenceConfig"]["ClientConfig"] == {
         "MaxConcurrentInvocationsPerInstance": 1
@@ -64,10 +64,10 @@ def test_a_gpu_endpoint_names_its_host_software(ready, infra):
 
 
 def test_a_realtime_endpoint_scales_by_requests_in_progress(ready, infra):
-    told = infra(
+    result = infra(
         "deploy", "--mode", "realtime", "--instance-type", "ml.m5.large", "--max-instances", 3
     )
-    assert told.code == 0, told.err
+    assert result.code == 0, result.err
     config, model = described(ready)
     (variant,) = config["ProductionVariants"]
     assert "InferenceAmiVersion" not in variant
@@ -88,8 +88,8 @@ def test_a_realtime_endpoint_of_one_instance_does_not_scale(ready, infra):
 
 
 def test_a_serverless_endpoint_has_memory_and_no_instances(ready, infra):
-    told = infra("deploy", "--mode", "serverless", "--memory-mb", 3072, "--name", "small")
-    assert told.code == 0, told.err
+    result = infra("deploy", "--mode", "serverless", "--memory-mb", 3072, "--name", "small")
+    assert result.code == 0, result.err
     config, model = described(ready, "dalle-small")
     (variant,) = config["ProductionVariants"]
     assert variant["ServerlessConfig"] == {"MemorySizeInMB": 3072, "MaxConcurrency": 5}
@@ -108,9 +108,9 @@ def test_the_model_is_the_newest_completed_jobs_and_the_image_is_named_by_digest
 
 def test_the_model_of_another_project_is_not_taken(ready, infra):
     infra("bootstrap", "--project", "dalle-x")
-    told = infra(*ASYNC, "--project", "dalle-x", "--tag", "latest")
-    assert told.code == 1
-    assert "the repository dalle-x has no image 'latest'; run `python -m infra push`" in told.err
+    result = infra(*ASYNC, "--project", "dalle-x", "--tag", "latest")
+    assert result.code == 1
+    assert "the repository dalle-x has no image 'latest'; run `python -m infra push`" in result.err
 
 
 def test_everything_carries_the_projects_tag(ready, infra):
@@ -139,9 +139,9 @@ def test_a_second_run_makes_nothing(ready, infra):
 def test_a_changed_option_updates_the_endpoint(ready, infra):
     infra(*ASYNC)
     before, _ = described(ready)
-    told = infra(*ASYNC, "--startup-seconds", 900)
-    assert told.code == 0, told.err
-    assert "updated, in service" in told.out
+    result = infra(*ASYNC, "--startup-seconds", 900)
+    assert result.code == 0, result.err
+    assert "updated, in service" in result.out
     after, _ = described(ready)
     assert after["EndpointConfigName"] != before["EndpointConfigName"]
     assert ready.requests["CreateEndpoint"] == 1
@@ -151,8 +151,8 @@ def test_a_changed_option_updates_the_endpoint(ready, infra):
 def test_a_newly_pushed_image_makes_a_new_model(ready, infra):
     infra(*ASYNC)
     digest = ready.put_image(layers=[{"digest": "sha256:" + "c" * 64, "size": 1, "mediaType": "x"}])
-    told = infra(*ASYNC)
-    assert "updated, in service" in told.out
+    result = infra(*ASYNC)
+    assert "updated, in service" in result.out
     _, model = described(ready)
     assert model["PrimaryContainer"]["Image"].endswith(f"@{digest}")
 
@@ -174,28 +174,32 @@ def test_an_alarm_that_is_missing_is_made_again(ready, infra):
 
 def test_a_crash_in_the_middle_is_taken_up_where_it_was(ready, infra):
     ready.refuse("CreateEndpoint", "ResourceLimitExceeded", "limit for ml.g4dn.xlarge is 0")
-    told = infra(*ASYNC)
-    assert told.code == 1
-    assert "a quota of this account stops sagemaker:CreateEndpoint" in told.err
-    assert "Traceback" not in told.err
+    result = infra(*ASYNC)
+    assert result.code == 1
+    assert "a quota of this account stops sagemaker:CreateEndpoint" in result.err
+    assert "Traceback" not in result.err
     assert ready.names("endpoints") == []
-    told = infra(*ASYNC)
-    assert told.code == 0
-    assert [line.split()[-1] for line in told.out.splitlines()[:3]] == ["there", "there", "service"]
+    result = infra(*ASYNC)
+    assert result.code == 0
+    assert [line.split()[-1] for line in result.out.splitlines()[:3]] == [
+        "there",
+        "there",
+        "service",
+    ]
     assert len(ready.names("models")) == len(ready.names("endpoint_configs")) == 1
 
 
 def test_a_plan_that_breaks_a_limit_makes_nothing(ready, infra):
     made = ready.requests.copy()
-    told = infra("deploy", "--mode", "serverless", "--memory-mb", 7000)
-    assert told.code == 1
-    assert "1024 to 6144 MB of memory (6 GB) in steps of 1024, got 7000" in told.err
-    told = infra("deploy", "--mode", "realtime", "--instance-type", "ml.t3.medium")
-    assert told.code == 1
+    result = infra("deploy", "--mode", "serverless", "--memory-mb", 7000)
+    assert result.code == 1
+    assert "1024 to 6144 MB of memory (6 GB) in steps of 1024, got 7000" in result.err
+    result = infra("deploy", "--mode", "realtime", "--instance-type", "ml.t3.medium")
+    assert result.code == 1
     assert not [name for name in ready.requests - made if name.startswith("Create")]
 
 
-def test_an_endpoint_that_fails_is_told_with_the_platforms_reason(ready, infra):
+def test_an_endpoint_that_fails_is_reported_with_the_platforms_reason(ready, infra):
     describe = {"EndpointConfigName": "x", "EndpointStatus": "Failed", "EndpointName": "dalle"}
     failed = {**describe, "FailureReason": "The primary container did not pass the ping check"}
     seen = []
@@ -208,50 +212,52 @@ def test_an_endpoint_that_fails_is_told_with_the_platforms_reason(ready, infra):
         answer(request) if ready.requests["CreateEndpoint"] else {"EndpointStatus": "Creating"}
     )
     ready.refuse("DescribeEndpoint", "ValidationException", 'Could not find endpoint "dalle"')
-    told = infra(*ASYNC)
-    assert told.code == 1
-    assert "endpoint dalle is Failed: The primary container did not pass the ping" in told.err
-    assert "python -m infra logs dalle" in told.err
+    result = infra(*ASYNC)
+    assert result.code == 1
+    assert "endpoint dalle is Failed: The primary container did not pass the ping" in result.err
+    assert "python -m infra logs dalle" in result.err
     assert seen
 
 
 def test_without_a_stack_it_says_what_comes_first(account, infra):
-    told = infra(*ASYNC)
-    assert told.code == 1
-    assert "run `python -m infra bootstrap` first" in told.err
+    result = infra(*ASYNC)
+    assert result.code == 1
+    assert "run `python -m infra bootstrap` first" in result.err
 
 
 def test_without_a_trained_model_it_says_what_comes_first(account, infra):
     infra("bootstrap")
     account.put_image()
-    told = infra(*ASYNC)
-    assert told.code == 1
-    assert "run `python -m infra train` first" in told.err
+    result = infra(*ASYNC)
+    assert result.code == 1
+    assert "run `python -m infra train` first" in result.err
     assert infra(*ASYNC, "--model", MODEL).code == 0
 
 
 def test_json_names_what_was_made(ready, infra):
-    told = infra(*ASYNC, "--json")
-    assert told.json["endpoint"] == "dalle"
-    assert told.json["mode"] == "async"
-    assert told.json["state"] == "made"
-    assert told.json["configuration"] in ready.names("endpoint_configs")
+    result = infra(*ASYNC, "--json")
+    assert result.json["endpoint"] == "dalle"
+    assert result.json["mode"] == "async"
+    assert result.json["state"] == "made"
+    assert result.json["configuration"] in ready.names("endpoint_configs")
 
 
 def test_what_was_not_waited_for_gets_its_scaling_by_the_next_run(ready, infra):
-    told = infra(*ASYNC, "--no-wait")
-    assert "run the same command again once it is in service, for its scaling" in told.out
+    result = infra(*ASYNC, "--no-wait")
+    assert "run the same command again once it is in service, to scale it" in result.out
     assert ready.requests["RegisterScalableTarget"] == 0
     infra(*ASYNC)
     assert ready.requests["RegisterScalableTarget"] == 1
 
 
-def test_what_it_will_cost_is_said(ready, infra):
-    assert "nothing while nobody asks; an instance 0.7364 USD per hour" in infra(*ASYNC).out
-    told = infra("deploy", "--mode", "realtime", "--instance-type", "ml.m5.large", "--name", "on")
-    assert "83.95 USD a month always on (1 x 0.115 USD per hour" in told.out
-    told = infra("deploy", "--mode", "realtime", "--instance-type", "ml.m5.12xlarge", "--name", "x")
-    assert "no price is known for ml.m5.12xlarge in us-east-1" in told.out
+def test_the_expected_cost_is_printed(ready, infra):
+    assert "nothing without requests; an instance 0.7364 USD per hour" in infra(*ASYNC).out
+    result = infra("deploy", "--mode", "realtime", "--instance-type", "ml.m5.large", "--name", "on")
+    assert "83.95 USD a month always on (1 x 0.115 USD per hour" in result.out
+    result = infra(
+        "deploy", "--mode", "realtime", "--instance-type", "ml.m5.12xlarge", "--name", "x"
+    )
+    assert "no price is known for ml.m5.12xlarge in us-east-1" in result.out
 
 
 def test_an_endpoint_that_had_failed_is_replaced(ready, infra, monkeypatch):
@@ -268,7 +274,7 @@ def test_an_endpoint_that_had_failed_is_replaced(ready, infra, monkeypatch):
         return {"EndpointStatus": "Deleting"}
 
     ready.handlers["DescribeEndpoint"] = describe
-    told = infra(*ASYNC)
-    assert told.code == 0, told.err
-    assert "had failed; deleted" in told.out
+    result = infra(*ASYNC)
+    assert result.code == 0, result.err
+    assert "had failed; deleted" in result.out
     assert sagemaker.describe_endpoint(EndpointName="dalle")["EndpointStatus"] == "InService"

@@ -20,27 +20,27 @@ def asynchronous(endpoint, serve_url, monkeypatch):
     return account
 
 
-def test_pictures_are_written_best_first(endpoint, infra, tmp_path):
+def test_images_are_written_best_first(endpoint, infra, tmp_path):
     endpoint(*REALTIME)
-    told = infra(*ASK, "--out", tmp_path, "--json")
-    assert told.code == 0, told.err
-    assert [image["rank"] for image in told.json["images"]] == [1, 2]
-    scores = [image["clip_score"] for image in told.json["images"]]
+    result = infra(*ASK, "--out", tmp_path, "--json")
+    assert result.code == 0, result.err
+    assert [image["rank"] for image in result.json["images"]] == [1, 2]
+    scores = [image["clip_score"] for image in result.json["images"]]
     assert scores == sorted(scores, reverse=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rank-1.png", "rank-2.png"]
     with Image.open(tmp_path / "rank-1.png") as picture:
         assert (picture.format, picture.size) == ("PNG", (16, 16))
-    assert told.json["seed"] == 7
+    assert result.json["seed"] == 7
 
 
 def test_the_same_seed_writes_the_same_files(endpoint, infra, tmp_path):
     endpoint(*REALTIME)
     infra(*ASK, "--out", tmp_path)
-    told = infra(*ASK, "--out", tmp_path)
-    assert told.out.count("unchanged") == 2
-    assert "seed 7, 3 of 3 candidates, ranked by clip" in told.out
-    told = infra("invoke", "a red square", "--seed", 8, "--out", tmp_path)
-    assert "written" in told.out
+    result = infra(*ASK, "--out", tmp_path)
+    assert result.out.count("unchanged") == 2
+    assert "seed 7, 3 of 3 candidates, ranked by clip" in result.out
+    result = infra("invoke", "a red square", "--seed", 8, "--out", tmp_path)
+    assert "written" in result.out
 
 
 def test_a_format_is_asked_for_and_named(endpoint, infra, tmp_path):
@@ -52,30 +52,30 @@ def test_a_format_is_asked_for_and_named(endpoint, infra, tmp_path):
 
 def test_a_stream_writes_every_candidate_and_ends_with_the_ranking(endpoint, infra, tmp_path):
     endpoint(*REALTIME)
-    told = infra(*ASK, "--stream", "--out", tmp_path, "--json")
-    assert told.code == 0, told.err
+    result = infra(*ASK, "--stream", "--out", tmp_path, "--json")
+    assert result.code == 0, result.err
     names = [f"candidate-{number}.png" for number in range(3)]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
-    assert [ranked["rank"] for ranked in told.json["ranking"]] == [1, 2, 3]
+    assert [ranked["rank"] for ranked in result.json["ranking"]] == [1, 2, 3]
     plain = infra(*ASK, "--out", tmp_path / "plain", "--json").json
-    best = told.json["ranking"][0]["file"]
+    best = result.json["ranking"][0]["file"]
     assert (tmp_path / "plain/rank-1.png").read_bytes() == (tmp_path / best).read_bytes()
-    assert plain["images"][0]["clip_score"] == told.json["ranking"][0]["clip_score"]
+    assert plain["images"][0]["clip_score"] == result.json["ranking"][0]["clip_score"]
 
 
 def test_an_async_reply_comes_through_the_bucket(asynchronous, infra, tmp_path):
-    told = infra(*ASK, "--out", tmp_path)
-    assert told.code == 0, told.err
+    result = infra(*ASK, "--out", tmp_path)
+    assert result.code == 0, result.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rank-1.png", "rank-2.png"]
     (request,) = [key for key in asynchronous.keys_in() if "/requests/" in key]
     assert request.startswith("async/dalle/requests/")
-    assert "a first one wakes an instance" in told.out
+    assert "without an instance it starts one" in result.out
 
 
-def test_what_an_async_endpoint_could_not_do_is_told(asynchronous, infra, tmp_path):
-    told = infra("invoke", "a red square", "--num-candidates", 513, "--out", tmp_path)
-    assert told.code == 1
-    assert "could not answer: num_candidates must be 1 to 512, got 513" in told.err
+def test_what_an_async_endpoint_could_not_do_is_reported(asynchronous, infra, tmp_path):
+    result = infra("invoke", "a red square", "--num-candidates", 513, "--out", tmp_path)
+    assert result.code == 1
+    assert "could not answer: num_candidates must be 1 to 512, got 513" in result.err
 
 
 def test_an_async_reply_that_does_not_come_is_given_up(asynchronous, infra):
@@ -89,22 +89,22 @@ def test_an_async_reply_that_does_not_come_is_given_up(asynchronous, infra):
         return found
 
     asynchronous.runtime = lose
-    told = infra(*ASK, "--timeout", 0)
-    assert told.code == 1
-    assert "no reply within 0 s; it will be at s3://" in told.err
+    result = infra(*ASK, "--timeout", 0)
+    assert result.code == 1
+    assert "no reply within 0 s; it will be at s3://" in result.err
 
 
 def test_an_async_endpoint_does_not_stream(asynchronous, infra):
-    told = infra(*ASK, "--stream")
-    assert told.code == 1
-    assert "endpoint dalle is async, and only a realtime one can stream" in told.err
+    result = infra(*ASK, "--stream")
+    assert result.code == 1
+    assert "endpoint dalle is async, and only a realtime one can stream" in result.err
 
 
-def test_what_the_server_refuses_is_told_in_its_words(endpoint, infra):
+def test_what_the_server_refuses_is_reported_in_its_words(endpoint, infra):
     endpoint(*REALTIME)
-    told = infra("invoke", "a red square", "--num-candidates", 513)
-    assert told.code == 1
-    assert told.err == "the endpoint answered 422: num_candidates must be 1 to 512, got 513\n"
+    result = infra("invoke", "a red square", "--num-candidates", 513)
+    assert result.code == 1
+    assert result.err == "the endpoint answered 422: num_candidates must be 1 to 512, got 513\n"
 
 
 @pytest.mark.parametrize(
@@ -117,25 +117,25 @@ def test_what_the_server_refuses_is_told_in_its_words(endpoint, infra):
         (["x", "--prime-image", "/nowhere.png", "--prime-rows", 2], "cannot read /nowhere.png"),
     ],
 )
-def test_a_wrong_request_is_told_before_anything_is_sent(account, infra, words, says):
-    told = infra("invoke", *words)
-    assert told.code == 1
-    assert says in told.err
+def test_a_wrong_request_is_reported_before_anything_is_sent(account, infra, words, says):
+    result = infra("invoke", *words)
+    assert result.code == 1
+    assert says in result.err
     assert account.requests.total() == 0
 
 
-def test_an_endpoint_that_is_not_there_is_told(account, infra):
-    told = infra("invoke", "a red square", "--endpoint", "stars")
-    assert told.code == 1
-    assert "there is no endpoint dalle-stars; `python -m infra status` shows" in told.err
+def test_an_endpoint_that_is_not_there_is_reported(account, infra):
+    result = infra("invoke", "a red square", "--endpoint", "stars")
+    assert result.code == 1
+    assert "there is no endpoint dalle-stars; `python -m infra status` lists" in result.err
 
 
 def test_a_payload_larger_than_the_endpoint_takes_is_refused_by_number(endpoint, infra, tmp_path):
     endpoint("--mode", "serverless")
     (tmp_path / "large.png").write_bytes(b"x" * 4_000_000)
-    told = infra("invoke", "x", "--prime-image", tmp_path / "large.png", "--prime-rows", 1)
-    assert told.code == 1
-    assert "a request to a serverless endpoint has at most 4,000,000 bytes, got 5,333" in told.err
+    result = infra("invoke", "x", "--prime-image", tmp_path / "large.png", "--prime-rows", 1)
+    assert result.code == 1
+    assert "a request to a serverless endpoint has at most 4,000,000 bytes, got 5,333" in result.err
 
 
 def test_a_local_endpoint_needs_no_account(account, infra, serve_url, monkeypatch, tmp_path):
@@ -143,8 +143,8 @@ def test_a_local_endpoint_needs_no_account(account, infra, serve_url, monkeypatc
         monkeypatch.delenv(name)
     with RuntimeFacade({"dalle": int(serve_url.rpartition(":")[2])}) as facade:
         port = facade.url.rpartition(":")[2]
-        told = infra(*ASK, "--local", "--port", port, "--out", tmp_path)
-    assert told.code == 0, told.err
+        result = infra(*ASK, "--local", "--port", port, "--out", tmp_path)
+    assert result.code == 0, result.err
     assert (tmp_path / "rank-1.png").exists()
     assert account.requests.total() == 0
 
@@ -182,9 +182,9 @@ def batch(account, infra, serve_url, tmp_path):
     return run
 
 
-def test_a_batch_draws_every_caption(account, batch, tmp_path):
-    told = batch("a red square\n\na blue star\n")
-    assert told.code == 0, told.err
+def test_a_batch_generates_images_for_every_caption(account, batch, tmp_path):
+    result = batch("a red square\n\na blue star\n")
+    assert result.code == 0, result.err
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == [f"{line:04}-rank-{rank}.png" for line in (1, 2) for rank in (1, 2, 3, 4)]
     (job,) = [body for name, body in account.sent if name == "CreateTransformJob"]
@@ -197,24 +197,24 @@ def test_a_batch_draws_every_caption(account, batch, tmp_path):
 
 def test_a_second_batch_of_the_same_captions_runs_no_job(account, batch):
     batch("a red square")
-    told = batch("a red square")
-    assert told.code == 0
+    result = batch("a red square")
+    assert result.code == 0
     assert account.requests["CreateTransformJob"] == 1
-    assert "already there" in told.out
+    assert "already there" in result.out
 
 
-def test_a_caption_that_cannot_be_drawn_does_not_sink_the_others(batch, tmp_path):
-    told = batch("a red square\n" + "very " * 40 + "long\na blue star\n", "--json")
-    assert told.code == 0, told.err
-    assert (told.json["pictures"], told.json["refused"]) == (8, 1)
-    assert "caption 2" in told.err
+def test_an_error_in_one_caption_leaves_the_others_unaffected(batch, tmp_path):
+    result = batch("a red square\n" + "very " * 40 + "long\na blue star\n", "--json")
+    assert result.code == 0, result.err
+    assert (result.json["pictures"], result.json["refused"]) == (8, 1)
+    assert "caption 2" in result.err
     assert not (tmp_path / "out" / "0002-rank-1.png").exists()
 
 
 def test_a_batch_needs_captions(account, infra, tmp_path):
     assert "--mode batch needs --captions" in infra("deploy", "--mode", "batch").err
-    told = infra("deploy", "--mode", "async", "--captions", "x.txt")
-    assert "--captions is for --mode batch alone" in told.err
+    result = infra("deploy", "--mode", "async", "--captions", "x.txt")
+    assert "--captions is for --mode batch alone" in result.err
     assert account.requests.total() == 0
 
 
@@ -222,19 +222,19 @@ def test_a_batch_needs_captions(account, infra, tmp_path):
     ("captions", "says"), [("\n \n", "has no captions"), (None, "cannot read")]
 )
 def test_a_file_without_captions_is_refused(account, infra, batch, tmp_path, captions, says):
-    told = (
+    result = (
         batch(captions)
         if captions
         else infra(
             "deploy", *BATCH, "--model", "s3://b/m.tar.gz", "--captions", tmp_path / "none.txt"
         )
     )
-    assert told.code == 1
-    assert says in told.err
+    assert result.code == 1
+    assert says in result.err
     assert account.requests["CreateModel"] == 0
 
 
-def test_a_reply_that_has_no_pictures_is_told(endpoint, infra, monkeypatch):
+def test_a_reply_that_has_no_images_is_reported(endpoint, infra, monkeypatch):
     account = endpoint(*REALTIME)
     monkeypatch.delenv("AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME")
     account.runtime = lambda path, headers, body: (
@@ -242,6 +242,6 @@ def test_a_reply_that_has_no_pictures_is_told(endpoint, infra, monkeypatch):
         [("Content-Type", "application/json")],
         b'{"predictions": []}',
     )
-    told = infra(*ASK)
-    assert told.code == 1
-    assert "the endpoint's reply has no pictures" in told.err
+    result = infra(*ASK)
+    assert result.code == 1
+    assert "the endpoint's reply has no images" in result.err

@@ -25,8 +25,8 @@ def requests(account, operation: str = "CreateTrainingJob") -> list[dict[str, An
 
 
 def test_one_job_trains_all_stages(ready, infra):
-    told = infra(*TRAIN)
-    assert told.code == 0, told.err
+    result = infra(*TRAIN)
+    assert result.code == 0, result.err
     (job,) = requests(ready)
     assert job["HyperParameters"] == {"size": "tiny", "stage": "all"}
     channels = {channel["ChannelName"]: channel for channel in job["InputDataConfig"]}
@@ -40,12 +40,12 @@ def test_one_job_trains_all_stages(ready, infra):
     assert job["AlgorithmSpecification"]["TrainingImage"].count("@sha256:") == 1
     assert "EnableManagedSpotTraining" not in job
     name = job["TrainingJobName"]
-    assert f"model: s3://{BUCKET}/models/{name}/output/model.tar.gz" in told.out
+    assert f"model: s3://{BUCKET}/models/{name}/output/model.tar.gz" in result.out
 
 
 def test_a_chain_hands_the_artefact_on(ready, infra):
-    told = infra(*TRAIN, "--stages", "dvae,transformer,clip")
-    assert told.code == 0, told.err
+    result = infra(*TRAIN, "--stages", "dvae,transformer,clip")
+    assert result.code == 0, result.err
     jobs = requests(ready)
     assert [job["HyperParameters"]["stage"] for job in jobs] == ["dvae", "transformer", "clip"]
     for before, after in zip(jobs, jobs[1:], strict=False):
@@ -88,8 +88,8 @@ def test_hosts_are_given_other_shards_of_the_training_data_alone(ready, infra):
 def test_an_augmented_manifest_is_piped_in_records(ready, infra):
     manifest, held_out = f"s3://{BUCKET}/all.manifest", f"s3://{BUCKET}/held-out.manifest"
     options = ["--input-mode", "Pipe", "--attributes", "source-ref,caption"]
-    told = infra("train", "--data", manifest, *options, "--validation", held_out)
-    assert told.code == 0, told.err
+    result = infra("train", "--data", manifest, *options, "--validation", held_out)
+    assert result.code == 0, result.err
     (job,) = requests(ready)
     channels = {channel["ChannelName"]: channel for channel in job["InputDataConfig"]}
     assert {name: c["InputMode"] for name, c in channels.items()} == {
@@ -111,7 +111,7 @@ def test_an_augmented_manifest_is_piped_in_records(ready, infra):
     [
         (
             ["--data", "s3://b/m.manifest", "--attributes", "a,b"],
-            "comes by --input-mode Pipe alone, got File",
+            "needs --input-mode Pipe, got File",
         ),
         (
             ["--data", "pictures", "--attributes", "a,b", "--input-mode", "Pipe"],
@@ -131,9 +131,9 @@ def test_an_augmented_manifest_is_piped_in_records(ready, infra):
     ],
 )
 def test_a_manifest_that_the_platform_would_refuse_is_refused_first(ready, infra, options, says):
-    told = infra("train", *options)
-    assert told.code != 0
-    assert says in told.err
+    result = infra("train", *options)
+    assert result.code != 0
+    assert says in result.err
     assert requests(ready) == []
 
 
@@ -158,9 +158,9 @@ def test_a_second_run_finds_the_job(ready, infra):
 
 def test_a_job_whose_model_is_gone_is_run_again(ready, infra):
     infra(*TRAIN)
-    told = infra(*TRAIN, "--json")
-    assert told.json["jobs"][0].endswith("-all-2")
-    assert "Completed, but its model is gone; another attempt" in told.err
+    result = infra(*TRAIN, "--json")
+    assert result.json["jobs"][0].endswith("-all-2")
+    assert "Completed, but its model is gone; another attempt" in result.err
 
 
 def test_other_hyperparameters_are_another_run(ready, infra):
@@ -187,21 +187,21 @@ FAILED = {
 }
 
 
-def test_a_failed_job_is_told_with_its_reason_and_where_its_log_is(ready, infra):
+def test_a_failed_job_is_reported_with_its_reason_and_where_its_log_is(ready, infra):
     ready.refuse("DescribeTrainingJob", "ValidationException", "Requested resource not found.")
     ready.handlers["DescribeTrainingJob"] = lambda request: FAILED
-    told = infra(*TRAIN)
-    assert told.code == 1
-    assert "AlgorithmError: hyperparameter size must be tiny, small or base" in told.err
-    assert "its log: python -m infra logs dalle-" in told.err
-    assert "  Starting     Preparing\n  Failed       Training job failed\n" in told.out
+    result = infra(*TRAIN)
+    assert result.code == 1
+    assert "AlgorithmError: hyperparameter size must be tiny, small or base" in result.err
+    assert "its log: python -m infra logs dalle-" in result.err
+    assert "  Starting     Preparing\n  Failed       Training job failed\n" in result.out
 
 
 def test_attempts_end(ready, infra):
     ready.handlers["DescribeTrainingJob"] = lambda request: FAILED
-    told = infra(*TRAIN)
-    assert told.code == 1
-    assert "20 attempts at dalle-" in told.err
+    result = infra(*TRAIN)
+    assert result.code == 1
+    assert "20 attempts at dalle-" in result.err
     assert ready.requests["CreateTrainingJob"] == 0
 
 
@@ -226,9 +226,9 @@ def test_progress_is_shown_while_it_trains(ready, infra):
     lines = ["loading", "dvae_step=50; dvae_loss=0.5;", "dvae_step=100; dvae_loss=0.25;"]
     ready.write_log("/aws/sagemaker/TrainingJobs", f"{name}/algo-1-1", lines)
     ready.leave_model(name)
-    told = infra(*TRAIN)
-    assert "  dvae_step=50; dvae_loss=0.5;\n  dvae_step=100; dvae_loss=0.25;\n" in told.out
-    assert "loading" not in told.out
+    result = infra(*TRAIN)
+    assert "  dvae_step=50; dvae_loss=0.5;\n  dvae_step=100; dvae_loss=0.25;\n" in result.out
+    assert "loading" not in result.out
 
 
 @pytest.mark.parametrize(
@@ -247,9 +247,9 @@ def test_progress_is_shown_while_it_trains(ready, infra):
     ],
 )
 def test_a_plan_that_cannot_be_is_refused_by_name(ready, infra, words, says):
-    told = infra(*TRAIN, *words)
-    assert told.code == 1
-    assert says in told.err
+    result = infra(*TRAIN, *words)
+    assert result.code == 1
+    assert says in result.err
     assert ready.requests["CreateTrainingJob"] == 0
 
 
@@ -260,19 +260,19 @@ def test_too_many_hyperparameters_are_refused(ready, infra):
 
 @pytest.mark.parametrize("stages", ["clip,dvae", "all,dvae", "dvae,dvae", "paint", ""])
 def test_a_chain_out_of_order_is_a_usage_error(ready, infra, stages):
-    told = infra(*TRAIN, "--stages", stages)
-    assert told.code == 2
-    assert "expected all, or some of dvae,transformer,clip in this order" in told.err
+    result = infra(*TRAIN, "--stages", stages)
+    assert result.code == 2
+    assert "expected all, or some of dvae,transformer,clip in this order" in result.err
 
 
-def test_data_that_is_not_there_is_told_before_anything_is_started(ready, infra):
-    told = infra("train", "--data", "stars")
-    assert told.code == 1
-    assert f"there is nothing at s3://{BUCKET}/data/stars/" in told.err
-    assert "python -m infra upload FOLDER --name stars" in told.err
+def test_data_that_is_not_there_is_reported_before_anything_is_started(ready, infra):
+    result = infra("train", "--data", "stars")
+    assert result.code == 1
+    assert f"there is nothing at s3://{BUCKET}/data/stars/" in result.err
+    assert "python -m infra upload FOLDER --name stars" in result.err
 
 
-def test_a_folder_of_pictures_is_the_channel_train_itself(ready, infra):
+def test_a_folder_of_images_is_the_channel_train_itself(ready, infra):
     ready.put_object("data/flat/0.txt")
     infra("train", "--data", f"s3://{BUCKET}/data/flat")
     (channel,) = requests(ready)[0]["InputDataConfig"]
@@ -286,8 +286,10 @@ TUNE = ["tune", "--data", "pictures", "--float", "learning_rate=0.0001:0.01:log"
 
 
 def test_a_search_has_ranges_an_objective_and_the_metrics(ready, infra):
-    told = infra(*TUNE, "--int", "batch_size=16:64", "--choice", "size=tiny,small", "--max-jobs", 4)
-    assert told.code == 0, told.err
+    result = infra(
+        *TUNE, "--int", "batch_size=16:64", "--choice", "size=tiny,small", "--max-jobs", 4
+    )
+    assert result.code == 0, result.err
     (job,) = requests(ready, "CreateHyperParameterTuningJob")
     config = job["HyperParameterTuningJobConfig"]
     assert config["ParameterRanges"] == {
@@ -331,9 +333,9 @@ def test_a_second_search_of_the_same_finds_the_first(ready, infra):
     ],
 )
 def test_a_search_that_cannot_be_is_refused_by_name(ready, infra, words, says):
-    told = infra(*TUNE, *words)
-    assert told.code == 1
-    assert says in told.err
+    result = infra(*TUNE, *words)
+    assert result.code == 1
+    assert says in result.err
     assert ready.requests["CreateHyperParameterTuningJob"] == 0
 
 

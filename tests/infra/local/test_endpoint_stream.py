@@ -124,7 +124,7 @@ def test_stopping_ends_a_running_stream_with_an_error_of_the_platforms(make_endp
     assert caught.value.response["Error"]["Code"] == "InternalStreamFailure"
 
 
-def test_a_client_that_hangs_up_is_told_to_the_container(make_endpoint):
+def test_the_container_sees_that_a_client_has_gone(make_endpoint):
     def stream(handler):
         handler.begin(Transfer_Encoding="chunked")
         handler.write_until_gone()

@@ -97,7 +97,7 @@ def test_a_folder_is_streamed_as_it_is_or_by_its_manifest(tmp_path):
     assert b"".join(content()) == record(b"first, ") + record(b"c")
 
 
-def test_a_pipe_that_nobody_reads_goes_with_who_made_it(tmp_path):
+def test_a_pipe_without_a_reader_is_removed_at_the_end(tmp_path):
     with Pipe(tmp_path / "train", lambda: [b"data"]):
         assert (tmp_path / "train_0").is_fifo()
     assert list(tmp_path.iterdir()) == []

@@ -42,11 +42,11 @@ def test_the_template_passes_the_linter():
 
 
 def test_it_makes_bucket_repository_and_role(account, infra):
-    told = infra("bootstrap", "--json")
-    assert told.code == 0, told.err
-    assert told.json["bucket"] == BUCKET
-    assert told.json["repository"] == "dalle"
-    assert told.json["role_arn"].startswith(f"arn:aws:iam::{NUMBER}:role/")
+    result = infra("bootstrap", "--json")
+    assert result.code == 0, result.err
+    assert result.json["bucket"] == BUCKET
+    assert result.json["repository"] == "dalle"
+    assert result.json["role_arn"].startswith(f"arn:aws:iam::{NUMBER}:role/")
     assert [b["Name"] for b in account.client("s3").list_buckets()["Buckets"]] == [BUCKET]
     repositories = account.client("ecr").describe_repositories()["repositories"]
     assert [r["repositoryName"] for r in repositories] == ["dalle"]
@@ -54,9 +54,9 @@ def test_it_makes_bucket_repository_and_role(account, infra):
 
 def test_a_second_run_changes_nothing(account, infra):
     infra("bootstrap")
-    told = infra("bootstrap")
-    assert told.code == 0
-    assert {line.split("  ")[-1].strip() for line in told.out.splitlines()} == {"already there"}
+    result = infra("bootstrap")
+    assert result.code == 0
+    assert {line.split("  ")[-1].strip() for line in result.out.splitlines()} == {"already there"}
     assert account.requests["CreateStack"] == 1
     assert account.requests["UpdateStack"] == 0
 
@@ -114,17 +114,17 @@ def test_the_project_may_come_from_the_environment(account, infra, monkeypatch):
 
 @pytest.mark.parametrize("name", ["Stars", "a" * 21, "1st", "a--b", "a_b", ""])
 def test_a_name_that_a_bucket_could_not_have_is_refused(account, infra, name):
-    told = infra("bootstrap", "--project", name)
-    assert told.code == 2
-    assert "project's name is 1 to 20 small letters" in told.err
+    result = infra("bootstrap", "--project", name)
+    assert result.code == 2
+    assert "project's name is 1 to 20 small letters" in result.err
     assert account.requests.total() == 0
 
 
-def test_a_stack_that_cannot_be_made_is_told_with_its_reason(account, infra):
+def test_a_stack_that_cannot_be_made_is_reported_with_its_reason(account, infra):
     account.refuse("CreateStack", "InsufficientCapabilitiesException", "needs CAPABILITY_IAM")
-    told = infra("bootstrap")
-    assert told.code == 1
-    assert told.err == (
+    result = infra("bootstrap")
+    assert result.code == 1
+    assert result.err == (
         "cloudformation:CreateStack was refused: InsufficientCapabilitiesException: "
         "needs CAPABILITY_IAM\n"
     )

@@ -24,11 +24,11 @@ KEYS = [
 
 
 def test_everything_that_is_not_hidden_is_uploaded(account, infra, folder):
-    told = infra("upload", folder, "--json")
-    assert told.code == 0, told.err
+    result = infra("upload", folder, "--json")
+    assert result.code == 0, result.err
     assert account.keys_in() == KEYS
-    assert told.json["uri"] == f"s3://{BUCKET}/data/pictures/"
-    assert (told.json["uploaded"], told.json["unchanged"]) == (3, 0)
+    assert result.json["uri"] == f"s3://{BUCKET}/data/pictures/"
+    assert (result.json["uploaded"], result.json["unchanged"]) == (3, 0)
     body = account.client("s3").get_object(Bucket=BUCKET, Key=KEYS[1])["Body"].read()
     assert body == b"train/sub/1.txt"
 
@@ -36,11 +36,11 @@ def test_everything_that_is_not_hidden_is_uploaded(account, infra, folder):
 def test_a_second_run_sends_only_what_changed(account, infra, folder):
     infra("upload", folder)
     (folder / "train/0.txt").write_text("TRAIN/0.txt")  # as long as before
-    told = infra("upload", folder, "--json")
-    assert (told.json["uploaded"], told.json["unchanged"]) == (1, 2)
-    told = infra("upload", folder)
-    assert told.out.splitlines()[0].split("  ")[0] == "0 files, 0 bytes"
-    assert "3 files" in told.out.splitlines()[1]
+    result = infra("upload", folder, "--json")
+    assert (result.json["uploaded"], result.json["unchanged"]) == (1, 2)
+    result = infra("upload", folder)
+    assert result.out.splitlines()[0].split("  ")[0] == "0 files, 0 bytes"
+    assert "3 files" in result.out.splitlines()[1]
 
 
 def test_what_is_gone_here_is_deleted_there_only_when_asked(account, infra, folder):
@@ -58,7 +58,7 @@ def test_another_data_set_is_not_touched(account, infra, folder):
     assert "data/pictures-old/0.txt" in account.keys_in()
 
 
-def test_what_was_kept_is_told(account, infra, folder):
+def test_objects_that_s3_kept_are_reported(account, infra, folder):
     infra("upload", folder)
     (folder / "validation/2.txt").unlink()
     account.refuse(f"POST /{BUCKET}", "AccessDenied", "not authorized to perform: s3:DeleteObject")
@@ -73,17 +73,17 @@ def test_what_was_kept_is_told(account, infra, folder):
         (["FULL", "--name", "a/b"], "--name is letters, digits, dots, dashes and underscores"),
     ],
 )
-def test_a_folder_that_cannot_be_sent_is_told(infra, folder, tmp_path, words, says):
+def test_a_folder_that_cannot_be_sent_is_reported(infra, folder, tmp_path, words, says):
     (tmp_path / "empty").mkdir()
     places = {"EMPTY": tmp_path / "empty", "FULL": folder}
-    told = infra("upload", *[places.get(word, word) for word in words])
-    assert told.code == 1
-    assert says in told.err
+    result = infra("upload", *[places.get(word, word) for word in words])
+    assert result.code == 1
+    assert says in result.err
 
 
 def test_a_file_too_large_for_one_object_is_refused_by_number(infra, folder):
     with (folder / "train/large.tar").open("wb") as file:
         file.truncate(upload.MAX_BYTES + 1)  # a hole: takes no room
-    told = infra("upload", folder)
-    assert told.code == 1
-    assert "5,368,709,121 bytes, and an object is sent in one piece of at most" in told.err
+    result = infra("upload", folder)
+    assert result.code == 1
+    assert "5,368,709,121 bytes, and an object is sent in one piece of at most" in result.err

@@ -1,7 +1,7 @@
-"""One measured run and what it stands for: the ways to serve that follow, each with its cost.
+"""The ways to serve with the instance types that a measured run stands for, each with its cost.
 
-Which instance type a run stands for is said by whoever measured it, never found out: a run of a
-CPU is never joined with the price of a GPU, nor the other way round.
+The user names the instance type that a run stands for. A run on a CPU never stands for a GPU, nor
+the other way round.
 """
 
 from __future__ import annotations
@@ -28,11 +28,10 @@ ORDER: tuple[Kind, ...] = ("always on", "scaled to zero", "serverless", "lambda"
 
 
 @dataclass(frozen=True)
-class Joined:
-    """A run, the instance type (or serverless, lambda) that it stands for, and what that means.
+class PricedRun:
+    """A run with the instance type (or serverless, lambda) that it stands for, and its speed.
 
-    name: the run's, for people. assumption: that one stands for the other, in words, with what
-    speaks against it.
+    assumption: that the run stands for the type, in words, with the doubts about it.
     """
 
     name: str
@@ -45,13 +44,13 @@ class Joined:
 
 @dataclass(frozen=True)
 class Option:
-    """One way to serve. month: requests a day -> what a month costs.
+    """One way to serve. month: requests a day -> the cost of a month.
 
     problem: why it cannot be recommended; empty when it can.
     """
 
     kind: Kind
-    joined: Joined
+    priced_run: PricedRun
     prices: tuple[Price, ...]
     busy: BusyCost
     month: Callable[[float], Month]
@@ -61,10 +60,10 @@ class Option:
     def name(self) -> str:
         if self.kind in (SERVERLESS, LAMBDA):
             return self.kind
-        return f"{self.joined.stands_for}, {self.kind}"
+        return f"{self.priced_run.stands_for}, {self.kind}"
 
     def usd(self, requests_per_day: float) -> float:
-        """What a month costs."""
+        """Return the cost of a month."""
         return self.month(requests_per_day).usd
 
     @property
@@ -77,13 +76,13 @@ def types_of(name: str, run: Run, types: Sequence[str]) -> Sequence[str]:
     found = list(types) or run.stands_for
     if not found:
         raise UserError(
-            f"{name} does not say which instance type it stands for: give {name}=TYPE (for example "
+            f"{name} does not name the instance type it stands for: give {name}=TYPE (for example "
             f"{name}=ml.c7i.large,serverless), or benchmark --as TYPE"
         )
     return found
 
 
-def joined_of(name: str, run: Run, stands_for: str, table: PriceTable) -> Joined:
+def price_run(name: str, run: Run, stands_for: str, table: PriceTable) -> PricedRun:
     scenario = run.saturated
     if scenario is None:
         raise UserError(f"{name} has no closed loop with an answer: benchmark it with --clients")
@@ -99,7 +98,7 @@ def joined_of(name: str, run: Run, stands_for: str, table: PriceTable) -> Joined
     assert answered > 0
     measured_on = run.hardware.describe()
     if run.hardware.instance_type == stands_for:
-        return Joined(name, run, stands_for, scenario, speed, f"measured on {stands_for} itself")
+        return PricedRun(name, run, stands_for, scenario, speed, f"measured on {stands_for} itself")
     if stands_for in (SERVERLESS, LAMBDA):
         if run.device != "cpu":
             raise UserError(f"{name} was measured on a GPU; {stands_for} has none")
@@ -122,26 +121,28 @@ def joined_of(name: str, run: Run, stands_for: str, table: PriceTable) -> Joined
         if stands_for.startswith(BURSTABLE):
             doubt += "; it is burstable, and slower once its CPU credits are spent"
     text = f"that {stands_for} is as fast as {name}, measured on {measured_on}; but {doubt}"
-    return Joined(name, run, stands_for, scenario, speed, text)
+    return PricedRun(name, run, stands_for, scenario, speed, text)
 
 
 def options_of(
-    joined: Joined, table: PriceTable, region: str, assumptions: Assumptions
+    priced_run: PricedRun, table: PriceTable, region: str, assumptions: Assumptions
 ) -> list[Option]:
-    speed = joined.speed
-    problem = _too_slow(joined, assumptions)
-    if joined.stands_for == SERVERLESS:
+    speed = priced_run.speed
+    problem = _too_slow(priced_run, assumptions)
+    if priced_run.stands_for == SERVERLESS:
         compute = table.price(SERVERLESS, "compute", region)
         data = table.price(SERVERLESS, "data", region)
-        memory = joined.run.peak_memory_bytes
+        memory = priced_run.run.peak_memory_bytes
         if memory and memory > assumptions.serverless_memory_gb * 2**30:
             problem = f"has less memory than the {memory / 2**30:.1f} GiB that were used"
-        if joined.scenario.reply_bytes > SERVERLESS_BYTES:
-            problem = f"carries 4 MB at most, and replies had {joined.scenario.reply_bytes:,.0f}"
+        if priced_run.scenario.reply_bytes > SERVERLESS_BYTES:
+            problem = (
+                f"carries 4 MB at most, and replies had {priced_run.scenario.reply_bytes:,.0f}"
+            )
         return [
             Option(
                 "serverless",
-                joined,
+                priced_run,
                 (compute, data),
                 costs.busy_by_the_second(speed, compute.usd, assumptions.serverless_memory_gb),
                 lambda requests: costs.serverless(
@@ -154,13 +155,13 @@ def options_of(
                 problem,
             )
         ]
-    if joined.stands_for == LAMBDA:
+    if priced_run.stands_for == LAMBDA:
         compute = table.price(LAMBDA, "compute", region)
         calls = table.price(LAMBDA, "requests", region)
         return [
             Option(
                 "lambda",
-                joined,
+                priced_run,
                 (compute, calls),
                 costs.busy_by_the_second(speed, compute.usd, assumptions.lambda_memory_gb),
                 lambda requests: costs.lambda_function(
@@ -173,29 +174,29 @@ def options_of(
                 LAMBDA_CAVEAT,
             )
         ]
-    hour = table.hourly(joined.stands_for, region)
+    hour = table.hourly(priced_run.stands_for, region)
     volume = table.price("endpoint", "volume", region)
     data = table.price("endpoint", "data", region)
     always = _hourly_prices(hour, volume, data)
-    waking_hour = _asynchronous(table, joined.stands_for, region)
+    waking_hour = _asynchronous(table, priced_run.stands_for, region)
     waking = _hourly_prices(waking_hour, volume, data)
-    tires = BURSTABLE_CAVEAT if joined.stands_for.startswith(BURSTABLE) else ""
+    burstable = BURSTABLE_CAVEAT if priced_run.stands_for.startswith(BURSTABLE) else ""
     return [
         Option(
             "always on",
-            joined,
+            priced_run,
             (hour, volume, data),
             costs.busy(speed, hour.usd),
             lambda requests: costs.always_on(speed, requests, assumptions, always),
-            problem or tires,
+            problem or burstable,
         ),
         Option(
             "scaled to zero",
-            joined,
+            priced_run,
             (waking_hour, volume, data),
             costs.busy(speed, waking_hour.usd),
             lambda requests: costs.scale_to_zero(speed, requests, assumptions, waking),
-            tires,
+            burstable,
         ),
     ]
 
@@ -207,18 +208,18 @@ def _hourly_prices(hour: Price, volume: Price, data: Price) -> costs.HourlyPrice
 
 
 def _asynchronous(table: PriceTable, instance_type: str, region: str) -> Price:
-    """The price of an hour of an asynchronous endpoint: its own row, else that of hosting, which
-    was the same wherever both were seen. The report says which."""
+    """Return the price of an hour of an asynchronous endpoint: its row, else that of hosting, which
+    was the same wherever both are known. The report names which."""
     for each in table.prices:
         if each.key == (instance_type, "AsyncInference", region):
             return each
     return table.hourly(instance_type, region)
 
 
-def _too_slow(joined: Joined, assumptions: Assumptions) -> str:
-    """Why a caller who waits would be cut off; empty when nobody would."""
-    alone = joined.run.alone or joined.scenario
+def _too_slow(priced_run: PricedRun, assumptions: Assumptions) -> str:
+    """Return why a waiting caller would get an error; empty when none would."""
+    alone = priced_run.run.alone or priced_run.scenario
     limit = assumptions.synchronous_limit_seconds
     if alone.latency and alone.latency.p99 > limit:
-        return f"is cut off: p99 is {alone.latency.p99:.0f} s, and an invocation has {limit:.0f} s"
+        return f"is too slow: p99 is {alone.latency.p99:.0f} s, and an invocation has {limit:.0f} s"
     return ""

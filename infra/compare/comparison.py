@@ -1,6 +1,6 @@
-"""Measured runs joined with dated prices: what each way to serve would cost, and which is best.
+"""Measured runs joined with dated prices: the cost of each way to serve, and the cheapest.
 
-What was not measured stays "not measured", with what it would have to do to be worth its price.
+A GPU that was not measured stays "not measured", with the speed at which it is worth its price.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from dalle.errors import UserError
 from infra.benchmark.run_file import Run
-from infra.compare.options import ORDER, Joined, Option, joined_of, options_of, types_of
+from infra.compare.serving_options import ORDER, Option, PricedRun, options_of, price_run, types_of
 from infra.cost import costs
 from infra.cost.assumptions import Assumptions
 from infra.cost.prices import InstanceType, Price, PriceTable
@@ -22,8 +22,8 @@ GPUS_SHOWN = 3
 class NotMeasured:
     """An instance with a GPU that no run stands for.
 
-    base: the measured instance with the cheapest pictures. speedup: how many times its requests
-    this one must answer so that a picture costs the same. None where no instance was measured.
+    base: the measured instance with the cheapest images. speedup: how many times its requests this
+    one must answer so that an image costs the same. None where no instance was measured.
     """
 
     instance_type: str
@@ -36,7 +36,7 @@ class NotMeasured:
 
 @dataclass(frozen=True)
 class Range:
-    """The cheapest option from so many requests a day to so many."""
+    """The cheapest option between two numbers of requests a day."""
 
     low: float
     high: float
@@ -45,7 +45,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Crossing:
-    """Where two options cost the same. cheaper_below: the one to take at fewer requests a day."""
+    """A break-even point of two options. cheaper_below: the cheaper one at fewer requests a day."""
 
     requests_per_day: float
     usd: float
@@ -55,10 +55,10 @@ class Crossing:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that a report shows."""
+    """The content of a report."""
 
     region: str
-    joined: list[Joined]
+    priced_runs: list[PricedRun]
     options: list[Option]
     not_measured: list[NotMeasured]
     assumptions: Assumptions
@@ -70,26 +70,26 @@ class Comparison:
 
     @property
     def has_gpu(self) -> bool:
-        """Whether a run used one."""
-        return any(each.run.device == "cuda" for each in self.joined)
+        """Whether a run used a GPU."""
+        return any(each.run.device == "cuda" for each in self.priced_runs)
 
     @property
     def runs(self) -> dict[str, Run]:
-        """Every run once, by its name."""
-        return {each.name: each.run for each in self.joined}
+        """Every run by its name."""
+        return {each.name: each.run for each in self.priced_runs}
 
     @property
     def prices(self) -> list[Price]:
-        """Every price that a figure rests on, once."""
+        """Every price that a figure depends on, once."""
         used = [price for option in self.options for price in option.prices]
         used += [each.price for each in self.not_measured]
         return list(dict.fromkeys(used))
 
 
-LOW, HIGH = 1.0, 1e6  # requests a day that are looked at
+LOW, HIGH = 1.0, 1e6  # requests a day
 
 
-def join(
+def compare_runs(
     runs: Sequence[tuple[str, Run, Sequence[str]]],
     table: PriceTable,
     *,
@@ -97,33 +97,35 @@ def join(
     assumptions: Assumptions,
     volumes: Sequence[float],
 ) -> Comparison:
-    """Compare runs, each with a name and what it stands for.
+    """Compare runs, each with a name and the instance types that it stands for.
 
-    Raises UserError for a run that stands for nothing, or for a GPU when it has none, and
+    Raises UserError for a run without a type, or with the type of a GPU that it did not use, and
     PriceMissing for a type without a price.
     """
-    joined = [
-        joined_of(name, run, stands_for, table)
+    priced_runs = [
+        price_run(name, run, stands_for, table)
         for name, run, types in runs
         for stands_for in types_of(name, run, types)
     ]
     seen: dict[str, str] = {}
-    for each in joined:
+    for each in priced_runs:
         if each.stands_for in seen:
             raise UserError(
                 f"{seen[each.stands_for]} and {each.name} both stand for {each.stands_for}; "
-                "leave one of them"
+                "keep one of them"
             )
         seen[each.stands_for] = each.name
-    options = [option for each in joined for option in options_of(each, table, region, assumptions)]
+    options = [
+        option for each in priced_runs for option in options_of(each, table, region, assumptions)
+    ]
     options.sort(key=lambda option: (ORDER.index(option.kind), option.prices[0].usd))
     usable = [each for each in options if not each.problem]
     at_once = cheapest([each for each in usable if each.answers_at_once])
     return Comparison(
         region=region,
-        joined=joined,
+        priced_runs=priced_runs,
         options=options,
-        not_measured=_not_measured(joined, options, table, region, assumptions),
+        not_measured=_not_measured(priced_runs, options, table, region, assumptions),
         assumptions=assumptions,
         table=table,
         volumes=sorted(volumes),
@@ -134,14 +136,14 @@ def join(
 
 
 def _not_measured(
-    joined: Sequence[Joined],
+    priced_runs: Sequence[PricedRun],
     options: Sequence[Option],
     table: PriceTable,
     region: str,
     assumptions: Assumptions,
 ) -> list[NotMeasured]:
-    """The cheapest instances with one GPU that no run stands for."""
-    measured = {each.stands_for for each in joined}
+    """Return the cheapest instances with one GPU that no run stands for."""
+    measured = {each.stands_for for each in priced_runs}
     hourly = [
         each
         for each in table.prices
@@ -166,7 +168,7 @@ def _not_measured(
 
 
 def cheapest(options: Sequence[Option]) -> list[Range]:
-    """Which option costs least, from LOW to HIGH requests a day; neighbours of one are joined."""
+    """Return the cheapest option of every range from LOW to HIGH requests a day."""
     if not options:
         return []
     places = {LOW, HIGH}
