@@ -37,7 +37,7 @@ def runtime(model):
                 yield client
 
 
-def test_a_caption_becomes_a_picture(runtime):
+def test_a_caption_becomes_an_image(runtime):
     reply = runtime.invoke_endpoint(
         EndpointName="dalle",
         ContentType="application/json",

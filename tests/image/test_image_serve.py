@@ -45,7 +45,7 @@ def test_pings_are_answered_503_while_the_model_loads_and_then_200(model):
         assert serving.wait_until_ready() == [503, 200]
 
 
-def test_a_caption_is_answered_with_ranked_pictures(serving):
+def test_a_caption_is_answered_with_ranked_images(serving):
     reply = serving.ask(
         "/invocations", {"caption": "red circle", "num_candidates": 3, "num_images": 2, "seed": 7}
     )

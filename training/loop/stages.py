@@ -191,7 +191,9 @@ class ClipStage:
         batch = self.data.batch(batch)
         assert batch.text_tokens is not None
         numbers = None if self._image_numbers is None else self._image_numbers[batch.indices]
-        loss = self.model.loss(batch.images, batch.text_tokens, self.data.ranks, pictures=numbers)
+        loss = self.model.loss(
+            batch.images, batch.text_tokens, self.data.ranks, image_numbers=numbers
+        )
         return loss.total, {"accuracy": loss.accuracy.detach()}
 
     def validate(self) -> Mapping[str, float]:

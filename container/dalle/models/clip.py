@@ -142,14 +142,14 @@ class Clip(nn.Module):
         text_tokens: Tensor,
         ranks: Ranks = ONE_RANK,
         *,
-        pictures: Tensor | None = None,
+        image_numbers: Tensor | None = None,
     ) -> ClipLoss:
         """Return the symmetric cross-entropy over pairs (Radford et al. 2021, figure 3).
 
-        images: [B, 3, H, W] in [0, 1]; text_tokens: [B, T] of the artefact's tokenizer; pictures:
-        [B], equal numbers for pairs of the same image. Pairs with equal captions or the same image
-        count as positives of each other. Each rank scores its images and captions against those of
-        all ranks.
+        images: [B, 3, H, W] in [0, 1]. text_tokens: [B, T] of the artefact's tokenizer.
+        image_numbers: [B], equal for pairs with the same image. Pairs with equal captions or the
+        same image count as positives of each other. Each rank scores its images and captions
+        against those of all ranks.
         """
         image_features = self.encode_image(images)
         text_features = self.encode_text(text_tokens)
@@ -157,8 +157,8 @@ class Clip(nn.Module):
         by_image = scale * image_features @ ranks.gather(text_features).T
         by_caption = scale * text_features @ ranks.gather(image_features).T
         same = (text_tokens[:, None] == ranks.gather(text_tokens)[None]).all(dim=-1)
-        if pictures is not None:
-            same |= pictures[:, None] == ranks.gather(pictures)
+        if image_numbers is not None:
+            same |= image_numbers[:, None] == ranks.gather(image_numbers)
         same = same.float()
         targets = same / same.sum(dim=1, keepdim=True)
         total = (F.cross_entropy(by_image, targets) + F.cross_entropy(by_caption, targets)) / 2

@@ -108,14 +108,14 @@ def test_equal_captions_count_as_positives(model):
 def test_pairs_with_the_same_picture_count_as_positives(model):
     images, text_tokens = random_pairs(4)
     images[2] = images[0]
-    numbered = model.loss(images, text_tokens, pictures=torch.tensor([7, 1, 7, 3]))
+    numbered = model.loss(images, text_tokens, image_numbers=torch.tensor([7, 1, 7, 3]))
     scale = model.model.logit_scale.exp()
     by_image = scale * model.encode_image(images) @ model.encode_text(text_tokens).T
     targets = torch.eye(4)
     targets[0, [0, 2]] = targets[2, [0, 2]] = 0.5
     expected = (F.cross_entropy(by_image, targets) + F.cross_entropy(by_image.T, targets)) / 2
     torch.testing.assert_close(numbered.total, expected)
-    apart = model.loss(images, text_tokens, pictures=torch.arange(4))
+    apart = model.loss(images, text_tokens, image_numbers=torch.arange(4))
     torch.testing.assert_close(apart.total, model.loss(images, text_tokens).total)
 
 

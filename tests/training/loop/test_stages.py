@@ -77,15 +77,15 @@ def test_validation_weighs_every_pair_alike_whatever_the_batches(pairs, tiny_mod
 
 
 class Recorded:
-    """A CLIP's `loss`, with the numbers of the pictures kept."""
+    """A CLIP's `loss`, with the image numbers kept."""
 
     def __init__(self, clip, monkeypatch):
-        self.loss, self.pictures = clip.loss, None
+        self.loss, self.image_numbers = clip.loss, None
         monkeypatch.setattr(clip, "loss", self)
 
-    def __call__(self, *inputs, pictures):
-        self.pictures = pictures
-        return self.loss(*inputs, pictures=pictures)
+    def __call__(self, *inputs, image_numbers):
+        self.image_numbers = image_numbers
+        return self.loss(*inputs, image_numbers=image_numbers)
 
 
 def test_clip_gets_equal_numbers_for_equal_images(tmp_path, tiny_models, monkeypatch):
@@ -97,7 +97,7 @@ def test_clip_gets_equal_numbers_for_equal_images(tmp_path, tiny_models, monkeyp
     source = batches(pairs, tiny_models, batch_size=4)
     recorded = Recorded(tiny_models.clip, monkeypatch)
     build("clip", tiny_models, StageData(source, None, CPU)).loss(source.batch(0), 0.0)
-    first, second, third, fourth = recorded.pictures.tolist()
+    first, second, third, fourth = recorded.image_numbers.tolist()
     assert first == third
     assert len({first, second, fourth}) == 3
 
