@@ -71,7 +71,7 @@ def cache_tokens(
 ) -> TokenCache:
     """Encode every image, or read what an earlier run of the job has encoded.
 
-    directory: of all caches; each data set and dVAE (told by `dvae_hash`, of its weights) has a
+    directory: of all caches; each data set and dVAE (`dvae_hash`, of its weights) has a
         folder in it. The ranks share the work; the first one reads and writes.
     step_pairs, part_pairs: pairs that are encoded together (None: as many as suit the dVAE), and
         pairs in a part of the cache, at most.
