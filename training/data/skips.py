@@ -33,17 +33,26 @@ class SkipReason(StrEnum):
     NOT_JSON = "caption file not JSON"
     NO_CAPTION_KEY = "JSON without the caption key"
     EMPTY_CAPTION = "caption file without text"
-    GIANT_CAPTION = "caption file over 1 MiB"
+    GIANT_CAPTION = "caption over 1 MiB"
+    NO_IMAGE = "row without image"
+    BAD_ROW = "row that cannot be read"
+    GIANT_ROW = "row over 1 MiB"
+    ADDRESS = "address in place of a file"
     OUTSIDE = "link that leaves the channel"
+    OUTSIDE_PATH = "path that leaves the channel"
     OUTSIDE_NAME = "member whose name leaves its shard"
     NOT_A_FILE = "member that is a link or a device"
     DAMAGED_SHARD = "pair lost in a damaged shard"
     UNREADABLE = ImageFault.UNREADABLE.value
     IGNORED = "ignored file"  # hidden, of another type, or a folder marker: never counted as bad
+    UNLISTED = "image that no table names"  # a table may choose among images: never counted as bad
 
     @staticmethod
     def of(error: ImageError) -> SkipReason:
         return SkipReason(error.fault.value)
+
+
+NOT_BAD = frozenset({SkipReason.IGNORED, SkipReason.UNLISTED})
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,7 @@ class Skips:
     def num_bad(self) -> int:
         """Things that should have been pairs and are not."""
         counts = self._all_counts()
-        return counts.total() - counts[SkipReason.IGNORED]
+        return counts.total() - sum(counts[reason] for reason in NOT_BAD)
 
     @property
     def num_good(self) -> int:

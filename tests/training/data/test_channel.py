@@ -23,7 +23,9 @@ def test_the_layout_is_told_by_what_is_there_and_logged(tmp_path, caplog):
 def test_a_mixture_of_layouts_is_refused_by_name(tmp_path):
     channel_of(tmp_path, 3)
     tar_of(tmp_path / "more" / "a.tar", members_of(range(3)))
-    with pytest.raises(DataError, match="both, such as more/a.tar and 000.png; keep one"):
+    with pytest.raises(
+        DataError, match="tar shards or other files, this one has more/a.tar, 000.png; keep one"
+    ):
         open_channel(tmp_path, image_size=SIZE)
 
 

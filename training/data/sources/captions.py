@@ -44,8 +44,19 @@ def captions_of_json(data: bytes, key: str, name: str, skips: Skips) -> Captions
         found = ", ".join(sorted(value)[:8]) if isinstance(value, dict) else type(value).__name__
         skips.add(SkipReason.NO_CAPTION_KEY, name, f"{name}: no key {key!r}, it has: {found}")
         return ()
-    texts = value[key] if isinstance(value[key], list) else [value[key]]
-    texts = [text for text in texts if isinstance(text, str)]
+    return captions_of_value(value[key], key, name, skips)
+
+
+def captions_of_value(value: object, key: str, name: str, skips: Skips) -> Captions:
+    """Return the text, or the list of texts, that a JSON value or a table's cell is.
+
+    key: where it stands, for messages. Line breaks within a text become blanks: it is one caption.
+    """
+    values = value if isinstance(value, list) else [value]
+    texts = [text for text in values if isinstance(text, str)]
+    if sum(map(len, texts)) > MAX_CAPTION_BYTES:
+        skips.add(SkipReason.GIANT_CAPTION, name)
+        return ()
     try:
         "".join(texts).encode()
     except UnicodeEncodeError:  # JSON may spell what is not Unicode, such as "\ud800"

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import logging
+import posixpath
+from collections.abc import Iterable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from dalle.errors import DataError
 from training.config.fields import DEFAULT_MAX_BAD_SHARE
 from training.data.skips import Skips, printable
+from training.data.sources.coco import CocoReader, find_coco
 from training.data.sources.files import File, walk
-from training.data.sources.folder import FolderReader
+from training.data.sources.folder import CAPTION_SUFFIX, FolderReader
 from training.data.sources.index import EXPECTED_LAYOUT, IMAGE_SUFFIXES, Pairs, Reader
 from training.data.sources.shards import SHARD_SUFFIX, ShardReader
+from training.data.sources.tables import LIST_SUFFIXES, METADATA_NAMES, TableReader
 from training.stopping import NEVER, Stop, unless_stopped
 
 log = logging.getLogger(__name__)
@@ -70,27 +75,73 @@ def reader_of(
     is_streamed: bool,
     is_part: bool,
 ) -> Reader[Any]:
-    """Tell a channel's layout by the names of its files, and return the reader of that layout.
+    """Tell a channel's layout by its files, and return the reader of that layout.
 
     Two layouts at once are a DataError: half of the data would be left out unnoticed.
     """
-    shard = _first(files, (SHARD_SUFFIX,))
     image = _first(files, IMAGE_SUFFIXES)
-    packed = _first(files, PACKED_SUFFIXES)
-    if shard and image:
-        raise DataError(
-            f"{channel}: a channel holds either tar shards or single files, this one has "
-            f"both, such as {shard} and {image}; keep one of the two"
-        )
-    if shard:
+    if shard := _first(files, (SHARD_SUFFIX,)):
+        beside = image or _first(_parquet_files(files, not_beside=SHARD_SUFFIX), (".parquet",))
+        if beside:
+            raise _mixture(channel, "tar shards or other files", [shard, beside])
         return ShardReader(root, files, caption_key=caption_key, is_streamed=is_streamed)
+    if parquet := _with_images(root, files):
+        if image:
+            raise _mixture(channel, "Parquet files or single images", [parquet, image])
+        from training.data.sources.parquet import ParquetReader
+
+        return ParquetReader(root, files, caption_key)
+    packed = _first(files, PACKED_SUFFIXES)
     if packed and not image:
         raise DataError(
             f"{channel}: {packed} is compressed, and cannot be read from the middle; give "
             "plain .tar shards, or unpack it"
         )
+    _warn_of_single_files(channel, is_streamed, is_part)
+    if image and (reader := _table_reader(root, files, channel, caption_key)):
+        return reader
     if caption_key is not None:
-        log.warning("%s: caption_key has no effect: the channel holds no tar shards", channel)
+        log.warning(
+            "%s: caption_key has no effect: the channel holds neither tar shards nor a table",
+            channel,
+        )
+    return FolderReader(root, files)
+
+
+def _table_reader(
+    root: Path, files: list[File], channel: str, caption_key: str | None
+) -> Reader[Any] | None:
+    """Return the reader of the tables that name a channel's single images; None without any."""
+    metadata = [file for file in files if posixpath.basename(file.name) in METADATA_NAMES]
+    text = _text_beside_an_image(files)
+    if metadata and text:
+        raise _mixture(channel, "a table or text files", [printable(metadata[0].name), text])
+    if metadata:
+        for folder, tables in groupby(metadata, key=lambda file: posixpath.dirname(file.name)):
+            if len(names := [file.name for file in tables]) > 1:
+                raise _mixture(channel, f"one metadata file in {folder or 'its folder'}", names)
+        return TableReader(root, files, metadata, caption_key)
+    if text:
+        return None
+    lists = [file for file in files if file.suffix in LIST_SUFFIXES]
+    coco = find_coco(root, files, caption_key)
+    if len(lists) + len(coco) > 1:
+        names = [printable(file.name) for file in (*lists, *(file for file, _ in coco))]
+        raise _mixture(channel, "one table of captions", names)
+    if coco:
+        return CocoReader(root, files, *coco[0], caption_key)
+    return TableReader(root, files, lists, caption_key) if lists else None
+
+
+def _mixture(channel: str, either: str, names: list[str]) -> DataError:
+    shown = ", ".join(names[:8])
+    return DataError(
+        f"{channel}: a channel holds {either}, this one has {shown}; keep one of them in the "
+        "channel and take the others out"
+    )
+
+
+def _warn_of_single_files(channel: str, is_streamed: bool, is_part: bool) -> None:
     if is_streamed:
         log.warning(
             "%s: single files are slow to fetch one by one (FastFile); shards are quick: "
@@ -103,10 +154,31 @@ def reader_of(
             "captions; give shards: python -m training.data shard",
             channel,
         )
-    return FolderReader(root, files)
 
 
-def _first(files: list[File], suffixes: tuple[str, ...]) -> str | None:
+def _first(files: Iterable[File], suffixes: tuple[str, ...]) -> str | None:
     """Return the name of the first file with one of these suffixes."""
     names = (printable(file.name) for file in files if file.name.lower().endswith(suffixes))
     return next(names, None)
+
+
+def _parquet_files(files: list[File], *, not_beside: str = "") -> list[File]:
+    """Return the Parquet files, without those of statistics that img2dataset puts beside shards."""
+    shards = {file.stem for file in files if file.suffix == not_beside}
+    return [file for file in files if file.suffix == ".parquet" and file.stem not in shards]
+
+
+def _with_images(root: Path, files: list[File]) -> str | None:
+    """Return the name of the first Parquet file when it holds images."""
+    parquet = min(_parquet_files(files), key=lambda file: file.name, default=None)
+    if parquet is None:
+        return None
+    from training.data.sources.parquet import has_images  # pyarrow takes half a second
+
+    return printable(parquet.name) if has_images(root / parquet.name) else None
+
+
+def _text_beside_an_image(files: list[File]) -> str | None:
+    """Return the name of the first text file that has the stem of an image."""
+    images = {file.stem for file in files if file.suffix in IMAGE_SUFFIXES}
+    return _first((file for file in files if file.stem in images), (CAPTION_SUFFIX,))

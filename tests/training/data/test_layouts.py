@@ -1,0 +1,276 @@
+"""Every common layout of captioned images is read: the same pairs, and what is wrong is counted."""
+
+import json
+import logging
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dalle.errors import DataError
+from dalle.preprocess.images import encode_image
+from tests.training.data import layouts
+from tests.training.pairs import SIZE, picture, put
+from training.data.skips import SkipReason
+from training.data.sources import parquet as parquet_module
+from training.data.sources.channel import open_channel
+
+PAIRS = [
+    (
+        f"{number:03}",
+        encode_image(picture(number), "png"),
+        tuple(f"picture {number}{', again' * version}" for version in range(1 + number % 2)),
+    )
+    for number in range(12)
+]
+
+
+def opened(folder, **options):
+    options = {"image_size": SIZE, "channel": "train", "max_bad_share": 1.0} | options
+    return open_channel(folder, **options)
+
+
+def contents(dataset):
+    return [
+        (int(dataset.image(index)[0, 0, 0]), dataset.captions(index))
+        for index in range(len(dataset))
+    ]
+
+
+@pytest.fixture
+def table(tmp_path):
+    """A function: text of a table, its name -> a channel with images 000.png to 011.png."""
+
+    def make(text, name="metadata.csv"):
+        layouts.images(tmp_path, PAIRS)
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        data = text if isinstance(text, bytes) else text.encode()
+        (tmp_path / name).write_bytes(data)
+        return tmp_path
+
+    return make
+
+
+@pytest.mark.parametrize("layout", layouts.write)
+def test_the_same_pairs_come_out_of_every_layout(layout, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    layouts.write[layout](tmp_path, PAIRS)
+    dataset = opened(tmp_path)
+    assert contents(dataset) == [(n, captions) for n, (_, _, captions) in enumerate(PAIRS)]
+    assert dataset.skips.num_bad == 0
+    assert f"train: layout: {dataset.layout}" in caplog.text
+
+
+@pytest.mark.parametrize("layout", layouts.write)
+def test_an_opened_layout_survives_a_fork_and_names_its_pairs_apart(layout, tmp_path):
+    layouts.write[layout](tmp_path, PAIRS)
+    dataset = opened(tmp_path)
+    assert len({dataset.name(index) for index in range(len(dataset))}) == len(PAIRS)
+    assert all(dataset.num_bytes(index) > 0 for index in range(len(dataset)))
+    assert len(dataset.fingerprint) == 64
+
+
+def test_metadata_lies_in_any_folder_and_names_files_below_it(tmp_path):
+    for folder, pairs in (("cats", PAIRS[:5]), ("dogs/small", PAIRS[5:])):
+        layouts.metadata_jsonl(tmp_path / folder, pairs)
+    assert len(opened(tmp_path)) == 12
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "expected"),
+    [
+        ("file_name,prompt\n000.png,a\n", {}, ("a",)),
+        ("file_name;text\n000.png;a, b\n", {}, ("a, b",)),
+        ('file_name,text\n000.png,"a ""b""\nc"\n', {}, ('a "b" c',)),
+        ("file_name,text,title\n000.png,a,b\n", {"caption_key": "title"}, ("b",)),
+        ("file_name,legend\n000.png,a\n", {}, ("a",)),
+        ("image,id,was\n000.png,7,a\n", {}, ("a",)),
+        ("./000.png,a\n", {}, ("a",)),
+        ("\ufefffile_name,text\r\n000.png,a\r\n", {}, ("a",)),
+    ],
+)
+def test_columns_are_found_by_name_or_by_what_they_hold(table, text, options, expected):
+    assert opened(table(text), **options).captions(0) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "says"),
+    [
+        ("file_name,text,title\n000.png,a,b\n", {}, "caption_key to one of 'text', 'title'"),
+        ("file_name,a,b\n000.png,x,y\n", {}, "caption_key to one of 'a', 'b'"),
+        ("file_name,text\n000.png,a\n", {"caption_key": "alt"}, "no column 'alt'.*could be 'text'"),
+        ("who,what\nyou,a\n", {}, "no column of image files; it has 'who', 'what'"),
+        ("file_name,size\n000.png,3\n", {}, "no column that may hold captions"),
+        ('file_name,text\n000.png,"a\n001.png,b\n', {}, "quotation mark may be missing"),
+        ("file_name,text\n000.png,\xe4\n".encode("latin-1"), {}, "is not UTF-8"),
+        (
+            b"file_name,text\n000.png," + b"a" * (2 << 20),
+            {},
+            "line 2 has more than 1,048,576 bytes",
+        ),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_refused_with_what_would_be_right(
+    table, text, options, says
+):
+    with pytest.raises(DataError, match=f"(?s)train/metadata.csv.*{says}"):
+        opened(table(text), **options)
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("https://x.test/000.png", SkipReason.ADDRESS),
+        ("s3://bucket/000.png", SkipReason.ADDRESS),
+        ("/etc/passwd", SkipReason.OUTSIDE_PATH),
+        ("../other/000.png", SkipReason.OUTSIDE_PATH),
+        ("a/../../000.png", SkipReason.OUTSIDE_PATH),
+        ("C:\\000.png", SkipReason.OUTSIDE_PATH),
+        ("999.png", SkipReason.CAPTION_WITHOUT_IMAGE),
+        ("", SkipReason.NO_IMAGE),
+    ],
+)
+def test_a_path_that_is_no_image_of_the_channel_is_counted_by_its_reason(table, path, reason):
+    dataset = opened(table(f"file_name,text\n000.png,a\n{path},b\n"))
+    assert dataset.skips.counts[reason] == 1
+    assert contents(dataset) == [(0, ("a",))]
+    assert dataset.skips.counts[SkipReason.UNLISTED] == 11
+    assert dataset.skips.num_bad == 1  # images that a table leaves out are no mistake
+
+
+def test_rows_that_cannot_be_read_are_counted_and_the_others_used(table):
+    lines = [
+        '{"file_name": "000.png", "text": "a"}',
+        "{not JSON",
+        "[1]",
+        '{"file_name": "001.png", "text": "' + "x" * (1 << 20) + '"}',
+        '{"file_name": "002.png", "text": ["b", "c"]}',
+        '{"file_name": "003.png", "text": 4}',
+        '{"file_name": "004.png"}',
+    ]
+    dataset = opened(table("\n".join(lines), "metadata.jsonl"))
+    assert contents(dataset) == [(0, ("a",)), (2, ("b", "c"))]
+    counts = dataset.skips.counts
+    assert counts[SkipReason.BAD_ROW] == 2
+    assert counts[SkipReason.GIANT_ROW] == 1
+    assert counts[SkipReason.EMPTY_CAPTION] == 2
+
+
+def test_a_row_with_too_many_cells_is_counted_by_its_line(table, caplog):
+    dataset = opened(table("file_name,text\n000.png,a\n001.png,b,c\n002.png,d\n"))
+    assert contents(dataset) == [(0, ("a",)), (2, ("d",))]
+    assert "metadata.csv:3: 3 columns, where the first row has 2" in caplog.text
+
+
+def test_a_list_in_sagemakers_form_is_read(table):
+    text = "".join(f"{n}\tpicture {n}\t{n:03}.png\n" for n in range(12))
+    dataset = opened(table(text, "train.lst"))
+    assert [dataset.captions(n) for n in range(12)] == [(f"picture {n}",) for n in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("beside", "says"),
+    [
+        ({"000.txt": "a"}, "a table or text files, this one has metadata.csv, 000.txt"),
+        ({"metadata.jsonl": "{}"}, "metadata.csv, metadata.jsonl"),
+        ({"a.tar": ""}, "tar shards or other files, this one has a.tar, 000.png"),
+    ],
+)
+def test_two_layouts_at_once_are_refused_by_name(table, beside, says):
+    folder = table("file_name,text\n000.png,a\n")
+    for name, text in beside.items():
+        (folder / name).write_text(text)
+    with pytest.raises(DataError, match=says):
+        opened(folder)
+
+
+def test_two_lists_are_refused_by_name(table):
+    (table("000.png,a\n", "train.csv") / "val.csv").write_text("001.png,b\n")
+    with pytest.raises(DataError, match=r"one table of captions, this one has train.csv, val.csv"):
+        opened(table("000.png,a\n", "train.csv"))
+
+
+def test_a_list_beside_text_files_is_ignored(tmp_path):
+    layouts.text_files(tmp_path, PAIRS)
+    (tmp_path / "notes.csv").write_text("000.png,a\n")
+    assert opened(tmp_path).layout == "image-text folder"
+
+
+def test_parquet_with_plain_bytes_and_failed_rows_is_read_as_img2dataset_writes_it(tmp_path):
+    rows = {
+        "key": ["0", "1", "2"],
+        "status": ["success", "failed_to_download", "success"],
+        "caption": ["a", "b", "c"],
+        "png": [PAIRS[0][1], None, PAIRS[2][1]],
+    }
+    pq.write_table(pa.table(rows), tmp_path / "00000.parquet")
+    dataset = opened(tmp_path)
+    assert contents(dataset) == [(0, ("a",)), (2, ("c",))]
+    assert dataset.skips.counts[SkipReason.NO_IMAGE] == 1
+    assert dataset.name(1) == "00000.parquet/000002.png"
+
+
+def test_images_that_do_not_fit_into_the_cache_are_read_group_by_group(tmp_path, monkeypatch):
+    layouts.parquet(tmp_path, PAIRS, row_group_size=5)
+    assert opened(tmp_path).groups is None
+    monkeypatch.setattr(parquet_module, "CACHED_BYTES", 1)
+    dataset = opened(tmp_path)
+    assert dataset.groups == (5, 5, 2)
+    assert [number for number, _ in contents(dataset)] == list(range(12))
+
+
+@pytest.mark.parametrize("kind", ["cut off", "no footer", "lying footer"])
+def test_a_damaged_parquet_file_is_counted_by_name(tmp_path, kind):
+    layouts.parquet(tmp_path, PAIRS[:6])
+    whole = (tmp_path / "train-00000-of-00001.parquet").read_bytes()
+    lies = whole[:-8] + (1 << 30).to_bytes(4, "little") + b"PAR1"
+    damaged = {"cut off": whole[: len(whole) // 2], "no footer": b"PAR1" * 3, "lying footer": lies}
+    (tmp_path / "z.parquet").write_bytes(damaged[kind])
+    dataset = opened(tmp_path)
+    assert len(dataset) == 6
+    assert dataset.skips.counts[SkipReason.DAMAGED_SHARD] == 1
+    assert "z.parquet" in dataset.skips.describe()
+
+
+def test_a_giant_row_group_is_counted_and_not_read(tmp_path, monkeypatch):
+    layouts.parquet(tmp_path, PAIRS, row_group_size=6)
+    monkeypatch.setattr(parquet_module, "MAX_GROUP_BYTES", 10)
+    with pytest.raises(DataError, match=r"no image-caption pair.*12 row over 1 MiB"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        ({"a": [b"x"], "b": [b"y"], "text": ["c"]}, "several columns of bytes: a, b"),
+        ({"image": [b"x"], "text": ["a"], "title": ["b"]}, "one of 'text', 'title'"),
+    ],
+)
+def test_a_choice_in_a_parquet_file_is_refused_with_the_names(tmp_path, columns, says):
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=f"train/a.parquet.*{says}"):
+        opened(tmp_path)
+
+
+def test_a_coco_annotation_without_its_image_is_counted(tmp_path):
+    layouts.coco(tmp_path, PAIRS)
+    file = tmp_path / "annotations" / "captions_train2017.json"
+    content = json.loads(file.read_text())
+    content["images"][0]["file_name"] = "gone.png"
+    content["annotations"] += [{"image_id": 99, "caption": "nobody's"}, "no object"]
+    file.write_text(json.dumps(content))
+    (tmp_path / "annotations" / "instances_train2017.json").write_text('{"images": []}')
+    dataset = opened(tmp_path)
+    assert len(dataset) == 11
+    assert dataset.skips.counts[SkipReason.CAPTION_WITHOUT_IMAGE] == 2
+    assert dataset.skips.counts[SkipReason.BAD_ROW] == 1
+    assert dataset.skips.counts[SkipReason.UNLISTED] == 1
+
+
+def test_two_files_of_one_name_are_not_guessed_between(tmp_path, caplog):
+    layouts.coco(tmp_path, PAIRS)
+    put(tmp_path / "val2017", "000", encode_image(np.zeros((SIZE, SIZE, 3), np.uint8), "png"))
+    dataset = opened(tmp_path)
+    assert len(dataset) == 11
+    assert "2 files of the channel are called 000.png" in caplog.text
