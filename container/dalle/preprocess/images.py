@@ -93,6 +93,12 @@ def decode_image(data: bytes, *, what: str, min_side: int | None = None) -> Imag
             raise _damaged(what, error) from error
 
 
+def image_format(data: bytes, *, what: str) -> str:
+    """Return the format of an image file, as in `jpeg`. Raises ImageError for no image."""
+    with _open(data, what) as image:
+        return str(image.format).lower()
+
+
 def to_square(image: Image.Image, size: int) -> Pixels:
     """Crop the centre square of an RGB image and resize it, with antialiasing, to `size`.
 

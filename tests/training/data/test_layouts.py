@@ -1,12 +1,15 @@
 """Every common layout of captioned images is read: the same pairs, and what is wrong is counted."""
 
+import io
 import json
 import logging
+import tarfile
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from dalle.errors import DataError
 from dalle.preprocess.images import encode_image
@@ -15,6 +18,7 @@ from tests.training.pairs import SIZE, picture, put
 from training.data.skips import SkipReason
 from training.data.sources import parquet as parquet_module
 from training.data.sources.channel import open_channel
+from training.data.tools.sharding import write_shards
 
 PAIRS = [
     (
@@ -69,6 +73,27 @@ def test_an_opened_layout_survives_a_fork_and_names_its_pairs_apart(layout, tmp_
     assert len({dataset.name(index) for index in range(len(dataset))}) == len(PAIRS)
     assert all(dataset.num_bytes(index) > 0 for index in range(len(dataset)))
     assert len(dataset.fingerprint) == 64
+
+
+@pytest.mark.parametrize("layout", layouts.write)
+def test_every_layout_becomes_shards_of_the_same_pairs(layout, tmp_path):
+    layouts.write[layout](tmp_path / "channel", PAIRS)
+    write_shards(opened(tmp_path / "channel"), tmp_path / "shards", megabytes=1)
+    found = contents(opened(tmp_path / "shards"))
+    assert sorted(found) == [(n, captions) for n, (_, _, captions) in enumerate(PAIRS)]
+
+
+def test_rows_without_names_become_files_with_the_suffix_of_their_format(tmp_path):
+    gif = io.BytesIO()
+    Image.new("RGB", (SIZE, SIZE)).save(gif, "GIF")
+    rows = {"image": [PAIRS[0][1], gif.getvalue()], "text": ["a", "b"]}
+    (tmp_path / "channel").mkdir()
+    pq.write_table(pa.table(rows), tmp_path / "channel" / "a.parquet")
+    write_shards(opened(tmp_path / "channel"), tmp_path / "shards", megabytes=1)
+    (shard,) = (tmp_path / "shards").iterdir()
+    with tarfile.open(shard) as archive:
+        names = archive.getnames()
+    assert sorted(names) == [f"a.parquet/00000{n}.{s}" for n in (0, 1) for s in ("png", "txt")]
 
 
 def test_metadata_lies_in_any_folder_and_names_files_below_it(tmp_path):

@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from dalle.errors import UserError
 from dalle.platform.disk import replacing
-from dalle.preprocess.images import ImageError, decode_image
+from dalle.preprocess.images import ImageError, decode_image, image_format
 from training.data.batching.sampler import Sampler
 from training.data.skips import SkipReason, printable
-from training.data.sources.index import Pairs
+from training.data.sources.index import IMAGE_SUFFIXES, Pairs
 
 BLOCK = tarfile.BLOCKSIZE
 
@@ -120,6 +120,11 @@ def _image(dataset: Pairs, index: int, shrink_to: int | None) -> tuple[str, byte
     """Return suffix and bytes of an image file. Raises `ImageError`."""
     name, data = dataset.name(index), dataset.image_bytes(index)
     suffix = posixpath.splitext(name)[1].lower()
+    if suffix not in IMAGE_SUFFIXES:  # rows of Parquet files need no names
+        what = f"{dataset.channel}/{printable(name)}"
+        suffix = f".{image_format(data, what=what)}"
+        if suffix not in IMAGE_SUFFIXES:
+            suffix, data = ".png", _png(decode_image(data, what=what))
     if shrink_to is None:
         return suffix, data
     image = decode_image(data, what=f"{dataset.channel}/{printable(name)}")
@@ -128,9 +133,14 @@ def _image(dataset: Pairs, index: int, shrink_to: int | None) -> tuple[str, byte
         return suffix, data
     width, height = (max(shrink_to, round(scale * side)) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
-    file = io.BytesIO()
     if suffix in (".jpg", ".jpeg"):
+        file = io.BytesIO()
         image.save(file, format="JPEG", quality=95)
         return suffix, file.getvalue()
+    return ".png", _png(image)
+
+
+def _png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
     image.save(file, format="PNG")
-    return ".png", file.getvalue()
+    return file.getvalue()
