@@ -23,7 +23,7 @@ def sizes(tmp_path_factory):
 
 def failure_of(tree):
     with forked([tree]) as (process,):
-        assert process.wait(timeout=60) == 1, log_of(tree)
+        assert process.wait(timeout=300) == 1, log_of(tree)
     return tree.failure
 
 

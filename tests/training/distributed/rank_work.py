@@ -83,7 +83,7 @@ def work(rank, port, file):
     """Write the results of one of the two processes to a file."""
     store = TCPStore("127.0.0.1", port, wait_for_workers=False)
     dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60)
+        "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=300)
     )
     ranks = TorchProcessGroup()
     own = torch.tensor([[1.0, 2.0]]) * (rank + 1)

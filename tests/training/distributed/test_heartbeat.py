@@ -25,7 +25,7 @@ class Member:
         self.exchanges = 0
         self._is_running = threading.Event()
         self._is_running.set()
-        store = TCPStore("127.0.0.1", port, wait_for_workers=False, timeout=timedelta(seconds=10))
+        store = TCPStore("127.0.0.1", port, wait_for_workers=False, timeout=timedelta(seconds=300))
         keys = [f"beat/{each}" for each in range(len(HOSTS))]
 
         def exchange(own):
@@ -52,7 +52,7 @@ class Member:
 
     def reason(self):
         """Wait for the reason of its end."""
-        return self.reasons.get(timeout=30)
+        return self.reasons.get(timeout=300)
 
     def wait_for_exchanges(self, more):
         wanted = self.exchanges + more
@@ -101,7 +101,7 @@ def test_where_the_store_is_gone_its_host_is_the_lost_one():
     )
     heartbeat.start()
     said = "host algo-1 is lost: the connection broke (Failed to recv, got 0 bytes.)"
-    assert reasons.get(timeout=30) == said
+    assert reasons.get(timeout=300) == said
     heartbeat.close()
 
 
@@ -115,7 +115,7 @@ def test_a_failure_is_passed_on_with_its_cause(members):
 def test_a_stop_of_one_rank_reaches_all(members):
     members[1].stop.set()
     for member in members:
-        assert member.stop.wait(timeout=30)
+        assert member.stop.wait(timeout=300)
     assert all(member.reasons.empty() for member in members)
 
 

@@ -15,7 +15,7 @@ def seen(tmp_path_factory):
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     files = [tmp_path_factory.mktemp("ranks") / f"{rank}.pt" for rank in range(2)]
     processes = [Forked(work, rank, server.port, file) for rank, file in enumerate(files)]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
     return [torch.load(file, weights_only=True) for file in files]
 
 
