@@ -1,14 +1,14 @@
-"""The rainbow shapes: 9,216 captioned 32x32 pictures, the data set of the article's author.
+"""The rainbow shapes: 9,216 captioned 32x32 images, the data set of the article's author.
 
     python -m training.rainbow --out data/rainbow
 
 writes an image-text folder with `train/` (30 % of the captions) and `validation/` (the rest), and
-`attributes.json`, which says for each caption what its words mean (see `training.evaluate`).
+`attributes.json` with the attributes of each caption (see `training.evaluate`).
 
-The pictures follow the notebook `rainbow_dalle.ipynb` of lucidrains/DALLE-pytorch: every
+The images follow the notebook `rainbow_dalle.ipynb` of lucidrains/DALLE-pytorch: every
 combination of scale, fill, ditherer, colour, shape and rotation. Two things differ on purpose:
-the ditherers cover every colour (the notebook recognises the drawn pixels by the sum of their
-channels and so leaves yellow and cyan undithered), and shapes are rasterised by numpy at the
+the ditherers cover every colour (the notebook finds the pixels of a shape by the sum of their
+channels, which misses yellow and cyan), and shapes are rasterised by numpy at the
 pixel centres instead of by cairo.
 """
 
@@ -31,7 +31,7 @@ TRAIN_SHARE = 0.3
 
 SCALES = {"big": 1.0, "bigger": 0.8, "smaller": 0.6, "small": 0.4}
 FILLS = {"filled": True, "": False}
-DITHERERS = {"": 0.0, "shaded": 0.3, "halftone": 0.5}  # share of the drawn pixels turned white
+DITHERERS = {"": 0.0, "shaded": 0.3, "halftone": 0.5}  # share of the shape's pixels turned white
 COLOURS: dict[str, tuple[int, int, int] | None] = {
     "red": (255, 0, 0),
     "orange": (255, 165, 0),
@@ -97,7 +97,7 @@ class Sample:
     attributes: dict[str, str]
 
     def picture(self) -> NDArray[np.uint8]:
-        """Draw it: [32, 32, 3] RGB in [0, 255] on white."""
+        """Render it: [32, 32, 3] RGB in [0, 255] on white."""
         values = self.attributes
         mask = _mask(values["shape"], values["scale"], values["fill"], values["rotation"])
         mask = mask & ~_whitened(mask.tobytes(), DITHERERS[values["ditherer"]])
@@ -107,7 +107,7 @@ class Sample:
 
 
 def samples() -> list[Sample]:
-    """All 9,216 samples in a fixed order."""
+    """Return all 9,216 samples in a fixed order."""
     names = list(ATTRIBUTES)
     return [
         Sample(" ".join(word for word in words if word), dict(zip(names, words, strict=True)))
@@ -116,7 +116,7 @@ def samples() -> list[Sample]:
 
 
 def split(count: int, seed: int) -> NDArray[np.bool_]:
-    """Which samples are for training: a [count] mask, `TRAIN_SHARE` of it true, no repeats."""
+    """Return which samples are for training: a [count] mask, `TRAIN_SHARE` of it true."""
     chosen = np.random.default_rng(seed).permutation(count)[: round(TRAIN_SHARE * count)]
     mask = np.zeros(count, dtype=bool)
     mask[chosen] = True
@@ -125,10 +125,10 @@ def split(count: int, seed: int) -> NDArray[np.bool_]:
 
 @cache
 def _mask(shape: str, scale: str, fill: str, rotation: str) -> NDArray[np.bool_]:
-    """Pixels [32, 32] that the pen touches."""
+    """Return the pixels [32, 32] of fill and outline."""
     centre = IMAGE_SIZE // 2
-    # A hair off the centre, so that no pixel centre lies exactly half a pen width from a line
-    # (a horizontal or vertical line at a whole coordinate would be drawn two pixels wide).
+    # Slightly off the centre, so that no pixel centre lies exactly half a line width from a line
+    # (a horizontal or vertical line at a whole coordinate would be two pixels wide).
     outlines = [o * (SCALES[scale] * IMAGE_SIZE / 2) + centre + 1e-3 for o in SHAPES[shape]()]
     mask = np.zeros((IMAGE_SIZE, IMAGE_SIZE), dtype=bool)
     if FILLS[fill]:
@@ -163,7 +163,7 @@ def _inside(outline: Points) -> NDArray[np.bool_]:
 
 
 def _near(outline: Points, distance: float) -> NDArray[np.bool_]:
-    """Pixels whose centre is at most `distance` pixels from the outline."""
+    """Return the pixels whose centre is at most `distance` pixels from the outline."""
     x, y = _pixel_centres()
     near = np.zeros((IMAGE_SIZE, IMAGE_SIZE), dtype=bool)
     for start, end in _segments(outline):
@@ -176,7 +176,7 @@ def _near(outline: Points, distance: float) -> NDArray[np.bool_]:
 
 @cache
 def _whitened(mask_bytes: bytes, share: float) -> NDArray[np.bool_]:
-    """Floyd-Steinberg error diffusion: which pixels of the mask the ditherer turns white."""
+    """Return the pixels that the ditherer turns white, by Floyd-Steinberg error diffusion."""
     tone = np.frombuffer(mask_bytes, dtype=bool).reshape(IMAGE_SIZE, IMAGE_SIZE) * share
     for y in range(IMAGE_SIZE - 1):
         for x in range(1, IMAGE_SIZE - 1):
@@ -191,7 +191,7 @@ def _whitened(mask_bytes: bytes, share: float) -> NDArray[np.bool_]:
 
 @cache
 def _palette(colour: str) -> NDArray[np.uint8]:
-    """The colour of each pixel if it is drawn: [32, 32, 3]."""
+    """Return the colour of each pixel of a shape: [32, 32, 3]."""
     rgb = COLOURS[colour]
     plain = [value for value in list(COLOURS.values())[:7] if value is not None]
     rows = [rgb if rgb is not None else plain[y % len(plain)] for y in range(IMAGE_SIZE)]
@@ -199,7 +199,7 @@ def _palette(colour: str) -> NDArray[np.uint8]:
 
 
 def write_folder(out: Path, seed: int = 0) -> dict[str, int]:
-    """Write both folders and `attributes.json`; returns the number of pairs in each folder."""
+    """Write both folders and `attributes.json`; return the number of pairs in each folder."""
     everything = samples()
     in_training = split(len(everything), seed)
     for folder in ("train", "validation"):

@@ -1,17 +1,15 @@
-"""Scenes: one to three shapes at named places of a 64x64 picture, captions in free word order.
+"""Scenes: one to three shapes at named places of a 64x64 image, captions in free word order.
 
     python -m training.scenes --out data/scenes
     python -m training.scenes --data data/scenes --artefact out/ml/model
 
-A second set beside `training.rainbow`, unlike it where that one is easy: a caption's words are
-synonyms, its clauses stand in any order and bind several colours to several shapes. With --out it
-writes an image-text folder with `train/` and `validation/`, and `scenes.json`, which says for each
-caption what stands where. Half of the held-out scenes hold a pair of colour and shape that no
-training picture has; the others are new scenes of known pairs.
+A harder set than `training.rainbow`: captions use synonyms, and their clauses stand in any order
+and bind several colours to several shapes. --out writes an image-text folder with `train/` and
+`validation/`, and `scenes.json` with the scene of each caption. Half of the held-out scenes hold
+pairs of colour and shape that no training image has; the others are new scenes of known pairs.
 
-With --artefact it scores a trained one, without a learned judge: each quarter of a picture is what
-it is nearest to among all things that can stand there, nothing included, and a picture is right
-when all four quarters are.
+--artefact scores a trained one exactly: each quarter of an image is recognised as the nearest of
+all things that can stand there, nothing included. An image is right when all four quarters are.
 """
 
 from __future__ import annotations
@@ -77,7 +75,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Thing:
-    """What stands in one quarter."""
+    """A shape in one quarter."""
 
     size: str
     colour: str
@@ -89,32 +87,34 @@ Scene = Mapping[str, Thing]  # place -> thing; a place without one is empty
 
 @dataclass(frozen=True)
 class SceneScore:
-    """Shares, 0 to 1. num_captions pictures, one each; the rest are shares of them, or of their
-    things: the right size, colour or shape at the place that the caption names."""
+    """Shares, 0 to 1, over `num_captions` captions with one image each.
+
+    memorised: wrong, and the scene of a training image. empty_places: of the places that the
+    caption leaves empty, those with nothing there. size, colour, shape: of the things, those with
+    the right one at the place that the caption names.
+    """
 
     num_captions: int
     right: float
     memorised: float
-    """Wrong, and the very scene of a training picture."""
     empty_places: float
-    """Of the places that the caption leaves empty, those with nothing there."""
     size: float
     colour: float
     shape: float
 
 
 def things() -> list[Thing]:
-    """All 96 of them in a fixed order."""
+    """Return all 96 things in a fixed order."""
     return [Thing(*words) for words in itertools.product(RADII, COLOURS, SHAPES)]
 
 
 def is_reserved(thing: Thing) -> bool:
-    """Whether its pair of colour and shape is kept out of training: 8 of 48, each colour once."""
+    """Return whether training lacks its pair of colour and shape: 8 of 48, each colour once."""
     return list(COLOURS).index(thing.colour) % len(SHAPES) == SHAPES.index(thing.shape)
 
 
-def picture(scene: Scene) -> NDArray[np.uint8]:
-    """Draw it: [64, 64, 3] RGB in [0, 255] on white."""
+def render(scene: Scene) -> NDArray[np.uint8]:
+    """Render a scene: [64, 64, 3] RGB in [0, 255] on white."""
     canvas = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), 255, dtype=np.uint8)
     for place, thing in scene.items():
         row, column = divmod(PLACES.index(place), 2)
@@ -125,7 +125,7 @@ def picture(scene: Scene) -> NDArray[np.uint8]:
 
 @cache
 def _mask(shape: str, radius: float) -> NDArray[np.bool_]:
-    """Pixels [32, 32] of a shape in the middle of its cell."""
+    """Return the pixels [32, 32] of a shape in the middle of its cell."""
     y, x = (np.mgrid[:CELL_SIZE, :CELL_SIZE] + 0.5 - CELL_SIZE / 2) / radius
     distance = np.hypot(x, y)
     masks: dict[str, NDArray[np.bool_]] = {
@@ -140,7 +140,7 @@ def _mask(shape: str, radius: float) -> NDArray[np.bool_]:
 
 
 def caption_of(scene: Scene, generator: np.random.Generator) -> str:
-    """Words for a scene: synonyms, the order within a clause and of the clauses by chance."""
+    """Return a random caption: synonyms, order within the clauses, order of the clauses."""
 
     def word(name: str) -> str:
         choices = SYNONYMS.get(name, (name,))
@@ -157,7 +157,7 @@ def caption_of(scene: Scene, generator: np.random.Generator) -> str:
 
 
 def sample_scenes(seed: int) -> tuple[dict[str, Scene], dict[str, Scene]]:
-    """Caption -> scene for training and held out; no scene occurs twice, in either."""
+    """Return caption -> scene for training and held out; no scene occurs twice in both."""
     generator = np.random.default_rng(seed)
     everything = things()
     reserved = [each for each in everything if is_reserved(each)]
@@ -165,8 +165,8 @@ def sample_scenes(seed: int) -> tuple[dict[str, Scene], dict[str, Scene]]:
     seen: set[frozenset[tuple[str, Thing]]] = set()
 
     def some(count: int, with_reserved: bool) -> dict[str, Scene]:
-        drawn: dict[str, Scene] = {}
-        while len(drawn) < count:
+        found: dict[str, Scene] = {}
+        while len(found) < count:
             number = int(generator.integers(1, 4))
             places = generator.permutation(len(PLACES))[:number]
             chosen = [known[int(i)] for i in generator.integers(len(known), size=number)]
@@ -175,11 +175,11 @@ def sample_scenes(seed: int) -> tuple[dict[str, Scene], dict[str, Scene]]:
             scene = {PLACES[p]: thing for p, thing in zip(places, chosen, strict=True)}
             key = frozenset(scene.items())
             caption = caption_of(scene, generator)
-            if key in seen or caption in drawn:
+            if key in seen or caption in found:
                 continue
             seen.add(key)
-            drawn[caption] = scene
-        return drawn
+            found[caption] = scene
+        return found
 
     training = some(NUM_TRAINING, with_reserved=False)
     held_out = some(NUM_HELD_OUT // 2, False) | some(NUM_HELD_OUT - NUM_HELD_OUT // 2, True)
@@ -187,13 +187,13 @@ def sample_scenes(seed: int) -> tuple[dict[str, Scene], dict[str, Scene]]:
 
 
 def write_folder(out: Path, seed: int = 0) -> dict[str, int]:
-    """Write both folders and `scenes.json`; returns the number of pairs in each folder."""
+    """Write both folders and `scenes.json`; return the number of pairs in each folder."""
     described: dict[str, dict[str, dict[str, dict[str, str]]]] = {}
     for folder, scenes in zip(("train", "validation"), sample_scenes(seed), strict=True):
         (out / folder).mkdir(parents=True, exist_ok=True)
         for number, (caption, scene) in enumerate(scenes.items()):
             stem = out / folder / f"{number:05}"
-            Image.fromarray(picture(scene)).save(stem.with_suffix(".png"))
+            Image.fromarray(render(scene)).save(stem.with_suffix(".png"))
             stem.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
         described[folder] = {
             caption: {place: asdict(thing) for place, thing in scene.items()}
@@ -204,7 +204,7 @@ def write_folder(out: Path, seed: int = 0) -> dict[str, int]:
 
 
 def read_scenes(directory: Path) -> tuple[dict[str, Scene], dict[str, Scene]]:
-    """What `write_folder` described: training and held out. Raises DataError naming the file."""
+    """Read `scenes.json`: training and held out. Raises DataError naming the file."""
     path = directory / SCENES
     try:
         content = json.loads(path.read_bytes())
@@ -221,10 +221,10 @@ def _scenes(content: Mapping[str, Mapping[str, Mapping[str, str]]]) -> dict[str,
 
 
 def recognise(images: Tensor) -> list[dict[str, Thing]]:
-    """What stands where in images uint8 [B, 3, 64, 64]: the nearest in L2, quarter by quarter."""
+    """Recognise the scenes of images uint8 [B, 3, 64, 64]: the nearest in L2 in each quarter."""
     candidates: list[Thing | None] = [None, *things()]
-    drawn = [picture({} if thing is None else {PLACES[0]: thing}) for thing in candidates]
-    cells = torch.from_numpy(np.stack(drawn)[:, :CELL_SIZE, :CELL_SIZE]).permute(0, 3, 1, 2)
+    rendered = [render({} if thing is None else {PLACES[0]: thing}) for thing in candidates]
+    cells = torch.from_numpy(np.stack(rendered)[:, :CELL_SIZE, :CELL_SIZE]).permute(0, 3, 1, 2)
     known = cells.flatten(1).double()
     half_norms = known.square().sum(dim=1) / 2
     scenes: list[dict[str, Thing]] = [{} for _ in range(len(images))]
@@ -242,7 +242,7 @@ def recognise(images: Tensor) -> list[dict[str, Thing]]:
 def score_scenes(
     wanted: Sequence[Scene], found: Sequence[Scene], training: Sequence[Scene]
 ) -> SceneScore:
-    """Hold the scenes found in pictures against those that their captions ask for; at least one."""
+    """Compare the scenes found in images with those of their captions; at least one."""
     in_training = {frozenset(scene.items()) for scene in training}
     right = memorised = empty = num_empty = num_things = 0
     words = dict.fromkeys(("size", "colour", "shape"), 0)
@@ -273,9 +273,9 @@ def score_scenes(
 def evaluate_scenes(
     artefact: Artefact, directory: Path, *, num_candidates: int, limit: int | None, seed: int = 0
 ) -> dict[str, dict[str, SceneScore]]:
-    """Draw pictures for the held-out captions of a written folder: scope -> method -> score.
+    """Generate images for the held-out captions of a folder; return scope -> method -> score.
 
-    limit: of each half of the captions, so many only. Best of `num_candidates` is left out when
+    limit: captions of each half. Best of `num_candidates` is left out when
     that is 1. Raises DataError, ArtefactError.
     """
     training, held_out = read_scenes(directory)
@@ -295,14 +295,16 @@ def evaluate_scenes(
         result[scope] = {}
         for method, candidates in numbers.items():
             options = SamplingOptions(temperature=0.0 if method == GREEDY else 1.0)
-            drawn = generate_candidates(artefact, captions, candidates, seed=seed, options=options)
-            found = [recognise(each.images[each.best(1)])[0] for each in drawn]
+            generated = generate_candidates(
+                artefact, captions, candidates, seed=seed, options=options
+            )
+            found = [recognise(each.images[each.best(1)])[0] for each in generated]
             result[scope][method] = score_scenes(wanted, found, everything)
     return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code: 0, or 1 with the cause on stderr."""
+    """Run the command; return 0, or 1 with the cause on stderr."""
     options = _parse_arguments(argv)
     if options.out is not None:
         counts = write_folder(options.out, options.seed)
@@ -335,9 +337,9 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="chooses scenes and words")
-    parser.add_argument("--artefact", type=Path, help="directory that `train` wrote, to be scored")
+    parser.add_argument("--artefact", type=Path, help="directory that `train` wrote, to score")
     parser.add_argument("--data", type=Path, help="the folder that it was trained on")
-    parser.add_argument("--candidates", type=int, default=32, help="pictures per caption (32)")
+    parser.add_argument("--candidates", type=int, default=32, help="images per caption (32)")
     parser.add_argument("--limit", type=int, help="so many captions of each half only")
     options = parser.parse_args(argv)
     if (options.out is None) == (options.artefact is None or options.data is None):

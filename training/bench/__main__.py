@@ -1,17 +1,19 @@
-"""`python -m training.bench`: training steps beside DALLE-pytorch 1.6.6, the loader, the start.
+"""Training steps beside DALLE-pytorch 1.6.6, the speed of the loader, and the start of `train`.
 
-Makes an environment for DALLE-pytorch under out/peers, which borrows torch from the one that runs
-this, and measures there. Same sizes on both sides, random weights and tokens, full attention. The
-contenders take turns, step by step, so that whatever else the machine does falls on all alike;
-medians count, and the first step of each does not:
+    python -m training.bench
 
-    dalle_pytorch   its loss, backward pass, clipping and Adam, as its train_dalle.py has them, in
-                    fp32; on a GPU under autocast to bf16, too, which it leaves to DeepSpeed
+Makes an environment for DALLE-pytorch under out/peers, which borrows torch from the running one,
+and measures there. Same sizes on both sides, random weights and tokens, full attention. The
+contenders take turns step by step, so that other load falls on all alike; the results are medians
+without each one's first step:
+
+    dalle_pytorch   the loss, backward pass, clipping and Adam of its train_dalle.py, in fp32; on a
+                    GPU also under autocast to bf16, which it leaves to DeepSpeed
     ours            the loss, backward pass, clipping, Muon and AdamW of `train`, by precision
     ours_adamw      the same without Muon, which is another recipe than theirs
 
-Beside the steps: their peak memory by torch's own record, how many images a second one core loads
-from shards of 256 x 256, and the seconds from `train` to its first step. The last line is JSON.
+Also: the peak memory of a step by torch's allocator, images a second that one core loads from
+shards of 256 x 256, and the seconds from `train` to its first step. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -19,28 +21,36 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn.utils import clip_grad_norm_
 
 from dalle import peers
-from training.bench import start as bench_start
-from training.memory.allocator import keep_memory
-
-if TYPE_CHECKING:
-    import torch
+from dalle.models.transformer import Dalle, TransformerConfig
+from training.config.hyperparameters import parse
+from training.data.tools.bench import measure
+from training.engine.torch_engine import TorchEngine
+from training.memory.allocator import keep_memory, peak_bytes
 
 TARGETS = {"fp32": 1.5, "bf16": 4.0}
-"""Samples a second, in DALLE-pytorch's. That of bf16 is for processors that compute in it."""
+"""Samples a second in multiples of DALLE-pytorch's; bf16 on processors that multiply in it."""
 
 TEXT_LENGTH, TEXT_VOCAB_SIZE, CODEBOOK_SIZE = 64, 10_000, 8192
 BF16_FLAGS = ("avx512f", "avx512_bf16", "amx_bf16")
-"""Of /proc/cpuinfo: with the last two a processor multiplies in bf16."""
+"""Flags of /proc/cpuinfo; with the last two a processor multiplies in bf16."""
 
 _SIZES = {"width": 512, "layers": 12, "heads": 8, "grid": 32}
+_START_JOB = {"stage": "dvae", "size": "tiny", "batch_size": "8", "max_steps": "1"}
 _PASSED_ON = ("batch", "precision", "device", "threads", "rounds", *_SIZES)
 
 
@@ -63,13 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         passed_on = [word for name in _PASSED_ON for word in (f"--{name}", str(vars(given)[name]))]
         python = peers.make_environment(given.out)
         sys.exit(peers.run_inside(python, "training.bench", ["--inside", *passed_on]))
-    seconds = bench_start.seconds_to_first_step()
+    seconds = _seconds_to_first_step()
     print(f"train: {seconds:.1f} s to the first step", flush=True)
     steps = _compare(given)
-    import torch
-
-    from training.data.tools.bench import measure
-
     loaded = measure(256, 1.0)[0]
     ours = max(each["samples_per_second"] for each in steps["results"])
     print(
@@ -85,11 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _compare(given: argparse.Namespace) -> dict[str, Any]:
-    import torch
-
-    from training.memory.allocator import peak_bytes
-
-    keep_memory()  # as `train` does, for both sides
+    keep_memory()  # as `train` does; for both sides
     torch.set_num_threads(given.threads)
     device = torch.device(given.device)
     precisions = given.precision.split(",")
@@ -101,7 +103,7 @@ def _compare(given: argparse.Namespace) -> dict[str, Any]:
         contenders[f"ours_adamw {precision}"] = _Ours(given, precision, has_muon=False)
     weights = {name: each.num_weights for name, each in contenders.items()}
     print(_machine(device), weights, flush=True)
-    held = {name: peak_bytes(each, device) for name, each in contenders.items()}  # warms up, too
+    held = {name: peak_bytes(each, device) for name, each in contenders.items()}  # and a warm-up
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(given.rounds):
         for name, contender in contenders.items():
@@ -125,9 +127,36 @@ def _compare(given: argparse.Namespace) -> dict[str, Any]:
     return {"sizes": sizes, "weights": weights, "results": results}
 
 
-def _timed(work: Callable[[], object], device: torch.device) -> float:
-    import torch
+def _seconds_to_first_step() -> float:
+    """Seconds from the start of the command `train` to its first step. Raises CalledProcessError.
 
+    The job is a tiny dVAE on a handful of random images.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        config, data = Path(folder, "input/config"), Path(folder, "input/data/train")
+        config.mkdir(parents=True)
+        data.mkdir(parents=True)
+        (config / "hyperparameters.json").write_text(json.dumps(_START_JOB | {"log_every": "1"}))
+        generator = np.random.default_rng(0)
+        for number in range(64):
+            pixels = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(data / f"{number:03}.png")
+            (data / f"{number:03}.txt").write_text(f"noise number {number}")
+        began = time.perf_counter()
+        command = [sys.executable, "-m", "training", "--root", folder]
+        with subprocess.Popen(  # noqa: S603
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as process:
+            assert process.stdout is not None
+            first = next((line for line in process.stdout if "dvae_step=" in line), None)
+            seconds = time.perf_counter() - began
+            process.terminate()
+        if first is None:
+            raise subprocess.CalledProcessError(process.returncode, command)
+        return seconds
+
+
+def _timed(work: Callable[[], object], device: torch.device) -> float:
     began = time.perf_counter()
     work()
     if device.type == "cuda":
@@ -136,11 +165,9 @@ def _timed(work: Callable[[], object], device: torch.device) -> float:
 
 
 class _Theirs:
-    """A step of their train_dalle.py: Adam, gradients clipped to 0.5."""
+    """A training step of DALLE-pytorch's train_dalle.py: Adam, gradients clipped to 0.5."""
 
     def __init__(self, given: argparse.Namespace, precision: str) -> None:
-        import torch
-
         torch.manual_seed(0)
         device = torch.device(given.device)
         self.autocast = torch.autocast(
@@ -161,8 +188,6 @@ class _Theirs:
         self.num_weights = sum(each.numel() for each in self.model.transformer.parameters())
 
     def __call__(self) -> None:
-        from torch.nn.utils import clip_grad_norm_
-
         with self.autocast:
             loss = self.model(self.text, self.image, return_loss=True)
         loss.backward()
@@ -175,15 +200,9 @@ class _Theirs:
 
 
 class _Ours:
-    """A step of `train` in its engine."""
+    """A training step of `train`."""
 
     def __init__(self, given: argparse.Namespace, precision: str, *, has_muon: bool) -> None:
-        import torch
-
-        from dalle.models.transformer import Dalle, TransformerConfig
-        from training.config.hyperparameters import parse
-        from training.engine.torch_engine import TorchEngine
-
         torch.manual_seed(0)
         config = TransformerConfig(
             text_vocab_size=TEXT_VOCAB_SIZE,
@@ -193,7 +212,7 @@ class _Ours:
             width=given.width,
             num_layers=given.layers,
             num_heads=given.heads,
-            feed_forward="geglu",  # as theirs, so that both have as many weights
+            feed_forward="geglu",  # as theirs, for the same number of weights
         )
         device = torch.device(given.device)
         self.model = Dalle(config).to(device).train()
@@ -216,7 +235,7 @@ class _Ours:
 
 
 def _state_bytes(model: Any, optimisers: Sequence[Any]) -> int:
-    """Of weights and moments."""
+    """Bytes of weights and moments."""
     states = [state for each in optimisers for state in each.state.values()]
     moments = [each for state in states for each in state.values() if hasattr(each, "numel")]
     tensors = [*model.parameters(), *model.buffers(), *moments]
@@ -224,17 +243,13 @@ def _state_bytes(model: Any, optimisers: Sequence[Any]) -> int:
 
 
 def _tokens(given: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
-    """Captions and pictures of both sides, at random."""
-    import torch
-
+    """Random text tokens [B, T] and image tokens [B, N] for both sides."""
     text = torch.randint(1, TEXT_VOCAB_SIZE, (given.batch, TEXT_LENGTH))
     return text, torch.randint(CODEBOOK_SIZE, (given.batch, given.grid**2))
 
 
 def _machine(device: torch.device) -> dict[str, Any]:
-    """What a figure depends on."""
-    import torch
-
+    """The machine that the figures depend on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     values = {key.strip(): value for key, _, value in (line.partition(":") for line in lines)}
     flags = values.get("flags", "").split()

@@ -28,8 +28,7 @@ from typing import Any
 
 from dalle.errors import DalleError, UserError
 from training import rainbow
-from training.demo.recipe import read_recipe_file
-from training.demo.run import RainbowRun
+from training.demo.run import RainbowRun, read_recipe_file
 from training.demo.steps import Step, announcer, digest_of_code, reporting_code, run_steps
 from training.evaluate.scores import ALL, GREEDY, NOVEL, SINGLE, evaluate
 

@@ -3,10 +3,9 @@
     python -m training.bench.zero --size small --batch-size 32
 
 Trains one transformer on random tokens by each engine in turn, on every CUDA device, or on the CPU
-in as many processes as `--ranks` says. Prints a Markdown table, and as the last line JSON. Memory
-is the most of torch's allocations that one rank held above what it held before, from the model's
-making to the end of a job of two steps, which gathers the weights; the record slows the steps, so
-that they are timed in another.
+in `--ranks` processes. Prints a Markdown table, and JSON as the last line. Memory is the peak of
+torch's allocations on one rank over a job of two steps, from making the model to gathering the
+weights. Recording it slows the steps, so another job times them.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ TEXT_LENGTH, TEXT_VOCAB_SIZE = 64, 8192
 
 @dataclass(frozen=True)
 class Case:
-    """One way to train: hyperparameters, by what the table calls it."""
+    """One row of the table, as hyperparameters."""
 
     engine: str
     zero_stage: int | None
@@ -53,7 +52,7 @@ class Case:
 
     def hyperparameters(self) -> dict[str, str]:
         raw = {"engine": self.engine, "precision": self.precision}
-        # Muon's work would be compared with AdamW's.
+        # Without Muon: DeepSpeed has AdamW alone.
         raw |= {"muon_learning_rate": "0", "warmup_steps": "0"}
         if self.zero_stage is not None:
             raw["zero_stage"] = str(self.zero_stage)
@@ -65,7 +64,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one rank, the slowest or largest of all, took for a case.
+    """The largest values of all ranks for a case.
 
     seconds, cpu_seconds: of a step, the median. peak_bytes: see above.
     """
@@ -94,7 +93,7 @@ class Stage:
 
 
 def cases(has_gpu: bool) -> list[Case]:
-    """All of them; fp16 needs a GPU, and so does it make sense to leave one for the host."""
+    """Return all cases; fp16 and offloading need a GPU."""
     precisions = ["fp32", "bf16", *(["fp16"] if has_gpu else [])]
     return [
         *(Case("torch", None, precision) for precision in precisions),
@@ -107,12 +106,12 @@ def cases(has_gpu: bool) -> list[Case]:
 def measure(
     case: Case, config: TransformerConfig, batch_size: int, num_steps: int, device: torch.device
 ) -> Measured:
-    """One case, as one of the ranks. batch_size: of all ranks together."""
+    """Measure one case as one of the ranks. batch_size: of all ranks together."""
     gc.collect()
     peak = peak_bytes(lambda: _train(case, config, batch_size, 2, device), device)
     gc.collect()
     seconds, cpu_seconds = _train(case, config, batch_size, 1 + num_steps, device)
-    # The first step makes what all others use.
+    # Without the first step, which allocates for all others.
     own = torch.tensor([median(seconds[1:]), median(cpu_seconds[1:]), peak], dtype=torch.float64)
     dist.all_reduce(own, dist.ReduceOp.MAX)
     return Measured(own[0].item(), own[1].item(), int(own[2]))
@@ -121,7 +120,7 @@ def measure(
 def _train(
     case: Case, config: TransformerConfig, batch_size: int, num_steps: int, device: torch.device
 ) -> tuple[list[float], list[float]]:
-    """From a new model on; seconds of each step, and of the processor."""
+    """Train a new model; return wall and CPU seconds of each step."""
     ranks = TorchProcessGroup()
     hyperparameters = parse(case.hyperparameters() | {"batch_size": str(batch_size)})
     stage = Stage(config, batch_size // ranks.size, device)

@@ -36,17 +36,17 @@ from dalle.platform.environment import Paths
 from dalle.platform.threads import spin_briefly
 from training import rainbow
 from training.demo.commands import invoke, serving
-from training.demo.recipe import (
+from training.demo.run import (
     DATA_SECONDS,
     EVALUATE_SECONDS,
     RECIPE_MINUTES,
     REPORT_SECONDS,
     SERVE_SECONDS,
     START_SECONDS,
+    RainbowRun,
     read_recipe,
     training_seconds,
 )
-from training.demo.run import RainbowRun
 from training.demo.steps import (
     Step,
     announcer,

@@ -92,11 +92,9 @@ def serving(root: Path, log: Path) -> Iterator[str]:
         try:
             status = process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
-            raise CommandFailed(
-                f"serve did not end within {END_SECONDS:.0f} s of SIGTERM; {log} ends:\n{_end(log)}"
-            ) from None
+            raise _failed(f"did not end within {END_SECONDS:.0f} s of SIGTERM", log) from None
     if status != 0:
-        raise CommandFailed(f"serve ended with {status} after SIGTERM; {log} ends:\n{_end(log)}")
+        raise _failed(f"ended with {status} after SIGTERM", log)
 
 
 def invoke(url: str, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,10 +123,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> 
     deadline = time.monotonic() + READY_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise CommandFailed(
-                f"serve ended with {process.returncode} before it was ready; {log} ends:\n"
-                f"{_end(log)}"
-            )
+            raise _failed(f"ended with {process.returncode} before it was ready", log)
         try:
             with _direct().open(f"{url}/ping", timeout=10):
                 return
@@ -140,9 +135,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> 
         except OSError:
             pass  # it does not listen yet
         time.sleep(POLL_SECONDS)
-    raise CommandFailed(
-        f"serve was not ready after {READY_SECONDS:.0f} s; {log} ends:\n{_end(log)}"
-    )
+    raise _failed(f"was not ready after {READY_SECONDS:.0f} s", log)
 
 
 @contextmanager
@@ -168,6 +161,6 @@ def _direct() -> urllib.request.OpenerDirector:
     return urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-def _end(log: Path) -> str:
-    lines = log.read_text("utf-8", errors="replace").splitlines()
-    return "\n".join(f"  {line}" for line in lines[-LOG_LINES:])
+def _failed(what: str, log: Path) -> CommandFailed:
+    lines = log.read_text("utf-8", errors="replace").splitlines()[-LOG_LINES:]
+    return CommandFailed(f"serve {what}; {log} ends:\n" + "\n".join(f"  {line}" for line in lines))

@@ -28,7 +28,6 @@ from training.report.content import (
     DatasetSummary,
     Generated,
     Report,
-    StageSummary,
     read_curves,
 )
 from training.report.page import write_report
@@ -86,7 +85,7 @@ def write_demo_report(run: RainbowRun) -> None:
             f"The dVAE alone leaves {evaluation.reconstruction:.1%} of the held-out images "
             "nearest to themselves; of the others, the tokens already show another image.",
         ],
-        stages=[StageSummary.of(record) for record in artefact.manifest.stages],
+        stages=artefact.manifest.stages,
         curves=read_curves(Paths(run.root).output_data / "metrics.jsonl"),
         codebooks=codebook_usage(dvae, held_out),
         reconstructions=reconstructions(dvae, held_out[shown]),

@@ -1,6 +1,6 @@
 """The rainbow shapes trained and scored below one directory: what demo and bench have in common.
 
-    data -> train -> evaluate
+    recipe, a JSON file of flat hyperparameters -> data -> train -> evaluate
 
 Imports torch only in `read`, so that a run that reuses everything does not wait for it.
 """
@@ -12,11 +12,15 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dalle.errors import UserError
 from dalle.platform.environment import Paths
+from dalle.types import StageName
 from training import rainbow
+from training.config import hyperparameters
 from training.demo.commands import run_train
 from training.demo.steps import Step, digest_of_code, training_code
 
@@ -25,6 +29,18 @@ if TYPE_CHECKING:
     from training.evaluate.ground_truth import GroundTruth
 
 CHANNELS = ("train", "validation")
+RECIPE = "rainbow_cpu.json"
+RECIPE_MINUTES = 10.5  # of the whole demo on two quiet cores, with the budgets of the recipe
+
+# Seconds on two quiet cores, for the estimate of the time left: of a step of the recipe, and of the
+# other parts.
+STEP_SECONDS: dict[StageName, float] = {"dvae": 0.11, "transformer": 0.23, "clip": 0.28}
+DATA_SECONDS = 6.0
+START_SECONDS = 25.0  # of `train`: importing, encoding the data, writing artefact and report
+SERVE_SECONDS = 25.0
+EVALUATE_SECONDS = 45.0
+REPORT_SECONDS = 12.0
+OTHER_SECONDS = DATA_SECONDS + START_SECONDS + SERVE_SECONDS + EVALUATE_SECONDS + REPORT_SECONDS
 
 
 @dataclass(frozen=True)
@@ -101,5 +117,43 @@ class RainbowRun:
 
         device = choose_device(os.environ.get("DALLE_DEVICE", "auto"))
         artefact = artefacts.load(Paths(self.root).model, device)
-        image_size = artefact.require("dvae").config.image_size
-        return artefact, read_ground_truth(self.data, image_size)
+        assert artefact.dvae is not None, "a recipe trains all stages"
+        return artefact, read_ground_truth(self.data, artefact.dvae.config.image_size)
+
+
+def read_recipe(path: Path | None, minutes: float) -> dict[str, str]:
+    """Read a recipe; scale its training budgets so that the demo takes about `minutes` on two quiet
+    cores.
+
+    path: None for the default. Raises UserError or HyperparameterError.
+    """
+    recipe = read_recipe_file(path, RECIPE)
+    scale = (60 * minutes - OTHER_SECONDS) / (60 * RECIPE_MINUTES - OTHER_SECONDS)
+    if minutes != RECIPE_MINUTES:
+        for name in recipe:
+            if name.endswith("max_minutes"):
+                recipe[name] = f"{float(recipe[name]) * scale:.3g}"
+            elif name.endswith("max_steps"):
+                recipe[name] = str(max(1, round(float(recipe[name]) * scale)))
+    return recipe
+
+
+def read_recipe_file(path: Path | None, name: str) -> dict[str, str]:
+    """Read and check a recipe; without a path, the one of that name in `training/recipes`."""
+    file = resources.files("training") / "recipes" / name if path is None else path
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as a recipe: {error}") from error
+    recipe = {str(name): str(value) for name, value in content.items()}
+    hyperparameters.parse(recipe)
+    return recipe
+
+
+def training_seconds(recipe: Mapping[str, str]) -> float:
+    """Return the time of all stages' budgets together, as far as they are in steps or minutes."""
+    settings = hyperparameters.parse(recipe)
+    return sum(
+        60 * (settings.of(name).max_minutes or 0) + seconds * (settings.of(name).max_steps or 0)
+        for name, seconds in STEP_SECONDS.items()
+    )

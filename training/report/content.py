@@ -27,36 +27,6 @@ Curve = Sequence[tuple[int, float]]  # (step, value), steps ascending
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageSummary:
-    """One run that trained a stage. metrics: of its last validation, by name.
-
-    cpu_seconds: of the training process, without those that only load images.
-    is_finished: whether its budget was spent; otherwise it was stopped.
-    """
-
-    name: str
-    job_name: str
-    steps: int
-    is_finished: bool
-    wall_seconds: float
-    cpu_seconds: float
-    metrics: Mapping[str, float] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, record: StageRecord) -> StageSummary:
-        """Return the run as the manifest records it."""
-        return cls(
-            name=record.stage,
-            job_name=record.job_name,
-            steps=record.steps,
-            is_finished=record.is_finished,
-            wall_seconds=record.wall_seconds,
-            cpu_seconds=record.cpu_seconds,
-            metrics=record.metrics,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class CodebookUsage:
     """counts: how often each entry was used for some set of images, int [V]."""
 
@@ -166,7 +136,7 @@ class DatasetSummary:
 class Report:
     """The content of a report; whatever is empty or None is left out.
 
-    generated_at: with a time zone.
+    generated_at: with a time zone. stages: the runs that trained, as the manifest records them.
     curves: `stage/metric` -> (step, value) pairs, as `read_curves` gives them; `x` and
         `validation_x` of a stage share one chart.
     ranked_by: what the scores of `generated` are: `clip` or `log_likelihood`.
@@ -176,7 +146,7 @@ class Report:
     title: str
     generated_at: datetime
     notes: Sequence[str] = ()
-    stages: Sequence[StageSummary] = ()
+    stages: Sequence[StageRecord] = ()
     curves: Mapping[str, Curve] = field(default_factory=dict)
     codebooks: Sequence[CodebookUsage] = ()
     reconstructions: Reconstructions | None = None

@@ -6,6 +6,7 @@ Knows nothing of HTML: `training.report.page` lays out the report.
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from dalle.artefact import Artefact
@@ -14,7 +15,7 @@ from dalle.types import ComponentName
 from training.data.batching.preload import first_usable
 from training.data.open import OpenedChannel
 from training.report import samples
-from training.report.content import DatasetSummary, Report, StageSummary, read_curves
+from training.report.content import DatasetSummary, Report, read_curves
 from training.stopping import Stop
 
 SHOWN_PAIRS = 512  # for reconstructions, codebook usage and retrieval
@@ -38,19 +39,27 @@ def build_report(
     """
     shown = train if validation is None else validation
     images, captions = first_usable(shown.pairs, SHOWN_PAIRS, stop)
-    dvae = artefact.dvae
-    can_generate = dvae is not None and artefact.transformer is not None
-    return Report(
+    report = Report(
         title=f"Training job {job.job_name}",
         generated_at=datetime.now(UTC),
         notes=[_which_pairs(shown, len(images), validation is not None), *unfinished(artefact)],
-        stages=[StageSummary.of(record) for record in artefact.manifest.stages],
+        stages=artefact.manifest.stages,
         curves=read_curves(job.paths.output_data / "metrics.jsonl"),
-        codebooks=[] if dvae is None else samples.codebook_usage(dvae, images, stop),
-        reconstructions=None
-        if dvae is None
-        else samples.reconstructions(dvae, images[:SHOWN_RECONSTRUCTIONS], stop),
-        generated=samples.generate_best(
+        ranked_by="log_likelihood" if artefact.clip is None else "clip",
+        datasets=[
+            DatasetSummary.of(each.pairs, each.totals)
+            for each in (train, validation)
+            if each is not None
+        ],
+        hyperparameters=job.hyperparameters,
+    )
+    dvae = artefact.dvae
+    if dvae is not None:
+        codebooks = samples.codebook_usage(dvae, images, stop)
+        again = samples.reconstructions(dvae, images[:SHOWN_RECONSTRUCTIONS], stop)
+        report = replace(report, codebooks=codebooks, reconstructions=again)
+    if dvae is not None and artefact.transformer is not None:
+        generated = samples.generate_best(
             artefact,
             captions[:CAPTIONS],
             images[:CAPTIONS],
@@ -59,19 +68,11 @@ def build_report(
             seed=seed,
             stop=stop,
         )
-        if can_generate
-        else [],
-        ranked_by="log_likelihood" if artefact.clip is None else "clip",
-        retrieval=None
-        if artefact.clip is None
-        else samples.retrieval(artefact, images, captions, stop),
-        datasets=[
-            DatasetSummary.of(each.pairs, each.totals)
-            for each in (train, validation)
-            if each is not None
-        ],
-        hyperparameters=job.hyperparameters,
-    )
+        report = replace(report, generated=generated)
+    if artefact.clip is not None:
+        retrieval = samples.retrieval(artefact, images, captions, stop)
+        report = replace(report, retrieval=retrieval)
+    return report
 
 
 def unfinished(artefact: Artefact, besides: Collection[ComponentName] = ()) -> list[str]:

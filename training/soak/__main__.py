@@ -1,14 +1,13 @@
-"""Interrupt a training job again and again, and see that nothing comes of it.
+"""Interrupt a training job many times, and check that its result is that of an undisturbed one.
 
     python -m training.soak --kills 50 --out out/soak
 
-A small job of all three models is trained twice: undisturbed, and interrupted at moments drawn from
-a seed. Most interruptions are SIGKILL: within a step, within the writing of a checkpoint or of the
-model, at a restart, and in the midst of a stop; some are SIGTERM alone. On several hosts one of
-them is hit, and the others have to end by themselves and name it. Every restart must go on from the
-newest complete checkpoint, half of them with nothing else left, and in the end both jobs must have
-left the same weights and metrics, bit for bit. The last line of stdout is one JSON object; exit
-status 1 says that they have not.
+A small job of all three models is trained twice: undisturbed, and interrupted at random moments.
+Most interruptions are SIGKILL: within a step, while a checkpoint or the model is written, at a
+restart, and during a stop; some are SIGTERM alone. On several hosts one of them is hit, and the
+others must end by themselves and name it. Every restart must resume from the newest complete
+checkpoint, half of them with nothing else left, and both jobs must write the same weights and
+metrics, bit for bit. The last line of stdout is one JSON object; exit status 1 is a failed check.
 """
 
 from __future__ import annotations
@@ -32,21 +31,21 @@ from training.soak.job import Run, SmallJob, SoakError, Start, start_command
 
 Kind = Literal["step", "checkpoint", "model", "restart", "stop", "stop and kill"]
 KILLS: tuple[Kind, ...] = ("checkpoint", "step", "checkpoint", "restart", "model", "stop and kill")
-"""A round of them; those within a checkpoint are half-written on the disk when they hit."""
+"""Kinds of SIGKILL in turn. `checkpoint` hits while the file is half-written."""
 
 IN_A_CHECKPOINT = "a half-written checkpoint"
 KILLS_PER_STOP = 5
 SHARE_MOVED = 0.5
-CLOCK = ("seconds", "samples_per_second")  # metrics that no two runs have in common
+CLOCK = ("seconds", "samples_per_second")  # metrics that differ between runs
 
 
 @dataclass(frozen=True)
 class Interruption:
-    """What befalls a job once.
+    """One interruption of a job.
 
-    position: steps of all stages that are done before. share: how much of a step, or of a
-    checkpoint's file, in [0, 1). host: which one is hit. moves: whether the job then goes on on
-    another machine, where only the first host's checkpoints are, as after a spot interruption.
+    position: steps of all stages before it. share: of a step, or of a checkpoint's file, in [0, 1).
+    host: which one is hit. moves: whether the job resumes on another machine, with nothing but the
+    first host's checkpoints, as after a spot interruption.
     """
 
     kind: Kind
@@ -62,22 +61,26 @@ class Interruption:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an interruption hit. where: in what, as the disk shows; None: the job was done."""
+    """The signal that hit, and where, by the files on the disk; None: the job had ended."""
 
     number: int | None
     where: str | None
 
 
 def plan(seed: int, *, kills: int, num_steps: int, num_hosts: int) -> list[Interruption]:
-    """So many SIGKILLs, and a SIGTERM for every few of them, spread over all stages of a job."""
-    draw = random.Random(seed)  # noqa: S311
+    """Return random interruptions over all stages: `kills` SIGKILLs and some SIGTERMs."""
+    chance = random.Random(seed)  # noqa: S311
     kinds: list[Kind] = [KILLS[number % len(KILLS)] for number in range(kills)]
     kinds += ["stop"] * -(-kills // KILLS_PER_STOP)
-    draw.shuffle(kinds)
-    positions = sorted(draw.randrange(num_steps) for _ in kinds)
+    chance.shuffle(kinds)
+    positions = sorted(chance.randrange(num_steps) for _ in kinds)
     return [
         Interruption(
-            kind, position, draw.random(), draw.randrange(num_hosts), draw.random() < SHARE_MOVED
+            kind,
+            position,
+            chance.random(),
+            chance.randrange(num_hosts),
+            chance.random() < SHARE_MOVED,
         )
         for kind, position in zip(kinds, positions, strict=True)
     ]
@@ -93,7 +96,7 @@ def soak(
     start: Start = start_command,
     say: Callable[[str], object],
 ) -> dict[str, Any]:
-    """Train both jobs under `out`, which must be new, and compare them. Returns what was done.
+    """Train both jobs under `out`, which must be new; compare them; return counts for JSON.
 
     steps: of each stage. start: how a host begins `train`. Raises SoakError.
     """
@@ -106,7 +109,7 @@ def soak(
     num_kills = num_stops = 0
     ahead = plan(seed, kills=kills, num_steps=job.num_steps, num_hosts=num_hosts)
     while ahead or num_kills < kills:
-        # A job that is done writes its model again: it can be killed for as long as one likes.
+        # A finished job writes its model again, so it can always be killed once more.
         each = ahead.pop(0) if ahead else Interruption("model", job.num_steps, 0.0, 0, False)
         outcome = interrupt(job, each)
         num_kills += outcome.number == signal.SIGKILL
@@ -134,7 +137,7 @@ def soak(
 
 
 def finish(job: SmallJob) -> None:
-    """Let a job run to its end."""
+    """Run a job to its end and check how it ended."""
     newest = job.newest()
     with job.run() as run:
         statuses = run.statuses()
@@ -144,11 +147,11 @@ def finish(job: SmallJob) -> None:
 
 
 def interrupt(job: SmallJob, interruption: Interruption) -> Outcome:
-    """Start the job, interrupt it, and see that it ends as it should."""
+    """Start the job, interrupt it, and check how it ended."""
     newest, victim = job.newest(), interruption.host
     with job.run() as run:
         if not _reach(run, interruption):
-            _require(set(run.statuses()) == {0}, "it ended by itself, and badly", run)
+            _require(set(run.statuses()) == {0}, "it failed before the interruption", run)
             return Outcome(None, None)
         before = job.position()
         number = signal.SIGTERM if interruption.kind.startswith("stop") else signal.SIGKILL
@@ -168,7 +171,7 @@ def interrupt(job: SmallJob, interruption: Interruption) -> Outcome:
     for host, status in enumerate(statuses):
         if host == victim:
             continue
-        # A host that was done before it noticed has nothing to complain of.
+        # A host that had finished before it noticed ends with 0.
         named = f"host {job.hosts[victim]} " in run.failure(host)
         _require(status == 0 or (status == 1 and named), f"host {host} ended with {status}", run)
     if run.half_written():
@@ -179,7 +182,7 @@ def interrupt(job: SmallJob, interruption: Interruption) -> Outcome:
 
 
 def _reach(run: Run, interruption: Interruption) -> bool:
-    """Wait for an interruption's moment; False when the job ended before it."""
+    """Wait for the moment of an interruption; return False when the job ended before it."""
     job = run.job
     if interruption.kind == "restart" and job.newest() is not None:
         return run.wait_until(run.resumed_from)
@@ -198,7 +201,7 @@ def _reach(run: Run, interruption: Interruption) -> bool:
 
 
 def _wait_for_part_of_step(run: Run, share: float) -> bool:
-    """A share of the time that the step before took, from when its checkpoint is there."""
+    """Wait for a share of the previous step's time after its checkpoint appears."""
     first = run.job.position()
     if not run.wait_until(lambda: run.job.position() > first):
         return False
@@ -210,7 +213,7 @@ def _wait_for_part_of_step(run: Run, share: float) -> bool:
 
 
 def compare(whole: SmallJob, job: SmallJob) -> None:
-    """Raises SoakError unless both left the same weights and metrics."""
+    """Raise SoakError unless both jobs wrote the same weights and metrics."""
     theirs, ours = (dict(_left(each)) for each in (whole, job))
     differing = sorted(name for name in theirs | ours if theirs.get(name) != ours.get(name))
     if differing:
@@ -218,7 +221,7 @@ def compare(whole: SmallJob, job: SmallJob) -> None:
 
 
 def _left(job: SmallJob) -> Iterator[tuple[str, str]]:
-    """What a job left, by name: hashes of the model's files, and metrics without the clock's."""
+    """Yield the results of a job by name: hashes of the model's files, metrics without times."""
     paths = job.paths[0]
     for path in sorted(paths.model.rglob("*")):
         if path.is_file() and path.name != "manifest.json":  # it has dates
@@ -232,12 +235,12 @@ def _left(job: SmallJob) -> Iterator[tuple[str, str]]:
 
 
 def _require_resumed(run: Run, newest: Path | None) -> None:
-    """It went on from what was the newest checkpoint, unless it was killed before it could."""
+    """Check that the run resumed from the newest checkpoint, or was killed before it could."""
     if newest is None:
         return
     resumed = run.resumed_from().get(newest.parent.name)
     was_too_early = resumed is None and run.job.newest() == newest
-    _require(resumed == newest or was_too_early, f"it went on from {resumed}, not {newest}", run)
+    _require(resumed == newest or was_too_early, f"it resumed from {resumed}, not {newest}", run)
 
 
 def _require(is_so: bool, otherwise: str, run: Run) -> None:

@@ -1,7 +1,7 @@
-"""A small training job on this machine that can be watched and interrupted at chosen moments.
+"""A small training job on this machine that can be interrupted at chosen moments.
 
-Moments are told by what the job leaves on the disk: its checkpoints, finished and half-written, and
-its log. Knows nothing of models, and imports no torch.
+The moments come from its files: checkpoints, finished and half-written, and the log. Knows nothing
+of models, and imports no torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from PIL import Image
 
@@ -28,8 +28,8 @@ from dalle.types import STAGES
 from training import rainbow
 from training.distributed.topology import LOOPBACK
 
-PAUSE = 0.0005  # between two looks at a log or a directory; a step takes milliseconds
-PATIENCE = 300.0  # seconds for anything that should come; on a busy machine a start takes a minute
+PAUSE = 0.0005  # seconds between two polls; a step takes milliseconds
+PATIENCE = 300.0  # seconds for any wait; on a busy machine a start takes a minute
 SETTINGS: dict[str, Any] = {
     "size": "tiny",
     "image_size": 16,
@@ -38,10 +38,10 @@ SETTINGS: dict[str, Any] = {
     "batch_size": 8,
     "warmup_steps": 2,
     "num_validations": 2,
-    # A checkpoint after every step, and reports that take several into account.
+    # A checkpoint after every step; logged metrics cover several steps.
     "checkpoint_minutes": 1e-6,
     "log_every": 4,
-    # Whatever draws random numbers or keeps state of its own.
+    # Everything that uses random numbers or keeps a state.
     "dropout": 0.1,
     "caption_dropout": 0.1,
     "token_noise": 0.1,
@@ -50,23 +50,16 @@ SETTINGS: dict[str, Any] = {
 
 
 class SoakError(Exception):
-    """A job did not survive an interruption as it should."""
+    """A job failed a check after an interruption."""
 
 
-class Process(Protocol):
-    """What a soak needs of `subprocess.Popen`."""
-
-    def poll(self) -> int | None: ...
-    def wait(self, timeout: float | None = None) -> int: ...
-    def send_signal(self, number: int, /) -> None: ...
-
-
+Process = Any  # subprocess.Popen, or what has its poll, wait and send_signal
 Start = Callable[[list[str], Path], Process]
-"""Begins `train` with these arguments, and with both its streams appended to a file."""
+"""Starts `train` with these arguments; both output streams are appended to a file."""
 
 
 def start_command(arguments: list[str], log: Path) -> Process:
-    """The real command, with one thread: there is little to do."""
+    """Start the real command with one thread, which is enough for tiny models."""
     with log.open("ab") as file:
         return subprocess.Popen(  # noqa: S603
             [sys.executable, "-m", "training", *arguments],
@@ -77,9 +70,9 @@ def start_command(arguments: list[str], log: Path) -> Process:
 
 
 class SmallJob:
-    """A job of three models, steps of each, on hosts that are addresses of this machine.
+    """A job of all three stages on hosts that are loopback addresses of this machine.
 
-    Every host has a directory like /opt/ml under `directory`, which must be new.
+    steps: of each stage. `directory` must be new; each host has a directory like /opt/ml in it.
     """
 
     def __init__(self, directory: Path, *, steps: int, num_hosts: int, start: Start) -> None:
@@ -95,12 +88,12 @@ class SmallJob:
 
     @property
     def num_steps(self) -> int:
-        """Of all stages together; a position is one of them, counted from 0."""
+        """Return the steps of all stages together; a position is one of them, from 0."""
         return len(STAGES) * self.steps
 
     @contextmanager
     def run(self) -> Iterator[Run]:
-        """The job, begun; whatever still runs is killed at the end."""
+        """Start the job; kill what still runs at the end."""
         self._num_runs += 1
         logs = [self._logs / f"{self._num_runs:03}-{host}.txt" for host in self.hosts]
         with socket.create_server((LOOPBACK, 0)) as server:
@@ -119,14 +112,14 @@ class SmallJob:
                 process.wait()
 
     def move(self) -> None:
-        """Remove what a new machine would not have: everything but the first host's checkpoints."""
+        """Remove everything but the first host's checkpoints, as on a new machine."""
         for number, paths in enumerate(self.paths):
             lost = (paths.model, paths.output) + ((paths.checkpoints,) if number else ())
             for directory in lost:
                 shutil.rmtree(directory, ignore_errors=True)
 
     def newest(self) -> Path | None:
-        """The newest complete checkpoint, of whichever stage."""
+        """Return the newest complete checkpoint of all stages."""
         for stage in reversed(STAGES):
             found = sorted((self.paths[0].checkpoints / stage).glob("step-*.pt"))
             if found:
@@ -134,28 +127,28 @@ class SmallJob:
         return None
 
     def checkpoint_bytes(self) -> int:
-        """The size of the newest complete checkpoint; 0 without one."""
+        """Return the size of the newest complete checkpoint; 0 without one."""
         newest = self.newest()
         try:
             return 0 if newest is None else newest.stat().st_size
-        except FileNotFoundError:  # younger ones have come
+        except FileNotFoundError:  # newer ones replaced it
             return self.checkpoint_bytes()
 
     def position(self) -> int:
-        """How many steps of all stages are in the checkpoints."""
+        """Return how many steps of all stages are in the checkpoints."""
         newest = self.newest()
         if newest is None:
             return 0
         return STAGES.index(newest.parent.name) * self.steps + int(newest.stem.split("-")[1])
 
     def unfinished(self) -> dict[Path, os.stat_result]:
-        """Checkpoints, and the model, that are being written or were when their writer died."""
+        """Return checkpoints and model that are, or were left, half-written."""
         first = self.paths[0]
         found = {}
         for path in (*first.checkpoints.glob("*/*.tmp"), first.model / STAGING):
             try:
                 found[path] = path.stat()
-            except FileNotFoundError:  # it has its name now, or there is none
+            except FileNotFoundError:  # renamed, or absent
                 continue
         return found
 
@@ -176,25 +169,25 @@ class Run:
         self._older = unfinished
 
     def wait_until(self, is_so: Callable[[], object], *, pause: float = PAUSE) -> bool:
-        """Look again and again whether it is so; False when a host ended before it was.
+        """Poll until a condition holds; return False when a host ended before.
 
-        Raises SoakError when neither comes.
+        Raises SoakError when neither happens.
         """
         deadline = time.monotonic() + PATIENCE
         while not is_so():
             if any(process.poll() is not None for process in self.processes):
                 return bool(is_so())
             if time.monotonic() >= deadline:
-                raise SoakError(f"nothing came of it within {PATIENCE:g} s; see {self.logs}")
+                raise SoakError(f"no progress within {PATIENCE:g} s; see {self.logs}")
             time.sleep(pause)
         return True
 
     def half_written(self) -> list[int]:
-        """The bytes so far of checkpoints that this run began to write and has not finished."""
+        """Return the bytes so far of the checkpoints that this run is writing."""
         return [stat.st_size for path, stat in self._unfinished() if path.suffix == ".tmp"]
 
     def is_half_saved(self) -> bool:
-        """Whether this run began to write the model and has not finished."""
+        """Return whether this run is writing the model."""
         return any(path.name == STAGING for path, _ in self._unfinished())
 
     def _unfinished(self) -> Iterator[tuple[Path, os.stat_result]]:
@@ -206,7 +199,7 @@ class Run:
         return self.logs[host].read_text("utf-8", errors="replace")
 
     def resumed_from(self) -> dict[str, Path]:
-        """Stage -> the checkpoint from which it went on, as the log says."""
+        """Return stage -> the checkpoint that it resumed from, by the log."""
         found = map(Path, re.findall(r"resuming from (\S+\.pt)", self.log()))
         return {path.parent.name: path for path in found}
 
@@ -214,7 +207,7 @@ class Run:
         self.processes[host].send_signal(number)
 
     def statuses(self) -> list[int]:
-        """Exit statuses of all hosts, negative where a signal killed one; waits for them.
+        """Wait for all hosts; return their exit statuses, negative where a signal killed one.
 
         Raises SoakError when one does not end.
         """
@@ -224,13 +217,13 @@ class Run:
             raise SoakError(f"a host still ran after {PATIENCE:g} s; see {self.logs}") from error
 
     def failure(self, host: int) -> str:
-        """A host's failure file; empty without one."""
+        """Return a host's failure file; empty without one."""
         path = self.job.paths[host].failure
         return path.read_text("utf-8") if path.exists() else ""
 
 
 def _version(stat: os.stat_result) -> tuple[int, int]:
-    """Another one for a file of the same name that was made or changed since."""
+    """Differs for a file of the same name that was made or changed since."""
     return stat.st_ino, stat.st_mtime_ns
 
 

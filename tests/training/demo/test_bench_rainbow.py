@@ -7,7 +7,7 @@ import pytest
 from training import rainbow
 from training.bench.rainbow import RECIPE, SeedRun, main, means, render_table
 from training.config.hyperparameters import parse
-from training.demo.recipe import read_recipe_file
+from training.demo.run import read_recipe_file
 
 
 def test_our_recipe_is_counted_in_steps_and_leaves_the_seed_to_the_bench():

@@ -15,8 +15,8 @@ from tests import REPOSITORY
 from training import rainbow
 from training.demo.__main__ import Demo, main, prepare_directory
 from training.demo.commands import CommandFailed, run_train, serving
-from training.demo.recipe import RECIPE_MINUTES, read_recipe, training_seconds
 from training.demo.report import caption_sheet
+from training.demo.run import RECIPE_MINUTES, read_recipe, training_seconds
 from training.demo.steps import (
     NOT_TRAINING,
     Step,

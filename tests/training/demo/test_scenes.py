@@ -22,9 +22,9 @@ from training.scenes import (
     Thing,
     evaluate_scenes,
     is_reserved,
-    picture,
     read_scenes,
     recognise,
+    render,
     score_scenes,
     things,
     write_folder,
@@ -44,15 +44,13 @@ def few(monkeypatch):
 def test_every_thing_is_recognised_at_every_place():
     for place in PLACES:
         for thing in things():
-            assert recognise(planes(picture({place: thing}))) == [{place: thing}]
-    assert recognise(planes(picture({}))) == [{}]
+            assert recognise(planes(render({place: thing}))) == [{place: thing}]
+    assert recognise(planes(render({}))) == [{}]
 
 
 def test_what_stands_in_one_quarter_leaves_the_others_as_they_are():
     scene = dict(zip(PLACES, things()[::20], strict=False))
-    noisy = picture(scene).astype(np.int64) + np.random.default_rng(0).integers(
-        -40, 40, (64, 64, 3)
-    )
+    noisy = render(scene).astype(np.int64) + np.random.default_rng(0).integers(-40, 40, (64, 64, 3))
     assert recognise(planes(noisy.clip(0, 255).astype(np.uint8))) == [scene]
 
 
@@ -100,7 +98,7 @@ def test_a_written_folder_is_read_back(few, tmp_path):
     for folder, content in (("train", training), ("validation", held_out)):
         for text in (tmp_path / folder).glob("*.txt"):
             pixels = np.asarray(Image.open(text.with_suffix(".png")))
-            assert (pixels == picture(content[text.read_text().strip()])).all()
+            assert (pixels == render(content[text.read_text().strip()])).all()
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"train": {}}', '{"train": {}, "validation": 3}'])
@@ -133,7 +131,7 @@ def test_an_artefact_is_scored_on_both_halves(few, tmp_path, tiny_models, monkey
 
 
 def artefact_for(directory):
-    """An untrained artefact that reads the folder's captions and draws 64 pixels."""
+    """An untrained artefact that reads the folder's captions and generates 64 pixels."""
     training, held_out = read_scenes(directory)
     tokenizer = CaptionTokenizer.train([*training, *held_out], kind="word", text_length=32)
     torch.manual_seed(0)

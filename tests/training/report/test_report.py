@@ -25,7 +25,6 @@ from training.report.content import (
     Reconstructions,
     Report,
     Retrieval,
-    StageSummary,
     read_curves,
 )
 from training.report.figures import Panel, plot_curves, plot_usage
@@ -45,14 +44,18 @@ def full_report(**changes):
         "generated_at": NOW,
         "notes": ["Two channels were read."],
         "stages": [
-            StageSummary(
-                name="dvae",
+            StageRecord(
+                stage="dvae",
                 job_name="shapes-1",
+                finished_at="2026-11-22T18:00:00+00:00",
                 steps=3000,
                 is_finished=True,
                 wall_seconds=145.2,
                 cpu_seconds=282,
+                hyperparameters={},
                 metrics={"loss": 0.0213},
+                dataset_fingerprint="",
+                dataset_counts={},
             )
         ],
         "curves": {
@@ -308,26 +311,11 @@ def test_codebook_numbers_are_right_at_the_extremes():
     assert unused.used_share == 0.0
 
 
-def test_a_run_is_summed_up_from_its_record_and_said_to_be_stopped_when_it_was():
-    record = StageRecord(
-        stage="clip",
-        job_name="shapes-2",
-        finished_at="2026-11-22T18:00:00+00:00",
-        steps=41,
-        is_finished=False,
-        wall_seconds=1.5,
-        cpu_seconds=2.5,
-        hyperparameters={},
-        metrics={"validation_loss": 0.25},
-        dataset_fingerprint="",
-        dataset_counts={},
-    )
-    summary = StageSummary.of(record)
-    fields = [field.name for field in dataclasses.fields(StageSummary)]
-    assert fields[0] == "name"
-    assert summary.name == record.stage
-    assert all(getattr(summary, name) == getattr(record, name) for name in fields[1:])
-    page = Page(render_report(full_report(stages=[summary])))
-    assert "clip 41 1.5 s 2.5 s validation_loss 0.25 shapes-2, stopped early" in page.text
-    finished = dataclasses.replace(summary, is_finished=True)
-    assert "stopped" not in Page(render_report(full_report(stages=[finished]))).text
+def test_a_run_that_was_stopped_is_said_to_be():
+    (finished,) = full_report().stages
+    seconds = {"steps": 41, "wall_seconds": 1.5, "cpu_seconds": 2.5}
+    record = dataclasses.replace(finished, stage="clip", job_name="shapes-2", **seconds)
+    stopped = dataclasses.replace(record, is_finished=False)
+    page = Page(render_report(full_report(stages=[stopped])))
+    assert "clip 41 1.5 s 2.5 s loss 0.0213 shapes-2, stopped early" in page.text
+    assert "stopped" not in Page(render_report(full_report(stages=[record]))).text
