@@ -117,8 +117,7 @@ class RainbowRun:
 
         device = choose_device(os.environ.get("DALLE_DEVICE", "auto"))
         artefact = artefacts.load(Paths(self.root).model, device)
-        assert artefact.dvae is not None, "a recipe trains all stages"
-        return artefact, read_ground_truth(self.data, artefact.dvae.config.image_size)
+        return artefact, read_ground_truth(self.data, artefact.require("dvae").config.image_size)
 
 
 def read_recipe(path: Path | None, minutes: float) -> dict[str, str]:

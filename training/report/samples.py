@@ -22,6 +22,7 @@ from dalle.decoding.engine import DecodeEngine
 from dalle.decoding.request import CandidateTokens
 from dalle.decoding.sampling import SamplingOptions
 from dalle.decoding.select import new_step
+from dalle.models.clip import Clip
 from dalle.models.dvae import DiscreteVAE
 from dalle.models.transformer import Dalle
 from dalle.preprocess.images import Pixels
@@ -68,10 +69,8 @@ def generate_candidates(
     image for the same caption, seed and number. CLIP scores the images where the artefact has one.
     Raises ArtefactError when a component is missing, CaptionTooLong, and Stopped.
     """
-    artefact.require("dvae", "generating images")
-    transformer = artefact.require("transformer", "generating images")
-    tokenizer = artefact.require("tokenizer", "generating images")
-    text_tokens = tokenizer.encode(captions).to(_device(transformer))
+    dvae, transformer = artefact.require("dvae"), artefact.require("transformer")
+    text_tokens = artefact.require("tokenizer").encode(captions).to(_device(transformer))
     embeddings = None if artefact.clip is None else _embed_captions(artefact, captions, stop)
     is_guided = options is not None and options.guidance_scale != 1.0
     together = min(_most_together(transformer, is_guided), sum(map(len, candidates)))
@@ -96,7 +95,7 @@ def generate_candidates(
         num_open -= len(sampled)
         owners = [rows[each.request] for each in sampled]
         wanted = None if embeddings is None else embeddings[owners]
-        parts = _decode_and_score(artefact, sampled, wanted, stop)
+        parts = _decode_and_score(dvae, artefact.clip, sampled, wanted, stop)
         for row, each, part in zip(owners, sampled, parts, strict=True):
             finished[row][each.number] = part
         while yielded < len(captions) and len(finished[yielded]) == len(candidates[yielded]):
@@ -183,7 +182,7 @@ def retrieval(
     An image equal to the caption's own, pixel by pixel, counts as its own.
     Raises ArtefactError without a CLIP that can read the captions; Stopped.
     """
-    clip = artefact.require("clip", "retrieval")
+    clip = artefact.require("clip")
     first: dict[bytes, int] = {}
     same = torch.tensor(
         [first.setdefault(image.tobytes(), row) for row, image in enumerate(images.numpy())]
@@ -226,8 +225,9 @@ def _most_together(transformer: Dalle, is_guided: bool) -> int:
 
 
 def _decode_and_score(
-    artefact: Artefact,
-    sampled: Sequence[CandidateTokens],
+    dvae: DiscreteVAE,
+    clip: Clip | None,
+    sampled: Sequence[FinishedCandidate],
     wanted: Tensor | None,
     stop: Stop,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -235,7 +235,6 @@ def _decode_and_score(
 
     wanted: CLIP's vectors of their captions [K, E]; None scores by the log-likelihood.
     """
-    dvae, clip = artefact.require("dvae"), artefact.clip
     size = images_per_chunk(dvae.config.image_size)
     for start in unless_stopped(range(0, len(sampled), size), stop):
         some = sampled[start : start + size]

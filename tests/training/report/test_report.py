@@ -1,7 +1,6 @@
 """The report: complete without a network, and only about what the job did."""
 
 import base64
-import dataclasses
 import json
 import math
 import os
@@ -313,9 +312,9 @@ def test_codebook_numbers_are_right_at_the_extremes():
 
 def test_a_run_that_was_stopped_is_said_to_be():
     (finished,) = full_report().stages
-    seconds = {"steps": 41, "wall_seconds": 1.5, "cpu_seconds": 2.5}
-    record = dataclasses.replace(finished, stage="clip", job_name="shapes-2", **seconds)
-    stopped = dataclasses.replace(record, is_finished=False)
+    run = {"stage": "clip", "job_name": "shapes-2", "steps": 41}
+    record = finished.model_copy(update={**run, "wall_seconds": 1.5, "cpu_seconds": 2.5})
+    stopped = record.model_copy(update={"is_finished": False})
     page = Page(render_report(full_report(stages=[stopped])))
     assert "clip 41 1.5 s 2.5 s loss 0.0213 shapes-2, stopped early" in page.text
     assert "stopped" not in Page(render_report(full_report(stages=[record]))).text
