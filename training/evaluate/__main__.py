@@ -40,15 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         artefact = artefacts.load(options.artefact, choose_device(options.device))
-        image_size = artefact.require("dvae").config.image_size
-        artefact.require("transformer")
-        artefact.require("tokenizer")
+        dvae = artefact.require("dvae", "caption accuracy")
+        artefact.require("transformer", "caption accuracy")
+        artefact.require("tokenizer", "caption accuracy")
         if artefact.clip is None and not options.greedy and options.candidates > 1:
             raise UserError(
                 f"the artefact has no clip, which the best of {options.candidates} needs; "
                 "train the stage clip, or give --greedy or --candidates 1"
             )
-        truth = read_ground_truth(options.data, image_size)
+        truth = read_ground_truth(options.data, dvae.config.image_size)
         _warn_of_other_data(artefact, truth, options.data)
         evaluation = evaluate(
             artefact,

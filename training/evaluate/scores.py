@@ -214,7 +214,7 @@ def _nearest_of_generated(
 
 def _reconstruction_accuracy(artefact: Artefact, truth: GroundTruth, classes: list[int]) -> float:
     """Share of the classes whose image is still nearest to itself after the dVAE."""
-    dvae = artefact.require("dvae")
+    dvae = artefact.require("dvae", "reconstruction")
     block = max(1, BLOCK_BYTES // (3 * truth.image_size**2))
     right = 0
     for start in range(0, len(classes), block):

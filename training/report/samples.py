@@ -69,8 +69,9 @@ def generate_candidates(
     image for the same caption, seed and number. CLIP scores the images where the artefact has one.
     Raises ArtefactError when a component is missing, CaptionTooLong, and Stopped.
     """
-    dvae, transformer = artefact.require("dvae"), artefact.require("transformer")
-    text_tokens = artefact.require("tokenizer").encode(captions).to(_device(transformer))
+    what = "generating images"
+    dvae, transformer = artefact.require("dvae", what), artefact.require("transformer", what)
+    text_tokens = artefact.require("tokenizer", what).encode(captions).to(_device(transformer))
     embeddings = None if artefact.clip is None else _embed_captions(artefact, captions, stop)
     is_guided = options is not None and options.guidance_scale != 1.0
     together = min(_most_together(transformer, is_guided), sum(map(len, candidates)))
@@ -182,7 +183,7 @@ def retrieval(
     An image equal to the caption's own, pixel by pixel, counts as its own.
     Raises ArtefactError without a CLIP that can read the captions; Stopped.
     """
-    clip = artefact.require("clip")
+    clip = artefact.require("clip", "retrieval")
     first: dict[bytes, int] = {}
     same = torch.tensor(
         [first.setdefault(image.tobytes(), row) for row, image in enumerate(images.numpy())]
@@ -227,7 +228,7 @@ def _most_together(transformer: Dalle, is_guided: bool) -> int:
 def _decode_and_score(
     dvae: DiscreteVAE,
     clip: Clip | None,
-    sampled: Sequence[FinishedCandidate],
+    sampled: Sequence[CandidateTokens],
     wanted: Tensor | None,
     stop: Stop,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -267,7 +267,7 @@ def test_the_command_prints_a_table_and_ends_with_json(tiny_artefact, rainbow_wo
 @pytest.mark.parametrize(
     ("missing", "arguments", "says"),
     [
-        ("transformer", [], "the artefact has no transformer; train the stage transformer"),
+        ("transformer", [], "the artefact has no transformer, which caption accuracy needs"),
         ("clip", [], "the artefact has no clip, which the best of 32 needs"),
         ("manifest.json", ["--greedy"], "manifest.json is missing"),
     ],
