@@ -82,9 +82,9 @@ def captions_of_attribute(data: bytes, key: str, name: str, skips: Skips) -> Cap
     except (ValueError, RecursionError):
         return captions_of_text(data, name, skips)  # plain text
     if isinstance(value, dict):
-        return captions_of_json(data, key, name, skips) if key in value else None
+        return captions_of_value(value[key], key, name, skips) if key in value else None
     if isinstance(value, str | list):
-        return captions_of_json(json.dumps({key: value}).encode(), key, name, skips)
+        return captions_of_value(value, key, name, skips)
     return None
 
 

@@ -23,7 +23,7 @@ from dalle.types import TokenizerKind
 from training.data.skips import SkipReason, printable
 from training.data.sources.channel import open_channel
 from training.data.sources.index import Pairs
-from training.data.tools.findings import ChannelFindings, Doubles, Findings, LongCaptions
+from training.data.tools.findings import EXAMPLES, ChannelFindings, Doubles, Findings, LongCaptions
 
 THREAD_CHUNK = 64  # images that threads work on at a time
 ENCODE_CHUNK = 4096
@@ -74,7 +74,7 @@ def check(directory: Path, validation: Path | None, options: CheckOptions) -> Fi
         num_shared_captions = sum(shared)
     return Findings(
         findings,
-        leaks=Doubles(len(leaks), leaks),
+        leaks=Doubles.of(leaks),
         num_shared_captions=num_shared_captions,
         long_captions=_long_captions(opened, options),
         max_bad_share=options.max_bad_share,
@@ -101,7 +101,7 @@ def _check_channel(dataset: Pairs, directory: str, images: dict[bytes, str]) -> 
         fingerprint=dataset.fingerprint,
         skipped=skips.as_dict(),
         examples={reason.value: names for reason, names in skips.examples.items()},
-        doubles=Doubles(len(doubles), doubles),
+        doubles=Doubles.of(doubles),
     )
 
 
@@ -169,4 +169,4 @@ def _long_captions(opened: dict[str, Pairs], options: CheckOptions) -> LongCapti
             tokenizer.encode([caption for _, caption in chunk])
         except CaptionTooLong:  # at least one of them
             found += too_long(chunk)
-    return LongCaptions(options.text_length, None, len(found), found)
+    return LongCaptions(options.text_length, None, len(found), found[:EXAMPLES])

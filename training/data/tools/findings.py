@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
@@ -17,15 +16,22 @@ EXAMPLES = 5
 
 @dataclass(frozen=True)
 class Doubles:
-    """Images that equal another one, pixel by pixel as the models see them."""
+    """Images that equal another one, pixel by pixel as the models see them, and a few names."""
 
-    count: int
-    names: Sequence[str]
+    count: int = 0
+    names: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, names: Sequence[str]) -> Doubles:
+        return cls(len(names), names[:EXAMPLES])
 
 
 @dataclass(frozen=True)
 class LongCaptions:
-    """Captions of more text tokens than `text_length`. unchecked: why they were not checked."""
+    """Captions of more text tokens than `text_length`, and a few of their names.
+
+    unchecked: why captions were not checked.
+    """
 
     text_length: int
     unchecked: str | None = None
@@ -48,7 +54,7 @@ class ChannelFindings:
     fingerprint: str = ""
     skipped: Mapping[str, int] = field(default_factory=dict)
     examples: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    doubles: Doubles = Doubles(0, ())
+    doubles: Doubles = Doubles()
 
     def problems(self, max_bad_share: float) -> Iterator[str]:
         """Yield what would stop a job, or make its model worse."""
@@ -102,9 +108,8 @@ class Findings:
         return found
 
     def as_json(self) -> str:
-        """Return one object, with a few names of doubles and of long captions."""
-        content: dict[str, Any] = {"is_fine": not self.problems, "problems": self.problems}
-        content |= _shortened(asdict(self))
+        """Return one object."""
+        content = {"is_fine": not self.problems, "problems": self.problems, **asdict(self)}
         return json.dumps(content, indent=1, ensure_ascii=False)
 
     def as_text(self) -> str:
@@ -184,16 +189,4 @@ def _size(num_bytes: int) -> str:
 
 
 def _some(names: Sequence[str], count: int) -> list[str]:
-    return [*names[:EXAMPLES], *(["…"] if count > min(len(names), EXAMPLES) else [])]
-
-
-def _shortened(value: Any) -> Any:
-    """Return the same with at most `EXAMPLES` of every list of names."""
-    if isinstance(value, dict):
-        return {
-            key: list(each)[:EXAMPLES] if key == "names" else _shortened(each)
-            for key, each in value.items()
-        }
-    if isinstance(value, list | tuple):
-        return [_shortened(each) for each in value]
-    return value
+    return [*names, *(["…"] if count > len(names) else [])]
