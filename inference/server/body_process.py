@@ -33,10 +33,9 @@ _ATTEMPTS = 2  # the child may have died since the last body
 
 
 class BodyProcess:
-    """Parser of bodies, with a child process for large ones. Any thread may call `parse`."""
+    """Parser of large bodies in a child process. Any thread may call `parse`."""
 
-    def __init__(self, large_bytes: int = LARGE_BYTES) -> None:
-        self._large_bytes = large_bytes
+    def __init__(self) -> None:
         self._lock = threading.Lock()  # one body at a time: reading is bound by the processor
         self._child: subprocess.Popen[bytes] | None = None
 
@@ -49,21 +48,19 @@ class BodyProcess:
         prime_size: int | None,
         clip_size: int | None,
     ) -> Request:
-        """Return the request in a body, as `parse_request` does; images in a large one are scaled.
+        """Return the request in a body, as `parse_request` does, with its images scaled.
 
         prime_size, clip_size: side in pixels of a prime image and of an image to classify; None
         where the model refuses such requests. Raises what `parse_request` raises, and
         `PlatformError` 503 when the child dies of a body.
         """
-        if len(body) > self._large_bytes:
-            order = {
-                "kind": kind,
-                "limits": asdict(limits),
-                "prime_size": prime_size or 1,
-                "clip_size": clip_size or 1,
-            }
-            body, kind = self._scale_images(order, body), BodyKind.JSON
-        return parse_request(body, kind, limits=limits)
+        order = {
+            "kind": kind,
+            "limits": asdict(limits),
+            "prime_size": prime_size or 1,
+            "clip_size": clip_size or 1,
+        }
+        return parse_request(self._scale_images(order, body), BodyKind.JSON, limits=limits)
 
     def close(self) -> None:
         """End the child."""

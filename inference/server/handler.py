@@ -24,7 +24,7 @@ from inference.api.content_types import (
     Accept,
     BodyKind,
 )
-from inference.api.parsing import split_lines
+from inference.api.parsing import parse_request, split_lines
 from inference.api.rendering import (
     Candidate,
     ClassifyResult,
@@ -44,7 +44,7 @@ from inference.api.schema import GenerateRequest, Limits, Request
 from inference.engine.engine_core import Engine, EngineCore
 from inference.engine.request import Cancelled, DeadlineExceeded, EngineRequest, Failed
 from inference.engine.request_queue import Busy
-from inference.server.body_process import BodyProcess
+from inference.server.body_process import LARGE_BYTES, BodyProcess
 from inference.server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -99,6 +99,8 @@ class Handler:
         return self._answer_one(self._parse(body, kind))
 
     def _parse(self, body: bytes, kind: BodyKind) -> Request:
+        if len(body) <= LARGE_BYTES:
+            return parse_request(body, kind, limits=self.limits)
         return self.body_process.parse(
             body,
             kind,

@@ -33,7 +33,7 @@ def pixels_of(text: str | None, size: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def body_process():
-    body_process = BodyProcess(large_bytes=1000)
+    body_process = BodyProcess()
     yield body_process
     body_process.close()
 
@@ -99,12 +99,6 @@ def test_an_image_that_cannot_be_used_is_named(body_process, text, says):
     assert (caught.value.status, caught.value.field) == (400, "images[1]")
 
 
-def test_a_small_body_needs_no_child(body_process):
-    fresh = BodyProcess()
-    assert parse(fresh, {"caption": "a"}).caption == "a"
-    assert fresh._child is None
-
-
 def test_plain_text_has_its_limit_too(body_process):
     with pytest.raises(UserError, match="must have at most 2000 characters"):
         parse(body_process, b"a " * 2000, BodyKind.TEXT)
@@ -121,7 +115,7 @@ def test_a_child_that_has_died_is_replaced(body_process):
 
 
 def test_a_body_that_kills_each_child_is_refused(monkeypatch, tmp_path):
-    broken = BodyProcess(large_bytes=10)
+    broken = BodyProcess()
     monkeypatch.setattr("sys.executable", "/bin/true")
     with pytest.raises(PlatformError, match="died of this one") as caught:
         parse(broken, {"images": [image_file()], "classes": ["a"]})

@@ -275,11 +275,16 @@ def test_an_accept_of_images_alone_is_refused_where_there_is_none(
     assert engine.asked == []
 
 
+class NoBodyProcess(BodyProcess):
+    def parse(self, *args, **options):
+        raise AssertionError("a small body needs no child process")
+
+
 def test_deadlines_of_lines_count_from_the_arrival_of_their_body(engine_core):
     handler = Handler(
         engine_core,
         engine_core.engine(),
-        BodyProcess(),
+        NoBodyProcess(),
         SETTINGS.limits,
         Metrics(engine_core),
         accept=Accept.parse(None),
