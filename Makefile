@@ -26,8 +26,8 @@ setup: .venv/.stamp  ## make .venv with every dependency, by hash, and the comma
 check: lint  ## lint, and the tests that take less than a second each: before every commit
 	$(PYTEST) -m "not docker and not slow" $(ARGS)
 
-lint: setup  ## ruff, the formatter, spelling and types; changes nothing
-	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/codespell && .venv/bin/mypy
+lint: setup  ## ruff, the formatter, spelling, imports and types; changes nothing
+	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/codespell && .venv/bin/lint-imports --no-logo && .venv/bin/mypy
 
 format: setup  ## mend what ruff can mend, and lay out the code
 	.venv/bin/ruff check --fix . && .venv/bin/ruff format .
