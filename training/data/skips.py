@@ -25,6 +25,8 @@ class SkipReason(StrEnum):
     CAPTION_WITHOUT_IMAGE = "caption without image"
     IMAGE_WITHOUT_CAPTION = "image without caption"
     SECOND_IMAGE = "second image of one name"
+    SECOND_CAPTION = "second caption file of one name"
+    REPLACED = "member that a later one of its name replaces"
     EMPTY_IMAGE = ImageFault.EMPTY.value
     NOT_AN_IMAGE = ImageFault.FOREIGN.value
     GIANT_IMAGE = ImageFault.GIANT.value
@@ -46,13 +48,21 @@ class SkipReason(StrEnum):
     UNREADABLE = ImageFault.UNREADABLE.value
     IGNORED = "ignored file"  # hidden, of another type, or a folder marker: never counted as bad
     UNLISTED = "image that no table names"  # a table may choose among images: never counted as bad
+    FURTHER = "further file of a pair"  # a mask, 1.mask.png beside 1.png: never counted as bad
 
     @staticmethod
     def of(error: ImageError) -> SkipReason:
         return SkipReason(error.fault.value)
 
 
-NOT_BAD = frozenset({SkipReason.IGNORED, SkipReason.UNLISTED})
+NOT_BAD = frozenset({SkipReason.IGNORED, SkipReason.UNLISTED, SkipReason.FURTHER})
+
+
+class Match(StrEnum):
+    """A way in which names pair that not every program shares; the texts are shown in reports."""
+
+    LAST_DOT = "paired at the last dot of a name with several"
+    UNICODE = "paired across Unicode forms of a name"
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,7 @@ class Skips:
     The first few of each reason are logged as warnings, the others only counted.
     counts: all reasons seen, `IGNORED` included. examples: at most `EXAMPLES_PER_REASON` a reason.
     num_pairs: pairs found, before any image was decoded.
+    matches: pairs whose names say less than usual that they belong together.
     other_parts: skips of the other hosts' parts of the channel (see `training.data.sharded`). They
         count in shares and summaries; counts, examples and num_pairs are of this host's part.
     """
@@ -82,6 +93,7 @@ class Skips:
         self.counts: Counter[SkipReason] = Counter()
         self.examples: dict[SkipReason, list[str]] = {}
         self.num_pairs = 0
+        self.matches: Counter[Match] = Counter()
         self.other_parts: Sequence[PartSkips] = ()
         self._damaged: set[str] = set()
 
@@ -121,6 +133,12 @@ class Skips:
         if name not in self._damaged:
             self._damaged.add(name)
             self.add(reason, name, detail)
+
+    def note(self, match: Match, image: str, text: str) -> None:
+        """Count a pair by the way its names match; the first ones are logged."""
+        self.matches[match] += 1
+        if self.matches[match] <= EXAMPLES_PER_REASON:
+            log.info("%s: %s: %s, %s", self.channel, match, printable(image), printable(text))
 
     def check_share(self, max_bad_share: float) -> None:
         """Raise `DataError` when more than `max_bad_share` (0 to 1) of the pairs are bad."""

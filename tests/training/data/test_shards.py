@@ -90,12 +90,12 @@ def test_json_without_a_caption_is_skipped_counted_and_named(tmp_path, content, 
     assert dataset.skips.examples == {reason: ["a.tar/x.json"]}
 
 
-def test_a_member_is_known_by_what_follows_the_first_dot(tmp_path):
+def test_further_members_of_a_pair_are_counted_and_not_taken_for_images(tmp_path):
     members = [("1.png", PNG), ("1.txt", b"one"), ("1.mask.png", PNG), ("d.x/2.png", PNG)]
     tar_of(tmp_path / "a.tar", [*members, ("d.x/2.txt", b"two")])
     dataset = open_channel(tmp_path, image_size=SIZE)
     assert [dataset.captions(index) for index in range(len(dataset))] == [("one",), ("two",)]
-    assert dataset.skips.counts == {SkipReason.IGNORED: 1}
+    assert dataset.skips.counts == {SkipReason.FURTHER: 1}
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

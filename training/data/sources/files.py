@@ -37,6 +37,15 @@ class File:
         return self.name[: -len(self.suffix)] if self.suffix else self.name
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file, or a folder on the way to it, begins with a dot: no data set's, but a tool's.
+
+    >>> is_hidden(".ipynb_checkpoints/0017.png"), is_hidden("./0017.png")
+    (True, False)
+    """
+    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+
+
 def walk(root: Path, skips: Skips) -> Iterator[File]:
     """List all regular files below root that are not hidden, sorted by name in each folder."""
     real_root = root.resolve()
@@ -51,7 +60,7 @@ def walk(root: Path, skips: Skips) -> Iterator[File]:
             continue
         for entry in entries:
             name = f"{folder}/{entry.name}" if folder else entry.name
-            if entry.name.startswith("."):
+            if is_hidden(entry.name):
                 skips.add(SkipReason.IGNORED, name)
                 continue
             try:

@@ -1,6 +1,7 @@
 """The image-text folder: `name.png` beside `name.txt`, in any sub-folder.
 
-Images are png, jpg, jpeg or webp; a text file is UTF-8 with one caption a line.
+Images are png, jpg, jpeg or webp; a text file is UTF-8 with one caption a line. Which files make up
+a pair is the rule of `training.data.sources.index.PairsByName`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from training.data.skips import SkipReason, Skips
 from training.data.sources.captions import Captions, captions_of_text
 from training.data.sources.files import File
-from training.data.sources.index import IMAGE_SUFFIXES, Reader, add_image, match_by_stem
+from training.data.sources.index import IMAGE_SUFFIXES, PairsByName, Reader
 from training.stopping import Stop, unless_stopped
 
 CAPTION_SUFFIX = ".txt"
@@ -28,17 +29,15 @@ class FolderReader(Reader[File]):
         self._files = files
 
     def pairs(self, skips: Skips, stop: Stop) -> Iterator[tuple[File, Captions]]:
-        images: dict[str, File] = {}
-        texts: dict[str, File] = {}
+        names = PairsByName[File](skips)
         for file in self._files:
             if file.suffix == CAPTION_SUFFIX:
-                texts[file.stem] = file
+                names.add_text(file.name, file)
             elif file.suffix in IMAGE_SUFFIXES:
-                add_image(images, file.stem, file, skips)
+                names.add_image(file.name, file)
             else:
                 skips.add(SkipReason.IGNORED, file.name)
-        parse = partial(self._captions, skips=skips)
-        yield from unless_stopped(match_by_stem(images, texts, parse, skips), stop)
+        yield from unless_stopped(names.pairs(partial(self._captions, skips=skips)), stop)
 
     def read(self, image: File) -> bytes:
         return (self._root / image.name).read_bytes()

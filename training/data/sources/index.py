@@ -10,15 +10,17 @@
 from __future__ import annotations
 
 import logging
+import posixpath
+import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from dalle.errors import DataError
 from dalle.preprocess.images import ImageError, ImageFault, Pixels, decode_image, to_square
 from training.data.pairs import fingerprint
-from training.data.skips import SkipReason, Skips, printable
+from training.data.skips import Match, SkipReason, Skips, printable
 from training.data.sources.captions import MAX_CAPTION_BYTES, Captions
 from training.data.sources.files import File
 from training.stopping import NEVER, Stop
@@ -156,33 +158,133 @@ class Pairs:
         return f"{self.channel}/{printable(self.name(index))}"
 
 
-def match_by_stem(
-    images: Mapping[str, FileT],
-    texts: Mapping[str, FileT],
-    parse: Callable[[FileT], Captions],
-    skips: Skips,
-) -> Iterator[tuple[FileT, Captions]]:
-    """Pair images with their captions by stem (the keys), sorted by it.
+class PairsByName(Generic[FileT]):
+    """Files of one folder or shard, paired by their names: `a/0017.jpg` with `a/0017.txt`.
 
-    parse: reads a caption file; returns () and counts the reason when that cannot be used.
+    The rule is the same for folders, shards and streams:
+
+    - The stem of a name ends at its last dot; a suffix may be in upper case. (The `webdataset`
+      library ends it at the first dot. All pairs that it finds are found here as well.)
+    - Equal stems pair. Of those that are left, stems that are equal in Unicode's form NFC pair.
+    - Of two files that could take one place, the one with a lower-case suffix is used, then the
+      first by name. The other is counted.
+    - `1.mask.png` without a caption, where `1` is a pair, is a further file of that pair.
     """
-    for stem in sorted(images.keys() | texts.keys()):
-        image, text = images.get(stem), texts.get(stem)
-        if image is None:
-            skips.add(SkipReason.CAPTION_WITHOUT_IMAGE, texts[stem].name)
-        elif text is None:
-            skips.add(SkipReason.IMAGE_WITHOUT_CAPTION, image.name)
-        elif image.num_bytes == 0:
-            skips.add(SkipReason.EMPTY_IMAGE, image.name)
-        elif text.num_bytes > MAX_CAPTION_BYTES:
-            skips.add(SkipReason.GIANT_CAPTION, text.name)
-        elif captions := parse(text):
-            yield image, captions
+
+    def __init__(self, skips: Skips) -> None:
+        self._skips = skips
+        self._images: dict[str, FileT] = {}
+        self._texts: dict[str, FileT] = {}
+        self._spares: dict[str, FileT] = {}
+
+    def add_image(self, path: str, file: FileT) -> None:
+        """path: normal, with `/`, without `.` as a part."""
+        self._add(self._images, path, file)
+
+    def add_text(self, path: str, file: FileT, *, is_spare: bool = False) -> None:
+        """Add a caption file. is_spare: used only where there is no other one of the same stem."""
+        self._add(self._spares if is_spare else self._texts, path, file)
+
+    def _add(self, files: dict[str, FileT], path: str, file: FileT) -> None:
+        """Add a file; a later one of the same path replaces it, as when an archive is unpacked."""
+        if earlier := files.pop(path, None):
+            self._skips.add(SkipReason.REPLACED, earlier.name)
+        files[path] = file
+
+    def pairs(self, parse: Callable[[FileT], Captions]) -> Iterator[tuple[FileT, Captions]]:
+        """Yield the pairs by stem.
+
+        parse: reads a caption file; returns () and counts the reason when that cannot be used.
+        """
+        matched = sorted(self._match(), key=lambda each: each.stem)
+        pairs = {unicode_key(each.stem) for each in matched if each.image and each.text}
+        for stem, image, text, is_same in matched:
+            if image is None or text is None:
+                for file, reasons in ((image, _ALONE_IMAGE), (text, _ALONE_TEXT)):
+                    if file:
+                        self._skips.add(_why_alone(stem, pairs, *reasons), file.name)
+            elif image.num_bytes == 0:
+                self._skips.add(SkipReason.EMPTY_IMAGE, image.name)
+            elif text.num_bytes > MAX_CAPTION_BYTES:
+                self._skips.add(SkipReason.GIANT_CAPTION, text.name)
+            elif captions := parse(text):
+                if not is_same:
+                    self._skips.note(Match.UNICODE, image.name, text.name)
+                elif stem != _first_dot(stem):
+                    self._skips.note(Match.LAST_DOT, image.name, text.name)
+                yield image, captions
+
+    def _match(self) -> Iterator[_Matched[FileT]]:
+        """Yield all stems, once each."""
+        images = self._by_key(self._images.items(), _stem, SkipReason.SECOND_IMAGE)
+        texts = self._by_key(self._spares.items(), _stem, SkipReason.SECOND_CAPTION)
+        texts |= self._by_key(self._texts.items(), _stem, SkipReason.SECOND_CAPTION)
+        for stem in images.keys() & texts.keys():
+            yield _Matched(stem, images.pop(stem)[1], texts.pop(stem)[1], True)
+        images = self._by_key(images.values(), _unicode_stem, SkipReason.SECOND_IMAGE)
+        texts = self._by_key(texts.values(), _unicode_stem, SkipReason.SECOND_CAPTION)
+        for key in images.keys() | texts.keys():
+            path, image = images.get(key, ("", None))
+            text_path, text = texts.get(key, ("", None))
+            yield _Matched(_stem(path or text_path), image, text, False)
+
+    def _by_key(
+        self, files: Iterable[tuple[str, FileT]], key: Callable[[str], str], second: SkipReason
+    ) -> dict[str, tuple[str, FileT]]:
+        """Return one path and file for each key of their paths; others are counted as second."""
+        found: dict[str, tuple[str, FileT]] = {}
+        for one in files:
+            other = found.setdefault(key(one[0]), one)
+            if other is not one:
+                kept, left = sorted((one, other), key=lambda each: _rank(each[0]))
+                found[key(one[0])] = kept
+                detail = f"{left[1].name}: {kept[1].name} is used; keep one of the two"
+                self._skips.add(second, left[1].name, detail)
+        return found
 
 
-def add_image(images: dict[str, FileT], stem: str, file: FileT, skips: Skips) -> None:
-    """Add an image, or count it when there is one of the same stem already."""
-    if images.setdefault(stem, file) is not file:
-        other = images[stem].name
-        detail = f"{file.name}: {other} already goes with its caption; keep one of the two"
-        skips.add(SkipReason.SECOND_IMAGE, file.name, detail)
+_ALONE_IMAGE = SkipReason.SECOND_IMAGE, SkipReason.IMAGE_WITHOUT_CAPTION
+_ALONE_TEXT = SkipReason.SECOND_CAPTION, SkipReason.CAPTION_WITHOUT_IMAGE
+
+
+def _why_alone(
+    stem: str, pairs: Collection[str], second: SkipReason, without: SkipReason
+) -> SkipReason:
+    """Return why a file has no other half. pairs: keys of the pairs beside it."""
+    if unicode_key(stem) in pairs:
+        return second
+    return SkipReason.FURTHER if unicode_key(_first_dot(stem)) in pairs else without
+
+
+class _Matched(NamedTuple, Generic[FileT]):
+    """What belongs to one stem. is_same: whether the names are equal as they are written."""
+
+    stem: str
+    image: FileT | None
+    text: FileT | None
+    is_same: bool
+
+
+def unicode_key(name: str) -> str:
+    """Return what equal names have in common: a Mac writes `é` as two characters (NFD)."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def _stem(path: str) -> str:
+    return posixpath.splitext(path)[0]
+
+
+def _rank(path: str) -> tuple[bool, str]:
+    """Return the place in the order of preference among files of one stem."""
+    suffix = posixpath.splitext(path)[1]
+    return suffix != suffix.lower(), path
+
+
+def _unicode_stem(path: str) -> str:
+    return unicode_key(_stem(path))
+
+
+def _first_dot(stem: str) -> str:
+    """Return a stem up to the first dot of its last part."""
+    folder, base = posixpath.split(stem)
+    return posixpath.join(folder, base.partition(".")[0])

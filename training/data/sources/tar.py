@@ -1,7 +1,7 @@
-"""The members of a tar file as pairs, by WebDataset's naming convention.
+"""The members of a tar file as pairs, by the rule for files of a folder.
 
-A member's key ends at the first dot of its file name, and the rest says what it holds. Nothing is
-unpacked, so that no member's name can reach a file outside.
+See `training.data.sources.index.PairsByName`; hidden folders and files are ignored as there.
+Nothing is unpacked, so that no member's name can reach a file outside.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from training.data.sources.captions import (
     captions_of_json,
     captions_of_text,
 )
-from training.data.sources.files import File
-from training.data.sources.index import IMAGE_SUFFIXES, add_image, match_by_stem
+from training.data.sources.files import File, is_hidden
+from training.data.sources.index import IMAGE_SUFFIXES, PairsByName
 from training.stopping import Stop, unless_stopped
 
 # Besides its own errors, tarfile raises those of its parsers.
@@ -40,7 +40,7 @@ class TarMember(File):
 
 
 class TarIndex:
-    """The members of one tar file that may make up pairs, by key."""
+    """The members of one tar file that may make up pairs."""
 
     def __init__(
         self,
@@ -56,10 +56,8 @@ class TarIndex:
         self._caption_key = caption_key
         self._skips = skips
         self._store = store
-        self._images: dict[str, TarMember] = {}
-        self._texts: dict[str, TarMember] = {}
-        self._jsons: dict[str, TarMember] = {}
-        self._contents: dict[str, bytes] = {}
+        self._names = PairsByName[TarMember](skips)
+        self._contents: dict[int, bytes] = {}  # of caption files, by offset
 
     def read(self, file: IO[bytes], stop: Stop) -> str | None:
         """Read the headers, from the file's position on; return what is wrong, if anything.
@@ -73,40 +71,42 @@ class TarIndex:
             return _end_fault(file, archive.offset)
 
     def pairs(self) -> Iterator[tuple[TarMember, Captions]]:
-        """Pair the members that were read, by key."""
-        texts = self._jsons if self._caption_key else {**self._jsons, **self._texts}
+        """Pair the members that were read, sorted by name without suffix."""
         key = self._caption_key or DEFAULT_CAPTION_KEY
 
         def parse(text: TarMember) -> Captions:
-            data = self._contents[text.name]
+            data = self._contents[text.offset]
             if text.suffix == ".json":
                 return captions_of_json(data, key, text.name, self._skips)
             return captions_of_text(data, text.name, self._skips)
 
-        yield from match_by_stem(self._images, texts, parse, self._skips)
+        yield from self._names.pairs(parse)
 
     def _add(self, info: tarfile.TarInfo, file: IO[bytes]) -> None:
         name = f"{self._prefix}{info.name}"
-        folder, base = posixpath.split(info.name)
-        if info.isdir() or base.startswith("."):
+        parts = info.name.split("/")
+        if info.isdir():
             self._skips.add(SkipReason.IGNORED, name)
             return
-        if info.name.startswith("/") or ".." in info.name.split("/"):
+        if info.name.startswith("/") or ".." in parts:
             self._skips.add(SkipReason.OUTSIDE_NAME, name)
+            return
+        if is_hidden(info.name):
+            self._skips.add(SkipReason.IGNORED, name)
             return
         if not info.isreg() or info.issparse():
             self._skips.add(SkipReason.NOT_A_FILE, name)
             return
-        base, _, suffix = base.partition(".")
-        key, suffix = posixpath.join(folder, base), f".{suffix.lower()}"
+        path = posixpath.normpath(info.name)
+        suffix = posixpath.splitext(path)[1].lower()
         if suffix in IMAGE_SUFFIXES:
             image = TarMember(name, info.size, self._number, self._store(info, file))
-            add_image(self._images, key, image, self._skips)
-        elif suffix in (".txt", ".json"):
-            member = TarMember(name, info.size, self._number, info.offset_data)
-            (self._texts if suffix == ".txt" else self._jsons)[key] = member
+            self._names.add_image(path, image)
+        elif suffix == ".json" or (suffix == ".txt" and not self._caption_key):
+            text = TarMember(name, info.size, self._number, info.offset_data)
+            self._names.add_text(path, text, is_spare=suffix == ".json")
             if info.size <= MAX_CAPTION_BYTES:
-                self._contents[name] = read_member(info, file)
+                self._contents[info.offset_data] = read_member(info, file)
         else:
             self._skips.add(SkipReason.IGNORED, name)
 

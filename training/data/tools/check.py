@@ -101,6 +101,7 @@ def _check_channel(dataset: Pairs, directory: str, images: dict[bytes, str]) -> 
         fingerprint=dataset.fingerprint,
         skipped=skips.as_dict(),
         examples={reason.value: names for reason, names in skips.examples.items()},
+        matches={match.value: count for match, count in skips.matches.items()},
         doubles=Doubles.of(doubles),
     )
 

@@ -41,7 +41,10 @@ class LongCaptions:
 
 @dataclass(frozen=True)
 class ChannelFindings:
-    """Findings of one channel. refusal: why it cannot be read at all; num_bytes: of its images."""
+    """Findings of one channel. refusal: why it cannot be read at all; num_bytes: of its images.
+
+    matches: pairs by the way their names match, where that is not the usual one.
+    """
 
     channel: str
     directory: str
@@ -54,6 +57,7 @@ class ChannelFindings:
     fingerprint: str = ""
     skipped: Mapping[str, int] = field(default_factory=dict)
     examples: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    matches: Mapping[str, int] = field(default_factory=dict)
     doubles: Doubles = Doubles()
 
     def problems(self, max_bad_share: float) -> Iterator[str]:
@@ -151,6 +155,8 @@ class Findings:
         reasons = list(dict.fromkeys(reason for each in self.channels for reason in each.skipped))
         for reason in reasons:
             yield reason, [f"{each.skipped.get(reason, 0):,}" for each in self.channels]
+        for match in dict.fromkeys(match for each in self.channels for match in each.matches):
+            yield match, [f"{each.matches.get(match, 0):,}" for each in self.channels]
         yield "same picture again", [f"{each.doubles.count:,}" for each in self.channels]
         if len(self.channels) > 1:
             yield "picture trained on too", ["", f"{self.leaks.count:,}"]
