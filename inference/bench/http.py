@@ -187,7 +187,7 @@ def measure(
 def _by_engine(runner: ModelRunner, bodies: Sequence[bytes], clients: int) -> float:
     """Images per second with `clients` requests begun at any time."""
     waiting = [GenerateRequest.model_validate_json(body) for body in bodies]
-    begun, drawn = 0, 0
+    begun, completed = 0, 0
     began = time.perf_counter()
     while waiting or begun:
         while waiting and begun < clients and runner.has_room:
@@ -195,9 +195,9 @@ def _by_engine(runner: ModelRunner, bodies: Sequence[bytes], clients: int) -> fl
             begun += 1
         for ended in runner.step():
             assert isinstance(ended.outcome, GenerateResult)
-            drawn += len(ended.outcome.ranked)
+            completed += len(ended.outcome.ranked)
             begun -= 1
-    return drawn / (time.perf_counter() - began)
+    return completed / (time.perf_counter() - began)
 
 
 def _by_http(server: Server, bodies: Sequence[bytes], clients: int) -> float:

@@ -68,7 +68,7 @@ def measure_requests(artefact: Artefact, requests: int, num_candidates: int) -> 
 
 
 def _timings(prepared: EngineRequest, request: GenerateRequest) -> Timings:
-    """Wait for a request's end, and encode its pictures as a reply would."""
+    """Wait for a request's end, and encode its images as a reply would."""
     while isinstance(event := prepared.next_event(_PATIENCE), Preview | Candidate):
         pass
     if isinstance(event, Failed):

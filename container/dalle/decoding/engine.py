@@ -88,8 +88,11 @@ class DecodeEngine:
         options: SamplingOptions | None = None,
         prime_tokens: Tensor | None = None,
     ) -> DecodeRequest:
-        """Accept a request; arguments as of `sample_image_tokens`, for one caption [1, T].
+        """Accept a request.
 
+        text_tokens: the caption, [1, T] int64. candidates: their numbers; candidate k of a seed and
+        a caption is the same image whichever others are sampled beside it. prime_tokens: [P, M],
+        the first P positions in raster order, kept as they are.
         Runs the caption through the model, which takes as long as a few steps. Raises ValueError
         for no candidate and for guidance with one slot.
         """

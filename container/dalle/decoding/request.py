@@ -71,7 +71,8 @@ class CandidateTokens:
     image_tokens: Tensor = field(repr=False)
     """[N, M] int64. Only the first `position` are valid, and in a slot it is the engine's own."""
     log_likelihood: float = 0.0
-    """log p of the sampled tokens in nats, as in `SampledTokens`; set when they are complete."""
+    """log p of the sampled tokens in nats, set when they are complete: before temperature, filters
+    and guidance, and without the primed positions."""
 
     @property
     def slot(self) -> int:

@@ -149,10 +149,10 @@ def test_captions_must_be_one_or_one_a_candidate(model):
 def test_candidates_and_seeds_differ(model):
     # Seeds that share their 32-bit words with another's candidates, too.
     seeds = [0, 1, 7, 2**32, 2**32 + 1, 2**53 - 1]
-    pictures = [sample(model, range(4), seed=seed).image_tokens for seed in seeds]
-    assert len(torch.cat(pictures).flatten(1).unique(dim=0)) == 4 * len(seeds)
+    images = [sample(model, range(4), seed=seed).image_tokens for seed in seeds]
+    assert len(torch.cat(images).flatten(1).unique(dim=0)) == 4 * len(seeds)
     again = sample(model, range(4), seed=seeds[-1]).image_tokens
-    assert (again == pictures[-1]).all()
+    assert (again == images[-1]).all()
 
 
 def test_torchs_own_random_numbers_are_neither_read_nor_moved(model):
@@ -278,9 +278,9 @@ def test_images_come_as_often_as_they_are_probable(make_dalle):
     """The same for whole images: 2,000 candidates of 1 position against their likelihoods."""
     model = make_dalle(grid_size=1, codebook_size=3)
     sampled = sample(model, range(2000)).image_tokens.flatten(1)
-    pictures = torch.cartesian_prod(torch.arange(3), torch.arange(3))
+    images = torch.cartesian_prod(torch.arange(3), torch.arange(3))
     text_tokens = TEXT.expand(9, -1)
-    expected = 2000 * model.log_likelihood(text_tokens, pictures[:, None]).exp()
+    expected = 2000 * model.log_likelihood(text_tokens, images[:, None]).exp()
     assert expected.sum() == pytest.approx(2000, rel=1e-4)
     counts = torch.bincount(3 * sampled[:, 0] + sampled[:, 1], minlength=9)
     likely = expected > 5

@@ -174,7 +174,7 @@ def test_in_bytes_too_a_candidate_does_not_depend_on_the_load(guidance_scale, mo
     assert all(beside_others[number][0] == whole[number][0] for number in beside_others)
 
 
-def test_a_longer_picture_is_compared_at_both_of_its_ends(make_dalle):
+def test_a_longer_image_is_compared_at_both_of_its_ends(make_dalle):
     model = make_dalle(grid_size=12)
     reference = sample_reference(model)
     assert [(each.start, each.stop) for each in reference.windows] == [(0, 48), (96, 144)]
