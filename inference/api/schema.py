@@ -129,10 +129,10 @@ class GenerateRequest(_Request):
     prime_image: str | None = Field(
         default=None,
         min_length=1,
-        description="A base64 image file (PNG, JPEG, WebP, GIF or BMP, at most 40 megapixels), cut "
-        "to its centre square and scaled to the model's size. Every candidate keeps its top rows "
-        "as the dVAE reproduces them: the image tokens are kept, not the pixels. Needs "
-        "prime_rows. Null: none.",
+        description="A base64 image file (PNG, JPEG, WebP, GIF or BMP, at most 40 megapixels, or "
+        "250 of a JPEG that is twice the model's size or larger), cut to its centre square and "
+        "scaled to the model's size. Every candidate keeps its top rows as the dVAE reproduces "
+        "them: the image tokens are kept, not the pixels. Needs prime_rows. Null: none.",
     )
     prime_rows: int = Field(
         default=0,
@@ -211,7 +211,7 @@ class ClassifyRequest(_Request):
     images: list[Annotated[str, Field(min_length=1)]] = Field(
         min_length=1,
         max_length=64,
-        description="Base64 image files (PNG, JPEG, WebP, GIF or BMP, at most 40 megapixels each), "
+        description="Base64 image files (PNG, JPEG, WebP, GIF or BMP, limited as prime_image), "
         "1 to 64; the centre square of each is used. Addresses are not fetched.",
     )
     classes: list[Class] = Field(

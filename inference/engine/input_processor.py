@@ -128,7 +128,8 @@ def _encode(tokenizer: CaptionTokenizer, caption: str, field: str) -> Tensor:
 def _read_image(text: str, field: str, size: int) -> Tensor:
     """Read a base64 image file into [1, 3, size, size] in [0, 1]."""
     try:
-        pixels = to_square(decode_image(decode_base64(text, field=field), what=field), size)
+        data = decode_base64(text, field=field)
+        pixels = to_square(decode_image(data, what=field, min_side=size), size)
     except UserError as error:
         error.field = error.field or field
         raise

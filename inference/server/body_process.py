@@ -123,7 +123,8 @@ def scale_images(
 
 def _scaled(text: str, field: str, size: int) -> str:
     try:
-        pixels = to_square(decode_image(decode_base64(text, field=field), what=field), size)
+        data = decode_base64(text, field=field)
+        pixels = to_square(decode_image(data, what=field, min_side=size), size)
     except UserError as error:
         error.field = error.field or field
         raise

@@ -6,7 +6,7 @@
     contact_sheet(rows of [H, W, 3]) -> [H', W', 3]
 
 The bytes are not trusted: they come from a channel of `train` or a request to `serve`. The size is
-therefore checked in the header before any pixel is decoded.
+therefore checked in the header before any pixel is decoded. `colours` converts to sRGB.
 
 Letters: H height, W width.
 """
@@ -22,14 +22,20 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, JpegImagePlugin
 
 from dalle.errors import DataError
+from dalle.preprocess.colours import to_rgb
 
 Pixels = NDArray[np.uint8]  # [H, W, 3], RGB, 0 to 255
 ImageFormat = Literal["png", "jpeg", "webp"]
 
-MAX_PIXELS = 40_000_000  # width x height; 160 MB as RGBA
+MAX_PIXELS = 40_000_000  # width x height as decoded; 160 MB as RGBA
+MAX_JPEG_PIXELS = 250_000_000  # of a JPEG's file, where it is decoded smaller; telephones take 200
+
+# Parts of a PNG file besides its pixels. The others describe it.
+_PNG_TEXT = frozenset({b"tEXt", b"zTXt", b"iTXt"})
+_PNG_NEEDED = frozenset({b"tRNS", b"acTL", b"fcTL", b"fdAT"})  # transparency and animation
 
 # Only formats with self-contained, widely used decoders; none that starts a program (EPS) or
 # follows references. The signatures tell a damaged image from a foreign file.
@@ -65,32 +71,35 @@ class ImageError(DataError, code="bad_image"):
         self.fault = fault
 
 
-def decode_image(data: bytes, *, what: str, min_side: int | None = None) -> Image.Image:
-    """Decode an image to RGB: upright, eight bits per channel, transparency on white.
+def decode_image(
+    data: bytes, *, what: str, min_side: int | None = None, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
+    """Decode an image to RGB: upright, in sRGB, eight bits per channel, transparency on white.
 
     data: a whole PNG, JPEG, WebP, GIF or BMP file; of an animation the first frame is decoded.
     what: names the image in errors, such as `train/0017.png` or `prime_image`.
     min_side: least pixels of the shorter side that the caller needs. A larger JPEG is then decoded
         at 1/2, 1/4 or 1/8 of its size, several times faster; other formats at full size.
+    max_pixels: of the decoded image. The file of a JPEG that is decoded smaller may have up to
+        `MAX_JPEG_PIXELS`.
     Returns a fully loaded image of mode RGB. Raises `ImageError` for no bytes, a foreign file, an
-    image of more than `MAX_PIXELS` pixels (by its header) and a truncated or damaged image.
+    image of too many pixels (by its header) and a truncated or damaged image.
     """
     if not data:
         raise ImageError(f"{what} has no bytes; give a whole image file", ImageFault.EMPTY)
     with _quiet_pillow():
-        image = _open(data, what)
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise _giant(what, f"{width} x {height} = {width * height:,} pixels")
         try:
-            if min_side is not None:
-                image.draft(None, (min_side, min_side))
-            image.load()
-            return _to_rgb(_upright(image))
-        except MemoryError:
+            return _decode(data, what, min_side, max_pixels)
+        except ImageError as error:
+            if error.fault is not ImageFault.DAMAGED:
+                raise
+            # Pillow refuses a PNG for the size or the checksum of a text that no pixel needs.
+            for shorter in _without_descriptions(data):
+                try:
+                    return _decode(shorter, what, min_side, max_pixels)
+                except ImageError:
+                    continue
             raise
-        except Exception as error:  # Pillow's decoders raise exceptions of any kind
-            raise _damaged(what, error) from error
 
 
 def image_format(data: bytes, *, what: str) -> str:
@@ -155,14 +164,36 @@ def contact_sheet(rows: Sequence[Sequence[Pixels]], *, padding: int = 2, scale: 
     return sheet
 
 
-def _open(data: bytes, what: str) -> Image.Image:
-    """Open an image by its header, without decoding pixels."""
+def _decode(data: bytes, what: str, min_side: int | None, max_pixels: int) -> Image.Image:
+    image = _open(data, what, is_drafted=min_side is not None)
+    size = f"{image.width} x {image.height} = {image.width * image.height:,} pixels"
+    try:
+        if min_side is not None:
+            _draft(image, min_side, data, max_pixels)
+        if image.width * image.height > max_pixels:
+            raise _giant(what, size, max_pixels)
+        image.load()
+        return to_rgb(_upright(image), data[24] if image.format == "PNG" else 8)
+    except (MemoryError, ImageError):
+        raise
+    except Exception as error:  # Pillow's decoders raise exceptions of any kind
+        raise _damaged(what, error) from error
+
+
+def _open(data: bytes, what: str, *, is_drafted: bool = False) -> Image.Image:
+    """Open an image by its header, without decoding pixels.
+
+    is_drafted: whether a JPEG may have more pixels than Pillow opens.
+    """
     try:
         return Image.open(io.BytesIO(data), formats=tuple(_SIGNATURES))
     except MemoryError:
         raise
     except Image.DecompressionBombError as error:
-        raise _giant(what, f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels") from error
+        if is_drafted and data.startswith(_SIGNATURES["JPEG"]):
+            return JpegImagePlugin.JpegImageFile(io.BytesIO(data))
+        size = f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels"
+        raise _giant(what, size, MAX_PIXELS) from error
     except Exception as error:
         signatures = [sign for signs in _SIGNATURES.values() for sign in signs]
         if data.startswith(tuple(signatures)):
@@ -172,6 +203,61 @@ def _open(data: bytes, what: str) -> Image.Image:
             f"give a {', '.join(_SIGNATURES)} file",
             ImageFault.FOREIGN,
         ) from error
+
+
+def _draft(image: Image.Image, min_side: int, data: bytes, max_pixels: int) -> None:
+    """Have a JPEG decoded at a part of its size, unless that takes too much time or memory."""
+    if not isinstance(image, JpegImagePlugin.JpegImageFile):
+        return
+    num_pixels = image.width * image.height
+    if num_pixels > max_pixels:
+        if num_pixels > MAX_JPEG_PIXELS:
+            return
+        areas = [across * down for _, across, down, _ in image.layer]
+        if _has_several_scans(data) and 2 * num_pixels * sum(areas) > 4 * max_pixels * max(areas):
+            return
+    image.draft(None, (min_side, min_side))
+
+
+def _has_several_scans(data: bytes) -> bool:
+    """Return whether all coefficients of a JPEG, two bytes each, are in memory while it is decoded.
+
+    So it is for a progressive file, and for one whose first scan has not all of its components.
+    """
+    at, num_components = 2, 0
+    while at + 10 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xFF:  # a byte that fills
+            at += 1
+            continue
+        if marker == 0xDA:  # start of scan
+            return data[at + 4] < num_components
+        if marker in (0xC0, 0xC1, 0xC9):  # a frame in sequence; all others are progressive
+            num_components = data[at + 9]
+        elif 0xC2 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return True
+        at += 2 + int.from_bytes(data[at + 2 : at + 4])
+    return True
+
+
+def _without_descriptions(data: bytes) -> Iterator[bytes]:
+    """Return a PNG file without its texts, then with its pixels alone, where that is shorter."""
+    if not data.startswith(_SIGNATURES["PNG"]):
+        return
+    for with_pixels_alone in (False, True):
+        at, parts = 8, [data[:8]]
+        while at < len(data):
+            kind = data[at + 4 : at + 8]
+            end = at + 12 + int.from_bytes(data[at : at + 4])
+            is_ancillary = kind[:1] >= b"a"  # lower case
+            if kind not in _PNG_TEXT and (
+                kind in _PNG_NEEDED or not (with_pixels_alone and is_ancillary)
+            ):
+                parts.append(data[at:end])
+            at = end
+        shorter = b"".join(parts)
+        if len(shorter) < len(data):
+            yield shorter
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -185,21 +271,9 @@ def _upright(image: Image.Image) -> Image.Image:
     return image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        # Sixteen-bit grey: Pillow's conversion would clip everything above 255 to white.
-        grey = np.asarray(image).astype(np.int64).clip(0, 65_535)
-        return Image.fromarray(((grey * 255 + 32_767) // 65_535).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")  # convert always copies
-
-
-def _giant(what: str, size: str) -> ImageError:
+def _giant(what: str, size: str, max_pixels: int) -> ImageError:
     return ImageError(
-        f"{what} has {size}; the limit is {MAX_PIXELS:,}: make it smaller first", ImageFault.GIANT
+        f"{what} has {size}; the limit is {max_pixels:,}: make it smaller first", ImageFault.GIANT
     )
 
 

@@ -44,6 +44,12 @@ def png_claiming(width, height):
     )
 
 
+def jpeg_claiming(width, height):
+    """Return a JPEG whose header gives a size and whose data have hardly any pixels."""
+    data = encoded(Image.new("L", (8, 8)), "JPEG")
+    return data.replace(struct.pack(">HH", 8, 8), struct.pack(">HH", height, width), 1)
+
+
 def noise(width, height, seed=0):
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
@@ -155,6 +161,80 @@ def test_a_large_jpeg_is_decoded_no_smaller_than_asked():
     data = encoded(noise(800, 400), "JPEG")
     assert decode_image(data, what="picture", min_side=90).size == (200, 100)
     assert decode_image(data, what="picture").size == (800, 400)
+
+
+def test_a_photograph_of_48_megapixels_is_taken_where_it_is_decoded_smaller():
+    data = encoded(Image.new("RGB", (8064, 6048), "red"), "JPEG")
+    assert decode_image(data, what="picture", min_side=700).size == (1008, 756)
+    with pytest.raises(ImageError, match="8064 x 6048"):
+        decode_image(data, what="picture")
+    with pytest.raises(ImageError, match="8064 x 6048"):  # it cannot be halved
+        decode_image(data, what="picture", min_side=4000)
+
+
+def test_a_photograph_of_200_megapixels_is_taken_where_it_is_decoded_smaller():
+    data = encoded(Image.new("L", (16_320, 12_240), 99), "JPEG")
+    assert decode_image(data, what="picture", min_side=256).size == (2040, 1530)
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (jpeg_claiming(65_000, 6_000), "390,000,000 pixels"),
+        (png_claiming(60_000, 60_000), "more than"),
+        (png_claiming(8_064, 6_048), "48,771,072 pixels"),  # only JPEG is decoded smaller
+    ],
+)
+def test_an_image_that_unfolds_too_far_is_refused_though_it_is_to_be_smaller(data, says):
+    with pytest.raises(ImageError, match=says) as refusal:
+        decode_image(data, what="picture", min_side=64)
+    assert refusal.value.fault is ImageFault.GIANT
+
+
+@pytest.mark.parametrize(("subsampling", "is_taken"), [(0, False), (2, True)])
+def test_a_progressive_jpeg_is_refused_when_its_coefficients_take_more_than_the_largest_image(
+    subsampling, is_taken
+):
+    image = Image.new("RGB", (8_000, 5_300))
+    data = encoded(image, "JPEG", progressive=True, subsampling=subsampling)
+    if is_taken:
+        assert decode_image(data, what="picture", min_side=100).size == (1_000, 663)
+    else:
+        with pytest.raises(ImageError, match="8000 x 5300"):
+            decode_image(data, what="picture", min_side=100)
+
+
+def text_chunk(kind, body, *, is_sound=True):
+    check = zlib.crc32(kind + body) + (not is_sound)
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", check & 0xFFFFFFFF)
+
+
+PACKED = zlib.compress(b"x" * 3_000_000)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        text_chunk(b"zTXt", b"workflow\0\0" + PACKED),
+        text_chunk(b"iTXt", b"workflow\0\1\0\0\0" + PACKED),
+        text_chunk(b"zTXt", b"log\0\0" + zlib.compress(b"x" * 1_000_000)) * 70,
+        text_chunk(b"tEXt", b"comment\0hello", is_sound=False),
+        text_chunk(b"tIME", b"\0" * 7, is_sound=False),
+        text_chunk(b"iCCP", b"printer\0\0" + PACKED),
+        text_chunk(b"iCCP", b"printer\0\7" + PACKED),
+    ],
+)
+def test_a_png_is_sound_whatever_its_descriptions_are(extra):
+    data = encoded(Image.new("RGB", (8, 8), "red"))
+    head = 8 + 25  # signature and header
+    assert pixel(data[:head] + extra + data[head:]) == (255, 0, 0)
+    assert pixel(data[:-12] + extra + data[-12:]) == (255, 0, 0)  # behind the pixels
+
+
+def test_a_damaged_png_with_descriptions_is_still_damaged():
+    data = encoded(noise(64, 64))
+    with pytest.raises(ImageError, match="truncated or damaged"):
+        decode_image(data[:33] + text_chunk(b"tEXt", b"a\0b") + data[33:4000], what="picture")
 
 
 def test_an_image_of_the_right_size_is_not_touched():

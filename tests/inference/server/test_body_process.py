@@ -28,7 +28,7 @@ def image_file(width: int = 300, height: int = 200, format: str = "PNG") -> str:
 
 def pixels_of(text: str | None, size: int) -> np.ndarray:
     assert text is not None
-    return to_square(decode_image(base64.b64decode(text), what="x"), size)
+    return to_square(decode_image(base64.b64decode(text), what="x", min_side=size), size)
 
 
 @pytest.fixture(scope="module")

@@ -128,6 +128,16 @@ def test_large_images_are_shrunk_and_small_ones_left_as_they_are(tmp_path, suffi
     assert images["small"].format == format
 
 
+def test_a_photograph_of_48_megapixels_is_shrunk(tmp_path):
+    folder = channel_of(tmp_path / "f", 1)
+    Image.new("RGB", (8064, 6048), (200, 30, 30)).save(folder / "large.jpg")
+    (folder / "large.txt").write_text("large")
+    assert main(["shard", str(folder), "--out", str(tmp_path / "s"), "--shrink-to", "64"]) == 0
+    dataset = open_channel(tmp_path / "s", image_size=20)
+    sizes = [Image.open(io.BytesIO(dataset.image_bytes(index))).size for index in range(2)]
+    assert (85, 64) in sizes
+
+
 def test_an_image_that_cannot_be_shrunk_is_left_out_and_counted(tmp_path, capsys):
     folder = channel_of(tmp_path / "f", 30)
     (folder / "003.png").write_bytes(b"no")

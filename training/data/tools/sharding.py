@@ -25,6 +25,7 @@ from training.data.skips import SkipReason, printable
 from training.data.sources.index import IMAGE_SUFFIXES, Pairs
 
 BLOCK = tarfile.BLOCKSIZE
+MAX_PIXELS_TO_SHRINK = 100_000_000  # as decoded; 400 MB as RGBA
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,12 @@ def _image(dataset: Pairs, index: int, shrink_to: int | None) -> tuple[str, byte
             suffix, data = ".png", _png(decode_image(data, what=what))
     if shrink_to is None:
         return suffix, data
-    image = decode_image(data, what=f"{dataset.channel}/{printable(name)}")
+    image = decode_image(
+        data,
+        what=f"{dataset.channel}/{printable(name)}",
+        min_side=2 * shrink_to,  # a JPEG is decoded at no less than twice the side it gets
+        max_pixels=MAX_PIXELS_TO_SHRINK,
+    )
     scale = shrink_to / min(image.size)
     if scale >= 1:
         return suffix, data
