@@ -1,5 +1,6 @@
 """The compiled step: as exact as torch's kernels, and replaced by them where it cannot run."""
 
+import ctypes
 import os
 import platform
 import shutil
@@ -262,7 +263,18 @@ class Loaded:
             self.dalle_layout = layout
 
 
-@pytest.mark.parametrize("layout", [None, lambda sizes: None])
+def same_layout(sizes):
+    """Write the sizes of this version."""
+    ours = (structures.CModel, structures.CLayer, structures.CHead, structures.CSampling)
+    numbers = [*map(ctypes.sizeof, ours), structures.LANES, structures.MOST_HEAD_WIDTH]
+    sizes[: len(numbers)] = numbers
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [None, lambda sizes: None, same_layout],
+    ids=["no layout", "another layout", "no dalle_sample"],
+)
 def test_code_of_another_version_is_not_used(layout, monkeypatch, caplog):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: SimpleNamespace(origin="it.so"))
     monkeypatch.setattr("ctypes.CDLL", lambda path: Loaded(1, layout))

@@ -227,8 +227,7 @@ def _has_our_layout(loaded: ctypes.CDLL) -> bool:
     structures = (CModel, CLayer, CHead, CSampling)
     ours = [*map(ctypes.sizeof, structures), LANES, MOST_HEAD_WIDTH]
     theirs = (c_int32 * 64)()  # room for the sizes of another version
-    try:
-        loaded.dalle_layout(theirs)
-    except AttributeError:
+    if not (hasattr(loaded, "dalle_layout") and hasattr(loaded, "dalle_sample")):
         return False
+    loaded.dalle_layout(theirs)
     return theirs[: len(ours)] == ours and not any(theirs[len(ours) :])
