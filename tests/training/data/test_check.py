@@ -68,7 +68,7 @@ def test_a_channel_that_cannot_be_read_at_all_is_a_problem(tmp_path, capsys):
     tar_of(channel_of(tmp_path, 2) / "a.tar", members_of(range(3)))
     status, found = diagnosis(capsys, tmp_path)
     assert status == 1
-    assert "either tar shards or single files" in found["problems"][0]
+    assert "tar shards or other files" in found["problems"][0]
     assert run(tmp_path) == 1
     assert "unreadable" in capsys.readouterr().out
 

@@ -197,7 +197,6 @@ def test_a_list_in_sagemakers_form_is_read(table):
 @pytest.mark.parametrize(
     ("beside", "says"),
     [
-        ({"000.txt": "a"}, "a table or text files, this one has metadata.csv, 000.txt"),
         ({"metadata.jsonl": "{}"}, "metadata.csv, metadata.jsonl"),
         ({"a.tar": ""}, "tar shards or other files, this one has a.tar, 000.png"),
     ],
@@ -216,10 +215,14 @@ def test_two_lists_are_refused_by_name(table):
         opened(table("000.png,a\n", "train.csv"))
 
 
-def test_a_list_beside_text_files_is_ignored(tmp_path):
+@pytest.mark.parametrize("name", ["notes.csv", "metadata.csv"])
+def test_text_files_count_before_a_table_and_metadata_that_is_not_read_is_told(
+    tmp_path, caplog, name
+):
     layouts.text_files(tmp_path, PAIRS)
-    (tmp_path / "notes.csv").write_text("000.png,a\n")
+    (tmp_path / name).write_text("000.png,a\n")
     assert opened(tmp_path).layout == "image-text folder"
+    assert ("metadata.csv is not read" in caplog.text) == (name == "metadata.csv")
 
 
 def test_parquet_with_plain_bytes_and_failed_rows_is_read_as_img2dataset_writes_it(tmp_path):

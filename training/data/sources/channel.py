@@ -112,19 +112,25 @@ def _table_reader(
     root: Path, files: list[File], channel: str, caption_key: str | None
 ) -> Reader[Any] | None:
     """Return the reader of the tables that name a channel's single images; None without any."""
-    metadata = [file for file in files if posixpath.basename(file.name) in METADATA_NAMES]
-    text = _text_beside_an_image(files)
-    if metadata and text:
-        raise _mixture(channel, "a table or text files", [printable(metadata[0].name), text])
+    filled = [file for file in files if file.num_bytes]
+    metadata = [file for file in filled if posixpath.basename(file.name) in METADATA_NAMES]
+    if text := _text_beside_an_image(files):
+        if metadata:
+            log.warning(
+                "%s: %s is not read, since images have text files such as %s; take one of the two "
+                "out of the channel",
+                channel,
+                printable(metadata[0].name),
+                text,
+            )
+        return None
     if metadata:
         for folder, tables in groupby(metadata, key=lambda file: posixpath.dirname(file.name)):
             if len(names := [file.name for file in tables]) > 1:
                 raise _mixture(channel, f"one metadata file in {folder or 'its folder'}", names)
         return TableReader(root, files, metadata, caption_key)
-    if text:
-        return None
-    lists = [file for file in files if file.suffix in LIST_SUFFIXES]
-    coco = find_coco(root, files, caption_key)
+    lists = [file for file in filled if file.suffix in LIST_SUFFIXES]
+    coco = find_coco(root, filled, caption_key)
     if len(lists) + len(coco) > 1:
         names = [printable(file.name) for file in (*lists, *(file for file, _ in coco))]
         raise _mixture(channel, "one table of captions", names)
