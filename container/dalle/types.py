@@ -20,6 +20,8 @@ ComponentName = Literal[StageName, "tokenizer"]
 COMPONENTS: tuple[ComponentName, ...] = get_args(ComponentName)
 
 TokenizerKind = Literal["word", "bpe", "clip"]
+SMALLEST_BPE_VOCABULARY = 258
+"""Padding, the unknown token and the 256 bytes, which byte pairs are made of."""
 
 # --- dVAE config
 

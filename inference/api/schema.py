@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -20,6 +21,8 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import PydanticCustomError
+
+from dalle.preprocess.captions import NUL, is_visible
 
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON parser keeps exactly
 MAX_DEADLINE_SECONDS = 3600.0  # the platform's limit for asynchronous and batch invocations
@@ -42,15 +45,34 @@ class Limits:
 DEFAULT_LIMITS = Limits()
 
 
+def _without_nul(text: str) -> str:
+    if NUL in text:
+        raise PydanticCustomError("nul", "must hold no NUL character, as UTF-16 read as UTF-8 does")
+    return text
+
+
+def _visible(text: str) -> str:
+    if not is_visible(text):
+        raise PydanticCustomError("invisible", "must hold a character that can be seen")
+    return text
+
+
 # The length makes pydantic check the characters too: half a surrogate pair, which JSON can carry
 # and no tokenizer can read, is refused.
-Text = Annotated[str, Field(max_length=MAX_CAPTION_CHARACTERS)]
+Text = Annotated[str, Field(max_length=MAX_CAPTION_CHARACTERS), AfterValidator(_without_nul)]
 Caption = Annotated[
     str,
     StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_CAPTION_CHARACTERS),
+    AfterValidator(_without_nul),
+    AfterValidator(_visible),
 ]
 # A class is returned as it was written, so it is not stripped; but it must not be blank.
-Class = Annotated[str, Field(min_length=1, max_length=MAX_CAPTION_CHARACTERS, pattern=r"\S")]
+Class = Annotated[
+    str,
+    Field(min_length=1, max_length=MAX_CAPTION_CHARACTERS, pattern=r"\S"),
+    AfterValidator(_without_nul),
+    AfterValidator(_visible),
+]
 Format = Literal["png", "jpeg", "webp"]
 Deadline = Annotated[
     float | None,

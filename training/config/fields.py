@@ -250,7 +250,7 @@ class JobHyperparameters(_Fields):
     tokenizer_kind: TokenizerKind = "bpe"
     """Words or byte pairs learned from the captions, or CLIP's byte pairs."""
     tokenizer_vocab_size: Annotated[int, Field(ge=16, le=1_000_000)] = 8192
-    """Largest number of different text tokens."""
+    """Largest number of different text tokens; at least 258 with bpe."""
     text_length: Annotated[int, Field(ge=1, le=4_096)] = 64
     """Text tokens that the models read; longer captions fail."""
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = DEFAULT_MAX_BAD_SHARE

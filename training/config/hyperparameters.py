@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 
 from dalle.errors import HyperparameterError
 from dalle.platform.environment import parse_value
-from dalle.types import ComponentName, StageName
+from dalle.types import SMALLEST_BPE_VOCABULARY, ComponentName, StageName
 from training.config import deepspeed as deepspeed_settings
 from training.config.deepspeed import TRAINED_BY_DEEPSPEED, Implied
 from training.config.fields import (
@@ -99,10 +99,21 @@ def parse(raw: Mapping[str, str]) -> Hyperparameters:
     problems += _double_budgets(stages)
     if not problems:
         parsed = Hyperparameters.model_validate({**job, **stages, "given": given_by_author})
-        problems = deepspeed_settings.refused_combinations(parsed)
+        problems = [*deepspeed_settings.refused_combinations(parsed), *_small_vocabulary(parsed)]
     if problems:
         raise HyperparameterError(_summary(problems))
     return parsed
+
+
+def _small_vocabulary(hyperparameters: JobHyperparameters) -> list[str]:
+    size = hyperparameters.tokenizer_vocab_size
+    if hyperparameters.tokenizer_kind != "bpe" or size >= SMALLEST_BPE_VOCABULARY:
+        return []
+    return [
+        f"tokenizer_vocab_size must be at least {SMALLEST_BPE_VOCABULARY} with tokenizer_kind=bpe, "
+        f"whose alphabet is the 256 bytes, got {size}; for fewer text tokens set "
+        "tokenizer_kind=word"
+    ]
 
 
 def without_effect(
@@ -123,6 +134,8 @@ def without_effect(
             reasons[name] = "the channel artefact brings a tokenizer"
         elif name in TOKENIZER_NAMES and not READS_CAPTIONS & {*trained}:
             reasons[name] = f"this job trains {', '.join(trained)}, which reads no captions"
+        elif name == "tokenizer_vocab_size" and hyperparameters.tokenizer_kind == "clip":
+            reasons[name] = "tokenizer_kind=clip always has CLIP's 49,409 text tokens"
         elif name in FOR_DEEPSPEED and hyperparameters.engine != "deepspeed":
             reasons[name] = f"it is DeepSpeed's, and engine={hyperparameters.engine}"
         elif name in {"engine", *FOR_DEEPSPEED} and not {*TRAINED_BY_DEEPSPEED} & {*trained}:
@@ -241,10 +254,16 @@ def _double_budgets(stages: Mapping[StageName, Mapping[str, Any]]) -> list[str]:
 
 def _typed(text: str, field: FieldInfo) -> Any:
     """Return the value of one text. Raises ValidationError or ValueError when it is wrong."""
-    value = parse_value(text)
-    kind = _schema(field)["type"]
-    if kind == "string":
+    value, schema = parse_value(text), _schema(field)
+    kind = schema["type"]
+    if kind == "string" and "enum" not in schema:
         value = value if isinstance(value, str) else text.strip()
+    else:
+        # The SDKs write text as JSON, some of them twice: "\"1e3\"" is 1e3.
+        while isinstance(value, str) and (inner := parse_value(value)) != value:
+            value = inner
+    if kind == "string":
+        value = value.strip() if isinstance(value, str) and "enum" in schema else value
     elif kind == "array" and isinstance(value, str):
         value = [part.strip() for part in value.split(",")]
     elif isinstance(value, bool) and kind != "boolean":

@@ -32,6 +32,7 @@ class SkipReason(StrEnum):
     GIANT_IMAGE = ImageFault.GIANT.value
     DAMAGED_IMAGE = ImageFault.DAMAGED.value
     NOT_UTF8 = "caption file not UTF-8"
+    NUL_IN_CAPTION = "caption with NUL bytes"
     NOT_JSON = "caption file not JSON"
     NO_CAPTION_KEY = "JSON without the caption key"
     EMPTY_CAPTION = "caption file without text"

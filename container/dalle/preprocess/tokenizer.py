@@ -13,9 +13,10 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
-from dalle.errors import ArtefactError, CaptionTooLong
+from dalle.errors import ArtefactError, CaptionTooLong, HyperparameterError
+from dalle.preprocess.captions import BLANKS, TRACELESS
 from dalle.preprocess.openai_clip import clip_module, openai_tokenizer
-from dalle.types import TokenizerKind
+from dalle.types import SMALLEST_BPE_VOCABULARY, TokenizerKind
 
 PADDING = "[PAD]"  # id 0: fills a caption up to the text length; the first one ends it
 UNKNOWN = "[UNK]"  # id 1: a word of no training caption (kind "word" only)
@@ -24,7 +25,7 @@ WORDS_PER_TEXT = 4096
 
 
 class CaptionTokenizer:
-    """Tokenizer of captions, `text_length` ids each.
+    """Tokenizer of captions, `text_length` ids each. Case and the kind of blanks do not matter.
 
     Kind "word" has an id for every word of the training captions and suits a small, closed
     vocabulary. "bpe" learns byte-pair merges and encodes any text. "clip" is the byte-pair encoding
@@ -53,8 +54,14 @@ class CaptionTokenizer:
         """Learn the vocabulary from captions.
 
         vocab_size: upper limit of the number of ids. text_length: tokens per caption, by default
-        those of the longest caption.
+        those of the longest caption. Raises HyperparameterError for a vocab_size below the
+        alphabet.
         """
+        if kind == "bpe" and vocab_size < SMALLEST_BPE_VOCABULARY:
+            raise HyperparameterError(
+                f"tokenizer_vocab_size must be at least {SMALLEST_BPE_VOCABULARY} with "
+                f"tokenizer_kind=bpe, got {vocab_size}"
+            )
         captions = list(captions)
         if kind == "clip":
             tokenizer = _clip_tokenizer()
@@ -168,7 +175,16 @@ def _untrained(kind: Literal["word", "bpe"]) -> Tokenizer:
         tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    # Saved with the tokenizer, so that one of an earlier version reads captions as it did.
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFC(),
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex(TRACELESS), ""),
+            normalizers.Replace(Regex(BLANKS), " "),
+            normalizers.Strip(),
+        ]
+    )
     return tokenizer
 
 

@@ -8,8 +8,9 @@ import clip
 import pytest
 import torch
 
-from dalle.errors import ArtefactError, CaptionTooLong
+from dalle.errors import ArtefactError, CaptionTooLong, HyperparameterError
 from dalle.preprocess.tokenizer import FILE_NAME, CaptionTokenizer
+from dalle.types import SMALLEST_BPE_VOCABULARY
 from training import rainbow
 
 CAPTIONS = ["a big red star", "a small blue circle", "a rotated green star on a yellow square"]
@@ -149,6 +150,60 @@ def test_the_vocabulary_is_no_larger_than_vocab_size():
     assert train("bpe", vocab_size=270).vocab_size == 270
 
 
+def test_byte_pairs_are_refused_a_vocabulary_below_their_alphabet():
+    smallest = SMALLEST_BPE_VOCABULARY
+    assert train("bpe", vocab_size=smallest).vocab_size == smallest
+    with pytest.raises(HyperparameterError, match=r"at least 258.*got 257"):
+        train("bpe", vocab_size=smallest - 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "other",
+    [
+        "a  big red star",
+        " a big\nred star\n",
+        "a\tbig\r\nred\u00a0star",
+        "a\u2003big\u3000red\u2028star",
+        "a\x0bbig red\x0c\x85star ",
+    ],
+)
+def test_every_run_of_blanks_is_one_blank(kind, other):
+    tokenizer = train(kind, text_length=20)
+    assert (tokenizer.encode([other]) == tokenizer.encode(["a big red star"])).all()
+
+
+@pytest.mark.parametrize("kind", ["word", "bpe"])
+@pytest.mark.parametrize(
+    "other", ["\ufeffa big red star", "a big\u200b r\u00aded\x07 \u202astar\0"]
+)
+def test_characters_without_a_trace_make_no_tokens(kind, other):
+    tokenizer = train(kind, text_length=20)
+    assert (tokenizer.encode([other]) == tokenizer.encode(["a big red star"])).all()
+
+
+def test_joiners_count_as_they_decide_how_their_neighbours_look():
+    family, people = "\U0001f468\u200d\U0001f469", "\U0001f468\U0001f469"
+    tokenizer = train("bpe", text_length=40)
+    assert (tokenizer.encode([family]) != tokenizer.encode([people])).any()
+
+
+def test_blanks_in_the_training_captions_change_no_tokenizer():
+    usual = train("bpe", text_length=20)
+    other = [caption.replace(" ", " \t\n") for caption in CAPTIONS]
+    again = CaptionTokenizer.train(other, kind="bpe", text_length=20)
+    assert again.identity() == usual.identity()
+
+
+def test_a_tokenizer_of_an_earlier_version_reads_captions_as_it_did(tmp_path):
+    train("bpe", text_length=20).save(tmp_path)
+    content = json.loads((tmp_path / FILE_NAME).read_text())
+    content["normalizer"]["normalizers"] = content["normalizer"]["normalizers"][:2]
+    (tmp_path / FILE_NAME).write_text(json.dumps(content))
+    tokenizer = CaptionTokenizer.load(tmp_path)
+    assert (tokenizer.encode(["a  star"]) != tokenizer.encode(["a star"])).any()
+
+
 @pytest.mark.parametrize("text", HARD_STRINGS)
 def test_clip_ids_are_openais_moved_up_by_one(text):
     start, *ids = clip.tokenize(text)[0].tolist()
@@ -220,6 +275,7 @@ OF_ALL_HOSTS = [
 @pytest.mark.parametrize("kind", ["word", "bpe", "clip"])
 @pytest.mark.parametrize("vocab_size", [12, 290, 400])
 def test_word_counts_of_parts_train_the_tokenizer_of_the_whole(kind, vocab_size):
+    vocab_size = max(vocab_size, SMALLEST_BPE_VOCABULARY) if kind == "bpe" else vocab_size
     options = {"kind": kind, "vocab_size": vocab_size, "text_length": 32}
     parts = [
         CaptionTokenizer.count_words(part, kind) for part in (OF_ALL_HOSTS[:2], OF_ALL_HOSTS[2:])

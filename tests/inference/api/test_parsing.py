@@ -68,6 +68,31 @@ def test_a_body_that_cannot_be_read_is_a_400(body, says):
     assert (caught.value.status, caught.value.code) == (400, "malformed_body")
 
 
+@pytest.mark.parametrize(
+    "caption", ["\u200b", "\ufeff\u2060", "\x07", "\u3164 \u2800", "a\0b", "a star\0", "\0"]
+)
+def test_a_caption_that_cannot_be_seen_or_holds_nul_is_refused_by_its_field(caption):
+    image = base64.b64encode(b"x").decode()
+    for body, field in (
+        ({"caption": caption}, "caption"),
+        ({"images": [image], "classes": ["a", caption]}, "classes[1]"),
+    ):
+        with pytest.raises(UserError, match=r"must hold (no NUL|a character)") as caught:
+            parse(body)
+        assert (caught.value.status, caught.value.field) == (422, field)
+
+
+def test_a_bare_caption_in_utf16_is_refused():
+    with pytest.raises(UserError, match="NUL"):
+        parse_request("a star".encode("utf-16-le"), BodyKind.TEXT, limits=LIMITS)
+
+
+def test_the_beginning_of_a_caption_may_be_empty_but_holds_no_nul():
+    assert parse({"complete": ""}).complete == ""
+    with pytest.raises(UserError, match="complete must hold no NUL"):
+        parse({"complete": "a\0"})
+
+
 def test_a_body_over_the_limit_is_a_413():
     with pytest.raises(UserError, match="larger than 10,000 bytes") as caught:
         parse({"caption": "a", "prime_image": "a" * 10_000})

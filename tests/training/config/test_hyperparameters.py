@@ -1,6 +1,7 @@
 """training.config.hyperparameters: flat text in, typed models or one complete error out."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 
@@ -33,6 +34,46 @@ def test_without_hyperparameters_everything_has_its_default():
 @pytest.mark.parametrize("text", ["10", " 10 ", '"10"', "10.0"])
 def test_a_number_may_be_written_as_the_platform_and_the_sdks_write_it(text):
     assert parse({"epochs": text}).dvae.epochs == 10
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("max_steps", "1e3"),
+        ("max_steps", " 10 "),
+        ("max_steps", "None"),
+        ("learning_rate", "1e-3"),
+        ("attention_kinds", '["full", "axial_row"]'),
+        ("attention_kinds", "full,axial_row"),
+        ("activation_checkpointing", "True"),
+        ("activation_checkpointing", "false"),
+        ("batch_size", "auto"),
+        ("precision", "bf16"),
+        ("norm", "None"),
+    ],
+)
+def test_a_value_that_was_encoded_as_json_again_is_the_same_value(name, text, layers):
+    encoded = text
+    for _ in range(layers):
+        encoded = json.dumps(encoded)
+    usual, again = (parse({name: each}).transformer for each in (text, encoded))
+    assert getattr(again, name) == getattr(usual, name)
+
+
+@pytest.mark.parametrize("text", ["10", "true", "null", "1e3", '{"a": 1}'])
+def test_a_free_text_that_was_encoded_as_json_stays_text(text):
+    assert parse({"licence": json.dumps(text)}).licence == parse({"licence": text}).licence == text
+
+
+@pytest.mark.parametrize("kind", ["bpe", None])
+def test_a_vocabulary_below_the_alphabet_of_byte_pairs_is_refused(kind):
+    given = {"tokenizer_vocab_size": "100"} | ({"tokenizer_kind": kind} if kind else {})
+    with pytest.raises(HyperparameterError, match=r"at least 258 .*got 100.*tokenizer_kind=word"):
+        parse(given)
+    assert parse(given | {"tokenizer_kind": "word"}).tokenizer_vocab_size == 100
+    settings = parse(given | {"tokenizer_kind": "clip"})
+    assert "49,409" in without_effect(settings, STAGES)["tokenizer_vocab_size"]
 
 
 def test_a_plain_name_sets_every_stage_and_a_prefixed_one_wins():
@@ -147,7 +188,8 @@ def test_settings_of_a_tokenizer_that_is_not_learned_are_found():
     settings = parse({"tokenizer_kind": "clip", "tokenizer_vocab_size": "64", "text_length": "8"})
     names = ["text_length", "tokenizer_kind", "tokenizer_vocab_size"]
     trained = ["transformer", "clip"]
-    assert without_effect(settings, trained, present=["dvae"]) == {}
+    fixed = "tokenizer_kind=clip always has CLIP's 49,409 text tokens"
+    assert without_effect(settings, trained, present=["dvae"]) == {"tokenizer_vocab_size": fixed}
     brought = "the channel artefact brings a tokenizer"
     given = without_effect(settings, trained, present=["dvae", "tokenizer"])
     assert given == dict.fromkeys(names, brought)

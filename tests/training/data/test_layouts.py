@@ -67,6 +67,32 @@ def test_the_same_pairs_come_out_of_every_layout(layout, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("layout", layouts.write)
+def test_a_caption_that_cannot_be_seen_is_counted_in_every_layout(layout, tmp_path, caplog):
+    pairs = [*PAIRS[:4], ("unseen", PAIRS[5][1], ("\u200b\ufeff\u2060",))]
+    layouts.write[layout](tmp_path, pairs)
+    dataset = opened(tmp_path)
+    assert len(dataset) == 4
+    assert dataset.skips.counts[SkipReason.EMPTY_CAPTION] == 1
+    assert "U+200B" in caplog.text
+
+
+@pytest.mark.parametrize("layout", layouts.write)
+def test_blanks_in_captions_are_joined_in_every_layout(layout, tmp_path):
+    pairs = [(name, image, ("a \t red\u00a0star ",)) for name, image, _ in PAIRS[:2]]
+    layouts.write[layout](tmp_path, pairs)
+    assert opened(tmp_path).captions(0) == ("a red star",)
+
+
+@pytest.mark.parametrize("layout", set(layouts.write) - {"metadata_csv", "list_csv"})
+def test_a_caption_with_nul_bytes_is_counted_and_named_in_every_layout(layout, tmp_path):
+    pairs = [*PAIRS[:4], ("utf16", PAIRS[5][1], ("a star".encode("utf-16-le").decode(),))]
+    layouts.write[layout](tmp_path, pairs)
+    dataset = opened(tmp_path)
+    assert len(dataset) == 4
+    assert dataset.skips.counts[SkipReason.NUL_IN_CAPTION] == 1
+
+
+@pytest.mark.parametrize("layout", layouts.write)
 def test_an_opened_layout_survives_a_fork_and_names_its_pairs_apart(layout, tmp_path):
     layouts.write[layout](tmp_path, PAIRS)
     dataset = opened(tmp_path)

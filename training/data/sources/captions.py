@@ -7,7 +7,9 @@ the bytes came from.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 
+from dalle.preprocess.captions import NUL, is_visible, joined_blanks
 from training.data.skips import SkipReason, Skips
 
 MAX_CAPTION_BYTES = 1 << 20
@@ -19,12 +21,7 @@ Captions = tuple[str, ...]
 def captions_of_text(data: bytes, name: str, skips: Skips) -> Captions:
     """Return the lines of a UTF-8 file that hold text."""
     content = _decode(data, name, skips)
-    if content is None:
-        return ()
-    captions = tuple(line.strip() for line in content.split("\n") if line.strip())
-    if not captions:
-        skips.add(SkipReason.EMPTY_CAPTION, name)
-    return captions
+    return () if content is None else _with_text(content.split("\n"), name, name, skips)
 
 
 def captions_of_json(data: bytes, key: str, name: str, skips: Skips) -> Captions:
@@ -62,10 +59,10 @@ def captions_of_value(value: object, key: str, name: str, skips: Skips) -> Capti
     except UnicodeEncodeError:  # JSON may spell what is not Unicode, such as "\ud800"
         skips.add(SkipReason.NOT_UTF8, name, f"{name}: {key!r} holds half of a surrogate pair")
         return ()
-    captions = tuple(" ".join(text.split()) for text in texts if text.strip())
-    if not captions:
-        skips.add(SkipReason.EMPTY_CAPTION, name, f"{name}: {key!r} holds no text")
-    return captions
+    if any(NUL in text for text in texts):
+        skips.add(SkipReason.NUL_IN_CAPTION, name, f"{name}: {key!r} holds a NUL character")
+        return ()
+    return _with_text(texts, f"{name}: {key!r}", name, skips)
 
 
 def captions_of_attribute(data: bytes, key: str, name: str, skips: Skips) -> Captions | None:
@@ -88,10 +85,27 @@ def captions_of_attribute(data: bytes, key: str, name: str, skips: Skips) -> Cap
     return None
 
 
+def _with_text(texts: Iterable[str], where: str, name: str, skips: Skips) -> Captions:
+    """Return the texts that can be seen, each on one line; count the name when none can."""
+    texts = tuple(joined_blanks(text) for text in texts)
+    captions = tuple(text for text in texts if is_visible(text))
+    if not captions:
+        unseen = sorted({f"U+{ord(character):04X}" for text in texts for character in text})
+        of_what = f", only {', '.join(unseen[:4])}" if unseen else ""
+        skips.add(SkipReason.EMPTY_CAPTION, name, f"{where} holds no text{of_what}")
+    return captions
+
+
 def _decode(data: bytes, name: str, skips: Skips) -> str | None:
     try:
-        return data.decode("utf-8-sig")
+        content = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         detail = f"{name}: not UTF-8 at byte {error.start}; save it as UTF-8"
         skips.add(SkipReason.NOT_UTF8, name, detail)
         return None
+    if NUL in content:
+        at = data.index(NUL.encode())
+        detail = f"{name}: byte {at} is NUL, as in UTF-16; save it as UTF-8"
+        skips.add(SkipReason.NUL_IN_CAPTION, name, detail)
+        return None
+    return content
