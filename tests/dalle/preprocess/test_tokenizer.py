@@ -165,7 +165,7 @@ def test_byte_pairs_are_refused_a_vocabulary_below_their_alphabet():
         " a big\nred star\n",
         "a\tbig\r\nred\u00a0star",
         "a\u2003big\u3000red\u2028star",
-        "a\x0bbig red\x0c\x85star ",
+        "a\x0bbig red\x0cstar ",
     ],
 )
 def test_every_run_of_blanks_is_one_blank(kind, other):
