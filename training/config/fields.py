@@ -252,7 +252,10 @@ class JobHyperparameters(_Fields):
     tokenizer_vocab_size: Annotated[int, Field(ge=16, le=1_000_000)] = 8192
     """Largest number of different text tokens; at least 258 with bpe."""
     text_length: Annotated[int, Field(ge=1, le=4_096)] = 64
-    """Text tokens that the models read; longer captions fail."""
+    """Text tokens that the models read; see long_captions."""
+    long_captions: Literal["fail", "cut", "skip"] = "fail"
+    """What becomes of a training caption of more than text_length tokens: the job fails, the
+    caption is cut to its first words, or it is left out; counted and named."""
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = DEFAULT_MAX_BAD_SHARE
     """The job fails when more than this share of the pairs cannot be used."""
     caption_key: Annotated[str, Field(max_length=256)] = ""

@@ -132,7 +132,7 @@ def without_effect(
             reasons[name] = f"this job trains {', '.join(trained)}"
         elif name in TOKENIZER_NAMES and "tokenizer" in present:
             reasons[name] = "the channel artefact brings a tokenizer"
-        elif name in TOKENIZER_NAMES and not READS_CAPTIONS & {*trained}:
+        elif name in {"long_captions", *TOKENIZER_NAMES} and not READS_CAPTIONS & {*trained}:
             reasons[name] = f"this job trains {', '.join(trained)}, which reads no captions"
         elif name == "tokenizer_vocab_size" and hyperparameters.tokenizer_kind == "clip":
             reasons[name] = "tokenizer_kind=clip always has CLIP's 49,409 text tokens"

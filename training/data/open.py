@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from dalle.platform.environment import Channel
@@ -39,9 +40,11 @@ def open_data(
     num_hosts: int,
     stop: Stop,
     most: int | None = None,
+    prepare: Callable[[Pairs, HostPart | None], None] | None = None,
 ) -> OpenedChannel:
     """Find a channel's pairs, and decode them into memory where they are few on every host.
 
+    prepare: changes captions before any image is read, see `long_captions`; every rank calls it.
     most: take a random sample of so many pairs, all hosts together.
     Every rank calls this. Raises what `open_channel`, `open_pipe` and `Preloaded` raise; Stopped on
     every rank when one is stopped.
@@ -73,6 +76,8 @@ def open_data(
         )
 
     found = on_all_ranks(ranks, find)
+    if prepare is not None:
+        prepare(found, part)
     if part:
         found.max_bad_share = max_bad_share
         part.share_skips(found.skips, max_bad_share)

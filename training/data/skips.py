@@ -36,6 +36,8 @@ class SkipReason(StrEnum):
     NOT_JSON = "caption file not JSON"
     NO_CAPTION_KEY = "JSON without the caption key"
     EMPTY_CAPTION = "caption file without text"
+    LONG_CAPTION = "caption over text_length"  # where the author has these skipped: not bad
+    CUT_CAPTION = "caption cut to text_length"  # the pair is used
     GIANT_CAPTION = "caption over 1 MiB"
     NO_IMAGE = "row without image"
     BAD_ROW = "row that cannot be read"
@@ -56,7 +58,15 @@ class SkipReason(StrEnum):
         return SkipReason(error.fault.value)
 
 
-NOT_BAD = frozenset({SkipReason.IGNORED, SkipReason.UNLISTED, SkipReason.FURTHER})
+NOT_BAD = frozenset(
+    {
+        SkipReason.IGNORED,
+        SkipReason.UNLISTED,
+        SkipReason.FURTHER,
+        SkipReason.LONG_CAPTION,
+        SkipReason.CUT_CAPTION,
+    }
+)
 
 
 class Match(StrEnum):

@@ -6,6 +6,7 @@ Knows channels, configs and batches; knows nothing of losses and checkpoints.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 
 from dalle import artefact as artefacts
 from dalle.artefact import Artefact
-from dalle.errors import ArtefactError
+from dalle.errors import ArtefactError, CaptionTooLong
 from dalle.models.clip import Clip
 from dalle.models.dvae import DiscreteVAE, DVAEConfig
 from dalle.platform.environment import Job
@@ -24,13 +25,17 @@ from training.config.models import Config, TextSizes, clip_config, dvae_config, 
 from training.data.batching.batches import Batches
 from training.data.batching.preload import Preloaded
 from training.data.batching.token_cache import cache_tokens, tokens_fit
+from training.data.long_captions import fit_captions, too_long
 from training.data.open import OpenedChannel, open_data, totals_of
 from training.data.pairs import Dataset
-from training.data.sharded import on_all_ranks
+from training.data.sharded import HostPart, on_all_ranks
+from training.data.sources.index import Pairs
 from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from training.loop.budget import Budget
 from training.loop.stages import StageData, weights_hash
 from training.stopping import Stop, unless_stopped
+
+logger = logging.getLogger(__name__)
 
 VALIDATION_PAIRS = 512
 """Pairs that each validation measures."""
@@ -74,12 +79,29 @@ class Inputs:
             num_hosts=len(self.job.hosts) if self.ranks.size > 1 else 1,
             stop=self.stop,
             most=most,
+            prepare=self._fit_captions if self._cuts_or_skips() else None,
         )
+
+    def _cuts_or_skips(self) -> bool:
+        settings = self.hyperparameters
+        return settings.long_captions != "fail" and settings.stage != "dvae"
+
+    def _fit_captions(self, pairs: Pairs, part: HostPart | None) -> None:
+        """Cut or leave out captions that are too long, by the tokenizer of all of them."""
+        how = self.hyperparameters.long_captions
+        assert how != "fail", "check_captions does that"
+
+        def fit() -> None:
+            fit_captions(pairs, self._tokenizer_of(pairs, part), how, self.stop)
+
+        on_all_ranks(self.ranks, fit)
 
     def tokenizer(self) -> CaptionTokenizer:
         """Return the artefact's tokenizer, or train one on the training captions first."""
+        return self._tokenizer_of(self.train.pairs, self.train.part)
+
+    def _tokenizer_of(self, pairs: Dataset, part: HostPart | None) -> CaptionTokenizer:
         if self.artefact.tokenizer is None:
-            pairs, part = self.train.pairs, self.train.part
             numbers = unless_stopped(range(len(pairs)), self.stop)
             settings = self.hyperparameters
             learn = CaptionTokenizer.train if part is None else part.tokenizer
@@ -89,6 +111,13 @@ class Inputs:
                 vocab_size=settings.tokenizer_vocab_size,
                 text_length=settings.text_length,
             )
+            if self.ranks.is_first:
+                logger.info(
+                    "tokenizer: %s, %d different text tokens; tokenizer_vocab_size allows %d",
+                    settings.tokenizer_kind,
+                    self.artefact.tokenizer.vocab_size,
+                    settings.tokenizer_vocab_size,
+                )
         return self.artefact.tokenizer
 
     def check_captions(self) -> None:
@@ -96,7 +125,10 @@ class Inputs:
         tokenizer = self.tokenizer()
         for opened in filter(None, (self.train, self.validation)):
             for index in unless_stopped(range(len(opened.pairs)), self.stop):
-                tokenizer.encode(opened.pairs.captions(index))
+                try:
+                    tokenizer.encode(opened.pairs.captions(index))
+                except CaptionTooLong as error:
+                    raise too_long(opened.pairs, index, error) from error
 
     def config(self, stage: StageName) -> Config:
         """Return the config of a stage's model. Raises HyperparameterError when it is invalid."""

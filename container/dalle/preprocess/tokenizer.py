@@ -126,6 +126,19 @@ class CaptionTokenizer:
             text_tokens[row, :count] = torch.tensor(ids, dtype=torch.int64)
         return text_tokens
 
+    def fitting(self, caption: str) -> str:
+        """Return the longest beginning of a caption that fits into the text length."""
+        (ids,) = self._ids([caption])
+        if len(ids) <= self.text_length:
+            return caption
+        low, high = 0, len(caption)  # the first fits, the second does not
+        while high - low > 1:
+            middle = (low + high) // 2
+            (ids,) = self._ids([caption[:middle]])
+            low, high = (middle, high) if len(ids) <= self.text_length else (low, middle)
+        words = caption[:low].rpartition(" ")[0] if caption[low] != " " else caption[:low]
+        return (words or caption[:low]).rstrip()
+
     def _ids(self, captions: Sequence[str]) -> list[list[int]]:
         """Return the ids of each caption, of any number and without padding."""
         cleaned = map(_clip_cleaned, captions) if self._cleans_as_clip else captions

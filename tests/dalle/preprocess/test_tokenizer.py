@@ -96,6 +96,23 @@ def test_a_caption_that_is_too_long_is_named_with_its_length_and_the_limit(kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", [*HARD_STRINGS, "zebra" * 20, "日本" * 20])
+@pytest.mark.parametrize("text_length", [4, 9])
+def test_the_beginning_that_fits_into_the_text_length_is_encoded(kind, text, text_length):
+    tokenizer = train(kind, text_length=text_length)
+    fitting = tokenizer.fitting(text)
+    assert text.startswith(fitting)
+    tokenizer.encode([fitting])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_caption_is_cut_between_words(kind):
+    tokenizer = train(kind, text_length=4)
+    assert tokenizer.fitting("a a a a a") == "a a a a"
+    assert tokenizer.fitting("a red star") == "a red star"
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_case_is_ignored(kind):
     tokenizer = train(kind)
     assert (tokenizer.encode(["A BIG Red star"]) == tokenizer.encode(["a big red star"])).all()
@@ -165,10 +182,16 @@ def test_byte_pairs_are_refused_a_vocabulary_below_their_alphabet():
         " a big\nred star\n",
         "a\tbig\r\nred\u00a0star",
         "a\u2003big\u3000red\u2028star",
-        "a\x0bbig red\x0cstar ",
     ],
 )
 def test_every_run_of_blanks_is_one_blank(kind, other):
+    tokenizer = train(kind, text_length=20)
+    assert (tokenizer.encode([other]) == tokenizer.encode(["a big red star"])).all()
+
+
+@pytest.mark.parametrize("kind", ["word", "bpe"])  # CLIP's repairs odd characters in its own way
+@pytest.mark.parametrize("other", ["a\x0bbig\x1fred\x0c\x85star", "a\x1cbig red\u2029star"])
+def test_odd_line_breaks_and_separators_are_blanks(kind, other):
     tokenizer = train(kind, text_length=20)
     assert (tokenizer.encode([other]) == tokenizer.encode(["a big red star"])).all()
 

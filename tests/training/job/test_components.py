@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dalle import artefact as artefacts
+from dalle.errors import CaptionTooLong, DataError
 from dalle.manifest import Manifest, StageRecord
 from dalle.platform.environment import read_job
 from dalle.platform.outputs import prepare_outputs
@@ -19,6 +20,7 @@ from tests.training.pairs import tar_of
 from training.config.hyperparameters import parse
 from training.data.batching.preload import to_chw
 from training.data.batching.token_cache import TokenCache
+from training.data.skips import SkipReason
 from training.job.components import Components
 from training.job.inputs import Inputs
 from training.job.output import Output
@@ -78,6 +80,75 @@ def test_everything_that_the_channels_brought_is_present_and_nothing_learned_lat
     assert inputs.present == set()
     shutil.copytree(tiny_artefact, opt_ml.add_channel("artefact"), dirs_exist_ok=True)
     assert open_inputs().present == set(COMPONENTS)
+
+
+@pytest.fixture
+def long_caption(opt_ml):
+    """Four pairs with a long caption among them, one with nothing but a long one, and a held-out
+    one."""
+    train = fill(opt_ml.add_channel("train"), 5)
+    (train / "2.txt").write_text("picture 2\nthis picture has a caption of many words")
+    (train / "3.txt").write_text("picture 3 is the third one of all")
+    held_out = fill(opt_ml.add_channel("validation"), 2)
+    (held_out / "1.txt").write_text("picture number one and nothing more")
+
+
+def captions_of(pairs):
+    return [pairs.captions(index) for index in range(len(pairs))]
+
+
+def test_a_caption_that_is_too_long_ends_the_job_by_file_and_caption(long_caption, open_inputs):
+    inputs = open_inputs(text_length="4")
+    with pytest.raises(CaptionTooLong) as caught:
+        Components(inputs).check(["transformer"])
+    for part in ("train/2.png: ", "'this picture has", "text_length", "long_captions"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["word", "clip"])
+def test_captions_that_are_too_long_are_cut_to_their_first_words(
+    long_caption, open_inputs, caplog, kind
+):
+    inputs = open_inputs(text_length="4", long_captions="cut", tokenizer_kind=kind)
+    Components(inputs).check(["transformer", "clip"])
+    pairs = inputs.train.pairs
+    assert captions_of(pairs)[2:4] == [
+        ("picture 2", "this picture has a"),
+        ("picture 3 is the",),
+    ]
+    assert captions_of(inputs.validation.pairs)[1] == ("picture number one and",)
+    assert pairs.skips.counts[SkipReason.CUT_CAPTION] == 2
+    assert (pairs.skips.num_bad, pairs.skips.num_good) == (0, 5)
+    assert "2.png: caption cut to text_length, 4 tokens: 'this picture has a cap" in caplog.text
+
+
+def test_captions_that_are_too_long_are_left_out_and_pairs_without_others_too(
+    long_caption, open_inputs, caplog
+):
+    inputs = open_inputs(text_length="4", long_captions="skip", max_bad_share="0")
+    Components(inputs).check(["transformer"])
+    pairs = inputs.train.pairs
+    assert captions_of(pairs) == [(f"picture {number}",) for number in (0, 1, 2, 4)]
+    assert [int(pairs.image(index)[0, 0, 0]) for index in range(4)] == [0, 1, 2, 4]
+    assert inputs.train.totals.num_pairs == pairs.skips.num_good == 4
+    assert pairs.skips.counts[SkipReason.LONG_CAPTION] == 2
+    assert "3.png: caption over text_length, 4 tokens: 'picture 3 is" in caplog.text
+    assert len(inputs.validation.pairs) == 1
+
+
+def test_a_job_whose_every_caption_is_too_long_is_refused(opt_ml, open_inputs):
+    fill(opt_ml.add_channel("train"), 3)
+    with pytest.raises(DataError, match="train: every caption is longer than text_length=1"):
+        open_inputs(text_length="1", long_captions="skip")
+
+
+def test_captions_are_not_cut_where_none_is_too_long(opt_ml, open_inputs):
+    fill(opt_ml.add_channel("train"), 3)
+    usual = open_inputs(text_length="4").train.totals.fingerprint
+    for how in ("cut", "skip"):
+        inputs = open_inputs(text_length="4", long_captions=how)
+        assert inputs.train.totals.fingerprint == usual
+        assert inputs.train.pairs.skips.counts == {}
 
 
 def test_a_component_whose_training_was_stopped_is_taken_with_a_warning_and_a_note(

@@ -103,17 +103,28 @@ class Pairs:
             skips.counts[SkipReason.IGNORED],
         )
         self._reader = reader
-        self._images: list[File] = [image for image, _ in pairs]
-        self._captions: list[Captions] = [captions for _, captions in pairs]
+        self._hold(pairs)
         self.skips = skips
         self.channel = skips.channel
         self.image_size = image_size
         self.max_bad_share = max_bad_share
         self.layout = reader.layout
-        self.groups = reader.groups(self._images)
+
+    def _hold(self, pairs: Sequence[tuple[File, Captions]]) -> None:
+        self._images: list[File] = [image for image, _ in pairs]
+        self._captions: list[Captions] = [captions for _, captions in pairs]
+        self.groups = self._reader.groups(self._images)
         self.fingerprint = fingerprint(
             (image.identity, image.num_bytes, captions) for image, captions in pairs
         )
+
+    def replace_captions(self, captions: Sequence[Captions]) -> None:
+        """Replace each pair's captions, before any image is read; a pair without any is left out.
+
+        captions: of every pair, in order.
+        """
+        self._hold([pair for pair in zip(self._images, captions, strict=True) if pair[1]])
+        self.skips.num_pairs = len(self)
 
     def __len__(self) -> int:
         return len(self._images)

@@ -101,7 +101,7 @@ class Findings:
             found.append(
                 f"{self.long_captions.count:,} captions are longer than text_length "
                 f"{self.long_captions.text_length} text tokens: a job would fail; shorten them, or "
-                "raise text_length"
+                "raise text_length, or set long_captions to cut or skip"
             )
         held_out = self.channels[-1].num_pairs
         if self.leaks.count > self.max_bad_share * held_out:

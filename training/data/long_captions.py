@@ -1,0 +1,64 @@
+"""Captions of more text tokens than the models read: what is done about them, before any image.
+
+fail: the job ends, with the file, the caption and the remedies. cut: the beginning that fits stays.
+skip: the caption is left out, and the pair with its last one. Both are counted and named.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+from dalle.errors import CaptionTooLong, DataError
+from training.data.pairs import Dataset
+from training.data.skips import SkipReason, printable
+from training.data.sources.index import Pairs
+from training.stopping import Stop, unless_stopped
+
+LongCaptions = Literal["fail", "cut", "skip"]
+
+
+class CaptionFitter(Protocol):
+    """What is used of `dalle.preprocess.tokenizer.CaptionTokenizer`."""
+
+    text_length: int
+
+    def fitting(self, caption: str) -> str:
+        """Return the longest beginning of a caption that fits into the text length."""
+        ...
+
+
+def fit_captions(
+    pairs: Pairs, tokenizer: CaptionFitter, how: Literal["cut", "skip"], stop: Stop
+) -> None:
+    """Cut or leave out the captions of a channel that are too long, and count each.
+
+    Raises DataError when no pair is left; Stopped.
+    """
+    reason = SkipReason.CUT_CAPTION if how == "cut" else SkipReason.LONG_CAPTION
+    changed = []
+    for index in unless_stopped(range(len(pairs)), stop):
+        captions = []
+        for caption in pairs.captions(index):
+            fitting = tokenizer.fitting(caption)
+            if fitting != caption:
+                name = pairs.name(index)
+                detail = f"{name}: {reason}, {tokenizer.text_length} tokens: {caption[:80]!r}"
+                pairs.skips.add(reason, name, detail)
+            if fitting == caption or (how == "cut" and fitting):
+                captions.append(fitting)
+        changed.append(tuple(captions))
+    if not any(changed):
+        raise DataError(
+            f"{pairs.channel}: every caption is longer than text_length={tokenizer.text_length}; "
+            "raise text_length, or set long_captions=cut"
+        )
+    pairs.replace_captions(changed)
+
+
+def too_long(dataset: Dataset, index: int, error: CaptionTooLong) -> CaptionTooLong:
+    """Return the error of a pair's caption with the pair's name and the remedies."""
+    return CaptionTooLong(
+        f"{dataset.channel}/{printable(dataset.name(index))}: {error}; raise text_length, shorten "
+        "the caption, or set long_captions to cut or skip",
+        field="text_length",
+    )
