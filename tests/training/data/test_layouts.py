@@ -15,7 +15,9 @@ from dalle.errors import DataError
 from dalle.preprocess.images import encode_image
 from tests.training.data import layouts
 from tests.training.pairs import SIZE, picture, put
+from training.data.batching.preload import preload_if_small
 from training.data.skips import SkipReason
+from training.data.sources import coco as coco_module
 from training.data.sources import parquet as parquet_module
 from training.data.sources.channel import open_channel
 from training.data.tools.sharding import write_shards
@@ -328,3 +330,162 @@ def test_two_files_of_one_name_are_not_guessed_between(tmp_path, caplog):
     dataset = opened(tmp_path)
     assert len(dataset) == 11
     assert "2 files of the channel are called 000.png" in caplog.text
+
+
+PNG = PAIRS[7][1]
+STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def repeated(value, count):
+    """A dictionary column of one value: next to no bytes, however many rows."""
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(count, np.int8)), pa.array([value]))
+
+
+def written(folder, name="a.parquet", **columns):
+    options = {"dictionary_pagesize_limit": 1 << 30, "compression": "zstd", "store_schema": False}
+    pq.write_table(pa.table(columns), folder / name, **options)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"image": [PNG], "text": repeated("a", 1)},
+        {"image": repeated(PNG, 1), "text": ["a"]},
+        {"image": pa.array([PNG], pa.large_binary()), "text": pa.array(["a"], pa.large_string())},
+        {"image": pa.array([PNG], pa.binary(len(PNG))), "text": [["a"]]},
+        {"my.image": [PNG], "the.text": ["a"]},
+        {"image": [{"bytes": PNG, "path": 7}], "text": ["a"]},
+        {"image": pa.array([{"bytes": PNG, "path": None}], STRUCT), "text": ["a"]},
+    ],
+)
+def test_images_and_captions_are_read_in_whatever_way_arrow_stores_them(tmp_path, columns):
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    assert contents(opened(tmp_path)) == [(7, ("a",))]
+
+
+def test_row_groups_without_rows_and_rows_without_values_are_no_end(tmp_path):
+    table = pa.table(
+        {
+            "image": pa.array([None, {"bytes": PNG, "path": "b.png"}], STRUCT),
+            "text": [None, "b"],
+        }
+    )
+    with pq.ParquetWriter(tmp_path / "a.parquet", table.schema) as writer:
+        for part in (table.slice(0, 0), table, table.slice(0, 0), table.slice(1)):
+            writer.write_table(part)
+    dataset = opened(tmp_path)
+    assert contents(dataset) == [(7, ("b",)), (7, ("b",))]
+    assert dataset.skips.counts == {SkipReason.EMPTY_CAPTION: 1}
+
+
+def test_a_parquet_text_that_is_not_unicode_is_counted(tmp_path):
+    offsets = pa.py_buffer(np.array([0, 2, 4], np.int32).tobytes())
+    texts = pa.Array.from_buffers(pa.string(), 2, [None, offsets, pa.py_buffer(b"ok\xff\xfe")])
+    written(tmp_path, image=[PNG, PNG], text=texts)
+    dataset = opened(tmp_path)
+    assert contents(dataset) == [(7, ("ok",))]
+    assert dataset.skips.counts == {SkipReason.NOT_UTF8: 1}
+
+
+def test_a_few_bytes_that_say_they_are_many_rows_are_not_read(tmp_path):
+    written(tmp_path, image=repeated(PNG, 1_000_000), text=repeated("a", 1_000_000))
+    with pytest.raises(DataError, match=r"no image-caption pair.*1,000,000 row over 1 MiB"):
+        opened(tmp_path)
+
+
+def test_a_giant_dictionary_of_captions_ends_its_row_group(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet_module, "MAX_TEXT_BYTES", 10_000)
+    written(tmp_path, image=[PNG] * 100, text=repeated("x" * 9_000, 100))
+    dataset = opened(tmp_path)
+    assert len(dataset) == 1
+    assert dataset.skips.counts == {SkipReason.GIANT_ROW: 99}
+
+
+def test_a_giant_dictionary_of_images_is_not_unfolded(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet_module, "MAX_GROUP_BYTES", 100_000)
+    written(tmp_path, image=repeated(PNG + bytes(90_000), 100), text=["a"] * 100)
+    dataset = opened(tmp_path)
+    with pytest.raises(DataError, match=r"a.parquet/000000 cannot be read .*more than 100,000"):
+        dataset.image(0)
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1junk", b"PAR1junkPAR1"])
+def test_a_damaged_first_parquet_file_does_not_hide_the_others(tmp_path, content):
+    layouts.parquet(tmp_path, PAIRS)
+    (tmp_path / "a.parquet").write_bytes(content)
+    dataset = opened(tmp_path)
+    assert len(dataset) == len(PAIRS)
+    assert dataset.skips.counts == {SkipReason.DAMAGED_SHARD: 1}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_parquet_file_with_wrong_bytes_is_counted_or_its_images_are(tmp_path, seed):
+    layouts.parquet(tmp_path, PAIRS)
+    layouts.parquet(tmp_path / "more", PAIRS * 20)
+    file = tmp_path / "more" / "train-00000-of-00001.parquet"
+    data, generator = bytearray(file.read_bytes()), np.random.default_rng(seed)
+    for place in generator.integers(4, len(data) - 8, 12):
+        data[place] ^= 0x55
+    file.write_bytes(data)
+    dataset = preload_if_small(opened(tmp_path))
+    assert len(dataset) >= len(PAIRS)
+    assert dataset.skips.num_bad > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("file_name,text,text\n000.png,a,b\n", "2 columns called 'text'"),
+        ("file_name,file_name,text\n000.png,1,b\n", "2 columns called 'file_name'"),
+    ],
+)
+def test_two_columns_of_one_name_are_refused(table, text, says):
+    with pytest.raises(DataError, match=f"train/metadata.csv has {says}"):
+        opened(table(text))
+
+
+def test_two_parquet_columns_of_one_name_are_refused(tmp_path):
+    columns = pa.table([[PNG], ["a"], ["b"]], names=["image", "text", "text"])
+    pq.write_table(columns, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a.parquet has several columns called 'text'"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\n \nfile_name,text\n000.png,a\n",
+        "file_name,legend\n001.png,\n000.png,a\n",
+        "file_name,legend\n001.png,42\n000.png,a\n",
+        "picture,legend\ngone.png,b\n000.png,a\n",
+    ],
+)
+def test_columns_are_found_though_the_first_row_does_not_show_them(table, text):
+    assert ("a",) in [captions for _, captions in contents(opened(table(text)))]
+
+
+def test_a_path_finds_its_file_in_whatever_unicode_form(tmp_path):
+    put(tmp_path, "caf\u00e9", PNG)
+    (tmp_path / "metadata.csv").write_text("file_name,text\ncafe\u0301.png,a\n")
+    assert contents(opened(tmp_path)) == [(7, ("a",))]
+
+
+def test_coco_images_of_one_number_are_counted_and_odd_values_skipped(tmp_path):
+    layouts.coco(tmp_path, PAIRS)
+    file = tmp_path / "annotations" / "captions_train2017.json"
+    content = json.loads(file.read_text())
+    content["images"] += [{"id": 3, "file_name": "004.png"}, {"id": [1]}, {"file_name": None}]
+    content["annotations"] += [{"image_id": 1, "caption": odd} for odd in (5, None, {}, [[]])]
+    file.write_text(json.dumps(content))
+    dataset = opened(tmp_path)
+    assert contents(dataset) == [(n, captions) for n, (_, _, captions) in enumerate(PAIRS)]
+    assert dataset.skips.counts[SkipReason.BAD_ROW] == 3
+    assert dataset.skips.counts[SkipReason.EMPTY_CAPTION] == 4
+
+
+def test_a_json_file_of_too_many_objects_is_not_parsed(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(coco_module, "MAX_OBJECTS", 20)
+    layouts.coco(tmp_path, PAIRS)
+    with pytest.raises(DataError, match="no image-caption pair"):
+        opened(tmp_path)
+    assert "captions_train2017.json is not read: it has more than" in caplog.text

@@ -57,7 +57,7 @@ def captions_of_value(value: object, key: str, name: str, skips: Skips) -> Capti
     try:
         "".join(texts).encode()
     except UnicodeEncodeError:  # JSON may spell what is not Unicode, such as "\ud800"
-        skips.add(SkipReason.NOT_UTF8, name, f"{name}: {key!r} holds half of a surrogate pair")
+        skips.add(SkipReason.NOT_UTF8, name, f"{name}: {key!r} holds what is not Unicode")
         return ()
     if any(NUL in text for text in texts):
         skips.add(SkipReason.NUL_IN_CAPTION, name, f"{name}: {key!r} holds a NUL character")

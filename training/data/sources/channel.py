@@ -15,13 +15,20 @@ from training.data.skips import Skips, printable
 from training.data.sources.coco import CocoReader, find_coco
 from training.data.sources.files import File, walk
 from training.data.sources.folder import CAPTION_SUFFIX, FolderReader
-from training.data.sources.index import EXPECTED_LAYOUT, IMAGE_SUFFIXES, Pairs, Reader
+from training.data.sources.index import (
+    EXPECTED_LAYOUT,
+    IMAGE_SUFFIXES,
+    Pairs,
+    Reader,
+    unicode_key,
+)
 from training.data.sources.shards import SHARD_SUFFIX, ShardReader
 from training.data.sources.tables import LIST_SUFFIXES, METADATA_NAMES, TableReader
 from training.stopping import NEVER, Stop, unless_stopped
 
 log = logging.getLogger(__name__)
 
+MAX_PROBED_FILES = 16  # Parquet files that are looked into for images
 PACKED_SUFFIXES = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
 
 
@@ -175,16 +182,22 @@ def _parquet_files(files: list[File], *, not_beside: str = "") -> list[File]:
 
 
 def _with_images(root: Path, files: list[File]) -> str | None:
-    """Return the name of the first Parquet file when it holds images."""
-    parquet = min(_parquet_files(files), key=lambda file: file.name, default=None)
-    if parquet is None:
+    """Return the name of the first Parquet file that holds images, or that cannot be read."""
+    if not (tables := sorted(_parquet_files(files), key=lambda file: file.name)):
         return None
     from training.data.sources.parquet import has_images  # pyarrow takes half a second
 
-    return printable(parquet.name) if has_images(root / parquet.name) else None
+    damaged: str | None = None
+    for file in tables[:MAX_PROBED_FILES]:
+        if found := has_images(root / file.name):
+            return printable(file.name)
+        if found is None:
+            damaged = damaged or printable(file.name)
+    return None if _first(files, IMAGE_SUFFIXES) else damaged
 
 
 def _text_beside_an_image(files: list[File]) -> str | None:
     """Return the name of the first text file that has the stem of an image."""
-    images = {file.stem for file in files if file.suffix in IMAGE_SUFFIXES}
-    return _first((file for file in files if file.stem in images), (CAPTION_SUFFIX,))
+    images = {unicode_key(file.stem) for file in files if file.suffix in IMAGE_SUFFIXES}
+    beside = (file for file in files if unicode_key(file.stem) in images)
+    return _first(beside, (CAPTION_SUFFIX,))

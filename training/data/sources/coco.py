@@ -9,19 +9,23 @@ The image files are found by their path, or by the last part of it.
 from __future__ import annotations
 
 import json
+import logging
 import posixpath
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from training.data.skips import SkipReason, Skips
+from training.data.skips import SkipReason, Skips, printable
 from training.data.sources.captions import Captions, captions_of_value
 from training.data.sources.files import File
 from training.data.sources.index import IMAGE_SUFFIXES, Reader
 from training.stopping import Stop, unless_stopped
 
-MAX_FILE_BYTES = 1 << 30
+log = logging.getLogger(__name__)
+
+MAX_FILE_BYTES = 512 << 20
+MAX_OBJECTS = 20_000_000  # objects and lists of a file: each takes memory
 MAX_FILES = 32  # JSON files that are looked into: more are captions of single images
 DEFAULT_KEY = "caption"
 
@@ -58,8 +62,14 @@ class CocoReader(Reader[File]):
         last_parts = Counter(posixpath.basename(name) for name in images)
         by_last_part = {posixpath.basename(name): file for name, file in images.items()}
         captions: dict[str, list[str]] = {}
+        seen: set[object] = set()
         for image in unless_stopped(self._dicts("images", skips), stop):
-            if (found_texts := texts.pop(_id(image.get("id")), None)) is None:
+            if (number := _id(image.get("id"))) is None or number in seen:
+                where = f"{self._name}: image {number!r:.40}"
+                skips.add(SkipReason.BAD_ROW, where, f"{where} has no number that it alone has")
+                continue
+            seen.add(number)
+            if (found_texts := texts.pop(number, None)) is None:
                 continue
             path = str(image.get("file_name"))
             last_part = posixpath.basename(path)
@@ -68,8 +78,8 @@ class CocoReader(Reader[File]):
                 file = by_last_part[last_part]
             if file is None:
                 where = f"{self._name}: image {image.get('id')!r:.40}"
-                number = last_parts[last_part]
-                detail = f"{where}: {number} files of the channel are called {last_part:.200}"
+                count = last_parts[last_part]
+                detail = f"{where}: {count} files of the channel are called {last_part:.200}"
                 skips.add(SkipReason.CAPTION_WITHOUT_IMAGE, where, detail)
             else:
                 captions.setdefault(file.name, []).extend(found_texts)
@@ -106,20 +116,28 @@ def find_coco(
     tables = [file for file in files if file.suffix == ".json"]
     if len(tables) > MAX_FILES:
         return []
-    found = ((file, _read(root, file)) for file in tables)
+    key = caption_key or DEFAULT_KEY
+    found = ((file, _read(root, file, key)) for file in tables)
     return [
-        (file, table)
-        for file, table in found
-        if table is not None and _has_captions(table, caption_key or DEFAULT_KEY)
+        (file, table) for file, table in found if table is not None and _has_captions(table, key)
     ]
 
 
-def _read(root: Path, file: File) -> Mapping[str, Any] | None:
+def _read(root: Path, file: File, key: str) -> Mapping[str, Any] | None:
     """Return a file of COCO's form; None for any other JSON, and for what cannot be read."""
-    if file.num_bytes > MAX_FILE_BYTES:
-        return None
     try:
-        content = json.loads((root / file.name).read_bytes())
+        with (root / file.name).open("rb") as opened:
+            data = opened.read(MAX_FILE_BYTES + 1)
+        # Files of polygons are as large as captions are small, and are not parsed.
+        if any(json.dumps(name).encode() not in data for name in ("images", "annotations", key)):
+            return None
+        if len(data) > MAX_FILE_BYTES or data.count(b"{") + data.count(b"[") > MAX_OBJECTS:
+            log.warning(
+                "%s is not read: it has more than %s bytes or %s objects",
+                *(printable(file.name), f"{MAX_FILE_BYTES:,}", f"{MAX_OBJECTS:,}"),
+            )
+            return None
+        content = json.loads(data)
     except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(content, dict):
@@ -129,7 +147,7 @@ def _read(root: Path, file: File) -> Mapping[str, Any] | None:
 
 
 def _has_captions(table: Mapping[str, Any], key: str) -> bool:
-    return any(isinstance(each, dict) and key in each for each in table["annotations"][:100])
+    return any(isinstance(each, dict) and key in each for each in table["annotations"])
 
 
 def _id(value: object) -> object:

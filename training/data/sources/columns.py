@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,16 +23,22 @@ class Columns:
     def of_table(
         cls,
         where: str,
-        row: Mapping[str, Any],
+        rows: Iterable[Mapping[str, Any]],
         caption_key: str | None,
         *,
         is_image: Callable[[Any], bool],
     ) -> Columns:
         """Find the columns of a table that names image files.
 
-        where: the table, for messages. row: the first one. is_image: whether a value names an image
-        of the channel. Raises DataError when there is no such column, or more than one.
+        where: the table, for messages. rows: the first ones. is_image: whether a value names an
+        image of the channel. Raises DataError when there is no such column, or more than one.
         """
+        row: dict[str, Any] = {}  # what the columns hold, as far as the rows show it
+        for name, value in (item for each in rows for item in each.items()):
+            if name not in row or (
+                not is_image(row[name]) and (is_image(value) or not _is_text(row[name]))
+            ):
+                row[name] = value
         image = _image_column(where, row, is_image)
         others = {name: value for name, value in row.items() if name != image}
         return cls(image, caption_column(where, others, caption_key))
@@ -41,7 +47,7 @@ class Columns:
 def caption_column(where: str, row: Mapping[str, Any], caption_key: str | None) -> str:
     """Return the caption column: the key itself, the one of a usual name, or the only text.
 
-    row: the first one, without its image. Raises DataError naming what the key could be.
+    row: what the columns hold, without the image. Raises DataError naming what the key could be.
     """
     texts = [name for name, value in row.items() if _is_text(value)]
     if caption_key is not None:

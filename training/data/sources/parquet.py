@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,7 +33,10 @@ STATUS_COLUMN = "status"  # img2dataset's; "success" where there is an image
 CACHED_BYTES = 512 << 20
 MAX_GROUP_BYTES = 2 << 30
 MAX_TEXT_BYTES = 512 << 20  # of a row group's captions
+MAX_ROWS_PER_BYTE = 16  # of a table: a run of equal values takes no bytes, whatever its length
 _ROWS = 1024  # captions read at once
+_IMAGES = 16  # images read at once: a dictionary may make them larger than the footer says
+_NOT_UNICODE = "\udcff"  # what stands for a text that is not UTF-8
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,25 @@ class ParquetImage(File):
     """Within the group."""
 
 
+class ImageColumn(NamedTuple):
+    """Where the images' bytes are. is_struct: whether in a field `bytes` of the column."""
+
+    name: str
+    is_struct: bool
+
+    @property
+    def path(self) -> str:
+        """The column of bytes as Parquet names it."""
+        return f"{self.name}.bytes" if self.is_struct else self.name
+
+
+class _Images(NamedTuple):
+    """The images of a row group, `_IMAGES` in each batch but the last."""
+
+    batches: Sequence[pa.Array]
+    num_bytes: int
+
+
 @dataclass
 class _Opened:
     """Open files and row groups of one process: neither survives a fork."""
@@ -55,7 +77,7 @@ class _Opened:
     process: int
     lock: threading.Lock = field(default_factory=threading.Lock)
     files: dict[int, pq.ParquetFile] = field(default_factory=dict)
-    groups: OrderedDict[tuple[int, int], pa.Array] = field(default_factory=OrderedDict)
+    groups: OrderedDict[tuple[int, int], _Images] = field(default_factory=OrderedDict)
 
 
 class ParquetReader(Reader[ParquetImage]):
@@ -70,7 +92,7 @@ class ParquetReader(Reader[ParquetImage]):
         )
         self._others = [file for file in files if file.suffix != ".parquet"]
         self._caption_key = caption_key
-        self._leaf = ""  # path of the images' bytes, the same in all files
+        self._column: ImageColumn | None = None  # the same in all files
         self._opened = _Opened(os.getpid())
         self.layout = f"{len(self._files):,} Parquet files"
 
@@ -93,8 +115,11 @@ class ParquetReader(Reader[ParquetImage]):
             opened = self._opened = _Opened(os.getpid())
         with opened.lock:
             images = self._group(opened, image.file, image.group)
-        value = images[image.row]
-        return bytes(value.as_buffer()) if value.is_valid else b""
+        batch, row = divmod(image.row, _IMAGES)
+        value = images.batches[batch][row]
+        if isinstance(value, pa.DictionaryScalar):
+            value = value.value
+        return value.as_py() or b"" if value.is_valid else b""
 
     def groups(self, images: Sequence[ParquetImage]) -> tuple[int, ...] | None:
         """Return the number of pairs of each row group, unless all images fit into the cache."""
@@ -107,23 +132,31 @@ class ParquetReader(Reader[ParquetImage]):
         self, number: int, file: File, where: str, skips: Skips
     ) -> Iterator[tuple[ParquetImage, Captions]]:
         parquet = self._file(self._opened, number)
-        leaf = image_leaf(parquet.schema_arrow, where)
-        if self._leaf not in ("", leaf):
-            raise DataError(
-                f"{where} has its images in {leaf}, the files before it in {self._leaf}; all "
-                "Parquet files of a channel need the same columns"
-            )
-        self._leaf = leaf
-        image_name = leaf.partition(".")[0]
-        captions: str | None = None
         schema = parquet.schema_arrow
+        column = image_column(schema, where)
+        if self._column not in (None, column):
+            raise DataError(
+                f"{where} has its images in {column.path}, the files before it in "
+                f"{self._column.path}; all Parquet files of a channel need the same columns"
+            )
+        self._column = column
         texts = [column.name for column in schema if _is_text(column.type)]
-        path = f"{image_name}.path" if _has_field(schema, image_name, "path") else ""
+        captions = caption_column(where, dict.fromkeys(texts, "text"), self._caption_key)
+        has_path = column.is_struct and _has_field(schema.field(column.name).type, "path")
+        wanted = [captions, *([f"{column.name}.path"] if has_path else [])]
+        wanted += [STATUS_COLUMN] if STATUS_COLUMN in schema.names else []
         first_row = 0
         for group in range(parquet.num_row_groups):
             num_rows = parquet.metadata.row_group(group).num_rows
-            num_bytes = _column_bytes(parquet, group, leaf)
+            if not num_rows:
+                continue
+            num_bytes = _column_bytes(parquet, group, column.path)
             text_bytes = sum(_column_bytes(parquet, group, name) for name in texts)
+            if num_rows > file.num_bytes:
+                detail = f"{file.name}: row group {group} has {num_rows:,} rows in too few bytes"
+                skips.add(SkipReason.GIANT_ROW, file.name, detail, count=num_rows)
+                first_row += num_rows
+                continue
             if num_bytes > MAX_GROUP_BYTES or text_bytes > MAX_TEXT_BYTES:
                 detail = (
                     f"{file.name}: row group {group} has {num_bytes:,} bytes of images and "
@@ -133,12 +166,7 @@ class ParquetReader(Reader[ParquetImage]):
                 skips.add(SkipReason.GIANT_ROW, file.name, detail, count=num_rows)
                 first_row += num_rows
                 continue
-            if captions is None:
-                row = next(rows_of_file(parquet, [group], texts), {})
-                captions = caption_column(where, row, self._caption_key)
-            wanted = [captions, *([path] if path else [])]
-            wanted += [STATUS_COLUMN] if STATUS_COLUMN in schema.names else []
-            size = num_bytes // max(1, num_rows)
+            size = max(1, num_bytes // num_rows)
             for index, row in enumerate(rows_of_file(parquet, [group], wanted)):
                 place = f"{file.name}/{first_row + index:06}"
                 if row.get(STATUS_COLUMN) not in (None, "success"):
@@ -146,8 +174,13 @@ class ParquetReader(Reader[ParquetImage]):
                     skips.add(SkipReason.NO_IMAGE, place, detail)
                     continue
                 found = captions_of_value(row.get(captions), captions, place, skips)
+                text_bytes = text_bytes + sum(map(len, found))
+                if text_bytes > 2 * MAX_TEXT_BYTES:
+                    detail = f"{file.name}: row group {group} has over {MAX_TEXT_BYTES:,} of text"
+                    skips.add(SkipReason.GIANT_ROW, place, detail, count=num_rows - index)
+                    break
                 if found:
-                    name = place + _suffix(row, image_name, image_name if not path else "path")
+                    name = place + _suffix(row, column, has_path)
                     yield ParquetImage(name, size, number, group, index), found
             first_row += num_rows
 
@@ -158,52 +191,74 @@ class ParquetReader(Reader[ParquetImage]):
             opened.files[number] = pq.ParquetFile(path, pre_buffer=False)
         return opened.files[number]
 
-    def _group(self, opened: _Opened, number: int, group: int) -> pa.Array:
+    def _group(self, opened: _Opened, number: int, group: int) -> _Images:
         """Return the images of a row group, and keep them as long as there is room."""
         if (images := opened.groups.get((number, group))) is None:
             try:
-                table = self._file(opened, number).read_row_group(
-                    group, columns=[self._leaf], use_threads=False
-                )
+                images = self._read_group(opened, number, group)
             except pa.ArrowException as error:
                 raise OSError(None, str(error).partition("\n")[0]) from error
-            column = table.column(0).combine_chunks()
-            images = column.field("bytes") if pa.types.is_struct(column.type) else column
             opened.groups[number, group] = images
             while len(opened.groups) > 1 and _num_bytes(opened.groups) > CACHED_BYTES:
                 opened.groups.popitem(last=False)
         opened.groups.move_to_end((number, group))
         return images
 
+    def _read_group(self, opened: _Opened, number: int, group: int) -> _Images:
+        assert self._column is not None, "a file has been listed"
+        batches: list[pa.Array] = []
+        num_bytes = 0
+        for batch in self._file(opened, number).iter_batches(
+            _IMAGES, [group], [self._column.path], use_threads=False
+        ):
+            column = batch.column(0)
+            batches.append(column.field("bytes") if self._column.is_struct else column)
+            num_bytes += batches[-1].nbytes
+            if num_bytes > MAX_GROUP_BYTES:
+                raise OSError(None, f"its row group has more than {MAX_GROUP_BYTES:,} bytes")
+        return _Images(batches, num_bytes)
 
-def has_images(path: Path) -> bool:
-    """Whether a Parquet file has a column of image bytes; False for one that cannot be read."""
+
+def has_images(path: Path) -> bool | None:
+    """Whether a Parquet file has a column of image bytes; None when it cannot be read."""
     try:
-        return bool(_image_leaves(pq.read_schema(path)))
+        return bool(_image_columns(pq.read_schema(path)))
     except (pa.ArrowException, OSError):
-        return False
+        return None
 
 
-def image_leaf(schema: pa.Schema, where: str) -> str:
-    """Return the column, or column and field, of the images' bytes. Raises DataError."""
-    leaves = _image_leaves(schema)
-    usual = [leaf for leaf in leaves if leaf.partition(".")[0].lower() in IMAGE_COLUMNS]
-    candidates = usual or leaves
+def image_column(schema: pa.Schema, where: str) -> ImageColumn:
+    """Return the column of the images. Raises DataError."""
+    _check_names(schema, where)
+    columns = _image_columns(schema)
+    candidates = [column for column in columns if column.name.lower() in IMAGE_COLUMNS] or columns
     if len(candidates) == 1:
         return candidates[0]
-    found = (
-        f"several columns of bytes: {', '.join(candidates)}" if candidates else "no image column"
-    )
+    names = ", ".join(column.path for column in candidates)
+    found = f"several columns of bytes: {names}" if candidates else "no image column"
     raise DataError(f"{where} has {found}; one must be called {' or '.join(IMAGE_COLUMNS[:2])}")
+
+
+def _check_names(schema: pa.Schema, where: str) -> None:
+    for name in schema.names:
+        if schema.names.count(name) > 1:
+            raise DataError(f"{where} has several columns called {name!r:.80}; rename them")
 
 
 def rows_of(path: Path) -> Iterator[Mapping[str, Any]]:
     """Yield the rows of a Parquet table without images. Raises OSError."""
     try:
         with pq.ParquetFile(path, pre_buffer=False) as parquet:
-            yield from rows_of_file(
-                parquet, range(parquet.num_row_groups), parquet.schema_arrow.names
-            )
+            if parquet.metadata.num_rows > MAX_ROWS_PER_BYTE * path.stat().st_size:
+                raise OSError(f"{parquet.metadata.num_rows:,} rows in too few bytes")
+            names = parquet.schema_arrow.names
+            _check_names(parquet.schema_arrow, path.name)
+            num_bytes = 0
+            for row in rows_of_file(parquet, range(parquet.num_row_groups), names):
+                num_bytes += sum(len(cell) for cell in row.values() if isinstance(cell, str))
+                if num_bytes > MAX_TEXT_BYTES:
+                    raise OSError(f"more than {MAX_TEXT_BYTES:,} bytes of text")
+                yield row
     except pa.ArrowException as error:
         raise OSError(str(error).partition("\n")[0]) from error
 
@@ -211,24 +266,38 @@ def rows_of(path: Path) -> Iterator[Mapping[str, Any]]:
 def rows_of_file(
     parquet: pq.ParquetFile, groups: Iterable[int], columns: Sequence[str]
 ) -> Iterator[Mapping[str, Any]]:
-    """Yield the rows of some row groups, a few at a time."""
-    batches = parquet.iter_batches(_ROWS, list(groups), list(columns), use_threads=False)
-    for batch in batches:
-        yield from batch.to_pylist()
+    """Yield the rows of some row groups, one at a time: a dictionary may make texts large."""
+    for group in groups:
+        rows = max(1, parquet.metadata.row_group(group).num_rows)
+        texts = sum(_column_bytes(parquet, group, name) for name in columns)
+        # One value may be as large as all are in the file, and be repeated in each row.
+        size = min(_ROWS, max(1, MAX_TEXT_BYTES // max(1, texts)), rows)
+        for batch in parquet.iter_batches(size, [group], list(columns), use_threads=False):
+            for index in range(batch.num_rows):
+                yield {
+                    name: _value(batch.column(number)[index])
+                    for number, name in enumerate(batch.schema.names)
+                }
 
 
-def _image_leaves(schema: pa.Schema) -> list[str]:
-    leaves = []
-    for column in schema:
-        if _is_binary(column.type):
-            leaves.append(column.name)
-        elif _has_field(schema, column.name, "bytes"):
-            leaves.append(f"{column.name}.bytes")
-    return leaves
+def _value(cell: pa.Scalar) -> Any:
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError:
+        return _NOT_UNICODE
+    except (ValueError, OverflowError):  # a time that Python's datetime has no year for
+        return None
 
 
-def _has_field(schema: pa.Schema, column: str, name: str) -> bool:
-    kind = schema.field(column).type
+def _image_columns(schema: pa.Schema) -> list[ImageColumn]:
+    return [
+        ImageColumn(column.name, is_struct)
+        for column in schema
+        if (is_struct := _has_field(column.type, "bytes")) or _is_binary(column.type)
+    ]
+
+
+def _has_field(kind: pa.DataType, name: str) -> bool:
     return bool(pa.types.is_struct(kind) and kind.get_field_index(name) >= 0)
 
 
@@ -244,8 +313,13 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _is_binary(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _is_binary(kind.value_type)
     return bool(
-        pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+        pa.types.is_fixed_size_binary(kind)
+        or pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or pa.types.is_binary_view(kind)
     )
 
 
@@ -263,12 +337,14 @@ def _column_bytes(parquet: pq.ParquetFile, group: int, name: str) -> int:
     )
 
 
-def _suffix(row: Mapping[str, Any], image: str, source: str) -> str:
+def _suffix(row: Mapping[str, Any], column: ImageColumn, has_path: bool) -> str:
     """Return the image's suffix by its path, or by the name of its column; empty for neither."""
-    path = (row.get(image) or {}).get("path") if source == "path" else f"image.{image}"
-    suffix = posixpath.splitext(path or "")[1].lower()
+    image = row.get(column.name)
+    path = image.get("path") if has_path and isinstance(image, dict) else None
+    name = path if isinstance(path, str) else "" if has_path else f"image.{column.name}"
+    suffix = posixpath.splitext(name)[1].lower()
     return suffix if suffix in IMAGE_SUFFIXES else ""
 
 
-def _num_bytes(groups: Mapping[Any, pa.Array]) -> int:
-    return sum(images.nbytes for images in groups.values())
+def _num_bytes(groups: Mapping[Any, _Images]) -> int:
+    return sum(images.num_bytes for images in groups.values())

@@ -14,8 +14,10 @@ import csv
 import io
 import json
 import posixpath
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,12 +26,13 @@ from training.data.skips import SkipReason, Skips, printable
 from training.data.sources.captions import Captions, captions_of_value
 from training.data.sources.columns import Columns
 from training.data.sources.files import File
-from training.data.sources.index import IMAGE_SUFFIXES, Reader
+from training.data.sources.index import IMAGE_SUFFIXES, Reader, unicode_key
 from training.stopping import Stop, unless_stopped
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.parquet")
 LIST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".lst")
 MAX_ROW_BYTES = 1 << 20
+PROBED_ROWS = 32  # by which the columns are found
 
 Row = Mapping[str, Any]
 
@@ -59,9 +62,10 @@ class TableReader(Reader[File]):
         for file in self._others:
             if file.name not in images:
                 skips.add(SkipReason.IGNORED, file.name)
+        by_name = {unicode_key(name): file for name, file in images.items()} | images
         captions: dict[str, list[str]] = {}
         for table in self._tables:
-            for name, found in unless_stopped(self._rows(table, images, skips), stop):
+            for name, found in unless_stopped(self._rows(table, by_name, skips), stop):
                 captions.setdefault(name, []).extend(found)
         for image in sorted(images.values(), key=lambda file: file.stem):
             if image.name not in captions:
@@ -79,15 +83,16 @@ class TableReader(Reader[File]):
     ) -> Iterator[tuple[str, Captions]]:
         """Yield the name and the captions of each row that names an image of the channel."""
         resolve = partial(_resolve, posixpath.dirname(table.name), images)
-        columns: Columns | None = None
-        for number, row in _lines(self._root / table.name, table, resolve, skips):
-            if columns is None:
-                columns = Columns.of_table(
-                    f"{skips.channel}/{printable(table.name)}",
-                    row,
-                    self._caption_key,
-                    is_image=lambda value: resolve(value) is not None,
-                )
+        lines = _lines(self._root / table.name, table, resolve, skips)
+        if not (first := list(islice(lines, PROBED_ROWS))):
+            return
+        columns = Columns.of_table(
+            f"{skips.channel}/{printable(table.name)}",
+            [line.row for line in first],
+            self._caption_key,
+            is_image=lambda value: resolve(value) is not None,
+        )
+        for number, row in chain(first, lines):
             where = f"{table.name}:{number}"
             path, value = row.get(columns.image), row.get(columns.caption)
             name = resolve(path)
@@ -103,7 +108,10 @@ def _resolve(folder: str, images: Mapping[str, File], path: object) -> str | Non
         return None
     path = path.replace("\\", "/")
     candidates = (posixpath.normpath(posixpath.join(folder, path)), posixpath.normpath(path))
-    return next((name for name in candidates if name in images), None)
+    for name in candidates:
+        if file := images.get(name) or images.get(unicode_key(name)):
+            return file.name
+    return None
 
 
 def _why_not(path: object, where: str) -> tuple[SkipReason, str, str]:
@@ -169,10 +177,13 @@ def _lines_of_csv(
         names: list[str] | None = None
         try:
             for cells in reader:
+                if names is None and not any(cell.strip() for cell in cells):
+                    continue
                 if names is None:
                     # A first row with an image of the channel is data: its columns are numbered.
                     if not any(resolve(cell) for cell in cells):
                         names = [cell.strip() for cell in cells]
+                        _check_names(names, where)
                         continue
                     names = [str(number) for number in range(1, len(cells) + 1)]
                 if len(cells) == len(names):
@@ -186,6 +197,13 @@ def _lines_of_csv(
                 f"{where}: line {reader.line_num} cannot be read ({error}); a quotation mark may "
                 "be missing there or above"
             ) from error
+
+
+def _check_names(names: Sequence[str], where: str) -> None:
+    """Raise DataError when two columns have one name."""
+    for name, count in Counter(filter(None, names)).items():
+        if count > 1:
+            raise DataError(f"{where} has {count} columns called {name!r:.80}; rename them")
 
 
 def _delimiter(first_line: bytes, suffix: str) -> str:
