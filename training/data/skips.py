@@ -137,7 +137,8 @@ class Skips:
             log.debug("%s: ignored %s", self.channel, printable(name))
         else:
             message = detail or f"{name}: {reason}"
-            log.warning("%s: skipped %s", self.channel, printable(message))
+            verb = "" if reason is SkipReason.CUT_CAPTION else "skipped "
+            log.warning("%s: %s%s", self.channel, verb, printable(message))
 
     def add_damaged(self, reason: SkipReason, name: str, detail: str) -> None:
         """Count a pair whose image could not be decoded, once however often it is met."""
