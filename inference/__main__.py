@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dalle.errors import UserError
-from dalle.platform.environment import DEFAULT_ROOT, Paths
+from dalle.platform.environment import DEFAULT_ROOT, Paths, unknown_variables
 from dalle.platform.threads import spin_briefly
+from dalle.platform.user import name_user
 from dalle.versions import versions_line
 from inference.settings import VARIABLES, Settings, read_port, read_settings
 
@@ -41,12 +42,15 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     spin_briefly()
+    name_user()
     logging.basicConfig(
         level=logging.INFO,
         stream=sys.stderr,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
     logger.info("serve %s", versions_line(_VERSIONS_OF))
+    for sentence in unknown_variables(os.environ, VARIABLES):
+        logger.warning("%s", sentence)
     try:
         settings = read_settings(os.environ)
         port = read_port(os.environ, options.port)

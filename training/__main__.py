@@ -6,20 +6,32 @@ The job's description is checked before torch is imported.
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 from dalle.errors import DalleError, JobError
-from dalle.platform.environment import DEFAULT_ROOT, Job, Paths, read_job
+from dalle.platform.environment import (
+    DEFAULT_ROOT,
+    TRAIN_VARIABLES,
+    Job,
+    Paths,
+    read_job,
+    unknown_variables,
+)
 from dalle.platform.outputs import prepare_outputs, release_outputs
 from dalle.platform.threads import spin_briefly
+from dalle.platform.user import name_user
 from training.config import hyperparameters
 from training.config.hyperparameters import Hyperparameters
 from training.distributed.topology import RENDEZVOUS_PORT, Place, Timeouts
 from training.job import channels, process
 from training.memory import command as plan_command
+
+logger = logging.getLogger("training")
 
 DEFAULT_TIMEOUTS = Timeouts()
 
@@ -56,7 +68,10 @@ def main(arguments: Sequence[str] | None = None, *, timeouts: Timeouts = DEFAULT
     if options.plan:
         return _plan(options)
     spin_briefly()
+    name_user()
     process.configure_logging()
+    for sentence in unknown_variables(os.environ, TRAIN_VARIABLES):
+        logger.warning("%s", sentence)
     paths = Paths(options.root.absolute())
     with process.stopped_by_signals() as stop:
 

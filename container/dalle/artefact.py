@@ -28,7 +28,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dalle.errors import ArtefactError, DiskFullError
-from dalle.manifest import FORMAT_VERSION, MANIFEST, STAGING, Manifest, read_manifest
+from dalle.manifest import (
+    FORMAT_VERSION,
+    FORMER,
+    MANIFEST,
+    STAGING,
+    Manifest,
+    deeper_manifest,
+    read_manifest,
+)
 from dalle.models.clip import Clip, ClipConfig
 from dalle.models.dvae import DiscreteVAE, DVAEConfig
 from dalle.models.transformer import Dalle, TransformerConfig
@@ -87,18 +95,19 @@ class Artefact:
 def save(directory: Path, artefact: Artefact, *, git_revision: str = "") -> Manifest:
     """Write an artefact into `directory`, which may hold an older one; return its manifest.
 
-    Every component is written under a temporary name, then the old manifest is removed and the
-    components are renamed: an interrupted save leaves the old artefact or one that `load` refuses.
-    Raises DiskFullError, or PlatformError for other disk errors.
+    The new artefact is written whole beside the old one, which is then renamed away; only renames
+    follow. A save that fails puts the old artefact back; one whose process is killed leaves what
+    `restore` puts back. Raises DiskFullError, or PlatformError for other disk errors.
     """
+    restore(directory)
     staging = directory / STAGING
-    shutil.rmtree(staging, ignore_errors=True)
     try:
         try:
             manifest = _stage(staging, artefact, git_revision)
             _put_in_place(staging, directory, artefact.components())
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        except BaseException:
+            restore(directory)
+            raise
     except OSError as error:
         raise disk_error(
             error,
@@ -136,14 +145,51 @@ def _stage(staging: Path, artefact: Artefact, git_revision: str) -> Manifest:
 
 def _put_in_place(staging: Path, directory: Path, components: list[ComponentName]) -> None:
     """Replace the old artefact by the staged one, the manifest last."""
-    (directory / MANIFEST).unlink(missing_ok=True)
-    for old in COMPONENTS:
-        shutil.rmtree(directory / old, ignore_errors=True)
+    former = directory / FORMER
+    former.mkdir()
+    for name in (MANIFEST, *COMPONENTS):
+        if (directory / name).exists():
+            os.replace(directory / name, former / name)
     for name in components:
         os.replace(staging / name, directory / name)
     sync(directory)  # the components must be on the disk before the manifest that lists them
     os.replace(staging / MANIFEST, directory / MANIFEST)
     sync(directory)
+    shutil.rmtree(former, ignore_errors=True)
+    staging.rmdir()
+
+
+def restore(directory: Path) -> None:
+    """Undo a save of an artefact that was interrupted; the artefact before it is back then.
+
+    Without one, the components of the interrupted save stay and `load` refuses them. Raises
+    PlatformError.
+    """
+    former = directory / FORMER
+    try:
+        if not (directory / MANIFEST).exists() and (had := _components_in(former)):
+            for name in COMPONENTS:
+                is_new = name not in had or (former / name).exists()
+                if is_new and (directory / name).exists():
+                    shutil.rmtree(directory / name)
+                if (former / name).exists():
+                    os.replace(former / name, directory / name)
+            os.replace(former / MANIFEST, directory / MANIFEST)
+            sync(directory)
+    except OSError as error:
+        raise disk_error(
+            error, f"put back the artefact in {former}", if_full="give the job a larger volume"
+        ) from error
+    shutil.rmtree(former, ignore_errors=True)
+    shutil.rmtree(directory / STAGING, ignore_errors=True)
+
+
+def _components_in(directory: Path) -> set[str]:
+    """Return the names of the components that a manifest lists; none without a sound manifest."""
+    try:
+        return read_manifest(directory).components()
+    except ArtefactError:
+        return set()
 
 
 def load(directory: Path, device: torch.device | str = "cpu") -> Artefact:
@@ -171,17 +217,25 @@ def locate(channel: Path, scratch: Path) -> Path:
     try:
         if (channel / MANIFEST).is_file():
             return channel
-        archives = sorted(channel.glob("*.tar.gz"))
-        found = [path.name for path in sorted(channel.iterdir())][:5]
+        names = sorted(path.name for path in channel.iterdir() if not is_hidden(path.name))
     except OSError as error:
         raise ArtefactError(f"{channel} cannot be read: {error.strerror}") from error
+    archives = [channel / name for name in names if name.endswith(".tar.gz")]
     if len(archives) != 1:
         raise ArtefactError(
-            f"{channel} must hold {MANIFEST} or exactly one model.tar.gz, found {found}"
+            f"{channel} must hold {MANIFEST} or exactly one model.tar.gz, found {names[:5]}"
+            + deeper_manifest(channel)
         )
     try:
         scratch.mkdir(parents=True, exist_ok=True)
         _unpack(archives[0], scratch)
+        if not (scratch / MANIFEST).is_file():
+            names = sorted(path.name for path in scratch.iterdir() if not is_hidden(path.name))
+            raise ArtefactError(
+                f"{archives[0]} has no {MANIFEST} at its top, where `train` puts it, but "
+                f"{names[:5]}{deeper_manifest(scratch)}; pack the content of the model directory: "
+                f"tar czf {archives[0].name} -C model ."
+            )
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         if isinstance(error, OSError) and is_full(error):
             raise disk_error(
@@ -258,6 +312,15 @@ def _files(directory: Path) -> list[str]:
     return sorted(path.relative_to(directory).as_posix() for path in paths)
 
 
+def is_hidden(path: str) -> bool:
+    """Return whether a name, or a folder of a path, is hidden.
+
+    Macs, file managers and notebooks leave such files beside others: ._x, .DS_Store,
+    .ipynb_checkpoints.
+    """
+    return any(part.startswith(".") for part in path.split("/"))
+
+
 def _check_files(directory: Path, manifest: Manifest) -> None:
     """Raise ArtefactError unless the components' files are those of the manifest."""
     for name in manifest.files:
@@ -272,7 +335,7 @@ def _check_files(directory: Path, manifest: Manifest) -> None:
             raise ArtefactError(f"{path} does not match its sha256 in {MANIFEST}: it was changed")
     for component in COMPONENTS:
         for name in _files(directory / component):
-            if f"{component}/{name}" not in manifest.files:
+            if f"{component}/{name}" not in manifest.files and not is_hidden(name):
                 raise ArtefactError(f"{directory / component / name} is not in {MANIFEST}")
 
 

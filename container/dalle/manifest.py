@@ -15,6 +15,8 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 STAGING = ".staging"
 """Directory within an artefact's where a new artefact is written before it replaces the old."""
+FORMER = ".former"
+"""Directory within an artefact's that holds the old artefact while the new one is put in place."""
 
 
 class StageRecord(BaseModel):
@@ -56,9 +58,19 @@ class Manifest(BaseModel):
     files: dict[str, str] = {}
     """Path within the artefact -> sha256."""
 
+    def components(self) -> set[str]:
+        """Return the names of the components that the artefact has."""
+        return {name.partition("/")[0] for name in self.files}
+
     def newest_records(self) -> dict[StageName, StageRecord]:
         """Return the last record of each stage that was trained."""
         return {record.stage: record for record in self.stages}
+
+
+def deeper_manifest(directory: Path) -> str:
+    """Return words on the manifest of a folder in a directory; empty without one."""
+    found = sorted(path.parent.name for path in directory.glob(f"[!.]*/{MANIFEST}"))
+    return f"; it is one folder deeper, in {found[0]}/" if found else ""
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -70,8 +82,9 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
+        deeper = deeper_manifest(directory) or " (was its writing interrupted?)"
         raise ArtefactError(
-            f"{directory} is not an artefact: {MANIFEST} is missing (was its writing interrupted?)"
+            f"{directory} is not an artefact: {MANIFEST} is missing{deeper}"
         ) from None
     except OSError as error:
         raise ArtefactError(f"{path} cannot be read: {error.strerror}") from error

@@ -1,16 +1,19 @@
 """`train`: one job for all stages, or a chain of jobs that pass the artefact on.
 
-A job's name has a digest of its data and settings. So a second run finds the jobs of the first: it
-waits for a running one, takes the model of a completed one, and starts a failed one again from its
-last checkpoint.
+A job's name has a digest of its settings and of the objects that it reads. So a second run finds
+the jobs of the first, and new data are another run. It waits for a running one, takes the model of
+a completed one, and starts a failed one again from its last checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
 from dalle.errors import AwsError, PlanError, UserError
+from dalle.platform.splits import Split, split_of
 from dalle.types import STAGES
 from infra.aws.project import (
     IMAGE_TAG,
@@ -186,12 +189,14 @@ def read_run(options: argparse.Namespace, project: Project) -> TrainingRun:
     if options.clip:
         channels["clip"] = options.clip
     wait = options.max_wait_hours
+    inputs = [*channels.values(), *([options.artefact] if options.artefact else [])]
     training_run = TrainingRun(
         project=project.name,
         image_uri=image.uri,
         role_arn=outputs.role_arn,
         bucket=outputs.bucket,
         channels=channels,
+        content=content_digest(project, inputs),
         hyperparameters=given,
         instance_type=options.instance_type,
         instance_count=options.instance_count,
@@ -214,21 +219,80 @@ def read_run(options: argparse.Namespace, project: Project) -> TrainingRun:
 def data_channels(project: Project, outputs: StackOutputs, data: str) -> dict[str, str]:
     """Return the channels `train` and, where there is one, `validation`.
 
-    A folder without train/ in it is the channel `train` itself. Raises UserError without data.
+    They are the folders of these names (see `dalle.platform.splits`). A folder in which there are
+    none is the channel `train` itself. Raises UserError without data, and where pictures that are
+    held out would be trained on.
     """
     base = data if data.startswith("s3://") else f"s3://{outputs.bucket}/data/{data}"
     # Without the slash a channel would also include prefixes that begin alike: train, train_old.
     base = base.rstrip("/") + "/"
-    if holds_objects(project, f"{base}train/"):
-        found = {"train": f"{base}train/"}
-        if holds_objects(project, f"{base}validation/"):
-            found["validation"] = f"{base}validation/"
-        return found
-    if holds_objects(project, base):
+    names = top_names(project, base)
+    if not names:
+        raise UserError(
+            f"there is nothing at {base}; `python -m infra upload FOLDER --name {data}` uploads it"
+        )
+    found = splits_in(names)
+    for split, folders in found.items():
+        if split != "test" and len(folders) > 1 and all(name.endswith("/") for name in folders):
+            raise UserError(
+                f"{base} has {' and '.join(folders)}, and the channel {split} can be only one of "
+                f"them; move the other away, or name one: --data {base}{folders[0]}"
+            )
+    train = [name for name in found.get("train", []) if name.endswith("/")]
+    if not train:
+        _refuse_held_out(base, found)
         return {"train": base}
-    raise UserError(
-        f"there is nothing at {base}; `python -m infra upload FOLDER --name {data}` uploads it"
-    )
+    channels = {"train": base + train[0]}
+    _refuse_held_out(channels["train"], splits_in(top_names(project, channels["train"])))
+    for name in found.get("validation", []):
+        channels["validation"] = base + name
+    for name in found.get("test", []):
+        project.output.line(f"{base}{name} is left out: it is neither to train nor to validate on")
+    return channels
+
+
+def _refuse_held_out(uri: str, found: Mapping[Split, list[str]]) -> None:
+    """Raise UserError when a channel to train on holds what is held out."""
+    held_out = found.get("validation", []) + found.get("test", [])
+    if held_out:
+        raise UserError(
+            f"{uri} would be the channel train, and it holds {', '.join(held_out[:5])}: pictures "
+            "that are held out would be trained on. Put those to train on into a folder train/ "
+            "and those to validate on into validation/ beside it"
+        )
+
+
+def splits_in(names: Iterable[str]) -> dict[Split, list[str]]:
+    """Return split -> the names that belong to it. A folder's name ends with a slash."""
+    found: dict[Split, list[str]] = {}
+    for name in sorted(names):
+        split = split_of(name.rstrip("/"), is_folder=name.endswith("/"))
+        if split is not None:
+            found.setdefault(split, []).append(name)
+    return found
+
+
+def top_names(project: Project, uri: str) -> set[str]:
+    """Return the first parts of the keys below an address; a folder's ends with a slash."""
+    bucket, prefix = split_uri(uri)
+    request = Request("s3", "ListObjectsV2", {"Bucket": bucket, "Prefix": prefix, "Delimiter": "/"})
+    answer = [{"Prefix": f"{prefix}{name}/"} for name in ("train", "validation")]
+    folders = project.aws.items(request, "CommonPrefixes", answer=answer)
+    names = {found["Prefix"].removeprefix(prefix) for found in folders}
+    files = [] if project.aws.dry_run else project.aws.items(request, "Contents")
+    return names | {found["Key"].removeprefix(prefix) for found in files} - {""}
+
+
+def content_digest(project: Project, uris: Iterable[str]) -> str:
+    """Return a digest of the objects at some addresses: their names, sizes and ETags."""
+    content = hashlib.sha256()
+    for uri in sorted(uris):
+        bucket, prefix = split_uri(uri)
+        request = Request("s3", "ListObjectsV2", {"Bucket": bucket, "Prefix": prefix})
+        for found in project.aws.items(request, "Contents"):
+            line = f"{uri} {found['Key']} {found['Size']} {found['ETag']}\n"
+            content.update(line.encode())
+    return content.hexdigest()
 
 
 def holds_objects(project: Project, uri: str) -> bool:
@@ -252,6 +316,7 @@ def start(project: Project, training_run: TrainingRun, stage: Stage, artefact: s
             status = "Completed, but its model is gone"
         elif status not in ENDED_BADLY:
             project.output.item(f"training job {name}", f"already there, {status}")
+            project.output.line("  its data, settings and image are these; --run NAME trains anew")
             return name
         project.output.item(f"training job {name}", f"{status}; another attempt")
     else:

@@ -31,6 +31,7 @@ class TrainingRun:
     """The settings of one `train` command; equal runs have equal digests, and so equal job names.
 
     channels: name -> s3 address of a folder (or, for `artefact` and `clip`, of a file).
+    content: a digest of the objects in the channels; other data make another run.
     spot: spare capacity, cheaper and interruptible. keep_alive_seconds: of a warm pool.
     distribution: of the channel train over the hosts. attributes: of an augmented manifest, empty
     for other data.
@@ -42,6 +43,7 @@ class TrainingRun:
     role_arn: str
     bucket: str
     channels: Mapping[str, str]
+    content: str = ""
     hyperparameters: Mapping[str, str] = field(default_factory=dict)
     instance_type: str = "ml.g5.xlarge"
     instance_count: int = 1
@@ -65,6 +67,7 @@ class TrainingRun:
                 self.image_uri,
                 self.bucket,
                 dict(self.channels),
+                self.content,
                 dict(self.hyperparameters),
                 dict(self.environment),
                 self.instance_type,

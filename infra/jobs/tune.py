@@ -155,7 +155,7 @@ def tuning_request(
         "TrainingJobEarlyStoppingType": "Auto" if options.early_stopping else "Off",
     }
     # The platform derives the names of the jobs from it, so it must be short.
-    name = f"{training_run.project}-{digest([search, job])}"[:MAX_NAME]
+    name = f"{training_run.project}-{digest([search, job, training_run.content])}"[:MAX_NAME]
     return Request(
         "sagemaker",
         "CreateHyperParameterTuningJob",

@@ -1,7 +1,7 @@
 """`upload`: a folder to the bucket under data/NAME/.
 
 A file is skipped when its object has the same size and MD5, which is the ETag of an object that was
-uploaded in one piece. Hidden files are left out.
+uploaded in one piece. Hidden files are left out; links to files and folders are followed.
 """
 
 from __future__ import annotations
@@ -82,14 +82,14 @@ def run(options: argparse.Namespace) -> int:
 
 
 def find_files(folder: Path, prefix: str) -> Iterator[File]:
-    """Yield every file of a folder that is not hidden, in order. Raises UserError, PlanError."""
+    """Yield every file of a folder that is not hidden, in order; links are followed.
+
+    Raises UserError for what cannot be read, PlanError for a file that is too large.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
     found = False
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        if any(part.startswith(".") for part in relative.parts) or not path.is_file():
-            continue
+    for path in _walk(folder, (folder.resolve(),)):
         num_bytes = path.stat().st_size
         if num_bytes > MAX_BYTES:
             raise PlanError(
@@ -97,9 +97,32 @@ def find_files(folder: Path, prefix: str) -> Iterator[File]:
                 f"{MAX_BYTES:,} (5 GiB); tar shards of 50 to 500 MB are read fastest"
             )
         found = True
-        yield File(path, prefix + relative.as_posix(), num_bytes)
+        yield File(path, prefix + path.relative_to(folder).as_posix(), num_bytes)
     if not found:
         raise UserError(f"{folder} has no files in it")
+
+
+def _walk(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+    """Yield the files below a folder. above: the real paths of the folder and of those above it.
+
+    Raises UserError: a file that is left out without a word is missing from the training data.
+    """
+    try:
+        paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        for path in paths:
+            if not path.exists():
+                raise UserError(f"{path} is a link to {path.readlink()}, which is not there")
+            real = path.resolve()
+            if path.is_dir():
+                if real in above:
+                    raise UserError(f"{path} is a link to {real}, a folder that it lies in")
+                yield from _walk(path, (*above, real))
+            elif path.is_file():
+                yield path
+            else:
+                raise UserError(f"{path} is neither a file nor a folder; move it away")
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a ring
+        raise UserError(f"{folder} cannot be read: {error}") from error
 
 
 def listing(project: Project, bucket: str, prefix: str) -> dict[str, tuple[int, str]]:

@@ -126,35 +126,65 @@ def test_saving_over_an_older_artefact_leaves_nothing_of_it(tiny_models, artefac
     ]
 
 
-@pytest.mark.parametrize("survivors", range(6))
-def test_an_interrupted_save_is_refused_and_can_be_repeated(
+RENAMES = 2 * (len(COMPONENTS) + 1)
+"""Of a save over an older artefact: of both, the components and the manifest."""
+
+
+@pytest.mark.parametrize("survivors", range(RENAMES))
+def test_a_save_whose_disk_fails_at_a_rename_leaves_the_old_artefact(
     survivors, tiny_models, artefact_copy, make_dalle, monkeypatch
 ):
-    """The disk fails at each of the renames: four components and the manifest."""
-    other = replace(tiny_models, transformer=make_dalle())
+    before = files_under(artefact_copy)
     really_replace, done = os.replace, []
 
-    def fail(*arguments: object) -> None:
-        if len(done) == survivors:
+    def fail_once(*arguments: object) -> None:
+        done.append(arguments)
+        if len(done) == survivors + 1:
             raise OSError(5, "Input/output error")
+        really_replace(*arguments)
+
+    monkeypatch.setattr(os, "replace", fail_once)
+    with pytest.raises(PlatformError, match="cannot write the artefact .*Input/output"):
+        artefacts.save(artefact_copy, replace(tiny_models, transformer=make_dalle()))
+    assert artefacts.load(artefact_copy).transformer.config == tiny_models.transformer.config
+    assert files_under(artefact_copy) == before
+
+
+@pytest.mark.parametrize("survivors", range(RENAMES + 1))
+def test_a_save_whose_process_is_killed_leaves_the_old_artefact_or_the_new_one(
+    survivors, tiny_models, artefact_copy, make_dalle, monkeypatch
+):
+    """The new one has a component less and a component more than the old one."""
+    old = replace(tiny_models, clip=None)
+    artefacts.save(artefact_copy, old)
+    new = replace(tiny_models, transformer=None)
+    really_replace, done = os.replace, []
+
+    class Killed(BaseException):
+        pass
+
+    def die(*arguments: object) -> None:
+        if len(done) == survivors:
+            raise Killed
         done.append(arguments)
         really_replace(*arguments)
 
-    monkeypatch.setattr(os, "replace", fail)
-    if survivors == 5:
-        artefacts.save(artefact_copy, other)
-    else:
-        with pytest.raises(PlatformError, match="cannot write the artefact .*Input/output"):
-            artefacts.save(artefact_copy, other)
-        assert not (artefact_copy / ".staging").exists()
-        with pytest.raises(ArtefactError, match=r"manifest.json is missing \(was its writing"):
-            artefacts.load(artefact_copy)
-    monkeypatch.undo()
-    artefacts.save(artefact_copy, other)
-    assert artefacts.load(artefact_copy).transformer.config == other.transformer.config
-    assert sorted(path.name for path in artefact_copy.iterdir()) == sorted(
-        [*COMPONENTS, "manifest.json"]
-    )
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", die)
+        patch.setattr(artefacts, "restore", lambda directory: None)  # a dead process does nothing
+        if survivors < len(old.components()) + len(new.components()) + 2:
+            with pytest.raises(Killed):
+                artefacts.save(artefact_copy, new)
+        else:
+            artefacts.save(artefact_copy, new)
+    artefacts.restore(artefact_copy)
+    is_replaced = survivors >= len(old.components()) + len(new.components()) + 2
+    expected = new if is_replaced else old
+    assert artefacts.load(artefact_copy).components() == expected.components()
+    assert {path.name for path in artefact_copy.iterdir()} == {
+        *expected.components(),
+        "manifest.json",
+    }
 
 
 def test_a_full_disk_leaves_the_old_artefact_and_nothing_else(tiny_models, artefact_copy):

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -82,17 +83,18 @@ def test_an_archive_that_reaches_outside_is_refused(entry, says, tmp_path):
 
 def test_an_absolute_path_in_an_archive_stays_within_the_scratch_directory(tmp_path):
     pack(tmp_path / "channel" / "model.tar.gz", member(f"{tmp_path}/evil"))
-    found = artefacts.locate(tmp_path / "channel", tmp_path / "scratch")
+    with pytest.raises(ArtefactError, match=r"has no manifest.json"):
+        artefacts.locate(tmp_path / "channel", tmp_path / "scratch")
     assert not (tmp_path / "evil").exists()
-    with pytest.raises(ArtefactError, match="is not an artefact"):
-        artefacts.load(found)
+    assert list((tmp_path / "scratch").rglob("evil"))
 
 
 def test_nothing_in_an_archive_is_executable_by_others_or_setuid(artefact_copy, tmp_path):
     entry = member("tool")
     entry.mode = 0o6777
     pack(tmp_path / "channel" / "model.tar.gz", entry)
-    artefacts.locate(tmp_path / "channel", tmp_path / "scratch")
+    with pytest.raises(ArtefactError, match=r"has no manifest.json"):
+        artefacts.locate(tmp_path / "channel", tmp_path / "scratch")
     assert (tmp_path / "scratch" / "tool").stat().st_mode & 0o7022 == 0
 
 
@@ -153,3 +155,40 @@ def test_more_files_than_an_artefact_can_have_are_refused(tmp_path):
     pack(tmp_path / "channel" / "model.tar.gz", *entries)
     with pytest.raises(ArtefactError, match=r"model.tar.gz has more than 1,000 entries"):
         artefacts.locate(tmp_path / "channel", tmp_path / "scratch")
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_a_manifest_one_folder_too_deep_is_named_with_its_file_and_the_remedy(
+    is_packed, artefact_copy, tmp_path
+):
+    channel = tmp_path / "channel"
+    if is_packed:
+        pack(channel / "model.tar.gz", (artefact_copy, "model"))
+        says = r"model.tar.gz has no manifest.json .*\['model'\].*in model/; .* -C model \."
+    else:
+        shutil.copytree(artefact_copy, channel / "model")
+        says = r"channel must hold manifest.json .*found \['model'\]; it is one .* in model/"
+        with pytest.raises(ArtefactError, match="is missing; it is one folder deeper, in model/"):
+            artefacts.load(channel)
+    with pytest.raises(ArtefactError, match=says):
+        artefacts.locate(channel, tmp_path / "scratch")
+
+
+def test_an_archive_of_something_else_is_named_with_what_it_holds(artefact_copy, tmp_path):
+    pack(tmp_path / "channel" / "model.tar.gz", (artefact_copy / "dvae", "weights"))
+    with pytest.raises(ArtefactError, match=r"model.tar.gz has no manifest.json .*\['weights'\]"):
+        artefacts.locate(tmp_path / "channel", tmp_path / "scratch")
+
+
+def test_hidden_files_beside_a_model_and_in_it_are_left_alone(artefact_copy, tmp_path):
+    hidden = ("dvae/._config.json", "clip/.DS_Store", ".ipynb_checkpoints/a", "dvae/.x/b.json")
+    for name in hidden:
+        (artefact_copy / name).parent.mkdir(exist_ok=True)
+        (artefact_copy / name).write_bytes(b"\0\5\x16\7")
+    assert artefacts.load(artefact_copy).components() == [*COMPONENTS]
+    channel = tmp_path / "channel"
+    pack(channel / "model.tar.gz", (artefact_copy, "."))
+    for name in ("._model.tar.gz", ".DS_Store"):
+        (channel / name).write_bytes(b"\0\5\x16\7")
+    found = artefacts.locate(channel, tmp_path / "scratch")
+    assert artefacts.load(found).components() == [*COMPONENTS]

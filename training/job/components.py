@@ -8,25 +8,37 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
 import torch
 
-from dalle.errors import HyperparameterError
+from dalle.errors import CheckpointError, HyperparameterError
 from dalle.models.clip import Clip, ClipConfig
 from dalle.models.dvae import DiscreteVAE, DVAEConfig
 from dalle.models.transformer import Dalle, TransformerConfig
 from dalle.types import StageName
 from training.config.fields import Hyperparameters, StageHyperparameters
 from training.engine.devices import check_precision, is_emulated
-from training.engine.select import device_of_new
+from training.engine.select import device_of_new, engine_of
 from training.job.inputs import Inputs
-from training.loop.checkpoints import stored_identity
+from training.loop.budget import Budget
+from training.loop.checkpoints import stored_run
 from training.loop.interface import Stage
-from training.loop.stages import ClipStage, DVAEStage, TransformerStage
+from training.loop.stages import ClipStage, DVAEStage, TransformerStage, weights_hash
 from training.report.job import unfinished
 from training.stopping import Stopped
 
 logger = logging.getLogger(__name__)
+
+
+def settings_identity(hyperparameters: Hyperparameters, name: StageName) -> dict[str, Any]:
+    """Return the hyperparameters that decide what a stage computes, for its checkpoints."""
+    return {
+        "engine": engine_of(hyperparameters, name),
+        "seed": hyperparameters.seed,
+        **hyperparameters.of(name).identity(),
+    }
 
 
 class Components:
@@ -46,6 +58,14 @@ class Components:
         if inputs.ranks.is_first:
             for sentence in unfinished(inputs.artefact, besides=names):
                 logger.warning("%s", sentence)
+            for name in names:
+                if name in inputs.present:
+                    logger.warning(
+                        "the channel artefact brings a trained %s; stage=%s does not train it on: "
+                        "a new one, from random weights, replaces it",
+                        name,
+                        name,
+                    )
             if any(is_emulated(each.precision, inputs.device) for each in settings.values()):
                 logger.warning(
                     "precision=bf16 is slower than fp32 on this CPU, which has no instructions "
@@ -70,6 +90,56 @@ class Components:
         if set(names) - {"dvae"}:
             inputs.check_captions()
 
+    def check_checkpoints(self, names: Sequence[StageName]) -> None:
+        """Compare all checkpoints with the job, before a stage adds to its own.
+
+        After `settle_batch_sizes`. Raises CheckpointError for checkpoints of another run, and where
+        a larger budget would train the dVAE on under a transformer that was trained on its tokens.
+        """
+        inputs = self._inputs
+        if not inputs.ranks.is_first:
+            return
+        for name in names:
+            stored = stored_run(inputs.job.paths.checkpoints / name)
+            if stored is not None:
+                stored.require(self._known_identity(name))
+        if "dvae" in names:
+            self._require_finished_dvae()
+
+    def _known_identity(self, name: StageName) -> dict[str, Any]:
+        """Return the part of a stage's identity that is known before any stage is trained."""
+        inputs = self._inputs
+        known = settings_identity(inputs.hyperparameters, name) | {
+            "data": inputs.train.totals.fingerprint,
+            "num_pairs": inputs.train.totals.num_pairs,
+            f"{name}_config": asdict(inputs.config(name)),
+        }
+        if name != "dvae":
+            known["tokenizer"] = inputs.tokenizer().identity()
+        if name == "transformer" and inputs.artefact.dvae is not None:
+            known["dvae_weights"] = weights_hash(inputs.artefact.dvae)
+        return known
+
+    def _require_finished_dvae(self) -> None:
+        """Raise CheckpointError when this job would train on a dVAE that a transformer reads."""
+        inputs = self._inputs
+        checkpoints = inputs.job.paths.checkpoints
+        dvae, reader = stored_run(checkpoints / "dvae"), stored_run(checkpoints / "transformer")
+        if dvae is None or reader is None:
+            return
+        settings = inputs.hyperparameters.dvae
+        num_batches = max(1, inputs.train.totals.num_pairs // settings.pairs_per_step)
+        budget = Budget.of(settings, num_batches)
+        if dvae.is_finished and budget.progress(dvae.step, dvae.seconds) < 1:
+            total, unit = dvae.budget or (dvae.step, "step")
+            before = f"max_steps={total:g}" if unit == "step" else f"max_minutes={total / 60:g}"
+            raise CheckpointError(
+                f"the larger budget would train the dvae on from step {dvae.step:,}, and "
+                f"{reader.path} was trained on the image tokens of that dvae. Nothing is changed: "
+                f"set dvae_{before} to prolong the other stages alone, or give the job an empty "
+                "checkpoint directory to train all of them anew"
+            )
+
     def settle_batch_sizes(self, names: Sequence[StageName]) -> Hyperparameters:
         """Replace every batch_size=auto of these stages by a number and return the settings.
 
@@ -83,8 +153,8 @@ class Components:
             if settings.batch_size != "auto":
                 continue
             directory = inputs.job.paths.checkpoints / name
-            stored = stored_identity(directory) if inputs.ranks.is_first else None
-            batch_size = inputs.ranks.share((stored or {}).get("batch_size"))
+            stored = stored_run(directory) if inputs.ranks.is_first else None
+            batch_size = inputs.ranks.share(stored and stored.identity.get("batch_size"))
             if batch_size is None:
                 try:
                     share = self._find_share(name, settings)

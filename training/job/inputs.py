@@ -238,11 +238,13 @@ def _read_artefact(job: Job, device: torch.device) -> Artefact:
         if artefact.clip is not None:
             raise ArtefactError("the channels artefact and clip both bring a CLIP; leave one out")
         directory = job.channels["clip"].directory
-        files = sorted(path for path in directory.iterdir() if path.suffix in (".pt", ".pth"))
+        names = sorted(path.name for path in directory.iterdir())
+        names = [name for name in names if not artefacts.is_hidden(name)]
+        files = [directory / name for name in names if name.endswith((".pt", ".pth"))]
         if len(files) != 1:
             raise ArtefactError(
-                f"the channel clip must hold one OpenAI checkpoint (.pt), found "
-                f"{[path.name for path in files]}"
+                f"the channel clip, {directory}, must hold one OpenAI checkpoint (.pt), found "
+                f"{names[:5]}"
             )
         artefact.clip = Clip.from_openai(files[0]).requires_grad_(False).to(device)
     return artefact

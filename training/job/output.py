@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from datetime import UTC, datetime
+from pathlib import Path
 
 from dalle import artefact as artefacts
-from dalle.manifest import StageRecord
+from dalle.errors import ArtefactError
+from dalle.manifest import Manifest, StageRecord, read_manifest
+from dalle.types import COMPONENTS, StageName
 from training.job.inputs import Inputs
 from training.loop.interface import FitResult, Stage
 from training.report.job import build_report
@@ -22,12 +26,25 @@ EXAMPLE_CAPTIONS = 4
 class Output:
     """The model directory and the report of a job; only the first rank writes.
 
-    The artefact begins with the components of the input channels.
+    The artefact begins with the components of the input channels. The model of an earlier run in
+    the model directory stays until there is one that has all of its components, as far trained.
     """
 
-    def __init__(self, inputs: Inputs) -> None:
+    def __init__(self, inputs: Inputs, names: Collection[StageName] = ()) -> None:
+        """names: the stages to train. Raises ArtefactError when the artefact could never replace
+        the one in the model directory, for want of components; PlatformError."""
         self._inputs = inputs
         self._is_saved = False
+        self._earlier = Manifest()
+        if inputs.ranks.is_first:
+            self._earlier = _read_earlier(inputs.job.paths.model)
+            left_out = self._earlier.components() - {*inputs.artefact.components(), *names}
+            if left_out - {"tokenizer"}:
+                raise ArtefactError(
+                    f"{inputs.job.paths.model} holds an earlier model with "
+                    f"{', '.join(sorted(left_out))}, which this job neither trains nor finds in "
+                    "the channel artefact, and would lose; move it away, or give it in that channel"
+                )
         manifest = inputs.artefact.manifest
         manifest.licence = inputs.hyperparameters.licence or manifest.licence
 
@@ -90,7 +107,43 @@ class Output:
     def _save(self) -> None:
         if not self._inputs.ranks.is_first:
             return
+        if missing := self._lost():
+            logger.info(
+                "the earlier model in %s stays: this job has not finished %s",
+                self._inputs.job.paths.model,
+                ", ".join(missing),
+            )
+            return
         job, artefact = self._inputs.job, self._inputs.artefact
         artefacts.save(job.paths.model, artefact, git_revision=job.git_revision)
         logger.info("wrote %s to %s", ", ".join(artefact.components()), job.paths.model)
-        self._is_saved = True
+        self._is_saved, self._earlier = True, Manifest()
+
+    def _lost(self) -> list[str]:
+        """Return the earlier model's components that the artefact lacks or has less finished."""
+        artefact = self._inputs.artefact
+        has, records = artefact.components(), artefact.manifest.newest_records()
+        earlier = self._earlier.newest_records()
+        return [
+            name
+            for name in COMPONENTS
+            if name in self._earlier.components()
+            and (
+                name not in has
+                or (
+                    name in earlier
+                    and earlier[name].is_finished
+                    and name in records
+                    and not records[name].is_finished
+                )
+            )
+        ]
+
+
+def _read_earlier(directory: Path) -> Manifest:
+    """Return the manifest of the model that an earlier run left; an empty one without any."""
+    artefacts.restore(directory)
+    try:
+        return read_manifest(directory)
+    except ArtefactError:
+        return Manifest()

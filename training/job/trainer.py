@@ -18,8 +18,8 @@ from dalle.platform.environment import Job
 from dalle.types import STAGES, ComponentName, StageName
 from training.config.hyperparameters import Hyperparameters, without_effect
 from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from training.engine.select import check_engine, engine_of, select_engine
-from training.job.components import Components
+from training.engine.select import check_engine, select_engine
+from training.job.components import Components, settings_identity
 from training.job.inputs import Inputs
 from training.job.output import Output
 from training.loop.checkpoints import Checkpoints
@@ -82,7 +82,8 @@ class Trainer:
             return
         require_equal_shares(self._hyperparameters, names, ranks.size)  # those of checkpoints too
         check_engine(self._hyperparameters, names, device, ranks.size)
-        output = Output(inputs)
+        output = Output(inputs, names)
+        components.check_checkpoints(names)
         paths = self._job.paths
         with (
             Metrics(paths.output_data / "metrics.jsonl", paths.tensorboard)
@@ -114,12 +115,7 @@ class Trainer:
         hyperparameters, name = self._hyperparameters, stage.name
         num_parameters = sum(parameter.numel() for parameter in stage.model.parameters())
         logger.info("training %s, %s parameters", name, f"{num_parameters:,}")
-        identity = {
-            "engine": engine_of(hyperparameters, name),
-            "seed": hyperparameters.seed,
-            **hyperparameters.of(name).identity(),
-            **stage.identity(),
-        }
+        identity = {**settings_identity(hyperparameters, name), **stage.identity()}
         require_equal_everywhere(identity, self._ranks)
         result = fit(
             stage,

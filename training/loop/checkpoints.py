@@ -11,6 +11,7 @@ import logging
 import random
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -105,28 +106,54 @@ class Checkpoints:
         return sorted(paths, reverse=True)
 
     def _require_same_run(self, path: Path, content: Mapping[str, Any]) -> None:
-        if content["format"] != FORMAT:
-            raise CheckpointError(
-                f"{path} has checkpoint format {content['format']}, this version reads {FORMAT}; "
-                "start with an empty checkpoint directory"
-            )
-        theirs, ours = content["identity"], self._identity
-        differences = [
-            f"{name} was {theirs.get(name)!r}, this job has {ours.get(name)!r}"
-            for name in sorted({*theirs, *ours})
-            if theirs.get(name) != ours.get(name)
-        ]
-        if differences:
-            raise CheckpointError(
-                f"{path} belongs to another run: {'; '.join(differences)}. "
-                "Give every run its own checkpoint directory, or set the values back"
-            )
+        _require_format(path, content)
+        require_same_run(path, content["identity"], self._identity)
 
 
-def stored_identity(directory: Path) -> dict[str, Any] | None:
-    """Return the identity of the newest readable checkpoint; None without any. Reads no weights.
+@dataclass(frozen=True)
+class StoredRun:
+    """The newest readable checkpoint of a directory, without its weights.
 
-    Raises PlatformError for trouble with the disk.
+    budget: (total, unit) of the run that wrote it; None for one of an older version.
+    """
+
+    path: Path
+    identity: Mapping[str, Any]
+    step: int
+    seconds: float
+    budget: tuple[float, str] | None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the budget of the run that wrote it was spent; assumed without a budget."""
+        if self.budget is None:
+            return True
+        total, unit = self.budget
+        return (self.step if unit == "step" else self.seconds) >= total
+
+    def require(self, known: Mapping[str, Any]) -> None:
+        """Raise CheckpointError unless its identity has the known values."""
+        require_same_run(self.path, {name: self.identity.get(name) for name in known}, known)
+
+
+def require_same_run(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Raise CheckpointError naming what differs between a checkpoint's identity and a run's."""
+    differences = [
+        f"{name} was {theirs.get(name)!r}, this job has {ours.get(name)!r}"
+        for name in sorted({*theirs, *ours})
+        if theirs.get(name) != ours.get(name)
+    ]
+    if differences:
+        raise CheckpointError(
+            f"{path} belongs to another run: {'; '.join(differences)}. "
+            "Give every run its own checkpoint directory, or set the values back"
+        )
+
+
+def stored_run(directory: Path) -> StoredRun | None:
+    """Return the newest readable checkpoint; None without any. Reads no weights.
+
+    Raises CheckpointError for one of another format, PlatformError for trouble with the disk.
     """
     for path in Checkpoints(directory, identity={})._complete():
         try:
@@ -136,9 +163,24 @@ def stored_identity(directory: Path) -> dict[str, Any] | None:
                 error, f"read the checkpoint {path}", if_full="give the job a larger volume"
             ) from error
         if content is not None:
-            identity: dict[str, Any] = content["identity"]
-            return identity
+            _require_format(path, content)
+            state = content["state"]
+            return StoredRun(
+                path,
+                content["identity"],
+                state.get("step", 0),
+                state.get("seconds", 0.0),
+                state.get("budget"),
+            )
     return None
+
+
+def _require_format(path: Path, content: Mapping[str, Any]) -> None:
+    if content["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path} has checkpoint format {content['format']}, this version reads {FORMAT}; "
+            "start with an empty checkpoint directory"
+        )
 
 
 def seed_everything(seed: int, step: int, rank: int = 0) -> None:

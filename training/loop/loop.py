@@ -242,6 +242,7 @@ class _Fit:
             "step": self.step,
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
+            "budget": (self.budget.total, self.budget.unit),
             # The order of the data is a function of these and the step.
             "data": {"seed": self.hyperparameters.seed, "epoch": self.step // num_per_epoch},
             "engine": engine_state,

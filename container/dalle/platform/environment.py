@@ -7,9 +7,10 @@ can import it on a laptop. Environment variables of the job are read here and no
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,12 @@ DEFAULT_ROOT = Path("/opt/ml")
 DEFAULT_HOST = "algo-1"
 DEFAULT_JOB_NAME = "local"
 DEVICES = ("auto", "cpu", "cuda")
+
+PREFIX = "DALLE_"
+"""Of the names of our environment variables."""
+
+TRAIN_VARIABLES = ("DALLE_DEVICE",)
+"""Variables with the prefix that `train` reads."""
 
 SDK_CHANNELS = frozenset({"code", "recipe", "sm_drivers"})
 """Channels that the SageMaker SDK adds for its own use; they hold no training data."""
@@ -51,6 +58,40 @@ class Paths:
         self.failure = self.output / "failure"
         self.allowed = (self.model, self.checkpoints, self.output)
         """Directories that a job may write, besides the system's temporary one."""
+
+
+OTHER_VARIABLES = (
+    "DALLE_GIT_REVISION",
+    "DALLE_IMAGE",
+    "DALLE_PROJECT",
+    "DALLE_REQUIRE_DOCKER",
+    "DALLE_REQUIRE_ROOT",
+)
+"""Variables of the image, of `python -m infra` and of the tests."""
+
+
+def unknown_variables(environment: Mapping[str, str], known: Collection[str]) -> list[str]:
+    """Return a sentence for each variable that seems to be meant for this command and is not read.
+
+    known: the variables that the command reads. A variable seems meant by the prefix DALLE_, in any
+    case, or by a name that is nearly a known one.
+    """
+    ours = sorted(name for name in known if name.startswith(PREFIX))
+    rests = [name.removeprefix(PREFIX) for name in ours]
+    sentences = []
+    for name in sorted(environment.keys() - {*known} - {*OTHER_VARIABLES}):
+        prefix, rest = name.upper()[: len(PREFIX)], name.upper()[len(PREFIX) :]
+        if prefix == PREFIX:
+            nearest = [PREFIX + each for each in difflib.get_close_matches(rest, rests, n=1)]
+        else:
+            nearest = difflib.get_close_matches(name.upper(), ours, n=1, cutoff=0.9)
+        if prefix == PREFIX or nearest:
+            hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(ours)}"
+            sentences.append(
+                f"the environment variable {name}={environment[name]} is unknown and has no "
+                f"effect; {hint}"
+            )
+    return sentences
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The job that is read from /opt/ml."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dalle.errors import JobError
-from dalle.platform.environment import parse_value, read_job
+from dalle.platform.environment import parse_value, read_job, unknown_variables
 from tests import REPOSITORY
 
 
@@ -169,3 +170,20 @@ def test_importing_the_contract_needs_the_standard_library_only():
     environment = {"PYTHONPATH": str(root)}
     printed = subprocess.run(command, capture_output=True, check=True, text=True, env=environment)
     assert set(json.loads(printed.stdout)) <= {"__main__", "dalle"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"DALLE_PRECISON": "int8"}, ["DALLE_PRECISON=int8 is unknown .* mean DALLE_PRECISION"]),
+        ({"dalle_precision": "int8"}, ["dalle_precision=int8 .*did you mean DALLE_PRECISION"]),
+        ({"DALE_PRECISION": "int8"}, ["DALE_PRECISION=int8 .*did you mean DALLE_PRECISION"]),
+        ({"DALLE_ZZ": "1", "DALLE_A": ""}, ["DALLE_A= ", "DALLE_ZZ=1 .*; known are DALLE_DEV"]),
+        ({"DALLE_DEVICE": "cpu", "DALLE_GIT_REVISION": "x", "PATH": "/", "SAGEMAKER_BAT": ""}, []),
+    ],
+)
+def test_a_misspelt_variable_is_said_with_the_nearest_name(variables, says):
+    known = ("DALLE_DEVICE", "DALLE_PRECISION", "SAGEMAKER_BATCH")
+    found = unknown_variables(variables, known)
+    assert len(found) == len(says)
+    assert all(re.search(each, sentence) for each, sentence in zip(says, found, strict=True))

@@ -257,6 +257,12 @@ def test_a_missing_model_directory_is_an_error_at_once(tmp_path):
         served.wait_for("model is not a directory; --root must be")
 
 
+def test_a_misspelt_variable_is_said_in_the_log(tmp_path):
+    (tmp_path / "model").mkdir()
+    with running(tmp_path, DALLE_PRECISON="int8") as served:
+        served.wait_for("WARNING .*DALLE_PRECISON=int8 is unknown.*did you mean DALLE_PRECISION?")
+
+
 def test_every_variable_that_is_wrong_is_named(root):
     wrong = {"DALLE_QUEUE_SIZE": "0", "DALLE_DEVICE": "tpu", "DALLE_DEADLINE_SECONDS": "soon"}
     with running(root, **wrong) as served:

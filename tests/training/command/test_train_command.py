@@ -51,6 +51,12 @@ def test_everything_wrong_is_in_one_failure_file_and_nothing_is_half_written(opt
     assert files_of(opt_ml) - before == {"output/failure"}
 
 
+def test_a_misspelt_variable_is_said_in_the_log(opt_ml, monkeypatch, caplog):
+    monkeypatch.setenv("DALLE_DEVIC", "cuda")
+    assert run(opt_ml) == 1
+    assert "DALLE_DEVIC=cuda is unknown and has no effect; did you mean DALLE_DEV" in caplog.text
+
+
 def test_json_that_is_not_json_is_named_with_its_position(filled):
     filled.write("hyperparameters", '{"epochs": 3')
     assert run(filled) == 1

@@ -65,6 +65,9 @@ class TinyJob:
     def settle_batch_sizes(self, names):
         return self.hyperparameters
 
+    def check_checkpoints(self, names):
+        self.calls.append(("check checkpoints", *names))
+
     def build(self, name):
         self.calls.append(("build", name))
         return TinyStage(name, self.before_step)
@@ -87,7 +90,7 @@ def run(opt_ml, monkeypatch):
     def run(parts, raw, stop=None):
         monkeypatch.setattr(trainer, "Inputs", parts.open)
         monkeypatch.setattr(trainer, "Components", lambda inputs: inputs)
-        monkeypatch.setattr(trainer, "Output", lambda inputs: inputs)
+        monkeypatch.setattr(trainer, "Output", lambda inputs, names: inputs)
         job = read_job(opt_ml.root, {"DALLE_DEVICE": "cpu"})
         prepare_outputs(job.paths)
         settings = parse({"max_steps": "4", "log_every": "2", **raw})
@@ -134,6 +137,7 @@ def test_each_stage_is_built_trained_and_kept_before_the_next(run, opt_ml):
     assert parts.calls == [
         ("open", "cpu"),
         ("check", "dvae", "transformer"),
+        ("check checkpoints", "dvae", "transformer"),
         ("build", "dvae"),
         ("keep", "dvae"),
         ("build", "transformer"),
@@ -170,8 +174,9 @@ def test_a_stop_while_a_stage_is_prepared_ends_the_job_in_order(run):
     parts = TinyJob()
     parts.build = lambda name: None
     run(parts, {})
-    checked = ("check", "dvae", "transformer", "clip")
-    assert parts.calls == [("open", "cpu"), checked, ("finish",)]
+    names = ("dvae", "transformer", "clip")
+    checked = [("check", *names), ("check checkpoints", *names)]
+    assert parts.calls == [("open", "cpu"), *checked, ("finish",)]
 
 
 def test_a_setting_without_effect_is_warned_of(run, caplog):

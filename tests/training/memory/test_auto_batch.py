@@ -13,7 +13,7 @@ from tests.training.pairs import channel_of
 from training.config.hyperparameters import parse
 from training.job.components import Components
 from training.job.inputs import Inputs
-from training.loop.checkpoints import Checkpoints, stored_identity
+from training.loop.checkpoints import Checkpoints, stored_run
 from training.memory import auto_batch
 from training.memory.estimate import Setting, StageMemory
 from training.stopping import Stopped
@@ -115,12 +115,12 @@ def test_the_trial_trains_and_says_how_fast(find):
 
 def test_a_checkpoints_identity_is_read_without_its_weights(tmp_path):
     directory = tmp_path / "dvae"
-    assert stored_identity(directory) is None
+    assert stored_run(directory) is None
     saved = Checkpoints(directory, identity={"batch_size": 48})
     saved.save(1, {"model": torch.zeros(3)})
     saved.save(2, {"model": torch.zeros(3)})
     (directory / "step-000000003.pt").write_bytes(b"half")
-    assert stored_identity(directory) == {"batch_size": 48}
+    assert stored_run(directory).identity == {"batch_size": 48}
 
 
 @pytest.fixture
