@@ -13,8 +13,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
 from dalle.errors import AwsError, PlanError, UserError
+from dalle.platform.environment import DEVICES, TRAIN_VARIABLES, unknown_variables
 from dalle.platform.splits import Split, split_of
 from dalle.types import STAGES
+from infra.aws import limits
 from infra.aws.project import (
     IMAGE_TAG,
     Project,
@@ -31,11 +33,14 @@ from infra.jobs.training_job import (
     InputMode,
     Stage,
     TrainingRun,
+    check_hyperparameters,
     check_run,
     job_name,
     model_uri,
     training_request,
 )
+from training.config import hyperparameters
+from training.config.models import TextSizes, clip_config, dvae_config, transformer_config
 
 MAX_ATTEMPTS = 20
 ENDED_BADLY = ("Failed", "Stopped")
@@ -151,6 +156,8 @@ def stages(text: str) -> tuple[Stage, ...]:
 
 
 def run(options: argparse.Namespace) -> int:
+    has_artefact = options.artefact is not None
+    check_settings(dict(options.set), options.stages, dict(options.env), has_artefact=has_artefact)
     project = open_project(options)
     training_run = read_run(options, project)
     artefact = options.artefact
@@ -172,8 +179,6 @@ def run(options: argparse.Namespace) -> int:
 def read_run(options: argparse.Namespace, project: Project) -> TrainingRun:
     """Return the run that the options describe. Raises PlanError for a broken limit."""
     given = dict(options.set)
-    if "stage" in given:
-        raise PlanError("the stage is given by --stages, not by --set stage=…")
     outputs = project.stack_outputs()
     image = project.image(outputs.repository, options.tag)
     if options.attributes:
@@ -214,6 +219,34 @@ def read_run(options: argparse.Namespace, project: Project) -> TrainingRun:
     )
     check_run(training_run)
     return training_run
+
+
+def check_settings(
+    given: Mapping[str, str],
+    stages: Iterable[Stage],
+    environment: Mapping[str, str],
+    *,
+    has_artefact: bool,
+) -> None:
+    """Raise UserError for hyperparameters and variables that the jobs would refuse or not read.
+
+    has_artefact: its models decide sizes of the others.
+    """
+    if "stage" in given:
+        raise PlanError("the stage is given by --stages, not by --set stage=…")
+    limits.raise_all("hyperparameters", check_hyperparameters(given))
+    problems = unknown_variables(environment, TRAIN_VARIABLES)
+    if (device := environment.get("DALLE_DEVICE", DEVICES[0])) not in DEVICES:
+        problems.append(f"DALLE_DEVICE must be one of {', '.join(DEVICES)}, got {device!r}")
+    if problems:
+        raise UserError("; ".join(problems))
+    for stage in stages:
+        settings = hyperparameters.parse({**given, "stage": stage})
+        if stage == "dvae" or (stage == "all" and not has_artefact):
+            dvae = dvae_config(settings)
+            text = TextSizes(settings.tokenizer_vocab_size, settings.text_length)
+            transformer_config(settings, text, dvae)
+            clip_config(settings, text, dvae.image_size)
 
 
 def data_channels(project: Project, outputs: StackOutputs, data: str) -> dict[str, str]:

@@ -119,11 +119,12 @@ def check_run(run: TrainingRun) -> None:
         wrong.append(
             f"--attributes are at most {limits.ATTRIBUTES} names, got {len(run.attributes)}"
         )
-    wrong += _check_hyperparameters(run.hyperparameters)
+    wrong += check_hyperparameters(run.hyperparameters)
     limits.raise_all(f"training run {run.name}", wrong)
 
 
-def _check_hyperparameters(hyperparameters: Mapping[str, str]) -> list[str]:
+def check_hyperparameters(hyperparameters: Mapping[str, str]) -> list[str]:
+    """Return a line for every limit of the platform that hyperparameters break."""
     wrong = []
     if len(hyperparameters) > limits.HYPERPARAMETERS:
         wrong.append(

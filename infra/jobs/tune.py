@@ -10,7 +10,7 @@ from dalle.platform.metric_lines import METRIC_DEFINITIONS
 from dalle.types import STAGES
 from infra.aws.project import Project, add_project_arguments, name_value, open_project
 from infra.aws.request import Request, describe, digest
-from infra.jobs.train import add_run_arguments, read_run
+from infra.jobs.train import add_run_arguments, check_settings, read_run
 from infra.jobs.training_job import TrainingRun, definition, resource_config
 
 POLL_SECONDS = 30.0
@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    check_values(options)
     project = open_project(options)
     training_run = read_run(options, project)
     channels = {
@@ -67,6 +68,23 @@ def run(options: argparse.Namespace) -> int:
     if not options.wait or project.aws.dry_run:
         return project.output.finish(tuning_job=name)
     return show(project, name, _wait(project, look))
+
+
+def check_values(options: argparse.Namespace) -> None:
+    """Raise UserError for a value of the search, or one given, that a job would refuse."""
+    parameter_ranges(options)
+    given, environment = dict(options.set), dict(options.env)
+    tried: list[dict[str, str]] = [{}]
+    for name, text in options.float + options.int:
+        tried += [{name: end} for end in text.split(":")[:2]]
+    tried += [{name: word} for name, text in options.choice for word in text.split(",")]
+    for values in tried:
+        check_settings(
+            {**given, **values},
+            [options.stage],
+            environment,
+            has_artefact=options.artefact is not None,
+        )
 
 
 def _wait(project: Project, look: Request) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from dalle.platform.splits import split_of
 from infra.docker import image_name, why_no_docker
 from infra.local.endpoint import RuntimeFacade
 from infra.local.opt_ml import STOP_TRAINING_SECONDS, OptMl, pack_model, start_training
@@ -74,17 +73,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return result
 
 
+ALSO_CALLED = {"training": "train", "val": "validation", "valid": "validation"}
+"""Other names of a folder -> the channel's name."""
+
+
 def _train(options: argparse.Namespace, limits: list[str]) -> int:
     if not options.data.is_dir():
         print(f"{options.data} is not a directory", file=sys.stderr)
         return 1
     folders = {
-        split_of(path.name, is_folder=True) or path.name: path
+        ALSO_CALLED.get(path.name, path.name): path
         for path in sorted(options.data.iterdir())
         if path.is_dir() and not path.name.startswith(".")
     }
     channels = folders if "train" in folders else {"train": options.data}
-    channels.pop("test", None)  # neither to train nor to validate on
     tree = OptMl(options.out, "platform")
     tree.set_hyperparameters(**dict(options.set))
     if os.getuid() != 0:  # files that it writes belong to the caller

@@ -1,4 +1,7 @@
-"""Model configs from a job's hyperparameters: a named size, the changes to it, shared sizes."""
+"""Model configs from a job's hyperparameters: a named size, the changes to it, shared sizes.
+
+No torch.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from dalle.errors import HyperparameterError
-from dalle.models.clip import ClipConfig
-from dalle.models.dvae import DVAEConfig
+from dalle.models.clip_config import ClipConfig
+from dalle.models.dvae_config import DVAEConfig
 from dalle.models.sizes import CLIP_SIZES, DVAE_SIZES, TRANSFORMER_SIZES
-from dalle.models.transformer import TransformerConfig
+from dalle.models.transformer_config import TransformerConfig
 from dalle.types import StageName
 from training.config.fields import Hyperparameters
 

@@ -29,7 +29,16 @@ RENDEZVOUS_PORT = 7777
 LOOPBACK = "127.0.0.1"
 POLL_SECONDS = 0.2
 
+LOCAL_WORLD_SIZE = "LOCAL_WORLD_SIZE"
+"""Environment variable of torch's launchers, and of `training.job.launch`."""
+
 T = TypeVar("T")
+
+
+def local_world_size() -> int:
+    """Return the number of this host's processes that train, as launchers tell it; else 1."""
+    told = os.environ.get(LOCAL_WORLD_SIZE, "")
+    return max(1, int(told)) if told.isdecimal() else 1
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from typing import NoReturn
 from dalle.platform.environment import Job
 from dalle.platform.outputs import write_failure
 from training.config.hyperparameters import Hyperparameters
-from training.distributed.topology import LOOPBACK, Place, Timeouts
+from training.distributed.topology import LOCAL_WORLD_SIZE, LOOPBACK, Place, Timeouts
 from training.job import process
 
 logger = logging.getLogger(__name__)
@@ -114,6 +114,7 @@ def _run_device(
 ) -> NoReturn:
     """Main function of the process of one device."""
     process.configure_logging()
+    os.environ[LOCAL_WORLD_SIZE] = str(place.num_devices)  # their loaders share /dev/shm
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with process.stopped_by_signals() as stop:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)

@@ -15,13 +15,13 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle.errors import ArtefactError
+from dalle.models.clip_config import ClipConfig as ClipConfig
 from dalle.models.reduction import ONE_RANK, Ranks
 from dalle.preprocess.openai_clip import clip_module, openai_tokenizer
 from dalle.preprocess.tokenizer import CaptionTokenizer
@@ -32,53 +32,6 @@ CLIP = clip_module("model").CLIP
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 _MAX_LOGIT_SCALE = math.log(100)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClipConfig:
-    """Fields that rebuild a `Clip`, in the order of OpenAI's class."""
-
-    embed_size: int
-    """E: width of the space that images and captions share."""
-    image_size: int
-    """Side in pixels that images are resized to."""
-    vision_layers: int | tuple[int, int, int, int]
-    """Layers of the vision transformer; four numbers mean a modified ResNet."""
-    vision_width: int
-    """Channels of the image encoder."""
-    patch_size: int | None
-    """Side of a patch in pixels; None for a ResNet."""
-    text_vocab_size: int
-    """Number of text token ids, end mark included."""
-    text_length: int
-    """Text tokens per caption, start and end marks included."""
-    text_width: int
-    """Channels of the text encoder."""
-    text_heads: int
-    """Attention heads of the text encoder."""
-    text_layers: int
-    """Layers of the text encoder."""
-    tokenizer: Literal["artefact", "openai"] = "artefact"
-    """Source of the text tokens: the artefact's tokenizer or OpenAI's byte-pair encoding."""
-    likelihood_weight: float = 0.0
-    """Weight of the transformer's log-likelihood (nats) beside CLIP's logit when candidates are
-    ranked. 1 for drawings that their caption determines, where an unlikely image is a wrong one;
-    0 for photographs, where an unlikely image may be the more interesting one."""
-
-    def __post_init__(self) -> None:
-        # The model class silently crops a remainder of the image, and has one head per 64 channels
-        # of the image encoder (32 of a ResNet's).
-        if self.patch_size is not None and self.image_size % self.patch_size:
-            raise ValueError(
-                f"patch_size must divide the image size {self.image_size}, got {self.patch_size}"
-            )
-        if self.patch_size is not None and self.vision_width % 64:
-            raise ValueError(f"vision_width must be a multiple of 64, got {self.vision_width}")
-        if self.text_width % self.text_heads:
-            raise ValueError(
-                f"text_width must be a multiple of text_heads = {self.text_heads}, "
-                f"got {self.text_width}"
-            )
 
 
 @dataclass(frozen=True)

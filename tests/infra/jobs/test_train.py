@@ -1,5 +1,6 @@
 """`train` and `tune`: the requests, the chain of stages, second runs, failures, refused plans."""
 
+import re
 from typing import Any
 
 import pytest
@@ -161,6 +162,96 @@ def test_a_job_whose_model_is_gone_is_run_again(ready, infra):
     result = infra(*TRAIN, "--json")
     assert result.json["jobs"][0].endswith("-all-2")
     assert "Completed, but its model is gone; another attempt" in result.err
+
+
+def test_new_data_and_another_artefact_are_another_run(ready, infra):
+    model = f"s3://{BUCKET}/models/old/output/model.tar.gz"
+    ready.put_object("models/old/output/model.tar.gz")
+    names = []
+    for change in ("", "data/pictures/train/1.txt", "data/pictures/validation/1.txt"):
+        if change:
+            ready.put_object(change)
+        names.append(infra(*TRAIN, "--json").json["jobs"][0])
+    names.append(infra(*TRAIN, "--artefact", model, "--json").json["jobs"][0])
+    assert len({*names}) == 4
+    ready.leave_model(names[-1])
+    again = infra(*TRAIN, "--artefact", model)
+    assert "already there, Completed" in again.out
+    assert "--run NAME trains anew" in again.out
+
+
+def keep_only(account, *keys):
+    for key in account.keys_in():
+        account.client("s3").delete_object(Bucket=BUCKET, Key=key)
+    for key in keys:
+        account.put_object(f"data/pictures/{key}")
+
+
+def test_folders_of_other_names_are_the_channels_that_they_mean(ready, infra):
+    keep_only(ready, "Training/0.txt", "val/0.txt", "test/0.txt")
+    result = infra(*TRAIN)
+    assert result.code == 0, result.err
+    (job,) = requests(ready)
+    base = f"s3://{BUCKET}/data/pictures"
+    assert {
+        c["ChannelName"]: c["DataSource"]["S3DataSource"]["S3Uri"] for c in job["InputDataConfig"]
+    } == {"train": f"{base}/Training/", "validation": f"{base}/val/"}
+    assert f"{base}/test/ is left out" in result.out
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        (["0.txt", "validation/0.txt"], "pictures/ would be the channel train, and it holds valid"),
+        (["0.txt", "test/0.txt"], "holds test/: pictures that are held out would be trained on"),
+        (["train-000.tar", "val-000.tar"], "holds val-000.tar: pictures that are held out"),
+        (["train/train/0.txt", "train/validation/0.txt"], "pictures/train/ would be the channel"),
+        (["train/0.txt", "training/0.txt"], "has train/ and training/, and the channel train can"),
+    ],
+)
+def test_data_of_which_held_out_pictures_would_be_trained_on_are_refused(ready, infra, keys, says):
+    keep_only(ready, *keys)
+    result = infra(*TRAIN)
+    assert result.code == 1
+    assert says in result.err
+    assert requests(ready) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--set", "sise=tiny"], "sise is unknown; did you mean size?"),
+        (["--set", "learning_rate=fast"], "learning_rate must be a number"),
+        (["--set", "epochs=1", "--set", "max_steps=2"], "epochs and max_steps are given together"),
+        (["--set", "clip_patch_size=7"], "clip: patch_size must divide the image size"),
+        (["--stages", "dvae,clip", "--set", "image_size=9"], "dvae: "),
+        (["--env", "DALLE_DEVIC=cpu"], "DALLE_DEVIC=cpu is unknown and has no effect"),
+        (["--env", "DALLE_DEVICE=gpu"], "DALLE_DEVICE must be one of auto, cpu, cuda, got 'gpu'"),
+    ],
+)
+def test_settings_that_the_job_would_refuse_are_refused_before_any_request(
+    account, infra, words, says
+):
+    result = infra("train", "--data", "pictures", *words)
+    assert result.code == 1
+    assert says in result.err
+    assert sum(account.requests.values()) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--float", "learning_rate=0.1:2"], "learning_rate must be a number above 0 to 1, got"),
+        (["--choice", "size=tiny,huge"], "size must be tiny, .*, got 'huge'"),
+    ],
+)
+def test_a_search_over_values_that_a_job_would_refuse_is_refused_before_any_request(
+    account, infra, words, says
+):
+    result = infra("tune", "--data", "pictures", *words)
+    assert result.code == 1
+    assert re.search(says, result.err)
+    assert sum(account.requests.values()) == 0
 
 
 def test_other_hyperparameters_are_another_run(ready, infra):

@@ -1,5 +1,7 @@
 """`upload`: a folder to the bucket; what is there is skipped, what changed is sent again."""
 
+import re
+
 import pytest
 
 from infra.setup import upload
@@ -31,6 +33,33 @@ def test_everything_that_is_not_hidden_is_uploaded(account, infra, folder):
     assert (result.json["uploaded"], result.json["unchanged"]) == (3, 0)
     body = account.client("s3").get_object(Bucket=BUCKET, Key=KEYS[1])["Body"].read()
     assert body == b"train/sub/1.txt"
+
+
+def test_linked_files_and_folders_are_uploaded(account, infra, folder, tmp_path):
+    (tmp_path / "disk/sub").mkdir(parents=True)
+    (tmp_path / "disk/sub/3.txt").write_text("3")
+    (folder / "linked").symlink_to(tmp_path / "disk")
+    (folder / "train/4.txt").symlink_to(tmp_path / "disk/sub/3.txt")
+    assert infra("upload", folder).code == 0
+    linked = ["data/pictures/linked/sub/3.txt", "data/pictures/train/4.txt"]
+    assert account.keys_in() == sorted(KEYS + linked)
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        ("nowhere", "train/link is a link to .*nowhere, which is not there"),
+        (".", "train/link is a link to .*pictures, a folder that it lies in"),
+    ],
+)
+def test_a_link_that_cannot_be_followed_is_named_and_nothing_is_sent(
+    account, infra, folder, target, says
+):
+    (folder / "train/link").symlink_to(folder / target)
+    result = infra("upload", folder)
+    assert result.code == 1
+    assert re.search(says, result.err)
+    assert account.keys_in() == []
 
 
 def test_a_second_run_sends_only_what_changed(account, infra, folder):

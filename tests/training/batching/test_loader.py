@@ -3,6 +3,7 @@
 import pytest
 
 from training.data.batching.loader import LoaderSettings, loader_settings
+from training.distributed.topology import local_world_size
 
 MIB, GIB = 1 << 20, 1 << 30
 
@@ -24,3 +25,24 @@ def test_workers_follow_the_machine(batch_bytes, shared_memory_bytes, num_cpus, 
         batch_bytes, shared_memory_bytes=shared_memory_bytes, num_cpus=num_cpus
     )
     assert settings == expected
+
+
+@pytest.mark.parametrize(("num_processes", "num_workers"), [(1, 4), (2, 2), (4, 1), (8, 0)])
+def test_the_processes_of_a_host_share_its_processors_and_its_shared_memory(
+    num_processes, num_workers
+):
+    """64 MiB, of which half is for batches of 2 MiB, three for each worker."""
+    settings = loader_settings(
+        2 * MIB, shared_memory_bytes=64 * MIB, num_cpus=64, num_processes=num_processes
+    )
+    assert settings.num_workers == num_workers
+    few = loader_settings(1, shared_memory_bytes=GIB, num_cpus=8, num_processes=num_processes)
+    assert few.num_workers == max(0, min(4, 8 // num_processes - 1))
+
+
+@pytest.mark.parametrize(("told", "expected"), [(None, 1), ("4", 4), ("", 1), ("0", 1), ("x", 1)])
+def test_a_loader_is_told_of_the_other_processes_of_its_host(told, expected, monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if told is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", told)
+    assert local_world_size() == expected

@@ -2,7 +2,7 @@
 
 A worker computes a step's images, a pure function of the step; the DataLoader brings the steps in
 order. SageMaker gives a container a /dev/shm of a fixed size, which may be 64 MiB: the batches that
-are in it at one time are kept well below that.
+all processes of a host have in it at one time are kept well below that.
 
 Letters: B pairs in a batch, H = W = image_size.
 """
@@ -31,6 +31,7 @@ from training.data.batching.preload import to_chw
 from training.data.batching.sampler import Sampler
 from training.data.pairs import Dataset
 from training.data.skips import SkipReason
+from training.distributed.topology import local_world_size
 
 MAX_WORKERS = 4
 PREFETCH_FACTOR = 2  # batches each worker is ahead
@@ -63,17 +64,26 @@ class LoaderSettings:
 
 
 def loader_settings(
-    batch_bytes: int, *, shared_memory_bytes: int, num_cpus: int, num_workers: int | None = None
+    batch_bytes: int,
+    *,
+    shared_memory_bytes: int,
+    num_cpus: int,
+    num_workers: int | None = None,
+    num_processes: int = 1,
 ) -> LoaderSettings:
     """Choose min(CPUs - 1, 4) workers, or `num_workers`; fewer where /dev/shm is too small.
 
-    batch_bytes: one decoded batch. Batches may take half of the shared memory; where not even one
+    batch_bytes: one decoded batch. num_processes: of this host, each with such a loader; they share
+    the processors and the memory. Batches may take half of the shared memory; where not even one
     worker's fit, the main process decodes (0 workers). Below 1 GiB tensors are shared by name
     (`file_system`), which works with the low limits on open files of such containers.
     """
-    wanted = min(num_cpus - 1, MAX_WORKERS) if num_workers is None else num_workers
+    wanted = num_workers
+    if wanted is None:
+        wanted = min(num_cpus // num_processes - 1, MAX_WORKERS)
     # One more batch than those ahead: the one being handed over.
-    affordable = shared_memory_bytes // 2 // ((PREFETCH_FACTOR + 1) * batch_bytes)
+    own_bytes = shared_memory_bytes // 2 // num_processes
+    affordable = own_bytes // ((PREFETCH_FACTOR + 1) * batch_bytes)
     small = shared_memory_bytes < SMALL_SHARED_MEMORY_BYTES
     return LoaderSettings(
         num_workers=max(0, min(wanted, affordable)),
@@ -133,6 +143,7 @@ class ImageLoader:
             ),
             num_cpus=usable_cpus(),
             num_workers=num_workers,
+            num_processes=local_world_size(),
         )
         self._next_step = -1
         self._stream: Iterator[DecodedImages] | None = None
