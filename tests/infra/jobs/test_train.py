@@ -220,7 +220,7 @@ def test_data_of_which_held_out_pictures_would_be_trained_on_are_refused(ready, 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--set", "sise=tiny"], "sise is unknown; did you mean size?"),
+        (["--set", "batchsize=4"], "batchsize is unknown; did you mean batch_size?"),
         (["--set", "learning_rate=fast"], "learning_rate must be a number"),
         (["--set", "epochs=1", "--set", "max_steps=2"], "epochs and max_steps are given together"),
         (["--set", "clip_patch_size=7"], "clip: patch_size must divide the image size"),
