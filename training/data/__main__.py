@@ -18,7 +18,7 @@ from dalle.types import TokenizerKind
 from training.config.fields import DEFAULT_MAX_BAD_SHARE, JobHyperparameters
 from training.data.sources.channel import open_channel
 from training.data.tools import cub
-from training.data.tools.bench import measure
+from training.data.tools.bench import compare_layouts, measure
 from training.data.tools.check import CheckOptions, check
 from training.data.tools.sharding import write_shards
 
@@ -98,7 +98,12 @@ def bench(arguments: argparse.Namespace) -> int:
             f"{size:<11}{row.image_megabytes:9.3f}{row.images_per_cpu_second:19.0f}"
             f"{row.image_megabytes * row.images_per_cpu_second:6.0f}"
         )
-    print(json.dumps({"image_size": arguments.image_size, "sizes": [asdict(row) for row in rows]}))
+    shares = compare_layouts(arguments.image_size, arguments.seconds)
+    print("speed of other layouts, as a share of that of tar shards")
+    for layout, share in shares.items():
+        print(f"{layout:<16}{share:.2f}")
+    found = {"sizes": [asdict(row) for row in rows], "layouts": shares}
+    print(json.dumps({"image_size": arguments.image_size} | found))
     return FINE
 
 
@@ -167,9 +172,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_channel(command: argparse.ArgumentParser) -> None:
-    command.add_argument("channel", type=Path, help="image-text folder, or folder of tar shards")
+    command.add_argument("channel", type=Path, help="folder of any layout that train reads")
     command.add_argument("--max-bad-share", type=float, default=DEFAULT_MAX_BAD_SHARE)
-    command.add_argument("--caption-key", help="key of the captions in json members of shards")
+    command.add_argument("--caption-key", help="column or JSON key of the captions")
 
 
 def _side(text: str) -> int:

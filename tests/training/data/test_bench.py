@@ -16,3 +16,6 @@ def test_the_last_line_has_a_speed_for_every_size(capsys, monkeypatch):
     assert all(row["images_per_cpu_second"] > 0 for row in found["sizes"])
     assert all(0 < row["image_megabytes"] < 0.1 for row in found["sizes"])
     assert lines[1].startswith("64 x 48")
+    assert found["layouts"].pop("tar shards") == 1
+    assert set(found["layouts"]) == {"text files", "Parquet", "metadata table"}
+    assert all(share > 0 for share in found["layouts"].values())
