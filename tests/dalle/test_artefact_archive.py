@@ -150,6 +150,7 @@ def test_a_file_that_is_larger_than_the_free_disk_is_refused_before_it_is_writte
     assert files_under(scratch) == set()
 
 
+@pytest.mark.slow
 def test_more_files_than_an_artefact_can_have_are_refused(tmp_path):
     entries = [member(f"{number}") for number in range(artefacts.MAX_ENTRIES + 1)]
     pack(tmp_path / "channel" / "model.tar.gz", *entries)

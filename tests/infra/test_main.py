@@ -60,6 +60,7 @@ def test_an_unknown_option_is_a_usage_error(infra):
     assert "--colour" in result.err
 
 
+@pytest.mark.slow
 def test_an_error_is_one_message_and_with_json_an_object_too(account, infra):
     result = infra("deploy", "--json")
     assert result.code == 1
@@ -78,6 +79,7 @@ def test_expired_credentials_are_reported_by_every_command_alike(account, infra)
         account.refusals.clear()
 
 
+@pytest.mark.slow
 def test_it_starts_without_torch_and_help_without_boto3():
     code = (
         "import sys; from infra.__main__ import main; main(['--help'])\n"
@@ -109,6 +111,7 @@ def test_only_one_file_imports_boto3_and_none_the_sagemaker_sdk():
     }
 
 
+@pytest.mark.slow
 def test_the_json_of_every_command_is_one_object(account, infra):
     infra("bootstrap")
     result = infra("status", "--json")

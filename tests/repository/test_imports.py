@@ -55,6 +55,7 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_infra_imports_no_torch_and_no_sdk():
     ours = ", ".join(name for name in modules() if name.startswith("infra") and "__" not in name)
     code = f"import sys, {ours}; print(*sorted({HEAVY!r} & set(sys.modules)))"
@@ -92,6 +93,7 @@ for module in {modules!r}:
 """
 
 
+@pytest.mark.slow
 def test_importing_any_module_prints_nothing_and_changes_nothing():
     ours = [name for name in modules() if not name.startswith("infra")]
     finished = run_python(IMPORT_EVERYTHING.format(modules=ours))

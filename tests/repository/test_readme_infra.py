@@ -17,6 +17,8 @@ import pytest
 from infra.__main__ import COMMANDS, overview
 from tests import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 README = REPOSITORY / "infra" / "README.md"
 WRITE = "WRITE_README"
 PROMPT = "$ python -m infra "
@@ -126,7 +128,6 @@ def written_again(text: str, run) -> str:
     return replaced(text, OVERVIEW, overview() + "\n", "text")
 
 
-@pytest.mark.slow
 def test_the_transcript_is_what_happens(live):
     text = README.read_text("utf-8")
     if os.environ.get(WRITE):

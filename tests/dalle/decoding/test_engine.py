@@ -85,6 +85,7 @@ def assert_as_sampled(model, found, requests=REQUESTS):
             assert log_likelihood == pytest.approx(expected, abs=1e-3, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("kinds", KINDS)
 def test_it_samples_as_the_reference_at_mixed_positions(kinds, step, make_dalle):

@@ -107,6 +107,7 @@ def test_it_samples_as_the_reference_in_every_kind_of_attention(make_dalle):
     assert_as_sampled(model, run(engine_of(model, 4), FEW, every=2), FEW)
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("fields", FIELDS)
 def test_so_it_does_for_every_field_of_the_config(fields, make_dalle):
@@ -115,6 +116,7 @@ def test_so_it_does_for_every_field_of_the_config(fields, make_dalle):
     assert_as_sampled(model, run(engine_of(model, 3), requests, every=1), requests)
 
 
+@pytest.mark.slow
 @interpreted
 def test_slots_that_were_freed_are_as_new(make_dalle):
     model = make_dalle(**SMALL)
@@ -138,6 +140,7 @@ def test_slots_that_were_freed_are_as_new(make_dalle):
     assert (last.image_tokens == sample_image_tokens(model, TEXT, **prime).image_tokens[0]).all()
 
 
+@pytest.mark.slow
 @interpreted
 def test_log_p_in_bf16_is_close_to_fp32(make_dalle):
     """Other tokens may be sampled than in fp32, but the log p given for them is theirs."""
@@ -153,6 +156,7 @@ def test_log_p_in_bf16_is_close_to_fp32(make_dalle):
         assert finished.log_likelihood == pytest.approx(exact, abs=0.1)
 
 
+@pytest.mark.slow
 @interpreted
 def test_one_step_can_be_walked_by_hand(make_dalle):
     """As `validate.compare` does."""
@@ -168,6 +172,7 @@ def test_one_step_can_be_walked_by_hand(make_dalle):
     assert (likeliest == sample.likeliest).all()
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
@@ -182,6 +187,7 @@ def test_logits_that_are_nan_are_an_error(make_dalle):
         finished_by(engine)
 
 
+@pytest.mark.slow
 @interpreted
 def test_a_code_is_chosen_as_by_the_reference():
     V = 100

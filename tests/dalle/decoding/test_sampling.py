@@ -66,6 +66,7 @@ def test_cached_sampling_equals_uncached_sampling(kinds, guidance_scale, make_da
     assert (sampled.image_tokens == expected).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_codebooks", [1, 3])
 def test_so_it_does_with_another_number_of_codebooks(num_codebooks, make_dalle):
     model = make_dalle(num_codebooks=num_codebooks)

@@ -64,6 +64,7 @@ def test_a_layer_that_no_kernel_takes_is_refused_by_name():
         matrix(linear, "int8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "agreement"), [("fp32", 1.0), ("bf16", 0.9), ("fp16", 0.99), ("int8", 0.9)]
 )
@@ -146,6 +147,7 @@ def test_an_engine_beyond_the_bounds_is_refused(bounds, says, model):
     assert str(raised.value).endswith("use fp32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_in_bytes_too_a_candidate_does_not_depend_on_the_load(guidance_scale, model, text_tokens):
     """To the last bit: sums of bytes are exact, and rows are scaled one by one."""

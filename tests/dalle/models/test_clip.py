@@ -206,6 +206,7 @@ def test_openais_state_dict_gives_openais_features(kind, half, tmp_path):
     compare(Clip.from_openai(tmp_path / "clip.pt"), original.float())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -282,6 +283,7 @@ def test_nothing_in_a_checkpoint_file_is_executed(tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
+@pytest.mark.slow
 def test_importing_our_clip_brings_neither_torchvision_nor_torchs_compiler():
     code = "import sys, dalle.models.clip; print({'torchvision', 'torch._dynamo'} & {*sys.modules})"
     finished = subprocess.run(

@@ -81,6 +81,7 @@ def test_the_reconstruction_loss_compares_images_with_what_their_tokens_decode_t
     torch.testing.assert_close(dvae.reconstruction_loss(images), expected.mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_it_learns_to_reconstruct_a_few_images(config):
     config = replace(config, image_size=32, reconstruction="bce")

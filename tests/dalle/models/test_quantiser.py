@@ -85,6 +85,7 @@ def test_vq_passes_gradients_straight_through():
         torch.testing.assert_close(one.grad, other.grad)
 
 
+@pytest.mark.slow
 def test_vq_codes_move_to_the_mean_of_their_vectors():
     quantiser = build("vq").train()
     features = random_features(16)
@@ -127,6 +128,7 @@ def test_the_kl_term_is_0_for_uniform_codes_and_log_v_for_certain_ones():
     assert certain == pytest.approx(2 * math.log(V), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_usage_is_the_share_of_the_positions(kind):
     quantiser = build(kind).train()

@@ -191,6 +191,7 @@ def test_an_image_that_unfolds_too_far_is_refused_though_it_is_to_be_smaller(dat
     assert refusal.value.fault is ImageFault.GIANT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("subsampling", "is_taken"), [(0, False), (2, True)])
 def test_a_progressive_jpeg_is_refused_when_its_coefficients_take_more_than_the_largest_image(
     subsampling, is_taken
@@ -212,6 +213,7 @@ def text_chunk(kind, body, *, is_sound=True):
 PACKED = zlib.compress(b"x" * 3_000_000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "extra",
     [

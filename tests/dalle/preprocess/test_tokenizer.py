@@ -246,6 +246,7 @@ def test_clips_exclamation_mark_is_no_padding():
     assert (row != 0).sum() == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_tokenizer_is_the_same_one(kind, tmp_path):
     tokenizer = train(kind, text_length=40)

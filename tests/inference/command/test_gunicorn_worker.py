@@ -16,6 +16,8 @@ from inference.server.gunicorn_worker import _Socket
 from inference.settings import read_settings
 from tests.inference.served import PATIENCE, Served, running
 
+pytestmark = pytest.mark.slow
+
 CROWD = 64
 PING = b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\n"
 

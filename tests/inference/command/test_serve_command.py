@@ -20,6 +20,8 @@ from inference.settings import VARIABLES, read_settings
 from tests import REPOSITORY
 from tests.inference.served import PATIENCE, Served, running
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def root(tiny_artefact: Path, tmp_path_factory) -> Path:

@@ -11,13 +11,14 @@ from tests.inference.served import PATIENCE, running
 from tests.inference.serving_work import CANDIDATES, Clients, Reference, Reply
 from tests.inference.soak_serving import settle, soak
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def reference(tiny_artefact: Path) -> Reference:
     return Reference(tiny_artefact)
 
 
-@pytest.mark.slow
 def test_clients_of_every_kind_leave_nothing_behind(tiny_artefact, reference):
     done = soak(tiny_artefact, reference, calls=150)
     assert done["counts"]["images compared"] > 150

@@ -11,6 +11,8 @@ from inference.bench import http as bench_http
 from inference.bench import peers as bench_peers
 from inference.bench import steps as bench_steps
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_last_line_is_json_with_every_figure(capsys):
     bench.main(

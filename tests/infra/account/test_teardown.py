@@ -7,6 +7,8 @@ import pytest
 from infra.setup import upload
 from tests.infra.aws_account import BUCKET
 
+pytestmark = pytest.mark.slow
+
 ASYNC = ["deploy", "--mode", "async", "--instance-type", "ml.g4dn.xlarge"]
 ENDPOINT_LOG = "/aws/sagemaker/Endpoints/dalle"
 

@@ -22,6 +22,7 @@ def connected(account):
     return Aws(Output())
 
 
+@pytest.mark.slow
 def test_a_throttled_request_is_sent_again_until_it_passes(account, connected):
     account.refuse("ListModels", "ThrottlingException", "Rate exceeded", times=2)
     assert connected.call(LIST)["Models"] == []
@@ -114,6 +115,7 @@ def test_an_invocation_is_never_sent_twice(account, connected):
     assert account.requests["POST /endpoints/e/invocations"] == 1
 
 
+@pytest.mark.slow
 def test_what_is_not_there_is_found_as_none(connected):
     assert connected.find(Request("sagemaker", "DescribeModel", {"ModelName": "m"})) is None
     assert connected.find(Request("cloudformation", "DescribeStacks", {"StackName": "s"})) is None

@@ -44,6 +44,7 @@ def run(served, tmp_path_factory) -> Run:
     return load_run(out)
 
 
+@pytest.mark.slow
 def test_every_load_is_measured_and_every_request_answered(run):
     assert [each.name for each in run.scenarios] == [
         "1 client",
@@ -57,6 +58,7 @@ def test_every_load_is_measured_and_every_request_answered(run):
         assert len(each.warm_up_seconds) == 1
 
 
+@pytest.mark.slow
 def test_every_round_is_kept_beside_their_sum(served, tmp_path):
     words = ["--url", served.url, "--clients", "2", "--requests", "6", "--rounds", "3", *QUICK]
     assert benchmark(tmp_path / "r.json", *words)[0] == 0
@@ -65,6 +67,7 @@ def test_every_round_is_kept_beside_their_sum(served, tmp_path):
     assert min(scenario.by_round) <= scenario.requests_per_second <= max(scenario.by_round)
 
 
+@pytest.mark.slow
 def test_a_loop_does_not_end_before_every_client_may_have_been_answered_twice(served, tmp_path):
     words = ["--url", served.url, "--clients", "5", "--requests", "1", *QUICK]
     assert benchmark(tmp_path / "r.json", *words)[0] == 0
@@ -207,6 +210,7 @@ def in_the_account(endpoint, monkeypatch):
         monkeypatch.setenv(name, value)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_the_account")
 @pytest.mark.parametrize(("name", "kind"), [("real", "ml.m5.large"), ("serverless", "serverless")])
 def test_an_endpoint_is_measured_by_boto3_and_stands_for_what_it_is(tmp_path, name, kind):
@@ -357,6 +361,7 @@ def test_without_the_servers_time_the_others_share_is_none():
     assert CpuClock(Path("/nonexistent")).others_share(1.0) is None
 
 
+@pytest.mark.slow
 def test_measuring_leaves_no_thread_behind(served, tmp_path):
     before = threading.active_count()
     words = ["--url", served.url, "--clients", "4", "--requests", "4", *QUICK]

@@ -124,6 +124,7 @@ def comparison():
     return compare(("cpu <1>", CPU, ["ml.m5.large", "ml.c7i.large", "serverless", "lambda"]))
 
 
+@pytest.mark.slow
 def test_the_page_is_whole_and_fetches_nothing(comparison):
     page = render_page(comparison, title="What a picture costs", date="2026-11-22")
     checker = Checker()
@@ -199,6 +200,7 @@ def files(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_tables_and_writes_page_and_json(files, capsys):
     page, out = files / "deep" / "c.html", files / "deep" / "c.json"
     words = [f"{files}/cpu.json=ml.m5.large,serverless", "--html", str(page), "--out", str(out)]

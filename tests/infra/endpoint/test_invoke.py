@@ -20,6 +20,7 @@ def asynchronous(endpoint, serve_url, monkeypatch):
     return account
 
 
+@pytest.mark.slow
 def test_images_are_written_best_first(endpoint, infra, tmp_path):
     endpoint(*REALTIME)
     result = infra(*ASK, "--out", tmp_path, "--json")
@@ -33,6 +34,7 @@ def test_images_are_written_best_first(endpoint, infra, tmp_path):
     assert result.json["seed"] == 7
 
 
+@pytest.mark.slow
 def test_the_same_seed_writes_the_same_files(endpoint, infra, tmp_path):
     endpoint(*REALTIME)
     infra(*ASK, "--out", tmp_path)
@@ -63,6 +65,7 @@ def test_a_stream_writes_every_candidate_and_ends_with_the_ranking(endpoint, inf
     assert plain["images"][0]["clip_score"] == result.json["ranking"][0]["clip_score"]
 
 
+@pytest.mark.slow
 def test_an_async_reply_comes_through_the_bucket(asynchronous, infra, tmp_path):
     result = infra(*ASK, "--out", tmp_path)
     assert result.code == 0, result.err
@@ -72,12 +75,14 @@ def test_an_async_reply_comes_through_the_bucket(asynchronous, infra, tmp_path):
     assert "without an instance it starts one" in result.out
 
 
+@pytest.mark.slow
 def test_what_an_async_endpoint_could_not_do_is_reported(asynchronous, infra, tmp_path):
     result = infra("invoke", "a red square", "--num-candidates", 513, "--out", tmp_path)
     assert result.code == 1
     assert "could not answer: num_candidates must be 1 to 512, got 513" in result.err
 
 
+@pytest.mark.slow
 def test_an_async_reply_that_does_not_come_is_given_up(asynchronous, infra):
     answer = asynchronous.runtime
 
@@ -182,6 +187,7 @@ def batch(account, infra, serve_url, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_a_batch_generates_images_for_every_caption(account, batch, tmp_path):
     result = batch("a red square\n\na blue star\n")
     assert result.code == 0, result.err

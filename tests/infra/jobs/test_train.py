@@ -25,6 +25,7 @@ def requests(account, operation: str = "CreateTrainingJob") -> list[dict[str, An
     return [body for name, body in account.sent if name == operation]
 
 
+@pytest.mark.slow
 def test_one_job_trains_all_stages(ready, infra):
     result = infra(*TRAIN)
     assert result.code == 0, result.err
@@ -44,6 +45,7 @@ def test_one_job_trains_all_stages(ready, infra):
     assert f"model: s3://{BUCKET}/models/{name}/output/model.tar.gz" in result.out
 
 
+@pytest.mark.slow
 def test_a_chain_hands_the_artefact_on(ready, infra):
     result = infra(*TRAIN, "--stages", "dvae,transformer,clip")
     assert result.code == 0, result.err
@@ -59,6 +61,7 @@ def test_a_chain_hands_the_artefact_on(ready, infra):
     assert len(folders) == 3, "no two jobs may share a folder of checkpoints"
 
 
+@pytest.mark.slow
 def test_spot_waits_longer_than_it_runs(ready, infra):
     infra(*TRAIN, "--spot", "--max-hours", 2)
     (job,) = requests(ready)
@@ -74,6 +77,7 @@ def test_shards_are_streamed_and_models_are_not(ready, infra):
     assert modes == {"artefact": "File", "train": "FastFile", "validation": "FastFile"}
 
 
+@pytest.mark.slow
 def test_hosts_are_given_other_shards_of_the_training_data_alone(ready, infra):
     usual = infra(*TRAIN, "--json").json["jobs"]
     infra(*TRAIN, "--distribution", "ShardedByS3Key", "--instance-count", 2)
@@ -147,6 +151,7 @@ def test_a_warm_pool_volume_and_isolation(ready, infra):
     assert job["Environment"] == {"A": "b"}
 
 
+@pytest.mark.slow
 def test_a_second_run_finds_the_job(ready, infra):
     first = infra(*TRAIN, "--json").json
     ready.leave_model(first["jobs"][0])
@@ -157,6 +162,7 @@ def test_a_second_run_finds_the_job(ready, infra):
     assert ready.requests["CreateTrainingJob"] == 1
 
 
+@pytest.mark.slow
 def test_a_job_whose_model_is_gone_is_run_again(ready, infra):
     infra(*TRAIN)
     result = infra(*TRAIN, "--json")
@@ -254,6 +260,7 @@ def test_a_search_over_values_that_a_job_would_refuse_is_refused_before_any_requ
     assert sum(account.requests.values()) == 0
 
 
+@pytest.mark.slow
 def test_other_hyperparameters_are_another_run(ready, infra):
     names = {
         infra(*TRAIN, *more, "--json").json["jobs"][0]
@@ -278,6 +285,7 @@ FAILED = {
 }
 
 
+@pytest.mark.slow
 def test_a_failed_job_is_reported_with_its_reason_and_where_its_log_is(ready, infra):
     ready.refuse("DescribeTrainingJob", "ValidationException", "Requested resource not found.")
     ready.handlers["DescribeTrainingJob"] = lambda request: FAILED
@@ -288,6 +296,7 @@ def test_a_failed_job_is_reported_with_its_reason_and_where_its_log_is(ready, in
     assert "  Starting     Preparing\n  Failed       Training job failed\n" in result.out
 
 
+@pytest.mark.slow
 def test_attempts_end(ready, infra):
     ready.handlers["DescribeTrainingJob"] = lambda request: FAILED
     result = infra(*TRAIN)
@@ -296,6 +305,7 @@ def test_attempts_end(ready, infra):
     assert ready.requests["CreateTrainingJob"] == 0
 
 
+@pytest.mark.slow
 def test_another_attempt_has_the_same_checkpoints(ready, infra):
     infra(*TRAIN)  # its model is not there, as moto trains nothing
     infra(*TRAIN)
@@ -304,6 +314,7 @@ def test_another_attempt_has_the_same_checkpoints(ready, infra):
     assert second["CheckpointConfig"] == first["CheckpointConfig"]
 
 
+@pytest.mark.slow
 def test_no_wait_returns_at_once_but_a_chain_waits_for_all_but_the_last(ready, infra):
     infra(*TRAIN, "--no-wait")
     assert ready.requests["DescribeTrainingJob"] == 1  # whether it is there
@@ -312,6 +323,7 @@ def test_no_wait_returns_at_once_but_a_chain_waits_for_all_but_the_last(ready, i
     assert ready.requests["FilterLogEvents"] == 1
 
 
+@pytest.mark.slow
 def test_progress_is_shown_while_it_trains(ready, infra):
     name = infra(*TRAIN, "--no-wait", "--json").json["jobs"][0]
     lines = ["loading", "dvae_step=50; dvae_loss=0.5;", "dvae_step=100; dvae_loss=0.25;"]
@@ -322,6 +334,7 @@ def test_progress_is_shown_while_it_trains(ready, infra):
     assert "loading" not in result.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -363,6 +376,7 @@ def test_data_that_is_not_there_is_reported_before_anything_is_started(ready, in
     assert "python -m infra upload FOLDER --name stars" in result.err
 
 
+@pytest.mark.slow
 def test_a_folder_of_images_is_the_channel_train_itself(ready, infra):
     ready.put_object("data/flat/0.txt")
     infra("train", "--data", f"s3://{BUCKET}/data/flat")
@@ -430,5 +444,6 @@ def test_a_search_that_cannot_be_is_refused_by_name(ready, infra, words, says):
     assert ready.requests["CreateHyperParameterTuningJob"] == 0
 
 
+@pytest.mark.slow
 def test_a_search_for_nothing_is_refused(ready, infra):
     assert "nothing to search" in infra("tune", "--data", "pictures").err

@@ -12,6 +12,8 @@ from infra.local.pipes import Pipe, record, stream_of
 from infra.local.serving import unpack_model, unpacked
 from tests import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def model(tmp_path):

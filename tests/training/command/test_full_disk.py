@@ -8,6 +8,8 @@ import pytest
 from tests.permissions import small_disk
 from tests.training.two_hosts import ENDLESS, TINY, forked, job_tree, log_of, run
 
+pytestmark = pytest.mark.slow
+
 FIGURES = r"it takes ([\d,]+) bytes, ([\d,]+) are free"
 SMALL = TINY | {"stage": "dvae", "checkpoint_minutes": 1e-6}
 

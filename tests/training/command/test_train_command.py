@@ -12,6 +12,8 @@ from tests import REPOSITORY
 from training.__main__ import main
 from training.job.process import stopped_by_signals
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def filled(opt_ml):

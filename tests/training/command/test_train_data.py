@@ -30,6 +30,8 @@ from training.__main__ import main
 from training.data import open as opening
 from training.data.sources.channel import open_channel
 
+pytestmark = pytest.mark.slow
+
 STEPS = 60
 CLIP = TINY | {"stage": "clip", "max_steps": STEPS}
 
@@ -72,7 +74,6 @@ def parted_trees(root, **hyperparameters):
     return trees
 
 
-@pytest.mark.slow
 def test_hosts_with_parts_of_unequal_size_train_together_and_go_on_after_a_stop(tmp_path):
     whole = parted_trees(tmp_path / "whole", **CLIP)
     run(whole)
@@ -105,7 +106,6 @@ def train_from_files(words, timeouts, namespace):
     return two_hosts.train(words, timeouts, namespace)
 
 
-@pytest.mark.slow
 def test_each_host_keeps_the_image_tokens_of_its_own_part_alone(tmp_path):
     settings = TINY | {"stage": "all", "epochs": 2, "num_workers": 0}
     trees = parted_trees(tmp_path, **settings)
@@ -142,7 +142,6 @@ def piped(tree, stack, shards):
         stack.enter_context(Pipe(directory, partial(objects, folder)))
 
 
-@pytest.mark.slow
 def test_a_job_in_pipe_mode_goes_on_after_a_stop_though_its_stream_comes_in_another_order(tmp_path):
     shard(tmp_path / "train/b.tar", SAMPLES[:16])
     shard(tmp_path / "train/c.tar", SAMPLES[16:])

@@ -23,6 +23,8 @@ from tests.training.two_hosts import (
 )
 from training.__main__ import main
 
+pytestmark = pytest.mark.slow
+
 NUM_STEPS = 12
 JOB = TINY | {
     "max_steps": NUM_STEPS,
@@ -61,7 +63,6 @@ def without_compiler():
     }
 
 
-@pytest.mark.slow
 def test_a_killed_job_of_two_hosts_is_ended_by_one_with_the_numbers_of_torch(
     by_torch, tmp_path, monkeypatch
 ):

@@ -28,6 +28,8 @@ from tests.training.two_hosts import (
 from training.__main__ import main
 from training.distributed.topology import Timeouts
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def three():

@@ -20,6 +20,8 @@ from dalle.platform.metric_lines import METRIC_PATTERN
 from training import rainbow
 from training.__main__ import main
 
+pytestmark = pytest.mark.slow
+
 TINY = {
     "size": "tiny",
     "image_size": 16,

@@ -16,6 +16,8 @@ from training.soak.__main__ import (
 )
 from training.soak.job import SmallJob, SoakError, Start
 
+pytestmark = pytest.mark.slow
+
 
 def fork(arguments, log):
     """`train`, sooner than the command; see tests.training.forked."""

@@ -20,6 +20,8 @@ from training.data.sources.channel import open_channel
 from training.distributed.process_group import SINGLE_PROCESS
 from training.stopping import Stopped
 
+pytestmark = pytest.mark.slow
+
 NUMBERS = (range(5), range(5, 21))  # pictures of the first host's shards, and of the second's
 
 

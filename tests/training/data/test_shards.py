@@ -98,6 +98,7 @@ def test_further_members_of_a_pair_are_counted_and_not_taken_for_images(tmp_path
     assert dataset.skips.counts == {SkipReason.FURTHER: 1}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_batches_of_shards_are_those_of_any_other_data_set(tmp_path):
     """The same step has the same pairs, however it is reached, and several processes may read."""

@@ -9,6 +9,8 @@ from training.bench.rainbow import RECIPE, SeedRun, main, means, render_table
 from training.config.hyperparameters import parse
 from training.demo.run import read_recipe_file
 
+pytestmark = pytest.mark.slow
+
 
 def test_our_recipe_is_counted_in_steps_and_leaves_the_seed_to_the_bench():
     recipe = read_recipe_file(None, RECIPE)
@@ -54,7 +56,6 @@ def test_a_seed_chooses_its_own_training_captions_and_random_numbers(tmp_path, m
     assert first != second
 
 
-@pytest.mark.slow
 def test_the_whole_bench_in_miniature_and_reused(tmp_path, monkeypatch, capsys):
     few = rainbow.samples()[::40]
     monkeypatch.setattr(rainbow, "samples", lambda: few)

@@ -140,6 +140,7 @@ def test_a_step_depends_on_the_code_that_decides_its_outcome():
     assert all((REPOSITORY / "training" / name).exists() for name in NOT_TRAINING)
 
 
+@pytest.mark.slow
 def test_every_key_but_the_datas_has_the_code(tmp_path):
     digests = {
         "data": "",

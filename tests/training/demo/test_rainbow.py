@@ -102,6 +102,7 @@ def test_shapes_differ(samples):
     assert len(pictures) == len(rainbow.SHAPES) == 8
 
 
+@pytest.mark.slow
 def test_the_folder_holds_a_picture_and_a_caption_for_every_sample(samples, tmp_path):
     counts = rainbow.write_folder(tmp_path, seed=3)
     assert counts == {"train": 2765, "validation": 6451}

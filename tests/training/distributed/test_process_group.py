@@ -8,6 +8,8 @@ from tests.training.distributed.rank_work import STATE, clip_loss_and_gradients,
 from tests.training.forked import Forked
 from training.distributed.process_group import SINGLE_PROCESS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):

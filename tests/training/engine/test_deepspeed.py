@@ -75,6 +75,7 @@ def largest_difference(ours, theirs):
     return max((ours[name] - value).abs().max().item() for name, value in theirs.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", FP32)
 def test_two_processes_have_the_losses_of_one(seen, alone, case):
     one = of_one(alone, case)
@@ -140,6 +141,7 @@ def test_nothing_but_metrics_goes_to_the_standard_output(seen):
     assert [line for line in lines if not line.startswith("[Gloo] ")] == []
 
 
+@pytest.mark.slow
 def test_deepspeed_is_imported_only_where_it_is_used():
     code = (
         "import sys, training.engine.select, training.engine.deepspeed_engine;"

@@ -197,6 +197,7 @@ def test_the_best_of_many_is_the_one_that_clip_prefers(tiny_models, tmp_path):
     assert methods[SINGLE].right < 1.0
 
 
+@pytest.mark.slow
 def test_a_generator_that_knows_nothing_scores_about_chance(tiny_models, tmp_path):
     generator = np.random.default_rng(0)
     noise = generator.integers(0, 256, (len(CAPTIONS), SIZE, SIZE, 3), dtype=np.uint8)

@@ -25,6 +25,8 @@ from training.__main__ import main
 from training.config.hyperparameters import parse
 from training.job.launch import run_on_devices
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):

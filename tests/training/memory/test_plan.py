@@ -7,6 +7,8 @@ import pytest
 from training.__main__ import main
 from training.memory.command import parse_bytes
 
+pytestmark = pytest.mark.slow
+
 TINY = {"size": "tiny", "image_size": 16}
 
 

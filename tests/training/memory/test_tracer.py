@@ -18,6 +18,8 @@ from training.memory.estimate import Memory, Setting, StageMemory
 from training.memory.passes import random_batch, synthetic_stage
 from training.memory.tracer import trace_passes
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 DVAE = DVAEConfig(
     image_size=32, patch_size=4, num_downsamples=0, width=64, num_blocks=1, codebook_size=64
