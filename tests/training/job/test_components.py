@@ -176,6 +176,18 @@ def test_a_component_that_is_trained_anew_is_not_warned_of(
     assert "stopped" not in caplog.text
 
 
+def test_a_stage_that_the_artefact_brings_is_said_to_begin_at_random_weights(
+    opt_ml, open_inputs, tiny_models, caplog
+):
+    fill(opt_ml.add_channel("train"), 4)
+    put_artefact(opt_ml, replace(tiny_models, transformer=None), dvae=1300)
+    Components(open_inputs()).check(["dvae"])
+    assert "brings a trained dvae; stage=dvae does not train it on: a new one" in caplog.text
+    caplog.clear()
+    Components(open_inputs()).check(["transformer"])
+    assert "random weights" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("channels", "says"),
     [
