@@ -85,7 +85,7 @@ def test_blanks_in_captions_are_joined_in_every_layout(layout, tmp_path):
     assert opened(tmp_path).captions(0) == ("a red star",)
 
 
-@pytest.mark.parametrize("layout", set(layouts.write) - {"metadata_csv", "list_csv"})
+@pytest.mark.parametrize("layout", layouts.write)
 def test_a_caption_with_nul_bytes_is_counted_and_named_in_every_layout(layout, tmp_path):
     pairs = [*PAIRS[:4], ("utf16", PAIRS[5][1], ("a star".encode("utf-16-le").decode(),))]
     layouts.write[layout](tmp_path, pairs)
