@@ -276,7 +276,8 @@ def data_channels(project: Project, outputs: StackOutputs, data: str) -> dict[st
         _refuse_held_out(base, found)
         return {"train": base}
     channels = {"train": base + train[0]}
-    _refuse_held_out(channels["train"], splits_in(top_names(project, channels["train"])))
+    inside = top_names(project, channels["train"], if_dry_run=())
+    _refuse_held_out(channels["train"], splits_in(inside))
     for name in found.get("validation", []):
         channels["validation"] = base + name
     for name in found.get("test", []):
@@ -305,11 +306,16 @@ def splits_in(names: Iterable[str]) -> dict[Split, list[str]]:
     return found
 
 
-def top_names(project: Project, uri: str) -> set[str]:
-    """Return the first parts of the keys below an address; a folder's ends with a slash."""
+def top_names(
+    project: Project, uri: str, *, if_dry_run: Iterable[str] = ("train", "validation")
+) -> set[str]:
+    """Return the first parts of the keys below an address; a folder's ends with a slash.
+
+    if_dry_run: the folders that a dry run presumes.
+    """
     bucket, prefix = split_uri(uri)
     request = Request("s3", "ListObjectsV2", {"Bucket": bucket, "Prefix": prefix, "Delimiter": "/"})
-    answer = [{"Prefix": f"{prefix}{name}/"} for name in ("train", "validation")]
+    answer = [{"Prefix": f"{prefix}{name}/"} for name in if_dry_run]
     folders = project.aws.items(request, "CommonPrefixes", answer=answer)
     names = {found["Prefix"].removeprefix(prefix) for found in folders}
     files = [] if project.aws.dry_run else project.aws.items(request, "Contents")
