@@ -1,8 +1,16 @@
 """training.data.batching.loader: how many processes load images."""
 
+import tempfile
+from pathlib import Path
+
 import pytest
 
+from dalle.errors import JobError
+from tests.training.pairs import SIZE, channel_of
+from training.data.batching import loader
+from training.data.batching.batches import Batches
 from training.data.batching.loader import LoaderSettings, loader_settings
+from training.data.sources.channel import open_channel
 from training.distributed.topology import local_world_size
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -46,3 +54,28 @@ def test_a_loader_is_told_of_the_other_processes_of_its_host(told, expected, mon
     if told is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", told)
     assert local_world_size() == expected
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("shared_memory_is_small", [False, True])
+def test_the_longest_temporary_folder_serves_and_a_longer_one_is_refused(
+    tmp_path, monkeypatch, shared_memory_is_small
+):
+    """A worker whose socket has too long a path prints why, and the job would wait for ever."""
+    monkeypatch.setattr(
+        loader, "SMALL_SHARED_MEMORY_BYTES", 1 << 62 if shared_memory_is_small else 0
+    )
+    dataset = open_channel(channel_of(tmp_path, 8), image_size=SIZE)
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        longest = Path(folder, "x" * (loader.MAX_TEMPORARY_FOLDER_BYTES - len(folder) - 1))
+        longest.mkdir()
+        monkeypatch.setenv("TMPDIR", str(longest))
+        monkeypatch.setattr("tempfile.tempdir", str(longest))
+        with Batches(dataset, batch_size=4, seed=0, num_workers=1) as batches:
+            assert len(batches.batch(0).images) == 4
+        monkeypatch.setattr("tempfile.tempdir", f"{longest}y")
+        with (
+            Batches(dataset, batch_size=4, seed=0, num_workers=1) as batches,
+            pytest.raises(JobError, match=r"TMPDIR: the path .*y has 74 bytes.*num_workers=0"),
+        ):
+            batches.batch(0)

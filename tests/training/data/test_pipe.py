@@ -145,10 +145,11 @@ def test_a_fingerprint_tells_other_images_and_captions(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_the_spool_is_gone_from_the_disk_and_loader_processes_read_it_still(tmp_path, monkeypatch):
-    (tmp_path / "spool").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "spool"))
-    dataset = opened(tmp_path / "d", lambda: samples(range(12)))
-    assert list((tmp_path / "spool").iterdir()) == []
+    (spool := tmp_path / "spool").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.tempdir", str(spool))
+        dataset = opened(tmp_path / "d", lambda: samples(range(12)))
+    assert list(spool.iterdir()) == []
     with Batches(dataset, batch_size=4, seed=0, num_workers=1) as batches:
         for step in range(3):
             batch = batches.batch(step)

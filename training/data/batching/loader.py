@@ -10,8 +10,10 @@ Letters: B pairs in a batch, H = W = image_size.
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from dalle.errors import DataError
+from dalle.errors import DataError, JobError
 from dalle.platform.limits import usable_cpus
 from dalle.preprocess.images import ImageError
 from training.data.batching.preload import to_chw
@@ -37,6 +39,9 @@ MAX_WORKERS = 4
 PREFETCH_FACTOR = 2  # batches each worker is ahead
 SMALL_SHARED_MEMORY_BYTES = 1 << 30
 MAX_SUBSTITUTES = 100  # unusable images in a row at which a data set is given up
+# A Unix socket's path has at most 107 bytes. torch and multiprocessing add up to 34 of them, as in
+# /torch-shm-dir-abcdef/manager.sock.
+MAX_TEMPORARY_FOLDER_BYTES = 107 - 34
 
 
 @dataclass(frozen=True)
@@ -177,6 +182,7 @@ class ImageLoader:
         self.close()
         workers = self.settings.num_workers
         if workers:
+            _check_temporary_folder()
             strategy = self.settings.sharing_strategy
             torch.multiprocessing.set_sharing_strategy(strategy)  # type: ignore[no-untyped-call]
         loader = DataLoader(
@@ -191,6 +197,22 @@ class ImageLoader:
             generator=torch.Generator(),
         )
         return iter(loader)
+
+
+def _check_temporary_folder() -> None:
+    """Raise `JobError` where a worker could not hand its tensors over.
+
+    The worker does so by a socket in the temporary folder. Where the socket's path is too long, the
+    worker only prints a traceback, and the main process waits for ever.
+    """
+    folder = tempfile.gettempdir()
+    length = len(os.fsencode(folder))
+    if length > MAX_TEMPORARY_FOLDER_BYTES:
+        raise JobError(
+            f"TMPDIR: the path {folder} has {length} bytes, too many for the sockets by which the "
+            f"processes that decode images hand them over; name a folder of at most "
+            f"{MAX_TEMPORARY_FOLDER_BYTES} bytes, or set num_workers=0"
+        )
 
 
 def _unchanged(item: Any) -> Any:
