@@ -7,7 +7,7 @@ COMPILE := $(UV) pip compile --quiet --no-annotate --no-emit-index-url --custom-
 # What `make lock` may change: nothing that still fits, or with UPGRADE=--upgrade everything.
 UPGRADE ?=
 # A worker a processor; a file's tests stay together, since they share what is made once for the file.
-PYTEST := .venv/bin/python -m pytest --numprocesses auto --dist loadfile
+PYTEST := .venv/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 # Further words for pytest: make test ARGS="-k schema"
 ARGS ?=
 # The image's name, and where local-train leaves what SageMaker would have under /opt/ml.

@@ -3,6 +3,7 @@ tiny models with random weights."""
 
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,12 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
-    """Leave out what needs a GPU where there is none."""
+    """Put the files with the most slow tests first, and leave out what needs a GPU without one.
+
+    The processes of pytest-xdist take files in this order, so none is left alone with a long one.
+    """
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
