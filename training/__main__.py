@@ -26,7 +26,7 @@ from dalle.platform.outputs import prepare_outputs, release_outputs
 from dalle.platform.threads import spin_briefly
 from dalle.platform.user import name_user
 from training.config import hyperparameters
-from training.config.hyperparameters import Hyperparameters
+from training.config.fields import Hyperparameters
 from training.distributed.topology import RENDEZVOUS_PORT, Place, Timeouts
 from training.job import channels, process
 from training.memory import command as plan_command

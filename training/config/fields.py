@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from dalle.models.sizes import SizeName
 from dalle.types import (
@@ -42,7 +42,6 @@ class _Fields(BaseModel):
         extra="forbid",
         frozen=True,
         allow_inf_nan=False,
-        protected_namespaces=(),
         use_attribute_docstrings=True,
     )
 
@@ -81,13 +80,6 @@ class FitHyperparameters(_Fields):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of the weights' running average, which is saved; 0 off."""
 
-    @model_validator(mode="after")
-    def _has_one_budget(self) -> FitHyperparameters:
-        given = [name for name in BUDGETS if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} are both a budget; give one of them")
-        return self
-
     @property
     def pairs_per_step(self) -> int:
         """batch_size as a number, once `auto` has been replaced."""
@@ -114,12 +106,7 @@ class StageHyperparameters(FitHyperparameters):
 
     def overrides(self) -> dict[str, Any]:
         """Return config field -> value of the model fields that were given."""
-        common = StageHyperparameters.model_fields
-        return {
-            name: getattr(self, name)
-            for name in type(self).model_fields
-            if name not in common and getattr(self, name) is not None
-        }
+        return self.model_dump(exclude_none=True, exclude={*StageHyperparameters.model_fields})
 
 
 class DVAEHyperparameters(StageHyperparameters):

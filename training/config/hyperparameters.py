@@ -13,14 +13,14 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from pydantic.fields import FieldInfo
 
 from dalle.errors import HyperparameterError
 from dalle.platform.environment import parse_value
 from dalle.types import SMALLEST_BPE_VOCABULARY, ComponentName, StageName
 from training.config import deepspeed as deepspeed_settings
-from training.config.deepspeed import TRAINED_BY_DEEPSPEED, Implied
+from training.config.deepspeed import TRAINED_BY_DEEPSPEED
 from training.config.fields import (
     BUDGETS,
     STAGE_FIELDS,
@@ -28,14 +28,6 @@ from training.config.fields import (
     JobHyperparameters,
     StageHyperparameters,
 )
-
-__all__ = [
-    "Hyperparameters",
-    "StageHyperparameters",
-    "parse",
-    "render_table",
-    "without_effect",
-]
 
 IGNORED_PREFIX = "sagemaker_"
 IGNORED_NAMES = frozenset({"_tuning_objective_metric"})
@@ -69,28 +61,27 @@ def parse(raw: Mapping[str, str]) -> Hyperparameters:
         for name, text in raw.items()
         if not name.startswith(IGNORED_PREFIX) and name not in IGNORED_NAMES
     }
-    targets = _targets()
     given_by_author = frozenset(given)
-    problems = _take_implied(given, targets)
+    problems = _take_implied(given)
     job: dict[str, Any] = {}
     stages: dict[StageName, dict[str, Any]] = {stage: {} for stage in STAGE_FIELDS}
     # Plain names first, so that prefixed ones overwrite what they set.
-    for name in sorted(given, key=lambda name: (_is_prefixed(name, targets), name)):
-        if name not in targets:
-            problems.append(_unknown(name, targets))
+    for name in sorted(given, key=lambda name: (_is_prefixed(name), name)):
+        if name not in _TARGETS:
+            problems.append(_unknown(name))
             continue
         try:
-            value = _typed(given[name], targets[name][0].field)
-        except (ValidationError, ValueError):
-            wanted = _describe(targets[name][0].field)
+            value = _typed(given[name], _TARGETS[name][0].field)
+        except ValueError:
+            wanted = _describe(_TARGETS[name][0].field)
             problems.append(f"{name} must be {wanted}, got {_shortened(given[name])!r}")
             continue
-        for target in targets[name]:
+        for target in _TARGETS[name]:
             if target.stage is None:
                 job[target.name] = value
                 continue
             settings = stages[target.stage]
-            if target.name in BUDGETS and _is_prefixed(name, targets):
+            if target.name in BUDGETS and _is_prefixed(name):
                 # It replaces a budget of another kind that was given for all stages.
                 for budget in BUDGETS:
                     if f"{target.stage}_{budget}" not in given:
@@ -125,10 +116,9 @@ def without_effect(
 
     trained: the stages that this job trains. present: components that its channels bring.
     """
-    targets = _targets()
     reasons: dict[str, str] = {}
     for name in sorted(hyperparameters.given):
-        if not any(target.stage in (None, *trained) for target in targets[name]):
+        if not any(target.stage in (None, *trained) for target in _TARGETS[name]):
             reasons[name] = f"this job trains {', '.join(trained)}"
         elif name in TOKENIZER_NAMES and "tokenizer" in present:
             reasons[name] = "the channel artefact brings a tokenizer"
@@ -140,24 +130,22 @@ def without_effect(
             reasons[name] = f"it is DeepSpeed's, and engine={hyperparameters.engine}"
         elif name in {"engine", *FOR_DEEPSPEED} and not {*TRAINED_BY_DEEPSPEED} & {*trained}:
             reasons[name] = f"this job trains {', '.join(trained)}, always by torch's engine"
-        elif hyperparameters.engine == "deepspeed" and _is_for_muon(name, targets, trained):
+        elif hyperparameters.engine == "deepspeed" and _is_for_muon(name, trained):
             reasons[name] = "Muon needs whole matrices; engine=deepspeed trains by AdamW alone"
     return reasons
 
 
-def _is_for_muon(
-    name: str, targets: Mapping[str, list[_Target]], trained: Sequence[StageName]
-) -> bool:
+def _is_for_muon(name: str, trained: Sequence[StageName]) -> bool:
     """Return whether a name sets Muon's learning rate only of stages that DeepSpeed trains."""
-    stages = {target.stage for target in targets[name] if target.stage in trained}
-    return targets[name][0].name == "muon_learning_rate" and stages <= {*TRAINED_BY_DEEPSPEED}
+    stages = {target.stage for target in _TARGETS[name] if target.stage in trained}
+    return _TARGETS[name][0].name == "muon_learning_rate" and stages <= {*TRAINED_BY_DEEPSPEED}
 
 
 def render_table() -> str:
     """Render all hyperparameters as a Markdown table: name, value, default, meaning."""
     lines = ["| name | value | default | meaning |", "|---|---|---|---|"]
-    for name, targets in _targets().items():
-        if _is_prefixed(name, {name: targets}):
+    for name, targets in _TARGETS.items():
+        if _is_prefixed(name):
             continue
         field = targets[0].field
         stages = [target.stage for target in targets if target.stage is not None]
@@ -188,7 +176,10 @@ def _targets() -> dict[str, list[_Target]]:
     return plain | prefixed
 
 
-def _take_implied(given: dict[str, str], targets: Mapping[str, list[_Target]]) -> list[str]:
+_TARGETS = _targets()
+
+
+def _take_implied(given: dict[str, str]) -> list[str]:
     """Add the hyperparameters that the job's DeepSpeed JSON decides to the given ones.
 
     Returns one problem per key that contradicts a hyperparameter or cannot be used.
@@ -197,19 +188,22 @@ def _take_implied(given: dict[str, str], targets: Mapping[str, list[_Target]]) -
         return []
     text = given.get("deepspeed_config", "")
     try:
-        implied = deepspeed_settings.read_json(_typed(text, targets["deepspeed_config"][0].field))
-    except ValidationError:
-        return []  # too long; `parse` reports it
+        implied = deepspeed_settings.read_json(_typed(text, _TARGETS["deepspeed_config"][0].field))
     except HyperparameterError as error:
         return str(error).splitlines()
+    except ValueError:
+        return []  # too long; `parse` reports it
     problems = []
     by_author = dict(given)
     for each in implied:
-        for name, field in _implied_names(each, targets):
+        for target in _TARGETS[each.name]:
+            if target.stage not in (None, *TRAINED_BY_DEEPSPEED):
+                continue
+            name = each.name if target.stage is None else f"{target.stage}_{each.name}"
             said = next((by for by in (name, each.name) if by in by_author), None)
             if said is None:
                 given[name] = each.text
-            elif not _are_equal(by_author[said], each.text, field):
+            elif not _are_equal(by_author[said], each.text, target.field):
                 problems.append(
                     f"deepspeed_config: {'.'.join(each.key)} says {each.name}={each.text}, "
                     f"but {said} is {_shortened(by_author[said])}; leave one of them out"
@@ -217,26 +211,15 @@ def _take_implied(given: dict[str, str], targets: Mapping[str, list[_Target]]) -
     return list(dict.fromkeys(problems))
 
 
-def _implied_names(
-    implied: Implied, targets: Mapping[str, list[_Target]]
-) -> list[tuple[str, FieldInfo]]:
-    """Return the flat names of the job or of DeepSpeed's stages that a key of the JSON sets."""
-    return [
-        (implied.name if target.stage is None else f"{target.stage}_{implied.name}", target.field)
-        for target in targets[implied.name]
-        if target.stage is None or target.stage in TRAINED_BY_DEEPSPEED
-    ]
-
-
 def _are_equal(one: str, other: str, field: FieldInfo) -> bool:
     try:
         return bool(_typed(one, field) == _typed(other, field))
-    except (ValidationError, ValueError):
+    except ValueError:
         return True  # one of them is wrong by itself; `parse` reports it
 
 
-def _is_prefixed(name: str, targets: Mapping[str, list[_Target]]) -> bool:
-    return name in targets and targets[name][0].name != name
+def _is_prefixed(name: str) -> bool:
+    return name in _TARGETS and _TARGETS[name][0].name != name
 
 
 def _double_budgets(stages: Mapping[StageName, Mapping[str, Any]]) -> list[str]:
@@ -253,7 +236,7 @@ def _double_budgets(stages: Mapping[StageName, Mapping[str, Any]]) -> list[str]:
 
 
 def _typed(text: str, field: FieldInfo) -> Any:
-    """Return the value of one text. Raises ValidationError or ValueError when it is wrong."""
+    """Return the value of one text. Raises ValueError when it is wrong."""
     value, schema = parse_value(text), _schema(field)
     kind = schema["type"]
     if kind == "string" and "enum" not in schema:
@@ -271,14 +254,14 @@ def _typed(text: str, field: FieldInfo) -> Any:
     return TypeAdapter(field.rebuild_annotation()).validate_python(value)
 
 
-def _unknown(name: str, targets: Mapping[str, list[_Target]]) -> str:
+def _unknown(name: str) -> str:
     stage, _, plain = name.partition("_")
-    if stage in STAGE_FIELDS and plain in targets:
-        owners = [target.stage for target in targets[plain] if target.stage is not None]
+    if stage in STAGE_FIELDS and plain in _TARGETS:
+        owners = [target.stage for target in _TARGETS[plain] if target.stage is not None]
         if owners:
             return f"{name} is unknown: {stage} has no {plain}, only {' and '.join(owners)}"
         return f"{name} is unknown: {plain} holds for the whole job, set it without the prefix"
-    nearest = difflib.get_close_matches(name, targets, n=1)
+    nearest = difflib.get_close_matches(name, _TARGETS, n=1)
     if nearest:
         return f"{name} is unknown; did you mean {nearest[0]}?"
     return f"{name} is unknown; `train --list-hyperparameters` shows the known ones"
@@ -314,29 +297,22 @@ def _describe(field: FieldInfo) -> str:
             return "true or false"
         case limits:
             noun = "a whole number" if limits["type"] == "integer" else "a number"
+            bounds = {
+                "minimum": "from",
+                "exclusiveMinimum": "above",
+                "maximum": "to",
+                "exclusiveMaximum": "below",
+            }
+            ends = [f"{word} {limits[key]:,}" for key, word in bounds.items() if key in limits]
             auto = " or auto" if Literal["auto"] in get_args(field.annotation) else ""
-            return f"{noun} {_lowest(limits)} {_highest(limits)}{auto}"
-
-
-def _lowest(limits: Mapping[str, Any]) -> str:
-    if "minimum" in limits:
-        return f"from {limits['minimum']:,}"
-    return f"above {limits['exclusiveMinimum']:,}"
-
-
-def _highest(limits: Mapping[str, Any]) -> str:
-    if "maximum" in limits:
-        return f"to {limits['maximum']:,}"
-    return f"below {limits['exclusiveMaximum']:,}"
+            return f"{noun} {' '.join(ends)}{auto}"
 
 
 def _describe_default(targets: list[_Target]) -> str:
-    defaults = [_default_words(target) for target in targets]
-    if len(set(defaults)) == 1:
-        return defaults[0]
-    return ", ".join(
-        f"{target.stage} {default}" for target, default in zip(targets, defaults, strict=True)
-    )
+    defaults = {target.stage: _default_words(target) for target in targets}
+    if len({*defaults.values()}) == 1:
+        return _default_words(targets[0])
+    return ", ".join(f"{stage} {default}" for stage, default in defaults.items())
 
 
 def _default_words(target: _Target) -> str:

@@ -6,29 +6,18 @@ skip: the caption is left out, and the pair with its last one. Both are counted 
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Literal
 
 from dalle.errors import CaptionTooLong, DataError
+from dalle.preprocess.tokenizer import CaptionTokenizer
 from training.data.pairs import Dataset
 from training.data.skips import SkipReason, printable
 from training.data.sources.index import Pairs
 from training.stopping import Stop, unless_stopped
 
-LongCaptions = Literal["fail", "cut", "skip"]
-
-
-class CaptionFitter(Protocol):
-    """What is used of `dalle.preprocess.tokenizer.CaptionTokenizer`."""
-
-    text_length: int
-
-    def fitting(self, caption: str) -> str:
-        """Return the longest beginning of a caption that fits into the text length."""
-        ...
-
 
 def fit_captions(
-    pairs: Pairs, tokenizer: CaptionFitter, how: Literal["cut", "skip"], stop: Stop
+    pairs: Pairs, tokenizer: CaptionTokenizer, how: Literal["cut", "skip"], stop: Stop
 ) -> None:
     """Cut or leave out the captions of a channel that are too long, and count each.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 from dalle.models.reduction import Ranks
 
@@ -134,7 +135,7 @@ class TorchProcessGroup(ProcessGroup):
         # rank holds two copies. Loaded with weights_only, as checkpoints are: no arbitrary pickle.
         outline = io.BytesIO()
         if self.is_first:
-            torch.save(_each_tensor(value, lambda tensor: tensor.to("meta")), outline)
+            torch.save(tree_map_only(Tensor, lambda tensor: tensor.to("meta"), value), outline)
         num_bytes = torch.tensor([outline.tell()])
         dist.broadcast(num_bytes, group_src=0, group=self._group)
         content = torch.zeros(int(num_bytes), dtype=torch.uint8)
@@ -152,7 +153,7 @@ class TorchProcessGroup(ProcessGroup):
             dist.broadcast(values, group_src=0, group=self._group)
             return values
 
-        return _each_tensor(value, receive)
+        return tree_map_only(Tensor, receive, value)
 
     def each(self, value: Any) -> list[Any]:
         own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -209,16 +210,3 @@ class _Gather(torch.autograd.Function):
         dist.all_reduce(total, group=group)
         own = total.chunk(dist.get_world_size(group))[dist.get_rank(group)]
         return own.to(gradient.dtype), None
-
-
-def _each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return the same dicts, lists and tuples with `change` applied to each tensor, in order."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: _each_tensor(each, change) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_each_tensor(each, change) for each in value]
-    if isinstance(value, tuple):
-        return tuple(_each_tensor(each, change) for each in value)
-    return value

@@ -19,10 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dalle.errors import DataError
-from dalle.preprocess.images import ImageError
 from training.data.batching.preload import preload_if_small, to_chw
-from training.data.pairs import Dataset
-from training.data.skips import SkipReason
+from training.data.pairs import Dataset, image_or_skip
 from training.data.sources.channel import open_channel
 
 TRAIN, VALIDATION, ATTRIBUTES = "train", "validation", "attributes.json"
@@ -158,10 +156,6 @@ def _usable_images(dataset: Dataset) -> Iterator[tuple[int, np.ndarray]]:
     for index in tqdm(
         range(len(dataset)), f"comparing {dataset.channel}", unit="images", disable=None, delay=1
     ):
-        try:
-            pixels = dataset.image(index)
-        except ImageError as error:
-            dataset.skips.add_damaged(SkipReason.of(error), dataset.name(index), str(error))
-            continue
-        yield index, pixels
+        if (pixels := image_or_skip(dataset, index)) is not None:
+            yield index, pixels
     dataset.skips.check_share(dataset.max_bad_share)

@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from dalle.platform.environment import Job
 from dalle.platform.outputs import write_failure
-from training.config.hyperparameters import Hyperparameters
+from training.config.fields import Hyperparameters
 from training.distributed.topology import LOCAL_WORLD_SIZE, LOOPBACK, Place, Timeouts
 from training.job import process
 

@@ -21,7 +21,7 @@ from typing import NoReturn
 from dalle.errors import DalleError
 from dalle.platform.environment import Job, Paths
 from dalle.platform.outputs import write_failure
-from training.config.hyperparameters import Hyperparameters
+from training.config.fields import Hyperparameters
 from training.distributed.topology import Place, Timeouts
 from training.memory.allocator import keep_memory
 from training.stopping import Stopped

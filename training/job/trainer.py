@@ -16,7 +16,8 @@ import torch
 from dalle.errors import ArtefactError, DeviceError, HyperparameterError, JobError
 from dalle.platform.environment import Job
 from dalle.types import STAGES, ComponentName, StageName
-from training.config.hyperparameters import Hyperparameters, without_effect
+from training.config.fields import Hyperparameters
+from training.config.hyperparameters import without_effect
 from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from training.engine.select import check_engine, select_engine
 from training.job.components import Components, settings_identity

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from dalle.platform.environment import Job
-from training.config.hyperparameters import Hyperparameters
+from training.config.fields import Hyperparameters
 
 if TYPE_CHECKING:
     from training.memory.plan import Devices, Row, StagePlan

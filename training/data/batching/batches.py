@@ -9,10 +9,10 @@ P micro-batches of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dalle.errors import DataError
+from dalle.preprocess.tokenizer import CaptionTokenizer
 from training.data.batching.loader import ImageLoader
 from training.data.batching.preload import Preloaded
 from training.data.batching.sampler import Last, Sampler
@@ -30,18 +31,6 @@ from training.data.sharded import HostPart
 from training.stopping import NEVER, Stop, unless_stopped
 
 ENCODE_CHUNK = 4096
-
-
-class TextEncoder(Protocol):
-    """What batches need of `dalle.preprocess.tokenizer.CaptionTokenizer`."""
-
-    def encode(self, captions: Sequence[str]) -> Tensor:
-        """Captions -> text tokens [len(captions), T] int64."""
-        ...
-
-    def identity(self) -> str:
-        """Return the same for encoders that give every caption the same tokens."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -107,7 +96,7 @@ class Batches(AbstractContextManager["Batches"]):
         *,
         batch_size: int,
         seed: int,
-        tokenizer: TextEncoder | None = None,
+        tokenizer: CaptionTokenizer | None = None,
         shuffle: bool = True,
         last: Last = "drop",
         rank: int = 0,
@@ -152,9 +141,8 @@ class Batches(AbstractContextManager["Batches"]):
             self._loader = ImageLoader(dataset, self.sampler, num_workers)
         self._tokenizer = tokenizer
         self._text_tokens = None if tokenizer is None else _encode_all(dataset, tokenizer, stop)
-        self._epoch = -1
-        self._permutation: NDArray[np.int64] = np.empty(0, dtype=np.int64)
-        self._caption_numbers: NDArray[np.uint64] = np.empty(0, dtype=np.uint64)
+        self._permutation = lru_cache(maxsize=1)(self.sampler.permutation)
+        self._caption_numbers = lru_cache(maxsize=1)(self.sampler.caption_numbers)
 
     def batch(self, step: int) -> Batch:
         """Return the batch of a step, counted from 0 through all epochs."""
@@ -163,20 +151,16 @@ class Batches(AbstractContextManager["Batches"]):
         if self._part is not None and step % self.num_per_epoch == 0:
             self._part.share_skips(self.dataset.skips, self.dataset.max_bad_share)
         epoch = self.sampler.epoch(step)
-        if epoch != self._epoch:
-            self._permutation = self.sampler.permutation(epoch)
-            self._caption_numbers = self.sampler.caption_numbers(epoch)
-            self._epoch = epoch
         if self._loader is not None:
             decoded = self._loader.images(step)
             indices, images = decoded.indices, decoded.images
         else:
-            indices = self.sampler.indices(step, self._permutation)
+            indices = self.sampler.indices(step, self._permutation(epoch))
             if isinstance(self.dataset, Preloaded):
                 images = self.dataset.images[torch.from_numpy(indices)]
             else:
                 images = torch.empty((len(indices), 3, 0, 0), dtype=torch.uint8)
-        captions, text_tokens = self._texts(indices)
+        captions, text_tokens = self._texts(indices, self._caption_numbers(epoch))
         return Batch(
             images.to(torch.float32).div_(255), captions, torch.from_numpy(indices), text_tokens
         )
@@ -204,12 +188,14 @@ class Batches(AbstractContextManager["Batches"]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _texts(self, indices: NDArray[np.int64]) -> tuple[list[str], Tensor | None]:
+    def _texts(
+        self, indices: NDArray[np.int64], caption_numbers: NDArray[np.uint64]
+    ) -> tuple[list[str], Tensor | None]:
         captions: list[str] = []
         rows: list[int] = []
         for index in indices.tolist():
             choices = self.dataset.captions(index)
-            choice = int(self._caption_numbers[index]) % len(choices)
+            choice = int(caption_numbers[index]) % len(choices)
             captions.append(choices[choice])
             if self._text_tokens is not None:
                 rows.append(int(self._text_tokens.first_rows[index]) + choice)
@@ -226,7 +212,7 @@ class _EncodedCaptions:
     first_rows: NDArray[np.int64]
 
 
-def _encode_all(dataset: Dataset, tokenizer: TextEncoder, stop: Stop) -> _EncodedCaptions:
+def _encode_all(dataset: Dataset, tokenizer: CaptionTokenizer, stop: Stop) -> _EncodedCaptions:
     counts = [len(dataset.captions(index)) for index in range(len(dataset))]
     captions = [caption for index in range(len(dataset)) for caption in dataset.captions(index)]
     starts = tqdm(

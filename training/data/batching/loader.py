@@ -16,6 +16,7 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -102,15 +103,11 @@ class StepImages(TorchDataset[DecodedImages]):
     def __init__(self, dataset: Dataset, sampler: Sampler) -> None:
         self._dataset = dataset
         self._sampler = sampler
-        self._epoch = -1
-        self._permutation: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._permutation = lru_cache(maxsize=1)(sampler.permutation)
 
     def __getitem__(self, step: int) -> DecodedImages:
-        epoch = self._sampler.epoch(step)
-        if epoch != self._epoch:
-            self._permutation = self._sampler.permutation(epoch)
-            self._epoch = epoch
-        indices = self._sampler.indices(step, self._permutation)
+        permutation = self._permutation(self._sampler.epoch(step))
+        indices = self._sampler.indices(step, permutation)
         size = self._dataset.image_size
         images = torch.empty((len(indices), 3, size, size), dtype=torch.uint8)
         skipped: list[tuple[SkipReason, str, str]] = []
