@@ -10,10 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from dalle.errors import HyperparameterError
-from dalle.models.clip_config import ClipConfig
-from dalle.models.dvae_config import DVAEConfig
+from dalle.models.configs import ClipConfig, DVAEConfig, TransformerConfig
 from dalle.models.sizes import CLIP_SIZES, DVAE_SIZES, TRANSFORMER_SIZES
-from dalle.models.transformer_config import TransformerConfig
 from dalle.types import StageName
 from training.config.fields import Hyperparameters
 

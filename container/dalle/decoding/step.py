@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle.decoding.input_batch import Batch, SlotState
-from dalle.models.attention import KeyValueCache, SelfAttention, visibility
-from dalle.models.layers import FeedForward, LayerScale
+from dalle.models.layers import FeedForward, KeyValueCache, LayerScale, SelfAttention, visibility
 from dalle.models.transformer import Block, Branch, CodeHead, Dalle, TransformerConfig
 from dalle.types import AttentionKind
 

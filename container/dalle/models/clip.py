@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle.errors import ArtefactError
-from dalle.models.clip_config import ClipConfig as ClipConfig
+from dalle.models.configs import ClipConfig as ClipConfig
 from dalle.models.reduction import ONE_RANK, Ranks
 from dalle.preprocess.openai_clip import clip_module, openai_tokenizer
 from dalle.preprocess.tokenizer import CaptionTokenizer

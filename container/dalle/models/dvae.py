@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle.models.dvae_config import DVAEConfig as DVAEConfig
-from dalle.models.encoders import blocks, build_encoder
+from dalle.models.configs import DVAEConfig as DVAEConfig
+from dalle.models.encoders import build_encoder
+from dalle.models.layers import embed_codes, residual_blocks
 from dalle.models.quantiser import build_quantiser
 from dalle.models.reduction import ONE_RANK, Ranks
 
@@ -39,11 +40,11 @@ class DiscreteVAE(nn.Module):
         code_channels = config.num_codebooks * config.code_width
         self.decoder = nn.Sequential(
             nn.Conv2d(code_channels, width, kernel_size=1),
-            *blocks(config, config.decoder_kernel_size),
+            *residual_blocks(config, config.decoder_kernel_size),
         )
         for _ in range(config.num_downsamples):
             self.decoder.append(nn.ConvTranspose2d(width, width, kernel_size=2, stride=2))
-            self.decoder.extend(blocks(config, config.decoder_kernel_size))
+            self.decoder.extend(residual_blocks(config, config.decoder_kernel_size))
         self.decoder.extend([nn.Conv2d(width, 3 * patch**2, kernel_size=1), nn.PixelShuffle(patch)])
         # PositionNorm is fastest in this layout.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -64,9 +65,7 @@ class DiscreteVAE(nn.Module):
 
     def reconstruction_loss(self, images: Tensor) -> Tensor:
         """Return the scalar loss of reconstructing images [B, 3, S, S] in [0, 1]."""
-        image_tokens = self.encode(images)
-        embeddings = self.quantiser.embed(image_tokens, self.config.grid_size)
-        return self._reconstruction_loss(self.decoder(embeddings), images)
+        return self._reconstruction_loss(self._logits(self.encode(images)), images)
 
     def _reconstruction_loss(self, logits: Tensor, images: Tensor) -> Tensor:
         match self.config.reconstruction:
@@ -85,5 +84,9 @@ class DiscreteVAE(nn.Module):
     @torch.no_grad()
     def decode(self, image_tokens: Tensor) -> Tensor:
         """image tokens [B, N, M] in [0, V) -> images [B, 3, S, S] in [0, 1]."""
-        logits: Tensor = self.decoder(self.quantiser.embed(image_tokens, self.config.grid_size))
-        return logits.sigmoid()
+        return self._logits(image_tokens).sigmoid()
+
+    def _logits(self, image_tokens: Tensor) -> Tensor:
+        """image tokens [B, N, M] -> [B, 3, S, S]"""
+        logits: Tensor = self.decoder(embed_codes(self.quantiser.codebook, image_tokens))
+        return logits

@@ -13,53 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle.models.dvae_config import DVAEConfig
-
-
-class PositionNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each position; [B, C, H, W] -> the same shape.
-
-    Not GroupNorm: with statistics over all positions a code would depend on the whole image, not
-    on one patch.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        # Feature maps are channels-last, so the permutations move no data.
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-class ResidualBlock(nn.Module):
-    """Norm, depthwise convolution and pointwise network around a residual connection.
-
-    [B, C, H, W] -> the same shape. Depthwise as in ConvNeXt (Liu et al. 2022): at equal width it
-    costs an eighth of a dense convolution, which on a CPU decides how wide a block can be.
-    """
-
-    def __init__(self, width: int, kernel_size: int) -> None:
-        super().__init__()
-        self.norm = PositionNorm(width)
-        self.spatial = (
-            nn.Conv2d(width, width, kernel_size, padding=kernel_size // 2, groups=width)
-            if kernel_size > 1
-            else nn.Identity()
-        )
-        self.expand = nn.Conv2d(width, width, kernel_size=1)
-        self.contract = nn.Conv2d(width, width, kernel_size=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        added: Tensor = self.contract(F.relu(self.expand(self.spatial(self.norm(x)))))
-        return x + added
-
-
-def blocks(config: DVAEConfig, kernel_size: int) -> list[nn.Module]:
-    """Return the config's number of residual blocks."""
-    return [ResidualBlock(config.width, kernel_size) for _ in range(config.num_blocks)]
+from dalle.models.configs import DVAEConfig
+from dalle.models.layers import residual_blocks
 
 
 def _patch_encoder(config: DVAEConfig, channels: int) -> nn.Sequential:
     """[B, channels, G, G] of one patch per position -> [B, C, G, G]"""
     first = nn.Conv2d(channels, config.width, kernel_size=1)
-    return nn.Sequential(first, *blocks(config, config.encoder_kernel_size))
+    return nn.Sequential(first, *residual_blocks(config, config.encoder_kernel_size))
 
 
 class JointEncoder(nn.Module):
@@ -72,11 +33,11 @@ class JointEncoder(nn.Module):
         self.layers = nn.Sequential(
             nn.PixelUnshuffle(config.patch_size),
             nn.Conv2d(3 * config.patch_size**2, width, kernel_size=1),
-            *blocks(config, kernel_size),
+            *residual_blocks(config, kernel_size),
         )
         for _ in range(config.num_downsamples):
             self.layers.append(nn.Conv2d(width, width, kernel_size=2, stride=2))
-            self.layers.extend(blocks(config, kernel_size))
+            self.layers.extend(residual_blocks(config, kernel_size))
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """[B, 3, S, S] in [0, 1] -> M of [B, C, G, G]"""

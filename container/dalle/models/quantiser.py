@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle.models.dvae_config import DVAEConfig
+from dalle.models.configs import DVAEConfig
+from dalle.models.layers import embed_codes
 from dalle.models.reduction import ONE_RANK, Ranks
 
 
@@ -72,12 +73,6 @@ class Quantiser(nn.Module):
     def tokens(self, features: Sequence[Tensor]) -> Tensor:
         """features M of [B, C, H, W] -> image tokens [B, N, M] int64 in [0, V)."""
         raise NotImplementedError
-
-    def embed(self, image_tokens: Tensor, grid_size: int) -> Tensor:
-        """image tokens [B, N, M] -> embeddings [B, M·E, H, W]."""
-        chosen = [F.embedding(image_tokens[..., m], book) for m, book in enumerate(self.codebook)]
-        joined = torch.cat(chosen, dim=-1).mT
-        return joined.reshape(*joined.shape[:2], grid_size, grid_size)
 
     def perplexity(self) -> Tensor:
         """Return the effective number of codes in use, exp(entropy of usage): [M], in [1, V]."""
@@ -209,7 +204,7 @@ class VectorQuantiser(Quantiser):
         image_tokens = self._nearest(vectors)
         grid = features[0].shape[-2:]
         flat = vectors.flatten(2).mT.reshape(len(vectors), -1, *grid)
-        chosen = self.embed(image_tokens, grid[0])
+        chosen = embed_codes(self.codebook, image_tokens)
         if self.training:
             self._update_codebook(vectors, image_tokens, ranks)
             if self._is_restart_due(progress):

@@ -1,6 +1,6 @@
 """Autoregressive transformer over the text tokens of a caption and the image tokens after them.
 
-Knows token ids, not captions or pixels. `dalle.models.attention` shows the order of the inputs.
+Knows token ids, not captions or pixels. `dalle.models.layers` shows the order of the inputs.
 
 Letters: B batch, T text length, N positions of the image grid, M codebooks (codes per position),
 V codebook size, W width, n inputs of one call, P primed positions.
@@ -15,10 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dalle.models.attention import KeyValueCache, SelfAttention, visibility
-from dalle.models.layers import ChannelDropout, FeedForward, LayerScale, build_norm
+from dalle.models.configs import TransformerConfig as TransformerConfig
+from dalle.models.layers import (
+    ChannelDropout,
+    FeedForward,
+    KeyValueCache,
+    LayerScale,
+    SelfAttention,
+    build_norm,
+    visibility,
+)
 from dalle.models.reduction import ONE_RANK, Ranks
-from dalle.models.transformer_config import TransformerConfig as TransformerConfig
 from dalle.types import AttentionKind
 
 PADDING = 0
@@ -203,10 +210,6 @@ class Dalle(nn.Module):
         if prime_tokens is not None:
             inputs = torch.cat([inputs, self._embed_image(prime_tokens, 0)], dim=1)
         return self._run(inputs, cache)[:, -1]
-
-    def decode_one(self, codes: Tensor, position: int, cache: KeyValueCache) -> Tensor:
-        """Append the codes [B, M] of a position; return the state [B, W] that predicts the next."""
-        return self._run(self._embed_image(codes[:, None], position), cache)[:, -1]
 
     def code_logits(self, hidden: Tensor, m: int, codes: Tensor) -> Tensor:
         """Return the logits [., V] of code m of the position that hidden [., W] predicts.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dalle.decoding.sampling import SamplingOptions, image_uniforms, sample_tokens
+from dalle.models.layers import KeyValueCache
 from dalle.models.transformer import PADDING, Dalle
 
 
@@ -91,7 +92,7 @@ class _Branch:
         if rows < num_candidates:
             # A caption that all candidates share is computed once, in one row.
             prefix, self.cache = self.cache, model.new_cache(num_candidates)
-            self.cache.copy_from(prefix)
+            copy_prefix(prefix, self.cache)
             self.hidden = self.hidden.expand(num_candidates, -1)
 
     def code_logits(self, m: int, codes: Tensor) -> Tensor:
@@ -100,4 +101,16 @@ class _Branch:
 
     def advance(self, codes: Tensor, position: int) -> None:
         """Run the model on the codes [K, M] of a position."""
-        self.hidden = self.model.decode_one(codes, position, self.cache)
+        self.hidden = decode_one(self.model, codes, position, self.cache)
+
+
+def decode_one(model: Dalle, codes: Tensor, position: int, cache: KeyValueCache) -> Tensor:
+    """Append the codes [K, M] of a position; return the state [K, W] that predicts the next."""
+    return model._run(model._embed_image(codes[:, None], position), cache)[:, -1]
+
+
+def copy_prefix(prefix: KeyValueCache, cache: KeyValueCache) -> None:
+    """Copy the content of a cache of one row into every row of another."""
+    cache.filled = prefix.filled
+    for own, other in zip(cache.keys + cache.values, prefix.keys + prefix.values, strict=True):
+        own[:, :, : prefix.filled] = other[:, :, : prefix.filled]

@@ -9,7 +9,7 @@ from dalle.decoding.cpu.torch_step import CpuTorchStep
 from dalle.decoding.engine import DecodeEngine
 from dalle.decoding.gpu.torch_step import GpuTorchStep
 from dalle.decoding.sampling import SamplingOptions
-from dalle.models.attention import visibility
+from dalle.models.layers import visibility
 from dalle.types import ATTENTION_KINDS
 from tests.dalle.decoding.compiled import runs_here
 from tests.dalle.decoding.reference import sample_image_tokens

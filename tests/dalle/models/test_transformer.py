@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from dalle.models.layers import ChannelDropout, FeedForward
 from dalle.models.transformer import Dalle, TransformerConfig
 from dalle.types import ATTENTION_KINDS, FEED_FORWARD_KINDS
+from tests.dalle.decoding.reference import decode_one
 
 T, N, M = 5, 16, 2  # of conftest's tiny transformer
 KINDS = [*[(kind,) for kind in ATTENTION_KINDS], ("axial_row", "full"), ("conv_like", "axial_col")]
@@ -105,7 +106,7 @@ def test_prefill_and_steps_equal_the_whole_sequence(kinds, primed, make_dalle):
     for position in range(primed, N):
         torch.testing.assert_close(hidden, expected[:, position], atol=1e-4, rtol=1e-4)
         if position + 1 < N:
-            hidden = model.decode_one(image_tokens[:, position], position, cache)
+            hidden = decode_one(model, image_tokens[:, position], position, cache)
     assert cache.filled == model.config.length
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dalle.decoding.cpu.embedding_tables import ByteTable, FloatTable, Table
 from dalle.decoding.step import inputs_seen
-from dalle.models.attention import KeyValueCache
+from dalle.models.layers import KeyValueCache
 from dalle.models.transformer import TransformerConfig
 from dalle.types import AttentionKind
 

@@ -35,7 +35,7 @@ from dalle.decoding.cpu.structures import (
 )
 from dalle.decoding.input_batch import Batch
 from dalle.decoding.step import Step, blocks_of, heads_of, input_tables
-from dalle.models.attention import KeyValueCache
+from dalle.models.layers import KeyValueCache
 from dalle.models.transformer import Dalle
 from dalle.types import AttentionKind, Precision
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from dalle.decoding.cpu.kv_cache import KeyRange, SlotCache
 from dalle.decoding.step import Step
 from dalle.decoding.torch_decoder import TorchDecoder
-from dalle.models.attention import KeyValueCache
+from dalle.models.layers import KeyValueCache
 from dalle.models.transformer import Dalle
 from dalle.types import Precision
 

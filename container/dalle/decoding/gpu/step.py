@@ -36,7 +36,7 @@ from dalle.decoding.gpu.sampler import (
 )
 from dalle.decoding.input_batch import Batch, SlotState
 from dalle.decoding.step import QK_EPSILON, blocks_of, heads_of, input_tables, inputs_seen
-from dalle.models.attention import KeyValueCache
+from dalle.models.layers import KeyValueCache
 from dalle.models.transformer import Dalle, TransformerConfig
 from dalle.types import AttentionKind
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dalle.decoding.gpu.cuda_graph import CudaGraphStep
 from dalle.decoding.torch_decoder import TorchDecoder
-from dalle.models.attention import KeyValueCache, visibility
+from dalle.models.layers import KeyValueCache, visibility
 from dalle.models.transformer import Dalle, TransformerConfig
 from dalle.types import AttentionKind
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from dalle.models.attention import KeyValueCache, SelfAttention, visibility
+from dalle.models.layers import KeyValueCache, SelfAttention, visibility
 from dalle.types import ATTENTION_KINDS
+from tests.dalle.decoding.reference import copy_prefix
 
 T, G = 3, 4  # text length, grid size
 L = T + G * G
@@ -99,7 +100,7 @@ def test_a_cache_begins_with_what_a_cache_of_one_row_holds():
         prefix.append(layer, keys + layer, values + layer)
     prefix.filled = 3
     cache = KeyValueCache(2, (4, 2, 5, 4), torch.zeros(()))
-    cache.copy_from(prefix)
+    copy_prefix(prefix, cache)
     assert cache.filled == 3
     for layer in range(2):
         one = torch.randn(4, 2, 1, 4)

@@ -1,0 +1,234 @@
+"""Configs of the three models: the fields of each `config.json`, checked when they are set.
+
+No torch: a job is planned, and a wrong one refused, where no model could be built.
+Letters: T text length, N positions of the image grid, M codebooks (codes per position), V codebook
+size, W width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dalle.types import (
+    ATTENTION_KINDS,
+    FEED_FORWARD_KINDS,
+    QUANTISERS,
+    RECONSTRUCTIONS,
+    AttentionKind,
+    FeedForwardKind,
+    NormKind,
+    QuantiserKind,
+    ReconstructionKind,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DVAEConfig:
+    """Fields that rebuild a `DiscreteVAE`."""
+
+    image_size: int = 256
+    """Side of the square image, in pixels."""
+    patch_size: int = 1
+    """Side in pixels of the square patch that the first layer turns into one position."""
+    num_downsamples: int = 3
+    """How often the side is halved after the first layer."""
+    width: int = 128
+    """Channels of every feature map."""
+    num_blocks: int = 2
+    """Residual blocks after the first layer and after each halving; as many in the decoder."""
+    encoder_kernel_size: int = 3
+    """3 lets a code depend on neighbouring patches; 1 makes it a function of one patch, so that
+    equal patches have equal tokens, which are easier for the transformer to predict."""
+    decoder_kernel_size: int = 3
+    """3 lets the decoder see neighbouring tokens; 1 does not."""
+    codebook_size: int = 8192
+    """V: number of codes in each codebook."""
+    num_codebooks: int = 1
+    """M: codes per position, which distinguish V to the power M patches."""
+    code_width: int = 64
+    """Width of one code's embedding."""
+    colour_split: bool = False
+    """The first codebook encodes a patch's two end colours, the others the pattern between them, so
+    that a pattern has the same tokens in every colour. For drawings, logos and other images of
+    few colours; needs num_codebooks > 1, patch_size > 1 and num_downsamples = 0."""
+    ground_split: bool = False
+    """Alternative to colour_split: the last codebook encodes a patch's colours, the others only
+    which pixels differ from the background (the median colour of the image's border), so that a
+    pattern has the same tokens in stripes as in one colour. For drawings on an even background."""
+    quantiser: QuantiserKind = "gumbel"
+    """gumbel: relaxation of the DALL-E paper. vq: nearest code, straight-through gradient."""
+    reconstruction: ReconstructionKind = "mse"
+    """bce suits flat graphics with hard edges; l1 and mse suit photographs."""
+    kl_weight: float = 0.0
+    """Weight of KL(q(code | image) || uniform), gumbel only, per code in nats."""
+    commitment_weight: float = 0.25
+    """Weight of the encoder's distance to its chosen code, vq only."""
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.stride:
+            raise ValueError(
+                f"image_size must be a multiple of patch_size · 2^num_downsamples = {self.stride}, "
+                f"got {self.image_size}"
+            )
+        for name, known in (("quantiser", QUANTISERS), ("reconstruction", RECONSTRUCTIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        for name in ("encoder_kernel_size", "decoder_kernel_size"):
+            if getattr(self, name) not in (1, 3):
+                raise ValueError(f"{name} must be 1 or 3, got {getattr(self, name)}")
+        if self.colour_split and self.ground_split:
+            raise ValueError("colour_split and ground_split exclude each other; set one of them")
+        for name in ("colour_split", "ground_split"):
+            if getattr(self, name) and (
+                self.num_codebooks < 2 or self.patch_size < 2 or self.num_downsamples
+            ):
+                raise ValueError(
+                    f"{name} needs num_codebooks > 1, patch_size > 1 and num_downsamples = 0, got "
+                    f"{self.num_codebooks}, {self.patch_size} and {self.num_downsamples}"
+                )
+
+    @property
+    def stride(self) -> int:
+        """Pixels between two positions of the token grid."""
+        return self.patch_size * int(2**self.num_downsamples)
+
+    @property
+    def grid_size(self) -> int:
+        """Side of the token grid."""
+        return self.image_size // self.stride
+
+    @property
+    def num_positions(self) -> int:
+        """N: positions of the token grid."""
+        return self.grid_size**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Fields that rebuild a `Dalle`; the last group acts in training only."""
+
+    text_vocab_size: int
+    """Number of text token ids, padding (0) included."""
+    text_length: int
+    """T: text tokens per caption, padded."""
+    grid_size: int
+    """Side of the image-token grid; N = grid_size²."""
+    codebook_size: int
+    """V of the dVAE."""
+    num_codebooks: int = 1
+    """M of the dVAE."""
+
+    width: int = 512
+    """W: channels of the residual stream."""
+    num_layers: int = 12
+    """Blocks, each of attention and feed-forward."""
+    num_heads: int = 8
+    """Attention heads; width is a multiple of them."""
+    attention_kinds: tuple[AttentionKind, ...] = ("full",)
+    """One per layer; the list repeats when there are more layers."""
+    conv_kernel_size: int = 5
+    """Window of the conv_like kind."""
+    qk_norm: bool = True
+    """Normalise queries and keys before their product (Dehghani et al. 2023, §2)."""
+    norm: NormKind = "layer"
+    """Normalisation before each branch and before the heads."""
+    feed_forward: FeedForwardKind = "relu2"
+    """Activation of the feed-forward branch."""
+    feed_forward_ratio: int = 4
+    """Inner width of the feed-forward branch, as a multiple of width."""
+    layer_scale: float | None = None
+    """Start value of a learned gain per channel on each branch; None for no gain."""
+    target_position: bool = True
+    """Add to each input the embedding of the grid position that it predicts."""
+
+    text_loss_weight: float = 1 / 7
+    """Weight of the text tokens' loss beside the image tokens'."""
+    dropout: float = 0.0
+    """Share of channels dropped from the embeddings and from each branch."""
+    caption_dropout: float = 0.0
+    """Share of captions replaced by padding, so that guidance has an unconditional pass."""
+    word_dropout: float = 0.0
+    """Share of single text tokens that are hidden."""
+    token_noise: float = 0.0
+    """Share of input positions with random codes, so that sampling errors do less harm."""
+
+    def __post_init__(self) -> None:
+        if self.width % self.num_heads:
+            raise ValueError(
+                f"width must be a multiple of num_heads = {self.num_heads}, got {self.width}"
+            )
+        if not self.attention_kinds or set(self.attention_kinds) - set(ATTENTION_KINDS):
+            raise ValueError(
+                f"attention_kinds must be of {ATTENTION_KINDS}, got {self.attention_kinds}"
+            )
+        if self.feed_forward not in FEED_FORWARD_KINDS:
+            raise ValueError(
+                f"feed_forward must be of {FEED_FORWARD_KINDS}, got {self.feed_forward!r}"
+            )
+
+    @property
+    def num_positions(self) -> int:
+        """N = grid_size²"""
+        return self.grid_size * self.grid_size
+
+    @property
+    def length(self) -> int:
+        """Inputs of a whole sequence: BOS, the text and all image positions but the last."""
+        return self.text_length + self.num_positions
+
+    @property
+    def head_width(self) -> int:
+        """Channels of one attention head."""
+        return self.width // self.num_heads
+
+    def kind_of_layer(self, layer: int) -> AttentionKind:
+        """Return the attention kind of a layer, counted from 0."""
+        return self.attention_kinds[layer % len(self.attention_kinds)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipConfig:
+    """Fields that rebuild a `Clip`, in the order of OpenAI's class."""
+
+    embed_size: int
+    """E: width of the space that images and captions share."""
+    image_size: int
+    """Side in pixels that images are resized to."""
+    vision_layers: int | tuple[int, int, int, int]
+    """Layers of the vision transformer; four numbers mean a modified ResNet."""
+    vision_width: int
+    """Channels of the image encoder."""
+    patch_size: int | None
+    """Side of a patch in pixels; None for a ResNet."""
+    text_vocab_size: int
+    """Number of text token ids, end mark included."""
+    text_length: int
+    """Text tokens per caption, start and end marks included."""
+    text_width: int
+    """Channels of the text encoder."""
+    text_heads: int
+    """Attention heads of the text encoder."""
+    text_layers: int
+    """Layers of the text encoder."""
+    tokenizer: Literal["artefact", "openai"] = "artefact"
+    """Source of the text tokens: the artefact's tokenizer or OpenAI's byte-pair encoding."""
+    likelihood_weight: float = 0.0
+    """Weight of the transformer's log-likelihood (nats) beside CLIP's logit when candidates are
+    ranked. 1 for drawings that their caption determines, where an unlikely image is a wrong one;
+    0 for photographs, where an unlikely image may be the more interesting one."""
+
+    def __post_init__(self) -> None:
+        # The model class silently crops a remainder of the image, and has one head per 64 channels
+        # of the image encoder (32 of a ResNet's).
+        if self.patch_size is not None and self.image_size % self.patch_size:
+            raise ValueError(
+                f"patch_size must divide the image size {self.image_size}, got {self.patch_size}"
+            )
+        if self.patch_size is not None and self.vision_width % 64:
+            raise ValueError(f"vision_width must be a multiple of 64, got {self.vision_width}")
+        if self.text_width % self.text_heads:
+            raise ValueError(
+                f"text_width must be a multiple of text_heads = {self.text_heads}, "
+                f"got {self.text_width}"
+            )
