@@ -15,7 +15,6 @@ import torch
 from dalle import artefact as artefacts
 from dalle.artefact import Artefact
 from dalle.errors import ArtefactError, CaptionTooLong
-from dalle.models.clip import Clip
 from dalle.models.dvae import DiscreteVAE, DVAEConfig
 from dalle.platform.environment import Job
 from dalle.preprocess.tokenizer import CaptionTokenizer
@@ -31,6 +30,8 @@ from training.data.pairs import Dataset
 from training.data.sharded import HostPart, on_all_ranks
 from training.data.sources.index import Pairs
 from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from training.job.pretrained.openai_clip import load_openai_clip
+from training.job.pretrained.weights_file import WEIGHTS_SUFFIXES
 from training.loop.budget import Budget
 from training.loop.stages import StageData, weights_hash
 from training.stopping import Stop, unless_stopped
@@ -240,11 +241,11 @@ def _read_artefact(job: Job, device: torch.device) -> Artefact:
         directory = job.channels["clip"].directory
         names = sorted(path.name for path in directory.iterdir())
         names = [name for name in names if not artefacts.is_hidden(name)]
-        files = [directory / name for name in names if name.endswith((".pt", ".pth"))]
+        files = [directory / name for name in names if name.endswith(WEIGHTS_SUFFIXES)]
         if len(files) != 1:
             raise ArtefactError(
-                f"the channel clip, {directory}, must hold one OpenAI checkpoint (.pt), found "
-                f"{names[:5]}"
+                f"the channel clip, {directory}, must hold one file of OpenAI's weights "
+                f"({', '.join(WEIGHTS_SUFFIXES)}), found {names[:5]}"
             )
-        artefact.clip = Clip.from_openai(files[0]).requires_grad_(False).to(device)
+        artefact.clip = load_openai_clip(files[0]).requires_grad_(False).to(device)
     return artefact

@@ -11,10 +11,8 @@ Letters: B batch, T text length, E embedding size.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -66,20 +64,6 @@ class Clip(nn.Module):
         )
         self.register_buffer("mean", torch.tensor(_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(_STD).view(3, 1, 1), persistent=False)
-
-    @classmethod
-    def from_openai(cls, path: Path) -> Clip:
-        """Load a checkpoint file of OpenAI's (TorchScript archive or state dict).
-
-        Raises ArtefactError when it is something else.
-        """
-        state = _read_openai_state(path)
-        try:
-            model = cls(_openai_config(state))
-            model.model.load_state_dict({name: value.float() for name, value in state.items()})
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, ValueError) as error:
-            raise ArtefactError(f"{path.name} is not an OpenAI CLIP: {error}") from error
-        return model.eval()
 
     def muon_parameters(self) -> list[nn.Parameter]:
         """Return the matrices of both transformers; AdamW trains the other weights."""
@@ -175,61 +159,3 @@ def _openai_tokens(captions: Sequence[str], text_length: int) -> Tensor:
         ids = [start, *tokenizer.encode(caption)[: text_length - 2], end]
         tokens[row, : len(ids)] = torch.tensor(ids)
     return tokens
-
-
-def _read_openai_state(path: Path) -> dict[str, Tensor]:
-    try:
-        with warnings.catch_warnings():
-            # torch warns that TorchScript gives way to torch.export, which cannot read this file.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            archive = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
-        state: dict[str, Tensor] = archive.state_dict()
-    except (RuntimeError, ValueError):
-        try:
-            state = dict(torch.load(path, map_location="cpu", weights_only=True))
-        except Exception as error:
-            raise ArtefactError(
-                f"{path.name} is not an OpenAI CLIP checkpoint (TorchScript archive or state dict)"
-            ) from error
-    # The archive holds three numbers beside the weights.
-    for name in ("input_resolution", "context_length", "vocab_size"):
-        state.pop(name, None)
-    missing = {"text_projection", "logit_scale", "token_embedding.weight"} - state.keys()
-    if missing:
-        raise ArtefactError(f"{path.name} is not an OpenAI CLIP: it lacks {sorted(missing)}")
-    return state
-
-
-def _openai_config(state: dict[str, Tensor]) -> ClipConfig:
-    """Return the config that the shapes of the weights imply, for every published model."""
-
-    def count(prefix: str) -> int:
-        depth = prefix.count(".") + 1
-        return len({name.split(".")[depth] for name in state if name.startswith(prefix + ".")})
-
-    vision_layers: int | tuple[int, int, int, int]
-    if "visual.proj" in state:
-        vision_width, _, patch_size, _ = state["visual.conv1.weight"].shape
-        vision_layers = count("visual.transformer.resblocks")
-        positions = state["visual.positional_embedding"].shape[0] - 1
-        image_size = math.isqrt(positions) * patch_size
-    else:
-        first, second, third, fourth = (count(f"visual.layer{i}") for i in (1, 2, 3, 4))
-        vision_layers, patch_size = (first, second, third, fourth), None
-        vision_width = state["visual.layer1.0.conv1.weight"].shape[0]
-        positions = state["visual.attnpool.positional_embedding"].shape[0] - 1
-        image_size = math.isqrt(positions) * 32
-    text_width = state["ln_final.weight"].shape[0]
-    return ClipConfig(
-        embed_size=state["text_projection"].shape[1],
-        image_size=image_size,
-        vision_layers=vision_layers,
-        vision_width=vision_width,
-        patch_size=patch_size,
-        text_vocab_size=state["token_embedding.weight"].shape[0],
-        text_length=state["positional_embedding"].shape[0],
-        text_width=text_width,
-        text_heads=text_width // 64,
-        text_layers=count("transformer.resblocks"),
-        tokenizer="openai",
-    )
