@@ -13,7 +13,6 @@ from dalle.preprocess.images import encode_image
 from infra.local.opt_ml import OptMl
 from infra.local.pipes import Pipe, objects
 from tests.training import two_hosts
-from tests.training.data import layouts
 from tests.training.pairs import tar_of
 from tests.training.two_hosts import (
     LOOPBACK,
@@ -177,22 +176,3 @@ def test_a_stream_that_breaks_off_fails_the_job_with_its_place(tmp_path, monkeyp
     with Pipe(tree.add_channel("train", TrainingInputMode="Pipe"), lambda: [data]):
         assert main(["--root", str(tree.root)]) == 1
     assert tree.failure.startswith("train: train_0 ended at byte 20,000, in the middle of a shard")
-
-
-@pytest.mark.slow
-def test_the_same_pairs_train_to_the_same_weights_in_every_layout(tmp_path, monkeypatch):
-    monkeypatch.setenv("DALLE_DEVICE", "cpu")
-    pairs = [
-        (f"{number:03}", encode_image(sample.picture(), "png"), (sample.caption,))
-        for number, sample in enumerate(SAMPLES)
-    ]
-    weights = {}
-    for layout, write in layouts.write.items():
-        tree = OptMl(tmp_path / layout.replace(" ", "-"), "platform")
-        tree.set_hyperparameters(**TINY, max_steps=2, seed=3)
-        write(tree.add_channel("train"), pairs)
-        assert main(["--root", str(tree.root)]) == 0
-        files = sorted((tree.root / "model").rglob("*.safetensors"))
-        weights[layout] = [file.read_bytes() for file in files]
-    assert len(weights["tar shards"]) == 3
-    assert all(each == weights["tar shards"] for each in weights.values())
