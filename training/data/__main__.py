@@ -9,20 +9,24 @@ import argparse
 import json
 import logging
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import get_args
 
 from dalle.errors import DataError, UserError
-from dalle.types import TokenizerKind
-from training.config.fields import DEFAULT_MAX_BAD_SHARE, JobHyperparameters
+from training.config.fields import DEFAULT_MAX_BAD_SHARE, Hyperparameters
+from training.config.hyperparameters import parse
+from training.data.held_out import refuse_mixture
 from training.data.sources.channel import open_channel
 from training.data.tools import cub
 from training.data.tools.bench import compare_layouts, measure
-from training.data.tools.check import CheckOptions, check
+from training.data.tools.check import check
 from training.data.tools.sharding import write_shards
 
 FINE, BAD, USAGE = 0, 1, 2
+OF_A_CHANNEL = ("max_bad_share", "caption_key")
+OF_CAPTIONS = ("text_length", "long_captions", "tokenizer_kind", "tokenizer_vocab_size")
+"""Hyperparameters that are options of the same name, with their ranges and defaults."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,15 +49,9 @@ def doctor(arguments: argparse.Namespace) -> int:
     for directory in filter(None, (arguments.channel, arguments.validation)):
         if not directory.is_dir():
             raise UserError(f"{directory} is not a directory")
-    options = CheckOptions(
-        image_size=arguments.image_size,
-        max_bad_share=arguments.max_bad_share,
-        caption_key=arguments.caption_key,
-        text_length=arguments.text_length,
-        tokenizer_kind=arguments.tokenizer_kind,
-        tokenizer_vocab_size=arguments.tokenizer_vocab_size,
-    )
-    findings = check(arguments.channel, arguments.validation, options)
+    settings = _settings(arguments, [*OF_A_CHANNEL, *OF_CAPTIONS, "image_size"])
+    image_size = int(arguments.image_size)
+    findings = check(arguments.channel, arguments.validation, settings, image_size)
     if arguments.html is not None:
         arguments.html.parent.mkdir(parents=True, exist_ok=True)
         arguments.html.write_text(findings.as_html(), encoding="utf-8", errors="backslashreplace")
@@ -67,12 +65,14 @@ def shard(arguments: argparse.Namespace) -> int:
         raise UserError(f"{arguments.out} lies within {arguments.channel}; give another directory")
     if not arguments.channel.is_dir():
         raise UserError(f"{arguments.channel} is not a directory")
+    settings = _settings(arguments, OF_A_CHANNEL)
     dataset = open_channel(
         arguments.channel,
         image_size=1,  # nothing is decoded
-        max_bad_share=arguments.max_bad_share,
-        caption_key=arguments.caption_key,
+        max_bad_share=settings.max_bad_share,
+        caption_key=settings.caption_key or None,
     )
+    refuse_mixture(dataset, arguments.channel)
     written = write_shards(
         dataset,
         arguments.out,
@@ -123,10 +123,15 @@ def cub_folders(arguments: argparse.Namespace) -> int:
     return FINE
 
 
+def _settings(arguments: argparse.Namespace, names: Iterable[str]) -> Hyperparameters:
+    """Return a job's hyperparameters as far as they were given. Raises HyperparameterError."""
+    given = {name: getattr(arguments, name) for name in names}
+    return parse({name: value for name, value in given.items() if value is not None})
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m training.data", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    defaults = JobHyperparameters()
 
     command = commands.add_parser("doctor", help="check a channel before a job is paid for")
     command.set_defaults(run=doctor)
@@ -134,12 +139,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--validation", type=Path, help="the held-out channel, checked for leaks")
     command.add_argument("--json", action="store_true", help="print JSON in place of the table")
     command.add_argument("--html", type=Path, metavar="FILE", help="write a page as well")
-    command.add_argument("--image-size", type=int, default=256, help="as the job's, default 256")
-    command.add_argument("--text-length", type=int, default=defaults.text_length)
-    command.add_argument(
-        "--tokenizer-kind", choices=get_args(TokenizerKind), default=defaults.tokenizer_kind
-    )
-    command.add_argument("--tokenizer-vocab-size", type=int, default=defaults.tokenizer_vocab_size)
+    command.add_argument("--image-size", default="256", help="as the job's, default 256")
+    for name in OF_CAPTIONS:
+        command.add_argument(f"--{name.replace('_', '-')}", help="as the job's")
 
     command = commands.add_parser("shard", help="write a channel as tar shards")
     command.set_defaults(run=shard)
@@ -173,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_channel(command: argparse.ArgumentParser) -> None:
     command.add_argument("channel", type=Path, help="folder of any layout that train reads")
-    command.add_argument("--max-bad-share", type=float, default=DEFAULT_MAX_BAD_SHARE)
+    command.add_argument("--max-bad-share", help="as the job's")
     command.add_argument("--caption-key", help="column or JSON key of the captions")
 
 

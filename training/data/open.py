@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from dalle.platform.environment import Channel
 from training.data.batching.preload import Preloaded, is_small
 from training.data.batching.subset import Subset
+from training.data.held_out import TRAIN, refuse_held_out
 from training.data.pairs import Dataset, Totals
 from training.data.pipe.channel import open_pipe
 from training.data.sharded import HostPart, on_all_ranks
@@ -55,6 +56,12 @@ def open_data(
     max_bad_share_here = 1.0 if part else max_bad_share
 
     def find() -> Pairs:
+        pairs = listed()
+        if channel.name == TRAIN:
+            refuse_held_out(pairs, channel.directory)
+        return pairs
+
+    def listed() -> Pairs:
         if channel.input_mode == "Pipe":
             return open_pipe(
                 channel,

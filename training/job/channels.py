@@ -10,7 +10,6 @@ from pathlib import Path
 
 from dalle.errors import ChannelError
 from dalle.platform.environment import Channel, Job
-from dalle.platform.splits import Split, split_of
 
 REQUIRED = "train"
 CHANNELS = (REQUIRED, "validation", "artefact", "clip")
@@ -67,8 +66,6 @@ def _problem(channel: Channel) -> str | None:
     shown = sorted(name for name in names if not name.startswith("."))
     if not shown and channel.distribution == REPLICATED:  # later, on all hosts
         return f"the channel {channel.name} is empty: {channel.directory}"
-    if channel.name == REQUIRED:
-        return _held_out(channel.directory, shown)
     if not is_of_pairs:
         for name in sorted(names):
             path = channel.directory / name
@@ -78,23 +75,6 @@ def _problem(channel: Channel) -> str | None:
             except OSError as error:
                 return _unreadable(channel, path, error)
     return None
-
-
-def _held_out(directory: Path, names: list[str]) -> str | None:
-    """Return the problem of a channel to train on that holds pictures to be held out."""
-    splits: dict[Split | None, list[str]] = {}
-    for name in names:
-        split = split_of(name, is_folder=(directory / name).is_dir())
-        splits.setdefault(split, []).append(name)
-    held_out = splits.get("validation", []) + splits.get("test", [])
-    if not held_out:
-        return None
-    beside = f" beside {splits['train'][0]}" if "train" in splits else ""
-    return (
-        f"the channel {REQUIRED}, {directory}, holds {', '.join(held_out[:5])}{beside}: pictures "
-        "that are held out would be trained on. Make the channel train of the pictures to train "
-        "on alone, and the channel validation of those to validate on"
-    )
 
 
 def _unreadable(channel: Channel, path: Path, error: OSError) -> str:

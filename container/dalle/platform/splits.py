@@ -20,6 +20,7 @@ NAMES: dict[Split, tuple[str, ...]] = {
 Pictures of `test` are for neither training nor validation.
 """
 _OF_NAME: dict[str, Split] = {name: split for split, names in NAMES.items() for name in names}
+_OF_YEAR = re.compile(r"([a-z]+)[-_]?\d{4}")
 _OF_MANY = (".tar", ".parquet", ".jsonl", ".csv", ".tsv", ".recordio", ".manifest")
 
 
@@ -29,6 +30,17 @@ def split_of(name: str, *, is_folder: bool) -> Split | None:
     if is_folder:
         return _OF_NAME.get(name)
     stem = name.partition(".")[0]
-    if not name.endswith(_OF_MANY):
+    if not holds_many(name):
         return None
     return _OF_NAME.get(stem) or _OF_NAME.get(re.split(r"[-_]?\d|-of-|-", stem)[0])
+
+
+def split_of_year(name: str) -> Split | None:
+    """Return the split of a folder whose name ends with a year, such as COCO's `val2017`."""
+    found = _OF_YEAR.fullmatch(name.lower())
+    return _OF_NAME.get(found[1]) if found else None
+
+
+def holds_many(name: str) -> bool:
+    """Whether a file of this name is a shard or a table: a file of many pairs."""
+    return name.lower().endswith(_OF_MANY)

@@ -110,6 +110,47 @@ def test_captions_that_training_would_refuse_are_named(tmp_path, capsys):
     assert diagnosis(capsys, folder, "--text-length", "30", "--tokenizer-kind", "word")[0] == 0
 
 
+@pytest.mark.parametrize(("how", "num_pairs"), [("cut", 21), ("skip", 20)])
+def test_captions_that_the_job_is_to_cut_or_skip_are_counted_and_no_problem(
+    tmp_path, capsys, how, num_pairs
+):
+    folder = channel_of(tmp_path, 20)
+    put(folder, "long", encode_image(picture(77), "png"), b"far " * 30)
+    options = ("--text-length", "8", "--tokenizer-kind", "word", "--long-captions", how)
+    status, found = diagnosis(capsys, folder, *options)
+    assert status == 0
+    assert found["long_captions"]["count"] == 1
+    assert found["channels"][0]["num_pairs"] == num_pairs
+
+
+def test_a_channel_of_long_captions_alone_cannot_skip_them(tmp_path, capsys):
+    put(tmp_path, "long", encode_image(picture(77), "png"), b"far " * 30)
+    options = ("--text-length", "8", "--tokenizer-kind", "word", "--long-captions", "skip")
+    status, found = diagnosis(capsys, tmp_path, *options)
+    assert status == 1
+    assert "every caption is longer than text_length=8" in found["problems"][0]
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value", "says"),
+    [
+        ("doctor", "--tokenizer-vocab-size", "100", "at least 258 with tokenizer_kind=bpe"),
+        ("doctor", "--text-length", "0", "text_length must be"),
+        ("doctor", "--image-size", "5000", "image_size must be"),
+        ("doctor", "--long-captions", "drop", "long_captions must be"),
+        ("doctor", "--max-bad-share", "5", "max_bad_share must be"),
+        ("shard", "--max-bad-share", "nan", "max_bad_share must be"),
+    ],
+)
+def test_settings_that_a_job_would_refuse_are_a_wrong_command(
+    tmp_path, capsys, command, option, value, says
+):
+    channel_of(tmp_path / "c", 2)
+    out = ["--out", str(tmp_path / "out")] if command == "shard" else []
+    assert main([command, str(tmp_path / "c"), *out, option, value]) == 2
+    assert says in capsys.readouterr().err
+
+
 def test_the_page_holds_what_the_table_holds_and_escapes_names(tmp_path, capsys):
     folder = channel_of(tmp_path / "train", 20)
     put(folder, "<b>", text=b"a")

@@ -117,34 +117,6 @@ def test_a_pipe_among_an_artefacts_files_is_not_waited_for(opt_ml):
     channels.check(read_job(opt_ml.root, {}))
 
 
-@pytest.mark.parametrize(
-    ("names", "says"),
-    [
-        (["train/", "validation/"], "holds validation beside train: pictures that are held out"),
-        (["Training/", "val/"], "holds val beside Training"),
-        (["images/", "test/"], "holds test: pictures"),
-        (["train-0001.tar", "val_0001.tar", "test.tar"], "holds val_0001.tar, test.tar beside"),
-        (["train-00000-of-00002.parquet", "validation-00000-of-00001.parquet"], "beside train-0"),
-        (["train/", "images/"], None),
-        (["train-0001.tar", "train-0002.tar"], None),
-        (["validation.png", "validation.txt", "tested-0001.tar", ".ipynb_checkpoints/"], None),
-    ],
-)
-def test_held_out_pictures_in_the_channel_train_are_refused(opt_ml, names, says):
-    channel = opt_ml.add_channel("train")
-    for name in names:
-        if name.endswith("/"):
-            (channel / name).mkdir()
-        else:
-            (channel / name).write_bytes(b"")
-    job = read_job(opt_ml.root, {})
-    if says is None:
-        channels.check(job)
-    else:
-        with pytest.raises(ChannelError, match=says):
-            channels.check(job)
-
-
 def test_a_channel_of_hidden_files_alone_is_empty(opt_ml):
     for name in ("train", "artefact"):
         (opt_ml.add_channel(name) / ".DS_Store").write_bytes(b"x")

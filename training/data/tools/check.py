@@ -9,76 +9,93 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from tqdm import tqdm
 
 from dalle.errors import CaptionTooLong, DataError
 from dalle.platform.limits import usable_cpus
 from dalle.preprocess.images import ImageError
-from dalle.types import TokenizerKind
+from training.config.fields import JobHyperparameters
+from training.data.held_out import TRAIN, refuse_held_out
 from training.data.skips import SkipReason, printable
 from training.data.sources.channel import open_channel
 from training.data.sources.index import Pairs
 from training.data.tools.findings import EXAMPLES, ChannelFindings, Doubles, Findings, LongCaptions
+from training.stopping import NEVER
+
+if TYPE_CHECKING:
+    from dalle.preprocess.tokenizer import CaptionTokenizer
 
 THREAD_CHUNK = 64  # images that threads work on at a time
 ENCODE_CHUNK = 4096
 
 
-@dataclass(frozen=True)
-class CheckOptions:
-    """Settings of the job; the names are those of hyperparameters."""
-
-    image_size: int
-    max_bad_share: float
-    caption_key: str | None
-    text_length: int
-    tokenizer_kind: TokenizerKind
-    tokenizer_vocab_size: int
-
-
-def check(directory: Path, validation: Path | None, options: CheckOptions) -> Findings:
-    """Check a channel, and the held-out one that goes with it."""
-    findings: list[ChannelFindings] = []
+def check(
+    directory: Path, validation: Path | None, settings: JobHyperparameters, image_size: int
+) -> Findings:
+    """Check a channel, and the held-out one that goes with it, for a job of these settings."""
+    findings: dict[str, ChannelFindings] = {}
     opened: dict[str, Pairs] = {}
-    images: dict[str, dict[bytes, str]] = {"train": {}, "validation": {}}
-    for channel, root in (("train", directory), ("validation", validation)):
-        if root is None:
-            continue
+    roots = {TRAIN: directory} | ({} if validation is None else {"validation": validation})
+    for channel, root in roots.items():
         try:
-            dataset = open_channel(
+            opened[channel] = open_channel(
                 root,
-                image_size=options.image_size,
+                image_size=image_size,
                 channel=channel,
                 max_bad_share=1.0,  # everything is counted, however much of it is bad
-                caption_key=options.caption_key,
+                caption_key=settings.caption_key or None,
             )
         except DataError as error:
-            findings.append(ChannelFindings(channel, str(root), refusal=str(error)))
-            continue
-        opened[channel] = dataset
-        findings.append(_check_channel(dataset, str(root), images[channel]))
+            findings[channel] = ChannelFindings(channel, str(root), refusal=str(error))
+    tokenizer = _tokenizer(opened, settings)
+    long_captions = _long_captions(opened, tokenizer, settings)
+    images: dict[str, dict[bytes, str]] = {TRAIN: {}, "validation": {}}
+    for channel, dataset in opened.items():
+        fault = _fault(dataset, roots[channel], tokenizer, settings.long_captions)
+        found = _check_channel(dataset, str(roots[channel]), images[channel])
+        findings[channel] = replace(found, fault=fault)
     leaks = [
-        f"{name} is {images['train'][digest]}"
+        f"{name} is {images[TRAIN][digest]}"
         for digest, name in images["validation"].items()
-        if digest in images["train"]
+        if digest in images[TRAIN]
     ]
     num_shared_captions = 0
     if len(opened) == 2:
-        trained_on = {caption for _, caption in _captions(opened["train"])}
+        trained_on = {caption for _, caption in _captions(opened[TRAIN])}
         shared = (caption in trained_on for _, caption in _captions(opened["validation"]))
         num_shared_captions = sum(shared)
     return Findings(
-        findings,
+        [findings[channel] for channel in roots],
         leaks=Doubles.of(leaks),
         num_shared_captions=num_shared_captions,
-        long_captions=_long_captions(opened, options),
-        max_bad_share=options.max_bad_share,
+        long_captions=long_captions,
+        max_bad_share=settings.max_bad_share,
     )
+
+
+def _fault(
+    dataset: Pairs,
+    root: Path,
+    tokenizer: CaptionTokenizer | str,
+    how: Literal["fail", "cut", "skip"],
+) -> str | None:
+    """Cut or leave out captions as a job would; return why it would refuse the channel."""
+    try:
+        if dataset.channel == TRAIN:
+            refuse_held_out(dataset, root)
+        if how != "fail" and not isinstance(tokenizer, str):
+            from training.data.long_captions import fit_captions  # it imports torch
+
+            fit_captions(dataset, tokenizer, how, NEVER)
+    except DataError as error:
+        return str(error)
+    return None
 
 
 def _check_channel(dataset: Pairs, directory: str, images: dict[bytes, str]) -> ChannelFindings:
@@ -137,20 +154,29 @@ def _captions(dataset: Pairs) -> Iterator[tuple[str, str]]:
             yield dataset.name(index), caption
 
 
-def _long_captions(opened: dict[str, Pairs], options: CheckOptions) -> LongCaptions:
-    """Find captions that training would refuse, with the tokenizer that it would train."""
-    if "train" not in opened:
-        return LongCaptions(options.text_length, "there are no captions to train on")
+def _tokenizer(opened: Mapping[str, Pairs], settings: JobHyperparameters) -> CaptionTokenizer | str:
+    """Return the tokenizer that training would learn, or why there is none."""
+    if TRAIN not in opened:
+        return "there are no captions to train on"
     try:
         from dalle.preprocess.tokenizer import CaptionTokenizer  # torch: a laptop need not have it
     except ImportError as error:
-        return LongCaptions(options.text_length, f"{error.name} is not installed here")
-    tokenizer = CaptionTokenizer.train(
-        (caption for _, caption in _captions(opened["train"])),
-        kind=options.tokenizer_kind,
-        vocab_size=options.tokenizer_vocab_size,
-        text_length=options.text_length,
+        return f"{error.name} is not installed here"
+    return CaptionTokenizer.train(
+        (caption for _, caption in _captions(opened[TRAIN])),
+        kind=settings.tokenizer_kind,
+        vocab_size=settings.tokenizer_vocab_size,
+        text_length=settings.text_length,
     )
+
+
+def _long_captions(
+    opened: Mapping[str, Pairs], tokenizer: CaptionTokenizer | str, settings: JobHyperparameters
+) -> LongCaptions:
+    """Find captions of more tokens than models read."""
+    result = LongCaptions(settings.text_length, settings.long_captions)
+    if isinstance(tokenizer, str):
+        return replace(result, unchecked=tokenizer)
 
     def too_long(pairs: Iterable[tuple[str, str]]) -> Iterator[str]:
         for name, caption in pairs:
@@ -170,4 +196,4 @@ def _long_captions(opened: dict[str, Pairs], options: CheckOptions) -> LongCapti
             tokenizer.encode([caption for _, caption in chunk])
         except CaptionTooLong:  # at least one of them
             found += too_long(chunk)
-    return LongCaptions(options.text_length, None, len(found), found[:EXAMPLES])
+    return replace(result, count=len(found), names=found[:EXAMPLES])

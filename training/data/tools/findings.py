@@ -30,10 +30,11 @@ class Doubles:
 class LongCaptions:
     """Captions of more text tokens than `text_length`, and a few of their names.
 
-    unchecked: why captions were not checked.
+    how: what a job does about them: fail, cut or skip. unchecked: why captions were not checked.
     """
 
     text_length: int
+    how: str
     unchecked: str | None = None
     count: int = 0
     names: Sequence[str] = ()
@@ -43,12 +44,14 @@ class LongCaptions:
 class ChannelFindings:
     """Findings of one channel. refusal: why it cannot be read at all; num_bytes: of its images.
 
+    fault: why training would refuse it, though it can be read.
     matches: pairs by the way their names match, where that is not the usual one.
     """
 
     channel: str
     directory: str
     refusal: str | None = None
+    fault: str | None = None
     layout: str = ""
     num_pairs: int = 0
     num_captions: int = 0
@@ -65,6 +68,8 @@ class ChannelFindings:
         if self.refusal is not None:
             yield self.refusal
             return
+        if self.fault is not None:
+            yield self.fault
         total = self.num_pairs + self.num_bad
         if self.num_bad > max_bad_share * total:
             yield (
@@ -97,7 +102,7 @@ class Findings:
     def problems(self) -> list[str]:
         """What makes the channels unfit for training; empty when they are fit."""
         found = [each for one in self.channels for each in one.problems(self.max_bad_share)]
-        if self.long_captions.count:
+        if self.long_captions.count and self.long_captions.how == "fail":
             found.append(
                 f"{self.long_captions.count:,} captions are longer than text_length "
                 f"{self.long_captions.text_length} text tokens: a job would fail; shorten them, or "
