@@ -14,9 +14,11 @@ ARGS ?=
 IMAGE ?= dalle-sagemaker
 OUT ?= out/local
 PORT ?= 8080
+# What `make play` serves: the first of these that has a model.
+ROOT ?= $(patsubst %/model,%,$(firstword $(wildcard out/demo/ml/model $(OUT)/model) out/demo/ml/model))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check lint format test soak soak-training soak-serving demo docs tree bench-peers bench-rainbow bench-training image test-image local-train local-serve local-endpoint lock clean
+.PHONY: help setup check lint format test soak soak-training soak-serving demo play docs tree bench-peers bench-rainbow bench-training image test-image local-train local-serve local-endpoint lock clean
 
 help:  ## list these targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' Makefile | expand -t 13
@@ -46,6 +48,9 @@ soak-serving: setup  ## clients of every kind at `serve` for 10 minutes; ARGS="-
 
 demo: setup  ## train on small synthetic pictures, serve, and ask for captions never seen: out/demo/report.html
 	.venv/bin/python -m training.demo --out out/demo
+
+play: setup  ## serve a model of `make demo` or `make local-train` with a page to play with it; ROOT=DIR serves another
+	DALLE_PLAYGROUND=1 .venv/bin/serve --root $(ROOT) --host 127.0.0.1 --port $(PORT)
 
 docs: setup  ## write the generated parts of the README.md files again
 	.venv/bin/python tests/repository/test_readme.py

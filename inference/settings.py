@@ -85,6 +85,11 @@ class Variables(BaseModel):
     dalle_drain_seconds: float = _up_to(
         27, 25, "for ending requests after SIGTERM, {}; then the process is killed"
     )
+    dalle_playground: bool = Field(
+        False,
+        title="1 or 0",
+        description="1: GET / is a page to try the model; for your own machine, not an endpoint",
+    )
     sagemaker_batch: str = Field(
         "", description="true in a batch transform job; set by the platform"
     )
@@ -114,6 +119,7 @@ class Settings:
     body_seconds: float
     stall_seconds: float
     drain_seconds: float
+    playground: bool = False
 
     @property
     def max_invocations(self) -> int:
@@ -157,6 +163,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         body_seconds=read.dalle_body_seconds,
         stall_seconds=read.dalle_stall_seconds,
         drain_seconds=read.dalle_drain_seconds,
+        playground=read.dalle_playground,
     )
 
 

@@ -2,7 +2,8 @@
 
     dvae/ transformer/ clip/     config.json + weights.safetensors each
     tokenizer/tokenizer.json
-    manifest.json                format, training history, and the sha256 of every other file
+    manifest.json                format, training history, and the sha256 of every component's file
+    MODEL_CARD.md                what people should know of the model
 
 No pickle, no symlink. The manifest is written last and lists every file: a directory without it, or
 with a file that does not match, is not an artefact.
@@ -17,7 +18,7 @@ import re
 import shutil
 import tarfile
 import zlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -37,6 +38,7 @@ from dalle.manifest import (
     deeper_manifest,
     read_manifest,
 )
+from dalle.model_card import MODEL_CARD, ModelCard, describe, render
 from dalle.models.clip import Clip, ClipConfig
 from dalle.models.dvae import DiscreteVAE, DVAEConfig
 from dalle.models.transformer import Dalle, TransformerConfig
@@ -69,6 +71,11 @@ class Artefact:
     def components(self) -> list[ComponentName]:
         """Return the names of the components that it has."""
         return [name for name in COMPONENTS if getattr(self, name) is not None]
+
+    def card(self) -> ModelCard:
+        """Return the model card."""
+        models = {name: getattr(self, name) for name in _MODELS if getattr(self, name) is not None}
+        return describe(self.manifest, models)
 
     @overload
     def require(self, name: Literal["dvae"], purpose: str = ...) -> DiscreteVAE: ...
@@ -138,6 +145,8 @@ def _stage(staging: Path, artefact: Artefact, git_revision: str) -> Manifest:
         }
     )
     (staging / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+    card = replace(artefact, manifest=manifest).card()
+    (staging / MODEL_CARD).write_text(render(card), encoding="utf-8")
     for path in staging.rglob("*"):
         sync(path)
     return manifest
@@ -147,10 +156,10 @@ def _put_in_place(staging: Path, directory: Path, components: list[ComponentName
     """Replace the old artefact by the staged one, the manifest last."""
     former = directory / FORMER
     former.mkdir()
-    for name in (MANIFEST, *COMPONENTS):
+    for name in (MANIFEST, MODEL_CARD, *COMPONENTS):
         if (directory / name).exists():
             os.replace(directory / name, former / name)
-    for name in components:
+    for name in (MODEL_CARD, *components):
         os.replace(staging / name, directory / name)
     sync(directory)  # the components must be on the disk before the manifest that lists them
     os.replace(staging / MANIFEST, directory / MANIFEST)
@@ -168,10 +177,14 @@ def restore(directory: Path) -> None:
     former = directory / FORMER
     try:
         if not (directory / MANIFEST).exists() and (had := _components_in(former)):
-            for name in COMPONENTS:
+            if (directory / STAGING / MODEL_CARD).exists():  # the one in place is the old one
+                had.add(MODEL_CARD)
+            for name in (MODEL_CARD, *COMPONENTS):
                 is_new = name not in had or (former / name).exists()
-                if is_new and (directory / name).exists():
+                if is_new and (directory / name).is_dir():
                     shutil.rmtree(directory / name)
+                elif is_new:
+                    (directory / name).unlink(missing_ok=True)
                 if (former / name).exists():
                     os.replace(former / name, directory / name)
             os.replace(former / MANIFEST, directory / MANIFEST)

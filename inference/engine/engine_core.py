@@ -19,6 +19,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from dalle.errors import DalleError
+from dalle.model_card import ModelCard
 from inference.api.rendering import GenerateResult
 from inference.api.schema import Request
 from inference.engine.request import Cancelled, EngineRequest
@@ -38,6 +39,11 @@ class Engine(Protocol):
     @property
     def image_size(self) -> int | None:
         """Side of generated images in pixels; None when there are no models to generate with."""
+        ...
+
+    @property
+    def card(self) -> ModelCard:
+        """The artefact's model card."""
         ...
 
     @property

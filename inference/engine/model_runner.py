@@ -26,6 +26,7 @@ from dalle.artefact import Artefact
 from dalle.decoding.engine import DecodeEngine
 from dalle.decoding.validate import build_engine
 from dalle.errors import ArtefactError, DeviceError, PlatformError
+from dalle.model_card import ModelCard
 from dalle.types import Precision
 from inference.api.rendering import Result
 from inference.api.schema import CompleteRequest, GenerateRequest, Request
@@ -132,6 +133,11 @@ class ModelRunner:
         if dvae is None or self._artefact.transformer is None or self._artefact.tokenizer is None:
             return None
         return dvae.config.image_size
+
+    @property
+    def card(self) -> ModelCard:
+        """The artefact's model card."""
+        return self._artefact.card()
 
     @property
     def clip_size(self) -> int | None:

@@ -1,10 +1,11 @@
-"""The WSGI application: routes, headers, bodies and errors. The only module that imports Flask.
+"""The WSGI application: routes, headers, bodies and errors. It and `playground` import Flask.
 
 GET  /ping                   503 loading or stopping, 200 ready, 500 dead
 POST /invocations            headers -> engine is ready -> body -> Handler.answer
 GET  /execution-parameters   for batch transform
 GET  /metrics                Prometheus text
 GET  /openapi.json           the schema
+GET  /                       with DALLE_PLAYGROUND=1, a page to try the model
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from inference.engine.request_queue import Busy
 from inference.server.body_process import BodyProcess
 from inference.server.handler import Answer, Handler, log_error
 from inference.server.metrics import Metrics
+from inference.server.playground import playground
 from inference.settings import MEGABYTE, Settings
 
 logger = logging.getLogger(__name__)
@@ -50,6 +52,8 @@ def create_app(engine_core: EngineCore, settings: Settings) -> Flask:
     places = threading.BoundedSemaphore(settings.max_invocations)
     body_process = BodyProcess()
     document = openapi.document(settings.limits)
+    if settings.playground:
+        app.register_blueprint(playground(engine_core))
 
     @app.get("/ping")
     def ping() -> tuple[Response, int]:

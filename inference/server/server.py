@@ -72,6 +72,8 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no annotati
             "control_socket_disable": True,  # it would be written under HOME
             "proc_name": "serve",
         }
+        if self.settings.playground:
+            values["when_ready"] = _say_where
         for name, value in values.items():
             self.cfg.set(name, value)
 
@@ -117,6 +119,13 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no annotati
             self.death = error
             if self.stop is not None:
                 self.stop()
+
+
+def _say_where(arbiter: Any) -> None:
+    """Log the address of the page for the one who started the server."""
+    host, port = arbiter.LISTENERS[0].sock.getsockname()[:2]
+    host = {"0.0.0.0": "localhost", "::": "localhost"}.get(host, host)  # noqa: S104
+    logger.info("open http://%s:%d/ in a browser", f"[{host}]" if ":" in host else host, port)
 
 
 class _Log(Logger):  # type: ignore[misc]  # gunicorn has no annotations

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from dalle import artefact as artefacts
 from dalle.artefact import Artefact
 from dalle.errors import ArtefactError, DiskFullError, PlatformError
 from dalle.manifest import Manifest, StageRecord, read_manifest
+from dalle.model_card import render
 from dalle.types import COMPONENTS, STAGES
 from tests.dalle.artefact_files import files_under, read, small_disk
 
@@ -65,7 +67,7 @@ def test_the_directory_holds_the_components_and_the_manifest_their_hashes(artefa
         f"{name}/{file}" for name in STAGES for file in ("config.json", "weights.safetensors")
     }
     assert set(files) == weights | {"tokenizer/tokenizer.json"}
-    assert files_under(artefact_copy) == set(files) | {"manifest.json"}
+    assert files_under(artefact_copy) == set(files) | {"manifest.json", "MODEL_CARD.md"}
     for name, digest in files.items():
         assert hashlib.sha256((artefact_copy / name).read_bytes()).hexdigest() == digest
 
@@ -119,6 +121,7 @@ def test_saving_over_an_older_artefact_leaves_nothing_of_it(tiny_models, artefac
     assert loaded.components() == ["transformer", "tokenizer"]
     assert loaded.transformer.config == other.config
     assert sorted(path.name for path in artefact_copy.iterdir()) == [
+        "MODEL_CARD.md",
         "manifest.json",
         "report.html",
         "tokenizer",
@@ -126,8 +129,8 @@ def test_saving_over_an_older_artefact_leaves_nothing_of_it(tiny_models, artefac
     ]
 
 
-RENAMES = 2 * (len(COMPONENTS) + 1)
-"""Of a save over an older artefact: of both, the components and the manifest."""
+RENAMES = 2 * (len(COMPONENTS) + 2)
+"""Of a save over an older artefact: of both, the components, the manifest and the model card."""
 
 
 @pytest.mark.parametrize("survivors", range(RENAMES))
@@ -172,19 +175,47 @@ def test_a_save_whose_process_is_killed_leaves_the_old_artefact_or_the_new_one(
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", die)
         patch.setattr(artefacts, "restore", lambda directory: None)  # a dead process does nothing
-        if survivors < len(old.components()) + len(new.components()) + 2:
+        if survivors < len(old.components()) + len(new.components()) + 4:
             with pytest.raises(Killed):
                 artefacts.save(artefact_copy, new)
         else:
             artefacts.save(artefact_copy, new)
     artefacts.restore(artefact_copy)
-    is_replaced = survivors >= len(old.components()) + len(new.components()) + 2
+    is_replaced = survivors >= len(old.components()) + len(new.components()) + 4
     expected = new if is_replaced else old
     assert artefacts.load(artefact_copy).components() == expected.components()
     assert {path.name for path in artefact_copy.iterdir()} == {
         *expected.components(),
         "manifest.json",
+        "MODEL_CARD.md",
     }
+    card = (artefact_copy / "MODEL_CARD.md").read_text()
+    assert card == render(artefacts.load(artefact_copy).card())
+
+
+def test_a_save_over_an_artefact_without_a_card_that_is_killed_leaves_none(
+    tiny_models, artefact_copy, monkeypatch
+):
+    (artefact_copy / "MODEL_CARD.md").unlink()
+    really_replace = os.replace
+
+    class Killed(BaseException):
+        pass
+
+    def die_before_the_manifest(source: Path, target: Path) -> None:
+        if Path(target) == artefact_copy / "manifest.json":
+            raise Killed
+        really_replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", die_before_the_manifest)
+        patch.setattr(artefacts, "restore", lambda directory: None)
+        with pytest.raises(Killed):
+            artefacts.save(artefact_copy, tiny_models)
+    assert (artefact_copy / "MODEL_CARD.md").exists()
+    artefacts.restore(artefact_copy)
+    assert not (artefact_copy / "MODEL_CARD.md").exists()
+    assert artefacts.load(artefact_copy).components() == [*COMPONENTS]
 
 
 def test_a_full_disk_leaves_the_old_artefact_and_nothing_else(tiny_models, artefact_copy):

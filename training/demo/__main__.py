@@ -207,7 +207,8 @@ def _ending(demo: Demo) -> str:
         f"report:         {demo.out / 'report.html'}",
         f"contact sheet:  {demo.out / 'contact_sheet.png'}",
         f"artefact:       {model}",
-        f"serve it:       {serve} --root {shlex.quote(str(demo.root))}",
+        f"play with it:   DALLE_PLAYGROUND=1 {serve} --root {shlex.quote(str(demo.root))}",
+        "                and open http://localhost:8080/ in a browser",
         f"best of 32:     {sys.executable} -m training.evaluate --artefact "
         f"{shlex.quote(str(model))} --data {shlex.quote(str(demo.data))} --limit 500",
     ]
