@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -24,11 +25,11 @@ from typing import Any, Literal, overload
 
 import torch
 from pydantic import TypeAdapter
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dalle.errors import ArtefactError, DiskFullError
+from dalle.errors import ArtefactError, DiskFullError, DivergenceError
 from dalle.manifest import (
     FORMAT_VERSION,
     FORMER,
@@ -43,6 +44,8 @@ from dalle.models.clip import Clip, ClipConfig
 from dalle.models.dvae import DiscreteVAE, DVAEConfig
 from dalle.models.transformer import Dalle, TransformerConfig
 from dalle.platform.disk import disk_error, is_full, sync
+from dalle.platform.json_file import read_json
+from dalle.platform.tar import TAR_ERRORS, BoundedTarInfo
 from dalle.preprocess.tokenizer import CaptionTokenizer
 from dalle.types import COMPONENTS, ComponentName, StageName
 from dalle.versions import OURS, installed
@@ -56,6 +59,9 @@ _MODELS: dict[StageName, tuple[type[nn.Module], type]] = {
     "transformer": (Dalle, TransformerConfig),
     "clip": (Clip, ClipConfig),
 }
+
+# Types of our weights, by their names in safetensors.
+_DTYPES = {"F32": torch.float32, "I64": torch.int64, "BOOL": torch.bool}
 
 
 @dataclass
@@ -104,8 +110,13 @@ def save(directory: Path, artefact: Artefact, *, git_revision: str = "") -> Mani
 
     The new artefact is written whole beside the old one, which is then renamed away; only renames
     follow. A save that fails puts the old artefact back; one whose process is killed leaves what
-    `restore` puts back. Raises DiskFullError, or PlatformError for other disk errors.
+    `restore` puts back. Raises DivergenceError for a weight that is NaN or infinite, DiskFullError,
+    or PlatformError for other disk errors.
     """
+    for stage in _MODELS:
+        model = getattr(artefact, stage)
+        if model is not None and (weight := _not_finite(model)):
+            raise DivergenceError(f"the weight {weight} of {stage} is NaN or infinite; not saved")
     restore(directory)
     staging = directory / STAGING
     try:
@@ -249,12 +260,13 @@ def locate(channel: Path, scratch: Path) -> Path:
                 f"{names[:5]}{deeper_manifest(scratch)}; pack the content of the model directory: "
                 f"tar czf {archives[0].name} -C model ."
             )
-    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
+    except (*TAR_ERRORS, zlib.error, OSError) as error:
         if isinstance(error, OSError) and is_full(error):
             raise disk_error(
                 error, f"unpack {archives[0]} into {scratch}", if_full="give it a larger disk"
             ) from error
-        raise ArtefactError(f"{archives[0]} cannot be unpacked: {error}") from error
+        reason = str(error) or type(error).__name__
+        raise ArtefactError(f"{archives[0]} cannot be unpacked: {reason}") from error
     return scratch
 
 
@@ -263,7 +275,9 @@ def _unpack(path: Path, scratch: Path) -> None:
 
     Free space is checked per file, as the total size is only known after decompression.
     """
-    with tarfile.open(path, "r:gz") as archive:
+    if not path.is_file():
+        raise ArtefactError(f"{path} is not a regular file")
+    with tarfile.open(path, "r:gz", tarinfo=BoundedTarInfo) as archive:
         for number, member in enumerate(archive, start=1):
             if number > MAX_ENTRIES:
                 raise ArtefactError(
@@ -298,7 +312,9 @@ def _save_model(directory: Path, model: nn.Module) -> None:
 def _load_model(directory: Path, name: StageName, device: torch.device | str) -> nn.Module:
     model_class, config_class = _MODELS[name]
     try:
-        config: Any = TypeAdapter(config_class).validate_json((directory / CONFIG).read_bytes())
+        content = read_json(directory / CONFIG)
+        config: Any = TypeAdapter(config_class).validate_python(content)
+        _check_shapes(directory / WEIGHTS, model_class, config)
         model = model_class(config)
         model.load_state_dict(load_file(directory / WEIGHTS), assign=True)
     except (
@@ -310,7 +326,41 @@ def _load_model(directory: Path, name: StageName, device: torch.device | str) ->
         OSError,
     ) as error:
         raise ArtefactError(f"{directory} cannot be loaded as {name}: {error}") from error
+    if weight := _not_finite(model):
+        raise ArtefactError(f"{directory / WEIGHTS}: the weight {weight} is NaN or infinite")
     return model.eval().requires_grad_(False).to(device)
+
+
+def _check_shapes(path: Path, model_class: type[nn.Module], config: Any) -> None:
+    """Raise ValueError where the header of a weights file differs from the model of a config.
+
+    The model is built without memory for its weights.
+    """
+    with torch.device("meta"):
+        expected = model_class(config).state_dict()
+    with safe_open(path, "pt") as file:
+        found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    for name in sorted(expected.keys() ^ found.keys()):
+        what = "misses" if name in expected else "has an unexpected"
+        raise ValueError(f"{path.name} {what} weight: {name}")
+    for name, weight in expected.items():
+        shape, dtype = found[name].get_shape(), _DTYPES.get(found[name].get_dtype())
+        if (shape, dtype) != ([*weight.shape], weight.dtype):
+            raise ValueError(
+                f"{path.name} has {name} as {shape} of {dtype}, {CONFIG} needs "
+                f"{[*weight.shape]} of {weight.dtype}"
+            )
+
+
+def _not_finite(model: nn.Module) -> str | None:
+    """Return the name of a weight with a NaN or infinite value, if there is one."""
+    for name, value in model.state_dict().items():
+        if not (value.is_floating_point() and value.numel()):
+            continue
+        # The greatest magnitude is NaN where any value is: one pass, and no copy.
+        if not torch.linalg.vector_norm(value, ord=math.inf).isfinite():
+            return name
+    return None
 
 
 def _num_bytes(artefact: Artefact) -> int:
@@ -347,6 +397,8 @@ def _check_files(directory: Path, manifest: Manifest) -> None:
         if digest != manifest.files[name]:
             raise ArtefactError(f"{path} does not match its sha256 in {MANIFEST}: it was changed")
     for component in COMPONENTS:
+        if (directory / component).is_symlink():
+            raise ArtefactError(f"{directory / component} is a symlink, which an artefact has not")
         for name in _files(directory / component):
             if f"{component}/{name}" not in manifest.files and not is_hidden(name):
                 raise ArtefactError(f"{directory / component / name} is not in {MANIFEST}")

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from dalle.errors import ArtefactError
-from dalle.types import StageName
+from dalle.platform.json_file import read_json
+from dalle.types import COMPONENTS, StageName
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 16 << 20
 STAGING = ".staging"
 """Directory within an artefact's where a new artefact is written before it replaces the old."""
 FORMER = ".former"
@@ -58,6 +59,15 @@ class Manifest(BaseModel):
     files: dict[str, str] = {}
     """Path within the artefact -> sha256."""
 
+    @field_validator("files")
+    @classmethod
+    def _files_of_components(cls, files: dict[str, str]) -> dict[str, str]:
+        for name in files:
+            parts = PurePosixPath(name).parts
+            if len(parts) < 2 or parts[0] not in COMPONENTS or ".." in parts or "\0" in name:
+                raise ValueError(f"{name[:80]!r} is not a path within {', '.join(COMPONENTS)}")
+        return files
+
     def components(self) -> set[str]:
         """Return the names of the components that the artefact has."""
         return {name.partition("/")[0] for name in self.files}
@@ -80,7 +90,7 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, MAX_MANIFEST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         deeper = deeper_manifest(directory) or " (was its writing interrupted?)"
         raise ArtefactError(
@@ -89,7 +99,7 @@ def read_manifest(directory: Path) -> Manifest:
     except OSError as error:
         raise ArtefactError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise ArtefactError(f"{path} is not JSON: {error}") from error
+        raise ArtefactError(f"{path} {error}") from error
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
         raise ArtefactError(f"{path}: format_version must be {FORMAT_VERSION}, got {version!r}")

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -148,6 +149,46 @@ def test_a_file_that_is_larger_than_the_free_disk_is_refused_before_it_is_writte
     with pytest.raises(DiskFullError, match=says):
         artefacts.locate(channel, scratch)
     assert files_under(scratch) == set()
+
+
+def with_headers(kind):
+    """The bytes of an archive whose headers are hostile."""
+    good = member("dvae/config.json").tobuf() + b"abc".ljust(512, b"\0")
+    if kind == "negative size":
+        info = tarfile.TarInfo("dvae/loop")
+        info.size = -1024  # leads back to the member before it
+        return good + info.tobuf(tarfile.GNU_FORMAT)
+    if kind == "giant header":
+        info = member("././@PaxHeader", tarfile.XHDTYPE)
+        info.size = 200 << 30
+        return info.tobuf() + bytes(1 << 20)
+    chained = {"pax": tarfile.XHDTYPE, "global": tarfile.XGLTYPE, "name": tarfile.GNUTYPE_LONGNAME}
+    if kind in chained:
+        info = member("././@LongLink", chained[kind])
+        info.size = 4
+        return (info.tobuf() + b"a\0\0\0".ljust(512, b"\0")) * 1500 + good
+    pax_headers = {"mtime": {"mtime": "inf"}, "NUL": {"path": "a\0b"}, "size": {"size": "x"}}[kind]
+    info = member("dvae/config.json")
+    info.pax_headers = pax_headers
+    return info.tobuf(tarfile.PAX_FORMAT) + b"abc".ljust(512, b"\0")
+
+
+@pytest.mark.parametrize(
+    "kind", ["negative size", "giant header", "pax", "global", "name", "mtime", "NUL", "size"]
+)
+def test_an_archive_with_hostile_headers_is_refused(kind, tmp_path):
+    (tmp_path / "channel").mkdir()
+    with gzip.open(tmp_path / "channel" / "model.tar.gz", "wb") as file:
+        file.write(with_headers(kind) + bytes(1024))
+    with pytest.raises(ArtefactError, match=r"model\.tar\.gz (cannot be unpacked|has no manifest)"):
+        artefacts.locate(tmp_path / "channel", tmp_path / "scratch")
+
+
+def test_a_pipe_in_place_of_an_archive_is_refused_and_not_waited_for(tmp_path):
+    (tmp_path / "channel").mkdir()
+    os.mkfifo(tmp_path / "channel" / "model.tar.gz")
+    with pytest.raises(ArtefactError, match=r"model\.tar\.gz is not a regular file"):
+        artefacts.locate(tmp_path / "channel", tmp_path / "scratch")
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ size, W width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from dalle.types import (
     ATTENTION_KINDS,
@@ -22,9 +22,60 @@ from dalle.types import (
     ReconstructionKind,
 )
 
+# Least and greatest value of each number, in every config that has it. The greatest are far beyond
+# any model here; a file with a greater one is wrong, and must not be built to find out.
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "image_size": (1, 4096),
+    "patch_size": (1, 256),
+    "num_downsamples": (0, 10),
+    "num_blocks": (0, 1_000),
+    "codebook_size": (1, 1 << 20),
+    "num_codebooks": (1, 64),
+    "code_width": (1, 65_536),
+    "kl_weight": (0, 1e6),
+    "commitment_weight": (0, 1e6),
+    "width": (1, 65_536),
+    "text_vocab_size": (1, 1 << 24),
+    "text_length": (1, 65_536),
+    "grid_size": (1, 1_024),
+    "num_layers": (1, 1_000),
+    "num_heads": (1, 1_024),
+    "conv_kernel_size": (1, 1_023),
+    "feed_forward_ratio": (1, 64),
+    "layer_scale": (0, 1e6),
+    "text_loss_weight": (0, 1e6),
+    "dropout": (0, 1),
+    "caption_dropout": (0, 1),
+    "word_dropout": (0, 1),
+    "token_noise": (0, 1),
+    "embed_size": (1, 65_536),
+    "vision_layers": (1, 1_000),
+    "vision_width": (1, 65_536),
+    "text_width": (1, 65_536),
+    "text_heads": (1, 1_024),
+    "text_layers": (1, 1_000),
+    "likelihood_weight": (0, 1e6),
+}
+
+
+class _Bounded:
+    """Base of the configs: every number within its bounds, and no other fields in a file."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        for name, (least, greatest) in _BOUNDS.items():
+            value = getattr(self, name, None)
+            for number in value if isinstance(value, tuple) else (value,):
+                # Written so that NaN is refused.
+                if number is not None and not least <= number <= greatest:
+                    raise ValueError(
+                        f"{name} must be from {least:,} to {greatest:,}, got {number!r}"
+                    )
+
 
 @dataclass(frozen=True, kw_only=True)
-class DVAEConfig:
+class DVAEConfig(_Bounded):
     """Fields that rebuild a `DiscreteVAE`."""
 
     image_size: int = 256
@@ -66,6 +117,7 @@ class DVAEConfig:
     """Weight of the encoder's distance to its chosen code, vq only."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.image_size % self.stride:
             raise ValueError(
                 f"image_size must be a multiple of patch_size · 2^num_downsamples = {self.stride}, "
@@ -105,7 +157,7 @@ class DVAEConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformerConfig:
+class TransformerConfig(_Bounded):
     """Fields that rebuild a `Dalle`; the last group acts in training only."""
 
     text_vocab_size: int
@@ -154,6 +206,7 @@ class TransformerConfig:
     """Share of input positions with random codes, so that sampling errors do less harm."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.width % self.num_heads:
             raise ValueError(
                 f"width must be a multiple of num_heads = {self.num_heads}, got {self.width}"
@@ -188,7 +241,7 @@ class TransformerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipConfig:
+class ClipConfig(_Bounded):
     """Fields that rebuild a `Clip`, in the order of OpenAI's class."""
 
     embed_size: int
@@ -219,6 +272,7 @@ class ClipConfig:
     0 for photographs, where an unlikely image may be the more interesting one."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         # The model class silently crops a remainder of the image, and has one head per 64 channels
         # of the image encoder (32 of a ResNet's).
         if self.patch_size is not None and self.image_size % self.patch_size:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch import Tensor
 
 from dalle.errors import ArtefactError, CaptionTooLong, HyperparameterError
+from dalle.platform.json_file import read_json
 from dalle.preprocess.captions import BLANKS, TRACELESS
 from dalle.preprocess.openai_clip import clip_module, openai_tokenizer
 from dalle.types import SMALLEST_BPE_VOCABULARY, TokenizerKind
@@ -22,6 +24,8 @@ PADDING = "[PAD]"  # id 0: fills a caption up to the text length; the first one 
 UNKNOWN = "[UNK]"  # id 1: a word of no training caption (kind "word" only)
 FILE_NAME = "tokenizer.json"
 WORDS_PER_TEXT = 4096
+MAX_FILE_BYTES = 256 << 20  # of a file; the largest vocabularies take some 50 MB
+MAX_TEXT_LENGTH = 65_536
 
 
 class CaptionTokenizer:
@@ -142,7 +146,8 @@ class CaptionTokenizer:
     def _ids(self, captions: Sequence[str]) -> list[list[int]]:
         """Return the ids of each caption, of any number and without padding."""
         cleaned = map(_clip_cleaned, captions) if self._cleans_as_clip else captions
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(cleaned))]
+        with _panics_are_errors():
+            return [encoding.ids for encoding in self._tokenizer.encode_batch(list(cleaned))]
 
     def decode(self, text_tokens: Tensor) -> list[str]:
         """Text tokens [B, .] -> captions, each up to its first padding."""
@@ -170,14 +175,35 @@ class CaptionTokenizer:
         """Read the file of `save`. Raises ArtefactError when it is something else."""
         path = directory / FILE_NAME
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path, MAX_FILE_BYTES)
             text_length = int(content.pop("text_length"))
+            if not 1 <= text_length <= MAX_TEXT_LENGTH:
+                raise ValueError(
+                    f"text_length must be from 1 to {MAX_TEXT_LENGTH}, got {text_length}"
+                )
             cleans_as_clip = bool(content.pop("cleans_as_clip", False))
-            tokenizer = Tokenizer.from_str(json.dumps(content))
+            with _panics_are_errors():
+                tokenizer = Tokenizer.from_str(json.dumps(content))
+            if content.get("truncation") or content.get("padding"):
+                raise ValueError("truncation and padding must be null: captions are never cut")
             return cls(tokenizer, text_length, cleans_as_clip=cleans_as_clip)
         # The library raises a bare Exception for a file that it cannot read.
         except Exception as error:
             raise ArtefactError(f"{path} is not a caption tokenizer: {error}") from error
+
+
+@contextmanager
+def _panics_are_errors() -> Iterator[None]:
+    """Raise RuntimeError for a panic of the library, whose own class is no Exception.
+
+    Such a panic would end the thread that every request waits for.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise RuntimeError(f"the tokenizers library failed: {error}") from error
 
 
 def _untrained(kind: Literal["word", "bpe"]) -> Tokenizer:

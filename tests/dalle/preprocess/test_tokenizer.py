@@ -7,9 +7,10 @@ import string
 import clip
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dalle.errors import ArtefactError, CaptionTooLong, HyperparameterError
-from dalle.preprocess.tokenizer import FILE_NAME, CaptionTokenizer
+from dalle.preprocess.tokenizer import FILE_NAME, UNKNOWN, CaptionTokenizer
 from dalle.types import SMALLEST_BPE_VOCABULARY
 from training import rainbow
 
@@ -311,3 +312,36 @@ def test_word_counts_of_parts_train_the_tokenizer_of_the_whole(kind, vocab_size)
     assert learned.decode(learned.encode(["a red star"])) == whole.decode(
         whole.encode(["a red star"])
     )
+
+
+def test_a_panic_of_the_library_is_an_error_that_a_request_can_have():
+    """Its own class derives from BaseException, and would end the thread of all requests."""
+    library = Tokenizer(models.WordLevel({UNKNOWN: 1, "a": 2}, unk_token=UNKNOWN))
+    library.pre_tokenizer = pre_tokenizers.Whitespace()
+    content = json.loads(library.to_str())
+    content["truncation"] = {
+        "direction": "Right",
+        "max_length": 1,
+        "strategy": "LongestFirst",
+        "stride": 5,
+    }
+    tokenizer = CaptionTokenizer(Tokenizer.from_str(json.dumps(content)), text_length=4)
+    with pytest.raises(RuntimeError, match="the tokenizers library failed: `stride` must be"):
+        tokenizer.encode(["a a a"])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"truncation": {"direction": "Right", "max_length": 1, "strategy": "LongestFirst",
+                         "stride": 5}}, "truncation and padding must be null"),
+        ({"text_length": 10**9}, "text_length must be from 1 to 65536, got 1000000000"),
+        ({"text_length": 0}, "text_length must be from 1 to 65536, got 0"),
+    ],
+)  # fmt: skip
+def test_a_file_whose_settings_no_tokenizer_of_ours_has_is_refused(change, says, tmp_path):
+    CaptionTokenizer.train(["a cat"]).save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ArtefactError, match=f"is not a caption tokenizer: .*{says}"):
+        CaptionTokenizer.load(tmp_path)

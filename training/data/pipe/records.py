@@ -16,6 +16,7 @@ from itertools import chain, islice, pairwise
 from typing import IO, cast
 
 from dalle.errors import DataError
+from dalle.platform.tar import TAR_ERRORS
 from training.data.pipe.recordio import MAGIC_BYTES, Record, read_records
 from training.data.pipe.stream import Stream
 from training.data.skips import SkipReason, Skips
@@ -26,7 +27,7 @@ from training.data.sources.captions import (
     captions_of_attribute,
 )
 from training.data.sources.index import MAX_IMAGE_BYTES
-from training.data.sources.tar import TAR_ERRORS, TarIndex, TarMember, read_member
+from training.data.sources.tar import TarIndex, TarMember, read_member
 from training.stopping import Stop
 
 MAX_ATTRIBUTES = 16  # the platform's limit

@@ -19,11 +19,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from dalle.platform.tar import TAR_ERRORS
 from training.data.skips import SkipReason, Skips
 from training.data.sources.captions import Captions
 from training.data.sources.files import File
 from training.data.sources.index import Reader
-from training.data.sources.tar import TAR_ERRORS, TarIndex, TarMember
+from training.data.sources.tar import TarIndex, TarMember
 from training.stopping import Stop
 
 SHARD_SUFFIX = ".tar"

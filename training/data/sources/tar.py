@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO
 
+from dalle.platform.tar import BoundedTarInfo
 from training.data.skips import SkipReason, Skips
 from training.data.sources.captions import (
     DEFAULT_CAPTION_KEY,
@@ -23,9 +24,6 @@ from training.data.sources.captions import (
 from training.data.sources.files import File, is_hidden
 from training.data.sources.index import IMAGE_SUFFIXES, PairsByName
 from training.stopping import Stop, unless_stopped
-
-# Besides its own errors, tarfile raises those of its parsers.
-TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, EOFError)
 
 StoreImage = Callable[[tarfile.TarInfo, IO[bytes]], int]
 """An image member, and the file that is at its bytes -> the offset to read them from later."""
@@ -65,7 +63,7 @@ class TarIndex:
         The file is then behind the end mark, or where it is damaged. Raises OSError, `TAR_ERRORS`,
         Stopped.
         """
-        with tarfile.open(fileobj=file, mode="r:") as archive:
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=BoundedTarInfo) as archive:
             for info in unless_stopped(_members(archive), stop):
                 self._add(info, file)
             return _end_fault(file, archive.offset)
