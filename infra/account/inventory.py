@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from infra.aws.project import Project
-from infra.aws.request import DIGEST_CHARACTERS, Request
+from infra.aws.request import DIGEST_CHARACTERS, Request, newest_first
 from infra.endpoint import autoscaling
 from infra.jobs.progress import ENDPOINT_LOGS
 
@@ -33,10 +33,6 @@ class ResourceKind:
     @property
     def name_key(self) -> str:
         return f"{self.name}Name"
-
-    @property
-    def list_operation(self) -> str:
-        return f"List{self.name}s"
 
     @property
     def end_operation(self) -> str:
@@ -80,22 +76,14 @@ def resources(
 
     filters: of the list operation. also: whether to include an entry of the list.
     """
-    request = {
-        "NameContains": project.name,
-        "SortBy": "CreationTime",
-        "SortOrder": "Descending",
-        **filters,
-    }
-    for found in project.aws.items(
-        Request("sagemaker", kind.list_operation, request), kind.list_key
-    ):
+    request = newest_first(kind.name, project.name, **filters)
+    for found in project.aws.items(request, kind.list_key):
         name = found[kind.name_key]
         is_named = name == project.name or name.startswith(f"{project.name}-")
         if not is_named or not also(found):
             continue
-        resource = Resource(
-            kind, name, found[f"{kind.name}Arn"], found.get(f"{kind.name}Status", "")
-        )
+        status = found.get(f"{kind.name}Status", "")
+        resource = Resource(kind, name, found[f"{kind.name}Arn"], status)
         if project.owns(resource.arn):
             yield resource
 
@@ -130,16 +118,8 @@ def endpoint_names(endpoints: list[Resource], configs: list[Resource]) -> list[s
 
 def scaling(project: Project, endpoints: list[str], variant: str) -> list[dict[str, str]]:
     """Return the scalable targets of these endpoints, as parameters of a request."""
-    found = []
-    for endpoint in endpoints:
-        where = autoscaling.scalable_target(endpoint, variant)
-        request = Request(
-            "application-autoscaling",
-            "DescribeScalableTargets",
-            {"ServiceNamespace": "sagemaker", "ResourceIds": [where["ResourceId"]]},
-        )
-        found += [where for _ in project.aws.items(request, "ScalableTargets")]
-    return found
+    places = [autoscaling.scalable_target(endpoint, variant) for endpoint in endpoints]
+    return [where for where in places if autoscaling.bounds_of(project, where) is not None]
 
 
 def alarms(project: Project, endpoints: list[str]) -> list[str]:
@@ -147,7 +127,7 @@ def alarms(project: Project, endpoints: list[str]) -> list[str]:
     if not endpoints:
         return []
     names = [autoscaling.alarm_name(endpoint) for endpoint in endpoints]
-    request = Request("cloudwatch", "DescribeAlarms", {"AlarmNames": names})
+    request = Request("cloudwatch", "DescribeAlarms", AlarmNames=names)
     return [alarm["AlarmName"] for alarm in project.aws.items(request, "MetricAlarms")]
 
 
@@ -156,7 +136,7 @@ def log_groups(project: Project, endpoints: list[str]) -> list[str]:
     found = []
     for endpoint in endpoints:
         name = f"{ENDPOINT_LOGS}/{endpoint}"
-        request = Request("logs", "DescribeLogGroups", {"logGroupNamePrefix": name})
+        request = Request("logs", "DescribeLogGroups", logGroupNamePrefix=name)
         found += [
             group["logGroupName"]
             for group in project.aws.items(request, "logGroups")
@@ -167,13 +147,13 @@ def log_groups(project: Project, endpoints: list[str]) -> list[str]:
 
 def stored(project: Project, bucket: str) -> tuple[int, int]:
     """Return the number of objects in a bucket, and their bytes."""
-    request = Request("s3", "ListObjectsV2", {"Bucket": bucket})
+    request = Request("s3", "ListObjectsV2", Bucket=bucket)
     sizes = [found["Size"] for found in project.aws.items(request, "Contents")]
     return len(sizes), sum(sizes)
 
 
 def images(project: Project, repository: str) -> list[dict[str, Any]]:
     """Return the images of the repository, newest first."""
-    request = Request("ecr", "DescribeImages", {"repositoryName": repository})
+    request = Request("ecr", "DescribeImages", repositoryName=repository)
     found = list(project.aws.items(request, "imageDetails"))
     return sorted(found, key=lambda image: str(image.get("imagePushedAt", "")), reverse=True)

@@ -19,6 +19,7 @@ from infra.account.inventory import RUNNING, Resource
 from infra.aws.output import count_words, size_words
 from infra.aws.project import Project, add_project_arguments, open_project
 from infra.aws.request import Request, describe
+from infra.endpoint import autoscaling
 from infra.endpoint.deploy import VARIANT
 from infra.endpoint.idle_cost import IdleCost, idle_cost
 from infra.setup import bootstrap, upload
@@ -156,22 +157,22 @@ def end_hosting(project: Project, found: Inventory) -> None:
     aws, output = project.aws, project.output
     for resource in found.running:
         if resource.status != "Stopping":
-            aws.find(Request("sagemaker", resource.kind.end_operation, resource.identity))
+            aws.find(Request("sagemaker", resource.kind.end_operation, **resource.identity))
         output.item(f"{resource.kind.words} {resource.name}", "stopping")
     for resource in found.warm_pools:
         ended = {**resource.identity, "ResourceConfig": {"KeepAlivePeriodInSeconds": 0}}
-        aws.find(Request("sagemaker", "UpdateTrainingJob", ended))
+        aws.find(Request("sagemaker", "UpdateTrainingJob", **ended))
         output.item(f"warm pool of {resource.name}", "ended")
     for where in found.scaling:
-        aws.find(Request("application-autoscaling", "DeregisterScalableTarget", where))
+        aws.find(Request(autoscaling.SERVICE, "DeregisterScalableTarget", **where))
         output.item(f"scaling of {where['ResourceId'].split('/')[1]}", "deleted")
     if found.alarms:
-        aws.call(Request("cloudwatch", "DeleteAlarms", {"AlarmNames": found.alarms}))
+        aws.call(Request("cloudwatch", "DeleteAlarms", AlarmNames=found.alarms))
         for name in found.alarms:
             output.item(f"alarm {name}", "deleted")
     for resource in found.endpoints:
         if resource.status != "Deleting":
-            aws.find(Request("sagemaker", resource.kind.end_operation, resource.identity))
+            aws.find(Request("sagemaker", resource.kind.end_operation, **resource.identity))
     for resource in found.endpoints:
         what = f"the end of endpoint {resource.name}"
         aws.until(what, partial(_is_gone, project, resource), every_seconds=POLL_SECONDS)
@@ -182,10 +183,10 @@ def end_hosting(project: Project, found: Inventory) -> None:
         aws.until(what, partial(_has_ended, project, resource), every_seconds=POLL_SECONDS)
         output.item(f"{resource.kind.words} {resource.name}", "stopped")
     for name in found.log_groups:
-        aws.find(Request("logs", "DeleteLogGroup", {"logGroupName": name}))
+        aws.find(Request("logs", "DeleteLogGroup", logGroupName=name))
         output.item(f"log group {name}", "deleted")
     for resource in [*found.models, *found.configs]:
-        aws.find(Request("sagemaker", resource.kind.end_operation, resource.identity))
+        aws.find(Request("sagemaker", resource.kind.end_operation, **resource.identity))
         output.item(f"{resource.kind.words} {resource.name}", "deleted")
 
 
@@ -193,19 +194,14 @@ def empty(project: Project, bucket: str | None) -> None:
     """Delete all objects in all versions, which CloudFormation does not, and unfinished uploads."""
     if bucket is None:
         return
-    request = Request("s3", "ListObjectVersions", {"Bucket": bucket})
+    request = Request("s3", "ListObjectVersions", Bucket=bucket)
     kinds = ("Versions", "DeleteMarkers")
     objects = [upload.identity(found) for key in kinds for found in project.aws.items(request, key)]
     upload.delete(project, bucket, objects)
-    unfinished = Request("s3", "ListMultipartUploads", {"Bucket": bucket})
+    unfinished = Request("s3", "ListMultipartUploads", Bucket=bucket)
     for found in project.aws.items(unfinished, "Uploads"):
-        project.aws.find(
-            Request(
-                "s3",
-                "AbortMultipartUpload",
-                {"Bucket": bucket, "Key": found["Key"], "UploadId": found["UploadId"]},
-            )
-        )
+        identity = {"Key": found["Key"], "UploadId": found["UploadId"]}
+        project.aws.find(Request("s3", "AbortMultipartUpload", Bucket=bucket, **identity))
     project.output.item(f"bucket {bucket}", f"{count_words(len(objects), 'object')} deleted")
 
 
@@ -217,13 +213,13 @@ def delete_images(project: Project, repository: str | None) -> None:
     for start in range(0, len(found), IMAGES_TOGETHER):
         some = [{"imageDigest": digest} for digest in found[start : start + IMAGES_TOGETHER]]
         request = {"repositoryName": repository, "imageIds": some}
-        project.aws.call(Request("ecr", "BatchDeleteImage", request))
+        project.aws.call(Request("ecr", "BatchDeleteImage", **request))
     project.output.item(f"repository {repository}", f"{count_words(len(found), 'image')} deleted")
 
 
 def delete_stack(project: Project) -> None:
     """Delete the stack and wait. Raises AwsError with CloudFormation's reason when it stays."""
-    project.aws.call(Request("cloudformation", "DeleteStack", {"StackName": project.name}))
+    project.aws.call(Request("cloudformation", "DeleteStack", StackName=project.name))
     what = f"the end of stack {project.name}"
     project.aws.until(what, partial(_stack_is_gone, project), every_seconds=POLL_SECONDS)
     project.output.item(f"stack {project.name}", "deleted")
@@ -245,7 +241,7 @@ def verify(project: Project, bucket: str | None, *, storage: bool) -> None:
     names = [f"{kind} {name}" for kind, name in left.hosting]
     if storage and left.stack is not None:
         names.append(f"stack {project.name} ({left.stack['StackStatus']})")
-    if bucket is not None and project.aws.find(Request("s3", "HeadBucket", {"Bucket": bucket})):
+    if bucket is not None and project.aws.find(Request("s3", "HeadBucket", Bucket=bucket)):
         names.append(f"bucket {bucket}")
     if names:
         raise AwsError(

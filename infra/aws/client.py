@@ -211,7 +211,7 @@ class Aws:
 
     def read(self, bucket: str, key: str) -> bytes | None:
         """Return the content of one S3 object; None when there is none."""
-        request = Request("s3", "GetObject", {"Bucket": bucket, "Key": key})
+        request = Request("s3", "GetObject", Bucket=bucket, Key=key)
         found = self.find(request)
         if found is None:
             return None
@@ -232,7 +232,7 @@ class Aws:
     def write(self, path: Path, bucket: str, key: str) -> None:
         """Write one file to one S3 object, in a single request."""
         with path.open("rb") as file:
-            self.call(Request("s3", "PutObject", {"Bucket": bucket, "Key": key, "Body": file}))
+            self.call(Request("s3", "PutObject", Bucket=bucket, Key=key, Body=file))
 
     def _send(self, request: Request, region: str | None, read_seconds: float) -> dict[str, Any]:
         client = self.client(request.service, region, read_seconds)

@@ -77,7 +77,7 @@ class Project:
             for key in OUTPUTS
         ]
         found = self.aws.find(
-            Request("cloudformation", "DescribeStacks", {"StackName": self.name}),
+            Request("cloudformation", "DescribeStacks", StackName=self.name),
             answer={"Stacks": [{"StackStatus": "CREATE_COMPLETE", "Outputs": outputs}]},
         )
         return found["Stacks"][0] if found and found["Stacks"] else None
@@ -97,7 +97,7 @@ class Project:
     def image(self, repository: str, tag: str = IMAGE_TAG) -> Image:
         """Return the pushed image. Raises UserError when the repository has no such tag."""
         request = Request(
-            "ecr", "DescribeImages", {"repositoryName": repository, "imageIds": [{"imageTag": tag}]}
+            "ecr", "DescribeImages", repositoryName=repository, imageIds=[{"imageTag": tag}]
         )
         size = {"imageDigest": placeholder("digest of the image"), "imageSizeInBytes": 0}
         found = self.aws.find(request, answer={"imageDetails": [size]})
@@ -124,12 +124,12 @@ class Project:
             "repositoryArn": placeholder("ARN of the repository"),
         }
         answer = self.aws.call(
-            Request("ecr", "DescribeRepositories", {"repositoryNames": [name]}),
+            Request("ecr", "DescribeRepositories", repositoryNames=[name]),
             answer={"repositories": [there]},
         )
         found = answer["repositories"][0]
         tags = self.aws.call(
-            Request("ecr", "ListTagsForResource", {"resourceArn": found["repositoryArn"]}),
+            Request("ecr", "ListTagsForResource", resourceArn=found["repositoryArn"]),
             answer={"tags": []},
         )
         return {
@@ -140,7 +140,7 @@ class Project:
 
     def owns(self, arn: str) -> bool:
         """Return whether a SageMaker resource carries this project's tag."""
-        tags = self.aws.items(Request("sagemaker", "ListTags", {"ResourceArn": arn}), "Tags")
+        tags = self.aws.items(Request("sagemaker", "ListTags", ResourceArn=arn), "Tags")
         return any(tag == {"Key": PROJECT_TAG, "Value": self.name} for tag in tags)
 
     def ensure(self, what: str, look: Request, make: Request) -> bool:

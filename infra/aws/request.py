@@ -19,13 +19,19 @@ _PLACEHOLDER = re.compile(r"<[^<>]+>")
 DIGEST_CHARACTERS = 10
 
 
-@dataclass(frozen=True)
+@dataclass(init=False)
 class Request:
-    """One request. service: boto3's name of it. operation: the API's, such as CreateModel."""
+    """One request: `Request("s3", "HeadBucket", Bucket="pictures")`.
+
+    service: boto3's name of it. operation: the API's.
+    """
 
     service: str
     operation: str
-    parameters: Mapping[str, Any]
+    parameters: dict[str, Any]
+
+    def __init__(self, service: str, operation: str, /, **parameters: Any) -> None:
+        self.service, self.operation, self.parameters = service, operation, parameters
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -37,7 +43,13 @@ class Request:
 
 def describe(kind: str, name: str) -> Request:
     """Return the request that describes a SageMaker resource. kind: such as TrainingJob."""
-    return Request("sagemaker", f"Describe{kind}", {f"{kind}Name": name})
+    return Request("sagemaker", f"Describe{kind}", **{f"{kind}Name": name})
+
+
+def newest_first(kind: str, name: str, **filters: str) -> Request:
+    """Return the request that lists SageMaker resources whose names contain `name`."""
+    order = {"SortBy": "CreationTime", "SortOrder": "Descending"}
+    return Request("sagemaker", f"List{kind}s", NameContains=name, **order, **filters)
 
 
 def placeholder(name: str) -> str:

@@ -172,12 +172,10 @@ class EndpointTarget:
         request = Request(
             "sagemaker-runtime",
             "InvokeEndpoint",
-            {
-                "EndpointName": self._endpoint,
-                "ContentType": "application/json",
-                "Accept": "application/json",
-                "Body": body,
-            },
+            EndpointName=self._endpoint,
+            ContentType="application/json",
+            Accept="application/json",
+            Body=body,
         )
         try:
             answer = self._aws.call(request)

@@ -21,7 +21,7 @@ from typing import Any
 from dalle.errors import UserError
 from infra.aws.output import Output, aligned, write_file
 from infra.benchmark.run_file import Run, load_run
-from infra.compare.comparison import Comparison, compare_runs
+from infra.compare.comparison import Comparison, Range, compare_runs
 from infra.compare.recommendation import quietness, recommendation
 from infra.compare.tables import Table, article, tables
 from infra.cost.assumptions import Assumptions
@@ -31,6 +31,8 @@ from infra.cost.prices import DEFAULT_REGION, load_prices
 DEFAULT_VOLUMES = (10.0, 100.0, 1_000.0, 10_000.0, 100_000.0)
 TITLE = "What an image costs"
 WIDTH = 100
+MAX_WIDTH = 160  # of a table whose columns are side by side
+INDENT = "    "
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -127,24 +129,16 @@ def render_text(comparison: Comparison) -> str:
 def _text_table(table: Table) -> str:
     """Return columns side by side, or long ones below the others."""
     rows = [[name.removeprefix("#") for name in table.columns], *map(list, table.rows)]
-    if max(len(line) for line in aligned(rows)) <= 2 * WIDTH - 40:
-        body = aligned(rows)
-    else:
-        long = [
-            column
-            for column in range(1, len(rows[0]))
-            if max(len(row[column]) for row in rows) > WIDTH // 3
-        ]
-        short = [column for column in range(len(rows[0])) if column not in long]
-        heads, *lines = aligned([[row[column] for column in short] for row in rows])
+    body = aligned(rows)
+    if max(map(len, body)) > MAX_WIDTH:
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        long = [place for place, width in enumerate(widths) if place and width > WIDTH // 3]
+        short = [place for place in range(len(widths)) if place not in long]
+        heads, *lines = aligned([[row[place] for place in short] for row in rows])
         body = [heads]
         for line, row in zip(lines, table.rows, strict=True):
-            body.append(line)
-            for column in long:
-                if row[column]:
-                    body += textwrap.wrap(
-                        row[column], WIDTH, initial_indent="    ", subsequent_indent="    "
-                    )
+            below = [textwrap.wrap(row[place], WIDTH - len(INDENT)) for place in long]
+            body += [line, *(INDENT + part for parts in below for part in parts)]
     return "\n".join([table.title.upper(), *body])
 
 
@@ -179,14 +173,8 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
             }
             for each in comparison.not_measured
         ],
-        "cheapest_while_callers_wait": [
-            {"from_requests_per_day": e.low, "to_requests_per_day": e.high, "option": e.option.name}
-            for e in comparison.ranges_at_once
-        ],
-        "cheapest_of_all": [
-            {"from_requests_per_day": e.low, "to_requests_per_day": e.high, "option": e.option.name}
-            for e in comparison.ranges_any
-        ],
+        "cheapest_while_callers_wait": _ranges(comparison.ranges_at_once),
+        "cheapest_of_all": _ranges(comparison.ranges_any),
         "break_even": [
             {
                 "requests_per_day": each.requests_per_day,
@@ -203,3 +191,10 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "assumptions": asdict(comparison.assumptions),
         "stands_for": {each.stands_for: each.assumption for each in comparison.priced_runs},
     }
+
+
+def _ranges(ranges: Sequence[Range]) -> list[dict[str, Any]]:
+    return [
+        {"from_requests_per_day": e.low, "to_requests_per_day": e.high, "option": e.option.name}
+        for e in ranges
+    ]

@@ -33,6 +33,13 @@ class NotMeasured:
     base: Option | None
     speedup: float | None
 
+    @property
+    def requests_per_second(self) -> float:
+        """The rate at which an image costs as much as on `base`; 0 without one."""
+        if self.base is None or self.speedup is None:
+            return 0.0
+        return self.speedup * self.base.priced_run.speed.requests_per_second
+
 
 @dataclass(frozen=True)
 class Range:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-from infra.compare.comparison import Comparison, NotMeasured, Range
+from infra.compare.comparison import Comparison, Range
 from infra.compare.serving_options import Option
 
 QUIET_SHARE = 0.1  # of the processors' time; a larger use by others is reported as sharing
@@ -15,18 +16,13 @@ def recommendation(comparison: Comparison) -> list[str]:
     if not comparison.ranges_at_once:
         problems = "; ".join(f"{each.name}: {each.problem}" for each in comparison.options)
         return [f"No option answers while its caller waits ({problems}). Serve asynchronously."]
-    lines = ["While callers wait: " + "; ".join(_take(each) for each in comparison.ranges_at_once)]
-    lines[0] += "."
-    lines += [_reason(comparison, each.option) for each in _once(comparison.ranges_at_once)]
-    any_time = comparison.ranges_any
-    if [each.option for each in any_time] != [each.option for each in comparison.ranges_at_once]:
-        lines.append(
-            "Where callers may wait for minutes: " + "; ".join(_take(each) for each in any_time)
-            + "."
-        )  # fmt: skip
-        waking = next((o for o in _once(any_time) if not o.option.answers_at_once), None)
-        if waking:
-            lines.append(_reason(comparison, waking.option))
+    at_once, any_time = comparison.ranges_at_once, comparison.ranges_any
+    lines = [f"While callers wait: {_take(at_once)}."]
+    lines += [_reason(comparison, option) for option in _once(at_once)]
+    if [each.option for each in any_time] != [each.option for each in at_once]:
+        lines.append(f"Where callers may wait for minutes: {_take(any_time)}.")
+        waking = [option for option in _once(any_time) if not option.answers_at_once]
+        lines += [_reason(comparison, option) for option in waking[:1]]
     left_out: dict[str, list[str]] = {}
     for option in comparison.options:
         if option.problem:
@@ -44,20 +40,22 @@ def recommendation(comparison: Comparison) -> list[str]:
     return lines
 
 
-def _once(ranges: list[Range]) -> list[Range]:
-    return list({each.option.name: each for each in ranges}.values())
+def _once(ranges: Sequence[Range]) -> list[Option]:
+    return list({each.option.name: each.option for each in ranges}.values())
 
 
-def _take(part: Range) -> str:
+def _take(ranges: Sequence[Range]) -> str:
+    return "; ".join(f"{each.option.name} {_span(each)}" for each in ranges)
+
+
+def _span(part: Range) -> str:
     if part.low <= 1 and part.high >= 1e6:
-        span = "at any number of requests"
-    elif part.low <= 1:
-        span = f"up to {about(part.high)} requests a day"
-    elif part.high >= 1e6:
-        span = f"above {about(part.low)} a day"
-    else:
-        span = f"from {about(part.low)} to {about(part.high)} a day"
-    return f"{part.option.name} {span}"
+        return "at any number of requests"
+    if part.low <= 1:
+        return f"up to {about(part.high)} requests a day"
+    if part.high >= 1e6:
+        return f"above {about(part.low)} a day"
+    return f"from {about(part.low)} to {about(part.high)} a day"
 
 
 def _reason(comparison: Comparison, option: Option) -> str:
@@ -95,22 +93,15 @@ def _gpu(comparison: Comparison) -> list[str]:
     """Return the speed at which a GPU is worth its price; nothing when one was measured."""
     if comparison.has_gpu:
         return []
-    lines = ["No GPU was measured, so cost and latency of an image on one are not known."]
-    if comparison.not_measured and comparison.not_measured[0].base:
-        lines[0] += " " + needed_speed(comparison.not_measured[0])
-    return lines
-
-
-def needed_speed(gpu: NotMeasured) -> str:
-    """Return the speed in words at which a GPU is worth its price."""
-    assert gpu.base is not None
-    assert gpu.speedup is not None
-    rate = gpu.speedup * gpu.base.priced_run.speed.requests_per_second
-    return (
-        f"By price alone ({gpu.price.describe()}), an image on {gpu.instance_type} is cheaper "
-        f"than on {gpu.base.priced_run.stands_for} above {rate:.1f} requests/s, "
-        f"{gpu.speedup:.1f} times as many."
-    )
+    line = "No GPU was measured, so cost and latency of an image on one are not known."
+    gpu = next(iter(comparison.not_measured), None)
+    if gpu is not None and gpu.base is not None:
+        line += (
+            f" By price alone ({gpu.price.describe()}), an image on {gpu.instance_type} is cheaper "
+            f"than on {gpu.base.priced_run.stands_for} above {gpu.requests_per_second:.1f} "
+            f"requests/s, {gpu.speedup:.1f} times as many."
+        )
+    return [line]
 
 
 def quietness(comparison: Comparison) -> list[str]:

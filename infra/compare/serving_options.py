@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from dalle.errors import UserError
@@ -87,7 +88,6 @@ def price_run(name: str, run: Run, stands_for: str, table: PriceTable) -> Priced
     if scenario is None:
         raise UserError(f"{name} has no closed loop with an answer: benchmark it with --clients")
     latency = run.alone.latency if run.alone else None
-    answered = scenario.outcomes.get("200", 0)
     speed = Speed(
         requests_per_second=scenario.requests_per_second,
         seconds_per_request=latency.mean if latency else None,
@@ -95,7 +95,6 @@ def price_run(name: str, run: Run, stands_for: str, table: PriceTable) -> Priced
         candidates_per_request=scenario.candidates_per_second / scenario.requests_per_second,
         gigabytes_per_request=(scenario.request_bytes + scenario.reply_bytes) / 1e9,
     )
-    assert answered > 0
     measured_on = run.hardware.describe()
     if run.hardware.instance_type == stands_for:
         return PricedRun(name, run, stands_for, scenario, speed, f"measured on {stands_for} itself")
@@ -127,84 +126,59 @@ def price_run(name: str, run: Run, stands_for: str, table: PriceTable) -> Priced
 def options_of(
     priced_run: PricedRun, table: PriceTable, region: str, assumptions: Assumptions
 ) -> list[Option]:
-    speed = priced_run.speed
-    problem = _too_slow(priced_run, assumptions)
-    if priced_run.stands_for == SERVERLESS:
-        compute = table.price(SERVERLESS, "compute", region)
-        data = table.price(SERVERLESS, "data", region)
-        memory = priced_run.run.peak_memory_bytes
-        if memory and memory > assumptions.serverless_memory_gb * 2**30:
-            problem = f"has less memory than the {memory / 2**30:.1f} GiB that were used"
-        if priced_run.scenario.reply_bytes > SERVERLESS_BYTES:
-            problem = (
-                f"carries 4 MB at most, and replies had {priced_run.scenario.reply_bytes:,.0f}"
-            )
-        return [
-            Option(
-                "serverless",
-                priced_run,
-                (compute, data),
-                costs.busy_by_the_second(speed, compute.usd, assumptions.serverless_memory_gb),
-                lambda requests: costs.serverless(
-                    speed,
-                    requests,
-                    assumptions,
-                    usd_per_gb_second=compute.usd,
-                    usd_per_data_gb=data.usd,
-                ),
-                problem,
-            )
-        ]
-    if priced_run.stands_for == LAMBDA:
-        compute = table.price(LAMBDA, "compute", region)
-        calls = table.price(LAMBDA, "requests", region)
-        return [
-            Option(
-                "lambda",
-                priced_run,
-                (compute, calls),
-                costs.busy_by_the_second(speed, compute.usd, assumptions.lambda_memory_gb),
-                lambda requests: costs.lambda_function(
-                    speed,
-                    requests,
-                    assumptions,
-                    usd_per_gb_second=compute.usd,
-                    usd_per_million_requests=calls.usd,
-                ),
-                LAMBDA_CAVEAT,
-            )
-        ]
-    hour = table.hourly(priced_run.stands_for, region)
-    volume = table.price("endpoint", "volume", region)
-    data = table.price("endpoint", "data", region)
-    always = _hourly_prices(hour, volume, data)
-    waking_hour = _asynchronous(table, priced_run.stands_for, region)
-    waking = _hourly_prices(waking_hour, volume, data)
-    burstable = BURSTABLE_CAVEAT if priced_run.stands_for.startswith(BURSTABLE) else ""
+    kind, speed = priced_run.stands_for, priced_run.speed
+    if kind == SERVERLESS:
+        return [_serverless(priced_run, table, region, assumptions)]
+    if kind == LAMBDA:
+        compute, calls = (table.price(LAMBDA, part, region) for part in ("compute", "requests"))
+        month = partial(
+            costs.lambda_function,
+            speed,
+            assumptions=assumptions,
+            usd_per_gb_second=compute.usd,
+            usd_per_million_requests=calls.usd,
+        )
+        busy = costs.busy_by_the_second(speed, compute.usd, assumptions.lambda_memory_gb)
+        return [Option("lambda", priced_run, (compute, calls), busy, month, LAMBDA_CAVEAT)]
+    hour, waking_hour = table.hourly(kind, region), _asynchronous(table, kind, region)
+    volume, data = (table.price("endpoint", part, region) for part in ("volume", "data"))
+
+    def hourly(kind: Kind, cost: Callable[..., Month], hour: Price, problem: str) -> Option:
+        prices = costs.HourlyPrices(
+            usd_per_hour=hour.usd, usd_per_volume_gb_month=volume.usd, usd_per_data_gb=data.usd
+        )
+        month = partial(cost, speed, assumptions=assumptions, prices=prices)
+        busy = costs.busy(speed, hour.usd)
+        return Option(kind, priced_run, (hour, volume, data), busy, month, problem)
+
+    burstable = BURSTABLE_CAVEAT if kind.startswith(BURSTABLE) else ""
+    problem = _too_slow(priced_run, assumptions) or burstable
     return [
-        Option(
-            "always on",
-            priced_run,
-            (hour, volume, data),
-            costs.busy(speed, hour.usd),
-            lambda requests: costs.always_on(speed, requests, assumptions, always),
-            problem or burstable,
-        ),
-        Option(
-            "scaled to zero",
-            priced_run,
-            (waking_hour, volume, data),
-            costs.busy(speed, waking_hour.usd),
-            lambda requests: costs.scale_to_zero(speed, requests, assumptions, waking),
-            burstable,
-        ),
+        hourly("always on", costs.always_on, hour, problem),
+        hourly("scaled to zero", costs.scale_to_zero, waking_hour, burstable),
     ]
 
 
-def _hourly_prices(hour: Price, volume: Price, data: Price) -> costs.HourlyPrices:
-    return costs.HourlyPrices(
-        usd_per_hour=hour.usd, usd_per_volume_gb_month=volume.usd, usd_per_data_gb=data.usd
+def _serverless(
+    priced_run: PricedRun, table: PriceTable, region: str, assumptions: Assumptions
+) -> Option:
+    speed, memory_gb = priced_run.speed, assumptions.serverless_memory_gb
+    compute, data = (table.price(SERVERLESS, part, region) for part in ("compute", "data"))
+    problem = _too_slow(priced_run, assumptions)
+    used, reply_bytes = priced_run.run.peak_memory_bytes, priced_run.scenario.reply_bytes
+    if used and used > memory_gb * 2**30:
+        problem = f"has less memory than the {used / 2**30:.1f} GiB that were used"
+    if reply_bytes > SERVERLESS_BYTES:
+        problem = f"carries 4 MB at most, and replies had {reply_bytes:,.0f}"
+    month = partial(
+        costs.serverless,
+        speed,
+        assumptions=assumptions,
+        usd_per_gb_second=compute.usd,
+        usd_per_data_gb=data.usd,
     )
+    busy = costs.busy_by_the_second(speed, compute.usd, memory_gb)
+    return Option("serverless", priced_run, (compute, data), busy, month, problem)
 
 
 def _asynchronous(table: PriceTable, instance_type: str, region: str) -> Price:

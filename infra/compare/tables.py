@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dalle.errors import PriceMissing
@@ -11,7 +11,7 @@ from infra.benchmark.load import HTTP, STAGES
 from infra.compare.comparison import Comparison
 from infra.compare.recommendation import usd
 from infra.compare.serving_options import Option
-from infra.cost.prices import CONFIDENCE
+from infra.cost.prices import CONFIDENCE, Price
 
 NOT_MEASURED = "not measured"
 SMALLEST = "ml.t2.medium"
@@ -31,19 +31,16 @@ class Table:
     best: frozenset[tuple[int, int]] = frozenset()
 
 
+def _table(title: str, note: str, rows: Sequence[Mapping[str, str]]) -> Table:
+    """Return a table of rows that are all heading -> cell."""
+    columns = list(rows[0]) if rows else []
+    return Table(title, note, columns, [[row[name] for name in columns] for row in rows])
+
+
 def tables(comparison: Comparison) -> list[Table]:
-    """Return all tables in the order of the report."""
-    return [
-        monthly(comparison),
-        busy(comparison),
-        gpus(comparison),
-        latency(comparison),
-        stages(comparison),
-        article(comparison),
-        prices(comparison),
-        assumptions(comparison),
-        runs(comparison),
-    ]
+    """Return the tables that have rows, in the order of the report."""
+    every = (monthly, busy, gpus, latency, stages, article, prices, assumptions, runs)
+    return [table for build in every if (table := build(comparison)).rows]
 
 
 def monthly(comparison: Comparison) -> Table:
@@ -65,11 +62,10 @@ def monthly(comparison: Comparison) -> Table:
     for gpu in comparison.not_measured if not comparison.has_gpu else ():
         cells = [NOT_MEASURED for _ in comparison.volumes]
         rows.append([f"{gpu.instance_type}, always on", *cells, f"GPU, {gpu.hardware.gpu}"])
-    columns = ["served by", *(f"#{volume:,.0f} a day" for volume in comparison.volumes), "remark"]
     return Table(
         "USD a month at so many requests a day",
         "Bold: the cheapest that answers while its caller waits.",
-        columns,
+        ["served by", *(f"#{volume:,.0f} a day" for volume in comparison.volumes), "remark"],
         rows,
         frozenset(best),
     )
@@ -91,75 +87,53 @@ def _remark(option: Option) -> str:
 
 def busy(comparison: Comparison) -> Table:
     """Price / throughput, both factors shown."""
-    rows = []
-    for option in comparison.options:
-        if option.kind == "scaled to zero":
-            continue  # a running instance costs the same as one that is always on
-        cost, price = option.busy, option.prices[0]
-        rows.append(
-            [
-                option.name,
-                usd(cost.usd_per_hour),
-                f"{cost.requests_per_second:.2f}",
-                usd(cost.usd_per_1000_requests),
-                usd(cost.usd_per_1000_images),
-                usd(cost.usd_per_1000_candidates),
-                f"{price.dated}, {price.confidence}",
-            ]
-        )
     first = comparison.priced_runs[0].speed
-    return Table(
+    return _table(
         "USD per 1,000, while busy",
         "Price per hour / 3,600 / requests per second x 1,000. A request here samples "
         f"{first.candidates_per_request:g} candidates and returns {first.images_per_request:g} "
         "images. Serverless and Lambda are paid by the second of one request alone.",
         [
-            "served by",
-            "#USD/hour",
-            "#requests/s",
-            "#1,000 requests",
-            "#1,000 images",
-            "#1,000 candidates",
-            "price: date, confidence",
+            {
+                "served by": option.name,
+                "#USD/hour": usd(option.busy.usd_per_hour),
+                "#requests/s": f"{option.busy.requests_per_second:.2f}",
+                "#1,000 requests": usd(option.busy.usd_per_1000_requests),
+                "#1,000 images": usd(option.busy.usd_per_1000_images),
+                "#1,000 candidates": usd(option.busy.usd_per_1000_candidates),
+                **_dated(option.prices[0]),
+            }
+            for option in comparison.options
+            # A running instance that may be scaled to zero costs as much as one that is always on.
+            if option.kind != "scaled to zero"
         ],
-        rows,
     )
 
 
 def gpus(comparison: Comparison) -> Table:
     """Instances with a GPU that were not measured: their price, and the speed to be worth it."""
-    rows = []
-    for each in comparison.not_measured:
-        needed = "-"
-        if each.base and each.speedup:
-            needed = f"{each.speedup * each.base.priced_run.speed.requests_per_second:.1f}"
-        rows.append(
-            [
-                f"{each.instance_type} ({each.hardware.gpu})",
-                usd(each.price.usd),
-                usd(each.usd_per_month),
-                NOT_MEASURED,
-                needed,
-                f"{each.speedup:.1f}" if each.speedup else "-",
-                f"{each.price.dated}, {each.price.confidence}",
-            ]
-        )
     base = next((each.base.priced_run for each in comparison.not_measured if each.base), None)
     against = f" than on {base.stands_for}, as {base.name} was measured" if base else ""
-    return Table(
+    return _table(
         "GPUs that were not measured",
         f"The requests/s at which an image is cheaper{against}; from prices alone.",
         [
-            "instance",
-            "#USD/hour",
-            "#USD/month",
-            "#requests/s",
-            "#needed requests/s",
-            "#times as many",
-            "price: date, confidence",
+            {
+                "instance": f"{each.instance_type} ({each.hardware.gpu})",
+                "#USD/hour": usd(each.price.usd),
+                "#USD/month": usd(each.usd_per_month),
+                "#requests/s": NOT_MEASURED,
+                "#needed requests/s": f"{each.requests_per_second:.1f}" if each.base else "-",
+                "#times as many": f"{each.speedup:.1f}" if each.speedup else "-",
+                **_dated(each.price),
+            }
+            for each in comparison.not_measured
         ],
-        rows,
     )
+
+
+def _dated(price: Price) -> dict[str, str]:
+    return {"price: date, confidence": f"{price.dated}, {price.confidence}"}
 
 
 def latency(comparison: Comparison) -> Table:
@@ -168,39 +142,26 @@ def latency(comparison: Comparison) -> Table:
     rows = []
     for name, run in comparison.runs.items():
         for each in run.scenarios:
-            if each.latency is None:
-                rows.append([name, each.name, str(each.requests), *["-"] * 7, "nothing answered"])
-                continue
+            found, refusals = each.latency, each.refusals.items()
+            figures = {
+                "#failed": str(each.errors),
+                "#answered/s": f"{each.requests_per_second:.2f}",
+                "#by round": f"{min(each.by_round):.2f} to {max(each.by_round):.2f}",
+                "#p50": f"{found.p50:.2f}" if found else "",
+                "#p95": f"{found.p95:.2f}" if found else "",
+                "#p99": f"{found.p99:.2f}" if found else "",
+                f"#p99 of {limit:.0f} s": f"{found.p99 / limit:.0%}" if found else "",
+                "refused": ", ".join(f"{n} times {status}" for status, n in refusals) or "0",
+            }
+            if found is None:
+                figures = dict.fromkeys(figures, "-") | {"refused": "nothing answered"}
             rows.append(
-                [
-                    name,
-                    each.name,
-                    str(each.requests),
-                    str(each.errors),
-                    f"{each.requests_per_second:.2f}",
-                    f"{min(each.by_round):.2f} to {max(each.by_round):.2f}",
-                    *(f"{getattr(each.latency, p):.2f}" for p in ("p50", "p95", "p99")),
-                    f"{each.latency.p99 / limit:.0%}",
-                    ", ".join(f"{n} times {status}" for status, n in each.refusals.items()) or "0",
-                ]
+                {"run": name, "load": each.name, "#requests": str(each.requests), **figures}
             )
-    return Table(
+    return _table(
         "Latency in seconds",
         f"Measured at the client, against the {limit:.0f} s after which the platform ends an "
         "invocation. Refused: 429 or 503, sent again after Retry-After; the wait counts.",
-        [
-            "run",
-            "load",
-            "#requests",
-            "#failed",
-            "#answered/s",
-            "#by round",
-            "#p50",
-            "#p95",
-            "#p99",
-            f"#p99 of {limit:.0f} s",
-            "refused",
-        ],
         rows,
     )
 
@@ -208,37 +169,34 @@ def latency(comparison: Comparison) -> Table:
 def stages(comparison: Comparison) -> Table:
     """Mean time of each stage of a request, for every load."""
     names = [*STAGES, HTTP]
-    rows = [
-        [name, each.name, *(f"{1000 * each.stages[s].mean:.1f}" for s in names)]
-        for name, run in comparison.runs.items()
-        for each in run.scenarios
-        if all(s in each.stages for s in names)
-    ]
-    return Table(
+    return _table(
         "Mean milliseconds by stage",
         "From the replies; http is the rest: reading, sending, JSON and the network.",
-        ["run", "load", *(f"#{name}" for name in names)],
-        rows,
+        [
+            {
+                "run": name,
+                "load": each.name,
+                **{f"#{stage}": f"{1000 * each.stages[stage].mean:.1f}" for stage in names},
+            }
+            for name, run in comparison.runs.items()
+            for each in run.scenarios
+            if all(stage in each.stages for stage in names)
+        ],
     )
 
 
 def article(comparison: Comparison) -> Table:
     """The article's figures beside those of the price table and the runs."""
-    columns = ["figure", "#article", "#ours", "from"]
+    rows: list[Sequence[str]] = []
+    table = Table("The article's figures", "", ["figure", "#article", "#ours", "from"], rows)
     try:
         smallest = comparison.table.hourly(SMALLEST, comparison.region)
     except PriceMissing as error:
-        rows = [["USD a month, smallest CPU instance", "50", NOT_MEASURED, str(error)]]
-        return Table("The article's figures", "", columns, rows)
+        rows.append(["USD a month, smallest CPU instance", "50", NOT_MEASURED, str(error)])
+        return table
     hours = comparison.assumptions.hours_per_month
-    rows = [
-        [
-            "USD a month, smallest CPU instance",
-            "50",
-            usd(smallest.usd * hours),
-            f"{SMALLEST}: {smallest.describe()} x {hours:g} hours",
-        ]
-    ]
+    month = f"{SMALLEST}: {smallest.describe()} x {hours:g} hours"
+    rows.append(["USD a month, smallest CPU instance", "50", usd(smallest.usd * hours), month])
     always_on = [each for each in comparison.options if each.kind == "always on"]
     measured_gpus = [e.prices[0] for e in always_on if e.priced_run.run.device == "cuda"]
     gpus = [*(each.price for each in comparison.not_measured), *measured_gpus]
@@ -252,25 +210,22 @@ def article(comparison: Comparison) -> Table:
             source = f"{gpu.describe_item()} / {cpu.describe_item()}"
             rows.append([f"price of {gpu.item} / {cpu.item}", "3 or more", ratio, source])
         rows.append(["speed of a GPU / a CPU", "3 or more", *_speed_ratio(comparison)])
-    return Table("The article's figures", "", columns, rows)
+    return table
 
 
 def _speed_ratio(comparison: Comparison) -> tuple[str, str]:
     """The ratio of the fastest measured GPU to the fastest measured CPU, and its source."""
-    best = {
-        device: max(
-            (each for each in comparison.priced_runs if each.run.device == device),
-            key=lambda each: each.speed.requests_per_second,
-            default=None,
-        )
+    by_speed = sorted(comparison.priced_runs, key=lambda each: -each.speed.requests_per_second)
+    fastest = [
+        next((each for each in by_speed if each.run.device == device), None)
         for device in ("cuda", "cpu")
-    }
+    ]
     rates = [
         f"{each.stands_for} {each.speed.requests_per_second:.2f} requests/s"
-        for each in best.values()
+        for each in fastest
         if each
     ]
-    gpu, cpu = best["cuda"], best["cpu"]
+    gpu, cpu = fastest
     if gpu is None or cpu is None:
         return NOT_MEASURED, "; ".join(rates)
     ratio = gpu.speed.requests_per_second / cpu.speed.requests_per_second
@@ -279,57 +234,62 @@ def _speed_ratio(comparison: Comparison) -> tuple[str, str]:
 
 def prices(comparison: Comparison) -> Table:
     """Every price that a figure depends on."""
-    rows = []
-    for each in comparison.prices:
-        source = f"{each.source}; {each.note}" if each.note else each.source
-        what = [each.item, each.component, each.amount, each.unit]
-        rows.append([*what, each.dated, each.confidence, source])
-    return Table(
+    return _table(
         f"Prices in {comparison.region}",
         "; ".join(f"{mark}: {meaning}" for mark, meaning in CONFIDENCE.items())
         + f". The table was compiled on {comparison.table.gathered}.",
-        ["item", "component", "#USD", "per", "date", "confidence", "source"],
-        rows,
+        [
+            {
+                "item": each.item,
+                "component": each.component,
+                "#USD": each.amount,
+                "per": each.unit,
+                "date": each.dated,
+                "confidence": each.confidence,
+                "source": each.described_source,
+            }
+            for each in comparison.prices
+        ],
     )
 
 
 def assumptions(comparison: Comparison) -> Table:
     """Every value that is neither measured nor a price."""
     rows = [
-        [each.name, f"{getattr(comparison.assumptions, each.name):g}", each.metadata["unit"],
-         each.metadata["meaning"]]
+        [
+            each.name,
+            f"{getattr(comparison.assumptions, each.name):g}",
+            each.metadata["unit"],
+            each.metadata["meaning"],
+        ]
         for each in dataclasses.fields(comparison.assumptions)
-    ]  # fmt: skip
+    ]
     rows += [["stands for", "", "", each.assumption] for each in comparison.priced_runs]
     asynchronous = [o for o in comparison.options if o.kind == "scaled to zero"]
     if any(option.prices[0].component == "Hosting" for option in asynchronous):
         meaning = "an hour of an asynchronous endpoint costs as much as one of hosting"
         rows.append(["async price", "", "", meaning])
-    return Table(
-        "Assumptions",
-        "Change one with --assume NAME=VALUE.",
-        ["name", "#value", "unit", "meaning"],
-        rows,
-    )
+    note = "Change one with --assume NAME=VALUE."
+    return Table("Assumptions", note, ["name", "#value", "unit", "meaning"], rows)
 
 
 def runs(comparison: Comparison) -> Table:
     """Every run with its hardware and workload."""
     rows = []
     for name, run in comparison.runs.items():
-        start = f"{run.ready_seconds:.1f} s" if run.ready_seconds else "-"
-        memory = f"{run.peak_memory_bytes / 2**30:.2f} GiB" if run.peak_memory_bytes else "-"
-        versions = " ".join(f"{n}={v[:12]}" for n, v in run.versions.items())
-        where = f"{run.kind} {run.target}, {run.device}: {run.hardware.describe()}"
-        done = f"{run.workload.describe()}; {run.rounds} rounds"
-        taken = (
-            f", alternating with {', '.join(run.interleaved_with)}" if run.interleaved_with else ""
+        workload = f"{run.workload.describe()}; {run.rounds} rounds"
+        if run.interleaved_with:
+            workload += f", alternating with {', '.join(run.interleaved_with)}"
+        start, peak = run.ready_seconds, run.peak_memory_bytes
+        rows.append(
+            {
+                "run": name,
+                "date (UTC)": run.date,
+                "measured on": f"{run.kind} {run.target}, {run.device}: {run.hardware.describe()}",
+                "workload": workload,
+                "start to ready": f"{start:.1f} s" if start else "-",
+                "peak memory": f"{peak / 2**30:.2f} GiB" if peak else "-",
+                "versions": " ".join(f"{n}={v[:12]}" for n, v in run.versions.items()),
+            }
         )
-        rows.append([name, run.date, where, done + taken, start, memory, versions])
-    return Table(
-        "Runs",
-        "",
-        ["run", "date (UTC)", "measured on", "workload", "start to ready", "peak memory",
-         "versions"],
-        rows,
-    )  # fmt: skip
+    return _table("Runs", "", rows)

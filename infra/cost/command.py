@@ -148,7 +148,6 @@ def render_prices(prices: Iterable[Price]) -> str:
     ]
     for each in prices:
         month = f"{each.usd * HOURS_PER_MONTH:,.2f}" if each.unit == "hour" else ""
-        source = f"{each.source}; {each.note}" if each.note else each.source
-        figures = (each.amount, each.unit, month, each.dated, each.confidence, source)
-        lines.append((each.item, each.component, each.region, *figures))
+        figures = (each.amount, each.unit, month, each.dated, each.confidence)
+        lines.append((each.item, each.component, each.region, *figures, each.described_source))
     return "\n".join(aligned(lines))

@@ -68,6 +68,11 @@ class Price(_Row):
         return f"{self.item} at {self.describe()}"
 
     @property
+    def described_source(self) -> str:
+        """The source, with the note where there is one."""
+        return f"{self.source}; {self.note}" if self.note else self.source
+
+    @property
     def amount(self) -> str:
         """The dollars in plain digits, all of them: `0.0000166667`."""
         return f"{self.usd:.10f}".rstrip("0").rstrip(".")

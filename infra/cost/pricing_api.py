@@ -64,7 +64,7 @@ def request_for(item: str, region: str) -> Request:
             {"Type": "TERM_MATCH", "Field": field, "Value": value} for field, value in filters
         ],
     }
-    return Request("pricing", "GetProducts", parameters)
+    return Request("pricing", "GetProducts", **parameters)
 
 
 def read_prices(

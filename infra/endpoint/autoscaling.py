@@ -13,6 +13,8 @@ from infra.aws.limits import Deployment
 from infra.aws.project import Project
 from infra.aws.request import Request, placeholder
 
+SERVICE = "application-autoscaling"
+NAMESPACE = {"ServiceNamespace": "sagemaker"}
 DIMENSION = "sagemaker:variant:DesiredInstanceCount"
 SCALE_IN_SECONDS = 300
 SCALE_OUT_SECONDS = 60
@@ -24,7 +26,7 @@ BACKLOG_TARGET = 2.0
 def scalable_target(endpoint: str, variant: str) -> dict[str, str]:
     """Return the service's identifier of the number of instances of one endpoint."""
     return {
-        "ServiceNamespace": "sagemaker",
+        **NAMESPACE,
         "ResourceId": f"endpoint/{endpoint}/variant/{variant}",
         "ScalableDimension": DIMENSION,
     }
@@ -43,31 +45,20 @@ def scale(project: Project, deployment: Deployment, variant: str) -> None:
     """Create or remove the endpoint's scaling; leave unchanged what is right already."""
     aws, output = project.aws, project.output
     where = scalable_target(deployment.name, variant)
-    targets = list(
-        aws.items(
-            Request(
-                "application-autoscaling",
-                "DescribeScalableTargets",
-                {"ServiceNamespace": "sagemaker", "ResourceIds": [where["ResourceId"]]},
-            ),
-            "ScalableTargets",
-        )
-    )
+    target = bounds_of(project, where)
     if not is_wanted(deployment):
-        if targets:
+        if target is not None:
             remove(project, deployment.name, where)
             output.item(f"scaling of {deployment.name}", "removed")
         return
     request = Request(
-        "application-autoscaling",
-        "DescribeScalingPolicies",
-        {"ServiceNamespace": "sagemaker", "ResourceId": where["ResourceId"]},
+        SERVICE, "DescribeScalingPolicies", **NAMESPACE, ResourceId=where["ResourceId"]
     )
     there = {policy["PolicyName"]: policy for policy in aws.items(request, "ScalingPolicies")}
     bounds = {"MinCapacity": deployment.min_instances, "MaxCapacity": deployment.max_instances}
-    same = bool(targets) and bounds.items() <= targets[0].items()
+    same = target is not None and bounds.items() <= target.items()
     if not same:
-        aws.call(Request("application-autoscaling", "RegisterScalableTarget", {**where, **bounds}))
+        aws.call(Request(SERVICE, "RegisterScalableTarget", **where, **bounds))
     for policy in policies(deployment, where):
         name = policy.parameters["PolicyName"]
         found = there.get(name)
@@ -80,27 +71,26 @@ def scale(project: Project, deployment: Deployment, variant: str) -> None:
     output.item(f"scaling of {deployment.name}", f"{words}, {'already there' if same else 'made'}")
 
 
+def bounds_of(project: Project, where: dict[str, str]) -> dict[str, Any] | None:
+    """Return the scalable target as the service describes it; None when there is none."""
+    ids = [where["ResourceId"]]
+    request = Request(SERVICE, "DescribeScalableTargets", **NAMESPACE, ResourceIds=ids)
+    return next(iter(project.aws.items(request, "ScalableTargets")), None)
+
+
 def policies(deployment: Deployment, where: dict[str, str]) -> list[Request]:
     """Return the requests for the policies of a real-time or an asynchronous endpoint."""
     if deployment.mode == "realtime":
         return [_tracking(where, f"{deployment.name}-requests", _by_requests(deployment))]
+    step = {
+        "AdjustmentType": "ChangeInCapacity",
+        "MetricAggregationType": "Average",
+        "Cooldown": WAKE_COOLDOWN_SECONDS,
+        "StepAdjustments": [{"MetricIntervalLowerBound": 0.0, "ScalingAdjustment": 1}],
+    }
     return [
         _tracking(where, f"{deployment.name}-backlog", _by_backlog(deployment.name)),
-        Request(
-            "application-autoscaling",
-            "PutScalingPolicy",
-            {
-                **where,
-                "PolicyName": alarm_name(deployment.name),
-                "PolicyType": "StepScaling",
-                "StepScalingPolicyConfiguration": {
-                    "AdjustmentType": "ChangeInCapacity",
-                    "MetricAggregationType": "Average",
-                    "Cooldown": WAKE_COOLDOWN_SECONDS,
-                    "StepAdjustments": [{"MetricIntervalLowerBound": 0.0, "ScalingAdjustment": 1}],
-                },
-            },
-        ),
+        _policy(where, alarm_name(deployment.name), "StepScaling", step),
     ]
 
 
@@ -109,27 +99,25 @@ def wake_alarm(endpoint: str, policy_arn: str, tags: list[dict[str, str]]) -> Re
     return Request(
         "cloudwatch",
         "PutMetricAlarm",
-        {
-            "AlarmName": alarm_name(endpoint),
-            "AlarmDescription": f"Requests wait at endpoint {endpoint}, which has no instance.",
-            "Namespace": "AWS/SageMaker",
-            "MetricName": "HasBacklogWithoutCapacity",
-            "Dimensions": [{"Name": "EndpointName", "Value": endpoint}],
-            "Statistic": "Average",
-            "Period": 60,
-            "EvaluationPeriods": 1,
-            "Threshold": 1.0,
-            "ComparisonOperator": "GreaterThanOrEqualToThreshold",
-            "TreatMissingData": "notBreaching",
-            "AlarmActions": [policy_arn],
-            "Tags": tags,
-        },
+        AlarmName=alarm_name(endpoint),
+        AlarmDescription=f"Requests wait at endpoint {endpoint}, which has no instance.",
+        Namespace="AWS/SageMaker",
+        MetricName="HasBacklogWithoutCapacity",
+        Dimensions=[{"Name": "EndpointName", "Value": endpoint}],
+        Statistic="Average",
+        Period=60,
+        EvaluationPeriods=1,
+        Threshold=1.0,
+        ComparisonOperator="GreaterThanOrEqualToThreshold",
+        TreatMissingData="notBreaching",
+        AlarmActions=[policy_arn],
+        Tags=tags,
     )
 
 
 def _ensure_alarm(project: Project, endpoint: str, policy_arn: str) -> bool:
     """Create the alarm unless it exists for this policy; return whether it existed."""
-    request = Request("cloudwatch", "DescribeAlarms", {"AlarmNames": [alarm_name(endpoint)]})
+    request = Request("cloudwatch", "DescribeAlarms", AlarmNames=[alarm_name(endpoint)])
     there = list(project.aws.items(request, "MetricAlarms"))
     if there and there[0].get("AlarmActions") == [policy_arn]:
         return True
@@ -139,25 +127,18 @@ def _ensure_alarm(project: Project, endpoint: str, policy_arn: str) -> bool:
 
 def remove(project: Project, endpoint: str, where: dict[str, str]) -> None:
     """Remove the scalable target, and with it its policies; and remove the alarm."""
-    project.aws.find(Request("application-autoscaling", "DeregisterScalableTarget", where))
-    project.aws.call(Request("cloudwatch", "DeleteAlarms", {"AlarmNames": [alarm_name(endpoint)]}))
+    project.aws.find(Request(SERVICE, "DeregisterScalableTarget", **where))
+    project.aws.call(Request("cloudwatch", "DeleteAlarms", AlarmNames=[alarm_name(endpoint)]))
 
 
 def _tracking(where: dict[str, str], name: str, configuration: dict[str, Any]) -> Request:
-    return Request(
-        "application-autoscaling",
-        "PutScalingPolicy",
-        {
-            **where,
-            "PolicyName": name,
-            "PolicyType": "TargetTrackingScaling",
-            "TargetTrackingScalingPolicyConfiguration": {
-                **configuration,
-                "ScaleInCooldown": SCALE_IN_SECONDS,
-                "ScaleOutCooldown": SCALE_OUT_SECONDS,
-            },
-        },
-    )
+    cooldowns = {"ScaleInCooldown": SCALE_IN_SECONDS, "ScaleOutCooldown": SCALE_OUT_SECONDS}
+    return _policy(where, name, "TargetTrackingScaling", {**configuration, **cooldowns})
+
+
+def _policy(where: dict[str, str], name: str, kind: str, settings: dict[str, Any]) -> Request:
+    named = {"PolicyName": name, "PolicyType": kind, f"{kind}PolicyConfiguration": settings}
+    return Request(SERVICE, "PutScalingPolicy", **where, **named)
 
 
 def _by_requests(deployment: Deployment) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def run(project: Project, batch: Batch, out: Path | None) -> int:
     look = describe("TransformJob", name)
     if project.aws.find(look) is None:
         source = {"Bucket": batch.bucket, "Key": f"{batch.folder}/in/{FILE}", "Body": batch.body}
-        project.aws.call(Request("s3", "PutObject", source))
+        project.aws.call(Request("s3", "PutObject", **source))
         project.aws.call(batch.request)
         output.item(f"transform job {name}", "made")
     else:
@@ -144,9 +144,7 @@ def transform_request(
         "TransformResources": resources,
     }
     name = f"{deployment.name}-{digest(request)}"
-    return Request(
-        "sagemaker", "CreateTransformJob", {"TransformJobName": name, **request, "Tags": tags}
-    )
+    return Request("sagemaker", "CreateTransformJob", TransformJobName=name, **request, Tags=tags)
 
 
 def save(output: Output, reply: bytes, out: Path) -> tuple[int, int]:

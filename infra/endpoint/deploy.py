@@ -17,7 +17,7 @@ from typing import Any
 from dalle.errors import AwsError, UserError
 from infra.aws.limits import Deployment, check_deployment
 from infra.aws.project import Project, StackOutputs, add_project_arguments, open_project
-from infra.aws.request import Request, describe, digest, placeholder
+from infra.aws.request import Request, describe, digest, newest_first, placeholder
 from infra.endpoint import autoscaling, batch
 from infra.endpoint import options as endpoint_options
 from infra.endpoint.idle_cost import expected_idle_cost
@@ -75,16 +75,7 @@ def run(options: argparse.Namespace) -> int:
 def newest_model(project: Project) -> str:
     """Return the model.tar.gz of the newest completed training job. Raises UserError."""
     jobs = project.aws.items(
-        Request(
-            "sagemaker",
-            "ListTrainingJobs",
-            {
-                "NameContains": f"{project.name}-",
-                "StatusEquals": "Completed",
-                "SortBy": "CreationTime",
-                "SortOrder": "Descending",
-            },
-        ),
+        newest_first("TrainingJob", f"{project.name}-", StatusEquals="Completed"),
         "TrainingJobSummaries",
         answer=[{"TrainingJobName": placeholder("newest completed training job")}],
     )
@@ -116,7 +107,7 @@ def model_request(
     if deployment.isolate:
         request["EnableNetworkIsolation"] = True
     name = f"{deployment.name}-{digest(request)}"
-    return Request("sagemaker", "CreateModel", {"ModelName": name, **request, "Tags": tags})
+    return Request("sagemaker", "CreateModel", ModelName=name, **request, Tags=tags)
 
 
 def config_request(
@@ -137,7 +128,7 @@ def config_request(
         }
     name = f"{deployment.name}-{digest(request)}"
     return Request(
-        "sagemaker", "CreateEndpointConfig", {"EndpointConfigName": name, **request, "Tags": tags}
+        "sagemaker", "CreateEndpointConfig", EndpointConfigName=name, **request, Tags=tags
     )
 
 
@@ -185,7 +176,7 @@ def put_endpoint(project: Project, name: str, config_name: str, *, wait: bool) -
     if found is not None and found["EndpointStatus"] == "Failed":
         # A failed endpoint can only be deleted; a new one takes its name.
         output.item(f"endpoint {name}", "had failed; deleted")
-        project.aws.call(Request("sagemaker", "DeleteEndpoint", {"EndpointName": name}))
+        project.aws.call(Request("sagemaker", "DeleteEndpoint", EndpointName=name))
         project.aws.until(
             f"the end of endpoint {name}",
             lambda: project.aws.find(request) is None,
@@ -194,12 +185,12 @@ def put_endpoint(project: Project, name: str, config_name: str, *, wait: bool) -
         found = None
     if found is None:
         state = "made"
-        project.aws.call(Request("sagemaker", "CreateEndpoint", {**target, "Tags": project.tags}))
+        project.aws.call(Request("sagemaker", "CreateEndpoint", **target, Tags=project.tags))
     elif found["EndpointConfigName"] == config_name:
         state = "already there"
     else:
         state = "updated"
-        project.aws.call(Request("sagemaker", "UpdateEndpoint", target))
+        project.aws.call(Request("sagemaker", "UpdateEndpoint", **target))
     if not wait:
         output.item(f"endpoint {name}", f"{state}; not waited for")
         return state

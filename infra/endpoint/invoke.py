@@ -170,7 +170,10 @@ def invoke_sync(project: Project, name: str, body: bytes) -> bytes:
     request = Request(
         "sagemaker-runtime",
         "InvokeEndpoint",
-        {"EndpointName": name, "ContentType": JSON, "Accept": JSON, "Body": body},
+        EndpointName=name,
+        ContentType=JSON,
+        Accept=JSON,
+        Body=body,
     )
     answer = project.aws.call(request, answer={"Body": []})
     return b"".join(project.aws.chunks(answer["Body"], request))
@@ -185,22 +188,16 @@ def invoke_async(
     """
     key = f"async/{name}/requests/{digest(body.decode())}.json"
     project.aws.call(
-        Request(
-            "s3",
-            "PutObject",
-            {"Bucket": outputs.bucket, "Key": key, "Body": body, "ContentType": JSON},
-        )
+        Request("s3", "PutObject", Bucket=outputs.bucket, Key=key, Body=body, ContentType=JSON)
     )
     answer = project.aws.call(
         Request(
             "sagemaker-runtime",
             "InvokeEndpointAsync",
-            {
-                "EndpointName": name,
-                "InputLocation": f"s3://{outputs.bucket}/{key}",
-                "ContentType": JSON,
-                "Accept": JSON,
-            },
+            EndpointName=name,
+            InputLocation=f"s3://{outputs.bucket}/{key}",
+            ContentType=JSON,
+            Accept=JSON,
         )
     )
     if project.aws.dry_run:
@@ -231,7 +228,10 @@ def invoke_stream(project: Project, name: str, body: bytes, out: Path) -> int:
     request = Request(
         "sagemaker-runtime",
         "InvokeEndpointWithResponseStream",
-        {"EndpointName": name, "ContentType": JSON, "Accept": JSON_LINES, "Body": body},
+        EndpointName=name,
+        ContentType=JSON,
+        Accept=JSON_LINES,
+        Body=body,
     )
     answer = project.aws.call(request, answer={"Body": []}, read_seconds=STREAM_SECONDS)
     if project.aws.dry_run:

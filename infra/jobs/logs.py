@@ -7,7 +7,7 @@ from collections import deque
 
 from dalle.errors import UserError
 from infra.aws.project import Project, add_project_arguments, open_project
-from infra.aws.request import Request, describe
+from infra.aws.request import describe, newest_first
 from infra.jobs.progress import ENDED, ENDPOINT_LOGS, TRAINING_LOGS, TRANSFORM_LOGS, Log
 
 POLL_SECONDS = 5.0
@@ -47,13 +47,8 @@ def run(options: argparse.Namespace) -> int:
 
 def newest_job(project: Project) -> str:
     """Return the training job that was started last. Raises UserError when there is none."""
-    request = {
-        "NameContains": f"{project.name}-",
-        "SortBy": "CreationTime",
-        "SortOrder": "Descending",
-    }
     jobs = project.aws.items(
-        Request("sagemaker", "ListTrainingJobs", request),
+        newest_first("TrainingJob", f"{project.name}-"),
         "TrainingJobSummaries",
         answer=[{"TrainingJobName": "<newest training job>"}],
     )

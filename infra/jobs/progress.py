@@ -38,7 +38,7 @@ class Log:
         """Yield the lines that are new since the last call, oldest first."""
         # From the newest timestamp on, included: lines of one timestamp may arrive separately.
         request = {**self._request, "startTime": self._newest}
-        events = self._opened.aws.items(Request("logs", "FilterLogEvents", request), "events")
+        events = self._opened.aws.items(Request("logs", "FilterLogEvents", **request), "events")
         for event in sorted(events, key=lambda event: int(event["timestamp"])):
             is_own = event["logStreamName"].startswith(self._streams)
             if not is_own or event["eventId"] in self._seen:

@@ -314,7 +314,7 @@ def top_names(
     if_dry_run: the folders that a dry run presumes.
     """
     bucket, prefix = split_uri(uri)
-    request = Request("s3", "ListObjectsV2", {"Bucket": bucket, "Prefix": prefix, "Delimiter": "/"})
+    request = Request("s3", "ListObjectsV2", Bucket=bucket, Prefix=prefix, Delimiter="/")
     answer = [{"Prefix": f"{prefix}{name}/"} for name in if_dry_run]
     folders = project.aws.items(request, "CommonPrefixes", answer=answer)
     names = {found["Prefix"].removeprefix(prefix) for found in folders}
@@ -327,7 +327,7 @@ def content_digest(project: Project, uris: Iterable[str]) -> str:
     content = hashlib.sha256()
     for uri in sorted(uris):
         bucket, prefix = split_uri(uri)
-        request = Request("s3", "ListObjectsV2", {"Bucket": bucket, "Prefix": prefix})
+        request = Request("s3", "ListObjectsV2", Bucket=bucket, Prefix=prefix)
         for found in project.aws.items(request, "Contents"):
             line = f"{uri} {found['Key']} {found['Size']} {found['ETag']}\n"
             content.update(line.encode())
@@ -337,7 +337,7 @@ def content_digest(project: Project, uris: Iterable[str]) -> str:
 def holds_objects(project: Project, uri: str) -> bool:
     bucket, prefix = split_uri(uri)
     answer = project.aws.call(
-        Request("s3", "ListObjectsV2", {"Bucket": bucket, "Prefix": prefix, "MaxKeys": 1}),
+        Request("s3", "ListObjectsV2", Bucket=bucket, Prefix=prefix, MaxKeys=1),
         answer={"KeyCount": 1},
     )
     return bool(answer["KeyCount"])

@@ -179,7 +179,7 @@ def training_request(
     }
     if run.environment:
         request["Environment"] = dict(run.environment)
-    return Request("sagemaker", "CreateTrainingJob", request)
+    return Request("sagemaker", "CreateTrainingJob", **request)
 
 
 def definition(run: TrainingRun, channels: Mapping[str, str]) -> dict[str, Any]:

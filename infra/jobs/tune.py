@@ -177,12 +177,10 @@ def tuning_request(
     return Request(
         "sagemaker",
         "CreateHyperParameterTuningJob",
-        {
-            "HyperParameterTuningJobName": name,
-            "HyperParameterTuningJobConfig": search,
-            "TrainingJobDefinition": job,
-            "Tags": tags,
-        },
+        HyperParameterTuningJobName=name,
+        HyperParameterTuningJobConfig=search,
+        TrainingJobDefinition=job,
+        Tags=tags,
     )
 
 

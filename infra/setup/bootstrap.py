@@ -80,7 +80,7 @@ def stack_request(name: str, template: str, read_bucket: str, *, is_new: bool) -
         # Otherwise a stack whose creation failed stays and must be deleted by hand.
         request["OnFailure"] = "DELETE"
     operation = "CreateStack" if is_new else "UpdateStack"
-    return Request("cloudformation", operation, request)
+    return Request("cloudformation", operation, **request)
 
 
 def wait(project: Project) -> None:
@@ -90,7 +90,7 @@ def wait(project: Project) -> None:
         return
     name = stack["StackId"]  # the only name by which a deleted stack is described
     described = project.aws.wait(
-        Request("cloudformation", "DescribeStacks", {"StackName": name}),
+        Request("cloudformation", "DescribeStacks", StackName=name),
         lambda answer: not answer["Stacks"][0]["StackStatus"].endswith("_IN_PROGRESS"),
         every_seconds=POLL_SECONDS,
     )
@@ -101,7 +101,7 @@ def wait(project: Project) -> None:
 
 def _reason(project: Project, stack: str) -> str:
     """Return the first failure that CloudFormation reports."""
-    request = Request("cloudformation", "DescribeStackEvents", {"StackName": stack})
+    request = Request("cloudformation", "DescribeStackEvents", StackName=stack)
     failures = [
         f"{event['LogicalResourceId']}: {event.get('ResourceStatusReason', 'no reason given')}"
         for event in project.aws.items(request, "StackEvents")

@@ -117,7 +117,7 @@ def check_image(image: LocalImage) -> None:
 def push(project: Project, image: LocalImage, target: str) -> None:
     """Log in, tag and push."""
     token = project.aws.call(
-        Request("ecr", "GetAuthorizationToken", {}), answer={"authorizationData": []}
+        Request("ecr", "GetAuthorizationToken"), answer={"authorizationData": []}
     )
     if project.aws.dry_run:
         return
@@ -157,11 +157,9 @@ def read_manifest(project: Project, repository: str, tag: str) -> dict[str, Any]
     request = Request(
         "ecr",
         "BatchGetImage",
-        {
-            "repositoryName": repository,
-            "imageIds": [{"imageTag": tag}],
-            "acceptedMediaTypes": MANIFEST_TYPES,
-        },
+        repositoryName=repository,
+        imageIds=[{"imageTag": tag}],
+        acceptedMediaTypes=MANIFEST_TYPES,
     )
     found = project.aws.call(request, answer={"images": []})["images"]
     if not found:
@@ -194,8 +192,6 @@ def note_size(project: Project, about: dict[str, Any], tag: str, note: str) -> N
     if about["tags"].get(key) != note:
         project.aws.call(
             Request(
-                "ecr",
-                "TagResource",
-                {"resourceArn": about["arn"], "tags": [{"Key": key, "Value": note}]},
+                "ecr", "TagResource", resourceArn=about["arn"], tags=[{"Key": key, "Value": note}]
             )
         )

@@ -127,7 +127,7 @@ def _walk(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
 
 def listing(project: Project, bucket: str, prefix: str) -> dict[str, tuple[int, str]]:
     """Return key -> size and ETag of every object under a prefix."""
-    request = Request("s3", "ListObjectsV2", {"Bucket": bucket, "Prefix": prefix})
+    request = Request("s3", "ListObjectsV2", Bucket=bucket, Prefix=prefix)
     return {
         found["Key"]: (found["Size"], found["ETag"].strip('"'))
         for found in project.aws.items(request, "Contents")
@@ -141,9 +141,7 @@ def delete(project: Project, bucket: str, objects: list[dict[str, str]]) -> None
     """
     for start in range(0, len(objects), DELETED_TOGETHER):
         some = {"Objects": objects[start : start + DELETED_TOGETHER], "Quiet": True}
-        answer = project.aws.call(
-            Request("s3", "DeleteObjects", {"Bucket": bucket, "Delete": some})
-        )
+        answer = project.aws.call(Request("s3", "DeleteObjects", Bucket=bucket, Delete=some))
         kept = answer.get("Errors", [])
         if kept:
             raise AwsError(

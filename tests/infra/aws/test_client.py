@@ -14,7 +14,7 @@ from infra.aws.output import Output
 from infra.aws.request import Request
 from tests.infra.aws_account import LACKING
 
-LIST = Request("sagemaker", "ListModels", {})
+LIST = Request("sagemaker", "ListModels")
 
 
 @pytest.fixture
@@ -67,14 +67,14 @@ def test_the_permission_that_lacks_is_named_as_aws_names_it(account, connected):
     message = "User: me is not authorized to perform: s3:ListBucket on resource: arn:aws:s3:::b"
     account.refuse("GET /b", "AccessDenied", message, status=403)
     with pytest.raises(AccessError, match="may not do s3:ListBucket"):
-        connected.call(Request("s3", "ListObjectsV2", {"Bucket": "b"}))
+        connected.call(Request("s3", "ListObjectsV2", Bucket="b"))
 
 
 def test_a_page_of_html_is_reported_as_a_line(account, connected, monkeypatch):
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     account.refuse("DescribeStacks", "500", "<!doctype html>\n<h1>Server\nError</h1>", status=500)
     with pytest.raises(AwsError) as result:
-        connected.call(Request("cloudformation", "DescribeStacks", {}))
+        connected.call(Request("cloudformation", "DescribeStacks"))
     assert "\n" not in str(result.value)
     assert "<" not in str(result.value)
 
@@ -108,7 +108,7 @@ def test_a_server_that_does_not_answer_is_reported(account, connected, monkeypat
 
 
 def test_an_invocation_is_never_sent_twice(account, connected):
-    request = Request("sagemaker-runtime", "InvokeEndpoint", {"EndpointName": "e", "Body": b"{}"})
+    request = Request("sagemaker-runtime", "InvokeEndpoint", EndpointName="e", Body=b"{}")
     account.refuse("POST /endpoints/e/invocations", "InternalFailure", "x", status=500, times=3)
     with pytest.raises(AwsError):
         connected.call(request)
@@ -117,15 +117,15 @@ def test_an_invocation_is_never_sent_twice(account, connected):
 
 @pytest.mark.slow
 def test_what_is_not_there_is_found_as_none(connected):
-    assert connected.find(Request("sagemaker", "DescribeModel", {"ModelName": "m"})) is None
-    assert connected.find(Request("cloudformation", "DescribeStacks", {"StackName": "s"})) is None
+    assert connected.find(Request("sagemaker", "DescribeModel", ModelName="m")) is None
+    assert connected.find(Request("cloudformation", "DescribeStacks", StackName="s")) is None
     assert connected.read("no-such-bucket", "key") is None
 
 
 def test_a_refusal_is_no_absence(account, connected):
     account.refuse("DescribeModel", "AccessDeniedException", "no")
     with pytest.raises(AccessError):
-        connected.find(Request("sagemaker", "DescribeModel", {"ModelName": "m"}))
+        connected.find(Request("sagemaker", "DescribeModel", ModelName="m"))
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_a_refusal_is_no_absence(account, connected):
 )
 def test_a_wrong_request_is_refused_before_it_is_sent(account, connected, parameters, says):
     with pytest.raises(PlanError, match=re.escape(says)):
-        connected.call(Request("sagemaker", "CreateModel", parameters))
+        connected.call(Request("sagemaker", "CreateModel", **parameters))
     assert account.requests.total() == 0
 
 
@@ -209,10 +209,10 @@ def test_every_command_that_makes_something_has_a_dry_run():
 def test_what_moto_lacks_is_checked_against_botocores_model(
     account, connected, monkeypatch, service, operation
 ):
-    request = Request(service, operation, LACKING[service, operation])
+    request = Request(service, operation, **LACKING[service, operation])
     connected.check(request)
     with pytest.raises(PlanError):
-        connected.check(Request(service, operation, {**request.parameters, "Colour": "red"}))
+        connected.check(Request(service, operation, **request.parameters, Colour="red"))
     # As soon as moto has it, it leaves the list.
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     account.handlers.clear()
