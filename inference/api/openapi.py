@@ -9,7 +9,7 @@ from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import models_json_schema
 
 from dalle.versions import OURS, installed
-from inference.api.content_types import IMAGES, JSON, JSON_LINES, TEXT
+from inference.api.parsing import IMAGES, JSON, JSON_LINES, TEXT
 from inference.api.replies import (
     CandidateLine,
     CompleteReply,

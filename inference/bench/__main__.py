@@ -41,7 +41,7 @@ from dalle.preprocess.tokenizer import CaptionTokenizer
 from inference.bench import steps as bench_steps
 from inference.bench.requests import CAPTION, measure_requests
 from inference.bench.steps import Memory, Timings
-from inference.engine.image_decoder import to_pixels
+from inference.engine.scheduler import to_pixels
 from inference.engine.thread_tuning import choices, fastest, measure_steps
 
 _TEXT_LENGTH = 64

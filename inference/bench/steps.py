@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from dalle.decoding.cpu.kv_cache import KeyRange
 from dalle.decoding.cpu.step import CpuStep
+from dalle.decoding.cpu.torch_step import KeyRange
 from dalle.decoding.engine import DecodeEngine
 from dalle.decoding.sampling import SamplingOptions
 from dalle.decoding.select import new_step

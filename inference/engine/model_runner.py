@@ -31,7 +31,6 @@ from dalle.types import Precision
 from inference.api.rendering import Result
 from inference.api.schema import CompleteRequest, GenerateRequest, Request
 from inference.engine.input_processor import prepare
-from inference.engine.latency import LatencyModel
 from inference.engine.request import (
     EngineRequest,
     PreparedClassification,
@@ -82,8 +81,7 @@ class ModelRunner:
                 max_candidates=self._max_candidates,
                 captions=_example_captions(artefact, device),
             )
-            latency = LatencyModel(self._max_candidates)
-            self._scheduler = Scheduler(artefact, self._engine, latency)
+            self._scheduler = Scheduler(artefact, self._engine)
 
     @classmethod
     def load(

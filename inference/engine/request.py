@@ -3,7 +3,8 @@
     request's thread   prepare ──> submit ──> next_event, next_event, … the last one is the outcome
     model's thread             started ──> put(preview or candidate), … ──> outcome
 
-Knows nothing of HTTP, models or the queue; imports no torch. Letters: T text length, S image size.
+Knows nothing of HTTP, models or the queue; imports no torch. Letters: T text length, S image size,
+E embedding.
 """
 
 from __future__ import annotations
@@ -12,18 +13,24 @@ import math
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from dalle.errors import DalleError
-from inference.api.rendering import Candidate, Preview, Result
+from inference.api.rendering import Candidate, GenerateResult, Preview, Result, rank
+from inference.api.replies import RankedBy
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dalle.decoding.sampling import SamplingOptions
+    from dalle.decoding.step import CandidateTokens, DecodeRequest
 
+_NO_PIXELS = np.zeros((0, 0, 3), np.uint8)
 _MAX_UNREAD = 64  # events of a request above which previews are dropped
 
 
@@ -142,7 +149,10 @@ class EngineRequest:
 
 @dataclass(kw_only=True, eq=False)
 class PreparedGeneration(EngineRequest):
-    """A request for images. Tensors are on the CPU."""
+    """A request for images. Its prepared tensors are on the CPU.
+
+    `decoding` and all after it is its state while it runs: the model's thread alone uses it.
+    """
 
     caption: str
     text_tokens: Tensor
@@ -156,9 +166,62 @@ class PreparedGeneration(EngineRequest):
     preview_rows: int | None = None
     num_images: int = 1
 
+    decoding: DecodeRequest = field(init=False, repr=False)
+    """The request in the decoding engine."""
+    caption_embedding: Tensor | None = field(default=None, init=False)
+    """[1, E] by CLIP; None without a CLIP."""
+    num_positions: int = field(default=0, init=False)
+    """Positions that are sampled: all but the primed ones."""
+    began: float = field(default=0.0, init=False)
+    sampled: deque[CandidateTokens] = field(default_factory=deque, init=False)
+    """Candidates whose tokens are complete, and which are not decoded yet."""
+    finished: list[Candidate] = field(default_factory=list, init=False)
+    decode_seconds: float = field(default=0.0, init=False)
+    rank_seconds: float = field(default=0.0, init=False)
+    is_stopped: bool = field(default=False, init=False)
+    """No more candidates are sampled: it was cancelled or the deadline is near."""
+
     @property
     def units(self) -> int:
         return self.num_candidates
+
+    @property
+    def num_unsampled(self) -> int:
+        """Candidates that wait for a slot or are being sampled."""
+        return len(self.decoding.waiting) + self.decoding.in_slots
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no further candidate will be finished."""
+        return self.is_cancelled or (self.decoding.is_over and not self.sampled)
+
+    def release_pixels(self) -> None:
+        """Keep the pixels of the best `num_images` candidates only.
+
+        A reply contains no others, and a stream has sent them already. This bounds the memory
+        whatever `num_candidates` is.
+        """
+        kept = self.num_images
+        if len(self.finished) > kept:
+            ranked = rank(self.finished)
+            rest = [replace(each, pixels=_NO_PIXELS) for each in ranked[kept:]]
+            self.finished = [*ranked[:kept], *rest]
+
+    def end(self, ranked_by: RankedBy) -> None:
+        """Set the outcome: the finished candidates, or an error where there are none."""
+        if self.is_cancelled or not self.finished:
+            self.outcome = self.stop_error()
+            return
+        elapsed = time.monotonic() - self.began
+        self.outcome = GenerateResult(
+            ranked=rank(self.finished),
+            ranked_by=ranked_by,
+            seed=self.seed,
+            num_candidates=self.num_candidates,
+            sample_seconds=max(0.0, elapsed - self.decode_seconds - self.rank_seconds),
+            decode_seconds=self.decode_seconds,
+            rank_seconds=self.rank_seconds,
+        )
 
 
 @dataclass(kw_only=True, eq=False)

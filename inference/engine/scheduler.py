@@ -4,7 +4,7 @@
     step()          repeatedly: one position of every candidate -> images and scores of a few
                     finished candidates -> the requests that have ended
 
-One thread calls everything. Letters: K candidates, N positions, M codes per position, E embedding.
+One thread calls everything. Letters: K candidates, N positions, M codes per position, S image size.
 """
 
 from __future__ import annotations
@@ -12,55 +12,48 @@ from __future__ import annotations
 import time
 from functools import partial
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from dalle.artefact import Artefact
 from dalle.decoding.engine import DecodeEngine
-from dalle.decoding.request import CandidateTokens
-from inference.api.rendering import Candidate
+from dalle.decoding.step import CandidateTokens
+from dalle.preprocess.images import Pixels
+from inference.api.rendering import Candidate, Preview
 from inference.api.replies import RankedBy
-from inference.engine.image_decoder import (
-    decode_previews,
-    is_preview_position,
-    max_previews,
-    to_pixels,
-)
-from inference.engine.latency import LatencyModel
 from inference.engine.request import EngineRequest, PreparedGeneration
-from inference.engine.running_request import RunningRequest
 
 _FINISH_BATCH = 4  # on a CPU: candidates decoded between two steps; all others wait meanwhile
 _FINISH_BATCH_GPU = 32
 _MIN_SHARING = 4  # requests that are begun even when earlier ones could use every slot
 _STEPS_PER_RECORD = 32  # steps of one size that are measured together
 _MAX_STEPS_AHEAD = 8  # steps that are launched on a GPU before the host waits for it
+_NEWEST = 0.5  # weight of the newest measurement: there are few, and speeds are steady
 
 
 class Scheduler:
-    """All requests for images that are running.
+    """All requests for images that are running."""
 
-    latency: receives the measured seconds, and limits how much is sampled together.
-    """
-
-    def __init__(self, artefact: Artefact, engine: DecodeEngine, latency: LatencyModel) -> None:
+    def __init__(self, artefact: Artefact, engine: DecodeEngine) -> None:
         self._dvae = artefact.require("dvae")
         self._clip = artefact.clip
         self._tokenizer = artefact.tokenizer
         self._engine = engine
-        self._latency = latency
+        self._latency = LatencyModel(engine.max_candidates)
         self._device = engine.model.text_position.device
-        self._running: list[RunningRequest] = []
+        self._running: list[PreparedGeneration] = []
         self._measured = (0, False, 0, 0.0)  # candidates, guided, steps, seconds
         self._synchronize = (
             partial(torch.cuda.synchronize, self._device) if self._device.type == "cuda" else None
         )
         self._steps_ahead = 0  # launched steps that a GPU may not have finished
-        self._shares: dict[RunningRequest, int] = {}  # candidates of each in the last step
+        self._shares: dict[PreparedGeneration, int] = {}  # candidates of each in the last step
 
     @property
     def has_room(self) -> bool:
         """Whether another request should be begun: slots are free or few requests share them."""
-        unsampled = sum(running.num_unsampled for running in self._running)
+        unsampled = sum(request.num_unsampled for request in self._running)
         return unsampled < self._engine.max_candidates or len(self._running) < _MIN_SHARING
 
     @torch.inference_mode()
@@ -68,49 +61,45 @@ class Scheduler:
         """Begin a request: encode its caption. Raises `Cancelled` or `DeadlineExceeded`."""
         request.check()
         self._wait_for_device()
-        began = time.monotonic()
-        embedding, rank_seconds = None, 0.0
+        request.began = began = time.monotonic()
         if self._clip is not None:
             embedding = self._clip.encode_captions([request.caption], self._tokenizer)
-            rank_seconds = time.monotonic() - began
-        prime_tokens, num_positions = None, self._dvae.config.num_positions
+            request.caption_embedding, request.rank_seconds = embedding, time.monotonic() - began
+        prime_tokens, request.num_positions = None, self._dvae.config.num_positions
         if request.prime is not None:
             num_primed = request.prime_rows * self._dvae.config.grid_size
             prime_tokens = self._dvae.encode(request.prime.to(self._device))[0, :num_primed]
-            num_positions -= num_primed
-        decoding = self._engine.submit(
+            request.num_positions -= num_primed
+        request.decoding = self._engine.submit(
             request.text_tokens.to(self._device),
             candidates=range(request.num_candidates),
             seed=request.seed,
             options=request.options,
             prime_tokens=prime_tokens,
         )
-        running = RunningRequest(
-            request, decoding, embedding, num_positions, began, rank_seconds=rank_seconds
-        )
         request.cost_seconds = time.monotonic() - began
-        self._running.append(running)
-        self._limit(running)
+        self._running.append(request)
+        self._limit(request)
 
     @torch.inference_mode()
     def step(self) -> list[EngineRequest]:
         """Sample one position of every candidate, finish some, return the requests that ended."""
-        for running in self._running:
-            unfinished = running.decoding.in_slots + len(running.sampled)
-            if not running.request.may_continue(self._latency.finishing_seconds(unfinished)):
+        for request in self._running:
+            unfinished = request.decoding.in_slots + len(request.sampled)
+            if not request.may_continue(self._latency.finishing_seconds(unfinished)):
                 self._wait_for_device()
-                self._engine.cancel(running.decoding)
-                running.is_stopped = True
+                self._engine.cancel(request.decoding)
+                request.is_stopped = True
         if not self._engine.is_idle:
             self._sample()
             self._preview()
         self._finish()
         ended = [each for each in self._running if each.is_over]
         self._running = [each for each in self._running if each not in ended]
-        for running in ended:
-            self._engine.cancel(running.decoding)  # it may have been cancelled just now
-            running.end(self._ranked_by)
-        return [running.request for running in ended]
+        for request in ended:
+            self._engine.cancel(request.decoding)  # it may have been cancelled just now
+            request.end(self._ranked_by)
+        return [*ended]
 
     def abandon(self) -> None:
         """Give up every request after a failure."""
@@ -120,7 +109,7 @@ class Scheduler:
 
     def _sample(self) -> None:
         """Sample one position of every candidate; divide the time among the requests."""
-        by_request = {running.decoding: running for running in self._running}
+        by_request = {request.decoding: request for request in self._running}
         began = time.monotonic()
         sampled = self._engine.step()
         if self._synchronize is not None:
@@ -130,16 +119,16 @@ class Scheduler:
                 self._synchronize()
         seconds = time.monotonic() - began
         self._shares = {
-            running: running.decoding.in_slots
-            + sum(each.request is running.decoding for each in sampled)
-            for running in self._running
+            request: request.decoding.in_slots
+            + sum(each.request is request.decoding for each in sampled)
+            for request in self._running
         }
         self._charge(seconds)
         self._measure(sum(self._shares.values()), seconds)
         for each in sampled:
-            running = by_request[each.request]
-            running.sampled.append(each)
-            self._limit(running)
+            request = by_request[each.request]
+            request.sampled.append(each)
+            self._limit(request)
 
     def _wait_for_device(self) -> None:
         """Wait until a GPU has finished the launched steps, and charge the time to them."""
@@ -156,12 +145,12 @@ class Scheduler:
     def _charge(self, seconds: float) -> None:
         """Divide the time of steps among the requests, by their candidates in the last one."""
         total = max(1, sum(self._shares.values()))
-        for running, share in self._shares.items():
-            running.request.cost_seconds += seconds * share / total
+        for request, share in self._shares.items():
+            request.cost_seconds += seconds * share / total
 
     def _measure(self, num_candidates: int, seconds: float) -> None:
         """Record the seconds of steps in the latency model, many of one size at once."""
-        guided = any(running.decoding.slots_each == 2 for running in self._running)
+        guided = any(request.decoding.slots_each == 2 for request in self._running)
         candidates, was_guided, steps, total = self._measured
         if (candidates, was_guided) != (num_candidates, guided) or steps == _STEPS_PER_RECORD:
             if steps and candidates:
@@ -169,45 +158,51 @@ class Scheduler:
             steps, total = 0, 0.0
         self._measured = num_candidates, guided, steps + 1, total + seconds
 
-    def _limit(self, running: RunningRequest) -> None:
+    def _limit(self, request: PreparedGeneration) -> None:
         """Limit the candidates in slots to what can be finished before the request's deadline."""
-        request, decoding = running.request, running.decoding
-        previews = max_previews(self._dvae.config.grid_size, request.preview_rows)
+        decoding = request.decoding
+        previews = 0
+        if request.preview_rows is not None:  # of a finished image there is none
+            previews = (self._dvae.config.grid_size - 1) // request.preview_rows
         decoding.max_in_slots = self._latency.chunk_size(
-            max(1, running.num_unsampled),
+            max(1, request.num_unsampled),
             request.options.guidance_scale != 1.0,
-            running.num_positions,
+            request.num_positions,
             request.seconds_left(),
             decodes=1 + previews,
             others=self._engine.num_in_slots - decoding.in_slots,
         )
 
     def _preview(self) -> None:
-        """Pass previews on of the candidates that have reached a preview position."""
+        """Pass on a preview of each unfinished candidate after every `preview_rows` whole rows."""
         grid_size = self._dvae.config.grid_size
-        for running in self._running:
-            every_rows = running.request.preview_rows
-            if every_rows is None or running.is_stopped:
+        for request in self._running:
+            if request.preview_rows is None or request.is_stopped:
                 continue
-            positions = self._engine.positions(running.decoding).values()
-            if not any(is_preview_position(each, grid_size, every_rows) for each in positions):
+            by_rows: dict[int, list[tuple[int, Tensor]]] = {}
+            for number, tokens in self._engine.tokens_so_far(request.decoding):
+                rows, rest = divmod(len(tokens), grid_size)
+                if not rest and not rows % request.preview_rows and 0 < rows < grid_size:
+                    by_rows.setdefault(rows, []).append((number, tokens))
+            if not by_rows:
                 continue
             self._wait_for_device()
             began = time.monotonic()
-            unfinished = self._engine.tokens_so_far(running.decoding)
-            for preview in decode_previews(self._dvae, unfinished, every_rows):
-                running.request.put(preview)
+            for rows, group in by_rows.items():
+                images = self._dvae.decode_rows(torch.stack([tokens for _, tokens in group]))
+                for (number, _), pixels in zip(group, to_pixels(images), strict=True):
+                    request.put(Preview(number, rows, pixels))
             seconds = time.monotonic() - began
-            running.decode_seconds += seconds
-            running.request.cost_seconds += seconds
+            request.decode_seconds += seconds
+            request.cost_seconds += seconds
 
     def _finish(self) -> None:
         """Decode and score a few sampled candidates, in the order of sampling; pass them on."""
         most = _FINISH_BATCH_GPU if self._device.type == "cuda" else _FINISH_BATCH
-        batch: list[tuple[RunningRequest, CandidateTokens]] = []
-        for running in self._running:
-            while running.sampled and len(batch) < most and not running.request.is_cancelled:
-                batch.append((running, running.sampled.popleft()))
+        batch: list[tuple[PreparedGeneration, CandidateTokens]] = []
+        for request in self._running:
+            while request.sampled and len(batch) < most and not request.is_cancelled:
+                batch.append((request, request.sampled.popleft()))
         if not batch:
             return
         began = time.monotonic()
@@ -217,25 +212,97 @@ class Scheduler:
         scores: list[float | None] = [None] * len(batch)
         merits = [each.log_likelihood for _, each in batch]
         if self._clip is not None:
-            captions = [running.caption_embedding for running, _ in batch]
+            captions = [request.caption_embedding for request, _ in batch]
             caption_embeddings = torch.cat([each for each in captions if each is not None])
             cosines = (self._clip.encode_image(images) * caption_embeddings).sum(dim=1)
             scores = cosines.tolist()
             merits = self._clip.merit(cosines, cosines.new_tensor(merits)).tolist()
         ranked = time.monotonic()
         self._latency.record_finishing(len(batch), ranked - began)
-        for (running, each), score, merit, image in zip(batch, scores, merits, pixels, strict=True):
-            running.decode_seconds += (decoded - began) / len(batch)
-            running.rank_seconds += (ranked - decoded) / len(batch)
-            running.request.cost_seconds += (ranked - began) / len(batch)
+        for (request, each), score, merit, image in zip(batch, scores, merits, pixels, strict=True):
+            request.decode_seconds += (decoded - began) / len(batch)
+            request.rank_seconds += (ranked - decoded) / len(batch)
+            request.cost_seconds += (ranked - began) / len(batch)
             candidate = Candidate(each.number, each.log_likelihood, score, merit, image)
-            running.finished.append(candidate)
-            running.request.put(candidate)
-        for running in dict.fromkeys(running for running, _ in batch):
-            running.release_pixels()
+            request.finished.append(candidate)
+            request.put(candidate)
+        for request in dict.fromkeys(request for request, _ in batch):
+            request.release_pixels()
 
     @property
     def _ranked_by(self) -> RankedBy:
         if self._clip is None:
             return "log_likelihood"
         return "clip_and_log_likelihood" if self._clip.config.likelihood_weight else "clip"
+
+
+class LatencyModel:
+    """Running means of what sampling and finishing take. Used by the model's thread only.
+
+    max_chunk_size: candidates sampled together when there is no deadline.
+    """
+
+    def __init__(self, max_chunk_size: int) -> None:
+        self.max_chunk_size = max_chunk_size
+        self._sample: dict[tuple[int, bool], float] = {}  # (size, guided) -> seconds per position
+        self._finish = 0.0  # decoding and scoring, seconds per candidate
+
+    def record_sampling(self, size: int, guided: bool, positions: int, seconds: float) -> None:
+        """Record that `size` candidates took `seconds` for `positions` image-token positions."""
+        newest = seconds / max(1, positions)
+        mean = self._sample.get((size, guided), newest)
+        self._sample[size, guided] = mean + _NEWEST * (newest - mean)
+
+    def record_finishing(self, size: int, seconds: float) -> None:
+        """Record that decoding and scoring `size` candidates took `seconds`."""
+        self._finish = (self._finish or seconds / size) * (1 - _NEWEST) + seconds / size * _NEWEST
+
+    def finishing_seconds(self, size: int) -> float:
+        """Return the expected seconds of decoding and scoring `size` candidates."""
+        return self._finish * size
+
+    def chunk_size(
+        self,
+        remaining: int,
+        guided: bool,
+        positions: int,
+        seconds: float,
+        *,
+        decodes: int = 1,
+        others: int = 0,
+    ) -> int:
+        """Return how many of the `remaining` candidates to sample together, `seconds` being left.
+
+        decodes: how often each is decoded, more than once with previews.
+        others: candidates of other requests that are sampled in the same steps.
+        The result is `remaining` or the maximum, halved until it is expected to be finished in
+        time, at least 1.
+        """
+        size = min(remaining, self.max_chunk_size)
+        while size > 1:
+            expected = self._seconds_per_position(size + others, guided) * positions
+            if expected + decodes * self.finishing_seconds(size) <= seconds:
+                break
+            size = (size + 1) // 2
+        return size
+
+    def _seconds_per_position(self, size: int, guided: bool) -> float:
+        """Return the measured seconds, else an upper bound.
+
+        The bound is the next larger size that was measured, or in proportion to the largest.
+        """
+        known = {
+            size: each for (size, is_guided), each in self._sample.items() if is_guided == guided
+        }
+        if not known and guided:  # two passes instead of one
+            return 2 * self._seconds_per_position(size, False)
+        larger = [each for each in known if each >= size]
+        if larger:
+            return known[min(larger)]
+        return known[max(known)] * size / max(known) if known else 0.0
+
+
+def to_pixels(images: Tensor) -> list[Pixels]:
+    """Convert images [K, 3, S, S] in [0, 1] to K arrays [S, S, 3] of uint8."""
+    rounded = (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
+    return list(np.ascontiguousarray(rounded.permute(0, 2, 3, 1).cpu().numpy()))

@@ -23,7 +23,7 @@ from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntity
 
 from dalle.errors import UserError
 from inference.api import openapi, parsing
-from inference.api.content_types import Accept, body_kind
+from inference.api.parsing import Accept, body_kind
 from inference.api.rendering import CUSTOM_ATTRIBUTES, render_error
 from inference.api.replies import ErrorDetail, ErrorReply
 from inference.api.schema import Limits

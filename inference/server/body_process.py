@@ -24,8 +24,7 @@ from typing import IO, Any
 
 from dalle.errors import DalleError, PlatformError, UserError
 from dalle.preprocess.images import decode_image, encode_image, to_square
-from inference.api.content_types import BodyKind
-from inference.api.parsing import decode_base64, parse_request
+from inference.api.parsing import BodyKind, decode_base64, parse_request
 from inference.api.schema import ClassifyRequest, GenerateRequest, Limits, Request
 
 LARGE_BYTES = 2**18  # of a body; a smaller one is parsed in a few milliseconds

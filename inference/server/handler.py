@@ -16,15 +16,16 @@ from pydantic import BaseModel, TypeAdapter
 
 from dalle.errors import DalleError, UserError
 from dalle.preprocess.images import ImageFormat
-from inference.api.content_types import (
+from inference.api.parsing import (
     JSON,
     JSON_LINES,
     JSON_LINES_NAMES,
     OFFERED_WITHOUT_IMAGE,
     Accept,
     BodyKind,
+    parse_request,
+    split_lines,
 )
-from inference.api.parsing import parse_request, split_lines
 from inference.api.rendering import (
     Candidate,
     ClassifyResult,

@@ -19,12 +19,14 @@ PATIENCE = 60.0  # seconds until a test that waits for a process gives up
 class Served:
     """A running `serve`. Its log is read by a thread, so that waiting for a line needs no sleep."""
 
-    def __init__(self, root: Path, arguments: list[str], variables: dict[str, str]) -> None:
+    def __init__(
+        self, root: Path, arguments: list[str], variables: dict[str, str], module: str
+    ) -> None:
         environment = {name: value for name, value in os.environ.items() if name[:5] != "DALLE"}
         path = f"{REPOSITORY / 'container'}{os.pathsep}{REPOSITORY}"
         environment |= {"PYTHONPATH": path, "DALLE_THREADS": "1", "DALLE_DEVICE": "cpu"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "inference", "--root", root, "--host", "127.0.0.1", *arguments],
+            [sys.executable, "-m", module, "--root", root, "--host", "127.0.0.1", *arguments],
             env=environment | variables,
             cwd=root,
             stderr=subprocess.PIPE,
@@ -92,8 +94,10 @@ class Served:
 
 
 @contextmanager
-def running(root: Path, *arguments: str, **variables: str) -> Iterator[Served]:
-    served = Served(root, list(arguments or ("--port", "0")), variables)
+def running(
+    root: Path, *arguments: str, module: str = "inference", **variables: str
+) -> Iterator[Served]:
+    served = Served(root, list(arguments or ("--port", "0")), variables, module)
     try:
         yield served
     finally:

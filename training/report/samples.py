@@ -19,9 +19,9 @@ from torch import Tensor
 
 from dalle.artefact import Artefact
 from dalle.decoding.engine import DecodeEngine
-from dalle.decoding.request import CandidateTokens
 from dalle.decoding.sampling import SamplingOptions
 from dalle.decoding.select import new_step
+from dalle.decoding.step import CandidateTokens
 from dalle.models.clip import Clip
 from dalle.models.dvae import DiscreteVAE
 from dalle.models.transformer import Dalle

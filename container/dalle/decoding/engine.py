@@ -21,11 +21,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from dalle.decoding.input_batch import Batch, SlotState
-from dalle.decoding.request import CandidateTokens, DecodeRequest, Prefix
 from dalle.decoding.sampling import SamplingOptions, image_uniforms, require_evaluation_mode
 from dalle.decoding.select import new_step
-from dalle.decoding.step import Step
+from dalle.decoding.step import Batch, CandidateTokens, DecodeRequest, Prefix, SlotState, Step
 from dalle.models.transformer import PADDING, Dalle
 
 
@@ -141,14 +139,13 @@ class DecodeEngine:
         batch.advance()
         return finished + [self._finish(each) for each in batch.candidates if each.position == N]
 
-    def positions(self, request: DecodeRequest) -> dict[int, int]:
-        """Return the positions P of each of a request's candidates in slots, by number."""
-        return {each.number: each.position for each in self._candidates if each.request is request}
-
     def tokens_so_far(self, request: DecodeRequest) -> list[tuple[int, Tensor]]:
-        """Return number and tokens [P, M] of each of a request's candidates in slots."""
+        """Return number and tokens [P, M] of each of a request's candidates in slots.
+
+        The tokens are in the engine's own memory; copy what is to outlast its next step.
+        """
         return [
-            (each.number, each.image_tokens[: each.position].clone())
+            (each.number, each.image_tokens[: each.position])
             for each in self._candidates
             if each.request is request
         ]

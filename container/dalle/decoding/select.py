@@ -7,9 +7,8 @@ from importlib.util import find_spec
 
 import torch
 
-from dalle.decoding.cpu.kv_cache import KeyRange
 from dalle.decoding.cpu.step import CpuStep, why_not
-from dalle.decoding.cpu.torch_step import CpuTorchStep
+from dalle.decoding.cpu.torch_step import CpuTorchStep, KeyRange
 from dalle.decoding.gpu.torch_step import GpuTorchStep
 from dalle.decoding.step import Step
 from dalle.models.transformer import Dalle

@@ -1,29 +1,242 @@
-"""Interface of a decoding step, and the parts of a model that every step reads.
+"""One decoding step: the candidates that are sampled, the rows of its batch, and its interface.
 
-    Step          one of cpu.step, cpu.torch_step, gpu.step, gpu.torch_step: see `select`
-    blocks_of …   typed access to a model's blocks, heads and embedding tables
+    DecodeRequest, CandidateTokens   a request in the engine and its candidates
+    SlotState, Batch                 what the engine passes to a step
+    Step                             one of cpu.step, cpu.torch_step, gpu.step, gpu.torch_step
 
-Letters: S slots, B rows of a step, C candidates being sampled, M codes, V codebook size, W width,
-N positions, L inputs of a sequence.
+Letters: S slots, B rows of a step, C candidates being sampled, N positions, M codes per position,
+V codebook size, W width.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dalle.decoding.input_batch import Batch, SlotState
-from dalle.models.layers import FeedForward, KeyValueCache, LayerScale, SelfAttention, visibility
-from dalle.models.transformer import Block, Branch, CodeHead, Dalle, TransformerConfig
-from dalle.types import AttentionKind
+from dalle.decoding.sampling import SamplingOptions, sample_tokens
+from dalle.models.layers import KeyValueCache
+from dalle.models.transformer import TransformerConfig
 
-QK_EPSILON = 1e-5  # of `F.layer_norm`, which the model calls
+
+@dataclass(eq=False)
+class DecodeRequest:
+    """A request for candidates of one caption; made by `DecodeEngine.submit`."""
+
+    seed: int
+    options: SamplingOptions
+    waiting: deque[int]
+    """Numbers of the candidates that have no slot yet."""
+    prime_tokens: Tensor | None = field(repr=False)
+    prefixes: list[Prefix] = field(repr=False)
+    """With the caption, and with guidance without it; none where every position is primed."""
+    max_in_slots: int | None = None
+    """Candidates that may be in slots at the same time; None: as many as there is room for."""
+    in_slots: int = 0
+    """Candidates in slots now."""
+
+    @property
+    def slots_each(self) -> int:
+        """Slots that one candidate takes."""
+        return len(self.prefixes)
+
+    @property
+    def may_start(self) -> bool:
+        """Whether a candidate waits and may take slots."""
+        return bool(self.waiting) and (
+            self.max_in_slots is None or self.in_slots < self.max_in_slots
+        )
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every candidate is finished or given up."""
+        return not self.waiting and not self.in_slots
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Prefix:
+    """Result of the caption's pass through the model, with which each candidate starts."""
+
+    packed: Sequence[Any]
+    """What `Step.load` writes."""
+    hidden: Tensor  # [W], predicts the first position that is not primed
+
+
+@dataclass(eq=False, slots=True)
+class CandidateTokens:
+    """The image tokens of one candidate, while they are sampled and when they are complete."""
+
+    request: DecodeRequest
+    number: int
+    slots: tuple[int, ...]
+    """The slot with the caption, then with guidance the one without it."""
+    position: int
+    """Number of positions that are primed or sampled."""
+    image_tokens: Tensor = field(repr=False)
+    """[N, M] int64. Only the first `position` are valid, and in a slot it is the engine's own."""
+    log_likelihood: float = 0.0
+    """log p of the sampled tokens in nats, set when they are complete: before temperature, filters
+    and guidance, and without the primed positions."""
+
+    @property
+    def slot(self) -> int:
+        return self.slots[0]
+
+    @property
+    def guidance_slot(self) -> int | None:
+        return self.slots[1] if len(self.slots) > 1 else None
+
+
+@dataclass(frozen=True, eq=False)
+class SlotState:
+    """Tensors of the engine by slot; a candidate's entry is that of its slot with the caption."""
+
+    hidden: Tensor
+    """[S, W]: predicts the next position."""
+    image_tokens: Tensor
+    """[S, N, M] int64."""
+    log_likelihood: Tensor
+    """[S]: log p of the tokens sampled so far, in nats."""
+    uniforms: Tensor
+    """[S, N, M] in [0, 1): the random numbers that choose the tokens."""
+
+    @classmethod
+    def new(cls, config: TransformerConfig, num_slots: int, like: Tensor) -> SlotState:
+        """Allocate zeros. like: a tensor of the model's device and dtype."""
+        shape = (num_slots, config.num_positions, config.num_codebooks)
+        return cls(
+            hidden=like.new_zeros(num_slots, config.width),
+            image_tokens=like.new_zeros(shape, dtype=torch.int64),
+            log_likelihood=like.new_zeros(num_slots, dtype=torch.float32),
+            uniforms=like.new_zeros(shape, dtype=torch.float32),
+        )
+
+
+class Batch:
+    """The rows of a step, for as long as the candidates stay the same.
+
+    One row for each candidate, then one without caption for each candidate with guidance. Tensors
+    are made at first use, and nothing is sent to the device after that: a step on a GPU never
+    waits for the host.
+    """
+
+    candidates: list[CandidateTokens]
+    """Of the first rows, [C]."""
+    numpy_rows: np.ndarray
+    """Each row's slot, [B]."""
+    numpy_positions: np.ndarray
+    """Each row's position, [B]."""
+    guided: np.ndarray
+    """Indices of the candidates with guidance, in the order of their rows without caption."""
+
+    def __init__(
+        self, candidates: Sequence[CandidateTokens], num_positions: int, device: torch.device
+    ) -> None:
+        self.candidates = list(candidates)
+        guided = [row for row, each in enumerate(candidates) if each.guidance_slot is not None]
+        slots = [each.slot for each in candidates]
+        guidance_slots = [candidates[row].guidance_slot for row in guided]
+        positions = np.array([each.position for each in candidates], dtype=np.int64)
+        self.numpy_rows = np.array([*slots, *guidance_slots], dtype=np.int64)
+        self.numpy_positions = np.concatenate([positions, positions[guided]])
+        self.guided = np.array(guided, dtype=np.int64)
+        self._num_positions, self._device = num_positions, device
+        self._places: Tensor | None = None
+
+    def advance(self) -> None:
+        """Move every candidate to its next position."""
+        for each in self.candidates:
+            each.position += 1
+        self.numpy_positions += 1
+        if self._places is not None:
+            self._places += 1
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """`numpy_rows` on the device."""
+        return torch.from_numpy(self.numpy_rows).to(self._device)
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """Each candidate's slot, [C]."""
+        return self.rows[: len(self.candidates)]
+
+    @property
+    def places(self) -> Tensor:
+        """Each candidate's slot and position as one index, slot · N + position, [C]."""
+        if self._places is None:
+            C = len(self.candidates)
+            numbers = self.numpy_rows[:C] * self._num_positions + self.numpy_positions[:C]
+            self._places = torch.from_numpy(numbers).to(self._device)
+        return self._places
+
+    @property
+    def blank_rows(self) -> dict[int, int]:
+        """Row without caption of each candidate with guidance, by the candidate's row."""
+        return {int(row): len(self.candidates) + n for n, row in enumerate(self.guided)}
+
+    def sample(
+        self, code_logits: Callable[[Tensor, int, Tensor], Tensor], hidden: Tensor, uniforms: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Sample the candidates' codes [C, M] of the position that the rows' hidden [B, W] predict.
+
+        code_logits: as `Step.code_logits`. uniforms: [C, M]. Returns the codes and their log p [C].
+        """
+        C, M = uniforms.shape
+        codes = torch.zeros(C, M, dtype=torch.int64, device=self._device)
+        log_likelihood = torch.zeros(C, device=self._device)
+        for m in range(M):
+            logits = code_logits(hidden, m, self.spread(codes)).float()
+            codes[:, m], log_p = self._sample_code(logits, uniforms[:, m])
+            log_likelihood += log_p
+        return codes, log_likelihood
+
+    def spread(self, codes: Tensor) -> Tensor:
+        """Codes [C, M] of the candidates -> [B, M] of all rows."""
+        return torch.cat([codes, codes[self._guided]]) if len(self.guided) else codes
+
+    def _sample_code(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """One code per candidate and its log p, [C] each: one call for all of equal options."""
+        C = len(self.candidates)
+        if len(self._groups) == 1:
+            blank = logits[C:] if len(self.guided) else None
+            return sample_tokens(logits[:C], uniforms, self._groups[0][0], blank)
+        codes = torch.empty(C, dtype=torch.int64, device=self._device)
+        log_p = torch.empty(C, device=self._device)
+        for options, rows, blank_rows in self._groups:
+            blank = None if blank_rows is None else logits[blank_rows]
+            codes[rows], log_p[rows] = sample_tokens(logits[rows], uniforms[rows], options, blank)
+        return codes, log_p
+
+    @cached_property
+    def _guided(self) -> Tensor:
+        """`guided` on the device."""
+        return torch.from_numpy(self.guided).to(self._device)
+
+    @cached_property
+    def _groups(self) -> list[tuple[SamplingOptions, Tensor, Tensor | None]]:
+        """Candidates of equal options: the options, their rows, their rows without caption."""
+        by_options: dict[SamplingOptions, list[int]] = {}
+        for row, each in enumerate(self.candidates):
+            by_options.setdefault(each.request.options, []).append(row)
+        blank_rows = self.blank_rows
+        return [
+            (
+                options,
+                torch.tensor(rows, device=self._device),
+                torch.tensor([blank_rows[row] for row in rows], device=self._device)
+                if rows[0] in blank_rows
+                else None,
+            )
+            for options, rows in by_options.items()
+        ]
 
 
 class Step(ABC):
@@ -86,75 +299,3 @@ class Step(ABC):
             numpy_rows, positions = numpy_rows[unfinished], positions[unfinished]
             rows, codes = rows[unfinished], codes[unfinished]
         state.hidden.index_copy_(0, rows, self(numpy_rows, codes, positions))
-
-
-@dataclass(frozen=True)
-class BlockParts:
-    """The layers of one block of the transformer. A gain [W] scales a branch's output."""
-
-    attention_norm: nn.Module
-    attention: SelfAttention
-    attention_gain: Tensor | None
-    feed_forward_norm: nn.Module
-    feed_forward: FeedForward
-    feed_forward_gain: Tensor | None
-
-
-def blocks_of(model: Dalle) -> list[BlockParts]:
-    """List the model's blocks by their parts."""
-    found = []
-    for block in model.blocks:
-        assert isinstance(block, Block)
-        attention, feed_forward = block.attention.function, block.feed_forward.function
-        assert isinstance(attention, SelfAttention)
-        assert isinstance(feed_forward, FeedForward)
-        found.append(
-            BlockParts(
-                block.attention.norm,
-                attention,
-                _gain_of(block.attention),
-                block.feed_forward.norm,
-                feed_forward,
-                _gain_of(block.feed_forward),
-            )
-        )
-    return found
-
-
-def _gain_of(branch: Branch) -> Tensor | None:
-    return branch.scale.gain.detach() if isinstance(branch.scale, LayerScale) else None
-
-
-def heads_of(model: Dalle) -> list[CodeHead]:
-    """List the model's heads, one per code of a position."""
-    return [head for head in model.code_heads if isinstance(head, CodeHead)]
-
-
-def input_tables(model: Dalle) -> tuple[Tensor, Tensor]:
-    """Embeddings of every code of every codebook [M * V, W], and of every position [N, W].
-
-    An input of the image is the sum of M rows of the first and one row of the second.
-    """
-    position = (model.row_position + model.column_position).flatten(0, 1).detach().clone()
-    if model.config.target_position:
-        target = (model.target_row_position + model.target_column_position).flatten(0, 1)
-        position[:-1] += target[1:].detach()
-    codes = [each.get_parameter("weight").detach() for each in model.code_embeddings]
-    return torch.cat(codes), position
-
-
-def earlier_table(head: CodeHead) -> Tensor:
-    """Embeddings [m * V, W] of every code of the m codebooks before a head's own."""
-    tables = [each.get_parameter("weight").detach() for each in head.earlier]
-    return torch.cat(tables) if tables else head.to_logits.weight.new_zeros(0, 0)
-
-
-def inputs_seen(config: TransformerConfig, kind: AttentionKind) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs that each input's query sees, in order, [L, most], and how many they are, [L].
-
-    Entries of a row beyond its count are padding.
-    """
-    grid_size, kernel_size = config.grid_size, config.conv_kernel_size
-    visible = visibility(kind, config.text_length, grid_size, kernel_size).numpy()
-    counts = visible.sum(axis=1)
-    return np.argsort(~visible, axis=1, kind="stable")[:, : int(counts.max())], counts

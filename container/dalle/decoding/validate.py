@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalle.decoding.cpu.kv_cache import KeyRange
+from dalle.decoding.cpu.torch_step import KeyRange
 from dalle.decoding.engine import DecodeEngine
 from dalle.decoding.sampling import (
     SamplingOptions,

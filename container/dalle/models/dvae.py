@@ -1,6 +1,6 @@
 """Discrete VAE: images <-> image tokens. Trained first and frozen for the other two stages.
 
-Letters: B batch, M codebooks, V codebook size, G grid size, N = G·G positions.
+Letters: B batch, M codebooks, V codebook size, G grid size, N = G·G positions, S image size.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from dalle.models.encoders import build_encoder
 from dalle.models.layers import embed_codes, residual_blocks
 from dalle.models.quantiser import build_quantiser
 from dalle.models.reduction import ONE_RANK, Ranks
+
+_UNFINISHED = 128 / 255  # grey
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,16 @@ class DiscreteVAE(nn.Module):
     def decode(self, image_tokens: Tensor) -> Tensor:
         """image tokens [B, N, M] in [0, V) -> images [B, 3, S, S] in [0, 1]."""
         return self._logits(image_tokens).sigmoid()
+
+    def decode_rows(self, image_tokens: Tensor) -> Tensor:
+        """Whole rows of tokens [B, n, M], n <= N -> images [B, 3, S, S], grey below these rows."""
+        config = self.config
+        B, n, M = image_tokens.shape
+        whole = image_tokens.new_zeros(B, config.num_positions, M)
+        whole[:, :n] = image_tokens
+        images = self.decode(whole)
+        images[:, :, n // config.grid_size * config.stride :] = _UNFINISHED
+        return images
 
     def _logits(self, image_tokens: Tensor) -> Tensor:
         """image tokens [B, N, M] -> [B, 3, S, S]"""

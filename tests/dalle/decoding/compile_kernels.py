@@ -16,7 +16,7 @@ from cuda.bindings import driver
 
 from dalle.decoding.gpu import launch
 from dalle.decoding.gpu.step import GpuStep
-from dalle.decoding.input_batch import SlotState
+from dalle.decoding.step import SlotState
 from dalle.models.transformer import Dalle, TransformerConfig
 
 

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from dalle.decoding.cpu.embedding_tables import FloatTable
 from dalle.decoding.cpu.step import CpuStep
-from dalle.decoding.cpu.torch_step import CpuTorchStep
+from dalle.decoding.cpu.torch_step import CpuTorchStep, FloatTable
 from dalle.decoding.engine import DecodeEngine
 from dalle.decoding.gpu.torch_step import GpuTorchStep
 from dalle.decoding.sampling import SamplingOptions

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from dalle.decoding.engine import DecodeEngine
-from dalle.decoding.quantised import matrix
 from dalle.decoding.sampling import SamplingOptions
+from dalle.decoding.torch_decoder import matrix
 from dalle.decoding.validate import (
     Accuracy,
     AccuracyBounds,

@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 
 from dalle.errors import UserError
-from inference.api.content_types import BodyKind
-from inference.api.parsing import parse_request
+from inference.api.parsing import BodyKind, parse_request
 from inference.api.schema import ClassifyRequest, CompleteRequest, GenerateRequest, Limits
 
 LIMITS = Limits(max_candidates=8, max_images=4, max_request_bytes=10_000)

@@ -15,6 +15,7 @@ from inference.api.schema import CompleteRequest, GenerateRequest
 from inference.engine.engine_core import EngineCore, State
 from inference.engine.model_runner import ModelRunner
 from inference.engine.request import Cancelled, DeadlineExceeded, Failed
+from inference.engine.scheduler import LatencyModel
 from inference.settings import read_settings
 
 CPU = torch.device("cpu")
@@ -318,3 +319,19 @@ def test_the_host_waits_for_a_device_that_is_behind(runner, monkeypatch):
         ended = runner.step()
     assert waits[2:] == [16], "the first candidates are finished"
     assert ended[0] is first
+
+
+def test_a_chunk_is_as_large_as_the_time_allows():
+    latency = LatencyModel(16)
+    assert latency.chunk_size(100, False, 16, 1.0) == 16, "nothing is known yet"
+    latency.record_sampling(1, False, 16, 16.0)
+    assert latency.chunk_size(100, False, 16, 1000.0) == 16
+    assert latency.chunk_size(100, False, 16, 70.0) == 4, "at worst in proportion"
+    assert latency.chunk_size(3, False, 16, 1000.0) == 3, "no more than are wanted"
+    assert latency.chunk_size(100, True, 16, 70.0) == 2, "guidance takes two passes"
+    assert latency.chunk_size(100, False, 16, 0.5) == 1
+    latency.record_sampling(16, False, 16, 20.0)
+    assert latency.chunk_size(100, False, 16, 30.0) == 16, "measured"
+    latency.record_finishing(1, 1.0)
+    assert latency.chunk_size(100, False, 16, 30.0) == 8, "decoding counts too"
+    assert latency.chunk_size(100, False, 16, 30.0, decodes=4) == 2, "and so do previews"

@@ -11,8 +11,7 @@ from PIL import Image
 
 from dalle.errors import PlatformError, UserError
 from dalle.preprocess.images import decode_image, to_square
-from inference.api.content_types import BodyKind
-from inference.api.parsing import parse_request
+from inference.api.parsing import BodyKind, parse_request
 from inference.api.schema import ClassifyRequest, GenerateRequest, Limits
 from inference.server.body_process import BodyProcess, scale_images
 

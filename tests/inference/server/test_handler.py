@@ -7,7 +7,7 @@ import time
 import pytest
 from PIL import Image
 
-from inference.api.content_types import Accept, BodyKind
+from inference.api.parsing import Accept, BodyKind
 from inference.server.app import create_app
 from inference.server.body_process import BodyProcess
 from inference.server.handler import Handler

@@ -33,8 +33,8 @@ from dalle.decoding.cpu.structures import (
     Structures,
     library,
 )
-from dalle.decoding.input_batch import Batch
-from dalle.decoding.step import Step, blocks_of, heads_of, input_tables
+from dalle.decoding.model_parts import blocks_of, heads_of, input_tables
+from dalle.decoding.step import Batch, Step
 from dalle.models.layers import KeyValueCache
 from dalle.models.transformer import Dalle
 from dalle.types import AttentionKind, Precision

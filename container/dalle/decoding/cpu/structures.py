@@ -19,8 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle.decoding.quantised import byte_scales
-from dalle.decoding.step import BlockParts, earlier_table, inputs_seen
+from dalle.decoding.model_parts import BlockParts, byte_scales, earlier_table, inputs_seen
 from dalle.models.layers import FeedForward
 from dalle.models.transformer import CodeHead, Dalle
 from dalle.types import AttentionKind, FeedForwardKind, Precision

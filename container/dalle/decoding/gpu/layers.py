@@ -10,7 +10,7 @@ import triton
 from torch import Tensor, nn
 
 from dalle.decoding.gpu.kernels import activate, normalise
-from dalle.decoding.step import BlockParts, earlier_table
+from dalle.decoding.model_parts import BlockParts, earlier_table
 from dalle.models.layers import FeedForward
 from dalle.models.transformer import CodeHead
 

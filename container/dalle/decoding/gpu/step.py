@@ -34,8 +34,8 @@ from dalle.decoding.gpu.sampler import (
     sample_code,
     store_hidden,
 )
-from dalle.decoding.input_batch import Batch, SlotState
-from dalle.decoding.step import QK_EPSILON, blocks_of, heads_of, input_tables, inputs_seen
+from dalle.decoding.model_parts import QK_EPSILON, blocks_of, heads_of, input_tables, inputs_seen
+from dalle.decoding.step import Batch, SlotState
 from dalle.models.layers import KeyValueCache
 from dalle.models.transformer import Dalle, TransformerConfig
 from dalle.types import AttentionKind
