@@ -18,7 +18,7 @@ PORT ?= 8080
 ROOT ?= $(patsubst %/model,%,$(firstword $(wildcard out/demo/ml/model $(OUT)/model) out/demo/ml/model))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check lint format test soak soak-training soak-serving demo play docs tree bench-peers bench-rainbow bench-training image test-image local-train local-serve local-endpoint lock clean
+.PHONY: help setup check lint format test soak soak-training soak-serving demo play picture docs tree bench-peers bench-rainbow bench-training image test-image local-train local-serve local-endpoint lock clean
 
 help:  ## list these targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' Makefile | expand -t 13
@@ -51,6 +51,9 @@ demo: setup  ## train on small synthetic pictures, serve, and ask for captions n
 
 play: setup  ## serve a model of `make demo` or `make local-train` with a page to play with it; ROOT=DIR serves another
 	DALLE_PLAYGROUND=1 .venv/bin/serve --root $(ROOT) --host 127.0.0.1 --port $(PORT)
+
+picture: setup  ## take the README's picture of the page again, with the model of `make play`
+	.venv/bin/python -m tests.inference.playground.picture --root $(ROOT) --out inference/playground.png
 
 docs: setup  ## write the generated parts of the README.md files again
 	.venv/bin/python tests/repository/test_readme.py

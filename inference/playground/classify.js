@@ -43,6 +43,7 @@ export class Classify {
     if (caption && !captions.includes(caption)) {
       this.classes.value = [caption, ...captions].join("\n");
     }
+    this.classes.scrollTop = 0;
     this.run();
   }
 

@@ -1,6 +1,6 @@
 // The two dialogs: one picture of a run, large; and the model card.
 
-import { byId, isSmall, make, wholeSide } from "./dom.js";
+import { byId, isSmall, make, wholeSide, withMinus } from "./dom.js";
 import { nameOf, save } from "./download.js";
 
 /** One picture with its scores, and what can be done with it. */
@@ -40,8 +40,8 @@ export class PictureDialog {
     byId("picture-title").textContent = rank === null ? `Candidate ${candidate}` : `Rank ${rank}`;
     byId("picture-caption").textContent = run.request.caption;
     const facts = { Candidate: candidate, Seed: run.request.seed };
-    if (clip_score !== null) facts["CLIP score"] = clip_score.toFixed(4);
-    facts["Log-likelihood"] = `${log_likelihood.toFixed(2)} nats`;
+    if (clip_score !== null) facts["CLIP score"] = withMinus(clip_score.toFixed(4));
+    facts["Log-likelihood"] = `${withMinus(log_likelihood.toFixed(2))} nats`;
     byId("picture-facts").replaceChildren(...rows(facts));
     const place = run.pictures.indexOf(picture);
     byId("picture-before").disabled = place <= 0;

@@ -36,3 +36,6 @@ export const isSmall = (size) => size <= 128;
 export const seconds = (value) => `${value < 10 ? value.toFixed(2) : value.toFixed(1)} s`;
 
 export const counted = (number, noun) => `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
+
+/** Return the text of a number with a minus sign, and none before a zero. */
+export const withMinus = (text) => (Number(text) === 0 ? text.replace("-", "") : text.replace("-", "\u2212"));

@@ -2,6 +2,7 @@
 
 import { toBytes } from "./api.js";
 import { make } from "./dom.js";
+import { withoutPreviews } from "./history.js";
 
 const encoder = new TextEncoder();
 
@@ -23,7 +24,7 @@ export function nameOf({ request }, { candidate, rank }) {
 export function saveAll(run) {
   const files = run.pictures.map((picture) => [nameOf(run, picture), toBytes(picture.file)]);
   const facts = {
-    request: run.request,
+    request: withoutPreviews(run.request),
     prime: run.prime,
     pictures: run.pictures.map(({ candidate, rank, clip_score, log_likelihood }) => ({
       file: nameOf(run, { candidate, rank }), candidate, rank, clip_score, log_likelihood,

@@ -1,7 +1,7 @@
 // The candidates of one run: places that fill, pictures that sharpen, then the ranked order.
 
 import { toBytes } from "./api.js";
-import { byId, calm, isSmall, make, wholeSide } from "./dom.js";
+import { byId, calm, isSmall, make, wholeSide, withMinus } from "./dom.js";
 
 const MOVE_MILLISECONDS = 700;
 const GAP = 11; // pixels between pictures, at least
@@ -122,7 +122,8 @@ function setPicture(tile, base64) {
   return blob;
 }
 
-/** Return the score that orders pictures, as text. */
+/** Return a picture's score, as text. */
 export function scoreOf({ clip_score, log_likelihood }) {
-  return clip_score === null ? `log p ${log_likelihood.toFixed(1)}` : clip_score.toFixed(3);
+  if (clip_score === null) return `log p ${withMinus(log_likelihood.toFixed(1))}`;
+  return `CLIP ${withMinus(clip_score.toFixed(3))}`;
 }

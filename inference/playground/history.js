@@ -5,12 +5,13 @@ import { byId, make } from "./dom.js";
 const KEPT = "runs"; // in the session's storage: addresses, captions and small pictures
 const MOST = 24;
 
+/** Return what of a request decides its pictures. */
+export const withoutPreviews = ({ preview_rows, ...request }) => request;
+
 /** Return the fragment of a run's address. It stays in the browser: a server never sees it. */
 export function toFragment({ request, prime }) {
   const fields = new URLSearchParams();
-  for (const [name, value] of Object.entries(request)) {
-    if (name !== "preview_rows") fields.set(name, value);
-  }
+  for (const [name, value] of Object.entries(withoutPreviews(request))) fields.set(name, value);
   if (prime) fields.set("prime", JSON.stringify(prime));
   return `#${fields}`;
 }

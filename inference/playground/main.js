@@ -7,7 +7,7 @@ import { PictureDialog, describeModel } from "./dialogs.js";
 import { byId, counted, isSmall, make, seconds, showFieldError, wholeSide } from "./dom.js";
 import { saveAll } from "./download.js";
 import { Grid } from "./grid.js";
-import { History, fromFragment, toFragment } from "./history.js";
+import { History, fromFragment, toFragment, withoutPreviews } from "./history.js";
 import { Settings } from "./settings.js";
 
 const STAGES = ["queue", "sample", "decode", "rank", "encode"];
@@ -262,8 +262,6 @@ class Page {
     }
   }
 }
-
-const withoutPreviews = ({ preview_rows, ...request }) => request;
 
 /** Return the body of a run's request. */
 function bodyOf({ request, prime, primeFile }) {

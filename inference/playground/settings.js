@@ -122,6 +122,6 @@ const isOptional = (property) => Boolean(property.anyOf?.some((kind) => kind.typ
 /** Return a range in words. */
 function rangeOf({ minimum, exclusiveMinimum, maximum }) {
   const upper = maximum === Number.MAX_SAFE_INTEGER ? "2⁵³ − 1" : maximum?.toLocaleString("en");
-  if (exclusiveMinimum !== undefined) return `above ${exclusiveMinimum}, up to ${upper}`;
+  if (exclusiveMinimum !== undefined) return `above ${exclusiveMinimum} to ${upper}`;
   return upper === undefined ? `${minimum} or more` : `${minimum} to ${upper}`;
 }
