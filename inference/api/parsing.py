@@ -40,6 +40,8 @@ OFFERED_WITHOUT_IMAGE = (JSON, *JSON_LINES_NAMES)
 OFFERED = (*OFFERED_WITHOUT_IMAGE, *IMAGES)
 
 _PIECE_CHARACTERS = 2**18  # of base64 decoded at once, in about a millisecond; a multiple of 4
+MAX_LINES = 10_000  # of a JSON-lines body
+_MAX_KEYS = 64  # of an object; no request has so many
 _MAX_DIGITS = 1_000  # of an integer; Python's time to read one grows with the square of its length
 
 
@@ -178,10 +180,16 @@ def parse_request(
 def split_lines(body: bytes) -> list[bytes]:
     """Return the lines of a JSON-lines body. An empty line counts, unless it is the last.
 
-    Raises `UserError` 400 for a blank body.
+    Raises `UserError` 400 for a blank body, 413 for more than `MAX_LINES`.
     """
     if not body.strip():
         raise UserError("the body has no lines; send one JSON object a line", code="malformed_body")
+    if (count := body.count(b"\n") + (not body.endswith(b"\n"))) > MAX_LINES:
+        raise UserError(
+            f"the body has {count:,} lines, more than {MAX_LINES:,}; send them in several bodies",
+            status=413,
+            code="payload_too_large",
+        )
     return body.removesuffix(b"\n").split(b"\n")
 
 
@@ -247,6 +255,13 @@ def _read_object(body: bytes) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise UserError(
             f"the body must be a JSON object, got {_short(text)}", code="malformed_body"
+        )
+    if len(fields) > _MAX_KEYS:
+        raise UserError(
+            f"the body has {len(fields):,} keys, more than any request: {_as_json([*fields][:5])} "
+            "are the first",
+            status=422,
+            code="invalid_request",
         )
     return fields
 
@@ -330,7 +345,7 @@ def _as_json(value: object) -> str:
 
 
 def _short(text: str) -> str:
-    return _cut(repr(text))
+    return repr(text) if len(text) <= 80 else f"{text[:60]!r}… ({len(text):,} characters)"
 
 
 def _cut(text: str) -> str:

@@ -29,7 +29,7 @@ from inference.api.replies import ErrorDetail, ErrorReply
 from inference.api.schema import Limits
 from inference.engine.engine_core import EngineCore, State
 from inference.engine.request_queue import Busy
-from inference.server.body_process import BodyProcess
+from inference.server.bodies import BodyReader
 from inference.server.handler import Answer, Handler, log_error
 from inference.server.metrics import Metrics
 from inference.server.playground import playground
@@ -50,7 +50,7 @@ def create_app(engine_core: EngineCore, settings: Settings) -> Flask:
     metrics = Metrics(engine_core)
     # More requests than these are refused unread, so that threads remain for pings.
     places = threading.BoundedSemaphore(settings.max_invocations)
-    body_process = BodyProcess()
+    bodies = BodyReader()
     document = openapi.document(settings.limits)
     if settings.playground:
         app.register_blueprint(playground(engine_core))
@@ -119,7 +119,7 @@ def create_app(engine_core: EngineCore, settings: Settings) -> Flask:
         handler = Handler(
             engine_core,
             engine,
-            body_process,
+            bodies,
             settings.limits,
             metrics,
             accept=accept,

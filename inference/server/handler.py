@@ -23,7 +23,6 @@ from inference.api.parsing import (
     OFFERED_WITHOUT_IMAGE,
     Accept,
     BodyKind,
-    parse_request,
     split_lines,
 )
 from inference.api.rendering import (
@@ -45,7 +44,7 @@ from inference.api.schema import GenerateRequest, Limits, Request
 from inference.engine.engine_core import Engine, EngineCore
 from inference.engine.request import Cancelled, DeadlineExceeded, EngineRequest, Failed
 from inference.engine.request_queue import Busy
-from inference.server.body_process import LARGE_BYTES, BodyProcess
+from inference.server.bodies import BodyReader
 from inference.server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -81,13 +80,14 @@ class Handler:
 
     engine_core: EngineCore
     engine: Engine
-    body_process: BodyProcess
+    bodies: BodyReader
     limits: Limits
     metrics: Metrics
     accept: Accept
     arrival: float
     has_left: Callable[[], bool]
     _next_check: float = field(default=0.0, init=False)
+    _num_refused: int = field(default=0, init=False)  # lines of a body of lines
 
     def answer(self, body: bytes, kind: BodyKind) -> Answer:
         """Return the reply to one request, or one reply line for each line of a body.
@@ -100,15 +100,25 @@ class Handler:
         return self._answer_one(self._parse(body, kind))
 
     def _parse(self, body: bytes, kind: BodyKind) -> Request:
-        if len(body) <= LARGE_BYTES:
-            return parse_request(body, kind, limits=self.limits)
-        return self.body_process.parse(
+        return self.bodies.read(
             body,
             kind,
             limits=self.limits,
             prime_size=self.engine.image_size,
             clip_size=self.engine.clip_size,
+            check=self._check_reading,
         )
+
+    def _check_reading(self, deadline_seconds: float | None) -> None:
+        """Give up a request that is still being read: no client any more, or no time left."""
+        if self.has_left():
+            raise Cancelled("the client closed the connection")
+        seconds = deadline_seconds or self.limits.deadline_seconds
+        if time.monotonic() > self.arrival + seconds:
+            raise DeadlineExceeded(
+                f"the deadline of {seconds:g} seconds passed while the body was read",
+                field="deadline_seconds",
+            )
 
     def _answer_one(self, request: Request) -> Answer:
         if isinstance(request, GenerateRequest):
@@ -164,6 +174,8 @@ class Handler:
         except Cancelled:
             return  # the client has gone
         finally:
+            if self._num_refused:
+                logger.info("refused: %d of %d lines", self._num_refused, 1 + len(rest))
             for each in (before, line):
                 if isinstance(each, _Line):
                     each.prepared.cancel()
@@ -172,13 +184,16 @@ class Handler:
         """Submit a line; return it, or its reply where it is refused."""
         try:
             request = self._parse(line.strip(), BodyKind.JSON)
+            self._check_reading(request.deadline_seconds)  # before any image is decoded
             return _Line(request, self._submit(request, JSON, wait=wait))
+        except Cancelled:
+            raise
         except Exception as error:
             # The first line's error can still be the status of the whole reply, unless it is
             # about this line's deadline alone.
             if not wait and isinstance(error, Busy) and error.code != "too_busy":
                 raise
-            return _error_line(error)
+            return self._error_line(error)
 
     def _finish_line(self, line: _Line | bytes) -> bytes:
         """Wait for a started line and return its reply."""
@@ -189,7 +204,14 @@ class Handler:
         except Cancelled:
             raise
         except Exception as error:
-            return _error_line(error)
+            return self._error_line(error)
+
+    def _error_line(self, error: Exception) -> bytes:
+        """Return the reply to a line that is refused; the log has one entry for all of them."""
+        self._num_refused += 1
+        if not isinstance(error, DalleError):
+            log_error(error)
+        return _dump(ErrorReply(error=render_error(error)[1])) + b"\n"
 
     def _stream(
         self, prepared: EngineRequest, request: GenerateRequest, event: Preview | Candidate | Result
@@ -301,11 +323,6 @@ def log_error(error: Exception) -> None:
         logger.info("refused: status=%d; code=%s; %s", error.status, error.code, error)
     else:
         logger.error("internal error", exc_info=error)
-
-
-def _error_line(error: Exception) -> bytes:
-    log_error(error)
-    return _dump(ErrorReply(error=render_error(error)[1])) + b"\n"
 
 
 def _dump(model: BaseModel) -> bytes:

@@ -108,6 +108,14 @@ def image_format(data: bytes, *, what: str) -> str:
         return str(image.format).lower()
 
 
+def count_pixels(data: bytes, *, what: str) -> int:
+    """Return the width x height of an image file, by its header. Raises ImageError for no image."""
+    if not data:
+        raise ImageError(f"{what} has no bytes; give a whole image file", ImageFault.EMPTY)
+    with _quiet_pillow(), _open(data, what, is_drafted=True) as image:
+        return image.width * image.height
+
+
 def to_square(image: Image.Image, size: int) -> Pixels:
     """Crop the centre square of an RGB image and resize it, with antialiasing, to `size`.
 

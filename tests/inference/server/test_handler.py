@@ -9,7 +9,7 @@ from PIL import Image
 
 from inference.api.parsing import Accept, BodyKind
 from inference.server.app import create_app
-from inference.server.body_process import BodyProcess
+from inference.server.bodies import BodyReader
 from inference.server.handler import Handler
 from inference.server.metrics import Metrics
 from tests.inference.server.app_fixtures import (
@@ -275,16 +275,11 @@ def test_an_accept_of_images_alone_is_refused_where_there_is_none(
     assert engine.asked == []
 
 
-class NoBodyProcess(BodyProcess):
-    def parse(self, *args, **options):
-        raise AssertionError("a small body needs no child process")
-
-
 def test_deadlines_of_lines_count_from_the_arrival_of_their_body(engine_core):
     handler = Handler(
         engine_core,
         engine_core.engine(),
-        NoBodyProcess(),
+        BodyReader(),
         SETTINGS.limits,
         Metrics(engine_core),
         accept=Accept.parse(None),
