@@ -7,7 +7,8 @@ COMPILE := $(UV) pip compile --quiet --no-annotate --no-emit-index-url --custom-
 # What `make lock` may change: nothing that still fits, or with UPGRADE=--upgrade everything.
 UPGRADE ?=
 # A worker a processor; a file's tests stay together, since they share what is made once for the file.
-PYTEST := .venv/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+PARALLEL := --numprocesses auto --dist loadfile --no-loadscope-reorder
+PYTEST := .venv/bin/python -m pytest $(PARALLEL)
 # Further words for pytest: make test ARGS="-k schema"
 ARGS ?=
 # The image's name, and where local-train leaves what SageMaker would have under /opt/ml.
@@ -18,7 +19,7 @@ PORT ?= 8080
 ROOT ?= $(patsubst %/model,%,$(firstword $(wildcard out/demo/ml/model $(OUT)/model) out/demo/ml/model))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check lint format test soak soak-training soak-serving demo play picture docs tree bench-peers bench-rainbow bench-training image test-image local-train local-serve local-endpoint lock clean
+.PHONY: help setup check lint format test test-any-user soak soak-training soak-serving demo play picture docs tree bench-peers bench-rainbow bench-training image test-image local-train local-serve local-endpoint lock clean
 
 help:  ## list these targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' Makefile | expand -t 13
@@ -36,6 +37,9 @@ format: setup  ## mend what ruff can mend, and lay out the code
 
 test: setup  ## run the tests and name the ten slowest; no network, no GPU, no Docker
 	$(PYTEST) -m "not docker" --durations 10 $(ARGS)
+
+test-any-user: setup  ## the tests as a user id without a name, on a read-only checkout; needs root. ARGS=tests/dalle runs a part
+	tests/any_user.sh $(PARALLEL) $(ARGS)
 
 soak: soak-training soak-serving  ## ten minutes of what goes wrong: training killed again and again, serving under load
 

@@ -19,6 +19,7 @@ from dalle.models import sizes
 from dalle.models.clip import Clip, ClipConfig
 from dalle.models.dvae import DiscreteVAE, DVAEConfig
 from dalle.models.transformer import Dalle, TransformerConfig
+from dalle.platform.user import name_user
 from dalle.preprocess.tokenizer import CaptionTokenizer
 from infra.local.opt_ml import OptMl
 from training import rainbow
@@ -32,6 +33,7 @@ pytest_plugins = [
 ]
 
 torch.set_num_threads(1)
+name_user()  # as the commands do: torch and Triton ask for it when they are used
 
 
 def pytest_collection_modifyitems(items):

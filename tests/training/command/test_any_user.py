@@ -79,3 +79,33 @@ def test_train_and_serve_work_for_a_user_without_a_name_and_a_home():
     assert "report.html" in text
     assert ": ready\n" in text
     assert "Traceback" not in text
+
+
+@pytest.mark.slow
+def test_the_tests_run_for_such_a_user_too_and_cannot_write_into_the_checkout():
+    """`make test-any-user` on one file; it runs all of them."""
+    if os.geteuid() != 0 or shutil.which("unshare") is None or shutil.which("setpriv") is None:
+        not_permitted("another user id in a mount namespace needs root, unshare and setpriv")
+    with directory_for_all() as folder:
+        test = folder / "test_who.py"
+        test.write_text(
+            "import os, pathlib, pwd, pytest\n"
+            "def test_who():\n"
+            f"    assert os.getuid() == {UID} and 'DALLE_REQUIRE_ROOT' not in os.environ\n"
+            "    with pytest.raises(KeyError):\n"
+            "        pwd.getpwuid(os.getuid())\n"
+            "    with pytest.raises(OSError):\n"
+            "        pathlib.Path('tests/new').touch()\n"
+        )
+        done = subprocess.run(
+            [REPOSITORY / "tests/any_user.sh", "-q", str(test)],
+            env={**os.environ, "ANY_USER_ID": str(UID)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+    if "unshare failed" in done.stderr:
+        not_permitted(f"a mount namespace is not permitted here: {done.stderr}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout
