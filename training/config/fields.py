@@ -247,7 +247,7 @@ class JobHyperparameters(_Fields):
     """The job fails when more than this share of the pairs cannot be used."""
     caption_key: Annotated[str, Field(max_length=256)] = ""
     """Column or JSON key of the captions, in Parquet files, tables, COCO files and shards' json; if
-    unset, it is found by its name, and shards' txt members go before json."""
+    unset, it is found by its name, and txt goes before json."""
     num_workers: Annotated[int, Field(ge=0, le=256)] | None = None
     """Processes that load images; chosen by the machine if unset."""
     num_validations: Annotated[int, Field(ge=0, le=10_000)] = 10

@@ -22,6 +22,14 @@ def text_files(folder, pairs):
         put(folder, name, image, "\n".join(captions).encode())
 
 
+def json_files(folder, pairs):
+    """JSON beside each image, as img2dataset writes files."""
+    images(folder, pairs)
+    for name, _, captions in pairs:
+        about = {"caption": list(captions), "status": "success", "width": 8}
+        (folder / f"{name}.json").write_text(json.dumps(about))
+
+
 def shards(folder, pairs, size=50):
     for start in range(0, len(pairs), size):
         members = [
@@ -99,6 +107,7 @@ def coco(folder, pairs):
 
 write = {
     "text files": text_files,
+    "JSON files": json_files,
     "tar shards": shards,
     "img2dataset's shards": img2dataset_shards,
     "metadata.jsonl": metadata_jsonl,

@@ -1,5 +1,6 @@
 """What is found in a channel, and what is skipped, counted and named."""
 
+import json
 import logging
 import os
 import socket
@@ -178,3 +179,50 @@ def test_a_stop_ends_the_listing_and_the_reading_of_captions(tmp_path, caplog, s
     finally:
         logger.removeHandler(handler)
     assert len([record for record in caplog.records if record.levelno == logging.WARNING]) == 1
+
+
+def json_of(folder, name, **content):
+    (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+def test_json_beside_an_image_is_read_where_it_has_no_text_file(tmp_path):
+    channel_of(tmp_path, 3)
+    (tmp_path / "001.txt").unlink()
+    json_of(tmp_path, "001", caption=["one", "two"], key="001")
+    json_of(tmp_path, "002", caption="not this one")
+    json_of(tmp_path, "00000_stats", successes=3)
+    dataset = open_channel(tmp_path, image_size=SIZE)
+    captions = [dataset.captions(number) for number in range(3)]
+    assert captions == [("picture 0",), ("one", "two"), ("picture 2",)]
+    assert dataset.skips.counts == {SkipReason.IGNORED: 1}
+
+
+def test_the_caption_key_names_captions_in_json_beside_images(tmp_path, caplog):
+    channel_of(tmp_path, 2)
+    for name in ("000", "001"):
+        json_of(tmp_path, name, alt=f"the {name}", caption="not this one")
+    dataset = open_channel(tmp_path, image_size=SIZE, caption_key="alt")
+    assert [dataset.captions(number) for number in range(2)] == [("the 000",), ("the 001",)]
+    assert "no effect" not in caplog.text
+
+
+def test_json_without_the_caption_key_is_counted_with_the_keys_it_has(tmp_path, caplog):
+    channel_of(tmp_path, 30)
+    (tmp_path / "001.txt").unlink()
+    json_of(tmp_path, "001", label=[1, 2], shapes=[])
+    dataset = open_channel(tmp_path, image_size=SIZE)
+    assert dataset.skips.counts == {SkipReason.NO_CAPTION_KEY: 1}
+    assert "001.json: no key 'caption', it has: label, shapes" in caplog.text
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf16_with_its_mark_is_read(tmp_path, encoding):
+    put(tmp_path, "a", encode_image(picture(1), "png"), "\ufeffgrößer\r\n".encode(encoding))
+    assert open_channel(tmp_path, image_size=SIZE).captions(0) == ("größer",)
+
+
+def test_utf16_that_is_cut_off_is_named_as_such(tmp_path, caplog):
+    put(tmp_path, "a", encode_image(picture(1), "png"), "größer".encode("utf-16") + b"x")
+    with pytest.raises(DataError, match="no image-caption pair"):
+        open_channel(tmp_path, image_size=SIZE)
+    assert "a.txt: not UTF-16 at byte 14" in caplog.text

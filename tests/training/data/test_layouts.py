@@ -1,5 +1,6 @@
 """Every common layout of captioned images is read: the same pairs, and what is wrong is counted."""
 
+import codecs
 import io
 import json
 import logging
@@ -141,6 +142,11 @@ def test_metadata_lies_in_any_folder_and_names_files_below_it(tmp_path):
         ("image,id,was\n000.png,7,a\n", {}, ("a",)),
         ("./000.png,a\n", {}, ("a",)),
         ("\ufefffile_name,text\r\n000.png,a\r\n", {}, ("a",)),
+        ("file_name,text\r000.png,a\r001.png,b\r", {}, ("a",)),
+        ('file_name,text\r000.png,"a\rb"\r', {}, ("a b",)),
+        ("file_name,text\r\n000.png,ä\r\n".encode("utf-16"), {}, ("ä",)),
+        (codecs.BOM_UTF16_BE + "file_name,text\n000.png,a\n".encode("utf-16-be"), {}, ("a",)),
+        ("file_name,text\n000.png," + "long " * 40_000, {}, ("long " * 39_999 + "long",)),
     ],
 )
 def test_columns_are_found_by_name_or_by_what_they_hold(table, text, options, expected):
@@ -156,7 +162,9 @@ def test_columns_are_found_by_name_or_by_what_they_hold(table, text, options, ex
         ("who,what\nyou,a\n", {}, "no column of image files; it has 'who', 'what'"),
         ("file_name,size\n000.png,3\n", {}, "no column that may hold captions"),
         ('file_name,text\n000.png,"a\n001.png,b\n', {}, "quotation mark may be missing"),
-        ("file_name,text\n000.png,\xe4\n".encode("latin-1"), {}, "is not UTF-8"),
+        ("file_name,text\n000.png,\xe4\n".encode("latin-1"), {}, "line 2 is not UTF-8 from .* 9 "),
+        ("file_name,text\n000.png,a".encode("utf-16") + b"b", {}, "is not UTF-16"),
+        ('file_name,text\n000.png,"' + "a\n" * (1 << 20), {}, "quotation mark may be missing"),
         (
             b"file_name,text\n000.png," + b"a" * (2 << 20),
             {},
@@ -208,6 +216,22 @@ def test_rows_that_cannot_be_read_are_counted_and_the_others_used(table):
     assert counts[SkipReason.BAD_ROW] == 2
     assert counts[SkipReason.GIANT_ROW] == 1
     assert counts[SkipReason.EMPTY_CAPTION] == 2
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_json_lines_end_and_are_encoded_as_any_program_writes_them(table, encoding, end):
+    rows = [{"file_name": f"00{n}.png", "text": f"größer {n}"} for n in range(3)]
+    text = "".join(json.dumps(row, ensure_ascii=False) + end for row in rows)
+    dataset = opened(table(text.encode(encoding), "metadata.jsonl"))
+    assert contents(dataset) == [(n, (f"größer {n}",)) for n in range(3)]
+
+
+def test_a_wrong_byte_in_json_lines_costs_its_row_alone(table):
+    rows = [b'{"file_name": "00%d.png", "text": "a"}' % n for n in range(2)]
+    dataset = opened(table(rows[0] + b"\n" + rows[1][:-2] + b'\xe4"}\n', "metadata.jsonl"))
+    assert contents(dataset) == [(0, ("a",))]
+    assert dataset.skips.counts[SkipReason.BAD_ROW] == 1
 
 
 def test_a_row_with_too_many_cells_is_counted_by_its_line(table, caplog):

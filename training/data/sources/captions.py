@@ -6,6 +6,7 @@ the bytes came from.
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterable
 
@@ -19,7 +20,7 @@ Captions = tuple[str, ...]
 
 
 def captions_of_text(data: bytes, name: str, skips: Skips) -> Captions:
-    """Return the lines of a UTF-8 file that hold text."""
+    """Return the lines of a text file that hold text."""
     content = _decode(data, name, skips)
     return () if content is None else _with_text(content.split("\n"), name, name, skips)
 
@@ -97,15 +98,17 @@ def _with_text(texts: Iterable[str], where: str, name: str, skips: Skips) -> Cap
 
 
 def _decode(data: bytes, name: str, skips: Skips) -> str | None:
+    """Decode UTF-8, or UTF-16 that begins with its mark, as Windows' programs write it."""
+    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    encoding = "UTF-16" if is_utf16 else "UTF-8"
     try:
-        content = data.decode("utf-8-sig")
+        content = data.decode("utf-16" if is_utf16 else "utf-8-sig")
     except UnicodeDecodeError as error:
-        detail = f"{name}: not UTF-8 at byte {error.start}; save it as UTF-8"
+        detail = f"{name}: not {encoding} at byte {error.start}; save it as UTF-8"
         skips.add(SkipReason.NOT_UTF8, name, detail)
         return None
     if NUL in content:
-        at = data.index(NUL.encode())
-        detail = f"{name}: byte {at} is NUL, as in UTF-16; save it as UTF-8"
-        skips.add(SkipReason.NUL_IN_CAPTION, name, detail)
+        at = "it holds NUL" if is_utf16 else f"byte {data.index(NUL.encode())} is NUL, as in UTF-16"
+        skips.add(SkipReason.NUL_IN_CAPTION, name, f"{name}: {at}; save it as UTF-8")
         return None
     return content

@@ -14,7 +14,7 @@ from training.config.fields import DEFAULT_MAX_BAD_SHARE
 from training.data.skips import Skips, printable
 from training.data.sources.coco import CocoReader, find_coco
 from training.data.sources.files import File, walk
-from training.data.sources.folder import CAPTION_SUFFIX, FolderReader
+from training.data.sources.folder import CAPTION_SUFFIX, FolderReader, json_beside_images
 from training.data.sources.index import (
     EXPECTED_LAYOUT,
     IMAGE_SUFFIXES,
@@ -107,12 +107,13 @@ def reader_of(
     _warn_of_single_files(channel, is_streamed, is_part)
     if image and (reader := _table_reader(root, files, channel, caption_key)):
         return reader
-    if caption_key is not None:
+    if caption_key is not None and not json_beside_images(files):
         log.warning(
-            "%s: caption_key has no effect: the channel holds neither tar shards nor a table",
+            "%s: caption_key has no effect: the channel holds neither tar shards nor a table, and "
+            "no JSON beside its images",
             channel,
         )
-    return FolderReader(root, files)
+    return FolderReader(root, files, caption_key)
 
 
 def _table_reader(

@@ -32,9 +32,10 @@ MAX_IMAGE_BYTES = 256 << 20
 
 EXPECTED_LAYOUT = (
     "a channel holds images (png, jpg, jpeg or webp), each beside a text file of the same name "
-    "(0017.png, 0017.txt) in UTF-8 with one caption a line, sub-folders are fine; or tar shards of "
-    "such files; or images and a table of them (metadata.jsonl, metadata.csv, a list of paths and "
-    "captions, COCO's captions); or Parquet files with images and captions"
+    "(0017.png, 0017.txt) in UTF-8 with one caption a line, or JSON with a caption (0017.json), "
+    "sub-folders are fine; or tar shards of such files; or images and a table of them "
+    "(metadata.jsonl, metadata.csv, a list of paths and captions, COCO's captions); or Parquet "
+    "files with images and captions"
 )
 
 FileT = TypeVar("FileT", bound=File)

@@ -10,6 +10,7 @@ list in a cell, are several captions.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -143,20 +144,22 @@ def _lines(
         else:
             yield from _lines_of_csv(path, table, where, resolve, skips)
     except UnicodeDecodeError as error:
-        raise DataError(f"{where} is not UTF-8 ({error.reason}); save it as UTF-8") from error
+        encoding = error.encoding.upper()
+        raise DataError(f"{where} is not {encoding} ({error.reason}); save it as UTF-8") from error
     except OSError as error:
         raise DataError(f"{where} cannot be read ({error})") from error
 
 
 def _lines_of_json(path: Path, name: str, skips: Skips) -> Iterator[Line]:
-    with path.open("rb") as file:
-        for number, line in enumerate(_bounded_lines(file), 1):
+    with open_text(path) as file:
+        for number, line in enumerate(bounded_lines(file), 1):
             where = f"{name}:{number}"
             if line is None:
                 skips.add(SkipReason.GIANT_ROW, where)
             elif line.strip():
                 try:
-                    row = json.loads(line.decode("utf-8-sig"))
+                    line.encode()  # one wrong byte costs its row alone
+                    row = json.loads(line.removeprefix("\ufeff"))
                 except (ValueError, RecursionError) as error:
                     skips.add(SkipReason.BAD_ROW, where, f"{where}: not JSON ({error})")
                     continue
@@ -170,10 +173,12 @@ def _lines_of_json(path: Path, name: str, skips: Skips) -> Iterator[Line]:
 def _lines_of_csv(
     path: Path, table: File, where: str, resolve: Callable[[object], str | None], skips: Skips
 ) -> Iterator[Line]:
-    with path.open("rb") as file:
-        delimiter = _delimiter(file.readline(MAX_ROW_BYTES), table.suffix)
-        file.seek(0)
-        reader = csv.reader(_texts(file, where), delimiter=delimiter, strict=True)
+    # Of the process, and 128 KiB unless set: a cell may be as long as a caption in a file may be.
+    csv.field_size_limit(MAX_ROW_BYTES)
+    with open_text(path) as file:
+        delimiter = _delimiter(next(bounded_lines(file), "") or "", table.suffix)
+    with open_text(path) as file:
+        reader = csv.reader(_whole_lines(file, where), delimiter=delimiter, strict=True)
         names: list[str] | None = None
         try:
             for cells in reader:
@@ -206,26 +211,49 @@ def _check_names(names: Sequence[str], where: str) -> None:
             raise DataError(f"{where} has {count} columns called {name!r:.80}; rename them")
 
 
-def _delimiter(first_line: bytes, suffix: str) -> str:
+def _delimiter(first_line: str, suffix: str) -> str:
     """Return what parts the columns: a tab, a comma, or the semicolon of some spreadsheets."""
     if suffix != ".csv":
         return "\t"
-    return ";" if first_line.count(b";") > first_line.count(b",") else ","
+    return ";" if first_line.count(";") > first_line.count(",") else ","
 
 
-def _texts(file: io.BufferedReader, where: str) -> Iterator[str]:
-    for number, line in enumerate(_bounded_lines(file), 1):
+def _whole_lines(file: io.TextIOWrapper, where: str) -> Iterator[str]:
+    """Yield lines. Raises DataError for one that is too long, or not of the file's encoding."""
+    for number, line in enumerate(bounded_lines(file), 1):
         if line is None:
             raise DataError(f"{where}: line {number} has more than {MAX_ROW_BYTES:,} bytes")
-        yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        try:
+            line.encode()
+        except UnicodeEncodeError as error:
+            encoding = file.encoding.removesuffix("-sig").upper()
+            raise DataError(
+                f"{where}: line {number} is not {encoding} from character {error.start + 1} on; "
+                "save the table as UTF-8"
+            ) from error
+        yield line
 
 
-def _bounded_lines(file: io.BufferedReader) -> Iterator[bytes | None]:
-    """Yield a file's lines; None for one of more than `MAX_ROW_BYTES`, which is not kept."""
+def open_text(path: Path) -> io.TextIOWrapper:
+    """Open UTF-8, or UTF-16 that begins with its mark, as Windows' programs write it.
+
+    Wrong bytes become surrogates. Raises OSError.
+    """
+    with path.open("rb") as file:
+        is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    encoding = "utf-16" if is_utf16 else "utf-8-sig"
+    return path.open(encoding=encoding, errors="surrogateescape", newline="")
+
+
+def bounded_lines(file: io.TextIOWrapper) -> Iterator[str | None]:
+    """Yield a file's lines, whatever ends them: LF, CR and LF, or CR as in old spreadsheets.
+
+    None is one of more than `MAX_ROW_BYTES`, which is not kept.
+    """
     while line := file.readline(MAX_ROW_BYTES + 1):
         if len(line) <= MAX_ROW_BYTES:
             yield line
             continue
-        while line and not line.endswith(b"\n"):
+        while line and not line.endswith(("\n", "\r")):
             line = file.readline(MAX_ROW_BYTES)
         yield None
