@@ -246,8 +246,8 @@ class JobHyperparameters(_Fields):
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = DEFAULT_MAX_BAD_SHARE
     """The job fails when more than this share of the pairs cannot be used."""
     caption_key: Annotated[str, Field(max_length=256)] = ""
-    """Column or JSON key of the captions, in Parquet files, tables, COCO files and shards' json; if
-    unset, it is found by its name, and txt goes before json."""
+    """Column or JSON key of the captions, in Parquet files, tables, COCO files and JSON of images;
+    if unset, it is found by its name, and txt goes before json."""
     num_workers: Annotated[int, Field(ge=0, le=256)] | None = None
     """Processes that load images; chosen by the machine if unset."""
     num_validations: Annotated[int, Field(ge=0, le=10_000)] = 10

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import tarfile
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,7 @@ from dalle.preprocess.images import encode_image
 from tests.training.data import layouts
 from tests.training.pairs import SIZE, picture, put
 from training.data.batching.preload import preload_if_small
+from training.data.batching.sampler import Sampler
 from training.data.skips import SkipReason
 from training.data.sources import coco as coco_module
 from training.data.sources import parquet as parquet_module
@@ -298,6 +300,25 @@ def test_images_that_do_not_fit_into_the_cache_are_read_group_by_group(tmp_path,
     dataset = opened(tmp_path)
     assert dataset.groups == (5, 5, 2)
     assert [number for number, _ in contents(dataset)] == list(range(12))
+
+
+def test_a_row_group_is_read_twice_an_epoch_at_most_however_little_is_kept(tmp_path, monkeypatch):
+    pairs = [(f"{n:03}", PAIRS[n % 12][1], (f"picture {n}",)) for n in range(640)]
+    layouts.parquet(tmp_path, pairs, row_group_size=32)
+    monkeypatch.setattr(parquet_module, "CACHED_BYTES", 1)
+    dataset = opened(tmp_path)
+    read, images = Counter(), parquet_module.ParquetReader._images
+
+    def counted(reader, files, group):
+        read[group] += 1
+        return images(reader, files, group)
+
+    monkeypatch.setattr(parquet_module.ParquetReader, "_images", counted)
+    sampler = Sampler(num_pairs=640, batch_size=8, seed=0, groups=dataset.groups)
+    for index in sampler.permutation(0).tolist():
+        assert int(dataset.image(index)[0, 0, 0]) == index % 12
+    assert len(read) == 20
+    assert max(read.values()) <= 2
 
 
 @pytest.mark.parametrize("kind", ["cut off", "no footer", "lying footer"])

@@ -1,8 +1,9 @@
 """Parquet files with images in a column: Hugging Face's data sets, img2dataset's output.
 
 An image is a struct with `bytes` (and `path`), or a binary value. Captions are read when the
-channel is opened; of the images one row group at a time, and the last ones are kept. So a channel
-whose images do not fit into the cache is read group by group (`groups`), as shards in FastFile.
+channel is opened. A row group can only be read from front to back: each one in use has a stream,
+which goes on where it was, and the last images that were read are kept. So a channel whose images
+do not fit into the cache is read group by group (`groups`), as shards in FastFile.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ MAX_TEXT_BYTES = 512 << 20  # of a row group's captions
 MAX_ROWS_PER_BYTE = 16  # of a table: a run of equal values takes no bytes, whatever its length
 _ROWS = 1024  # captions read at once
 _IMAGES = 16  # images read at once: a dictionary may make them larger than the footer says
+_STREAMS = 20  # open at once: the 16 that `Sampler` reads side by side, and some that are done
+_BUFFER_BYTES = 1 << 20  # of each stream; without one, Arrow holds its whole row group
 _NOT_UNICODE = "\udcff"  # what stands for a text that is not UTF-8
 
 
@@ -63,21 +66,44 @@ class ImageColumn(NamedTuple):
         return f"{self.name}.bytes" if self.is_struct else self.name
 
 
-class _Images(NamedTuple):
-    """The images of a row group, `_IMAGES` in each batch but the last."""
+class _Stream:
+    """The images of a row group from front to back. number: of the batch that was read last."""
 
-    batches: Sequence[pa.Array]
-    num_bytes: int
+    def __init__(self, batches: Iterator[pa.Array]) -> None:
+        self._batches = batches
+        self.number = -1
+        self.batch: pa.Array | None = None
+
+    def read(self) -> pa.Array:
+        """Return the next `_IMAGES` images; fewer at the end."""
+        self.batch = next(self._batches)
+        self.number += 1
+        return self.batch
+
+
+Group = tuple[int, int]
+"""File, row group."""
 
 
 @dataclass
 class _Opened:
-    """Open files and row groups of one process: neither survives a fork."""
+    """Open files and images of one process: neither survives a fork. batches: by group, number."""
 
     process: int
     lock: threading.Lock = field(default_factory=threading.Lock)
     files: dict[int, pq.ParquetFile] = field(default_factory=dict)
-    groups: OrderedDict[tuple[int, int], _Images] = field(default_factory=OrderedDict)
+    streams: OrderedDict[Group, _Stream] = field(default_factory=OrderedDict)
+    batches: OrderedDict[tuple[Group, int], pa.Array] = field(default_factory=OrderedDict)
+    num_bytes: int = 0  # of the batches
+
+    def keep(self, key: tuple[Group, int], batch: pa.Array) -> None:
+        """Keep a batch, and the newest others for which there is room."""
+        if (replaced := self.batches.pop(key, None)) is not None:
+            self.num_bytes -= replaced.nbytes
+        self.batches[key] = batch
+        self.num_bytes += batch.nbytes
+        while self.num_bytes > CACHED_BYTES and len(self.batches) > 1:
+            self.num_bytes -= self.batches.popitem(last=False)[1].nbytes
 
 
 class ParquetReader(Reader[ParquetImage]):
@@ -113,10 +139,9 @@ class ParquetReader(Reader[ParquetImage]):
         opened = self._opened
         if opened.process != os.getpid():
             opened = self._opened = _Opened(os.getpid())
+        number, row = divmod(image.row, _IMAGES)
         with opened.lock:
-            images = self._group(opened, image.file, image.group)
-        batch, row = divmod(image.row, _IMAGES)
-        value = images.batches[batch][row]
+            value = self._batch(opened, (image.file, image.group), number)[row]
         if isinstance(value, pa.DictionaryScalar):
             value = value.value
         return value.as_py() or b"" if value.is_valid else b""
@@ -188,35 +213,45 @@ class ParquetReader(Reader[ParquetImage]):
         if number not in opened.files:
             path = self._root / self._files[number].name
             # Arrow's threads do not survive a fork, and workers are forked.
-            opened.files[number] = pq.ParquetFile(path, pre_buffer=False)
+            opened.files[number] = pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES)
         return opened.files[number]
 
-    def _group(self, opened: _Opened, number: int, group: int) -> _Images:
-        """Return the images of a row group, and keep them as long as there is room."""
-        if (images := opened.groups.get((number, group))) is None:
-            try:
-                images = self._read_group(opened, number, group)
-            except pa.ArrowException as error:
-                raise OSError(None, str(error).partition("\n")[0]) from error
-            opened.groups[number, group] = images
-            while len(opened.groups) > 1 and _num_bytes(opened.groups) > CACHED_BYTES:
-                opened.groups.popitem(last=False)
-        opened.groups.move_to_end((number, group))
-        return images
+    def _batch(self, opened: _Opened, group: Group, number: int) -> pa.Array:
+        """Return a batch of a row group, and keep it as long as there is room."""
+        if (kept := opened.batches.get((group, number))) is not None:
+            opened.batches.move_to_end((group, number))
+            return kept
+        stream = opened.streams.pop(group, None)
+        if stream is None or stream.number > number:
+            stream = _Stream(self._images(opened, group))
+        opened.streams[group] = stream
+        if len(opened.streams) > _STREAMS:
+            opened.streams.popitem(last=False)
+        try:
+            while stream.number < number:
+                opened.keep((group, stream.number + 1), stream.read())
+        except (pa.ArrowException, OSError, StopIteration) as error:
+            del opened.streams[group]
+            if isinstance(error, OSError):
+                raise
+            message = str(error).partition("\n")[0] or "it has fewer rows than its footer says"
+            raise OSError(None, message) from error
+        # The stream has its last batch, though reading others may have driven it out.
+        return stream.batch
 
-    def _read_group(self, opened: _Opened, number: int, group: int) -> _Images:
+    def _images(self, opened: _Opened, group: Group) -> Iterator[pa.Array]:
+        """Yield the images of a row group in batches. Raises OSError, ArrowException."""
         assert self._column is not None, "a file has been listed"
-        batches: list[pa.Array] = []
-        num_bytes = 0
-        for batch in self._file(opened, number).iter_batches(
-            _IMAGES, [group], [self._column.path], use_threads=False
+        file, number = group
+        for batch in self._file(opened, file).iter_batches(
+            _IMAGES, [number], [self._column.path], use_threads=False
         ):
             column = batch.column(0)
-            batches.append(column.field("bytes") if self._column.is_struct else column)
-            num_bytes += batches[-1].nbytes
-            if num_bytes > MAX_GROUP_BYTES:
-                raise OSError(None, f"its row group has more than {MAX_GROUP_BYTES:,} bytes")
-        return _Images(batches, num_bytes)
+            images = column.field("bytes") if self._column.is_struct else column
+            if images.nbytes > MAX_GROUP_BYTES:
+                limit = f"{MAX_GROUP_BYTES:,} bytes"
+                raise pa.ArrowInvalid(f"{_IMAGES} images have more than {limit}")
+            yield images
 
 
 def has_images(path: Path) -> bool | None:
@@ -344,7 +379,3 @@ def _suffix(row: Mapping[str, Any], column: ImageColumn, has_path: bool) -> str:
     name = path if isinstance(path, str) else "" if has_path else f"image.{column.name}"
     suffix = posixpath.splitext(name)[1].lower()
     return suffix if suffix in IMAGE_SUFFIXES else ""
-
-
-def _num_bytes(groups: Mapping[Any, _Images]) -> int:
-    return sum(images.num_bytes for images in groups.values())
