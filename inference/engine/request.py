@@ -173,6 +173,7 @@ class PreparedGeneration(EngineRequest):
     num_positions: int = field(default=0, init=False)
     """Positions that are sampled: all but the primed ones."""
     began: float = field(default=0.0, init=False)
+    """When the scheduler took it, as `time.monotonic()`; `started` is when it left the queue."""
     sampled: deque[CandidateTokens] = field(default_factory=deque, init=False)
     """Candidates whose tokens are complete, and which are not decoded yet."""
     finished: list[Candidate] = field(default_factory=list, init=False)
