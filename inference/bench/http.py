@@ -3,7 +3,8 @@
     python -m inference.bench.http --model out/demo/ml/model --clients 8
 
 Starts the real `serve` on a free port of loopback and, in this process, the same engine without a
-server. Both get the same requests, `--clients` at a time, in turns of `--requests`. Each turn gives
+server. Both get the same requests, `--clients` at a time, in turns of `--requests`; the load is the
+closed loop of `inference.bench.load`. Each turn gives
 the ratio of its two throughputs, so that other load on the machine affects both; the result is the
 median ratio. After that /ping is timed beside the same load, where it cannot change the ratio. The
 last line is JSON.
@@ -13,8 +14,8 @@ from __future__ import annotations
 
 import argparse
 import base64
-import http.client
 import io
+import itertools
 import json
 import os
 import re
@@ -23,8 +24,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,12 +37,13 @@ import torch
 from PIL import Image
 
 from inference.api.rendering import GenerateResult
-from inference.api.replies import GenerateReply
 from inference.api.schema import GenerateRequest
 from inference.bench import steps as bench_steps
+from inference.bench.http_target import HttpTarget
+from inference.bench.load import closed_loop
+from inference.bench.workload import DEFAULT_CAPTIONS, Workload
 from inference.engine.model_runner import ModelRunner
 
-_CAPTIONS = ("big filled orange star", "small violet circle", "red square", "blue star")
 _PATIENCE = 600.0  # seconds for a request
 _PING_PAUSE = 0.02  # seconds between two pings
 _LARGE_CLIENTS = 8  # clients that send large images with --image-mb
@@ -54,37 +56,6 @@ class Turn:
     engine: float
     http: float
     pings: list[float]
-
-
-class Server:
-    """A running `serve` on loopback."""
-
-    def __init__(self, port: int) -> None:
-        self.port = port
-
-    def ask(self, connection: http.client.HTTPConnection, body: bytes) -> int:
-        """Send one request; return the number of candidates that were completed for it."""
-        connection.request("POST", "/invocations", body, {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        content = response.read()
-        if response.status != 200:
-            raise RuntimeError(f"the server answered {response.status}: {content[:300]!r}")
-        return GenerateReply.model_validate_json(content).completed_candidates
-
-    def connect(self) -> http.client.HTTPConnection:
-        """Open a connection of one client."""
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=_PATIENCE)
-
-    def ping(self) -> float:
-        """Seconds of one ping on a new connection, as the platform sends it."""
-        began = time.perf_counter()
-        connection = self.connect()
-        try:
-            connection.request("GET", "/ping")
-            connection.getresponse().read()
-        finally:
-            connection.close()
-        return time.perf_counter() - began
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -114,29 +85,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--image-mb", type=float, default=0.0, help="beside pings, 8 clients send such images"
     )
     given = parser.parse_args(arguments)
-    bodies = [
-        json.dumps(
-            {
-                "caption": _CAPTIONS[number % len(_CAPTIONS)],
-                "seed": number,
-                "num_candidates": given.num_candidates,
-                "num_images": given.num_images,
-                "deadline_seconds": _PATIENCE,
-            }
-        ).encode()
-        for number in range(given.requests)
-    ]
+    workload = Workload(
+        captions=list(DEFAULT_CAPTIONS),
+        num_candidates=given.num_candidates,
+        num_images=given.num_images,
+    )
     runner = ModelRunner.load(
         given.model, given.device, threads=given.threads, precision=given.precision
     )
     runner.self_test()
-    with serving(given) as server:
-        turns = [
-            measure(runner, server, bodies, given.clients, image_bytes=int(1e6 * given.image_mb))
-            for _ in range(given.turns + 1)
-        ][1:]  # the first one warms up
+    with serving(given) as target:
+        turns = [measure(runner, target, workload, given) for _ in range(given.turns + 1)]
     machine = bench_steps.describe_machine(torch.device(given.device))
-    print(json.dumps(machine | figures(turns, given)))
+    print(json.dumps(machine | figures(turns[1:], given)))  # the first one warms up
 
 
 def figures(turns: Sequence[Turn], given: argparse.Namespace) -> dict[str, Any]:
@@ -161,57 +122,46 @@ def figures(turns: Sequence[Turn], given: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(
-    runner: ModelRunner,
-    server: Server,
-    bodies: Sequence[bytes],
-    clients: int,
-    *,
-    image_bytes: int = 0,
+    runner: ModelRunner, target: HttpTarget, workload: Workload, given: argparse.Namespace
 ) -> Turn:
-    """Run one turn: the same requests by the engine alone, through HTTP, and beside pings.
-
-    image_bytes: classifications of images of this size run beside the pings, too.
-    """
-    engine = _by_engine(runner, bodies, clients)
-    through = _by_http(server, bodies, clients)
+    """Run one turn: the same requests by the engine alone, through HTTP, and beside pings."""
+    engine = _by_engine(runner, workload, given.clients, given.requests)
+    through = _by_http(target, workload, given.clients, given.requests)
     pings: list[float] = []
-    works = [lambda: _ping(server, pings)]
-    if image_bytes:
-        body = _large_body(image_bytes)
-        works += [lambda: _classify(server, body)] * _LARGE_CLIENTS
+    works = [lambda: _ping(target, pings)]
+    if given.image_mb:
+        body = _large_body(int(1e6 * given.image_mb))
+        works += [lambda: _classify(target, body)] * _LARGE_CLIENTS
     with beside(*works):
-        _by_http(server, bodies, clients)
+        _by_http(target, workload, given.clients, given.requests)
     return Turn(engine, through, pings)
 
 
-def _by_engine(runner: ModelRunner, bodies: Sequence[bytes], clients: int) -> float:
-    """Images per second with `clients` requests begun at any time."""
-    waiting = [GenerateRequest.model_validate_json(body) for body in bodies]
-    begun, completed = 0, 0
+def _by_engine(runner: ModelRunner, workload: Workload, clients: int, requests: int) -> float:
+    """Images per second of the first `requests` that end, with `clients` begun at any time."""
+    bodies = map(workload.request, itertools.count())
+    begun = ended = completed = 0
     began = time.perf_counter()
-    while waiting or begun:
-        while waiting and begun < clients and runner.has_room:
-            runner.add(runner.prepare(waiting.pop(0)))
+    while ended < requests:
+        while begun - ended < clients and runner.has_room:
+            runner.add(runner.prepare(GenerateRequest.model_validate_json(next(bodies))))
             begun += 1
-        for ended in runner.step():
-            assert isinstance(ended.outcome, GenerateResult)
-            completed += len(ended.outcome.ranked)
-            begun -= 1
-    return completed / (time.perf_counter() - began)
+        for each in runner.step():
+            assert isinstance(each.outcome, GenerateResult)
+            ended += 1
+            completed += len(each.outcome.ranked)
+    seconds = time.perf_counter() - began
+    runner.abandon()  # what is in progress at the end counts on neither side
+    return completed / seconds
 
 
-def _by_http(server: Server, bodies: Sequence[bytes], clients: int) -> float:
+def _by_http(target: HttpTarget, workload: Workload, clients: int, requests: int) -> float:
     """Images per second of clients that send their next request when the last is answered."""
-    waiting = iter(bodies)  # shared: each client takes the next one
-
-    def client(_: int) -> int:
-        with closing(server.connect()) as connection:
-            return sum(server.ask(connection, body) for body in waiting)
-
-    began = time.perf_counter()
-    with ThreadPoolExecutor(clients) as pool:
-        completed = sum(pool.map(client, range(clients)))
-    return completed / (time.perf_counter() - began)
+    measured = closed_loop(target, workload, clients=clients, requests=requests)
+    if refused := Counter(each.outcome for each in measured.records if not each.is_answered):
+        raise RuntimeError(f"the server did not answer every request: {dict(refused)}")
+    completed = sum(each.completed_candidates for each in measured.records)
+    return completed / measured.window_seconds
 
 
 @contextmanager
@@ -234,20 +184,17 @@ def beside(*works: Callable[[], None]) -> Iterator[None]:
             thread.join()
 
 
-def _ping(server: Server, pings: list[float]) -> None:
-    pings.append(server.ping())
+def _ping(target: HttpTarget, pings: list[float]) -> None:
+    """Note the seconds of one ping on a new connection, as the platform sends it."""
+    began = time.perf_counter()
+    target.get("/ping")
+    pings.append(time.perf_counter() - began)
     time.sleep(_PING_PAUSE)
 
 
-def _classify(server: Server, body: bytes) -> None:
-    connection = server.connect()
-    try:
-        connection.request("POST", "/invocations", body, {"Content-Type": "application/json"})
-        connection.getresponse().read()
-    except OSError:
-        pass  # refused before its body was read
-    finally:
-        connection.close()
+def _classify(target: HttpTarget, body: bytes) -> None:
+    with closing(target.connect()) as connection:
+        connection.send(body)  # it may be refused before all of it was read
 
 
 def _large_body(size: int) -> bytes:
@@ -261,7 +208,7 @@ def _large_body(size: int) -> bytes:
 
 
 @contextmanager
-def serving(given: argparse.Namespace) -> Iterator[Server]:
+def serving(given: argparse.Namespace) -> Iterator[HttpTarget]:
     """Run `serve` on a free port. Raises RuntimeError with its log where it does not start."""
     with TemporaryDirectory() as directory:
         (Path(directory) / "model").symlink_to(given.model.resolve())
@@ -270,6 +217,7 @@ def serving(given: argparse.Namespace) -> Iterator[Server]:
             "DALLE_THREADS": str(given.threads),
             "DALLE_PRECISION": given.precision,
             "DALLE_QUEUE_SIZE": str(max(16, given.clients)),
+            "DALLE_DEADLINE_SECONDS": f"{_PATIENCE:g}",
         }
         words = ["--root", directory, "--host", "127.0.0.1", "--port", "0"]
         process = subprocess.Popen(  # noqa: S603 - ourselves
@@ -282,9 +230,9 @@ def serving(given: argparse.Namespace) -> Iterator[Server]:
         with process.stderr as log:
             reader = threading.Thread(target=log.read)  # the log would fill its pipe
             try:
-                port = _port_when_ready(log)
+                url = _url_when_ready(log)
                 reader.start()
-                yield Server(port)
+                yield HttpTarget(url, timeout_seconds=_PATIENCE)
             finally:
                 process.terminate()
                 process.wait()
@@ -292,14 +240,14 @@ def serving(given: argparse.Namespace) -> Iterator[Server]:
                     reader.join()
 
 
-def _port_when_ready(log: Iterable[str]) -> int:
-    port, lines = 0, []
+def _url_when_ready(log: Iterable[str]) -> str:
+    url, lines = "", []
     for line in log:
         lines.append(line)
-        if found := re.search(r"Listening at: http://[\d.]+:(\d+)", line):
-            port = int(found[1])
+        if found := re.search(r"Listening at: (http://[\d.]+:\d+)", line):
+            url = found[1]
         if line.rstrip().endswith(": ready"):
-            return port
+            return url
     raise RuntimeError("serve did not start:\n" + "".join(lines))
 
 

@@ -8,16 +8,45 @@ from typing import Any
 
 from dalle.artefact import Artefact
 from dalle.errors import DalleError
-from inference.api.rendering import Candidate, GenerateResult, Preview, render_json, stage_timings
-from inference.api.replies import Timings
+from inference.api.rendering import Candidate, GenerateResult, Preview, render_json
 from inference.api.schema import GenerateRequest
+from inference.bench.http_target import Response
+from inference.bench.load import STAGES, open_loop
+from inference.bench.workload import Workload
 from inference.engine.engine_core import EngineCore, State
 from inference.engine.model_runner import ModelRunner
-from inference.engine.request import EngineRequest, Failed
+from inference.engine.request import Failed
 
 CAPTION = "a"
-STAGES = ("queue", "sample", "decode", "rank", "encode")
 _PATIENCE = 3600.0  # seconds for all requests together
+
+
+class EngineTarget:
+    """The engine behind its own queue, without HTTP. Used by many threads at once."""
+
+    def __init__(self, engine_core: EngineCore) -> None:
+        self._engine_core = engine_core
+
+    def connect(self) -> EngineTarget:
+        return self
+
+    def close(self) -> None:
+        """There is no connection to close."""
+
+    def send(self, body: bytes) -> Response:
+        """Wait for a request's end, and encode its images as a reply would. Raises DalleError."""
+        request = GenerateRequest.model_validate_json(body)
+        deadline = time.monotonic() + _PATIENCE
+        prepared = self._engine_core.engine().prepare(request, deadline=deadline)
+        self._engine_core.submit(prepared)
+        while isinstance(event := prepared.next_event(_PATIENCE), Preview | Candidate):
+            pass
+        if isinstance(event, Failed):
+            raise event.error
+        if not isinstance(event, GenerateResult):
+            raise DalleError(f"a request was not answered in {_PATIENCE:g} seconds")
+        reply = render_json(event, request, queue_seconds=prepared.queue_seconds)
+        return Response("200", reply.model_dump_json().encode())
 
 
 def measure_requests(artefact: Artefact, requests: int, num_candidates: int) -> dict[str, Any]:
@@ -30,31 +59,19 @@ def measure_requests(artefact: Artefact, requests: int, num_candidates: int) -> 
     engine_core.start()
     if engine_core.wait_until_loaded(_PATIENCE) is not State.READY:
         raise RuntimeError(f"the engine cannot be loaded: {engine_core.cause}")
+    asked = Workload(captions=[CAPTION], num_candidates=num_candidates, num_images=num_candidates)
     try:
-        began = time.monotonic()
-        asked = [
-            GenerateRequest(
-                caption=CAPTION, seed=seed, num_candidates=num_candidates, num_images=num_candidates
-            )
-            for seed in range(requests)
-        ]
-        engine = engine_core.engine()
-        deadline = began + _PATIENCE
-        submitted = [engine.prepare(each, arrival=began, deadline=deadline) for each in asked]
-        for prepared in submitted:
-            engine_core.submit(prepared)
-        timings = [
-            _timings(prepared, request) for prepared, request in zip(submitted, asked, strict=True)
-        ]
-        seconds = time.monotonic() - began
+        measured = open_loop(
+            EngineTarget(engine_core), asked, times=[0.0] * requests, max_in_flight=requests
+        )
     finally:
         engine_core.drain(_PATIENCE)
     medians = {
-        stage: statistics.median(getattr(each, f"{stage}_seconds") for each in timings)
+        stage: statistics.median(each.stages[stage] for each in measured.records)
         for stage in STAGES
     }
     told = ", ".join(f"{stage} {median:.3f}" for stage, median in medians.items())
-    per_second = requests * num_candidates / seconds
+    per_second = requests * num_candidates / measured.window_seconds
     print(
         f"{requests} requests at once, seconds by stage: {told}; {per_second:.3f} images/s",
         flush=True,
@@ -65,16 +82,3 @@ def measure_requests(artefact: Artefact, requests: int, num_candidates: int) -> 
         "request_seconds": {stage: round(median, 4) for stage, median in medians.items()},
         "request_images_per_second": round(per_second, 3),
     }
-
-
-def _timings(prepared: EngineRequest, request: GenerateRequest) -> Timings:
-    """Wait for a request's end, and encode its images as a reply would."""
-    while isinstance(event := prepared.next_event(_PATIENCE), Preview | Candidate):
-        pass
-    if isinstance(event, Failed):
-        raise event.error
-    if not isinstance(event, GenerateResult):
-        raise DalleError(f"a request was not answered in {_PATIENCE:g} seconds")
-    began = time.monotonic()
-    render_json(event, request, queue_seconds=prepared.queue_seconds)
-    return stage_timings(event, prepared.queue_seconds, time.monotonic() - began)

@@ -5,7 +5,7 @@
     python -m infra benchmark --endpoint dalle --rate 0.5
 
 Writes RUN.json, prints a table, and ends with one line of JSON. `infra.benchmark.measure` runs the
-measurement, `infra.benchmark.load` sends the requests, `infra.benchmark.targets` has the servers.
+measurement, `inference.bench.load` sends the requests, `infra.benchmark.targets` has the servers.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from dalle.errors import AwsError, UserError
+from inference.bench.http_target import TIMEOUT_SECONDS
+from inference.bench.workload import Workload, read_captions
 from infra.aws import client as aws
 from infra.aws.output import Output, aligned
-from infra.benchmark.http import TIMEOUT_SECONDS
 from infra.benchmark.machine import load_average
 from infra.benchmark.measure import Load, Plan, measure
 from infra.benchmark.run_file import Run, save_run
 from infra.benchmark.targets import Server, endpoint_server, image_servers, url_server
-from infra.benchmark.workload import Workload, read_captions
 from infra.cost.command import add_table_argument
 from infra.cost.prices import load_prices
 

@@ -10,11 +10,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from infra.benchmark.load import Measurement, Record, arrivals, closed_loop, open_loop
+from inference.bench.load import Measurement, Record, arrivals, closed_loop, open_loop
+from inference.bench.workload import Workload
 from infra.benchmark.machine import CpuClock
 from infra.benchmark.run_file import Scenario, summarise
 from infra.benchmark.targets import Server
-from infra.benchmark.workload import Workload
 
 # At least so many requests of each client. With fewer, a loop would end while most clients wait for
 # their first reply, and only the quickest requests would count.

@@ -11,9 +11,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dalle.errors import UserError
+from inference.bench.load import HTTP, RETRY, STAGES, Measurement, Record
+from inference.bench.workload import Workload
 from infra.aws.output import write_file
-from infra.benchmark.load import HTTP, RETRY, STAGES, Measurement, Record
-from infra.benchmark.workload import Workload
 
 SATURATED_SHARE = 0.95
 MAX_LATENCIES = 2_000  # stored of one scenario, evenly spaced in their order

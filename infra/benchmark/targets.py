@@ -12,9 +12,9 @@ from typing import Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
 from dalle.errors import DalleError, UserError
+from inference.bench.http_target import HttpTarget, Response, Target
 from infra.aws.client import Aws
 from infra.aws.request import Request, describe
-from infra.benchmark.http import HttpTarget, Response, Target
 from infra.benchmark.machine import (
     container_hardware,
     container_usage,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dalle.errors import PriceMissing
-from infra.benchmark.load import HTTP, STAGES
+from inference.bench.load import HTTP, STAGES
 from infra.compare.comparison import Comparison
 from infra.compare.recommendation import usd
 from infra.compare.serving_options import Option

@@ -1,8 +1,8 @@
 """Runs as `benchmark` would have written them, with round figures, and their comparison."""
 
-from infra.benchmark.load import HTTP, STAGES
+from inference.bench.load import HTTP, STAGES
+from inference.bench.workload import Workload
 from infra.benchmark.run_file import Hardware, Run, Scenario, distribution
-from infra.benchmark.workload import Workload
 from infra.compare.comparison import compare_runs
 from infra.cost.assumptions import Assumptions
 from infra.cost.prices import load_prices

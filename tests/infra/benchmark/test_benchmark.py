@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from dalle.errors import UserError
+from inference.bench.load import HTTP, RETRY, STAGES, Measurement, Record
 from infra.__main__ import main
-from infra.benchmark.load import HTTP, RETRY, STAGES, Measurement, Record
 from infra.benchmark.machine import CpuClock, processor_name, this_machine
 from infra.benchmark.run_file import Run, distribution, load_run, summarise, thinned
 from infra.local.endpoint import RuntimeFacade

@@ -24,8 +24,8 @@ from dataclasses import dataclass, field
 from pydantic import ValidationError
 
 from inference.api.replies import GenerateReply
-from infra.benchmark.http import Connection, Response, Target
-from infra.benchmark.workload import Workload
+from inference.bench.http_target import Connection, Response, Target
+from inference.bench.workload import Workload
 
 STAGES = ("queue", "sample", "decode", "rank", "encode")
 HTTP = "http"  # the rest of the latency: reading, sending, JSON, the network

@@ -9,9 +9,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from dalle.errors import UserError
-from infra.benchmark.http import HttpTarget
-from infra.benchmark.load import HTTP, RETRY, arrivals, closed_loop, open_loop
-from infra.benchmark.workload import DEFAULT_CAPTIONS, Workload, read_captions
+from inference.bench.http_target import HttpTarget
+from inference.bench.load import HTTP, RETRY, arrivals, closed_loop, open_loop
+from inference.bench.workload import DEFAULT_CAPTIONS, Workload, read_captions
 
 WORKLOAD = Workload(captions=["a red square", "a blue star"], num_candidates=8, num_images=2)
 TIMINGS = {f"{stage}_seconds": 1e-6 for stage in ("queue", "sample", "decode", "rank", "encode")}
