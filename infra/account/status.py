@@ -10,7 +10,7 @@ from infra.account import inventory
 from infra.aws.output import count_words, size_words
 from infra.aws.project import OUTPUTS, Project, add_project_arguments, open_project
 from infra.aws.request import describe
-from infra.endpoint.idle_cost import idle_cost
+from infra.endpoint.idle_cost import IdleCost, idle_cost
 from infra.jobs import progress
 
 NEWEST = 10
@@ -52,13 +52,7 @@ def show_one(project: Project, name: str) -> int:
     if endpoint is not None:
         project.output.item(f"endpoint {name}", f"{endpoint.mode}, {endpoint.hosts}")
         project.output.item("  costs", endpoint.description)
-        return project.output.finish(
-            name=name,
-            kind="endpoint",
-            mode=endpoint.mode,
-            instances=endpoint.instances,
-            usd_per_month=endpoint.usd_per_month,
-        )
+        return project.output.finish(name=name, kind="endpoint", **_cost(endpoint))
     return project.output.finish()
 
 
@@ -114,16 +108,16 @@ def _endpoints(project: Project) -> list[dict[str, Any]]:
             f"endpoint {resource.name}", f"{resource.status}, {cost.mode}, {cost.hosts}"
         )
         project.output.item("  costs", cost.description)
-        found.append(
-            {
-                "name": resource.name,
-                "status": resource.status,
-                "mode": cost.mode,
-                "instances": cost.instances,
-                "usd_per_month": cost.usd_per_month,
-            }
-        )
+        found.append({"name": resource.name, "status": resource.status, **_cost(cost)})
     return found
+
+
+def _cost(cost: IdleCost) -> dict[str, Any]:
+    return {
+        "mode": cost.mode,
+        "instances": cost.instances,
+        "usd_per_month": cost.usd_per_month,
+    }
 
 
 def _jobs(project: Project) -> list[dict[str, str]]:

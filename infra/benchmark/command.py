@@ -159,14 +159,9 @@ def _plan(options: argparse.Namespace) -> Plan:
         problems.append("--image and --model go together")
     if problems:
         raise UserError("; ".join(problems))
-    workload = Workload(
-        captions=read_captions(options.captions, options.caption),
-        num_candidates=options.num_candidates,
-        num_images=options.num_images,
-        format=options.format,
-        guidance_scale=options.guidance_scale,
-        seed=options.seed,
-    )
+    captions = read_captions(options.captions, options.caption)
+    fields = {name: getattr(options, name) for name in Workload.model_fields}
+    workload = Workload(**fields | {"captions": captions})
     workload.check()
     clients = options.clients or (() if options.rate else DEFAULT_CLIENTS)
     loads = [Load(clients=each) for each in clients]

@@ -48,8 +48,8 @@ class _Tally:
 
     rounds: list[Measurement] = field(default_factory=list)
     warm_up: list[Record] = field(default_factory=list)
-    cpu_seconds: float | None = 0.0
-    others: list[float] = field(default_factory=list)
+    cpu_seconds: list[float | None] = field(default_factory=list)
+    others: list[float | None] = field(default_factory=list)
 
 
 def measure(
@@ -67,28 +67,28 @@ def measure(
                 used, clock = server.cpu_seconds(), CpuClock()
                 part = _one_round(plan, server, load, number, share)
                 after = server.cpu_seconds()
+                taken = None if used is None or after is None else after - used
                 tally.rounds.append(part)
-                if used is None or after is None or tally.cpu_seconds is None:
-                    tally.cpu_seconds = None
-                else:
-                    tally.cpu_seconds += after - used
-                    others = clock.others_share(after - used)
-                    tally.others += [] if others is None else [others]
+                tally.cpu_seconds.append(taken)
+                tally.others.append(clock.others_share(taken))
                 line(_progress(plan, server, load, number, part))
     return [
-        [
-            summarise(
-                tallies[place, load].rounds,
-                clients=load.clients,
-                rate_per_second=load.rate_per_second,
-                warm_up=tallies[place, load].warm_up,
-                cpu_seconds=tallies[place, load].cpu_seconds,
-                others_share=_mean(tallies[place, load].others),
-            )
-            for load in plan.loads
-        ]
+        [_scenario(load, tallies[place, load]) for load in plan.loads]
         for place in range(len(servers))
     ]
+
+
+def _scenario(load: Load, tally: _Tally) -> Scenario:
+    known = [each for each in tally.cpu_seconds if each is not None]
+    others = [each for each in tally.others if each is not None]
+    return summarise(
+        tally.rounds,
+        clients=load.clients,
+        rate_per_second=load.rate_per_second,
+        warm_up=tally.warm_up,
+        cpu_seconds=sum(known) if len(known) == len(tally.rounds) else None,
+        others_share=sum(others) / len(others) if others else None,
+    )
 
 
 def _warm_up(plan: Plan, server: Server, load: Load) -> list[Record]:
@@ -127,7 +127,3 @@ def _progress(plan: Plan, server: Server, load: Load, number: int, part: Measure
     rate = f"{part.answered_per_second:.3g}"
     name = f"{server.name}, " if server.name else ""
     return f"{of}{name}{loaded}: {answered} of {len(part.records)} answered, {rate} requests/s"
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit, urlunsplit
 from dalle.errors import DalleError, UserError
 from inference.bench.http_target import HttpTarget, Response, Target
 from infra.aws.client import Aws
-from infra.aws.request import Request, describe
+from infra.aws.request import describe
 from infra.benchmark.machine import (
     container_hardware,
     container_usage,
@@ -24,6 +24,7 @@ from infra.benchmark.machine import (
 from infra.benchmark.run_file import Device, Hardware
 from infra.cost.prices import PriceTable
 from infra.docker import why_no_docker
+from infra.endpoint.invoke import invoke_sync
 from infra.local.serving import Serving, unpacked
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -169,17 +170,8 @@ class EndpointTarget:
         """boto3 closes its connections itself."""
 
     def send(self, body: bytes) -> Response:
-        request = Request(
-            "sagemaker-runtime",
-            "InvokeEndpoint",
-            EndpointName=self._endpoint,
-            ContentType="application/json",
-            Accept="application/json",
-            Body=body,
-        )
         try:
-            answer = self._aws.call(request)
-            return Response("200", b"".join(self._aws.chunks(answer["Body"], request)))
+            return Response("200", invoke_sync(self._aws, self._endpoint, body))
         except DalleError as error:
             return Response(_outcome(error.__cause__))
 

@@ -75,10 +75,10 @@ def run(options: argparse.Namespace) -> int:
     whole = as_json(comparison)
     output.line(render_text(comparison))
     if options.html:
-        from infra.compare.page import write_page  # loads matplotlib
+        from infra.compare.page import render_page  # loads matplotlib
 
         date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-        write_page(comparison, options.html, title=options.title, date=date)
+        write_file(options.html, render_page(comparison, title=options.title, date=date))
         output.line(f"\n{options.html} written")
     if options.out:
         write_file(options.out, json.dumps(whole, ensure_ascii=False, indent=1) + "\n")

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from importlib import resources
-from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from infra.aws.output import write_file
 from infra.compare import tables
 from infra.compare.charts import plot_costs, plot_latencies, render_svg
 from infra.compare.comparison import Comparison
 from infra.compare.recommendation import quietness, recommendation
 
 LONG = 40  # characters; longer cells wrap
-
-
-def write_page(comparison: Comparison, path: Path, *, title: str, date: str) -> None:
-    """Write `render_page` to a file, whole or not at all."""
-    write_file(path, render_page(comparison, title=title, date=date))
 
 
 def render_page(comparison: Comparison, *, title: str, date: str) -> str:

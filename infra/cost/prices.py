@@ -168,17 +168,3 @@ def load_prices(path: Path | None = None) -> PriceTable:
     if twice:
         raise UserError(f"{path} has two prices each of {', '.join(twice)}; keep one of each")
     return table
-
-
-def hourly(
-    instance_type: str,
-    *,
-    region: str = DEFAULT_REGION,
-    component: str = "Hosting",
-    table: PriceTable | None = None,
-) -> Price:
-    """Return USD per hour of one instance, from this package's table or another.
-
-    component: Hosting, Training, BatchTransform or AsyncInference. Raises PriceMissing.
-    """
-    return (table or load_prices()).hourly(instance_type, region, component)

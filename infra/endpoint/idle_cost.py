@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from dalle.errors import PriceMissing
 from infra.aws.limits import Deployment, Mode
 from infra.aws.project import Project
 from infra.aws.request import describe
-from infra.cost.prices import HOURS_PER_MONTH, hourly
+from infra.cost.prices import HOURS_PER_MONTH, load_prices
 from infra.endpoint.invoke import mode_of
 
 
@@ -46,12 +45,7 @@ def idle_cost(project: Project, endpoint: str) -> IdleCost | None:
     config = project.aws.find(describe("EndpointConfig", name))
     if config is None:
         return IdleCost("realtime", "", 0, None, f"its configuration {name} is gone")
-    return of_config(config, found, project.aws.region)
-
-
-def of_config(config: dict[str, Any], endpoint: dict[str, Any], region: str) -> IdleCost:
-    """Return the cost of an endpoint's present instances, by its descriptions from AWS."""
-    mode = mode_of(config)
+    region, mode = project.aws.region, mode_of(config)
     if mode == "serverless":
         share = config["ProductionVariants"][0]["ServerlessConfig"]
         warm = share.get("ProvisionedConcurrency")
@@ -59,9 +53,9 @@ def of_config(config: dict[str, Any], endpoint: dict[str, Any], region: str) -> 
             return IdleCost(mode, "", 0, None, f"{warm} provisioned, without a known price")
         return IdleCost(mode, "", 0, 0.0, "paid by the second of work")
     kind = config["ProductionVariants"][0]["InstanceType"]
-    count = endpoint.get("ProductionVariants", [{}])[0].get("CurrentInstanceCount", 0)
+    count = found.get("ProductionVariants", [{}])[0].get("CurrentInstanceCount", 0)
     try:
-        price = hourly(kind, region=region)
+        price = load_prices().hourly(kind, region)
     except PriceMissing:
         return IdleCost(mode, kind, count, None, f"no price is known for {kind} in {region}")
     usd = price.usd * HOURS_PER_MONTH * count
@@ -75,7 +69,7 @@ def expected_idle_cost(deployment: Deployment, region: str) -> str:
             return f"{deployment.provisioned_concurrency} provisioned, without a known price"
         return "nothing without requests; paid by the second of work"
     try:
-        price = hourly(str(deployment.instance_type), region=region)
+        price = load_prices().hourly(str(deployment.instance_type), region)
     except PriceMissing:
         return f"no price is known for {deployment.instance_type} in {region}"
     if deployment.min_instances == 0:

@@ -11,6 +11,7 @@ import base64
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +35,6 @@ STREAM_SECONDS = 500.0
 """A streamed reply may take 8 minutes."""
 POLL_SECONDS = 2.0
 LOCAL_PORT = 8080
-FIELDS = (
-    "num_candidates",
-    "num_images",
-    "seed",
-    "temperature",
-    "top_k",
-    "top_p",
-    "guidance_scale",
-    "format",
-    "prime_rows",
-    "deadline_seconds",
-)
 # Checks everything but the endpoint's limits, which are not known here.
 NO_LIMITS = Limits(max_candidates=1 << 30, max_images=1 << 30, max_request_bytes=1 << 40)
 
@@ -103,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
     if mode == "async":
         reply = invoke_async(project, project.stack_outputs(), name, body, options.timeout)
     else:
-        reply = invoke_sync(project, name, body)
+        reply = invoke_sync(project.aws, name, body)
     if project.aws.dry_run:
         return project.output.finish()
     read = results.read_reply(reply)
@@ -121,14 +110,14 @@ def run(options: argparse.Namespace) -> int:
         completed_candidates=read.completed_candidates,
         ranked_by=read.ranked_by,
         timings=read.timings.model_dump(),
-        images=[image.as_json() for image in images],
+        images=[asdict(image) for image in images],
     )
 
 
 def request_body(options: argparse.Namespace) -> bytes:
     """Return the request as JSON. Raises UserError for an invalid field, before it is sent."""
-    fields: dict[str, Any] = {"caption": options.caption}
-    fields |= {name: value for name in FIELDS if (value := getattr(options, name)) is not None}
+    given = {name: getattr(options, name, None) for name in GenerateRequest.model_fields}
+    fields = {name: value for name, value in given.items() if value is not None}
     if options.prime_image is not None:
         try:
             content = options.prime_image.read_bytes()
@@ -165,18 +154,17 @@ def mode_of(config: dict[str, Any]) -> Mode:
     return "serverless" if config["ProductionVariants"][0].get("ServerlessConfig") else "realtime"
 
 
-def invoke_sync(project: Project, name: str, body: bytes) -> bytes:
+def invocation(operation: str, name: str, **parameters: Any) -> Request:
+    """Return a request to an endpoint, of JSON and for JSON unless `Accept` says otherwise."""
+    given = {"EndpointName": name, "ContentType": JSON, "Accept": JSON, **parameters}
+    return Request("sagemaker-runtime", operation, **given)
+
+
+def invoke_sync(aws: Aws, name: str, body: bytes) -> bytes:
     """Return the reply of a real-time or serverless endpoint, which has 60 s for it."""
-    request = Request(
-        "sagemaker-runtime",
-        "InvokeEndpoint",
-        EndpointName=name,
-        ContentType=JSON,
-        Accept=JSON,
-        Body=body,
-    )
-    answer = project.aws.call(request, answer={"Body": []})
-    return b"".join(project.aws.chunks(answer["Body"], request))
+    request = invocation("InvokeEndpoint", name, Body=body)
+    answer = aws.call(request, answer={"Body": []})
+    return b"".join(aws.chunks(answer["Body"], request))
 
 
 def invoke_async(
@@ -190,16 +178,8 @@ def invoke_async(
     project.aws.call(
         Request("s3", "PutObject", Bucket=outputs.bucket, Key=key, Body=body, ContentType=JSON)
     )
-    answer = project.aws.call(
-        Request(
-            "sagemaker-runtime",
-            "InvokeEndpointAsync",
-            EndpointName=name,
-            InputLocation=f"s3://{outputs.bucket}/{key}",
-            ContentType=JSON,
-            Accept=JSON,
-        )
-    )
+    source = f"s3://{outputs.bucket}/{key}"
+    answer = project.aws.call(invocation("InvokeEndpointAsync", name, InputLocation=source))
     if project.aws.dry_run:
         return b""
     project.output.line(
@@ -225,41 +205,34 @@ def invoke_async(
 
 def invoke_stream(project: Project, name: str, body: bytes, out: Path) -> int:
     """Write every candidate when it arrives, then print the ranking; return the exit code."""
-    request = Request(
-        "sagemaker-runtime",
-        "InvokeEndpointWithResponseStream",
-        EndpointName=name,
-        ContentType=JSON,
-        Accept=JSON_LINES,
-        Body=body,
-    )
+    request = invocation("InvokeEndpointWithResponseStream", name, Accept=JSON_LINES, Body=body)
     answer = project.aws.call(request, answer={"Body": []}, read_seconds=STREAM_SECONDS)
     if project.aws.dry_run:
         return project.output.finish()
     fields = GenerateRequest.model_validate_json(body)
-    files: dict[int, Path] = {}
+    files: dict[int, str] = {}
     ranking: RankingLine | None = None
     for line in lines(project.aws.chunks(answer["Body"], request)):
         event = read_line(line)
         if isinstance(event, CandidateLine):
             path = out / f"candidate-{event.candidate}.{fields.format}"
             state = results.write(path, results.decode(event.image))
-            files[event.candidate] = path
+            files[event.candidate] = str(path)
             project.output.item(str(path), state)
         elif isinstance(event, RankingLine):
             ranking = event
     if ranking is None:
         raise AwsError(f"the stream of endpoint {name} ended without a ranking")
-    best = ranking.ranking[: fields.num_images]
-    results.show_ranking(project.output, best, files)
+    ranked = [
+        results.SavedImage(files[each.candidate], each.rank, each.clip_score, each.log_likelihood)
+        for each in ranking.ranking
+    ]
+    results.show(project.output, ranked[: fields.num_images])
     return project.output.finish(
         endpoint=name,
         mode="realtime",
         seed=ranking.seed,
-        ranking=[
-            {**ranked.model_dump(), "file": str(files[ranked.candidate])}
-            for ranked in ranking.ranking
-        ],
+        ranking=[{**each.model_dump(), "file": files[each.candidate]} for each in ranking.ranking],
     )
 
 

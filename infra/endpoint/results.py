@@ -5,15 +5,14 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
 from dalle.errors import AwsError
-from inference.api.replies import GenerateReply, RankedCandidate
+from inference.api.replies import GenerateReply
 from infra.aws.output import Output, write_file
 
 
@@ -21,20 +20,11 @@ from infra.aws.output import Output, write_file
 class SavedImage:
     """One image file. state: `written`, or `unchanged` when it had the same content before."""
 
-    path: Path
+    file: str
     rank: int
     clip_score: float | None
     log_likelihood: float
-    state: str
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "file": str(self.path),
-            "rank": self.rank,
-            "clip_score": self.clip_score,
-            "log_likelihood": self.log_likelihood,
-            "state": self.state,
-        }
+    state: str = ""
 
 
 def read_reply(body: bytes) -> GenerateReply:
@@ -62,16 +52,12 @@ def save_images(
     reply: GenerateReply, out: Path, format_: str, prefix: str = ""
 ) -> list[SavedImage]:
     """Write a file for each returned image: OUT/PREFIXrank-1.png is the best one."""
-    return [
-        SavedImage(
-            path=out / f"{prefix}rank-{ranked.rank}.{format_}",
-            rank=ranked.rank,
-            clip_score=ranked.clip_score,
-            log_likelihood=ranked.log_likelihood,
-            state=write(out / f"{prefix}rank-{ranked.rank}.{format_}", decode(ranked.image)),
-        )
-        for ranked in reply.images
-    ]
+    saved = []
+    for each in reply.images:
+        path = out / f"{prefix}rank-{each.rank}.{format_}"
+        state = write(path, decode(each.image))
+        saved.append(SavedImage(str(path), each.rank, each.clip_score, each.log_likelihood, state))
+    return saved
 
 
 def decode(image: str) -> bytes:
@@ -92,27 +78,14 @@ def write(path: Path, content: bytes) -> str:
 
 def show(output: Output, images: Sequence[SavedImage]) -> None:
     """Print a table of the files with their scores."""
-    output.table(
-        ("rank", "CLIP score", "log likelihood", "file", ""),
-        [
-            (str(p.rank), score(p.clip_score), f"{p.log_likelihood:.2f}", str(p.path), p.state)
-            for p in images
-        ],
-    )
-
-
-def show_ranking(
-    output: Output, ranking: Sequence[RankedCandidate], files: Mapping[int, Path]
-) -> None:
-    """Print the ranking of streamed candidates. files: by candidate number."""
-    output.table(
-        ("rank", "CLIP score", "log likelihood", "file"),
-        [
-            (str(r.rank), score(r.clip_score), f"{r.log_likelihood:.2f}", str(files[r.candidate]))
-            for r in ranking
-        ],
-    )
-
-
-def score(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    rows = [
+        (
+            str(each.rank),
+            "-" if each.clip_score is None else f"{each.clip_score:.3f}",
+            f"{each.log_likelihood:.2f}",
+            each.file,
+            each.state,
+        )
+        for each in images
+    ]
+    output.table(("rank", "CLIP score", "log likelihood", "file", ""), rows)

@@ -12,7 +12,7 @@ import pytest
 
 from dalle.errors import PriceMissing, UserError
 from infra.__main__ import main
-from infra.cost.prices import hourly, load_prices
+from infra.cost.prices import load_prices
 from infra.cost.pricing_api import request_for
 
 # us-east-1, as the contract has them: USD per hour, date, confidence.
@@ -177,7 +177,7 @@ def refresh(tmp_path: Path, *words: str) -> tuple[int, Path]:
 
 @pytest.mark.parametrize(("instance_type", "expected"), HOSTING.items())
 def test_the_hosting_prices_are_those_that_were_gathered(instance_type, expected):
-    price = hourly(instance_type, region="us-east-1")
+    price = load_prices().hourly(instance_type, region="us-east-1")
     assert (price.usd, price.date, price.confidence) == expected
     assert (price.unit, price.component) == ("hour", "Hosting")
     assert price.source
@@ -217,17 +217,17 @@ def test_every_instance_type_with_a_price_is_described():
 )
 def test_a_price_that_is_missing_is_named_with_how_to_read_it(region, component, says):
     with pytest.raises(PriceMissing, match=says):
-        hourly("ml.g7.xlarge", region=region, component=component)
+        load_prices().hourly("ml.g7.xlarge", region=region, component=component)
 
 
 def test_a_price_of_one_region_is_not_taken_for_another():
     with pytest.raises(PriceMissing, match="known of it: Hosting in us-east-1"):
-        hourly("ml.m5.xlarge", region="eu-west-1")
+        load_prices().hourly("ml.m5.xlarge", region="eu-west-1")
 
 
 def test_an_item_that_is_not_sold_is_reported_without_advice_to_refresh():
     with pytest.raises(PriceMissing, match="ml.t3.medium .Hosting. .* is not offered") as caught:
-        hourly("ml.t3.medium")
+        load_prices().hourly("ml.t3.medium")
     assert "refresh" not in str(caught.value)
 
 
