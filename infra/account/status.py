@@ -8,7 +8,7 @@ from typing import Any
 from dalle.errors import UserError
 from infra.account import inventory
 from infra.aws.output import count_words, size_words
-from infra.aws.project import OUTPUTS, Project, add_project_arguments, open_project
+from infra.aws.project import OUTPUTS, Project, add_project_arguments, open_project, outputs_of
 from infra.aws.request import describe
 from infra.endpoint.idle_cost import IdleCost, idle_cost
 from infra.jobs import progress
@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
     if stack is None:
         project.output.line(f"project {project.name} has no stack; `python -m infra bootstrap`")
         return project.output.finish(project=project.name, stack=None)
-    outputs = {o["OutputKey"]: o["OutputValue"] for o in stack.get("Outputs", [])}
+    outputs = outputs_of(stack)
     project.output.item(f"stack {project.name}", stack["StackStatus"])
     found: dict[str, Any] = {"project": project.name, "stack": stack["StackStatus"]}
     if all(key in outputs for key in OUTPUTS):

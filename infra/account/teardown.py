@@ -17,7 +17,7 @@ from dalle.errors import AwsError, UserError
 from infra.account import inventory
 from infra.account.inventory import RUNNING, Resource
 from infra.aws.output import count_words, size_words
-from infra.aws.project import Project, add_project_arguments, open_project
+from infra.aws.project import Project, add_project_arguments, open_project, outputs_of
 from infra.aws.request import Request, describe
 from infra.endpoint import autoscaling
 from infra.endpoint.deploy import VARIANT
@@ -103,7 +103,7 @@ def collect(project: Project) -> Inventory:
     endpoints = list(inventory.resources(project, inventory.ENDPOINT))
     configs = list(inventory.resources(project, inventory.CONFIG))
     names = inventory.endpoint_names(endpoints, configs)
-    outputs = {o["OutputKey"]: o["OutputValue"] for o in (stack or {}).get("Outputs", [])}
+    outputs = outputs_of(stack)
     return Inventory(
         running=inventory.running_jobs(project),
         warm_pools=inventory.warm_pools(project),
@@ -175,7 +175,8 @@ def end_hosting(project: Project, found: Inventory) -> None:
             aws.find(Request("sagemaker", resource.kind.end_operation, **resource.identity))
     for resource in found.endpoints:
         what = f"the end of endpoint {resource.name}"
-        aws.until(what, partial(_is_gone, project, resource), every_seconds=POLL_SECONDS)
+        request = describe(resource.kind.name, resource.name)
+        aws.until_gone(what, request, every_seconds=POLL_SECONDS)
         output.item(f"endpoint {resource.name}", "deleted")
     # A stopping job may still write into the bucket that is emptied next.
     for resource in found.running:
@@ -248,10 +249,6 @@ def verify(project: Project, bucket: str | None, *, storage: bool) -> None:
             f"not deleted: {', '.join(names)}; run the same command again, and look in the AWS "
             "console when that does not help"
         )
-
-
-def _is_gone(project: Project, resource: Resource) -> bool:
-    return project.aws.find(describe(resource.kind.name, resource.name)) is None
 
 
 def _has_ended(project: Project, resource: Resource) -> bool:

@@ -137,7 +137,9 @@ class Aws:
             self.output.request(request)
             return dict(answer or {})
         try:
-            return self._send(request, region, read_seconds)
+            client = self.client(request.service, region, read_seconds)
+            send = getattr(client, _method(request.operation))
+            return dict(send(**request.parameters))
         except ERRORS as error:
             raise explain(error, request) from error
 
@@ -145,16 +147,13 @@ class Aws:
         self, request: Request, *, answer: Mapping[str, Any] | None = None
     ) -> dict[str, Any] | None:
         """As `call`, but return None for a resource that does not exist, or without `answer`."""
-        if self.dry_run:
-            self.call(request)
-            return None if answer is None else dict(answer)
-        self.check(request)
         try:
-            return self._send(request, None, READ_SECONDS)
-        except ERRORS as error:
-            if is_missing(error):
+            found = self.call(request, answer=answer)
+        except DalleError as error:
+            if is_missing(error.__cause__):
                 return None
-            raise explain(error, request) from error
+            raise
+        return None if self.dry_run and answer is None else found
 
     def items(
         self,
@@ -205,6 +204,10 @@ class Aws:
                 )
             self.pause(every_seconds)
 
+    def until_gone(self, what: str, request: Request, *, every_seconds: float) -> None:
+        """Wait until a resource is not described any more. Raises AwsError after half an hour."""
+        self.until(what, lambda: self.find(request) is None, every_seconds=every_seconds)
+
     def pause(self, seconds: float) -> None:
         """Wait between two requests of a polling loop."""
         time.sleep(seconds)
@@ -233,11 +236,6 @@ class Aws:
         """Write one file to one S3 object, in a single request."""
         with path.open("rb") as file:
             self.call(Request("s3", "PutObject", Bucket=bucket, Key=key, Body=file))
-
-    def _send(self, request: Request, region: str | None, read_seconds: float) -> dict[str, Any]:
-        client = self.client(request.service, region, read_seconds)
-        answer: dict[str, Any] = getattr(client, _method(request.operation))(**request.parameters)
-        return answer
 
     def client(
         self, service: str, region: str | None = None, read_seconds: float = READ_SECONDS
@@ -270,7 +268,7 @@ class Aws:
 
 @functools.cache
 def _loader() -> Any:
-    """Return the loader of the services' models: SageMaker's is 2 MB of JSON, read once."""
+    # Of the services' models: SageMaker's is 2 MB of JSON, read once.
     return botocore.loaders.create_loader()
 
 
@@ -285,7 +283,7 @@ def _method(operation: str) -> str:
     return str(botocore.xform_name(operation))
 
 
-def is_missing(error: Exception) -> bool:
+def is_missing(error: BaseException | None) -> bool:
     """Return whether AWS reports that the resource does not exist."""
     if not isinstance(error, botocore.exceptions.ClientError):
         return False

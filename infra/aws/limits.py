@@ -33,9 +33,10 @@ PAYLOAD_BYTES: dict[Mode, int] = {
 }
 SERVERLESS_MEMORY_MB = range(1024, 6144 + 1, 1024)
 SERVERLESS_IMAGE_BYTES = 10 * GIBIBYTE
-SERVERLESS_CONCURRENCY = 200
+SERVERLESS_CONCURRENCY = range(1, 200 + 1)
 TIMEOUT_SECONDS = range(60, 3600 + 1)
 VOLUME_GB = range(1, 512 + 1)
+CONCURRENT = range(1, 1000 + 1)
 ENVIRONMENT_ENTRIES = 100
 ENVIRONMENT_BYTES = 32 * 1024
 BATCH_PAYLOAD_MB = 100
@@ -223,18 +224,18 @@ def _serverless(deployment: Deployment) -> Iterator[str]:
             f"(10 GiB), and this one has {'' if deployment.image_bytes else 'packed '}{size:,}"
         )
     most = deployment.max_concurrency or 0
-    if not 1 <= most <= SERVERLESS_CONCURRENCY:
-        yield f"--max-concurrency must be 1 to {SERVERLESS_CONCURRENCY}, got {most}"
+    yield from _outside("--max-concurrency", most, SERVERLESS_CONCURRENCY)
     warm = deployment.provisioned_concurrency
     if warm is not None and not 1 <= warm <= most:
         yield (
             f"--provisioned-concurrency must be 1 to --max-concurrency, which is {most}, got {warm}"
         )
-    for option, chosen in (
-        ("--ami", deployment.ami),
-        ("--volume-gb", deployment.volume_gb),
-        ("--isolate", deployment.isolate or None),
-    ):
+    absent = {
+        "--ami": deployment.ami,
+        "--volume-gb": deployment.volume_gb,
+        "--isolate": deployment.isolate or None,
+    }
+    for option, chosen in absent.items():
         if chosen is not None:
             yield f"{option} does not exist for a serverless endpoint"
 
@@ -247,14 +248,10 @@ def _numbers(deployment: Deployment) -> Iterator[str]:
         yield f"an invocation has 1 to {most} s in mode {deployment.mode}, got {seconds}{hint}"
     if deployment.mode == "serverless":
         return
-    for option, value in (
-        ("--startup-seconds", deployment.startup_seconds),
-        ("--download-seconds", deployment.download_seconds),
-    ):
-        if deployment.mode != "batch" and value not in TIMEOUT_SECONDS:
-            yield f"{option} must be 60 to 3600, got {value}"
-    if deployment.volume_gb is not None and deployment.volume_gb not in VOLUME_GB:
-        yield f"--volume-gb must be 1 to 512, got {deployment.volume_gb}"
+    if deployment.mode != "batch":
+        yield from _outside("--startup-seconds", deployment.startup_seconds, TIMEOUT_SECONDS)
+        yield from _outside("--download-seconds", deployment.download_seconds, TIMEOUT_SECONDS)
+    yield from _outside("--volume-gb", deployment.volume_gb, VOLUME_GB)
     if deployment.max_instances < max(1, deployment.min_instances):
         yield (
             f"--max-instances must be at least 1 and --min-instances, which is "
@@ -265,8 +262,13 @@ def _numbers(deployment: Deployment) -> Iterator[str]:
             "a real-time endpoint keeps at least 1 instance; --mode async and --mode serverless "
             "cost nothing when idle"
         )
-    if deployment.mode == "async" and not 1 <= deployment.concurrent_per_instance <= 1000:
-        yield f"--concurrent must be 1 to 1000, got {deployment.concurrent_per_instance}"
+    if deployment.mode == "async":
+        yield from _outside("--concurrent", deployment.concurrent_per_instance, CONCURRENT)
+
+
+def _outside(option: str, value: int | None, allowed: range) -> Iterator[str]:
+    if value is not None and value not in allowed:
+        yield f"{option} must be {allowed[0]} to {allowed[-1]}, got {value}"
 
 
 def _model_and_environment(deployment: Deployment) -> Iterator[str]:

@@ -84,8 +84,8 @@ class Project:
 
     def stack_outputs(self) -> StackOutputs:
         """Return bucket, repository and role. Raises UserError before `bootstrap`."""
-        stack = self.stack() or {}
-        found = {o["OutputKey"]: o["OutputValue"] for o in stack.get("Outputs", [])}
+        stack = self.stack()
+        found = outputs_of(stack)
         if not all(key in found for key in OUTPUTS):
             state = f"is {stack['StackStatus']}" if stack else "does not exist"
             raise UserError(
@@ -119,24 +119,15 @@ class Project:
 
     def repository(self, name: str) -> dict[str, Any]:
         """Return a repository's `uri` (without a tag), `arn` and `tags`. Raises AwsError."""
-        there = {
-            "repositoryUri": placeholder("address of the repository"),
-            "repositoryArn": placeholder("ARN of the repository"),
-        }
+        uri, arn = placeholder("address of the repository"), placeholder("ARN of the repository")
         answer = self.aws.call(
             Request("ecr", "DescribeRepositories", repositoryNames=[name]),
-            answer={"repositories": [there]},
+            answer={"repositories": [{"repositoryUri": uri, "repositoryArn": arn}]},
         )
-        found = answer["repositories"][0]
-        tags = self.aws.call(
-            Request("ecr", "ListTagsForResource", resourceArn=found["repositoryArn"]),
-            answer={"tags": []},
-        )
-        return {
-            "uri": found["repositoryUri"],
-            "arn": found["repositoryArn"],
-            "tags": {tag["Key"]: tag["Value"] for tag in tags["tags"]},
-        }
+        uri, arn = (answer["repositories"][0][key] for key in ("repositoryUri", "repositoryArn"))
+        request = Request("ecr", "ListTagsForResource", resourceArn=arn)
+        tags = self.aws.call(request, answer={"tags": []})["tags"]
+        return {"uri": uri, "arn": arn, "tags": {tag["Key"]: tag["Value"] for tag in tags}}
 
     def owns(self, arn: str) -> bool:
         """Return whether a SageMaker resource carries this project's tag."""
@@ -151,6 +142,11 @@ class Project:
         self.aws.call(make)
         self.output.item(what, "made")
         return True
+
+
+def outputs_of(stack: Mapping[str, Any] | None) -> dict[str, str]:
+    """Return the outputs of a stack as CloudFormation describes it; none before `bootstrap`."""
+    return {each["OutputKey"]: each["OutputValue"] for each in (stack or {}).get("Outputs", [])}
 
 
 def image_size_tag(tag: str) -> str:
@@ -189,6 +185,15 @@ def name_value(text: str) -> tuple[str, str]:
     if name and equals:
         return name, value
     raise argparse.ArgumentTypeError(f"NAME=VALUE was expected, got {text!r}")
+
+
+def add_pairs(
+    parser: argparse._ActionsContainer, option: str, help: str, metavar: str = "NAME=VALUE"
+) -> None:
+    """Add a repeatable option of pairs, which is a list of (name, value)."""
+    parser.add_argument(
+        option, action="append", type=name_value, default=[], metavar=metavar, help=help
+    )
 
 
 def split_uri(uri: str) -> tuple[str, str]:

@@ -177,11 +177,7 @@ def put_endpoint(project: Project, name: str, config_name: str, *, wait: bool) -
         # A failed endpoint can only be deleted; a new one takes its name.
         output.item(f"endpoint {name}", "had failed; deleted")
         project.aws.call(Request("sagemaker", "DeleteEndpoint", EndpointName=name))
-        project.aws.until(
-            f"the end of endpoint {name}",
-            lambda: project.aws.find(request) is None,
-            every_seconds=POLL_SECONDS,
-        )
+        project.aws.until_gone(f"the end of endpoint {name}", request, every_seconds=POLL_SECONDS)
         found = None
     if found is None:
         state = "made"

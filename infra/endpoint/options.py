@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dalle.errors import PlanError
 from infra.aws.limits import MODES, Deployment, Mode, default_ami, has_gpu
-from infra.aws.project import IMAGE_TAG, Image, name_value
+from infra.aws.project import IMAGE_TAG, Image, add_pairs
 
 DEFAULT_INSTANCE: dict[Mode, str | None] = {
     "realtime": "ml.c7i.2xlarge",
@@ -33,14 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", metavar="URI", help="s3://…/model.tar.gz; default: of the newest completed job"
     )
     parser.add_argument("--tag", default=IMAGE_TAG, help=f"the image's tag; default: {IMAGE_TAG}")
-    parser.add_argument(
-        "--env",
-        action="append",
-        type=name_value,
-        default=[],
-        metavar="NAME=VALUE",
-        help="for the server (`serve --help` lists the names); repeatable",
-    )
+    add_pairs(parser, "--env", "for the server (`serve --help` lists the names); repeatable")
     parser.add_argument("--isolate", action="store_true", help="give the container no network")
     parser.add_argument(
         "--no-wait", dest="wait", action="store_false", help="return before it is in service"

@@ -21,8 +21,8 @@ from infra.aws.project import (
     IMAGE_TAG,
     Project,
     StackOutputs,
+    add_pairs,
     add_project_arguments,
-    name_value,
     open_project,
     split_uri,
 )
@@ -69,14 +69,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|URI",
         help="a name given to `upload`, or s3://…/ with train/ and optionally validation/",
     )
-    parser.add_argument(
-        "--set",
-        action="append",
-        type=name_value,
-        default=[],
-        metavar="NAME=VALUE",
-        help="a hyperparameter (training/REFERENCE.md, Hyperparameters); repeatable",
-    )
+    hyperparameter = "a hyperparameter (training/REFERENCE.md, Hyperparameters); repeatable"
+    add_pairs(parser, "--set", hyperparameter)
     parser.add_argument("--artefact", metavar="URI", help="an earlier model.tar.gz to start from")
     parser.add_argument("--clip", metavar="URI", help="a pretrained OpenAI CLIP file")
     parser.add_argument("--tag", default=IMAGE_TAG, help=f"the image's tag; default: {IMAGE_TAG}")
@@ -122,7 +116,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="URI",
         help="held-out pairs: s3://…/, or with --attributes a manifest",
     )
-    parser.add_argument("--env", action="append", type=name_value, default=[], metavar="NAME=VALUE")
+    add_pairs(parser, "--env", "a variable of the container; repeatable")
     parser.add_argument(
         "--keep-alive-minutes",
         type=float,

@@ -159,12 +159,10 @@ def training_request(
     artefact: str | None = None,
 ) -> Request:
     """Return the request that starts one job. artefact: an earlier job's model.tar.gz, or None."""
-    channels = {**run.channels, **({"artefact": artefact} if artefact else {})}
     request: dict[str, Any] = {
         "TrainingJobName": job,
         "HyperParameters": {**run.hyperparameters, "stage": stage},
-        **definition(run, channels),
-        "ResourceConfig": resource_config(run),
+        **definition(run, artefact),
         # One folder for all attempts: a new one resumes from the last checkpoint.
         "CheckpointConfig": {
             "S3Uri": f"s3://{run.bucket}/checkpoints/{job_name(run, stage)}/",
@@ -177,13 +175,12 @@ def training_request(
         "ProfilerConfig": {"DisableProfiler": True},
         "Tags": tags,
     }
-    if run.environment:
-        request["Environment"] = dict(run.environment)
     return Request("sagemaker", "CreateTrainingJob", **request)
 
 
-def definition(run: TrainingRun, channels: Mapping[str, str]) -> dict[str, Any]:
+def definition(run: TrainingRun, artefact: str | None) -> dict[str, Any]:
     """Return the part that a training job and the definition in a tuning job share."""
+    channels = {**run.channels, **({"artefact": artefact} if artefact else {})}
     stopping = {"MaxRuntimeInSeconds": run.max_runtime_seconds}
     if run.spot:
         stopping["MaxWaitTimeInSeconds"] = run.max_wait_seconds or 2 * run.max_runtime_seconds
@@ -197,7 +194,10 @@ def definition(run: TrainingRun, channels: Mapping[str, str]) -> dict[str, Any]:
         "InputDataConfig": [channel(run, name, uri) for name, uri in sorted(channels.items())],
         "OutputDataConfig": {"S3OutputPath": f"s3://{run.bucket}/models/"},
         "StoppingCondition": stopping,
+        "ResourceConfig": resource_config(run),
     }
+    if run.environment:
+        common["Environment"] = dict(run.environment)
     if run.spot:
         common["EnableManagedSpotTraining"] = True
     if run.isolate:

@@ -8,10 +8,10 @@ from typing import Any
 from dalle.errors import PlanError
 from dalle.platform.metric_lines import METRIC_DEFINITIONS
 from dalle.types import STAGES
-from infra.aws.project import Project, add_project_arguments, name_value, open_project
+from infra.aws.project import Project, add_pairs, add_project_arguments, open_project
 from infra.aws.request import Request, describe, digest
 from infra.jobs.train import add_run_arguments, check_settings, read_run
-from infra.jobs.training_job import TrainingRun, definition, resource_config
+from infra.jobs.training_job import TrainingRun, definition
 
 POLL_SECONDS = 30.0
 MAX_NAME = 32
@@ -22,15 +22,9 @@ ENVIRONMENT_ENTRIES = 48
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     search = parser.add_argument_group("search")
-    search.add_argument(
-        "--float", action="append", type=name_value, default=[], metavar="NAME=LOW:HIGH[:log]"
-    )
-    search.add_argument(
-        "--int", action="append", type=name_value, default=[], metavar="NAME=LOW:HIGH[:log]"
-    )
-    search.add_argument(
-        "--choice", action="append", type=name_value, default=[], metavar="NAME=ONE,TWO"
-    )
+    add_pairs(search, "--float", "a range of numbers; repeatable", "NAME=LOW:HIGH[:log]")
+    add_pairs(search, "--int", "a range of whole numbers; repeatable", "NAME=LOW:HIGH[:log]")
+    add_pairs(search, "--choice", "values to try; repeatable", "NAME=ONE,TWO")
     search.add_argument(
         "--objective",
         default="transformer_validation_loss",
@@ -57,11 +51,7 @@ def run(options: argparse.Namespace) -> int:
     check_values(options)
     project = open_project(options)
     training_run = read_run(options, project)
-    channels = {
-        **training_run.channels,
-        **({"artefact": options.artefact} if options.artefact else {}),
-    }
-    request = tuning_request(options, training_run, channels, project.tags)
+    request = tuning_request(options, training_run, project.tags)
     name = request.parameters["HyperParameterTuningJobName"]
     look = describe("HyperParameterTuningJob", name)
     project.ensure(f"tuning job {name}", look, request)
@@ -78,27 +68,24 @@ def check_values(options: argparse.Namespace) -> None:
     for name, text in options.float + options.int:
         tried += [{name: end} for end in text.split(":")[:2]]
     tried += [{name: word} for name, text in options.choice for word in text.split(",")]
+    has_artefact = options.artefact is not None
     for values in tried:
-        check_settings(
-            {**given, **values},
-            [options.stage],
-            environment,
-            has_artefact=options.artefact is not None,
-        )
+        check_settings({**given, **values}, [options.stage], environment, has_artefact=has_artefact)
 
 
 def _wait(project: Project, look: Request) -> dict[str, Any]:
     printed: dict[str, int] = {}
-    while True:
-        found = project.aws.call(look)
+
+    def has_ended(found: dict[str, Any]) -> bool:
+        nonlocal printed
         counts = found.get("TrainingJobStatusCounters", {})
         if counts and counts != printed:
             printed = counts
             words = ", ".join(f"{key} {value}" for key, value in counts.items() if value)
             project.output.line(f"  {words or 'no training job yet'}")
-        if found["HyperParameterTuningJobStatus"] in ENDED:
-            return found
-        project.aws.pause(POLL_SECONDS)
+        return found["HyperParameterTuningJobStatus"] in ENDED
+
+    return project.aws.wait(look, has_ended, every_seconds=POLL_SECONDS)
 
 
 def show(project: Project, name: str, job: dict[str, Any]) -> int:
@@ -122,10 +109,7 @@ def show(project: Project, name: str, job: dict[str, Any]) -> int:
 
 
 def tuning_request(
-    options: argparse.Namespace,
-    training_run: TrainingRun,
-    channels: dict[str, str],
-    tags: list[dict[str, str]],
+    options: argparse.Namespace, training_run: TrainingRun, tags: list[dict[str, str]]
 ) -> Request:
     """Return the request that starts the search. Raises PlanError for settings that contradict."""
     metrics = [metric["Name"] for metric in METRIC_DEFINITIONS]
@@ -154,11 +138,8 @@ def tuning_request(
     # No CheckpointConfig: all jobs of a search would write into one folder.
     job: dict[str, Any] = {
         "StaticHyperParameters": {**training_run.hyperparameters, "stage": options.stage},
-        **definition(training_run, channels),
-        "ResourceConfig": resource_config(training_run),
+        **definition(training_run, options.artefact),
     }
-    if training_run.environment:
-        job["Environment"] = dict(training_run.environment)
     search = {
         "Strategy": options.strategy,
         "HyperParameterTuningJobObjective": {
@@ -174,14 +155,9 @@ def tuning_request(
     }
     # The platform derives the names of the jobs from it, so it must be short.
     name = f"{training_run.project}-{digest([search, job, training_run.content])}"[:MAX_NAME]
-    return Request(
-        "sagemaker",
-        "CreateHyperParameterTuningJob",
-        HyperParameterTuningJobName=name,
-        HyperParameterTuningJobConfig=search,
-        TrainingJobDefinition=job,
-        Tags=tags,
-    )
+    parts = {"HyperParameterTuningJobConfig": search, "TrainingJobDefinition": job, "Tags": tags}
+    operation = "CreateHyperParameterTuningJob"
+    return Request("sagemaker", operation, HyperParameterTuningJobName=name, **parts)
 
 
 def parameter_ranges(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:

@@ -53,6 +53,7 @@ TIMED_OUT = (
     "Your invocation timed out while waiting for a response from container primary. Review the "
     "latency metrics for each container in Amazon CloudWatch, resolve the issue, and try again."
 )
+STOPPING = "The endpoint is being stopped."
 PROCESS_EXITED = "An error occurred while handling request as the model process exited."
 
 
@@ -200,11 +201,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _request_headers(self) -> dict[str, str]:
         """Return the request's headers that are forwarded to the container."""
-        passed = {}
-        for name, value in self.headers.items():
-            if name.lower() in REQUEST_HEADERS or name.lower().startswith(PREFIX):
-                passed[name] = value
-        return passed
+        return {
+            name: value
+            for name, value in self.headers.items()
+            if name.lower() in REQUEST_HEADERS or name.lower().startswith(PREFIX)
+        }
 
     def _invoke(self, name: str, body: bytes) -> None:
         limits = self._limits
@@ -251,14 +252,13 @@ class _Handler(BaseHTTPRequestHandler):
                 for part in invocation.parts(response):
                     self._send_chunk(payload_part(part))
             except TimedOutError:
-                code = {"Message": TIMED_OUT, "ErrorCode": "ModelInvocationTimeExceeded"}
-                self._send_chunk(exception("ModelStreamError", code))
+                code = {"ErrorCode": "ModelInvocationTimeExceeded"}
+                self._send_chunk(exception("ModelStreamError", {"Message": TIMED_OUT} | code))
             except BrokenError:
-                code = {"Message": PROCESS_EXITED, "ErrorCode": "StreamBroken"}
-                self._send_chunk(exception("ModelStreamError", code))
+                code = {"ErrorCode": "StreamBroken"}
+                self._send_chunk(exception("ModelStreamError", {"Message": PROCESS_EXITED} | code))
             except StoppingError:
-                message = {"Message": "The endpoint is being stopped."}
-                self._send_chunk(exception("InternalStreamFailure", message))
+                self._send_chunk(exception("InternalStreamFailure", {"Message": STOPPING}))
             self._send_chunk(b"")
 
     def _reply_headers(self, name: str, response: http.client.HTTPResponse) -> dict[str, str]:
@@ -310,7 +310,7 @@ def _check_status(name: str, status: int, body: bytes | bytearray) -> None:
 
 def _failed(name: str, error: Exception) -> EndpointError:
     if isinstance(error, StoppingError):
-        return EndpointError(503, "ServiceUnavailable", "The endpoint is being stopped.")
+        return EndpointError(503, "ServiceUnavailable", STOPPING)
     return _model_error(name, 0, TIMED_OUT if isinstance(error, TimedOutError) else PROCESS_EXITED)
 
 

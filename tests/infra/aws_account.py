@@ -5,6 +5,7 @@ credentials, a crash in the middle), does what moto lacks (see `LACKING`), and p
 else on. What the platform would do on its own, such as leaving a model or a log, is a method.
 """
 
+import functools
 import hashlib
 import http.client
 import io
@@ -164,13 +165,7 @@ class Account:
 
     def client(self, service: str) -> Any:
         """A client of moto without the server between: it is neither counted nor refused."""
-        return boto3.client(
-            service,
-            endpoint_url=f"http://{self.moto}",
-            region_name=REGION,
-            aws_access_key_id="testing",
-            aws_secret_access_key="testing",
-        )
+        return _client(self.moto, service)
 
     # --- what the platform or another tool would have done
 
@@ -309,6 +304,17 @@ class Account:
             kind = [("Content-Type", "application/x-amz-json-1.1")]
             return 200, kind, json.dumps(answer).encode()
         return self._to_moto(method, path, body, headers)
+
+
+@functools.cache
+def _client(moto: str, service: str) -> Any:
+    return boto3.client(
+        service,
+        endpoint_url=f"http://{moto}",
+        region_name=REGION,
+        aws_access_key_id="testing",
+        aws_secret_access_key="testing",
+    )
 
 
 def operation_of(method: str, path: str, body: bytes, headers: dict[str, str]) -> tuple[str, bool]:

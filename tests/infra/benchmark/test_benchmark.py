@@ -3,7 +3,6 @@ holds, and what is refused before anything is measured."""
 
 import json
 import os
-import shutil
 import threading
 from pathlib import Path
 
@@ -15,19 +14,10 @@ from infra.__main__ import main
 from infra.benchmark.machine import CpuClock, processor_name, this_machine
 from infra.benchmark.run_file import Run, distribution, load_run, summarise, thinned
 from infra.local.endpoint import RuntimeFacade
-from tests.inference.served import running
-from tests.infra.aws_account import NUMBER, REGION, Account, moto_server
+from tests.infra.aws_account import NUMBER, REGION, Account
 
 CAPTIONS = ["--caption", "small red square", "--caption", "big blue star"]
 QUICK = ["--num-candidates", "4", "--num-images", "2", "--warm-up", "1", *CAPTIONS]
-
-
-@pytest.fixture(scope="module")
-def served(tiny_artefact, tmp_path_factory):
-    root: Path = tmp_path_factory.mktemp("ml")
-    shutil.copytree(tiny_artefact, root / "model")
-    with running(root) as server:
-        yield server.ready()
 
 
 def benchmark(out: Path, *words: str) -> tuple[int, Path]:
@@ -35,11 +25,11 @@ def benchmark(out: Path, *words: str) -> tuple[int, Path]:
 
 
 @pytest.fixture(scope="module")
-def run(served, tmp_path_factory) -> Run:
+def run(serve_url, tmp_path_factory) -> Run:
     """One benchmark of the real server: one client, three, and arrivals."""
     out = tmp_path_factory.mktemp("run") / "RUN.json"
     loads = ["--clients", "1", "--clients", "3", "--rate", "50", "--requests", "6"]
-    status, _ = benchmark(out, "--url", served.url, *loads, *QUICK, "--as", "ml.m5.large")
+    status, _ = benchmark(out, "--url", serve_url, *loads, *QUICK, "--as", "ml.m5.large")
     assert status == 0
     return load_run(out)
 
@@ -59,8 +49,8 @@ def test_every_load_is_measured_and_every_request_answered(run):
 
 
 @pytest.mark.slow
-def test_every_round_is_kept_beside_their_sum(served, tmp_path):
-    words = ["--url", served.url, "--clients", "2", "--requests", "6", "--rounds", "3", *QUICK]
+def test_every_round_is_kept_beside_their_sum(serve_url, tmp_path):
+    words = ["--url", serve_url, "--clients", "2", "--requests", "6", "--rounds", "3", *QUICK]
     assert benchmark(tmp_path / "r.json", *words)[0] == 0
     (scenario,) = load_run(tmp_path / "r.json").scenarios
     assert len(scenario.by_round) == 3
@@ -68,8 +58,8 @@ def test_every_round_is_kept_beside_their_sum(served, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_loop_does_not_end_before_every_client_may_have_been_answered_twice(served, tmp_path):
-    words = ["--url", served.url, "--clients", "5", "--requests", "1", *QUICK]
+def test_a_loop_does_not_end_before_every_client_may_have_been_answered_twice(serve_url, tmp_path):
+    words = ["--url", serve_url, "--clients", "5", "--requests", "1", *QUICK]
     assert benchmark(tmp_path / "r.json", *words)[0] == 0
     assert load_run(tmp_path / "r.json").scenarios[0].requests == 10
 
@@ -105,9 +95,9 @@ def test_the_one_client_alone_and_the_fullest_load_are_found(run):
     assert run.saturated.requests_per_second >= 0.95 * most
 
 
-def test_the_last_line_is_json_that_names_the_file(served, tmp_path, capsys):
+def test_the_last_line_is_json_that_names_the_file(serve_url, tmp_path, capsys):
     status, out = benchmark(
-        tmp_path / "deep" / "r.json", "--url", served.url, "--clients", "1", "--requests", "2",
+        tmp_path / "deep" / "r.json", "--url", serve_url, "--clients", "1", "--requests", "2",
         *QUICK,
     )  # fmt: skip
     assert status == 0
@@ -117,16 +107,18 @@ def test_the_last_line_is_json_that_names_the_file(served, tmp_path, capsys):
     assert brief["scenarios"]["1 client"]["failed"] == 0
 
 
-def test_nothing_but_json_goes_to_stdout_when_it_is_asked_for(served, tmp_path, capsys):
-    words = ["--url", served.url, "--clients", "1", "--requests", "1", *QUICK, "--json"]
+def test_nothing_but_json_goes_to_stdout_when_it_is_asked_for(serve_url, tmp_path, capsys):
+    words = ["--url", serve_url, "--clients", "1", "--requests", "1", *QUICK, "--json"]
     assert benchmark(tmp_path / "r.json", *words)[0] == 0
     result = capsys.readouterr()
     assert json.loads(result.out)["runs"]
     assert "requests/s" in result.err
 
 
-def test_requests_that_the_server_refuses_are_a_failure_that_counts_them(served, tmp_path, capsys):
-    words = ["--url", served.url, "--clients", "1", "--requests", "2", "--warm-up", "0"]
+def test_requests_that_the_server_refuses_are_a_failure_that_counts_them(
+    serve_url, tmp_path, capsys
+):
+    words = ["--url", serve_url, "--clients", "1", "--requests", "2", "--warm-up", "0"]
     status, out = benchmark(tmp_path / "r.json", *words, "--caption", "red " * 60)
     assert (status, out.exists()) == (1, False)
     assert "no request was answered: {'422': 2}" in capsys.readouterr().err
@@ -164,44 +156,42 @@ def test_what_cannot_be_measured_is_refused_with_what_to_change(tmp_path, capsys
 
 
 @pytest.fixture(scope="module")
-def endpoint(served):
+def endpoint(serve_url, moto_address):
     """An account with three endpoints, and the environment in which they are found."""
-    port = int(served.url.rpartition(":")[2])
-    with moto_server() as moto:
-        account = Account(moto)
-        sagemaker = account.client("sagemaker")
-        role = f"arn:aws:iam::{NUMBER}:role/dalle"
-        image = f"{NUMBER}.dkr.ecr.{REGION}.amazonaws.com/dalle:latest"
-        sagemaker.create_model(
-            ModelName="m", ExecutionRoleArn=role, PrimaryContainer={"Image": image}
+    port = int(serve_url.rpartition(":")[2])
+    account = Account(moto_address)
+    account.reset()
+    sagemaker = account.client("sagemaker")
+    role = f"arn:aws:iam::{NUMBER}:role/dalle"
+    image = f"{NUMBER}.dkr.ecr.{REGION}.amazonaws.com/dalle:latest"
+    sagemaker.create_model(ModelName="m", ExecutionRoleArn=role, PrimaryContainer={"Image": image})
+    instance = {"VariantName": "v", "ModelName": "m", "InstanceType": "ml.m5.large"}
+    variants = {
+        "real": {**instance, "InitialInstanceCount": 1},
+        "several": {**instance, "InitialInstanceCount": 2},
+        "serverless": {
+            "VariantName": "v",
+            "ModelName": "m",
+            "ServerlessConfig": {"MemorySizeInMB": 6144, "MaxConcurrency": 2},
+        },
+        "async": {**instance, "InitialInstanceCount": 1},
+    }
+    for name, variant in variants.items():
+        more = (
+            {"AsyncInferenceConfig": {"OutputConfig": {"S3OutputPath": "s3://b/p"}}}
+            if name == "async"
+            else {}
         )
-        instance = {"VariantName": "v", "ModelName": "m", "InstanceType": "ml.m5.large"}
-        variants = {
-            "real": {**instance, "InitialInstanceCount": 1},
-            "several": {**instance, "InitialInstanceCount": 2},
-            "serverless": {
-                "VariantName": "v",
-                "ModelName": "m",
-                "ServerlessConfig": {"MemorySizeInMB": 6144, "MaxConcurrency": 2},
-            },
-            "async": {**instance, "InitialInstanceCount": 1},
+        sagemaker.create_endpoint_config(
+            EndpointConfigName=name, ProductionVariants=[variant], **more
+        )
+        sagemaker.create_endpoint(EndpointName=name, EndpointConfigName=name)
+    with RuntimeFacade(dict.fromkeys(variants, port)) as runtime:
+        yield {
+            **account.environment,
+            "AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME": runtime.url,
         }
-        for name, variant in variants.items():
-            more = (
-                {"AsyncInferenceConfig": {"OutputConfig": {"S3OutputPath": "s3://b/p"}}}
-                if name == "async"
-                else {}
-            )
-            sagemaker.create_endpoint_config(
-                EndpointConfigName=name, ProductionVariants=[variant], **more
-            )
-            sagemaker.create_endpoint(EndpointName=name, EndpointConfigName=name)
-        with RuntimeFacade(dict.fromkeys(variants, port)) as runtime:
-            yield {
-                **account.environment,
-                "AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME": runtime.url,
-            }
-        account.close()
+    account.close()
 
 
 @pytest.fixture
@@ -362,8 +352,8 @@ def test_without_the_servers_time_the_others_share_is_none():
 
 
 @pytest.mark.slow
-def test_measuring_leaves_no_thread_behind(served, tmp_path):
+def test_measuring_leaves_no_thread_behind(serve_url, tmp_path):
     before = threading.active_count()
-    words = ["--url", served.url, "--clients", "4", "--requests", "4", *QUICK]
+    words = ["--url", serve_url, "--clients", "4", "--requests", "4", *QUICK]
     assert benchmark(tmp_path / "r.json", *words)[0] == 0
     assert threading.active_count() == before
