@@ -167,6 +167,10 @@ class Account:
         """A client of moto without the server between: it is neither counted nor refused."""
         return _client(self.moto, service)
 
+    def bodies(self, operation: str) -> list[Any]:
+        """The bodies of the requests for an operation, in the order in which they were sent."""
+        return [body for name, body in self.sent if name == operation]
+
     # --- what the platform or another tool would have done
 
     def put_image(self, tag: str = "latest", **changes: Any) -> str:

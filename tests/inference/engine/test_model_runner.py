@@ -1,63 +1,28 @@
-"""inference.engine.model_runner: seeds, deadlines, ranking, priming, missing components."""
+"""inference.engine.model_runner: seeds, deadlines, ranking, previews, priming."""
 
 import base64
 import io
-import tarfile
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from dalle import artefact as artefacts
-from dalle.decoding.engine import DecodeEngine
-from dalle.errors import ArtefactError, DeviceError, UserError
 from dalle.models.clip import Clip
-from inference.api.rendering import Candidate, GenerateResult, Preview
-from inference.api.schema import ClassifyRequest, CompleteRequest, GenerateRequest
+from inference.api.rendering import Preview
 from inference.engine.model_runner import ModelRunner
-from inference.engine.request import Cancelled, DeadlineExceeded, EngineRequest
+from inference.engine.request import Cancelled, DeadlineExceeded
 from tests.dalle.decoding.reference import sample_image_tokens
-
-CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def artefact(tiny_artefact):
-    return artefacts.load(tiny_artefact)
-
-
-@pytest.fixture
-def runner(artefact) -> ModelRunner:
-    return ModelRunner(artefact, CPU)
-
-
-def ask(**fields: object) -> GenerateRequest:
-    """All candidates are asked for, so that the pixels of all are kept."""
-    given = {"caption": "a red square", "seed": 7, "num_images": fields.get("num_candidates", 4)}
-    return GenerateRequest.model_validate(given | fields)
-
-
-def picture(size: int = 16, format: str = "PNG") -> str:
-    file = io.BytesIO()
-    pixels = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file, format=format)
-    return base64.b64encode(file.getvalue()).decode()
-
-
-def answer(runner: ModelRunner, request):
-    return runner.run(runner.prepare(request))
-
-
-def events_of(prepared: EngineRequest):
-    """The candidates and previews so far, in order."""
-    return list(iter(lambda: prepared.next_event(0.0), None))
-
-
-def by_number(result: GenerateResult) -> dict[int, Candidate]:
-    return {candidate.number: candidate for candidate in result.ranked}
+from tests.inference.engine.model_runner_work import (
+    CPU,
+    Clock,
+    answer,
+    ask,
+    by_number,
+    events_of,
+    picture,
+)
 
 
 def test_candidates_come_ranked_by_clip_best_first(runner):
@@ -197,17 +162,6 @@ def test_a_caption_is_read_by_clip_once_for_all_candidates(artefact):
     assert len(calls) == 1
 
 
-class Clock:
-    """A clock that advances by a second at each reading."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        self.now += 1.0
-        return self.now
-
-
 def test_a_deadline_leaves_the_candidates_that_were_finished(artefact):
     whole = by_number(answer(ModelRunner(artefact, CPU, chunk_size=1), ask(num_candidates=4)))
     runner = ModelRunner(artefact, CPU, chunk_size=1)
@@ -257,166 +211,3 @@ def test_primed_rows_are_kept_and_the_rest_is_sampled(artefact, runner):
 def test_a_prime_image_of_another_size_or_format_is_fitted(runner):
     result = answer(runner, ask(num_candidates=1, prime_image=picture(50, "JPEG"), prime_rows=1))
     assert result.ranked[0].pixels.shape == (16, 16, 3)
-
-
-def test_classes_come_likeliest_first_with_probabilities(runner):
-    request = ClassifyRequest(images=[picture(), picture(40)], classes=["red", "blue", "a star"])
-    for indices, classes, probabilities in answer(runner, request).predictions:
-        assert sorted(indices) == [0, 1, 2]
-        assert classes == [request.classes[index] for index in indices]
-        assert probabilities == sorted(probabilities, reverse=True)
-        assert sum(probabilities) == pytest.approx(1, abs=1e-5)
-
-
-def test_no_more_classes_are_returned_than_were_asked_for(runner):
-    request = ClassifyRequest(images=[picture()], classes=["red", "blue", "a star"], top=2)
-    ((indices, classes, probabilities),) = answer(runner, request).predictions
-    assert len(indices) == len(classes) == len(probabilities) == 2
-
-
-def test_captions_are_completed_from_their_beginning(runner):
-    request = CompleteRequest(complete="red", num_completions=3, seed=1)
-    reply = answer(runner, request)
-    assert [each.caption.split()[0] for each in reply.captions] == ["red"] * 3
-    likelihoods = [each.log_likelihood for each in reply.captions]
-    assert likelihoods == sorted(likelihoods, reverse=True)
-    assert answer(runner, request) == reply
-
-
-def test_a_deadline_between_two_words_stops_a_completion(runner):
-    request = CompleteRequest(complete="", num_completions=64, seed=1)
-    prepared = runner.prepare(request, deadline=5.0)
-    prepared.clock = Clock()
-    with pytest.raises(DeadlineExceeded, match="deadline_seconds"):
-        runner.run(prepared)
-
-
-def test_the_beginning_of_a_caption_may_be_empty(runner):
-    assert len(answer(runner, CompleteRequest(complete="", seed=1)).captions) == 4
-
-
-def test_a_caption_that_is_too_long_names_the_limit(runner):
-    with pytest.raises(UserError, match="at most 8 tokens") as caught:
-        runner.prepare(ask(caption="red " * 9))
-    assert (caught.value.status, caught.value.field) == (422, "caption")
-
-
-def test_a_class_that_is_too_long_is_refused_before_any_work(runner):
-    with pytest.raises(UserError, match=r"classes\[1\]: .* at most 8 tokens") as caught:
-        runner.prepare(ClassifyRequest(images=[picture()], classes=["red", "red " * 9]))
-    assert (caught.value.field, caught.value.status) == ("classes[1]", 422)
-
-
-def giant() -> str:
-    """A PNG of 100 megapixels, all of one colour: 100 kB, but 300 MB when decoded."""
-    file = io.BytesIO()
-    Image.new("1", (10_000, 10_000)).save(file, format="PNG")
-    return base64.b64encode(file.getvalue()).decode()
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        (lambda: "####", "prime_image is not base64"),
-        (lambda: base64.b64encode(b"hello").decode(), "prime_image is not an image"),
-        (lambda: picture()[:200], "prime_image is truncated or damaged"),
-        (giant, "the limit is"),
-        (lambda: "https://example.com/a.png", "addresses are not fetched"),
-    ],
-)
-def test_a_prime_image_that_cannot_be_used_says_why(runner, text, says):
-    with pytest.raises(UserError, match=says) as caught:
-        runner.prepare(ask(prime_image=text(), prime_rows=1))
-    assert (caught.value.status, caught.value.field) == (400, "prime_image")
-
-
-def test_an_image_among_several_is_named(runner):
-    with pytest.raises(UserError, match=r"images\[1\] is not an image"):
-        runner.prepare(ClassifyRequest(images=[picture(), "aGk="], classes=["a"]))
-
-
-@pytest.mark.parametrize(
-    ("fields", "says"),
-    [
-        ({"prime_image": picture(), "prime_rows": 4}, "prime_rows must be 0 to 3"),
-        ({"top_k": 10_000}, "top_k must be 1 to"),
-        ({"preview_rows": 4}, "preview_rows must be 1 to 3"),
-    ],
-)
-def test_limits_of_the_model_are_checked_before_any_work(runner, fields, says):
-    with pytest.raises(UserError, match=says) as caught:
-        runner.prepare(ask(**fields))
-    assert caught.value.status == 422
-
-
-@pytest.mark.parametrize(
-    ("missing", "request_", "says"),
-    [
-        ("dvae", ask(), "no dvae, .* train the stage dvae"),
-        ("transformer", ask(), "no transformer, .* train the stage transformer"),
-        ("tokenizer", ask(), "no tokenizer, .* train the stage transformer"),
-        (
-            "clip",
-            ClassifyRequest(images=[picture()], classes=["a"]),
-            "no clip, .* train the stage clip",
-        ),
-        ("transformer", CompleteRequest(complete="a"), "train the stage transformer"),
-    ],
-)
-def test_a_missing_component_says_which_stage_to_train(artefact, missing, request_, says):
-    runner = ModelRunner(replace(artefact, **{missing: None}), CPU)
-    with pytest.raises(UserError, match=says) as caught:
-        runner.prepare(request_)
-    assert (caught.value.status, caught.value.code) == (422, "component_missing")
-
-
-@pytest.mark.parametrize("missing", ["dvae", "transformer", "clip", None])
-def test_an_artefact_without_a_component_passes_the_self_test(artefact, missing):
-    partial = replace(artefact, **{missing: None}) if missing else artefact
-    ModelRunner(partial, CPU).self_test()
-
-
-@pytest.mark.parametrize("left", [[], ["dvae"], ["tokenizer", "dvae"], ["transformer", "dvae"]])
-def test_an_artefact_that_can_answer_nothing_fails_its_self_test(left, artefact):
-    components = {name: getattr(artefact, name) for name in left}
-    partial = artefacts.Artefact(**components)
-    with pytest.raises(ArtefactError, match="nothing can be answered; train the stages"):
-        ModelRunner(partial, CPU).self_test()
-
-
-def test_it_loads_a_directory_and_an_archive_of_it(tiny_artefact, tmp_path):
-    with tarfile.open(tmp_path / "model.tar.gz", "w:gz") as archive:
-        archive.add(tiny_artefact, arcname=".")
-    first, second = (ModelRunner.load(path, "cpu") for path in (tiny_artefact, tmp_path))
-    assert first.components == second.components == ["dvae", "transformer", "clip", "tokenizer"]
-    one, other = (answer(each, ask(num_candidates=1)) for each in (first, second))
-    assert (one.ranked[0].pixels == other.ranked[0].pixels).all()
-
-
-def test_a_device_that_is_absent_is_named():
-    with pytest.raises(DeviceError, match="cuda:63 is not usable"):
-        ModelRunner.load(Path("unused"), "cuda:63")
-
-
-@pytest.mark.gpu
-def test_it_samples_and_scores_on_a_gpu(tiny_artefact):
-    runner = ModelRunner.load(tiny_artefact, "cuda")
-    runner.self_test()
-    assert len(answer(runner, ask(num_candidates=3)).ranked) == 3
-
-
-def test_precisions_are_compared_on_the_artefacts_example_captions(tiny_artefact, monkeypatch):
-    given = []
-
-    def build_engine(model, num_slots, *_, captions, **__):
-        given.append(captions)
-        return DecodeEngine(model, num_slots)
-
-    monkeypatch.setattr("inference.engine.model_runner.build_engine", build_engine)
-    loaded = artefacts.load(tiny_artefact)
-    ModelRunner(loaded, torch.device("cpu"))
-    loaded.manifest.captions = ["a", "a a"]
-    ModelRunner(loaded, torch.device("cpu"))
-    nothing, examples = given
-    assert nothing is None
-    assert torch.equal(examples, loaded.tokenizer.encode(["a", "a a"]))

@@ -193,7 +193,7 @@ def test_a_batch_generates_images_for_every_caption(account, batch, tmp_path):
     assert result.code == 0, result.err
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == [f"{line:04}-rank-{rank}.png" for line in (1, 2) for rank in (1, 2, 3, 4)]
-    (job,) = [body for name, body in account.sent if name == "CreateTransformJob"]
+    (job,) = account.bodies("CreateTransformJob")
     assert job["BatchStrategy"] == "SingleRecord"
     assert job["TransformInput"]["SplitType"] == job["TransformOutput"]["AssembleWith"] == "Line"
     resources = job["TransformResources"]

@@ -1,0 +1,102 @@
+"""inference.engine.model_runner: classes, completions, and requests that are refused."""
+
+import base64
+import io
+
+import pytest
+from PIL import Image
+
+from dalle.errors import UserError
+from inference.api.schema import ClassifyRequest, CompleteRequest
+from inference.engine.request import DeadlineExceeded
+from tests.inference.engine.model_runner_work import Clock, answer, ask, picture
+
+
+def test_classes_come_likeliest_first_with_probabilities(runner):
+    request = ClassifyRequest(images=[picture(), picture(40)], classes=["red", "blue", "a star"])
+    for indices, classes, probabilities in answer(runner, request).predictions:
+        assert sorted(indices) == [0, 1, 2]
+        assert classes == [request.classes[index] for index in indices]
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert sum(probabilities) == pytest.approx(1, abs=1e-5)
+
+
+def test_no_more_classes_are_returned_than_were_asked_for(runner):
+    request = ClassifyRequest(images=[picture()], classes=["red", "blue", "a star"], top=2)
+    ((indices, classes, probabilities),) = answer(runner, request).predictions
+    assert len(indices) == len(classes) == len(probabilities) == 2
+
+
+def test_captions_are_completed_from_their_beginning(runner):
+    request = CompleteRequest(complete="red", num_completions=3, seed=1)
+    reply = answer(runner, request)
+    assert [each.caption.split()[0] for each in reply.captions] == ["red"] * 3
+    likelihoods = [each.log_likelihood for each in reply.captions]
+    assert likelihoods == sorted(likelihoods, reverse=True)
+    assert answer(runner, request) == reply
+
+
+def test_a_deadline_between_two_words_stops_a_completion(runner):
+    request = CompleteRequest(complete="", num_completions=64, seed=1)
+    prepared = runner.prepare(request, deadline=5.0)
+    prepared.clock = Clock()
+    with pytest.raises(DeadlineExceeded, match="deadline_seconds"):
+        runner.run(prepared)
+
+
+def test_the_beginning_of_a_caption_may_be_empty(runner):
+    assert len(answer(runner, CompleteRequest(complete="", seed=1)).captions) == 4
+
+
+def test_a_caption_that_is_too_long_names_the_limit(runner):
+    with pytest.raises(UserError, match="at most 8 tokens") as caught:
+        runner.prepare(ask(caption="red " * 9))
+    assert (caught.value.status, caught.value.field) == (422, "caption")
+
+
+def test_a_class_that_is_too_long_is_refused_before_any_work(runner):
+    with pytest.raises(UserError, match=r"classes\[1\]: .* at most 8 tokens") as caught:
+        runner.prepare(ClassifyRequest(images=[picture()], classes=["red", "red " * 9]))
+    assert (caught.value.field, caught.value.status) == ("classes[1]", 422)
+
+
+def giant() -> str:
+    """A PNG of 100 megapixels, all of one colour: 100 kB, but 300 MB when decoded."""
+    file = io.BytesIO()
+    Image.new("1", (10_000, 10_000)).save(file, format="PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (lambda: "####", "prime_image is not base64"),
+        (lambda: base64.b64encode(b"hello").decode(), "prime_image is not an image"),
+        (lambda: picture()[:200], "prime_image is truncated or damaged"),
+        (giant, "the limit is"),
+        (lambda: "https://example.com/a.png", "addresses are not fetched"),
+    ],
+)
+def test_a_prime_image_that_cannot_be_used_says_why(runner, text, says):
+    with pytest.raises(UserError, match=says) as caught:
+        runner.prepare(ask(prime_image=text(), prime_rows=1))
+    assert (caught.value.status, caught.value.field) == (400, "prime_image")
+
+
+def test_an_image_among_several_is_named(runner):
+    with pytest.raises(UserError, match=r"images\[1\] is not an image"):
+        runner.prepare(ClassifyRequest(images=[picture(), "aGk="], classes=["a"]))
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"prime_image": picture(), "prime_rows": 4}, "prime_rows must be 0 to 3"),
+        ({"top_k": 10_000}, "top_k must be 1 to"),
+        ({"preview_rows": 4}, "preview_rows must be 1 to 3"),
+    ],
+)
+def test_limits_of_the_model_are_checked_before_any_work(runner, fields, says):
+    with pytest.raises(UserError, match=says) as caught:
+        runner.prepare(ask(**fields))
+    assert caught.value.status == 422
