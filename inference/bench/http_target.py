@@ -82,20 +82,19 @@ class HttpConnection:
     """One kept-alive connection, opened again when the server closed it between requests."""
 
     def __init__(self, target: HttpTarget) -> None:
-        self._target = target
+        self._path = target.path
         self._http = target.open()
-        self._is_fresh = True
 
     def send(self, body: bytes) -> Response:
-        was_fresh = self._is_fresh
+        was_open = self._http.sock is not None
         try:
             return self._send(body)
         except TimeoutError:
-            self._reopen()
+            self._http.close()
             return Response("timeout")
         except (OSError, http.client.HTTPException):
-            self._reopen()
-            if was_fresh:
+            self._http.close()
+            if not was_open:
                 return Response("connection")
         # The server may close a kept-alive connection at any time, which is no failure.
         return self.send(body)
@@ -105,15 +104,9 @@ class HttpConnection:
 
     def _send(self, body: bytes) -> Response:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        self._http.request("POST", self._target.path, body, headers)
+        self._http.request("POST", self._path, body, headers)
         response = self._http.getresponse()
         content = response.read()
-        self._is_fresh = False
         waits = response.getheader("Retry-After", "")
         retry_after = float(waits) if waits.isdigit() else None
         return Response(str(response.status), content, retry_after)
-
-    def _reopen(self) -> None:
-        self._http.close()
-        self._http = self._target.open()
-        self._is_fresh = True

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from infra.aws.project import Project
-from infra.aws.request import DIGEST_CHARACTERS, Request, newest_first
+from infra.aws.request import DIGEST_CHARACTERS, Request, describe, newest_first
 from infra.endpoint import autoscaling
 from infra.jobs.progress import ENDPOINT_LOGS
 
@@ -34,10 +34,6 @@ class ResourceKind:
     def name_key(self) -> str:
         return f"{self.name}Name"
 
-    @property
-    def end_operation(self) -> str:
-        return f"{self.end_verb}{self.name}"
-
 
 @dataclass(frozen=True)
 class Resource:
@@ -49,8 +45,20 @@ class Resource:
     status: str
 
     @property
+    def label(self) -> str:
+        return f"{self.kind.words} {self.name}"
+
+    @property
     def identity(self) -> dict[str, str]:
         return {self.kind.name_key: self.name}
+
+    @property
+    def description(self) -> Request:
+        return describe(self.kind.name, self.name)
+
+    @property
+    def end(self) -> Request:
+        return Request("sagemaker", f"{self.kind.end_verb}{self.kind.name}", **self.identity)
 
 
 ENDPOINT = ResourceKind("Endpoint", "endpoint", "Endpoints", "Delete")

@@ -127,6 +127,6 @@ def _jobs(project: Project) -> list[dict[str, str]]:
             if number == NEWEST:
                 project.output.line(f"older {kind.words}s are not shown")
                 break
-            project.output.item(f"{kind.words} {resource.name}", resource.status)
+            project.output.item(resource.label, resource.status)
             found.append({"kind": kind.words, "name": resource.name, "status": resource.status})
     return found

@@ -18,7 +18,7 @@ from infra.account import inventory
 from infra.account.inventory import RUNNING, Resource
 from infra.aws.output import count_words, size_words
 from infra.aws.project import Project, add_project_arguments, open_project, outputs_of
-from infra.aws.request import Request, describe
+from infra.aws.request import Request
 from infra.endpoint import autoscaling
 from infra.endpoint.deploy import VARIANT
 from infra.endpoint.idle_cost import IdleCost, idle_cost
@@ -157,8 +157,8 @@ def end_hosting(project: Project, found: Inventory) -> None:
     aws, output = project.aws, project.output
     for resource in found.running:
         if resource.status != "Stopping":
-            aws.find(Request("sagemaker", resource.kind.end_operation, **resource.identity))
-        output.item(f"{resource.kind.words} {resource.name}", "stopping")
+            aws.find(resource.end)
+        output.item(resource.label, "stopping")
     for resource in found.warm_pools:
         ended = {**resource.identity, "ResourceConfig": {"KeepAlivePeriodInSeconds": 0}}
         aws.find(Request("sagemaker", "UpdateTrainingJob", **ended))
@@ -172,23 +172,22 @@ def end_hosting(project: Project, found: Inventory) -> None:
             output.item(f"alarm {name}", "deleted")
     for resource in found.endpoints:
         if resource.status != "Deleting":
-            aws.find(Request("sagemaker", resource.kind.end_operation, **resource.identity))
+            aws.find(resource.end)
     for resource in found.endpoints:
-        what = f"the end of endpoint {resource.name}"
-        request = describe(resource.kind.name, resource.name)
-        aws.until_gone(what, request, every_seconds=POLL_SECONDS)
-        output.item(f"endpoint {resource.name}", "deleted")
+        what = f"the end of {resource.label}"
+        aws.until_gone(what, resource.description, every_seconds=POLL_SECONDS)
+        output.item(resource.label, "deleted")
     # A stopping job may still write into the bucket that is emptied next.
     for resource in found.running:
-        what = f"the end of {resource.kind.words} {resource.name}"
+        what = f"the end of {resource.label}"
         aws.until(what, partial(_has_ended, project, resource), every_seconds=POLL_SECONDS)
-        output.item(f"{resource.kind.words} {resource.name}", "stopped")
+        output.item(resource.label, "stopped")
     for name in found.log_groups:
         aws.find(Request("logs", "DeleteLogGroup", logGroupName=name))
         output.item(f"log group {name}", "deleted")
     for resource in [*found.models, *found.configs]:
-        aws.find(Request("sagemaker", resource.kind.end_operation, **resource.identity))
-        output.item(f"{resource.kind.words} {resource.name}", "deleted")
+        aws.find(resource.end)
+        output.item(resource.label, "deleted")
 
 
 def empty(project: Project, bucket: str | None) -> None:
@@ -252,5 +251,5 @@ def verify(project: Project, bucket: str | None, *, storage: bool) -> None:
 
 
 def _has_ended(project: Project, resource: Resource) -> bool:
-    found = project.aws.find(describe(resource.kind.name, resource.name))
+    found = project.aws.find(resource.description)
     return found is None or found[f"{resource.kind.name}Status"] not in RUNNING

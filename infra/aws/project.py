@@ -134,14 +134,12 @@ class Project:
         tags = self.aws.items(Request("sagemaker", "ListTags", ResourceArn=arn), "Tags")
         return any(tag == {"Key": PROJECT_TAG, "Value": self.name} for tag in tags)
 
-    def ensure(self, what: str, look: Request, make: Request) -> bool:
-        """Create a resource unless it exists, and print which; return True when it was created."""
-        if self.aws.find(look) is not None:
-            self.output.item(what, "already there")
-            return False
-        self.aws.call(make)
-        self.output.item(what, "made")
-        return True
+    def ensure(self, what: str, look: Request, *make: Request) -> None:
+        """Create a resource unless it exists, and print which."""
+        is_there = self.aws.find(look) is not None
+        for request in () if is_there else make:
+            self.aws.call(request)
+        self.output.item(what, "already there" if is_there else "made")
 
 
 def outputs_of(stack: Mapping[str, Any] | None) -> dict[str, str]:

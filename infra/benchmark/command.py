@@ -1,9 +1,5 @@
 """`benchmark`: latency and throughput of one workload on a URL, the local image or an endpoint.
 
-    python -m infra benchmark --url http://127.0.0.1:8080 --clients 1 --clients 8
-    python -m infra benchmark --image dalle-sagemaker --model model.tar.gz --cpus 1 --cpus 2
-    python -m infra benchmark --endpoint dalle --rate 0.5
-
 Writes RUN.json, prints a table, and ends with one line of JSON. `infra.benchmark.measure` runs the
 measurement, `inference.bench.load` sends the requests, `infra.benchmark.targets` has the servers.
 """

@@ -1,8 +1,5 @@
 """`compare`: the cost of an image and the cheapest way to serve, from measured runs and prices.
 
-    python -m infra compare RUN.json=ml.c7i.large,serverless
-    python -m infra compare cpu.json=ml.c5.large gpu.json=ml.g5.xlarge --html out/compare.html
-
 Prints a recommendation with its reasons and tables; writes JSON and one HTML page on request. The
 arithmetic is in `infra.cost.costs`, the comparison in `infra.compare.comparison`.
 """

@@ -1,8 +1,4 @@
-"""`prices`: print the dated price table, or refresh it from the AWS Pricing API.
-
-python -m infra prices show --type ml.g5.xlarge
-python -m infra prices refresh --type ml.g5.xlarge --region eu-west-1 --out prices-2026-11.json
-"""
+"""`prices`: print the dated price table, or refresh it from the AWS Pricing API."""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dalle.errors import AwsError, PlanError, UserError
+from dalle.errors import AwsError, PlanError
+from inference.bench.workload import read_captions
 from infra.aws.limits import BATCH_AMI, BATCH_PAYLOAD_MB, Deployment, check_payload, has_gpu
 from infra.aws.output import Output
 from infra.aws.project import Project
@@ -32,14 +33,11 @@ class Batch:
     body: the requests, one a line. folder: without the bucket.
     """
 
+    name: str
     request: Request
     bucket: str
     folder: str
     body: bytes
-
-    @property
-    def name(self) -> str:
-        return str(self.request.parameters["TransformJobName"])
 
 
 def plan(
@@ -49,9 +47,8 @@ def plan(
     body = requests(captions)
     check_payload("batch", len(body))
     folder = f"batch/{digest([body.decode(), deployment.model_data])}"
-    return Batch(
-        transform_request(deployment, model_name, bucket, folder, tags), bucket, folder, body
-    )
+    request = transform_request(deployment, model_name, bucket, folder, tags)
+    return Batch(request.parameters["TransformJobName"], request, bucket, folder, body)
 
 
 def run(project: Project, batch: Batch, out: Path | None) -> int:
@@ -59,13 +56,9 @@ def run(project: Project, batch: Batch, out: Path | None) -> int:
     output = project.output
     name, out = batch.name, out or DEFAULT_OUT
     look = describe("TransformJob", name)
-    if project.aws.find(look) is None:
-        source = {"Bucket": batch.bucket, "Key": f"{batch.folder}/in/{FILE}", "Body": batch.body}
-        project.aws.call(Request("s3", "PutObject", **source))
-        project.aws.call(batch.request)
-        output.item(f"transform job {name}", "made")
-    else:
-        output.item(f"transform job {name}", "already there")
+    key = f"{batch.folder}/in/{FILE}"
+    captions = Request("s3", "PutObject", Bucket=batch.bucket, Key=key, Body=batch.body)
+    project.ensure(f"transform job {name}", look, captions, batch.request)
     done = project.aws.wait(
         look,
         lambda answer: answer["TransformJobStatus"] in ("Completed", "Failed", "Stopped"),
@@ -90,19 +83,10 @@ def run(project: Project, batch: Batch, out: Path | None) -> int:
 
 def requests(captions: Path) -> bytes:
     """JSON lines, a request for each line of the file that is not empty. Raises UserError."""
-    try:
-        text = captions.read_text("utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read {captions}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{captions} is not UTF-8 at byte {error.start}") from error
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise UserError(f"{captions} has no captions; one a line was expected")
     # A seed by line, so that a second run of the same file gives the same images.
     return b"".join(
         json.dumps({"caption": caption, "seed": number}, ensure_ascii=False).encode() + b"\n"
-        for number, caption in enumerate(lines)
+        for number, caption in enumerate(read_captions(captions, None))
     )
 
 

@@ -154,13 +154,8 @@ def _docker(
 
 def read_manifest(project: Project, repository: str, tag: str) -> dict[str, Any] | None:
     """Return `type` (media type), `digest` and `config` of the registry's manifest, or None."""
-    request = Request(
-        "ecr",
-        "BatchGetImage",
-        repositoryName=repository,
-        imageIds=[{"imageTag": tag}],
-        acceptedMediaTypes=MANIFEST_TYPES,
-    )
+    named = {"repositoryName": repository, "imageIds": [{"imageTag": tag}]}
+    request = Request("ecr", "BatchGetImage", **named, acceptedMediaTypes=MANIFEST_TYPES)
     found = project.aws.call(request, answer={"images": []})["images"]
     if not found:
         return None
@@ -190,8 +185,5 @@ def note_size(project: Project, about: dict[str, Any], tag: str, note: str) -> N
     """Store the unpacked size as a tag: the registry itself has only the compressed size."""
     key = image_size_tag(tag)
     if about["tags"].get(key) != note:
-        project.aws.call(
-            Request(
-                "ecr", "TagResource", resourceArn=about["arn"], tags=[{"Key": key, "Value": note}]
-            )
-        )
+        tags = [{"Key": key, "Value": note}]
+        project.aws.call(Request("ecr", "TagResource", resourceArn=about["arn"], tags=tags))

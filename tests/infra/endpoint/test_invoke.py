@@ -225,7 +225,7 @@ def test_a_batch_needs_captions(account, infra, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("captions", "says"), [("\n \n", "has no captions"), (None, "cannot read")]
+    ("captions", "says"), [("\n \n", "holds no captions"), (None, "cannot be read")]
 )
 def test_a_file_without_captions_is_refused(account, infra, batch, tmp_path, captions, says):
     result = (
