@@ -15,7 +15,7 @@ from dalle.errors import UserError
 from infra.benchmark.run_file import Run, Scenario
 from infra.cost import costs
 from infra.cost.assumptions import Assumptions
-from infra.cost.costs import BusyCost, Month, Speed
+from infra.cost.costs import BusyCost, Month, MonthlyCost, Speed
 from infra.cost.prices import Price, PriceTable
 
 SERVERLESS, LAMBDA = "serverless", "lambda"
@@ -127,14 +127,13 @@ def options_of(
     priced_run: PricedRun, table: PriceTable, region: str, assumptions: Assumptions
 ) -> list[Option]:
     kind, speed = priced_run.stands_for, priced_run.speed
+    cost = MonthlyCost(speed, assumptions)
     if kind == SERVERLESS:
         return [_serverless(priced_run, table, region, assumptions)]
     if kind == LAMBDA:
         compute, calls = (table.price(LAMBDA, part, region) for part in ("compute", "requests"))
         month = partial(
-            costs.lambda_function,
-            speed,
-            assumptions=assumptions,
+            cost.lambda_function,
             usd_per_gb_second=compute.usd,
             usd_per_million_requests=calls.usd,
         )
@@ -143,19 +142,18 @@ def options_of(
     hour, waking_hour = table.hourly(kind, region), _asynchronous(table, kind, region)
     volume, data = (table.price("endpoint", part, region) for part in ("volume", "data"))
 
-    def hourly(kind: Kind, cost: Callable[..., Month], hour: Price, problem: str) -> Option:
+    def hourly(kind: Kind, monthly: Callable[..., Month], hour: Price, problem: str) -> Option:
         prices = costs.HourlyPrices(
             usd_per_hour=hour.usd, usd_per_volume_gb_month=volume.usd, usd_per_data_gb=data.usd
         )
-        month = partial(cost, speed, assumptions=assumptions, prices=prices)
-        busy = costs.busy(speed, hour.usd)
+        month, busy = partial(monthly, prices=prices), costs.busy(speed, hour.usd)
         return Option(kind, priced_run, (hour, volume, data), busy, month, problem)
 
     burstable = BURSTABLE_CAVEAT if kind.startswith(BURSTABLE) else ""
     problem = _too_slow(priced_run, assumptions) or burstable
     return [
-        hourly("always on", costs.always_on, hour, problem),
-        hourly("scaled to zero", costs.scale_to_zero, waking_hour, burstable),
+        hourly("always on", cost.always_on, hour, problem),
+        hourly("scaled to zero", cost.scale_to_zero, waking_hour, burstable),
     ]
 
 
@@ -171,9 +169,7 @@ def _serverless(
     if reply_bytes > SERVERLESS_BYTES:
         problem = f"carries 4 MB at most, and replies had {reply_bytes:,.0f}"
     month = partial(
-        costs.serverless,
-        speed,
-        assumptions=assumptions,
+        MonthlyCost(speed, assumptions).serverless,
         usd_per_gb_second=compute.usd,
         usd_per_data_gb=data.usd,
     )

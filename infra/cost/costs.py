@@ -34,6 +34,15 @@ class Speed:
         if self.requests_per_second <= 0:
             raise UserError("a run without an answered request has no cost")
 
+    @property
+    def alone(self) -> float:
+        """Seconds of a request alone. Raises UserError where they were not measured."""
+        if self.seconds_per_request is None:
+            raise UserError(
+                "a price by the second needs a run with one client: benchmark --clients 1"
+            )
+        return self.seconds_per_request
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HourlyPrices:
@@ -88,7 +97,7 @@ def busy(speed: Speed, usd_per_hour: float) -> BusyCost:
 
 def busy_by_the_second(speed: Speed, usd_per_gb_second: float, memory_gb: float) -> BusyCost:
     """Return the same for a price by memory and seconds; needs `seconds_per_request`."""
-    usd = usd_per_gb_second * memory_gb * _alone(speed) * 1000
+    usd = usd_per_gb_second * memory_gb * speed.alone * 1000
     usd_per_hour = usd_per_gb_second * memory_gb * SECONDS_PER_HOUR
     return _per_thousand(speed, usd_per_hour, usd)
 
@@ -103,54 +112,99 @@ def _per_thousand(speed: Speed, usd_per_hour: float, usd: float) -> BusyCost:
     )
 
 
-def _alone(speed: Speed) -> float:
-    if speed.seconds_per_request is None:
-        raise UserError("a price by the second needs a run with one client: benchmark --clients 1")
-    return speed.seconds_per_request
+@dataclass(frozen=True, slots=True)
+class MonthlyCost:
+    """The cost of a month with one measured speed, by the number of requests a day."""
 
+    speed: Speed
+    assumptions: Assumptions
 
-def always_on(
-    speed: Speed, requests_per_day: float, assumptions: Assumptions, prices: HourlyPrices
-) -> Month:
-    """Return the cost of at least one instance; more of them follow the load in the busy hours.
+    def always_on(self, requests_per_day: float, prices: HourlyPrices) -> Month:
+        """Return the cost of at least one instance; more of them follow the load in busy hours.
 
-    So works a real-time endpoint with a target-tracking policy. Instances are not rounded up to
-    whole ones, so that costs have no steps.
-    """
-    rate = assumptions.busy_rate(requests_per_day)
-    load = rate / (speed.requests_per_second * assumptions.target_utilisation)
-    instances = 1 + max(0.0, load - 1) / assumptions.peak_to_mean
-    return _by_the_hour(speed, requests_per_day, assumptions, prices, instances, load)
+        So works a real-time endpoint with a target-tracking policy. Instances are not rounded up to
+        whole ones, so that costs have no steps.
+        """
+        rate = self.assumptions.busy_rate(requests_per_day)
+        load = rate / (self.speed.requests_per_second * self.assumptions.target_utilisation)
+        instances = 1 + max(0.0, load - 1) / self.assumptions.peak_to_mean
+        return self._by_the_hour(requests_per_day, prices, instances, load)
 
+    def scale_to_zero(self, requests_per_day: float, prices: HourlyPrices) -> Month:
+        """Return the cost of an asynchronous endpoint that has no instance without requests.
 
-def scale_to_zero(
-    speed: Speed, requests_per_day: float, assumptions: Assumptions, prices: HourlyPrices
-) -> Month:
-    """Return the cost of an asynchronous endpoint that has no instance without requests.
+        In the busy hours requests arrive at random (Poisson). An instance stays for its idle tail
+        after each reply; a request after that waits for a cold start, which is paid for too. Above
+        the capacity of one instance their number follows the load.
+        """
+        assumed = self.assumptions
+        rate = assumed.busy_rate(requests_per_day)
+        work = 1 / self.speed.requests_per_second
+        load = rate * work / assumed.async_utilisation
+        starting = assumed.async_cold_start_seconds
+        warm = work + assumed.async_idle_tail_seconds
+        cold = cold_share(rate, warm_seconds=warm, cold_start_seconds=starting)
+        instances = max(1 - cold, load) / assumed.peak_to_mean
+        return self._by_the_hour(requests_per_day, prices, instances, load, cold, starting)
 
-    In the busy hours requests arrive at random (Poisson). An instance stays for its idle tail after
-    each reply; a request after that waits for a cold start, which is paid for too. Above the
-    capacity of one instance their number follows the load.
-    """
-    rate = assumptions.busy_rate(requests_per_day)
-    work = 1 / speed.requests_per_second
-    load = rate * work / assumptions.async_utilisation
-    cold = cold_share(
-        rate,
-        warm_seconds=work + assumptions.async_idle_tail_seconds,
-        cold_start_seconds=assumptions.async_cold_start_seconds,
-    )
-    instances = max(1 - cold, load) / assumptions.peak_to_mean
-    return _by_the_hour(
-        speed,
-        requests_per_day,
-        assumptions,
-        prices,
-        instances,
-        load,
-        cold=cold,
-        added_seconds=assumptions.async_cold_start_seconds,
-    )
+    def _by_the_hour(
+        self,
+        requests_per_day: float,
+        prices: HourlyPrices,
+        instances: float,
+        load: float,
+        cold: float = 0.0,
+        added_seconds: float = 0.0,
+    ) -> Month:
+        assumed = self.assumptions
+        return Month(
+            requests_per_day=requests_per_day,
+            usd_compute=instances * prices.usd_per_hour * assumed.hours_per_month,
+            usd_volume=instances * assumed.volume_gb * prices.usd_per_volume_gb_month,
+            usd_data=self._gigabytes(requests_per_day) * prices.usd_per_data_gb,
+            mean_instances=instances,
+            busy_instances=max(1, math.ceil(load - 1e-9)),
+            cold_share=cold,
+            added_seconds=added_seconds,
+        )
+
+    def serverless(
+        self, requests_per_day: float, *, usd_per_gb_second: float, usd_per_data_gb: float
+    ) -> Month:
+        """Return the cost of a serverless endpoint without provisioned concurrency."""
+        assumed = self.assumptions
+        seconds = requests_per_day * assumed.days_per_month * self.speed.alone
+        return Month(
+            requests_per_day=requests_per_day,
+            usd_compute=seconds * assumed.serverless_memory_gb * usd_per_gb_second,
+            usd_data=self._gigabytes(requests_per_day) * usd_per_data_gb,
+            cold_share=self._idle_share(requests_per_day),
+            added_seconds=assumed.serverless_cold_start_seconds,
+        )
+
+    def lambda_function(
+        self, requests_per_day: float, *, usd_per_gb_second: float, usd_per_million_requests: float
+    ) -> Month:
+        """Return the cost of a Lambda function: seconds of work, of cold starts, and requests."""
+        assumed = self.assumptions
+        requests = requests_per_day * assumed.days_per_month
+        cold = self._idle_share(requests_per_day)
+        seconds = self.speed.alone + cold * assumed.lambda_cold_start_seconds
+        return Month(
+            requests_per_day=requests_per_day,
+            usd_compute=requests * seconds * assumed.lambda_memory_gb * usd_per_gb_second,
+            usd_requests=requests * usd_per_million_requests / 1e6,
+            cold_share=cold,
+            added_seconds=assumed.lambda_cold_start_seconds,
+        )
+
+    def _idle_share(self, requests_per_day: float) -> float:
+        rate = self.assumptions.busy_rate(requests_per_day)
+        return math.exp(-rate * (self.assumptions.keep_warm_seconds + self.speed.alone))
+
+    def _gigabytes(self, requests_per_day: float) -> float:
+        requests = requests_per_day * self.assumptions.days_per_month
+        return requests * self.speed.gigabytes_per_request
 
 
 def cold_share(rate_per_second: float, *, warm_seconds: float, cold_start_seconds: float) -> float:
@@ -164,86 +218,6 @@ def cold_share(rate_per_second: float, *, warm_seconds: float, cold_start_second
     longer_than_warm = math.exp(-rate_per_second * warm_seconds)
     longer_than_cold = math.exp(-rate_per_second * (warm_seconds + cold_start_seconds))
     return longer_than_warm / (1 + longer_than_warm - longer_than_cold)
-
-
-def _by_the_hour(
-    speed: Speed,
-    requests_per_day: float,
-    assumptions: Assumptions,
-    prices: HourlyPrices,
-    instances: float,
-    load: float,
-    *,
-    cold: float = 0.0,
-    added_seconds: float = 0.0,
-) -> Month:
-    compute = instances * prices.usd_per_hour * assumptions.hours_per_month
-    volume = instances * assumptions.volume_gb * prices.usd_per_volume_gb_month
-    data = _gigabytes(speed, requests_per_day, assumptions) * prices.usd_per_data_gb
-    return Month(
-        requests_per_day=requests_per_day,
-        usd_compute=compute,
-        usd_volume=volume,
-        usd_data=data,
-        mean_instances=instances,
-        busy_instances=max(1, math.ceil(load - 1e-9)),
-        cold_share=cold,
-        added_seconds=added_seconds,
-    )
-
-
-def serverless(
-    speed: Speed,
-    requests_per_day: float,
-    assumptions: Assumptions,
-    *,
-    usd_per_gb_second: float,
-    usd_per_data_gb: float,
-) -> Month:
-    """Return the cost of a serverless endpoint without provisioned concurrency."""
-    month = requests_per_day * assumptions.days_per_month
-    memory = assumptions.serverless_memory_gb
-    compute = month * _alone(speed) * memory * usd_per_gb_second
-    data = _gigabytes(speed, requests_per_day, assumptions) * usd_per_data_gb
-    return Month(
-        requests_per_day=requests_per_day,
-        usd_compute=compute,
-        usd_data=data,
-        cold_share=_idle_share(speed, requests_per_day, assumptions),
-        added_seconds=assumptions.serverless_cold_start_seconds,
-    )
-
-
-def lambda_function(
-    speed: Speed,
-    requests_per_day: float,
-    assumptions: Assumptions,
-    *,
-    usd_per_gb_second: float,
-    usd_per_million_requests: float,
-) -> Month:
-    """Return the cost of a Lambda function: seconds of work and of cold starts, and requests."""
-    month = requests_per_day * assumptions.days_per_month
-    cold = _idle_share(speed, requests_per_day, assumptions)
-    seconds = _alone(speed) + cold * assumptions.lambda_cold_start_seconds
-    compute = month * seconds * assumptions.lambda_memory_gb * usd_per_gb_second
-    requests = month * usd_per_million_requests / 1e6
-    return Month(
-        requests_per_day=requests_per_day,
-        usd_compute=compute,
-        usd_requests=requests,
-        cold_share=cold,
-        added_seconds=assumptions.lambda_cold_start_seconds,
-    )
-
-
-def _idle_share(speed: Speed, requests_per_day: float, assumptions: Assumptions) -> float:
-    rate = assumptions.busy_rate(requests_per_day)
-    return math.exp(-rate * (assumptions.keep_warm_seconds + _alone(speed)))
-
-
-def _gigabytes(speed: Speed, requests_per_day: float, assumptions: Assumptions) -> float:
-    return requests_per_day * assumptions.days_per_month * speed.gigabytes_per_request
 
 
 def crossings(

@@ -9,7 +9,7 @@ import pytest
 from dalle.errors import UserError
 from infra.cost import costs
 from infra.cost.assumptions import Assumptions
-from infra.cost.costs import HourlyPrices, Speed
+from infra.cost.costs import HourlyPrices, MonthlyCost, Speed
 
 # One request a second, 2 s when alone; 16 candidates, 4 pictures, a megabyte each way.
 SPEED = Speed(
@@ -39,27 +39,27 @@ def test_what_is_paid_by_the_second_costs_its_memory_times_the_seconds_of_one_re
 
 
 def test_an_instance_that_is_always_on_costs_the_same_for_no_request_and_for_few():
-    month = costs.always_on(SPEED, 0, EVEN, PRICES)
+    month = MonthlyCost(SPEED, EVEN).always_on(0, PRICES)
     assert month.usd_compute == pytest.approx(0.36 * 730)
     assert month.usd_volume == pytest.approx(EVEN.volume_gb * 0.1)
     assert (month.usd_data, month.mean_instances) == (0, 1)
-    assert costs.always_on(SPEED, 1000, EVEN, PRICES).usd_compute == month.usd_compute
+    assert MonthlyCost(SPEED, EVEN).always_on(1000, PRICES).usd_compute == month.usd_compute
 
 
 def test_data_is_paid_for_by_the_gigabyte():
-    month = costs.always_on(SPEED, 240, EVEN, PRICES)
+    month = MonthlyCost(SPEED, EVEN).always_on(240, PRICES)
     assert month.usd_data == pytest.approx(240 * 730 / 24 * 0.002 * 0.05)
 
 
 def test_instances_follow_the_load_beyond_what_one_carries():
     full = 0.7 * 86_400  # requests a day that load one instance to its target
-    assert costs.always_on(SPEED, full, EVEN, PRICES).mean_instances == pytest.approx(1)
-    assert costs.always_on(SPEED, 5 * full, EVEN, PRICES).mean_instances == pytest.approx(5)
+    assert MonthlyCost(SPEED, EVEN).always_on(full, PRICES).mean_instances == pytest.approx(1)
+    assert MonthlyCost(SPEED, EVEN).always_on(5 * full, PRICES).mean_instances == pytest.approx(5)
 
 
 def test_in_busy_hours_more_instances_are_needed_and_one_is_left_at_night():
     uneven = Assumptions(peak_to_mean=3.0)
-    month = costs.always_on(SPEED, 2 * 0.7 * 86_400, uneven, PRICES)
+    month = MonthlyCost(SPEED, uneven).always_on(2 * 0.7 * 86_400, PRICES)
     assert month.busy_instances == 6
     assert month.mean_instances == pytest.approx((6 * 8 + 1 * 16) / 24)
 
@@ -94,13 +94,13 @@ def test_without_requests_nothing_is_up_and_with_many_always():
     share = costs.cold_share
     assert share(1e-9, warm_seconds=900, cold_start_seconds=360) == pytest.approx(1, abs=1e-4)
     assert share(1.0, warm_seconds=900, cold_start_seconds=360) == pytest.approx(0, abs=1e-9)
-    month = costs.scale_to_zero(SPEED, 0.001, EVEN, PRICES)
+    month = MonthlyCost(SPEED, EVEN).scale_to_zero(0.001, PRICES)
     assert month.usd < 0.01
     assert month.cold_share == pytest.approx(1, abs=1e-3)
 
 
 def test_a_rare_request_pays_for_cold_start_work_and_idle_tail():
-    month = costs.scale_to_zero(SPEED, 0.1, EVEN, PRICES)
+    month = MonthlyCost(SPEED, EVEN).scale_to_zero(0.1, PRICES)
     seconds = EVEN.async_cold_start_seconds + 1.0 + EVEN.async_idle_tail_seconds
     hours = 0.1 * EVEN.days_per_month * seconds / 3600
     assert month.usd_compute == pytest.approx(hours * 0.36, rel=0.01)
@@ -110,24 +110,26 @@ def test_a_rare_request_pays_for_cold_start_work_and_idle_tail():
 def test_scaled_to_zero_never_costs_more_than_always_on():
     for requests in (1, 10, 100, 1e3, 1e4, 1e5, 1e6):
         for assumptions in (EVEN, Assumptions()):
-            asleep = costs.scale_to_zero(SPEED, requests, assumptions, PRICES).usd
-            assert asleep <= costs.always_on(SPEED, requests, assumptions, PRICES).usd
+            asleep = MonthlyCost(SPEED, assumptions).scale_to_zero(requests, PRICES).usd
+            assert asleep <= MonthlyCost(SPEED, assumptions).always_on(requests, PRICES).usd
 
 
 def test_serverless_costs_seconds_of_memory_and_nothing_while_idle():
-    month = costs.serverless(SPEED, 100, EVEN, usd_per_gb_second=0.00002, usd_per_data_gb=0.016)
+    month = MonthlyCost(SPEED, EVEN).serverless(
+        100, usd_per_gb_second=0.00002, usd_per_data_gb=0.016
+    )
     requests = 100 * 730 / 24
     assert month.usd_compute == pytest.approx(requests * 2 * 6 * 0.00002)
     assert month.usd_data == pytest.approx(requests * 0.002 * 0.016)
     assert month.usd == pytest.approx(month.usd_compute + month.usd_data)
-    nothing = costs.serverless(SPEED, 0, EVEN, usd_per_gb_second=1, usd_per_data_gb=1)
+    nothing = MonthlyCost(SPEED, EVEN).serverless(0, usd_per_gb_second=1, usd_per_data_gb=1)
     assert nothing.usd == 0
 
 
 def test_a_lambda_function_pays_for_its_cold_starts_and_calls_too():
     def month(requests):
-        return costs.lambda_function(
-            SPEED, requests, EVEN, usd_per_gb_second=0.00001, usd_per_million_requests=0.2
+        return MonthlyCost(SPEED, EVEN).lambda_function(
+            requests, usd_per_gb_second=0.00001, usd_per_million_requests=0.2
         )
 
     rare, often = month(0.01), month(1e5)
@@ -143,7 +145,7 @@ def test_a_lambda_function_pays_for_its_cold_starts_and_calls_too():
 def test_what_is_paid_by_the_second_needs_one_client_alone():
     speed = dataclasses.replace(SPEED, seconds_per_request=None)
     with pytest.raises(UserError, match="--clients 1"):
-        costs.serverless(speed, 1, EVEN, usd_per_gb_second=1, usd_per_data_gb=1)
+        MonthlyCost(speed, EVEN).serverless(1, usd_per_gb_second=1, usd_per_data_gb=1)
 
 
 def test_the_break_even_of_two_lines_is_where_they_meet():
