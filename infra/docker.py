@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any, Self
 
 PATIENCE = 300.0
@@ -171,9 +170,7 @@ class Container:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         docker("rm", "--force", "--volumes", self.id, check=False)
         self._logs.wait(PATIENCE)
         self._reader.join(PATIENCE)

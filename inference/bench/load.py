@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 
 from pydantic import ValidationError
@@ -108,63 +109,51 @@ def closed_loop(
     result = Measurement([], 0.0)
     began = time.perf_counter()
 
+    def until_answered(connection: Connection, number: int) -> Record | None:
+        """Send one request until it is accepted; return None when the loop ends before."""
+        body = workload.request(number)
+        first_sent = sent = time.perf_counter()
+        while (answer := connection.send(body)).outcome in BUSY:
+            with lock:
+                if not enough.is_set():
+                    result.refusals[answer.outcome] += 1
+            pause = DEFAULT_RETRY_SECONDS if answer.retry_after is None else answer.retry_after
+            if enough.wait(pause):
+                return None
+            sent = time.perf_counter()
+        latency = time.perf_counter() - first_sent
+        return _record(number, answer, body, latency, refused=sent - first_sent)
+
     def client() -> None:
-        connection = target.connect()
         try:
-            while not enough.is_set():
-                with lock:
-                    number = next(numbers)
-                record = _until_answered(connection, workload, number, enough, result, lock)
-                with lock:
-                    if record is None or enough.is_set():
-                        return
-                    result.records.append(record)
-                    result.window_seconds = time.perf_counter() - began
-                    if len(result.records) >= requests:
-                        enough.set()
+            with closing(target.connect()) as connection:
+                while not enough.is_set():
+                    with lock:
+                        number = next(numbers)
+                    record = until_answered(connection, number)
+                    with lock:
+                        if record is None or enough.is_set():
+                            return
+                        result.records.append(record)
+                        result.window_seconds = time.perf_counter() - began
+                        if len(result.records) >= requests:
+                            enough.set()
         finally:
             enough.set()  # an error in one client ends the others too
-            connection.close()
 
     timer = threading.Timer(max_seconds, enough.set)
     timer.start()
     try:
         with ThreadPoolExecutor(clients, thread_name_prefix="client") as pool:
-            running = [pool.submit(client) for _ in range(clients)]
             try:
-                for each in running:
+                for each in [pool.submit(client) for _ in range(clients)]:
                     each.result()
             finally:
-                enough.set()
+                enough.set()  # before the pool waits for its threads
     finally:
         timer.cancel()
         timer.join()
     return result
-
-
-def _until_answered(
-    connection: Connection,
-    workload: Workload,
-    number: int,
-    enough: threading.Event,
-    result: Measurement,
-    lock: threading.Lock,
-) -> Record | None:
-    """Send one request until it is accepted; return None when the loop ends before."""
-    body = workload.request(number)
-    began = sent = time.perf_counter()
-    while True:
-        answer = connection.send(body)
-        if answer.outcome not in BUSY:
-            latency = time.perf_counter() - began
-            return _record(number, answer, body, latency, refused=sent - began)
-        with lock:
-            if not enough.is_set():
-                result.refusals[answer.outcome] += 1
-        pause = DEFAULT_RETRY_SECONDS if answer.retry_after is None else answer.retry_after
-        if enough.wait(pause):
-            return None
-        sent = time.perf_counter()
 
 
 def arrivals(rate_per_second: float, requests: int, seed: int) -> list[float]:

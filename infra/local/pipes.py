@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 MAGIC = struct.pack("<I", 0xCED7230A)
@@ -39,12 +38,7 @@ class Pipe:
         self._feeder.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._is_closed.set()
         self._feeder.join(timeout=5)  # it may be blocked in a write; it is a daemon
         for path in self._directory.parent.glob(f"{self._directory.name}_*"):
