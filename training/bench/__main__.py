@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,11 +36,13 @@ from PIL import Image
 from torch.nn.utils import clip_grad_norm_
 
 from dalle import peers
-from dalle.models.transformer import Dalle, TransformerConfig
+from dalle.models.transformer import TransformerConfig
+from training.bench.random_tokens import RandomTokens
 from training.config.hyperparameters import parse
 from training.data.tools.bench import measure
+from training.engine.devices import peak_bytes, timed
 from training.engine.torch_engine import TorchEngine
-from training.memory.allocator import keep_memory, peak_bytes
+from training.job.process import keep_memory
 
 TARGETS = {"fp32": 1.5, "bf16": 4.0}
 """Samples a second in multiples of DALLE-pytorch's; bf16 on processors that multiply in it."""
@@ -107,7 +109,7 @@ def _compare(given: argparse.Namespace) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(given.rounds):
         for name, contender in contenders.items():
-            seconds[name].append(_timed(contender, device))
+            seconds[name].append(timed(contender, device))
     reference = median(seconds["dalle_pytorch fp32"])
     results = []
     for name, each in seconds.items():
@@ -156,14 +158,6 @@ def _seconds_to_first_step() -> float:
         return seconds
 
 
-def _timed(work: Callable[[], object], device: torch.device) -> float:
-    began = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
-
-
 class _Theirs:
     """A training step of DALLE-pytorch's train_dalle.py: Adam, gradients clipped to 0.5."""
 
@@ -184,7 +178,8 @@ class _Theirs:
         ).to(device)
         parameters = [each for each in self.model.parameters() if each.requires_grad]
         self.optimiser = torch.optim.Adam(parameters, lr=3e-4)
-        self.text, self.image = (tokens.to(device) for tokens in _tokens(given))
+        self.text = torch.randint(1, TEXT_VOCAB_SIZE, (given.batch, TEXT_LENGTH), device=device)
+        self.image = torch.randint(CODEBOOK_SIZE, (given.batch, given.grid**2), device=device)
         self.num_weights = sum(each.numel() for each in self.model.transformer.parameters())
 
     def __call__(self) -> None:
@@ -203,7 +198,6 @@ class _Ours:
     """A training step of `train`."""
 
     def __init__(self, given: argparse.Namespace, precision: str, *, has_muon: bool) -> None:
-        torch.manual_seed(0)
         config = TransformerConfig(
             text_vocab_size=TEXT_VOCAB_SIZE,
             text_length=TEXT_LENGTH,
@@ -215,18 +209,14 @@ class _Ours:
             feed_forward="geglu",  # as theirs, for the same number of weights
         )
         device = torch.device(given.device)
-        self.model = Dalle(config).to(device).train()
-        text, image = _tokens(given)
-        self.text, self.image = text.to(device), image[:, :, None].to(device)
+        stage = RandomTokens(config, given.batch, device)
+        self.model = stage.model.to(device).train()
         raw = {"precision": precision} | ({} if has_muon else {"muon_learning_rate": "0"})
-        self.engine = TorchEngine(self, parse(raw).transformer, device)
+        self.engine = TorchEngine(stage, parse(raw).transformer, device)
         self.num_weights = sum(each.numel() for each in self.model.blocks.parameters())
 
-    def loss(self, batch: Any, progress: float) -> tuple[Any, dict[str, Any]]:
-        return self.model.loss(*batch).total, {}
-
     def __call__(self) -> None:
-        loss, _ = self.engine.loss((self.text, self.image), 0.0)
+        loss, _ = self.engine.loss(None, 0.0)
         self.engine.backward(loss)
         self.engine.step(1_000, 0.5)
 
@@ -240,12 +230,6 @@ def _state_bytes(model: Any, optimisers: Sequence[Any]) -> int:
     moments = [each for state in states for each in state.values() if hasattr(each, "numel")]
     tensors = [*model.parameters(), *model.buffers(), *moments]
     return sum(each.numel() * each.element_size() for each in tensors)
-
-
-def _tokens(given: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random text tokens [B, T] and image tokens [B, N] for both sides."""
-    text = torch.randint(1, TEXT_VOCAB_SIZE, (given.batch, TEXT_LENGTH))
-    return text, torch.randint(CODEBOOK_SIZE, (given.batch, given.grid**2))
 
 
 def _machine(device: torch.device) -> dict[str, Any]:

@@ -27,16 +27,15 @@ from typing import Any, get_args
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from dalle.models.sizes import DVAE_SIZES, TRANSFORMER_SIZES, SizeName
 from dalle.models.transformer import Dalle, TransformerConfig
-from dalle.types import StageName
+from training.bench.random_tokens import RandomTokens
 from training.config.hyperparameters import parse
 from training.distributed.process_group import TorchProcessGroup
+from training.engine.devices import peak_bytes, timed
 from training.engine.select import device_of_new, select_engine
-from training.memory.allocator import peak_bytes
 
 TEXT_LENGTH, TEXT_VOCAB_SIZE = 64, 8192
 
@@ -74,24 +73,6 @@ class Measured:
     peak_bytes: int
 
 
-class Stage:
-    """The transformer on random tokens, the same in every step."""
-
-    name: StageName = "transformer"
-
-    def __init__(self, config: TransformerConfig, batch_size: int, device: torch.device) -> None:
-        torch.manual_seed(0)
-        self.model = Dalle(config)
-        self.text_tokens = torch.randint(
-            1, TEXT_VOCAB_SIZE, (batch_size, TEXT_LENGTH), device=device
-        )
-        shape = (batch_size, config.num_positions, config.num_codebooks)
-        self.image_tokens = torch.randint(config.codebook_size, shape, device=device)
-
-    def loss(self, batch: Any, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.model.loss(self.text_tokens, self.image_tokens).total, {}
-
-
 def cases(has_gpu: bool) -> list[Case]:
     """Return all cases; fp16 and offloading need a GPU."""
     precisions = ["fp32", "bf16", *(["fp16"] if has_gpu else [])]
@@ -123,19 +104,20 @@ def _train(
     """Train a new model; return wall and CPU seconds of each step."""
     ranks = TorchProcessGroup()
     hyperparameters = parse(case.hyperparameters() | {"batch_size": str(batch_size)})
-    stage = Stage(config, batch_size // ranks.size, device)
+    stage = RandomTokens(config, batch_size // ranks.size, device)
     stage.model.to(device_of_new(hyperparameters, "transformer", device))
     engine = select_engine(stage, "transformer", hyperparameters, device, ranks)
     engine.begin(None)
-    seconds, cpu_seconds = [], []
-    for step in range(num_steps):
-        started, cpu_started = time.perf_counter(), time.process_time()
+
+    def step() -> None:
         loss, _ = engine.loss(None, 0.0)
         engine.backward(loss)
-        engine.step(step, 0.0)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - started)
+        engine.step(0, 0.0)
+
+    seconds, cpu_seconds = [], []
+    for _ in range(num_steps):
+        cpu_started = time.process_time()
+        seconds.append(timed(step, device))
         cpu_seconds.append(time.process_time() - cpu_started)
     engine.finish()
     return seconds, cpu_seconds

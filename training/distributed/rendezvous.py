@@ -11,6 +11,7 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Self
 
@@ -30,16 +31,14 @@ logger = logging.getLogger(__name__)
 _COMPLETE, _CANCELLED = "complete", "cancelled"
 
 
+@dataclass(frozen=True, eq=False)
 class Rendezvous:
     """Membership of one rank in its job's process group. Made by `Rendezvous.join`."""
 
-    def __init__(
-        self, place: Place, store: TCPStore, heartbeat: Heartbeat, timeouts: Timeouts
-    ) -> None:
-        self._place = place
-        self._store = store
-        self._heartbeat = heartbeat
-        self._timeouts = timeouts
+    place: Place
+    store: TCPStore
+    heartbeat: Heartbeat
+    timeouts: Timeouts
 
     @classmethod
     def join(
@@ -107,10 +106,10 @@ class Rendezvous:
         """Make the process group; from now on the rank must end by `leave` or `fail`."""
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=PrefixStore("group", self._store),
-            rank=self._place.rank,
-            world_size=self._place.size,
-            timeout=timedelta(seconds=self._timeouts.collective),
+            store=PrefixStore("group", self.store),
+            rank=self.place.rank,
+            world_size=self.place.size,
+            timeout=timedelta(seconds=self.timeouts.collective),
         )
         return TorchProcessGroup()
 
@@ -120,14 +119,14 @@ class Rendezvous:
         A platform may end all containers when the first one ends.
         """
         TorchProcessGroup().any(False)
-        self._heartbeat.close()
-        if self._place.rank == 0:
-            others = [f"left/{rank}" for rank in range(1, self._place.size)]
+        self.heartbeat.close()
+        if self.place.rank == 0:
+            others = [f"left/{rank}" for rank in range(1, self.place.size)]
             with suppress(dist.DistError):  # training is done: a rank lost now is no failure
-                self._store.wait(others, timedelta(seconds=self._timeouts.silence))
+                self.store.wait(others, timedelta(seconds=self.timeouts.silence))
         else:
             with suppress(dist.DistError):
-                self._store.set(f"left/{self._place.rank}", "")
+                self.store.set(f"left/{self.place.rank}", "")
         dist.destroy_process_group()
 
     def fail(self, error: Exception, cause: str) -> None:
@@ -137,8 +136,8 @@ class Rendezvous:
         find it first, and calls `on_lost` before this returns.
         """
         if isinstance(error, RuntimeError):  # torch's errors, those of broken connections too
-            self._heartbeat.wait_for_lost_rank()
-        self._heartbeat.announce(cause)
+            self.heartbeat.wait_for_lost_rank()
+        self.heartbeat.announce(cause)
 
 
 def _register(store: TCPStore, place: Place, seconds: float, stop: Stop) -> None:

@@ -1,11 +1,14 @@
-"""Devices of this host for training, and the number formats they support."""
+"""Devices of this host for training: which, in which number formats, how fast, how full."""
 
 from __future__ import annotations
 
 import logging
 import platform
+import time
+from collections.abc import Callable
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from dalle.errors import DeviceError, HyperparameterError
 from training.config.fields import FitHyperparameters
@@ -71,3 +74,33 @@ def _why_no_cuda() -> str:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     return f"torch {torch.__version__} sees no CUDA device (no GPU, or no driver for it)"
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of one call, until the device has finished."""
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
+    """Return the most bytes of tensors that `work` holds at once beyond those held before it."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiler:
+        work()
+    results = profiler.profiler.kineto_results if profiler.profiler else None
+    assert results is not None, "the profiler has ended"
+    held = most = 0
+    for event in results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most

@@ -5,6 +5,7 @@ A job on one device has one such process, the command itself; other jobs have on
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import logging
 import os
@@ -23,10 +24,28 @@ from dalle.platform.environment import Job, Paths
 from dalle.platform.outputs import write_failure
 from training.config.fields import Hyperparameters
 from training.distributed.topology import Place, Timeouts
-from training.memory.allocator import keep_memory
 from training.stopping import Stopped
 
 logger = logging.getLogger(__name__)
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_MAX_KEPT_BLOCK_BYTES = 32 << 20  # larger blocks go back to the kernel at once, as by default
+_MAX_KEPT_BYTES = 256 << 20
+
+
+def keep_memory() -> None:
+    """Make glibc keep freed memory: blocks below 32 MiB, and 256 MiB at the end of each arena.
+
+    A step allocates the same blocks as the one before. By default glibc gives some of them back to
+    the kernel in between, which hands them out again page by page, each filled with zeros: a
+    transformer step of the rainbow recipe had 7,000 to 10,000 page faults and spent 36 to 62 ms in
+    the kernel. With these settings it has 14 to 44 page faults and 8 to 18 ms, a tenth less time in
+    all (two cores, in turns, 2026-11-26). Does nothing without glibc; is called before torch loads.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(_M_MMAP_THRESHOLD, _MAX_KEPT_BLOCK_BYTES)
+        set_option(_M_TRIM_THRESHOLD, _MAX_KEPT_BYTES)
 
 
 def configure_logging() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing, nullcontext
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from training.stopping import Stop, Stopped
 logger = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class Trainer:
     """One rank of a job: trains what the job asks for and writes the artefact.
 
@@ -39,20 +41,12 @@ class Trainer:
     on. `run` raises the errors of its parts; DeviceError when the device's memory is too small.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        hyperparameters: Hyperparameters,
-        stop: Stop,
-        *,
-        device: torch.device,
-        ranks: ProcessGroup = SINGLE_PROCESS,
-    ) -> None:
-        self._job = job
-        self._hyperparameters = hyperparameters
-        self._stop = stop
-        self._device = device
-        self._ranks = ranks
+    job: Job
+    hyperparameters: Hyperparameters
+    stop: Stop
+    _: KW_ONLY
+    device: torch.device
+    ranks: ProcessGroup = SINGLE_PROCESS
 
     def run(self) -> None:
         """Train all stages of the job."""
@@ -60,14 +54,14 @@ class Trainer:
             self._run()
         except torch.OutOfMemoryError as error:
             raise DeviceError(
-                f"the memory of {self._device} is too small; set a smaller batch_size, "
+                f"the memory of {self.device} is too small; set a smaller batch_size, "
                 "precision=bf16, a smaller size, or take a larger instance"
             ) from error
 
     def _run(self) -> None:
-        ranks, device = self._ranks, self._device
+        ranks, device = self.ranks, self.device
         try:
-            inputs = Inputs(self._job, self._hyperparameters, device, self._stop, ranks)
+            inputs = Inputs(self.job, self.hyperparameters, device, self.stop, ranks)
             components = Components(inputs)
             names = self._check(components, inputs.present)
         except Stopped:
@@ -77,22 +71,22 @@ class Trainer:
             logger.warning("stopped before there was anything to train")
             return
         try:
-            self._hyperparameters = components.settle_batch_sizes(names)
+            self.hyperparameters = components.settle_batch_sizes(names)
         except Stopped:  # on all ranks
             logger.warning("stopped before there was anything to train")
             return
-        require_equal_shares(self._hyperparameters, names, ranks.size)  # those of checkpoints too
-        check_engine(self._hyperparameters, names, device, ranks.size)
+        require_equal_shares(self.hyperparameters, names, ranks.size)  # those of checkpoints too
+        check_engine(self.hyperparameters, names, device, ranks.size)
         output = Output(inputs, names)
         components.check_checkpoints(names)
-        paths = self._job.paths
+        paths = self.job.paths
         with (
             Metrics(paths.output_data / "metrics.jsonl", paths.tensorboard)
             if ranks.is_first
             else nullcontext()
         ) as metrics:
             for name in names:
-                stage = None if ranks.any(self._stop.is_set()) else components.build(name)
+                stage = None if ranks.any(self.stop.is_set()) else components.build(name)
                 if ranks.any(stage is None) or stage is None:
                     break
                 with closing(stage.batches):
@@ -104,32 +98,32 @@ class Trainer:
         self, components: Components, present: Collection[ComponentName]
     ) -> list[StageName] | None:
         """Return the stages to train, after all checks of their settings. Raises Stopped."""
-        names = stages_to_train(self._hyperparameters.stage, present)
-        if self._ranks.is_first:
-            for name, why in without_effect(self._hyperparameters, names, present).items():
+        names = stages_to_train(self.hyperparameters.stage, present)
+        if self.ranks.is_first:
+            for name, why in without_effect(self.hyperparameters, names, present).items():
                 logger.warning("hyperparameter %s has no effect: %s", name, why)
-        require_equal_shares(self._hyperparameters, names, self._ranks.size)
+        require_equal_shares(self.hyperparameters, names, self.ranks.size)
         components.check(names)
         return names
 
     def _train(self, stage: Stage, metrics: Metrics | None) -> FitResult:
-        hyperparameters, name = self._hyperparameters, stage.name
+        hyperparameters, name = self.hyperparameters, stage.name
         num_parameters = sum(parameter.numel() for parameter in stage.model.parameters())
         logger.info("training %s, %s parameters", name, f"{num_parameters:,}")
         identity = {**settings_identity(hyperparameters, name), **stage.identity()}
-        require_equal_everywhere(identity, self._ranks)
+        require_equal_everywhere(identity, self.ranks)
         result = fit(
             stage,
             hyperparameters,
-            engine=select_engine(stage, name, hyperparameters, self._device, self._ranks),
+            engine=select_engine(stage, name, hyperparameters, self.device, self.ranks),
             checkpoints=Checkpoints(
-                self._job.paths.checkpoints / name,
+                self.job.paths.checkpoints / name,
                 identity=identity,
                 kept=hyperparameters.checkpoints_kept,
             ),
             metrics=metrics,
-            stop=self._stop,
-            ranks=self._ranks,
+            stop=self.stop,
+            ranks=self.ranks,
         )
         end = "finished" if result.is_finished else "stopped"
         logger.info("%s %s after %d steps, %.0f s", name, end, result.step, result.seconds)

@@ -10,13 +10,16 @@ from __future__ import annotations
 import logging
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from dalle.errors import CheckpointError
 from dalle.platform.disk import disk_error, replacing
@@ -36,8 +39,6 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, *, identity: Mapping[str, Any], kept: int = 2) -> None:
-        if kept < 1:
-            raise ValueError(f"kept must be at least 1, got {kept}")
         self.directory = directory
         self._identity = dict(identity)
         self._kept = kept
@@ -60,7 +61,9 @@ class Checkpoints:
                 if_full="the one before it is kept. Give the job a larger volume or keep fewer "
                 "checkpoints (checkpoints_kept)",
                 directory=self.directory,
-                num_bytes=_num_bytes(content),
+                num_bytes=sum(
+                    each.nbytes for each in tree_leaves(content) if isinstance(each, Tensor)
+                ),
             ) from error
         for old in self._complete()[self._kept :]:
             old.unlink(missing_ok=True)
@@ -77,16 +80,12 @@ class Checkpoints:
             logger.warning("removing %s, which was never finished", leftover)
             leftover.unlink(missing_ok=True)
         for path in self._complete():
-            try:
+            with _reading(path):
                 content = _read(path)
                 if content is None:
                     path.rename(path.with_name(path.name + DAMAGED))
                     continue
-            except OSError as error:
-                raise disk_error(
-                    error, f"read the checkpoint {path}", if_full="give the job a larger volume"
-                ) from error
-            self._require_same_run(path, content)
+            require_same_run(path, content["identity"], self._identity)
             logger.info("resuming from %s", path)
             state: dict[str, Any] = content["state"]
             return state
@@ -104,10 +103,6 @@ class Checkpoints:
             return []
         paths = [path for path in self.directory.iterdir() if NAME.fullmatch(path.name)]
         return sorted(paths, reverse=True)
-
-    def _require_same_run(self, path: Path, content: Mapping[str, Any]) -> None:
-        _require_format(path, content)
-        require_same_run(path, content["identity"], self._identity)
 
 
 @dataclass(frozen=True)
@@ -156,14 +151,9 @@ def stored_run(directory: Path) -> StoredRun | None:
     Raises CheckpointError for one of another format, PlatformError for trouble with the disk.
     """
     for path in Checkpoints(directory, identity={})._complete():
-        try:
+        with _reading(path):
             content = _read(path, with_tensors=False)
-        except OSError as error:
-            raise disk_error(
-                error, f"read the checkpoint {path}", if_full="give the job a larger volume"
-            ) from error
         if content is not None:
-            _require_format(path, content)
             state = content["state"]
             return StoredRun(
                 path,
@@ -175,14 +165,6 @@ def stored_run(directory: Path) -> StoredRun | None:
     return None
 
 
-def _require_format(path: Path, content: Mapping[str, Any]) -> None:
-    if content["format"] != FORMAT:
-        raise CheckpointError(
-            f"{path} has checkpoint format {content['format']}, this version reads {FORMAT}; "
-            "start with an empty checkpoint directory"
-        )
-
-
 def seed_everything(seed: int, step: int, rank: int = 0) -> None:
     """Seed every random generator of the process for one step of one rank.
 
@@ -192,28 +174,6 @@ def seed_everything(seed: int, step: int, rank: int = 0) -> None:
     random.seed(mixed)
     np.random.seed(mixed)
     torch.manual_seed(mixed)
-
-
-class _Counting:
-    """Binary file that counts its bytes and keeps none."""
-
-    def __init__(self) -> None:
-        self.num_bytes = 0
-
-    def write(self, data: bytes | memoryview) -> int:
-        size = memoryview(data).nbytes
-        self.num_bytes += size
-        return size
-
-    def flush(self) -> None:
-        pass
-
-
-def _num_bytes(content: Mapping[str, Any]) -> int:
-    """Return the size of a checkpoint's file."""
-    target = _Counting()
-    torch.save(dict(content), cast(IO[bytes], target))
-    return target.num_bytes
 
 
 class _RememberingFile:
@@ -246,10 +206,21 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
         raise
 
 
-def _read(path: Path, *, with_tensors: bool = True) -> dict[str, Any] | None:
-    """Return a checkpoint's content; None for a damaged file. Raises OSError, MemoryError.
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(
+            error, f"read the checkpoint {path}", if_full="give the job a larger volume"
+        ) from error
 
-    with_tensors: False leaves the tensors' bytes on the disk.
+
+def _read(path: Path, *, with_tensors: bool = True) -> dict[str, Any] | None:
+    """Return a checkpoint's content; None for a damaged file.
+
+    with_tensors: False leaves the tensors' bytes on the disk. Raises CheckpointError for one of
+    another format; OSError, MemoryError.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=not with_tensors)
@@ -263,4 +234,9 @@ def _read(path: Path, *, with_tensors: bool = True) -> dict[str, Any] | None:
     if not isinstance(content, dict) or not {"format", "identity", "state"} <= content.keys():
         logger.warning("skipping %s, which is not a checkpoint of `train`", path)
         return None
+    if content["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path} has checkpoint format {content['format']}, this version reads {FORMAT}; "
+            "start with an empty checkpoint directory"
+        )
     return content

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,12 +13,12 @@ from dalle.types import StageName
 from training.config.fields import FitHyperparameters
 
 
+@dataclass(frozen=True)
 class DivergenceCheck:
     """Checks of one stage. They raise DivergenceError naming the step and what to change."""
 
-    def __init__(self, stage: StageName, settings: FitHyperparameters) -> None:
-        self._stage = stage
-        self._settings = settings
+    stage: StageName
+    settings: FitHyperparameters
 
     def check_losses(
         self, first_step: int, losses: Sequence[Tensor], gradient_norms: Mapping[int, Tensor]
@@ -32,7 +33,7 @@ class DivergenceCheck:
         wrong = torch.stack([value.float() for *_, value in checked]).isfinite().logical_not()
         if wrong.any():
             step, what, value = checked[int(wrong.nonzero()[0])]
-            raise self._error(f"the {what} of stage {self._stage} is {value.item()}", step)
+            raise self._error(f"the {what} of stage {self.stage} is {value.item()}", step)
 
     def check_weights(self, step: int, state: Mapping[str, Tensor]) -> None:
         """Check a model's state dict."""
@@ -40,12 +41,12 @@ class DivergenceCheck:
         are_finite = torch.stack([value.isfinite().all() for _, value in named])
         if not are_finite.all():
             name, _ = named[int(are_finite.logical_not().nonzero()[0])]
-            raise self._error(f"the weights {name} of stage {self._stage} are not finite", step)
+            raise self._error(f"the weights {name} of stage {self.stage} are not finite", step)
 
     def _error(self, what: str, step: int) -> DivergenceError:
         return DivergenceError(
             f"{what} at step {step}; "
-            f"try a smaller learning_rate (now {self._settings.learning_rate}), "
-            f"more warmup_steps (now {self._settings.warmup_steps}) or "
-            f"another precision (now {self._settings.precision})"
+            f"try a smaller learning_rate (now {self.settings.learning_rate}), "
+            f"more warmup_steps (now {self.settings.warmup_steps}) or "
+            f"another precision (now {self.settings.precision})"
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -50,47 +51,38 @@ def fit(
     return _Fit(stage, hyperparameters, engine, checkpoints, metrics, ranks, clock).run(stop)
 
 
+@dataclass(eq=False)
 class _Fit:
     """State of one call of `fit`."""
 
-    def __init__(
-        self,
-        stage: Stage,
-        hyperparameters: Hyperparameters,
-        engine: Engine,
-        checkpoints: Checkpoints,
-        metrics: Metrics | None,
-        ranks: ProcessGroup,
-        clock: Callable[[], float],
-    ) -> None:
-        settings = hyperparameters.of(stage.name)
-        self.stage = stage
-        self.hyperparameters = hyperparameters
-        self.settings = settings
-        self.engine = engine
-        self.checkpoints = checkpoints
-        self.metrics = metrics
-        self.ranks = ranks
-        self.clock = clock
-        self.divergence = DivergenceCheck(stage.name, settings)
-        self.budget = Budget.of(settings, stage.batches.num_per_epoch)
-        self.is_on_cpu = engine.device.type == "cpu"
-        self.step = 0
-        self.seconds_before = 0.0
-        self.cpu_seconds_before = 0.0
-        self.started = clock()
+    stage: Stage
+    hyperparameters: Hyperparameters
+    engine: Engine
+    checkpoints: Checkpoints
+    metrics: Metrics | None
+    ranks: ProcessGroup
+    clock: Callable[[], float]
+    step: int = 0
+    seconds_before: float = 0.0
+    cpu_seconds_before: float = 0.0
+    saved_step: int = 0
+    validation: dict[str, float] = field(default_factory=dict)
+    # A stop interrupted a validation: a resumed run begins with it.
+    owes_validation: bool = False
+    # Scalars of the steps since the last report, still on the device.
+    pending: list[dict[str, Tensor]] = field(default_factory=list)
+    # By step, likewise; the engine may compute none.
+    gradient_norms: dict[int, Tensor] = field(default_factory=dict)
+    reported: dict[str, float] = field(default_factory=dict)
+    reported_at: tuple[int, float] = (0, 0.0)
+
+    def __post_init__(self) -> None:
+        self.settings = self.hyperparameters.of(self.stage.name)
+        self.divergence = DivergenceCheck(self.stage.name, self.settings)
+        self.budget = Budget.of(self.settings, self.stage.batches.num_per_epoch)
+        self.is_on_cpu = self.engine.device.type == "cpu"
+        self.started = self.saved_at = self.clock()
         self.cpu_started = time.process_time()
-        self.saved_step = 0
-        self.saved_at = self.started
-        self.validation: dict[str, float] = {}
-        # A stop interrupted a validation: a resumed run begins with it.
-        self.owes_validation = False
-        # Scalars of the steps since the last report, still on the device.
-        self.pending: list[dict[str, Tensor]] = []
-        # By step, likewise; the engine may compute none.
-        self.gradient_norms: dict[int, Tensor] = {}
-        self.reported: dict[str, float] = {}
-        self.reported_at = (0, 0.0)
 
     @property
     def seconds(self) -> float:
@@ -274,8 +266,7 @@ class _Fit:
             {name: value.to(device) for name, value in scalars.items()}
             for scalars in state["pending"]
         ]
-        step, seconds = state["reported_at"]
-        self.reported_at = (step, seconds)
+        self.reported_at = tuple(state["reported_at"])
         if self.metrics is not None:
             self.metrics.restore(self.stage.name, state["records"])
         logger.info("%s continues at step %d", self.stage.name, self.step)

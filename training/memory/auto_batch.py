@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import gc
 import logging
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -20,6 +20,7 @@ from dalle.errors import DeviceError
 from dalle.platform.limits import free_host_memory
 from dalle.types import StageName
 from training.config.fields import MAX_BATCH_SIZE, StageHyperparameters
+from training.engine.devices import timed
 from training.engine.torch_engine import TorchEngine
 from training.memory.estimate import RUNTIME_BYTES, Setting, StageMemory
 from training.memory.passes import random_batch, synthetic_stage
@@ -106,15 +107,13 @@ def _worthwhile(
     return size, "twice as many would not fit"
 
 
+@dataclass(frozen=True)
 class Trial:
     """Times some training steps of an untrained copy of the stage's model on random pairs."""
 
-    def __init__(
-        self, memory: StageMemory, settings: StageHyperparameters, device: torch.device
-    ) -> None:
-        self._memory = memory
-        self._settings = settings
-        self._device = device
+    memory: StageMemory
+    settings: StageHyperparameters
+    device: torch.device
 
     def __call__(self, size: int) -> float | None:
         """Return the pairs a second at a size; None when it does not fit."""
@@ -124,32 +123,30 @@ class Trial:
             return None
         finally:
             gc.collect()
-            if self._device.type == "cuda":
+            if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
     def _run(self, size: int) -> float:
-        config, dvae = self._memory.config, self._memory.dvae
-        with self._device:
+        config, dvae = self.memory.config, self.memory.dvae
+        with self.device:
             stage = synthetic_stage(
                 config,
-                self._device,
+                self.device,
                 dvae=dvae,
-                checkpoints_activations=self._settings.activation_checkpointing,
+                checkpoints_activations=self.settings.activation_checkpointing,
             )
         stage.model.train()
-        settings = self._settings.model_copy(update={"gradient_accumulation_steps": 1})
-        engine = TorchEngine(stage, settings, self._device)
+        settings = self.settings.model_copy(update={"gradient_accumulation_steps": 1})
+        engine = TorchEngine(stage, settings, self.device)
         batch = random_batch(config, size, dvae=dvae)
-        seconds = []
-        for step in range(3):  # the first one is warm-up
-            began = time.perf_counter()
+
+        def step() -> None:
             loss, _ = engine.loss(batch, 0.0)
             engine.backward(loss)
-            engine.step(step, 0.0)
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
-            seconds.append(time.perf_counter() - began)
-        return size / min(seconds[1:])
+            engine.step(0, 0.0)
+
+        step()  # warm-up
+        return size / min(timed(step, self.device) for _ in range(2))
 
 
 def _free_memory(device: torch.device) -> int:

@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,18 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dalle.models.quantiser import Quantiser
+from training.engine.interface import Trainable
 
 FAKE_DEVICE = torch.device("cpu")
 """Without a GPU torch cannot choose its kernels; on the CPU attention is fused as on a GPU."""
-
-
-class Traceable(Protocol):
-    """A stage whose loss is traced; models among its attributes but `model` are frozen."""
-
-    @property
-    def model(self) -> nn.Module: ...
-
-    def loss(self, batch: Any, progress: float) -> tuple[Tensor, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -81,7 +73,7 @@ def without_memory() -> Iterator[None]:
 
 
 def trace_passes(
-    make_stage: Callable[[], Traceable],
+    make_stage: Callable[[], Trainable],
     make_batch: Callable[[int], Any],
     batch_sizes: Sequence[int],
     *,
@@ -91,6 +83,7 @@ def trace_passes(
 ) -> Passes:
     """Trace one forward and backward pass of a stage in training.
 
+    make_stage: models among its attributes but `model` are frozen.
     make_batch: a batch of so many pairs, whose values do not matter.
     batch_sizes: at least two different ones; three when something grows with their square.
     autocast: the number format of the forward pass, where it is not that of the weights.
@@ -123,7 +116,7 @@ class _Log:
 
 
 def _trace(
-    stage: Traceable,
+    stage: Trainable,
     make_batch: Callable[[], Any],
     autocast: torch.dtype | None,
     dtype: torch.dtype | None,

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -153,20 +154,14 @@ class SmallJob:
         return found
 
 
+@dataclass(eq=False)
 class Run:
-    """One start of a job, until it ends or is interrupted."""
+    """One start of a job, until it ends or is interrupted. older: half-written before it began."""
 
-    def __init__(
-        self,
-        job: SmallJob,
-        logs: list[Path],
-        processes: list[Process],
-        unfinished: Mapping[Path, os.stat_result],
-    ) -> None:
-        self.job = job
-        self.logs = logs
-        self.processes = processes
-        self._older = unfinished
+    job: SmallJob
+    logs: list[Path]
+    processes: list[Process]
+    older: Mapping[Path, os.stat_result]
 
     def wait_until(self, is_so: Callable[[], object], *, pause: float = PAUSE) -> bool:
         """Poll until a condition holds; return False when a host ended before.
@@ -192,7 +187,7 @@ class Run:
 
     def _unfinished(self) -> Iterator[tuple[Path, os.stat_result]]:
         for path, stat in self.job.unfinished().items():
-            if path not in self._older or _version(stat) != _version(self._older[path]):
+            if path not in self.older or _version(stat) != _version(self.older[path]):
                 yield path, stat
 
     def log(self, host: int = 0) -> str:

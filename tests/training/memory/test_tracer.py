@@ -10,9 +10,9 @@ from dalle.models.dvae import DVAEConfig
 from dalle.models.transformer import TransformerConfig
 from training.config.hyperparameters import parse
 from training.config.models import TextSizes, clip_config, dvae_config, transformer_config
+from training.engine.devices import peak_bytes
 from training.engine.optimizer import Muon, muon_update_elements
 from training.engine.torch_engine import TorchEngine
-from training.memory.allocator import peak_bytes
 from training.memory.auto_batch import Trial
 from training.memory.estimate import Memory, Setting, StageMemory
 from training.memory.passes import random_batch, synthetic_stage
