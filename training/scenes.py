@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from dalle import artefact as artefacts
@@ -207,17 +208,10 @@ def read_scenes(directory: Path) -> tuple[dict[str, Scene], dict[str, Scene]]:
     """Read `scenes.json`: training and held out. Raises DataError naming the file."""
     path = directory / SCENES
     try:
-        content = json.loads(path.read_bytes())
-        return _scenes(content["train"]), _scenes(content["validation"])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        folders = TypeAdapter(dict[str, dict[str, Scene]]).validate_json(path.read_bytes())
+        return folders["train"], folders["validation"]
+    except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{path} cannot be read; write it by training.scenes: {error}") from error
-
-
-def _scenes(content: Mapping[str, Mapping[str, Mapping[str, str]]]) -> dict[str, Scene]:
-    return {
-        caption: {place: Thing(**words) for place, words in scene.items()}
-        for caption, scene in content.items()
-    }
 
 
 def recognise(images: Tensor) -> list[dict[str, Thing]]:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from dalle.platform.environment import Channel
 from training.data.batching.preload import Preloaded, is_small
-from training.data.batching.subset import Subset
 from training.data.held_out import TRAIN, refuse_held_out
-from training.data.pairs import Dataset, Totals
+from training.data.pairs import Dataset, Subset, Totals
 from training.data.pipe.channel import open_pipe
 from training.data.sharded import HostPart, on_all_ranks
 from training.data.sources.channel import open_channel

@@ -1,4 +1,4 @@
-"""The interface of a data set of image-caption pairs, its totals and its fingerprint.
+"""The interface of a data set of image-caption pairs, views of one, totals and fingerprint.
 
 A pair is an image with one or more captions. Batches, reports and evaluation use `Dataset` only.
 Knows nothing of where pairs come from.
@@ -9,9 +9,11 @@ Letters: M pairs in a data set.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+import numpy as np
 
 from dalle.preprocess.images import ImageError, Pixels
 from training.data.skips import SkipReason, Skips
@@ -57,6 +59,44 @@ def image_or_skip(dataset: Dataset, index: int) -> Pixels | None:
     except ImageError as error:
         dataset.skips.add_damaged(SkipReason.of(error), dataset.name(index), str(error))
         return None
+
+
+class View:
+    """The pairs `indices` of another data set, in that order.
+
+    fingerprint, skips and max_bad_share are the source's: they are those of the whole channel.
+    """
+
+    groups = None  # pairs are in memory, or too few to matter
+
+    def __init__(self, source: Dataset, indices: Sequence[int]) -> None:
+        self._source = source
+        self._indices = indices
+        self.channel = source.channel
+        self.image_size = source.image_size
+        self.fingerprint = source.fingerprint
+        self.skips = source.skips
+        self.max_bad_share = source.max_bad_share
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def name(self, index: int) -> str:
+        return self._source.name(self._indices[index])
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._source.captions(self._indices[index])
+
+    def image(self, index: int) -> Pixels:
+        return self._source.image(self._indices[index])
+
+
+class Subset(View):
+    """A fixed random sample of at most `most` pairs, for validation."""
+
+    def __init__(self, source: Dataset, most: int, seed: int = 0) -> None:
+        chosen = np.random.default_rng(seed).permutation(len(source))[:most]
+        super().__init__(source, [int(index) for index in chosen])
 
 
 @dataclass(frozen=True)

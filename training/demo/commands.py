@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ READY_SECONDS = 180.0  # torch's first import on a slow disk is most of it
 REQUEST_SECONDS = 120.0
 POLL_SECONDS = 0.2
 LOG_LINES = 20  # of a log in an error message
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Without a proxy: requests stay on this machine."""
 
 
 class CommandFailed(DalleError):  # noqa: N818 - reads as what happened
@@ -108,7 +110,7 @@ def invoke(url: str, request: Mapping[str, Any]) -> dict[str, Any]:
         headers={"Content-Type": "application/json"},
     )
     try:
-        with _direct().open(message, timeout=REQUEST_SECONDS) as response:
+        with _OPENER.open(message, timeout=REQUEST_SECONDS) as response:
             reply: dict[str, Any] = json.loads(response.read())
     except urllib.error.HTTPError as error:
         with error:
@@ -125,7 +127,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> 
         if process.poll() is not None:
             raise _failed(f"ended with {process.returncode} before it was ready", log)
         try:
-            with _direct().open(f"{url}/ping", timeout=10):
+            with _OPENER.open(f"{url}/ping", timeout=10):
                 return
         except urllib.error.HTTPError as error:
             with error:
@@ -144,21 +146,13 @@ def _terminated(process: subprocess.Popen[bytes]) -> Iterator[None]:
     try:
         yield
     finally:
-        if process.poll() is None:
-            process.terminate()
-            try:
+        process.terminate()
+        try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(END_SECONDS)
-            except subprocess.TimeoutExpired:
-                pass
-            finally:  # a second Ctrl-C while waiting ends up here too
-                if process.poll() is None:
-                    process.kill()
-                    process.wait()
-
-
-def _direct() -> urllib.request.OpenerDirector:
-    """Return an opener without proxy: requests stay on this machine."""
-    return urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        finally:  # a second Ctrl-C while waiting ends up here too
+            process.kill()
+            process.wait()
 
 
 def _failed(what: str, log: Path) -> CommandFailed:

@@ -172,12 +172,9 @@ def _wait_for_all(store: TCPStore, place: Place, seconds: float, stop: Stop) -> 
     def missing(keys: list[str]) -> list[int]:
         return [index for index, key in enumerate(keys) if not store.check([key])]
 
-    def is_cancelled() -> bool:
-        return store.check(["outcome"]) and store.get("outcome").decode() == _CANCELLED
-
     def wait_for(keys: list[str], late: str) -> None:
         def are_there() -> bool | None:
-            if is_cancelled():
+            if store.check(["outcome"]) and store.get("outcome").decode() == _CANCELLED:
                 raise Stopped
             return None if missing(keys) else True
 

@@ -14,9 +14,20 @@ class Trainable(Protocol):
     """Model and loss of a stage."""
 
     @property
-    def model(self) -> nn.Module: ...
+    def model(self) -> nn.Module:
+        """The model, on the engine's device or where the engine moves it from.
 
-    def loss(self, batch: Any, progress: float) -> tuple[Tensor, Mapping[str, Tensor]]: ...
+        An optional method `muon_parameters()` returns its hidden matrices.
+        """
+        ...
+
+    def loss(self, batch: Any, progress: float) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Return the scalar to minimise, and detached scalars to report.
+
+        progress: share of the budget done, in [0, 1). Runs inside the engine's autocast with the
+        model in training mode. The loop reports the first scalar as `loss`, and means over ranks.
+        """
+        ...
 
 
 class Engine(Protocol):

@@ -10,8 +10,8 @@ without bf16 units that takes four times as long as here (12 matrices of 192 x 7
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, overload
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,18 +40,12 @@ class Muon(torch.optim.Optimizer):
                 raise ValueError(f"Muon takes matrices only, got shape {tuple(parameter.shape)}")
         super().__init__(parameters, {"lr": learning_rate, "weight_decay": weight_decay})
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        assert closure is None, "Muon takes no closure"
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if parameters:
                 self._update(parameters, group["lr"], group["weight_decay"])
-        return None
 
     def _update(self, parameters: list[Tensor], lr: float, weight_decay: float) -> None:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

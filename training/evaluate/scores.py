@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 from tqdm import tqdm
 
@@ -69,12 +70,7 @@ class Evaluation:
     @classmethod
     def from_json(cls, text: str) -> Evaluation:
         """Read what `to_json` wrote."""
-        content = json.loads(text)
-        content["scores"] = {
-            scope: {method: Score(**score) for method, score in methods.items()}
-            for scope, methods in content["scores"].items()
-        }
-        return cls(**content)
+        return TypeAdapter(cls).validate_json(text)
 
     def to_json(self) -> str:
         """Return all numbers on one line."""

@@ -41,17 +41,14 @@ def _problem(channel: Channel) -> str | None:
         return f"the channel {channel.name} is unexpected; {hint}"
     is_of_pairs = channel.name not in OF_FEW_FILES
     modes = ("File", "FastFile", "Pipe") if is_of_pairs else ("File", "FastFile")
-    if channel.input_mode not in modes:
-        return (
-            f"the channel {channel.name} has input mode {channel.input_mode}; "
-            f"it must be {' or '.join(modes)}"
-        )
     distributions = (REPLICATED, SHARDED) if is_of_pairs else (REPLICATED,)
-    if channel.distribution not in distributions:
-        return (
-            f"the channel {channel.name} has the S3DataDistributionType {channel.distribution}; "
-            f"it must be {' or '.join(distributions)}"
-        )
+    for what, value, allowed in (
+        ("input mode", channel.input_mode, modes),
+        ("the S3DataDistributionType", channel.distribution, distributions),
+    ):
+        if value not in allowed:
+            allowed_words = " or ".join(allowed)
+            return f"the channel {channel.name} has {what} {value}; it must be {allowed_words}"
     if channel.input_mode == "Pipe":
         return None  # its FIFO may not exist yet
     try:

@@ -200,12 +200,12 @@ class Inputs:
         """
         pairs, part = self.train.pairs, self.train.part
         num_batches = max(1, self.train.totals.num_pairs // settings.pairs_per_step)
-        max_steps = Budget.of(settings, num_batches).max_steps
+        budget = Budget.of(settings, num_batches)
         num_tokens = dvae.config.num_positions * dvae.config.num_codebooks
         if (
             isinstance(pairs, Preloaded)
-            or max_steps is None
-            or max_steps < 2 * num_batches
+            or budget.unit != "step"
+            or budget.total < 2 * num_batches
             or self.ranks.any(not tokens_fit(len(pairs), num_tokens, dvae.config.codebook_size))
         ):
             return pairs

@@ -121,23 +121,13 @@ class Output:
 
     def _lost(self) -> list[str]:
         """Return the earlier model's components that the artefact lacks or has less finished."""
-        artefact = self._inputs.artefact
-        has, records = artefact.components(), artefact.manifest.newest_records()
-        earlier = self._earlier.newest_records()
-        return [
-            name
-            for name in COMPONENTS
-            if name in self._earlier.components()
-            and (
-                name not in has
-                or (
-                    name in earlier
-                    and earlier[name].is_finished
-                    and name in records
-                    and not records[name].is_finished
-                )
-            )
-        ]
+        artefact, earlier = self._inputs.artefact, self._earlier
+        finished = {n for n, each in earlier.newest_records().items() if each.is_finished}
+        unfinished = {
+            n for n, each in artefact.manifest.newest_records().items() if not each.is_finished
+        }
+        kept = {*artefact.components()} - (finished & unfinished)
+        return [name for name in COMPONENTS if name in earlier.components() - kept]
 
 
 def _read_earlier(directory: Path) -> Manifest:

@@ -19,6 +19,7 @@ from dalle.platform.environment import Job
 from dalle.types import STAGES, ComponentName, StageName
 from training.config.fields import Hyperparameters
 from training.config.hyperparameters import without_effect
+from training.data.sharded import on_all_ranks
 from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from training.engine.select import check_engine, select_engine
 from training.job.components import Components, settings_identity
@@ -61,16 +62,7 @@ class Trainer:
     def _run(self) -> None:
         ranks, device = self.ranks, self.device
         try:
-            inputs = Inputs(self.job, self.hyperparameters, device, self.stop, ranks)
-            components = Components(inputs)
-            names = self._check(components, inputs.present)
-        except Stopped:
-            names = None
-        # A stop can reach one rank only: the ranks go on together or not at all.
-        if ranks.any(names is None) or names is None:
-            logger.warning("stopped before there was anything to train")
-            return
-        try:
+            inputs, components, names = on_all_ranks(ranks, self._open)
             self.hyperparameters = components.settle_batch_sizes(names)
         except Stopped:  # on all ranks
             logger.warning("stopped before there was anything to train")
@@ -94,17 +86,17 @@ class Trainer:
                 output.keep(stage, result)
         output.finish()
 
-    def _check(
-        self, components: Components, present: Collection[ComponentName]
-    ) -> list[StageName] | None:
-        """Return the stages to train, after all checks of their settings. Raises Stopped."""
-        names = stages_to_train(self.hyperparameters.stage, present)
+    def _open(self) -> tuple[Inputs, Components, list[StageName]]:
+        """Return the channels and the stages to train, after all checks. Raises Stopped."""
+        inputs = Inputs(self.job, self.hyperparameters, self.device, self.stop, self.ranks)
+        components = Components(inputs)
+        names = stages_to_train(self.hyperparameters.stage, inputs.present)
         if self.ranks.is_first:
-            for name, why in without_effect(self.hyperparameters, names, present).items():
+            for name, why in without_effect(self.hyperparameters, names, inputs.present).items():
                 logger.warning("hyperparameter %s has no effect: %s", name, why)
         require_equal_shares(self.hyperparameters, names, self.ranks.size)
         components.check(names)
-        return names
+        return inputs, components, names
 
     def _train(self, stage: Stage, metrics: Metrics | None) -> FitResult:
         hyperparameters, name = self.hyperparameters, stage.name

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor, nn
-
 from dalle.types import StageName
+from training.engine.interface import Trainable
 
 
 class Batches(Protocol):
@@ -31,30 +30,14 @@ class Batches(Protocol):
         ...
 
 
-class Stage(Protocol):
+class Stage(Trainable, Protocol):
     """A model to train: what the loop needs of the dVAE, the transformer and CLIP."""
 
     @property
     def name(self) -> StageName: ...
 
     @property
-    def model(self) -> nn.Module:
-        """The model, on the engine's device or where the engine moves it from.
-
-        An optional method `muon_parameters()` returns its hidden matrices.
-        """
-        ...
-
-    @property
     def batches(self) -> Batches: ...
-
-    def loss(self, batch: Any, progress: float) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Return the scalar to minimise, and detached scalars to report.
-
-        progress: share of the budget done, in [0, 1). Runs inside the engine's autocast with the
-        model in training mode. The loop reports the first scalar as `loss`, and means over ranks.
-        """
-        ...
 
     def validate(self) -> Mapping[str, float]:
         """Return numbers to report, with `validation_loss`; empty without validation pairs.

@@ -42,10 +42,6 @@ class StageData:
     ranks: Ranks = ONE_RANK
     is_validation_parted: bool = False
 
-    def batch(self, batch: Batch) -> Batch:
-        """Return a batch on the stage's device."""
-        return batch.to(self.device)
-
     def validation_means(
         self, measure: Callable[[Batch], Mapping[str, Tensor]]
     ) -> dict[str, float]:
@@ -80,10 +76,7 @@ class StageData:
             return
         with self.validation as batches:  # the loader's workers end with each pass
             for step in unless_stopped(range(batches.num_per_epoch), self.stop):
-                yield self.batch(batches.batch(step))
-
-    def identity(self) -> dict[str, Any]:
-        return self.train.identity()
+                yield batches.batch(step).to(self.device)
 
 
 class DVAEStage:
@@ -97,7 +90,8 @@ class DVAEStage:
         self.batches = data.train
 
     def loss(self, batch: Batch, progress: float) -> tuple[Tensor, Mapping[str, Tensor]]:
-        loss = self.model.loss(self.data.batch(batch).images, progress, self.data.ranks)
+        images = batch.images.to(self.data.device, non_blocking=True)
+        loss = self.model.loss(images, progress, self.data.ranks)
         return loss.total, {
             "reconstruction_loss": loss.reconstruction.detach(),
             "codebook_perplexity": self.model.quantiser.perplexity().mean(),
@@ -110,7 +104,7 @@ class DVAEStage:
         )
 
     def identity(self) -> Mapping[str, Any]:
-        return self.data.identity() | {"dvae_config": asdict(self.model.config)}
+        return self.batches.identity() | {"dvae_config": asdict(self.model.config)}
 
 
 class TransformerStage:
@@ -135,7 +129,7 @@ class TransformerStage:
 
     def loss(self, batch: Batch, progress: float) -> tuple[Tensor, Mapping[str, Tensor]]:
         indices = batch.indices
-        batch = self.data.batch(batch)
+        batch = batch.to(self.data.device)
         assert batch.text_tokens is not None
         if self._table is not None:
             rows = self._table[indices.to(self._table.device)]
@@ -165,7 +159,7 @@ class TransformerStage:
         return self.data.validation_means(measure)
 
     def identity(self) -> Mapping[str, Any]:
-        return self.data.identity() | {
+        return self.batches.identity() | {
             "transformer_config": asdict(self.model.config),
             "dvae_weights": weights_hash(self.dvae),
         }
@@ -188,7 +182,7 @@ class ClipStage:
             self._image_numbers = _image_numbers_of(data.train.dataset).to(data.device)
 
     def loss(self, batch: Batch, progress: float) -> tuple[Tensor, Mapping[str, Tensor]]:
-        batch = self.data.batch(batch)
+        batch = batch.to(self.data.device)
         assert batch.text_tokens is not None
         numbers = None if self._image_numbers is None else self._image_numbers[batch.indices]
         loss = self.model.loss(
@@ -205,7 +199,7 @@ class ClipStage:
         return self.data.validation_means(measure)
 
     def identity(self) -> Mapping[str, Any]:
-        return self.data.identity() | {"clip_config": asdict(self.model.config)}
+        return self.batches.identity() | {"clip_config": asdict(self.model.config)}
 
 
 def weights_hash(model: nn.Module) -> str:

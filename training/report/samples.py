@@ -73,9 +73,9 @@ def generate_candidates(
     dvae, transformer = artefact.require("dvae", what), artefact.require("transformer", what)
     text_tokens = artefact.require("tokenizer", what).encode(captions).to(_device(transformer))
     embeddings = None if artefact.clip is None else _embed_captions(artefact, captions, stop)
-    is_guided = options is not None and options.guidance_scale != 1.0
-    together = min(_most_together(transformer, is_guided), sum(map(len, candidates)))
-    engine = _new_engine(transformer, together * (2 if is_guided else 1))
+    assert options is None or options.guidance_scale == 1.0, "two slots a candidate"
+    together = min(_most_together(transformer), sum(map(len, candidates)))
+    engine = _new_engine(transformer, together)
     rows: dict[object, int] = {}  # request -> its caption's row
     finished: list[dict[int, tuple[Tensor, ...]]] = [{} for _ in captions]
     num_open, yielded = 0, 0
@@ -218,11 +218,11 @@ def _new_engine(transformer: Dalle, num_slots: int) -> DecodeEngine:
     return DecodeEngine(transformer, num_slots, step=step)
 
 
-def _most_together(transformer: Dalle, is_guided: bool) -> int:
+def _most_together(transformer: Dalle) -> int:
     """How many candidates the engine may hold so that their keys and values fit."""
     config = transformer.config
     slot_bytes = 2 * 4 * config.num_layers * config.length * config.width
-    return max(1, min(MAX_TOGETHER, MAX_CACHE_BYTES // (slot_bytes * (2 if is_guided else 1))))
+    return max(1, min(MAX_TOGETHER, MAX_CACHE_BYTES // slot_bytes))
 
 
 def _decode_and_score(

@@ -14,7 +14,7 @@ from training.data.batching.preload import (
     images_per_chunk,
     preload_if_small,
 )
-from training.data.batching.subset import Subset
+from training.data.pairs import Subset
 from training.data.skips import SkipReason
 from training.data.sources.channel import open_channel
 from training.stopping import Stopped

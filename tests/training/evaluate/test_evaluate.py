@@ -14,7 +14,7 @@ from dalle.decoding.sampling import SamplingOptions
 from dalle.errors import ArtefactError, DataError
 from dalle.manifest import Manifest, StageRecord
 from dalle.preprocess.images import encode_image
-from training.data.batching.subset import Subset
+from training.data.pairs import Subset
 from training.data.sources.channel import open_channel
 from training.evaluate.__main__ import main
 from training.evaluate.ground_truth import GroundTruth, read_attributes, read_ground_truth

@@ -10,7 +10,7 @@ from dalle.preprocess.tokenizer import CaptionTokenizer
 from training import rainbow
 from training.data.batching.batches import Batches
 from training.data.batching.preload import preload_if_small
-from training.data.batching.subset import Subset
+from training.data.pairs import Subset
 from training.data.sources.channel import open_channel
 from training.loop.stages import ClipStage, DVAEStage, StageData, TransformerStage
 from training.stopping import Stopped

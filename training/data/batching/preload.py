@@ -14,8 +14,7 @@ from tqdm import tqdm
 
 from dalle.errors import DataError
 from dalle.preprocess.images import Pixels
-from training.data.batching.subset import View
-from training.data.pairs import Dataset, image_or_skip
+from training.data.pairs import Dataset, View, image_or_skip
 from training.stopping import NEVER, Stop, unless_stopped
 
 MAX_PRELOADED_BYTES = 1 << 30

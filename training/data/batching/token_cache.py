@@ -24,8 +24,7 @@ from dalle.platform.disk import disk_error, write_atomically
 from training.data.batching.loader import ImageLoader
 from training.data.batching.preload import images_per_chunk
 from training.data.batching.sampler import Sampler
-from training.data.batching.subset import View
-from training.data.pairs import Dataset, image_or_skip
+from training.data.pairs import Dataset, View, image_or_skip
 from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from training.stopping import NEVER, Stop, Stopped
 
