@@ -6,25 +6,17 @@ models checks for a stop. Knows nothing of signals.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 
+Stop = threading.Event
+"""Set when a stop was requested."""
 
-class Stop(Protocol):
-    """Whether a stop was requested, such as a threading.Event."""
-
-    def is_set(self) -> bool: ...
-
-
-class _Never:
-    def is_set(self) -> bool:
-        return False
-
-
-NEVER: Stop = _Never()
-"""For work that ends early only with the program."""
+NEVER = Stop()
+"""Never set: for work that ends early only with the program."""
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: a stop was requested

@@ -33,7 +33,7 @@ class ProcessGroup(Ranks):
     @property
     def is_first(self) -> bool:
         """True on the rank that writes checkpoints, metrics, artefact and report."""
-        return True
+        return self.rank == 0
 
     def agree(
         self, progress: float, is_stopping: bool, is_saving: bool = False
@@ -93,10 +93,6 @@ class TorchProcessGroup(ProcessGroup):
     @property
     def rank(self) -> int:
         return dist.get_rank(self._group)
-
-    @property
-    def is_first(self) -> bool:
-        return self.rank == 0
 
     def gather(self, rows: Tensor) -> Tensor:
         gathered: Tensor = _Gather.apply(rows, self._group)  # type: ignore[no-untyped-call]

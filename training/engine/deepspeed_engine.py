@@ -52,7 +52,7 @@ class DeepSpeedEngine:
         self._model = stage.model
         self._stage = stage
         self._settings = settings
-        self._device = device
+        self.device = device
         self._ranks = ranks
         self._zero_stage = hyperparameters.zero_stage
         self._config = configuration(
@@ -62,11 +62,7 @@ class DeepSpeedEngine:
             num_parameters=sum(parameter.numel() for parameter in stage.model.parameters()),
             is_on_cpu=device.type == "cpu",
         )
-        self._gradient_norm: Tensor | None = None
-
-    @property
-    def device(self) -> torch.device:
-        return self._device
+        self.gradient_norm: Tensor | None = None
 
     def begin(self, state: dict[str, Any] | None) -> None:
         # The tensors of a large model are sent one by one.
@@ -103,23 +99,19 @@ class DeepSpeedEngine:
     def step(self, step: int, progress: float) -> float:
         share = self._optimizers.schedule(step, progress)
         clipping = self._settings.gradient_clipping
-        self._gradient_norm = None
+        self.gradient_norm = None
         if clipping and self._zero_stage == 0:
-            self._gradient_norm = nn.utils.clip_grad_norm_(self._trained.parameters(), clipping)
+            self.gradient_norm = nn.utils.clip_grad_norm_(self._trained.parameters(), clipping)
         self._engine.step()
         if clipping and self._zero_stage and self._engine.was_step_applied():
             norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32)
             # DeepSpeed returns -1 for a gradient that is not finite.
-            self._gradient_norm = torch.where(norm < 0, torch.nan, norm)
+            self.gradient_norm = torch.where(norm < 0, torch.nan, norm)
         if self._settings.ema_decay:
             weight = 1 - ema_decay_at(self._settings.ema_decay, step + 1)
             with torch.no_grad():
                 torch._foreach_lerp_(self._partitions.averages, self._partitions.flat, weight)
         return share
-
-    @property
-    def gradient_norm(self) -> Tensor | None:
-        return self._gradient_norm
 
     @contextmanager
     def whole_model(self) -> Iterator[None]:
@@ -169,16 +161,16 @@ class DeepSpeedEngine:
 
     def _initialise(self) -> None:
         """Move the model's weights into a copy, and give that to DeepSpeed."""
-        deepspeed = _deepspeed(self._device)
+        deepspeed = _deepspeed(self.device)
         for module in self._model.modules():  # ZeRO 3 moves only parameters
             for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else buffer.to(self._device)
+                module._buffers[name] = None if buffer is None else buffer.to(self.device)
         tensors = [*self._model.parameters(), *self._model.buffers()]
         self._trained = copy.deepcopy(self._model, {id(tensor): tensor for tensor in tensors})
         self._trained.train()
         _empty(self._model)
         precision = self._settings.precision
-        self._loss = _Loss(self._stage, self._trained, self._device, precision)
+        self._loss = _Loss(self._stage, self._trained, self.device, precision)
         # Before ZeRO 3 removes the shapes, which decide on weight decay.
         self._optimizers = ModelOptimizers(
             self._trained,

@@ -39,12 +39,12 @@ class TorchEngine:
         self._model = model = stage.model
         self._loss = ranks.parallel(_Loss(stage))
         self._ranks = ranks
-        self._device = device
+        self.device = device
         self._num_parts = hyperparameters.gradient_accumulation_steps
         self._parts_done = 0
         self._precision = precision
         self._clipping = hyperparameters.gradient_clipping
-        self._gradient_norm: Tensor | None = None
+        self.gradient_norm: Tensor | None = None
         self._optimizers = ModelOptimizers(
             model,
             learning_rate=hyperparameters.learning_rate,
@@ -56,10 +56,6 @@ class TorchEngine:
         self._scaler = GradScaler(device.type, enabled=precision == "fp16")
         decay = hyperparameters.ema_decay
         self._average = ModelEma(model, decay) if decay else None
-
-    @property
-    def device(self) -> torch.device:
-        return self._device
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -81,7 +77,7 @@ class TorchEngine:
         is_last = self._parts_done == self._num_parts - 1
         # The ranks exchange gradients once a step, in the last micro-batch.
         exchange = nullcontext() if is_last else self._ranks.without_exchange(self._loss)
-        with autocast(self._precision, self._device), exchange:
+        with autocast(self._precision, self.device), exchange:
             loss: tuple[Tensor, Mapping[str, Tensor]] = self._loss(batch, progress)
         return loss
 
@@ -93,7 +89,7 @@ class TorchEngine:
         share = self._optimizers.schedule(step, progress)
         self._parts_done = 0
         is_finite = True
-        self._gradient_norm = None
+        self.gradient_norm = None
         if self._scaler.is_enabled():
             for optimizer in self._optimizers.optimizers:
                 self._scaler.unscale_(optimizer)
@@ -101,9 +97,9 @@ class TorchEngine:
             # scaler by itself would decide for each one alone.
             norm = self._clip_gradients()
             is_finite = bool(torch.isfinite(norm))
-            self._gradient_norm = norm if is_finite else None
+            self.gradient_norm = norm if is_finite else None
         elif self._clipping:
-            self._gradient_norm = self._clip_gradients()
+            self.gradient_norm = self._clip_gradients()
         if is_finite:
             for optimizer in self._optimizers.optimizers:
                 self._scaler.step(optimizer)
@@ -112,10 +108,6 @@ class TorchEngine:
         if self._average is not None:
             self._average.update(self._model, step + 1)
         return share
-
-    @property
-    def gradient_norm(self) -> Tensor | None:
-        return self._gradient_norm
 
     def _clip_gradients(self) -> Tensor:
         """Scale the gradients down to gradient_clipping and return their norm before."""

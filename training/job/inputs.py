@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -160,30 +161,26 @@ class Inputs:
         """
         tokenizer = self.tokenizer() if with_captions else None
         pairs = self.train.pairs if train_pairs is None else train_pairs
-        train = Batches(
-            pairs,
-            batch_size=settings.pairs_per_step,
+        batches = partial(
+            Batches,
             seed=self.hyperparameters.seed,
             tokenizer=tokenizer,
             num_workers=self.hyperparameters.num_workers,
+            stop=self.stop,
+        )
+        train = batches(
+            pairs,
+            batch_size=settings.pairs_per_step,
             rank=self.ranks.rank,
             world_size=self.ranks.size,
             part=self.train.part,
             totals=totals_of(pairs, self.train.part),
-            stop=self.stop,
         )
         validation = None
         if self.validation is not None:
-            validation = Batches(
-                self.validation.pairs,
-                batch_size=min(settings.pairs_per_step, len(self.validation.pairs)),
-                seed=self.hyperparameters.seed,
-                tokenizer=tokenizer,
-                shuffle=False,
-                last="keep",
-                num_workers=self.hyperparameters.num_workers,
-                stop=self.stop,
-            )
+            held_out = self.validation.pairs
+            size = min(settings.pairs_per_step, len(held_out))
+            validation = batches(held_out, batch_size=size, shuffle=False, last="keep")
         return StageData(
             train,
             validation,

@@ -120,19 +120,15 @@ def _run_device(
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
         def work() -> int:
-            _share_cpus(place.num_devices)
+            import torch
+
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.num_devices))
             return process.run_rank(
                 job, settings, place, stop, port=port, listener=listener, timeouts=timeouts
             )
 
         code = process.exit_code_of(work, job.paths)
     process.leave(code)
-
-
-def _share_cpus(num_processes: int) -> None:
-    import torch
-
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_processes))
 
 
 def _end_with_parent() -> None:

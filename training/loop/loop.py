@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,7 +109,7 @@ class _Fit:
             unit=self.budget.unit,
             is_shown=self.ranks.is_first,
         )
-        try:
+        with closing(bar):
             if self.owes_validation and not self.ranks.any(stop.is_set()):
                 self._validate()
                 self.saved_step = 0  # the checkpoint of this step lacks the validation
@@ -130,8 +131,6 @@ class _Fit:
                 if is_saving:
                     self._save()
                 bar.show(self.budget.done(self.step, self.seconds), self.reported)
-        finally:
-            bar.close()
         self._save()
         self.engine.finish()
         self.divergence.check_weights(self.step, self.stage.model.state_dict())

@@ -127,14 +127,13 @@ class Progress:
         is_shown: bool = True,
         output: TextIO | None = None,
     ) -> None:
-        output = sys.stderr if output is None else output
         self._bar = tqdm(
             total=math.ceil(total),
             initial=min(math.floor(done), math.ceil(total)),
             desc=stage,
             unit=unit,
             file=output,
-            disable=not (is_shown and output.isatty()),
+            disable=None if is_shown else True,  # None: where the output is no terminal
             dynamic_ncols=True,
         )
         self._total = math.ceil(total)

@@ -121,11 +121,8 @@ class SmallJob:
 
     def newest(self) -> Path | None:
         """Return the newest complete checkpoint of all stages."""
-        for stage in reversed(STAGES):
-            found = sorted((self.paths[0].checkpoints / stage).glob("step-*.pt"))
-            if found:
-                return found[-1]
-        return None
+        found = self.paths[0].checkpoints.glob("*/step-*.pt")
+        return max(found, key=lambda path: (STAGES.index(path.parent.name), path), default=None)
 
     def checkpoint_bytes(self) -> int:
         """Return the size of the newest complete checkpoint; 0 without one."""

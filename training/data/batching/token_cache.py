@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -89,10 +90,11 @@ def cache_tokens(
     parts = [part.view(_dtype(codebook_size)) for part in ranks.share(read)]
     if parts and ranks.is_first:
         log.info("image tokens: %d of %d parts are cached already", len(parts), num_parts)
-    loader = ImageLoader(dataset, sampler, num_workers)
-    bar = tqdm(total=num_parts, desc="encoding images", unit="parts", disable=None, delay=0.5)
-    bar.update(len(parts))
-    try:
+    with (
+        closing(ImageLoader(dataset, sampler, num_workers)) as loader,
+        tqdm(total=num_parts, desc="encoding images", unit="parts", disable=None, delay=0.5) as bar,
+    ):
+        bar.update(len(parts))
         while len(parts) < num_parts:
             # Each rank encodes one of the next parts; past the last one there is nothing to do.
             first = (len(parts) + ranks.rank) * part_steps
@@ -109,9 +111,6 @@ def cache_tokens(
                     _write_part(folder, len(parts), part)
                 parts.append(part)
                 bar.update()
-    finally:
-        bar.close()
-        loader.close()
     return _without_unusable(dataset, torch.cat(parts))
 
 
