@@ -39,10 +39,7 @@ EngineName = Literal["torch", "deepspeed"]
 
 class _Fields(BaseModel):
     model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
 

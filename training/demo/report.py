@@ -24,12 +24,7 @@ from training.data.sources.channel import open_channel
 from training.demo.run import CHANNELS, RainbowRun
 from training.evaluate.ground_truth import GroundTruth
 from training.evaluate.scores import Evaluation, evaluate, render_table
-from training.report.content import (
-    DatasetSummary,
-    Generated,
-    Report,
-    read_curves,
-)
+from training.report.content import DatasetSummary, Generated, Report, read_curves
 from training.report.page import write_report
 from training.report.samples import codebook_usage, reconstructions, retrieval
 

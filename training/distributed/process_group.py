@@ -177,10 +177,7 @@ class TorchProcessGroup(ProcessGroup):
     def parallel(self, module: nn.Module) -> nn.Module:
         # Buffers need no broadcast: they are constants, or codebook statistics made by `total`.
         return DistributedDataParallel(
-            module,
-            process_group=self._group,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
+            module, process_group=self._group, broadcast_buffers=False, gradient_as_bucket_view=True
         )
 
     def without_exchange(self, module: nn.Module) -> AbstractContextManager[None]:

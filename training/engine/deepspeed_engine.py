@@ -206,11 +206,7 @@ class _Loss(nn.Module):
     """Loss of a stage, computed with another model."""
 
     def __init__(
-        self,
-        stage: Trainable,
-        model: nn.Module,
-        device: torch.device,
-        precision: str,
+        self, stage: Trainable, model: nn.Module, device: torch.device, precision: str
     ) -> None:
         super().__init__()
         self.model = model

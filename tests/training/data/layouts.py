@@ -1,6 +1,7 @@
 """The same image-caption pairs in every layout that a channel may have.
 
 write[layout](folder, pairs)   pairs: (name without suffix, PNG bytes, captions), sorted by name
+contents(opened(folder))       what is read: the number of each picture, and its captions
 """
 
 import csv
@@ -9,7 +10,31 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tests.training.pairs import put, tar_of
+from dalle.preprocess.images import encode_image
+from tests.training.pairs import SIZE, picture, put, tar_of
+from training.data.sources.channel import open_channel
+
+PAIRS = [
+    (
+        f"{number:03}",
+        encode_image(picture(number), "png"),
+        tuple(f"picture {number}{', again' * version}" for version in range(1 + number % 2)),
+    )
+    for number in range(12)
+]
+PNG = PAIRS[7][1]
+
+
+def opened(folder, **options):
+    options = {"image_size": SIZE, "channel": "train", "max_bad_share": 1.0} | options
+    return open_channel(folder, **options)
+
+
+def contents(dataset):
+    return [
+        (int(dataset.image(index)[0, 0, 0]), dataset.captions(index))
+        for index in range(len(dataset))
+    ]
 
 
 def images(folder, pairs):
