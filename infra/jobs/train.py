@@ -40,7 +40,7 @@ from infra.jobs.training_job import (
     training_request,
 )
 from training.config import hyperparameters
-from training.config.models import TextSizes, clip_config, dvae_config, transformer_config
+from training.config.models import TextSizes, dvae_config, stage_config
 
 MAX_ATTEMPTS = 20
 ENDED_BADLY = ("Failed", "Stopped")
@@ -239,8 +239,8 @@ def check_settings(
         if stage == "dvae" or (stage == "all" and not has_artefact):
             dvae = dvae_config(settings)
             text = TextSizes(settings.tokenizer_vocab_size, settings.text_length)
-            transformer_config(settings, text, dvae)
-            clip_config(settings, text, dvae.image_size)
+            stage_config("transformer", settings, text, dvae)
+            stage_config("clip", settings, text, dvae)
 
 
 def data_channels(project: Project, outputs: StackOutputs, data: str) -> dict[str, str]:

@@ -128,8 +128,7 @@ def read_json(text: str) -> list[Implied]:
         implied.append(Implied(enabled[0], "precision", _PRECISIONS[enabled[0]]))
     if problems:
         raise HyperparameterError(
-            "\n".join(f"deepspeed_config: {problem}" for problem in dict.fromkeys(problems)),
-            field="deepspeed_config",
+            "\n".join(f"deepspeed_config: {problem}" for problem in dict.fromkeys(problems))
         )
     return implied
 
@@ -207,8 +206,7 @@ def configuration(
             raise HyperparameterError(
                 f"deepspeed_config: train_micro_batch_size_per_gpu must be {part_size} "
                 f"(batch_size {settings.pairs_per_step} / {num_ranks} devices / "
-                f"gradient_accumulation_steps {parts}), got {value!r}",
-                field="deepspeed_config",
+                f"gradient_accumulation_steps {parts}), got {value!r}"
             )
         if key in _FREE and value != AUTO:
             section = config
@@ -224,13 +222,9 @@ def _parsed(text: str) -> Mapping[str, Any]:
     try:
         config = json.loads(text)
     except ValueError as error:
-        raise HyperparameterError(
-            f"deepspeed_config is not JSON: {error}", field="deepspeed_config"
-        ) from None
+        raise HyperparameterError(f"deepspeed_config is not JSON: {error}") from None
     if not isinstance(config, dict):
-        raise HyperparameterError(
-            f"deepspeed_config must be a JSON object, got {text[:40]!r}", field="deepspeed_config"
-        )
+        raise HyperparameterError(f"deepspeed_config must be a JSON object, got {text[:40]!r}")
     return config
 
 

@@ -33,33 +33,30 @@ def dvae_config(hyperparameters: Hyperparameters) -> DVAEConfig:
         return DVAEConfig(**DVAE_SIZES[settings.size] | settings.overrides())
 
 
-def transformer_config(
-    hyperparameters: Hyperparameters, text: TextSizes, dvae: DVAEConfig
-) -> TransformerConfig:
-    """Return the config of a transformer for the image tokens of a dVAE."""
-    settings = hyperparameters.transformer
-    known = {
-        "text_vocab_size": text.vocab_size,
-        "text_length": text.text_length,
-        "grid_size": dvae.grid_size,
-        "codebook_size": dvae.codebook_size,
-        "num_codebooks": dvae.num_codebooks,
-    }
-    with _named("transformer"):
+def stage_config(
+    stage: StageName, hyperparameters: Hyperparameters, text: TextSizes, dvae: DVAEConfig
+) -> Config:
+    """Return the config of a stage's model. dvae: the one whose images or tokens it is to read."""
+    settings = hyperparameters.of(stage)
+    if stage == "dvae":
+        return dvae_config(hyperparameters)
+    with _named(stage):
+        if stage == "clip":
+            known = {
+                "image_size": dvae.image_size,
+                # An end mark above all ids of the tokenizer, and room for it.
+                "text_vocab_size": text.vocab_size + 1,
+                "text_length": text.text_length + 1,
+            }
+            return ClipConfig(**CLIP_SIZES[settings.size] | settings.overrides() | known)
+        known = {
+            "text_vocab_size": text.vocab_size,
+            "text_length": text.text_length,
+            "grid_size": dvae.grid_size,
+            "codebook_size": dvae.codebook_size,
+            "num_codebooks": dvae.num_codebooks,
+        }
         return TransformerConfig(**TRANSFORMER_SIZES[settings.size] | settings.overrides() | known)
-
-
-def clip_config(hyperparameters: Hyperparameters, text: TextSizes, image_size: int) -> ClipConfig:
-    """Return CLIP's config for images of a size, in pixels."""
-    settings = hyperparameters.clip
-    known = {
-        "image_size": image_size,
-        # An end mark above all ids of the tokenizer, and room for it.
-        "text_vocab_size": text.vocab_size + 1,
-        "text_length": text.text_length + 1,
-    }
-    with _named("clip"):
-        return ClipConfig(**CLIP_SIZES[settings.size] | settings.overrides() | known)
 
 
 @contextmanager

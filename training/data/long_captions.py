@@ -48,6 +48,5 @@ def too_long(dataset: Dataset, index: int, error: CaptionTooLong) -> CaptionTooL
     """Return the error of a pair's caption with the pair's name and the remedies."""
     return CaptionTooLong(
         f"{dataset.channel}/{printable(dataset.name(index))}: {error}; raise text_length, shorten "
-        "the caption, or set long_captions to cut or skip",
-        field="text_length",
+        "the caption, or set long_captions to cut or skip"
     )

@@ -232,7 +232,7 @@ def check_config(config: dict[str, Any], device: torch.device) -> None:
         deepspeed.DeepSpeedConfig(config)
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise HyperparameterError(
-            f"deepspeed_config: DeepSpeed does not take it: {error}", field="deepspeed_config"
+            f"deepspeed_config: DeepSpeed does not take it: {error}"
         ) from error
 
 

@@ -22,9 +22,7 @@ AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def check_precision(hyperparameters: FitHyperparameters, device: torch.device) -> None:
     """Raise HyperparameterError for a number format that the device cannot train in."""
     if hyperparameters.precision == "fp16" and device.type == "cpu":
-        raise HyperparameterError(
-            "precision=fp16 needs a GPU; on this CPU it must be fp32 or bf16", field="precision"
-        )
+        raise HyperparameterError("precision=fp16 needs a GPU; on this CPU it must be fp32 or bf16")
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:

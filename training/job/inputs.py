@@ -21,7 +21,7 @@ from dalle.platform.environment import Job
 from dalle.preprocess.tokenizer import CaptionTokenizer
 from dalle.types import StageName
 from training.config.fields import Hyperparameters, StageHyperparameters
-from training.config.models import Config, TextSizes, clip_config, dvae_config, transformer_config
+from training.config.models import Config, TextSizes, dvae_config, stage_config
 from training.data.batching.batches import Batches
 from training.data.batching.preload import Preloaded
 from training.data.batching.token_cache import cache_tokens, tokens_fit
@@ -138,9 +138,7 @@ class Inputs:
             return dvae_config(self.hyperparameters)
         tokenizer = self.tokenizer()
         text = TextSizes(tokenizer.vocab_size, tokenizer.text_length)
-        if stage == "transformer":
-            return transformer_config(self.hyperparameters, text, self.dvae_config())
-        return clip_config(self.hyperparameters, text, self.train.pairs.image_size)
+        return stage_config(stage, self.hyperparameters, text, self.dvae_config())
 
     def dvae_config(self) -> DVAEConfig:
         """Return the config of the artefact's dVAE, or of the one to be trained."""

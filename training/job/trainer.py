@@ -139,7 +139,7 @@ def require_equal_shares(
                 f"all of the job's hosts{times}, got {settings.batch_size}"
             )
     if problems:
-        raise HyperparameterError("\n".join(problems), field="batch_size")
+        raise HyperparameterError("\n".join(problems))
 
 
 def require_equal_everywhere(identity: Mapping[str, Any], ranks: ProcessGroup) -> None:

@@ -23,7 +23,7 @@ from dalle.preprocess.tokenizer import CaptionTokenizer
 from dalle.types import STAGES, StageName
 from training.config.deepspeed import TRAINED_BY_DEEPSPEED
 from training.config.fields import MAX_BATCH_SIZE, Hyperparameters
-from training.config.models import TextSizes, clip_config, dvae_config, transformer_config
+from training.config.models import TextSizes, dvae_config, stage_config
 from training.memory.estimate import Memory, Setting, StageMemory
 
 HEADROOM = 0.08
@@ -112,15 +112,8 @@ def plan(job: Job, hyperparameters: Hyperparameters, devices: Devices) -> list[S
     names = [name for name in STAGES if name not in present] if wanted == "all" else [wanted]
     plans = []
     for name in names:
-        match name:
-            case "dvae":
-                memory = StageMemory(name, dvae, device_type=devices.kind)
-            case "transformer":
-                config = transformer_config(hyperparameters, text, dvae)
-                memory = StageMemory(name, config, dvae=dvae, device_type=devices.kind)
-            case "clip":
-                clip = clip_config(hyperparameters, text, dvae.image_size)
-                memory = StageMemory(name, clip, device_type=devices.kind)
+        config = stage_config(name, hyperparameters, text, dvae)
+        memory = StageMemory(name, config, dvae=dvae, device_type=devices.kind)
         plans.append(_plan_stage(memory, hyperparameters, devices))
     return plans
 

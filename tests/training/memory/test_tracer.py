@@ -9,7 +9,7 @@ from dalle.models.clip import ClipConfig
 from dalle.models.dvae import DVAEConfig
 from dalle.models.transformer import TransformerConfig
 from training.config.hyperparameters import parse
-from training.config.models import TextSizes, clip_config, dvae_config, transformer_config
+from training.config.models import TextSizes, dvae_config, stage_config
 from training.engine.devices import peak_bytes
 from training.engine.optimizer import Muon, muon_update_elements
 from training.engine.torch_engine import TorchEngine
@@ -102,11 +102,7 @@ def test_the_plan_is_within_15_percent_of_what_a_gpu_takes(name, checkpoints, pr
         raw["activation_checkpointing"] = "true"
     hyperparameters = parse(raw)
     dvae, text = dvae_config(hyperparameters), TextSizes(10_000, 64)
-    config = {
-        "dvae": lambda: dvae,
-        "transformer": lambda: transformer_config(hyperparameters, text, dvae),
-        "clip": lambda: clip_config(hyperparameters, text, dvae.image_size),
-    }[name]()
+    config = stage_config(name, hyperparameters, text, dvae)
     device = torch.device("cuda")
     memory = StageMemory(name, config, dvae=dvae, device_type="cuda")
     planned = memory.at(Setting.of(hyperparameters, name, num_devices=1), 32)
