@@ -36,17 +36,7 @@ from dalle.platform.environment import Paths
 from dalle.platform.threads import spin_briefly
 from training import rainbow
 from training.demo.commands import invoke, serving
-from training.demo.run import (
-    DATA_SECONDS,
-    EVALUATE_SECONDS,
-    RECIPE_MINUTES,
-    REPORT_SECONDS,
-    SERVE_SECONDS,
-    START_SECONDS,
-    RainbowRun,
-    read_recipe,
-    training_seconds,
-)
+from training.demo.run import RECIPE_MINUTES, SECONDS, RainbowRun, read_recipe, training_seconds
 from training.demo.steps import (
     Step,
     announcer,
@@ -86,17 +76,17 @@ class Demo(RainbowRun):
         reported_by = digest_of_code(reporting_code())
         return [
             self.data_step(
-                "writing the images: 9,216 captions, 30 % of them to train on", DATA_SECONDS
+                "writing the images: 9,216 captions, 30 % of them to train on", SECONDS["data"]
             ),
             self.train_step(
                 "train: dVAE, transformer and CLIP, one after the other",
-                START_SECONDS + training_seconds(self.recipe),
+                SECONDS["start"] + training_seconds(self.recipe),
             ),
             Step(
                 name="serve",
                 title=f"serve: {NUM_CAPTIONS} held-out captions over HTTP, the best {NUM_IMAGES} "
                 f"of {NUM_CANDIDATES} images for each",
-                seconds=SERVE_SECONDS,
+                seconds=SECONDS["serve"],
                 key=[self.requests(), digest_of_code(serving_code())],
                 inputs=[self.manifest],
                 outputs=[replies],
@@ -105,7 +95,7 @@ class Demo(RainbowRun):
             Step(
                 name="evaluate",
                 title="evaluate: how many of the held-out captions get the right image",
-                seconds=EVALUATE_SECONDS,
+                seconds=SECONDS["evaluate"],
                 key=[self.limit, reported_by],
                 inputs=[self.manifest, Path(rainbow.__file__)],
                 outputs=[accuracy],
@@ -114,7 +104,7 @@ class Demo(RainbowRun):
             Step(
                 name="report",
                 title="report",
-                seconds=REPORT_SECONDS,
+                seconds=SECONDS["report"],
                 key=[dict(self.recipe), reported_by],
                 inputs=[self.manifest, replies, accuracy],
                 outputs=[self.out / "report.html", self.out / "contact_sheet.png"],

@@ -35,12 +35,8 @@ RECIPE_MINUTES = 10.5  # of the whole demo on two quiet cores, with the budgets 
 # Seconds on two quiet cores, for the estimate of the time left: of a step of the recipe, and of the
 # other parts.
 STEP_SECONDS: dict[StageName, float] = {"dvae": 0.11, "transformer": 0.23, "clip": 0.28}
-DATA_SECONDS = 6.0
-START_SECONDS = 25.0  # of `train`: importing, encoding the data, writing artefact and report
-SERVE_SECONDS = 25.0
-EVALUATE_SECONDS = 45.0
-REPORT_SECONDS = 12.0
-OTHER_SECONDS = DATA_SECONDS + START_SECONDS + SERVE_SECONDS + EVALUATE_SECONDS + REPORT_SECONDS
+SECONDS = {"data": 6.0, "start": 25.0, "serve": 25.0, "evaluate": 45.0, "report": 12.0}
+"""start: of `train`, that is importing, encoding the data, writing artefact and report."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +123,8 @@ def read_recipe(path: Path | None, minutes: float) -> dict[str, str]:
     path: None for the default. Raises UserError or HyperparameterError.
     """
     recipe = read_recipe_file(path, RECIPE)
-    scale = (60 * minutes - OTHER_SECONDS) / (60 * RECIPE_MINUTES - OTHER_SECONDS)
+    others = sum(SECONDS.values())
+    scale = (60 * minutes - others) / (60 * RECIPE_MINUTES - others)
     if minutes != RECIPE_MINUTES:
         for name in recipe:
             if name.endswith("max_minutes"):

@@ -137,8 +137,7 @@ def _modules(package: str) -> list[Path]:
 
 
 def _folder(package: str) -> Path:
-    with resources.as_file(resources.files(package)) as folder:
-        return folder
+    return Path(str(resources.files(package)))
 
 
 def _sha256(content: bytes) -> str:

@@ -213,8 +213,7 @@ def to_pixels(image: Tensor) -> Pixels:
 
 def _new_engine(transformer: Dalle, num_slots: int) -> DecodeEngine:
     """An engine by torch's kernels on a GPU: a report is too short to compile kernels for."""
-    is_on_cpu = _device(transformer).type == "cpu"
-    step = new_step(transformer, num_slots, own_kernels=is_on_cpu)
+    step = new_step(transformer, num_slots, own_kernels=_device(transformer).type == "cpu")
     return DecodeEngine(transformer, num_slots, step=step)
 
 
