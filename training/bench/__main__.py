@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn.utils import clip_grad_norm_
+from torch.utils._pytree import tree_leaves
 
 from dalle import peers
 from dalle.models.transformer import TransformerConfig
@@ -118,7 +119,7 @@ def _compare(given: argparse.Namespace) -> dict[str, Any]:
             "step_seconds": round(median(each), 3),
             "samples_per_second": round(given.batch / median(each), 4),
             "times_dalle_pytorch": round(reference / median(each), 2),
-            "peak_megabytes": round((held[name] + contenders[name].state_bytes()) / 1e6),
+            "peak_megabytes": round((held[name] + _state_bytes(contenders[name])) / 1e6),
         }
         precision = name.split()[1]
         if name.startswith("ours") and device.type == "cpu":
@@ -178,6 +179,7 @@ class _Theirs:
         ).to(device)
         parameters = [each for each in self.model.parameters() if each.requires_grad]
         self.optimiser = torch.optim.Adam(parameters, lr=3e-4)
+        self.optimisers = [self.optimiser]
         self.text = torch.randint(1, TEXT_VOCAB_SIZE, (given.batch, TEXT_LENGTH), device=device)
         self.image = torch.randint(CODEBOOK_SIZE, (given.batch, given.grid**2), device=device)
         self.num_weights = sum(each.numel() for each in self.model.transformer.parameters())
@@ -189,9 +191,6 @@ class _Theirs:
         clip_grad_norm_(self.model.parameters(), 0.5)
         self.optimiser.step()
         self.optimiser.zero_grad()
-
-    def state_bytes(self) -> int:
-        return _state_bytes(self.model, [self.optimiser])
 
 
 class _Ours:
@@ -213,6 +212,7 @@ class _Ours:
         self.model = stage.model.to(device).train()
         raw = {"precision": precision} | ({} if has_muon else {"muon_learning_rate": "0"})
         self.engine = TorchEngine(stage, parse(raw).transformer, device)
+        self.optimisers = self.engine.optimizers
         self.num_weights = sum(each.numel() for each in self.model.blocks.parameters())
 
     def __call__(self) -> None:
@@ -220,16 +220,12 @@ class _Ours:
         self.engine.backward(loss)
         self.engine.step(1_000, 0.5)
 
-    def state_bytes(self) -> int:
-        return _state_bytes(self.model, self.engine.optimizers)
 
-
-def _state_bytes(model: Any, optimisers: Sequence[Any]) -> int:
+def _state_bytes(contender: _Theirs | _Ours) -> int:
     """Bytes of weights and moments."""
-    states = [state for each in optimisers for state in each.state.values()]
-    moments = [each for state in states for each in state.values() if hasattr(each, "numel")]
-    tensors = [*model.parameters(), *model.buffers(), *moments]
-    return sum(each.numel() * each.element_size() for each in tensors)
+    states = [each.state_dict()["state"] for each in contender.optimisers]
+    tensors = [*contender.model.parameters(), *contender.model.buffers(), *tree_leaves(states)]
+    return sum(each.nbytes for each in tensors if isinstance(each, torch.Tensor))
 
 
 def _machine(device: torch.device) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import os
 import platform
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -27,7 +28,6 @@ from typing import Any, get_args
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from dalle.models.sizes import DVAE_SIZES, TRANSFORMER_SIZES, SizeName
 from dalle.models.transformer import Dalle, TransformerConfig
@@ -123,7 +123,7 @@ def _train(
     return seconds, cpu_seconds
 
 
-def _rank(rank: int, num_ranks: int, port: int, options: argparse.Namespace) -> None:
+def _rank(rank: int, num_ranks: int, meeting: str, options: argparse.Namespace) -> None:
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda", rank) if has_gpu else torch.device("cpu")
     if has_gpu:
@@ -131,7 +131,7 @@ def _rank(rank: int, num_ranks: int, port: int, options: argparse.Namespace) -> 
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_ranks))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if has_gpu else "gloo",
-        store=TCPStore("127.0.0.1", port, wait_for_workers=False),
+        init_method=meeting,
         rank=rank,
         world_size=num_ranks,
         timeout=timedelta(minutes=10),
@@ -196,12 +196,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     num_ranks = torch.cuda.device_count() or options.ranks
     if options.batch_size % num_ranks:
         parser.error(f"--batch-size must be a multiple of {num_ranks}, got {options.batch_size}")
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     print("| engine | ZeRO | precision | ms a step | CPU ms a step | peak MB a rank |")
     print("|---|---|---|---|---|---|", flush=True)
-    multiprocessing.spawn(  # type: ignore[attr-defined, no-untyped-call]
-        _rank, (num_ranks, store.port, options), nprocs=num_ranks
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(  # type: ignore[attr-defined, no-untyped-call]
+            _rank, (num_ranks, f"file://{folder}/ranks", options), nprocs=num_ranks
+        )
     return 0
 
 

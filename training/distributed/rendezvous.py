@@ -120,12 +120,11 @@ class Rendezvous:
         """
         TorchProcessGroup().any(False)
         self.heartbeat.close()
-        if self.place.rank == 0:
-            others = [f"left/{rank}" for rank in range(1, self.place.size)]
-            with suppress(dist.DistError):  # training is done: a rank lost now is no failure
+        with suppress(dist.DistError):  # training is done: a rank lost now is no failure
+            if self.place.rank == 0:
+                others = [f"left/{rank}" for rank in range(1, self.place.size)]
                 self.store.wait(others, timedelta(seconds=self.timeouts.silence))
-        else:
-            with suppress(dist.DistError):
+            else:
                 self.store.set(f"left/{self.place.rank}", "")
         dist.destroy_process_group()
 

@@ -6,6 +6,7 @@ For measuring what training takes before, or instead of, training.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -87,7 +88,7 @@ class StagePasses:
         self._config = config
         self._dvae = dvae
         self._is_for_gpu = is_for_gpu
-        self._traces: dict[Formats, list[tuple[float, Passes]]] = {}
+        self._traced = cache(self._trace)
 
     def activations(self, batch_size: int, formats: Formats) -> int:
         """Return the most bytes held at once beside weights and gradients."""
@@ -99,28 +100,25 @@ class StagePasses:
         traces = self._traced(formats)
         return round(sum(factor * passes.with_gradients(batch_size) for factor, passes in traces))
 
-    def _traced(self, formats: Formats) -> list[tuple[float, Passes]]:
+    def _trace(self, formats: Formats) -> list[tuple[float, Passes]]:
         """Return traces, and the factor of each in their sum."""
-        if formats not in self._traces:
-            self._traces[formats] = [
-                (factor, self._trace(config, formats)) for factor, config in self._depths()
-            ]
-        return self._traces[formats]
 
-    def _trace(self, config: Config, formats: Formats) -> Passes:
-        return trace_passes(
-            lambda: synthetic_stage(
-                config,
-                FAKE_DEVICE,
-                dvae=self._dvae,
-                checkpoints_activations=formats.checkpoints_activations,
-            ),
-            lambda size: random_batch(config, size, dvae=self._dvae),
-            CLIP_BATCH_SIZES if isinstance(config, ClipConfig) else BATCH_SIZES,
-            autocast=formats.forward,
-            dtype=formats.weights,
-            is_for_gpu=self._is_for_gpu,
-        )
+        def trace(config: Config) -> Passes:
+            return trace_passes(
+                lambda: synthetic_stage(
+                    config,
+                    FAKE_DEVICE,
+                    dvae=self._dvae,
+                    checkpoints_activations=formats.checkpoints_activations,
+                ),
+                lambda size: random_batch(config, size, dvae=self._dvae),
+                CLIP_BATCH_SIZES if isinstance(config, ClipConfig) else BATCH_SIZES,
+                autocast=formats.forward,
+                dtype=formats.weights,
+                is_for_gpu=self._is_for_gpu,
+            )
+
+        return [(factor, trace(config)) for factor, config in self._depths()]
 
     def _depths(self) -> list[tuple[float, Config]]:
         """Return the config, or two shallow ones whose weighted sum extrapolates to its depth."""

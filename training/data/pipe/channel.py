@@ -22,7 +22,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -126,7 +126,7 @@ def _spool(channel: Channel, folder: Path, caption_key: str | None, stop: Stop) 
     num_pairs = 0
     with (
         Stream(channel.pipe(0), channel.name, stop) as stream,
-        _ImageWriter(folder / _IMAGES, channel.name) as images,
+        closing(_ImageWriter(folder / _IMAGES, channel.name)) as images,
         (folder / _PAIRS).open("w", encoding="utf-8") as index,
     ):
         for image, captions in read_pairs(stream, images.add, caption_key, skips, stop):
@@ -178,11 +178,8 @@ class _ImageWriter:
         what = f"spool the channel {self._channel} into {self._path.parent}"
         return disk_error(error, what, if_full="give the job a larger volume")
 
-    def __enter__(self) -> _ImageWriter:
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
+    def close(self) -> None:
         try:
             self._file.close()
-        except OSError as error_of_close:
-            raise self._write_error(error_of_close) from error_of_close
+        except OSError as error:
+            raise self._write_error(error) from error
