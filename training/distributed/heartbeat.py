@@ -13,7 +13,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 
 from training.distributed.topology import Place, Timeouts
 
@@ -41,6 +41,7 @@ class Beat:
         return cls(**json.loads(text))
 
 
+@dataclass(eq=False)
 class Heartbeat:
     """Exchange of beats between all ranks, until it is closed.
 
@@ -51,21 +52,16 @@ class Heartbeat:
         or is lost. The main thread may hang in a collective meanwhile.
     """
 
-    def __init__(
-        self,
-        exchange: Callable[[str], Sequence[bytes]],
-        place: Place,
-        *,
-        timeouts: Timeouts,
-        stop: threading.Event,
-        on_lost: Callable[[str], object],
-    ) -> None:
-        self._exchange = exchange
-        self._place = place
-        self._silence = timeouts.silence
-        self._interval = timeouts.silence / ROUNDS_OF_SILENCE
-        self._stop = stop
-        self._on_lost = on_lost
+    exchange: Callable[[str], Sequence[bytes]]
+    place: Place
+    _: KW_ONLY
+    timeouts: Timeouts
+    stop: threading.Event
+    on_lost: Callable[[str], object]
+
+    def __post_init__(self) -> None:
+        self._silence = self.timeouts.silence
+        self._interval = self._silence / ROUNDS_OF_SILENCE
         self._closed = threading.Event()
         self._ending: str | None = None
         self._beats: list[Beat] = []
@@ -97,8 +93,8 @@ class Heartbeat:
 
     def announce(self, cause: str) -> None:
         """Send the cause of this rank's failure and wait a few rounds for the others to end."""
-        own = self._place.rank
-        self._end_together(f"{self._place.name(own)} failed: {cause}", except_rank=own)
+        own = self.place.rank
+        self._end_together(f"{self.place.name(own)} failed: {cause}", except_rank=own)
 
     def wait_for_lost_rank(self) -> None:
         """Wait for as long as a lost rank goes unnoticed; `on_lost` is called if there is one."""
@@ -108,16 +104,16 @@ class Heartbeat:
         number = 0
         while not self._closed.is_set():
             number += 1
-            own = Beat(number, self._stop.is_set(), self._ending)
+            own = Beat(number, self.stop.is_set(), self._ending)
             try:
-                beats = [Beat.decode(text) for text in self._exchange(own.encode())]
+                beats = [Beat.decode(text) for text in self.exchange(own.encode())]
             except Exception as error:  # torch raises several kinds when the store is gone
                 self._broken = error
                 return
             self._beats = beats
             self._num_rounds += 1
             if any(beat.is_stopping for beat in beats):
-                self._stop.set()
+                self.stop.set()
             # A rank that ends must tell the others before its process is gone.
             self._closed.wait(self._interval / (10 if self._ending else 1))
 
@@ -127,19 +123,19 @@ class Heartbeat:
         Counts rounds instead of reading a clock: a host that was frozen and goes on must not count
         the others as lost.
         """
-        last_round, last_numbers = -1, [-1] * self._place.size
-        rounds_without_store, rounds_without_beat = 0, [0] * self._place.size
+        last_round, last_numbers = -1, [-1] * self.place.size
+        rounds_without_store, rounds_without_beat = 0, [0] * self.place.size
         while not self._closed.wait(self._interval):
             if self._ending is not None:
                 return
             if self._broken is not None:
                 reason = str(self._broken).split("\n")[0]
-                self._on_lost(f"{self._place.name(0)} is lost: the connection broke ({reason})")
+                self.on_lost(f"{self.place.name(0)} is lost: the connection broke ({reason})")
                 return
             if self._num_rounds == last_round:
                 rounds_without_store += 1
                 if rounds_without_store == ROUNDS_OF_SILENCE:
-                    self._on_lost(self._silent(0))
+                    self.on_lost(self._silent(0))
                     return
                 continue
             last_round, rounds_without_store = self._num_rounds, 0
@@ -152,12 +148,12 @@ class Heartbeat:
                     ending = self._silent(rank)
                 if ending is not None:
                     self._end_together(ending, except_rank=rank)
-                    self._on_lost(ending)
+                    self.on_lost(ending)
                     return
 
     def _silent(self, rank: int) -> str:
         return (
-            f"{self._place.name(rank)} is lost: no sign of life for {self._silence:g} s, it was "
+            f"{self.place.name(rank)} is lost: no sign of life for {self._silence:g} s, it was "
             "killed, frozen or cut off. Started again, the job goes on from its newest checkpoint"
         )
 
@@ -170,7 +166,7 @@ class Heartbeat:
         self._ending = reason
         deadline = time.monotonic() + 3 * self._interval
         while time.monotonic() < deadline and self._broken is None:
-            ended = {except_rank, self._place.rank}
+            ended = {except_rank, self.place.rank}
             others = [beat for rank, beat in enumerate(self._beats) if rank not in ended]
             if self._beats and all(beat.ending is not None for beat in others):
                 return

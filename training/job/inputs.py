@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -43,6 +44,7 @@ VALIDATION_PAIRS = 512
 """Pairs that each validation measures."""
 
 
+@dataclass(eq=False)
 class Inputs:
     """The opened channels of a job, the same on every rank.
 
@@ -51,24 +53,20 @@ class Inputs:
     Raises DataError, ArtefactError; Stopped.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        hyperparameters: Hyperparameters,
-        device: torch.device,
-        stop: Stop,
-        ranks: ProcessGroup = SINGLE_PROCESS,
-    ) -> None:
-        self.job = job
-        self.hyperparameters = hyperparameters
-        self.device = device
-        self.stop = stop
-        self.ranks = ranks
-        self.artefact = _read_artefact(job, device)
+    job: Job
+    hyperparameters: Hyperparameters
+    device: torch.device
+    stop: Stop
+    ranks: ProcessGroup = SINGLE_PROCESS
+
+    def __post_init__(self) -> None:
+        self.artefact = _read_artefact(self.job, self.device)
         self.present = frozenset(self.artefact.components())
         self.train = self._open("train")
         self.validation = (
-            self._open("validation", VALIDATION_PAIRS) if "validation" in job.channels else None
+            self._open("validation", VALIDATION_PAIRS)
+            if "validation" in self.job.channels
+            else None
         )
 
     def _open(self, name: str, most: int | None = None) -> OpenedChannel:

@@ -12,7 +12,7 @@ import random
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -31,6 +31,7 @@ NAME = re.compile(r"step-(\d{9})\.pt")
 DAMAGED = ".damaged"
 
 
+@dataclass(frozen=True)
 class Checkpoints:
     """The checkpoints of one stage.
 
@@ -38,10 +39,10 @@ class Checkpoints:
     a checkpoint with another identity is refused. kept: how many of the newest stay.
     """
 
-    def __init__(self, directory: Path, *, identity: Mapping[str, Any], kept: int = 2) -> None:
-        self.directory = directory
-        self._identity = dict(identity)
-        self._kept = kept
+    directory: Path
+    _: KW_ONLY
+    identity: Mapping[str, Any]
+    kept: int = 2
 
     def save(self, step: int, state: Mapping[str, Any]) -> Path:
         """Write the state after `step` steps, then remove all but the newest `kept` checkpoints.
@@ -50,7 +51,8 @@ class Checkpoints:
         checkpoints are untouched then.
         """
         path = self.directory / f"step-{step:09d}.pt"
-        content = {"format": FORMAT, "identity": self._identity, "step": step, "state": dict(state)}
+        content = {"format": FORMAT, "identity": dict(self.identity), "step": step}
+        content |= {"state": dict(state)}
         try:
             with replacing(path, is_durable=True) as temporary:
                 _write(temporary, content)
@@ -65,7 +67,7 @@ class Checkpoints:
                     each.nbytes for each in tree_leaves(content) if isinstance(each, Tensor)
                 ),
             ) from error
-        for old in self._complete()[self._kept :]:
+        for old in self._complete()[self.kept :]:
             old.unlink(missing_ok=True)
         return path
 
@@ -85,7 +87,7 @@ class Checkpoints:
                 if content is None:
                     path.rename(path.with_name(path.name + DAMAGED))
                     continue
-            require_same_run(path, content["identity"], self._identity)
+            require_same_run(path, content["identity"], self.identity)
             logger.info("resuming from %s", path)
             state: dict[str, Any] = content["state"]
             return state

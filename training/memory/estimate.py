@@ -13,7 +13,7 @@ ZeRO: Rajbhandari et al. 2020, §5 and §7. Sizes are in bytes; P: number of wei
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -120,23 +120,21 @@ class Memory:
         return kept + self.activations + self.exchange + self.runtime
 
 
+@dataclass(eq=False)
 class StageMemory:
-    """The memory of one stage's model at every setting and batch size."""
+    """The memory of one stage's model at every setting and batch size.
 
-    def __init__(
-        self,
-        name: StageName,
-        config: Config,
-        *,
-        dvae: DVAEConfig | None = None,
-        device_type: Literal["cpu", "cuda"],
-    ) -> None:
-        """dvae: of the frozen one that encodes a transformer's images."""
-        self.name = name
-        self.config = config
-        self.dvae = dvae
-        self.device_type = device_type
-        self._passes = StagePasses(config, dvae, is_for_gpu=device_type == "cuda")
+    dvae: of the frozen one that encodes a transformer's images.
+    """
+
+    name: StageName
+    config: Config
+    _: KW_ONLY
+    dvae: DVAEConfig | None = None
+    device_type: Literal["cpu", "cuda"]
+
+    def __post_init__(self) -> None:
+        self._passes = StagePasses(self.config, self.dvae, is_for_gpu=self.device_type == "cuda")
 
     @cached_property
     def _model(self) -> SyntheticStage:
