@@ -4,13 +4,12 @@ import threading
 
 import pytest
 import torch
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from dalle.errors import DataError, DiskFullError
 from tests.permissions import small_disk
 from tests.training.batching.token_cache_work import cache_tokens, encode, work
-from tests.training.forked import Forked
 from tests.training.pairs import channel_of
+from tests.training.ranks import results_of
 from training.data.batching.batches import Batches
 from training.data.batching.token_cache import tokens_fit
 from training.data.skips import SkipReason
@@ -124,12 +123,8 @@ def test_two_ranks_share_the_work_and_have_the_same_tokens(tmp_path, num_pairs):
     (channel / "003.png").write_bytes(b"no")
     out.mkdir()
     for _ in range(2):  # the second time, only the first rank's disk has them
-        server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        processes = [Forked(work, rank, server.port, channel, out) for rank in range(2)]
-        assert [process.wait(timeout=120) for process in processes] == [0, 0]
         numbers = [number for number in range(num_pairs) if number != 3]
-        for rank in range(2):
-            seen = torch.load(out / f"{rank}.pt", weights_only=True)
+        for seen in results_of(work, 2, tmp_path, channel, out):
             assert seen["tokens"][:, 0, 0].tolist() == numbers
             assert seen["names"] == [f"{number:03}.png" for number in numbers]
             assert seen["skips"] == {"not an image": 1}

@@ -1,15 +1,11 @@
 """What each rank does in test_token_cache.py."""
 
-from datetime import timedelta
-
 import torch
-import torch.distributed as dist
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from tests.training.pairs import SIZE
 from training.data.batching import token_cache
 from training.data.sources.channel import open_channel
-from training.distributed.process_group import SINGLE_PROCESS, TorchProcessGroup
+from training.distributed.process_group import SINGLE_PROCESS
 
 
 def encode(images):
@@ -30,15 +26,9 @@ def cache_tokens(channel, out, ranks=SINGLE_PROCESS, encode=encode, **options):
     )
 
 
-def work(rank, port, channel, out):
-    """Writes tokens, pairs and what was left out, as this rank sees them."""
-    store = TCPStore("127.0.0.1", port, wait_for_workers=False)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
-    own = out / str(rank)  # each host has its own disk
-    found = cache_tokens(channel, own, TorchProcessGroup())
-    dist.destroy_process_group()
+def work(ranks, channel, out):
+    """Tokens, pairs and what was left out, as this rank sees them."""
+    own = out / str(ranks.rank)  # each host has its own disk
+    found = cache_tokens(channel, own, ranks)
     names = [found.name(index) for index in range(len(found))]
-    content = {"tokens": found.tokens, "names": names, "skips": found.skips.as_dict()}
-    torch.save(content, out / f"{rank}.pt")
+    return {"tokens": found.tokens, "names": names, "skips": found.skips.as_dict()}

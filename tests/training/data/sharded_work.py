@@ -1,25 +1,18 @@
-"""What each rank does in test_sharded.py: python tests/training/data/sharded_work.py RANK SIZE PORT
-FOLDER OUT."""
+"""What each rank does in test_sharded.py."""
 
-import sys
-from datetime import timedelta
-from pathlib import Path
 from unittest.mock import patch
 
 import torch
-import torch.distributed as dist
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from dalle.errors import DataError
 from dalle.platform.environment import Channel
+from tests.training.pairs import SIZE
 from training.data import open as opening
 from training.data.batching.batches import Batches
 from training.data.batching.preload import Preloaded
-from training.distributed.process_group import TorchProcessGroup
 from training.loop.stages import StageData
 from training.stopping import NEVER
 
-SIZE = 8  # of the pictures in tests/training/pairs.py, which cannot be imported from here
 HOSTS = 2
 STEPS = 12
 
@@ -64,20 +57,16 @@ def validation(found, ranks):
     return data.validation_means(measure)["number"]
 
 
-def work(rank, size, port, folder):
-    torch.set_num_threads(1)
-    store = TCPStore("127.0.0.1", port, wait_for_workers=False)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60)
-    )
-    ranks = TorchProcessGroup()
+def work(ranks, folder):
     found = opened(folder, ranks)
-    with patch.object(opening, "is_small", lambda dataset: rank == 0):  # not so on one host alone
+    with patch.object(
+        opening, "is_small", lambda dataset: ranks.is_first
+    ):  # not so on one host alone
         lazy = opened(folder, ranks)
     mine = batches(found, ranks)
     captions = (caption for i in range(len(found.pairs)) for caption in found.pairs.captions(i))
     options = {"vocab_size": 300, "text_length": 16}
-    seen = {
+    return {
         "steps": [mine.batch(step).captions for step in range(STEPS)],
         "num_per_epoch": mine.num_per_epoch,
         "identity": {key: str(value) for key, value in mine.identity().items()},
@@ -87,13 +76,6 @@ def work(rank, size, port, folder):
         "decoded": [isinstance(each.pairs, Preloaded) for each in (found, lazy)],
         "validation": validation(found, ranks),
         "word": found.part.tokenizer(captions, kind="word", **options).identity(),
-        "host_ranks": found.part.host_ranks.each(rank),
+        "host_ranks": found.part.host_ranks.each(ranks.rank),
         "refusal": refusal(folder, ranks),
     }
-    dist.destroy_process_group()
-    return seen
-
-
-if __name__ == "__main__":
-    rank, size, port = map(int, sys.argv[1:4])
-    torch.save(work(rank, size, port, Path(sys.argv[4])), sys.argv[5])

@@ -1,19 +1,13 @@
 """training.data.sharded and opening: channels of which each host has another part."""
 
-import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
-import torch
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from dalle.preprocess.tokenizer import CaptionTokenizer
-from tests import REPOSITORY
-from tests.training.data.sharded_work import STEPS
+from tests.training.data.sharded_work import STEPS, work
 from tests.training.pairs import SIZE, channel_of, members_of, tar_of
+from tests.training.ranks import results_of
 from training.data.pairs import add_fingerprints, fingerprint
 from training.data.sharded import on_all_ranks
 from training.data.sources.channel import open_channel
@@ -37,21 +31,8 @@ def lay_out(folder):
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     """What each rank of two hosts with two devices saw, by rank."""
-    size = 4
     folder = lay_out(tmp_path_factory.mktemp("channel"))
-    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    files = [folder / f"{rank}.pt" for rank in range(size)]
-    environment = os.environ | {"PYTHONPATH": f"{REPOSITORY / 'container'}:{REPOSITORY}"}
-    script = str(Path(__file__).with_name("sharded_work.py"))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, script, *map(str, (rank, size, server.port, folder, file))],
-            env=environment,
-        )
-        for rank, file in enumerate(files)
-    ]
-    assert [process.wait(timeout=120) for process in processes] == [0] * size
-    return [torch.load(file, weights_only=True) for file in files]
+    return results_of(work, 4, tmp_path_factory.mktemp("ranks"), folder)
 
 
 def numbers_of(rank, steps):

@@ -1,16 +1,11 @@
 """Work of each rank in test_process_group.py."""
 
-from datetime import timedelta
-
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from dalle.models.clip import Clip, ClipConfig
 from dalle.models.dvae import DVAEConfig
 from dalle.models.quantiser import build_quantiser
-from training.distributed.process_group import TorchProcessGroup
 
 STATE = {
     "step": 7,
@@ -79,20 +74,16 @@ def revived(kind, ranks):
     return before, quantiser.state_dict()
 
 
-def work(rank, port, file):
-    """Write the results of one of the two processes to a file."""
-    store = TCPStore("127.0.0.1", port, wait_for_workers=False)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=300)
-    )
-    ranks = TorchProcessGroup()
+def work(ranks):
+    """The results of one of the two processes."""
+    rank = ranks.rank
     own = torch.tensor([[1.0, 2.0]]) * (rank + 1)
     rows = own.clone().requires_grad_()
     gathered = ranks.gather(rows)
     (gathered * torch.tensor([[1.0, 1.0], [10.0, 10.0]]) * (rank + 1)).sum().backward()
     copied = own.T.clone().T  # not contiguous
     ranks.copy_first([copied])
-    seen = {
+    return {
         "first": ranks.is_first,
         "gathered": gathered.detach(),
         "gradient": rows.grad,
@@ -105,5 +96,3 @@ def work(rank, port, file):
         "revived": {kind: revived(kind, ranks) for kind in ("gumbel", "vq")},
         "clip": clip_loss_and_gradients(ranks),
     }
-    dist.destroy_process_group()
-    torch.save(seen, file)

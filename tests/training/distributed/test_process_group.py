@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from tests.training.distributed.rank_work import STATE, clip_loss_and_gradients, work
-from tests.training.forked import Forked
+from tests.training.ranks import results_of
 from training.distributed.process_group import SINGLE_PROCESS
 
 pytestmark = pytest.mark.slow
@@ -14,11 +13,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     """The results of each of two processes, by rank."""
-    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    files = [tmp_path_factory.mktemp("ranks") / f"{rank}.pt" for rank in range(2)]
-    processes = [Forked(work, rank, server.port, file) for rank, file in enumerate(files)]
-    assert [process.wait(timeout=300) for process in processes] == [0, 0]
-    return [torch.load(file, weights_only=True) for file in files]
+    return results_of(work, 2, tmp_path_factory.mktemp("ranks"))
 
 
 def test_the_first_decides_progress_and_checkpoints_and_anybody_a_stop(seen):
