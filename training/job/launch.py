@@ -12,13 +12,14 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import NoReturn
 
-from dalle.platform.environment import Job
+from dalle.platform.environment import Job, Paths
 from dalle.platform.outputs import write_failure
 from training.config.fields import Hyperparameters
 from training.distributed.topology import LOCAL_WORLD_SIZE, LOOPBACK, Place, Timeouts
@@ -49,21 +50,16 @@ def run_on_devices(
         listener = socket.create_server((LOOPBACK, 0))
         port = listener.getsockname()[1]
     context = multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(
-            target=_run_device,
-            args=(
-                job,
-                settings,
-                Place(job.hosts, job.current_host, num_devices, device),
-                port,
-                listener if device == 0 else None,
-                timeouts,
-            ),
-            name=f"device {device}",
+    processes = []
+    for device in range(num_devices):
+        place = Place(job.hosts, job.current_host, num_devices, device)
+        run_rank = partial(process.run_rank, job, settings, place, port=port, timeouts=timeouts)
+        if device == 0:
+            run_rank = partial(run_rank, listener=listener)
+        arguments = (run_rank, job.paths, num_devices)
+        processes.append(
+            context.Process(target=_run_device, args=arguments, name=f"device {device}")
         )
-        for device in range(num_devices)
-    ]
     # SIGTERM would kill a process that is still starting: the processes begin with both signals
     # blocked and unblock them when their handlers are set. multiprocessing's resource tracker must
     # run before: starting it unblocks the signals.
@@ -104,17 +100,10 @@ def _wait_for(processes: Sequence[BaseProcess], stop: threading.Event) -> None:
             is_passed_on = True
 
 
-def _run_device(
-    job: Job,
-    settings: Hyperparameters,
-    place: Place,
-    port: int,
-    listener: socket.socket | None,
-    timeouts: Timeouts,
-) -> NoReturn:
-    """Main function of the process of one device."""
+def _run_device(run_rank: Callable[..., int], paths: Paths, num_devices: int) -> NoReturn:
+    """Main function of the process of one device. run_rank: of `process`, without its `stop`."""
     process.configure_logging()
-    os.environ[LOCAL_WORLD_SIZE] = str(place.num_devices)  # their loaders share /dev/shm
+    os.environ[LOCAL_WORLD_SIZE] = str(num_devices)  # their loaders share /dev/shm
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with process.stopped_by_signals() as stop:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
@@ -122,12 +111,10 @@ def _run_device(
         def work() -> int:
             import torch
 
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.num_devices))
-            return process.run_rank(
-                job, settings, place, stop, port=port, listener=listener, timeouts=timeouts
-            )
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_devices))
+            return run_rank(stop=stop)
 
-        code = process.exit_code_of(work, job.paths)
+        code = process.exit_code_of(work, paths)
     process.leave(code)
 
 

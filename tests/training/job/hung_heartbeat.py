@@ -4,13 +4,13 @@ import sys
 import threading
 import time
 from datetime import timedelta
-from types import SimpleNamespace
+from functools import partial
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from training.distributed.heartbeat import Beat, Heartbeat
 from training.distributed.topology import Place, Timeouts
-from training.job import launch, process
+from training.job import launch
 
 STORE_SECONDS = 2.0
 
@@ -25,12 +25,10 @@ class SlowEnd:
 def run_device(port):
     """`launch._run_device` with a training that succeeds at once."""
     vars(sys)["slow_end"] = SlowEnd()  # the module that goes last
-    process.run_rank = _run_rank
-    place = Place(("algo-1",), "algo-1", num_devices=2, device=1)
-    launch._run_device(SimpleNamespace(paths=None), None, place, port, None, Timeouts())
+    launch._run_device(partial(_run_rank, port), None, 2)
 
 
-def _run_rank(*_, port, **__):
+def _run_rank(port, stop):
     store = TCPStore("127.0.0.1", port, wait_for_workers=False)
     is_inside = threading.Event()
 
