@@ -50,9 +50,8 @@ class Case:
     offload: bool = False
 
     def hyperparameters(self) -> dict[str, str]:
-        raw = {"engine": self.engine, "precision": self.precision}
-        # Without Muon: DeepSpeed has AdamW alone.
-        raw |= {"muon_learning_rate": "0", "warmup_steps": "0"}
+        raw = {"engine": self.engine, "precision": self.precision, "warmup_steps": "0"}
+        raw["muon_learning_rate"] = "0"  # DeepSpeed has AdamW alone
         if self.zero_stage is not None:
             raw["zero_stage"] = str(self.zero_stage)
         if self.offload:

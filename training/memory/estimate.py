@@ -243,13 +243,10 @@ class StageMemory:
     @cached_property
     def _resident(self) -> int:
         """Bytes of buffers, and of the frozen models beside the trained one."""
-        frozen = [
-            each
-            for each in vars(self._model).values()
-            if isinstance(each, nn.Module) and each is not self._model.model
-        ]
-        tensors = [each for model in frozen for each in (*model.parameters(), *model.buffers())]
-        return _num_bytes([*self._model.model.buffers(), *tensors])
+        trained = self._model.model
+        models = [each for each in vars(self._model).values() if isinstance(each, nn.Module)]
+        frozen = [p for each in models if each is not trained for p in each.parameters()]
+        return _num_bytes([*frozen, *(buffer for each in models for buffer in each.buffers())])
 
 
 def _num_bytes(tensors: Iterable[Tensor]) -> int:

@@ -24,6 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,16 +75,11 @@ def plan(seed: int, *, kills: int, num_steps: int, num_hosts: int) -> list[Inter
     kinds += ["stop"] * -(-kills // KILLS_PER_STOP)
     chance.shuffle(kinds)
     positions = sorted(chance.randrange(num_steps) for _ in kinds)
-    return [
-        Interruption(
-            kind,
-            position,
-            chance.random(),
-            chance.randrange(num_hosts),
-            chance.random() < SHARE_MOVED,
-        )
-        for kind, position in zip(kinds, positions, strict=True)
-    ]
+    moments = []
+    for kind, position in zip(kinds, positions, strict=True):
+        share, host = chance.random(), chance.randrange(num_hosts)
+        moments.append(Interruption(kind, position, share, host, chance.random() < SHARE_MOVED))
+    return moments
 
 
 def soak(
@@ -155,11 +151,11 @@ def interrupt(job: SmallJob, interruption: Interruption) -> Outcome:
             return Outcome(None, None)
         before = job.position()
         number = signal.SIGTERM if interruption.kind.startswith("stop") else signal.SIGKILL
-        run.signal(victim, number)
+        run.processes[victim].send_signal(number)
         if interruption.kind == "stop and kill":
             run.wait_until(lambda: run.is_half_saved() or run.half_written(), pause=0)
             number = signal.SIGKILL
-            run.signal(victim, number)
+            run.processes[victim].send_signal(number)
         statuses = run.statuses()
     _require_resumed(run, newest)
     _require(job.position() >= before, "a complete checkpoint is gone", run)
@@ -265,14 +261,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = options.out / f"seed-{seed}-hosts-{options.hosts}"
     shutil.rmtree(out, ignore_errors=True)
     try:
-        done = soak(
-            out,
-            seed=seed,
-            kills=options.kills,
-            steps=options.steps,
-            num_hosts=options.hosts,
-            say=lambda line: print(line, flush=True),
-        )
+        numbers = {"kills": options.kills, "steps": options.steps, "num_hosts": options.hosts}
+        done = soak(out, seed=seed, **numbers, say=partial(print, flush=True))
         # A writer may be quicker than a kill now and then, but not all of them every time.
         if IN_A_CHECKPOINT not in done["hits"]:
             raise SoakError("no kill hit the writing of a checkpoint: take more kills or steps")

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,10 +144,8 @@ class SmallJob:
         first = self.paths[0]
         found = {}
         for path in (*first.checkpoints.glob("*/*.tmp"), first.model / STAGING):
-            try:
+            with suppress(FileNotFoundError):  # renamed, or absent
                 found[path] = path.stat()
-            except FileNotFoundError:  # renamed, or absent
-                continue
         return found
 
 
@@ -184,19 +182,16 @@ class Run:
 
     def _unfinished(self) -> Iterator[tuple[Path, os.stat_result]]:
         for path, stat in self.job.unfinished().items():
-            if path not in self.older or _version(stat) != _version(self.older[path]):
+            last = self.older.get(path)
+            # A file of the same name may have been made, or changed, since.
+            if last is None or (stat.st_ino, stat.st_mtime_ns) != (last.st_ino, last.st_mtime_ns):
                 yield path, stat
-
-    def log(self, host: int = 0) -> str:
-        return self.logs[host].read_text("utf-8", errors="replace")
 
     def resumed_from(self) -> dict[str, Path]:
         """Return stage -> the checkpoint that it resumed from, by the log."""
-        found = map(Path, re.findall(r"resuming from (\S+\.pt)", self.log()))
+        log = self.logs[0].read_text("utf-8", errors="replace")
+        found = map(Path, re.findall(r"resuming from (\S+\.pt)", log))
         return {path.parent.name: path for path in found}
-
-    def signal(self, host: int, number: int) -> None:
-        self.processes[host].send_signal(number)
 
     def statuses(self) -> list[int]:
         """Wait for all hosts; return their exit statuses, negative where a signal killed one.
@@ -212,11 +207,6 @@ class Run:
         """Return a host's failure file; empty without one."""
         path = self.job.paths[host].failure
         return path.read_text("utf-8") if path.exists() else ""
-
-
-def _version(stat: os.stat_result) -> tuple[int, int]:
-    """Differs for a file of the same name that was made or changed since."""
-    return stat.st_ino, stat.st_mtime_ns
 
 
 def _write_inputs(paths: Paths, host: str, hosts: list[str], settings: Mapping[str, Any]) -> None:
