@@ -39,16 +39,20 @@ LONG_TIMEOUTS = Timeouts(join=300, silence=30, collective=300)
 SHORT_TIMEOUTS = Timeouts(join=300, silence=10, collective=300)
 
 
+def fill(directory, samples=SAMPLES):
+    for number, sample in enumerate(samples):
+        Image.fromarray(sample.picture()).save(directory / f"{number}.png")
+        (directory / f"{number}.txt").write_text(sample.caption)
+    return directory
+
+
 def job_tree(root, *, host="algo-1", hosts=("algo-1",), samples=SAMPLES, **hyperparameters):
     """A tree as the SDK's local mode lays it out: with an interface that does not exist."""
     tree = OptMl(root, "local")
     resources = {"current_host": host, "hosts": list(hosts), "network_interface_name": "ethwe"}
     tree.write("resourceconfig", resources)
     for name, chosen in (("train", samples), ("validation", samples[:4])):
-        channel = tree.add_channel(name)
-        for number, sample in enumerate(chosen):
-            Image.fromarray(sample.picture()).save(channel / f"{number}.png")
-            (channel / f"{number}.txt").write_text(sample.caption)
+        fill(tree.add_channel(name), chosen)
     tree.set_hyperparameters(**hyperparameters)
     return tree
 

@@ -17,31 +17,13 @@ from PIL import Image
 from dalle import artefact
 from dalle.platform.environment import Paths
 from dalle.platform.metric_lines import METRIC_PATTERN
-from training import rainbow
+from tests.training import two_hosts
+from tests.training.two_hosts import SAMPLES, fill
 from training.__main__ import main
 
 pytestmark = pytest.mark.slow
 
-TINY = {
-    "size": "tiny",
-    "image_size": 16,
-    "tokenizer_kind": "word",
-    "text_length": 8,
-    "batch_size": 8,
-    "warmup_steps": 2,
-    "log_every": 1,
-    "num_validations": 1,
-    "dropout": 0.1,
-    "token_noise": 0.1,
-}
-SAMPLES = rainbow.samples()[::300]
-
-
-def fill(directory, samples=SAMPLES):
-    for number, sample in enumerate(samples):
-        Image.fromarray(sample.picture()).save(directory / f"{number}.png")
-        (directory / f"{number}.txt").write_text(sample.caption)
-    return directory
+TINY = two_hosts.TINY | {"image_size": 16, "dropout": 0.1, "token_noise": 0.1}
 
 
 @pytest.fixture
