@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import random
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from dalle.errors import CheckpointError
-from dalle.platform.disk import disk_error, replacing
+from dalle.platform.disk import disk_errors, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -53,20 +53,18 @@ class Checkpoints:
         path = self.directory / f"step-{step:09d}.pt"
         content = {"format": FORMAT, "identity": dict(self.identity), "step": step}
         content |= {"state": dict(state)}
-        try:
-            with replacing(path, is_durable=True) as temporary:
-                _write(temporary, content)
-        except OSError as error:
-            raise disk_error(
-                error,
+        tensors = [each for each in tree_leaves(content) if isinstance(each, Tensor)]
+        with (
+            disk_errors(
                 f"write the checkpoint {path}",
                 if_full="the one before it is kept. Give the job a larger volume or keep fewer "
                 "checkpoints (checkpoints_kept)",
                 directory=self.directory,
-                num_bytes=sum(
-                    each.nbytes for each in tree_leaves(content) if isinstance(each, Tensor)
-                ),
-            ) from error
+                num_bytes=sum(each.nbytes for each in tensors),
+            ),
+            replacing(path, is_durable=True) as temporary,
+        ):
+            _write(temporary, content)
         for old in self._complete()[self.kept :]:
             old.unlink(missing_ok=True)
         return path
@@ -208,14 +206,8 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
         raise
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise disk_error(
-            error, f"read the checkpoint {path}", if_full="give the job a larger volume"
-        ) from error
+def _reading(path: Path) -> AbstractContextManager[None]:
+    return disk_errors(f"read the checkpoint {path}", if_full="give the job a larger volume")
 
 
 def _read(path: Path, *, with_tensors: bool = True) -> dict[str, Any] | None:

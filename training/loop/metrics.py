@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,7 +19,7 @@ from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
 from dalle.errors import PlatformError
-from dalle.platform.disk import disk_error, write_atomically
+from dalle.platform.disk import disk_errors, write_atomically
 from dalle.platform.metric_lines import render_metrics
 
 
@@ -96,19 +96,14 @@ class Metrics:
             write_atomically(self._jsonl, lines)
 
     @staticmethod
-    @contextmanager
-    def _disk_errors(path: Path) -> Iterator[None]:
+    def _disk_errors(path: Path) -> AbstractContextManager[None]:
         """Raise our errors for OSError; TensorBoard's thread raises its errors in a later call."""
-        try:
-            yield
-        except OSError as error:
-            raise disk_error(
-                error,
-                f"write the metrics {path}",
-                if_full="the checkpoints are kept. Give the job a larger volume, or report less "
-                "often (log_every)",
-                directory=path,
-            ) from error
+        return disk_errors(
+            f"write the metrics {path}",
+            if_full="the checkpoints are kept. Give the job a larger volume, or report less often "
+            "(log_every)",
+            directory=path,
+        )
 
 
 class Progress:

@@ -19,7 +19,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from dalle.platform.disk import disk_error, write_atomically
+from dalle.platform.disk import disk_errors, write_atomically
 from dalle.preprocess.images import ImageFormat, Pixels, contact_sheet, encode_image
 from training.report.content import Curve, Report
 from training.report.figures import Panel, plot_curves, plot_usage
@@ -34,16 +34,13 @@ def write_report(report: Report, path: Path) -> None:
     Raises DiskFullError, or PlatformError for other trouble with the disk.
     """
     content = render_report(report).encode("utf-8", errors="backslashreplace")
-    try:
+    with disk_errors(
+        f"write the report {path}",
+        if_full="the trained models are written already. Give a larger volume",
+        directory=path.parent,
+        num_bytes=len(content),
+    ):
         write_atomically(path, content)
-    except OSError as error:
-        raise disk_error(
-            error,
-            f"write the report {path}",
-            if_full="the trained models are written already. Give a larger volume",
-            directory=path.parent,
-            num_bytes=len(content),
-        ) from error
 
 
 def render_report(report: Report) -> str:

@@ -43,6 +43,19 @@ def disk_error(
     return DiskFullError(f"no room to {action} ({reason}){figures and ': ' + figures}; {if_full}")
 
 
+@contextmanager
+def disk_errors(
+    action: str, *, if_full: str, directory: Path | None = None, num_bytes: int | None = None
+) -> Iterator[None]:
+    """Raise a `disk_error` in place of an OSError of the block."""
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(
+            error, action, if_full=if_full, directory=directory, num_bytes=num_bytes
+        ) from error
+
+
 def free_bytes(directory: Path) -> int | None:
     """Return the free bytes below a directory, which need not exist; None if unknown."""
     for existing in (directory, *directory.parents):

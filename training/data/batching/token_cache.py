@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
-from dalle.platform.disk import disk_error, write_atomically
+from dalle.platform.disk import disk_errors, write_atomically
 from training.data.batching.loader import ImageLoader
 from training.data.batching.preload import images_per_chunk
 from training.data.batching.sampler import Sampler
@@ -187,13 +187,10 @@ def _read_parts(folder: Path) -> list[Tensor]:
 def _write_part(folder: Path, number: int, tokens: Tensor) -> None:
     path = _part_path(folder, number)
     content = save({"tokens": tokens.contiguous()})
-    try:
+    with disk_errors(
+        f"write the image tokens {path}",
+        if_full="the parts before it are kept. Give the job a larger volume",
+        directory=folder,
+        num_bytes=len(content),
+    ):
         write_atomically(path, content)
-    except OSError as error:
-        raise disk_error(
-            error,
-            f"write the image tokens {path}",
-            if_full="the parts before it are kept. Give the job a larger volume",
-            directory=folder,
-            num_bytes=len(content),
-        ) from error

@@ -22,12 +22,12 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dalle.errors import DiskFullError
-from dalle.platform.disk import disk_error
+from dalle.platform.disk import disk_errors
 from dalle.platform.environment import Channel
 from training.data.pipe.records import read_pairs
 from training.data.pipe.stream import Stream
@@ -166,20 +166,16 @@ class _ImageWriter:
                     f"{SPARED_BYTES / 1e9:,.1f} GB are kept for checkpoints: give the job a "
                     "larger volume, or tar shards in FastFile mode"
                 )
-        try:
+        with self._disk_errors():
             self._file.write(data)
-        except OSError as error:
-            raise self._write_error(error) from error
         # An empty image has the offset of the next one; it is never used.
         self.digests[offset] = hashlib.blake2b(data, digest_size=16).hexdigest()
         return offset
 
-    def _write_error(self, error: OSError) -> Exception:
+    def _disk_errors(self) -> AbstractContextManager[None]:
         what = f"spool the channel {self._channel} into {self._path.parent}"
-        return disk_error(error, what, if_full="give the job a larger volume")
+        return disk_errors(what, if_full="give the job a larger volume")
 
     def close(self) -> None:
-        try:
+        with self._disk_errors():
             self._file.close()
-        except OSError as error:
-            raise self._write_error(error) from error
