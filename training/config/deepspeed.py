@@ -91,6 +91,9 @@ _INSTEAD: dict[str, str] = {
 }
 
 
+_MAX_DEPTH = 8
+
+
 def read_json(text: str) -> list[Implied]:
     """Return the hyperparameters that a `deepspeed_config` decides; none for an empty text.
 
@@ -221,6 +224,10 @@ def _parsed(text: str) -> Mapping[str, Any]:
         return {}
     try:
         config = json.loads(text)
+    except RecursionError:
+        raise HyperparameterError(
+            "deepspeed_config is nested too deeply", field="deepspeed_config"
+        ) from None
     except ValueError as error:
         raise HyperparameterError(f"deepspeed_config is not JSON: {error}") from None
     if not isinstance(config, dict):
@@ -231,7 +238,8 @@ def _parsed(text: str) -> Mapping[str, Any]:
 def _leaves(config: Mapping[str, Any], above: Key = ()) -> Iterator[tuple[Key, Any]]:
     """Yield every value that is not an object, with the keys that lead to it."""
     for name, value in config.items():
-        if isinstance(value, dict):
+        # No key of DeepSpeed's is deeper. A deeper object is a value, and its key is refused.
+        if isinstance(value, dict) and len(above) < _MAX_DEPTH:
             yield from _leaves(value, (*above, name))
         else:
             yield (*above, name), value

@@ -29,6 +29,7 @@ from training.config.fields import (
     StageHyperparameters,
 )
 
+MAX_HYPERPARAMETERS = 1_000  # the platform takes 100 of a job
 IGNORED_PREFIX = "sagemaker_"
 IGNORED_NAMES = frozenset({"_tuning_objective_metric"})
 
@@ -61,6 +62,10 @@ def parse(raw: Mapping[str, str]) -> Hyperparameters:
         for name, text in raw.items()
         if not name.startswith(IGNORED_PREFIX) and name not in IGNORED_NAMES
     }
+    if len(given) > MAX_HYPERPARAMETERS:
+        raise HyperparameterError(
+            f"a job has at most {MAX_HYPERPARAMETERS} hyperparameters, got {len(given):,}"
+        )
     given_by_author = frozenset(given)
     problems = _take_implied(given)
     job: dict[str, Any] = {}

@@ -12,13 +12,16 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import nn
 
 from dalle.errors import CheckpointError, HyperparameterError
 from dalle.models.clip import Clip, ClipConfig
 from dalle.models.dvae import DiscreteVAE, DVAEConfig
 from dalle.models.transformer import Dalle, TransformerConfig
+from dalle.platform.limits import free_host_memory
 from dalle.types import StageName
 from training.config.fields import Hyperparameters, StageHyperparameters
+from training.config.models import Config
 from training.engine.devices import check_precision, is_emulated
 from training.engine.select import device_of_new, engine_of
 from training.job.inputs import Inputs
@@ -30,6 +33,12 @@ from training.report.job import unfinished
 from training.stopping import Stopped
 
 logger = logging.getLogger(__name__)
+
+_MODELS: dict[type, type[nn.Module]] = {
+    DVAEConfig: DiscreteVAE,
+    TransformerConfig: Dalle,
+    ClipConfig: Clip,
+}
 
 
 def settings_identity(hyperparameters: Hyperparameters, name: StageName) -> dict[str, Any]:
@@ -78,7 +87,8 @@ class Components:
             except HyperparameterError as error:
                 problems.append(f"{name}: {error}")
             try:
-                inputs.config(name)
+                device = device_of_new(inputs.hyperparameters, name, inputs.device)
+                _check_memory(name, inputs.config(name), device)
             except HyperparameterError as error:
                 problems.append(str(error))
         if "clip" in names and "clip" in inputs.job.channels:
@@ -216,3 +226,23 @@ class Components:
                 return TransformerStage(model, trained, inputs.data(settings, train_pairs=pairs))
             case ClipConfig() as config:
                 return ClipStage(Clip(config).to(device), inputs.data(settings))
+
+
+def _check_memory(name: StageName, config: Config, device: torch.device) -> None:
+    """Raise HyperparameterError for a model whose weights alone do not fit into this machine.
+
+    `train --plan` tells what a whole step takes.
+    """
+    with torch.device("meta"):
+        model = _MODELS[type(config)](config)
+    num_bytes = sum(value.nbytes for value in model.state_dict().values())
+    if device.type == "cuda":
+        _, limit = torch.cuda.mem_get_info(device)
+    else:
+        limit = free_host_memory()
+    if num_bytes > limit:
+        raise HyperparameterError(
+            f"{name}: the weights alone take {num_bytes / 1e9:,.1f} GB, and {limit / 1e9:,.1f} GB "
+            "of memory are free; set a smaller size, width or num_layers, or take a larger "
+            "instance"
+        )

@@ -146,7 +146,8 @@ def describe(error: Exception) -> str:
         return str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full: {error}; give the job a larger volume"
-    if isinstance(error, MemoryError):
+    # torch's own MemoryError is a RuntimeError.
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
         return "the machine's memory is too small; take a larger instance or a smaller batch_size"
     return f"internal error, {type(error).__name__}: {error}"
 

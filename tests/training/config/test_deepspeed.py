@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dalle.errors import HyperparameterError
-from training.config.deepspeed import configuration
+from training.config.deepspeed import configuration, read_json
 from training.config.hyperparameters import parse, without_effect
 
 NO_MUON = "Muon needs whole matrices; engine=deepspeed trains by AdamW alone"
@@ -186,3 +186,15 @@ def test_a_stage_that_deepspeed_does_not_train_may_have_any_precision():
 )
 def test_settings_of_the_other_engine_are_told_to_have_no_effect(raw, trained, expected):
     assert without_effect(parse(raw), trained) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[" * 2_400, "deepspeed_config is nested too deeply"),
+        ('{"a":' * 400 + "1" + "}" * 400, r"a\.a\.a\.a\.a\.a\.a\.a\.a is not for a job to set$"),
+    ],
+)
+def test_an_object_within_hundreds_of_others_is_refused_in_words(text, says):
+    with pytest.raises(HyperparameterError, match=says):
+        read_json(text)

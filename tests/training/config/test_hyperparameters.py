@@ -249,3 +249,8 @@ def test_parsing_needs_no_torch():
     command = [sys.executable, "-c", program]
     printed = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     assert printed.stdout == "False\n"
+
+
+def test_thousands_of_hyperparameters_are_refused_at_once():
+    with pytest.raises(HyperparameterError, match="at most 1000 hyperparameters, got 200,000"):
+        parse({f"name {number}": "1" for number in range(200_000)})

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dalle import artefact as artefacts
-from dalle.errors import CaptionTooLong, DataError
+from dalle.errors import CaptionTooLong, DataError, HyperparameterError
 from dalle.manifest import Manifest, StageRecord
 from dalle.platform.environment import read_job
 from dalle.platform.outputs import prepare_outputs
@@ -288,3 +288,13 @@ def test_a_channel_of_shards_is_trained_on_and_json_captions_are_found(
     tar_of(opt_ml.add_channel("train") / "a.tar", members)
     stage = Components(open_inputs(caption_key="alt")).build("dvae")
     assert stage.batches.batch(0).captions == ["picture"] * 4
+
+
+def test_a_model_that_no_memory_holds_is_refused_before_it_is_built(opt_ml, open_inputs):
+    fill(opt_ml.add_channel("train"), 4)
+    inputs = open_inputs(transformer_width="65536", transformer_num_heads="1")
+    says = (
+        r"^transformer: the weights alone take [\d,.]+ GB, and [\d,.]+ GB of memory are free; set"
+    )
+    with pytest.raises(HyperparameterError, match=says):
+        Components(inputs).check(["dvae", "transformer"])
