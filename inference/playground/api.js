@@ -1,4 +1,7 @@
 // The server's routes: requests, streams of JSON lines, and errors with the field that they name.
+//
+// A run has a request, and where its pictures continue another a prime: {candidate, rows, of}, with
+// the run that it is of. That picture's file is primeFile.
 
 /** An error of the server. field: of the request, or null. */
 export class Refusal extends Error {
@@ -74,6 +77,21 @@ export async function* stream(body, signal) {
   } finally {
     await reader.cancel().catch(() => {});
   }
+}
+
+/** Return the body of a run's request. */
+export function bodyOf({ request, prime, primeFile }) {
+  return prime ? { ...request, prime_image: primeFile, prime_rows: prime.rows } : request;
+}
+
+/** Return the file of a picture that another begins with: candidate k of a seed is always the same. */
+export async function pictureOf({ candidate, of }, signal) {
+  const primeFile = of.prime ? await pictureOf(of.prime, signal) : null;
+  const request = { ...of.request, num_candidates: candidate + 1 };
+  for await (const line of stream(bodyOf({ ...of, request, primeFile }), signal)) {
+    if (line.event === "candidate" && line.candidate === candidate) return line.image;
+  }
+  throw new Error("the picture to begin with was not finished before the deadline");
 }
 
 export const toBytes = (base64) => Uint8Array.from(atob(base64), (each) => each.charCodeAt(0));

@@ -7,8 +7,9 @@ const MOST = 6;
 const WAIT_MILLISECONDS = 250;
 
 export class Caption {
-  /** examples: captions of the data. mayAsk: whether the model may be asked to complete one. */
-  constructor(examples, mayAsk) {
+  /** examples: captions of the data. mayAsk: whether the model may be asked to complete one.
+   *  onExample: called when one of the examples was pressed. */
+  constructor(examples, { mayAsk, onExample }) {
     this.input = byId("caption");
     this.list = byId("suggestions");
     this.examples = examples;
@@ -16,6 +17,7 @@ export class Caption {
     this.active = -1;
     this.timer = 0;
     this.asking = new AbortController();
+    this.showExamples(onExample);
     this.input.addEventListener("input", () => this.typed());
     this.input.addEventListener("keydown", (event) => this.pressed(event));
     this.input.addEventListener("blur", () => this.close());
@@ -24,6 +26,19 @@ export class Caption {
       const option = event.target.closest("li");
       if (option) this.take(option.textContent);
     });
+  }
+
+  showExamples(onExample) {
+    const choose = ({ target }) => {
+      this.value = target.textContent;
+      onExample();
+    };
+    byId("examples").hidden = this.examples.length === 0;
+    byId("examples").append(
+      ...this.examples.map((textContent) =>
+        make("button", { type: "button", className: "chip", textContent, onclick: choose }),
+      ),
+    );
   }
 
   get value() {

@@ -29,6 +29,7 @@ export class Grid {
   /** Show a place for each candidate. */
   begin(number, caption) {
     this.caption = caption;
+    for (const tile of this.tiles) URL.revokeObjectURL(tile.image.src);
     this.tiles = Array.from({ length: number }, (_, candidate) => makeTile(candidate));
     this.list.replaceChildren(...this.tiles.map((tile) => tile.item));
     this.list.classList.remove("ranked");

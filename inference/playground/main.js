@@ -1,6 +1,6 @@
 // The page: a caption and settings become a run, whose candidates stream into the grid.
 
-import { get, stream } from "./api.js";
+import { bodyOf, get, pictureOf, stream } from "./api.js";
 import { Caption } from "./caption.js";
 import { Classify } from "./classify.js";
 import { PictureDialog, describeModel } from "./dialogs.js";
@@ -20,7 +20,10 @@ class Page {
     this.controller = null; // of the run that is on its way
     const preview_rows = Math.max(1, Math.round(card.grid_size / 4));
     this.settings = new Settings(schema, { preview_rows });
-    this.caption = new Caption(card.captions, () => this.controller === null);
+    this.caption = new Caption(card.captions, {
+      mayAsk: () => this.controller === null,
+      onExample: () => this.submit(),
+    });
     this.history = new History();
     this.grid = new Grid(card, (picture) => this.dialog.open(this.run, picture));
     const names = card.components.map((each) => each.name);
@@ -32,7 +35,6 @@ class Page {
     this.listen();
     byId("generate").disabled = false;
     byId("empty").textContent = "Type a caption, or take one of the examples.";
-    this.showExamples();
     this.follow();
   }
 
@@ -50,23 +52,6 @@ class Page {
     byId("copy").addEventListener("click", () => this.copyLink());
     byId("prime-remove").addEventListener("click", () => this.setPrime(null));
     byId("prime_rows").addEventListener("input", () => this.showPrimeRows());
-  }
-
-  showExamples() {
-    byId("examples").hidden = this.card.captions.length === 0;
-    byId("examples").append(
-      ...this.card.captions.map((caption) =>
-        make("button", {
-          type: "button",
-          className: "chip",
-          textContent: caption,
-          onclick: () => {
-            this.caption.value = caption;
-            this.submit();
-          },
-        }),
-      ),
-    );
   }
 
   /** Generate what the form says. */
@@ -106,17 +91,19 @@ class Page {
     this.cancel();
     const controller = (this.controller = new AbortController());
     const isNewest = () => this.controller === controller;
-    this.run = run;
-    this.setBusy(true);
     this.refuse(null);
+    this.setBusy(true);
     const began = performance.now();
-    const { num_candidates } = run.request;
+    const { caption, num_candidates } = run.request;
     try {
       run.primeFile = run.prime ? (primeFile ?? (await pictureOf(run.prime, controller.signal))) : null;
       if (run.prime && isNewest()) this.setPrime({ origin: run.prime, file: run.primeFile });
-      this.clear(num_candidates, run.request.caption);
       for await (const line of stream(bodyOf(run), controller.signal)) {
         if (!isNewest()) return;
+        if (this.run !== run) {
+          this.run = run;
+          this.clear(num_candidates, caption);
+        }
         if (line.event === "ranking") run.ranking = line;
         else if (line.event === "candidate") {
           run.firstSeconds ??= (performance.now() - began) / 1000;
@@ -129,7 +116,7 @@ class Page {
       this.history.add(run);
     } catch (error) {
       if (!isNewest()) return;
-      this.grid.keepFinished();
+      if (this.run === run) this.grid.keepFinished();
       if (error.name === "AbortError") this.say(`Cancelled after ${run.pictures.length} of ${num_candidates}`);
       else this.refuse(error);
     } finally {
@@ -159,6 +146,7 @@ class Page {
 
   clear(number, caption) {
     byId("empty").hidden = true;
+    byId("grid").classList.remove("waiting");
     byId("actions").hidden = true;
     byId("timings").hidden = true;
     this.grid.begin(number, caption);
@@ -193,8 +181,9 @@ class Page {
     byId(to).hidden = false;
     if (hadFocus) byId(to).focus();
     byId("progress").hidden = !isBusy;
-    byId("grid").setAttribute("aria-busy", String(isBusy));
-    if (isBusy) byId("status").textContent = "Generating";
+    byId("progress").value = 0;
+    byId("grid").classList.toggle("waiting", isBusy);
+    if (isBusy) this.say("Generating …");
   }
 
   /** Show an error at the field that it names, or above the pictures; null clears all. */
@@ -202,8 +191,7 @@ class Page {
     const place = byId("alert");
     place.hidden = true;
     if (error === null) return;
-    byId("empty").hidden = this.run?.pictures.length > 0;
-    byId("count").textContent = "";
+    this.say("");
     if (error.field === "caption") {
       this.caption.refuse(error.message);
       byId("caption").focus();
@@ -261,21 +249,6 @@ class Page {
       this.say("The link is this page's address: it gives the same pictures again");
     }
   }
-}
-
-/** Return the body of a run's request. */
-function bodyOf({ request, prime, primeFile }) {
-  return prime ? { ...request, prime_image: primeFile, prime_rows: prime.rows } : request;
-}
-
-/** Return the file of a picture that another begins with: candidate k of a seed is always the same. */
-async function pictureOf({ candidate, of }, signal) {
-  const primeFile = of.prime ? await pictureOf(of.prime, signal) : null;
-  const request = { ...of.request, num_candidates: candidate + 1 };
-  for await (const line of stream(bodyOf({ ...of, request, primeFile }), signal)) {
-    if (line.event === "candidate" && line.candidate === candidate) return line.image;
-  }
-  throw new Error("the picture to begin with was not finished before the deadline");
 }
 
 function showTimings(timings, run) {

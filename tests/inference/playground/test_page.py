@@ -16,8 +16,14 @@ pytestmark = [pytest.mark.browser, pytest.mark.slow]
 def generate(page: Any, **fields: object) -> None:
     """Fill in the form, send it and wait for the ranked order."""
     fill(page, **fields)
-    page.click("#generate")
-    page.wait_for_selector("#grid.ranked")
+    press(page, "#generate")
+
+
+def press(page: Any, button: str) -> None:
+    """Press a button that begins a run, and wait until it is the session's newest."""
+    runs = page.locator("#runs li").count()
+    page.click(button)
+    page.wait_for_selector(f"#runs li:nth-child({runs + 1})", state="attached")
 
 
 def fill(page: Any, **fields: object) -> None:
@@ -105,9 +111,7 @@ def test_a_link_to_pictures_that_continue_another_gives_them_again(new_page):
     page = new_page()
     generate(page)
     page.click(".tile:nth-child(2) .picture")
-    page.click("#picture-prime")
-    page.wait_for_selector("#grid:not(.ranked)")
-    page.wait_for_selector("#grid.ranked")
+    press(page, "#picture-prime")
     assert page.inner_text("#prime-rows-words") == "2 of 4"
     files, fragment = archive(page), page.evaluate("location.hash")
     other = new_page(fragment)
@@ -120,9 +124,7 @@ def test_every_run_has_a_new_seed_unless_one_is_given(new_page):
     page = new_page()
     generate(page, num_candidates=1)
     first = page.input_value("#seed")
-    page.click("#generate")
-    page.wait_for_selector("#grid:not(.ranked)")
-    page.wait_for_selector("#grid.ranked")
+    press(page, "#generate")
     assert page.input_value("#seed") != first
     generate(page, num_candidates=1, seed=7)
     assert "seed=7" in page.url
