@@ -19,8 +19,9 @@ from inference.api.schema import DEFAULT_LIMITS, MAX_DEADLINE_SECONDS, Limits
 
 BATCH_DEADLINE_SECONDS = 590.0  # the platform ends a batch invocation after 600 by default
 MEGABYTE = 1_000_000
-MOVING_INVOCATIONS = 7  # whose bodies are received or replies sent, beside those queued or running
+MOVING_INVOCATIONS = 7  # that are read or whose replies are sent, beside those queued or running
 SPARE_THREADS = 8  # for pings, metrics and refusals, each of which is short
+LARGEST_BODIES = 8  # that are in memory while they arrive
 
 
 def _up_to(most: float, default: float | None, description: str) -> Any:
@@ -123,8 +124,13 @@ class Settings:
 
     @property
     def max_invocations(self) -> int:
-        """Number of invocations that are received, wait, run or are sent at the same time."""
+        """Number of invocations that are read, wait, run or are sent at the same time."""
         return self.queue_size + 1 + MOVING_INVOCATIONS
+
+    @property
+    def max_body_bytes(self) -> int:
+        """Bytes in memory, together, of the bodies that are arriving."""
+        return LARGEST_BODIES * self.limits.max_request_bytes
 
     @property
     def http_threads(self) -> int:

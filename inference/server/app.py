@@ -11,15 +11,12 @@ GET  /                       with DALLE_PLAYGROUND=1, a page to try the model
 from __future__ import annotations
 
 import logging
-import select
-import socket
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 from flask import Flask, Response, g, jsonify, request
-from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntityTooLarge
+from werkzeug.exceptions import HTTPException, MethodNotAllowed, RequestEntityTooLarge
 
 from dalle.errors import UserError
 from inference.api import openapi, parsing
@@ -30,7 +27,7 @@ from inference.api.schema import Limits
 from inference.engine.engine_core import EngineCore, State
 from inference.engine.request_queue import Busy
 from inference.server.bodies import BodyReader
-from inference.server.handler import Answer, Handler, log_error
+from inference.server.handler import Handler, log_error
 from inference.server.metrics import Metrics
 from inference.server.playground import playground
 from inference.settings import MEGABYTE, Settings
@@ -48,8 +45,8 @@ def create_app(engine_core: EngineCore, settings: Settings) -> Flask:
     app.config["MAX_CONTENT_LENGTH"] = settings.limits.max_request_bytes + 1
     app.json.sort_keys = False  # type: ignore[attr-defined]  # the default provider has it
     metrics = Metrics(engine_core)
-    # More requests than these are refused unread, so that threads remain for pings.
-    places = threading.BoundedSemaphore(settings.max_invocations)
+    # More requests than these are refused, so that threads remain for pings.
+    places = _Places(settings.max_invocations)
     bodies = BodyReader()
     document = openapi.document(settings.limits)
     if settings.playground:
@@ -83,27 +80,10 @@ def create_app(engine_core: EngineCore, settings: Settings) -> Flask:
 
     @app.post("/invocations")
     def invocations() -> Response:
-        g.arrival = time.monotonic()
-        _check_attributes()
-        if not places.acquire(blocking=False):
-            raise Busy(
-                f"{settings.max_invocations} requests are being answered, which is the most "
-                "that this server takes",
-                code="queue_full",
-                status=429,
-                retry_after=1,
-            )
-        try:
-            answer = answer_invocation()
-        except BaseException:
-            places.release()
-            raise
-        response = Response(answer.body, mimetype=answer.media_type, headers=answer.headers)
-        response.call_on_close(places.release)
-        return response
-
-    def answer_invocation() -> Answer:
         # Headers, then state, then body, then work: each check costs less than the next.
+        connection = request.environ.get("gunicorn.socket")
+        g.arrival = time.monotonic() if connection is None else connection.arrival
+        _check_attributes()
         kind = body_kind(request.headers.get("Content-Type"))
         accept = Accept.parse(request.headers.get("Accept"))
         accept.best()  # refused before the body is read where no type at all is acceptable
@@ -115,6 +95,7 @@ def create_app(engine_core: EngineCore, settings: Settings) -> Flask:
                 code="unsupported_media_type",
             )
         engine = engine_core.engine()
+        places.check()
         body = _read_body(settings.limits)
         handler = Handler(
             engine_core,
@@ -124,9 +105,17 @@ def create_app(engine_core: EngineCore, settings: Settings) -> Flask:
             metrics,
             accept=accept,
             arrival=g.arrival,
-            has_left=_connection_check(request.environ.get("gunicorn.socket")),
+            has_left=(lambda: False) if connection is None else connection.has_left,
         )
-        return handler.answer(body, kind)
+        places.take()
+        try:
+            answer = handler.answer(body, kind)
+        except BaseException:
+            places.give_back()
+            raise
+        response = Response(answer.body, mimetype=answer.media_type, headers=answer.headers)
+        response.call_on_close(places.give_back)
+        return response
 
     @app.after_request
     def echo_attributes(response: Response) -> Response:
@@ -154,7 +143,10 @@ def create_app(engine_core: EngineCore, settings: Settings) -> Flask:
         detail = ErrorDetail(
             code=code, message=f"{request.method} {request.path}: {error.name}", field=None
         )
-        return _error_response(detail), status
+        response = _error_response(detail)
+        if isinstance(error, MethodNotAllowed) and error.valid_methods:
+            response.headers["Allow"] = ", ".join(sorted(error.valid_methods))
+        return response, status
 
     @app.errorhandler(Exception)
     def any_error(error: Exception) -> tuple[Response, int]:
@@ -168,20 +160,42 @@ def create_app(engine_core: EngineCore, settings: Settings) -> Flask:
     return app
 
 
+class _Places:
+    """Bound on the requests that are being answered; only one whose body has arrived takes a place.
+
+    Any thread may call the methods. `check` and `take` raise `Busy` 429 where no place is free.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._taken = 0
+        self._lock = threading.Lock()
+
+    def check(self) -> None:
+        """Take no place, but raise where there is none: the body need not be received."""
+        if self._taken >= self._most:
+            raise Busy(
+                f"{self._most} requests are being answered, which is the most that this server "
+                "takes",
+                code="queue_full",
+                status=429,
+                retry_after=1,
+            )
+
+    def take(self) -> None:
+        """Take a place, to be given back."""
+        with self._lock:
+            self.check()
+            self._taken += 1
+
+    def give_back(self) -> None:
+        """Free a place."""
+        with self._lock:
+            self._taken -= 1
+
+
 def _read_body(limits: Limits) -> bytes:
-    try:
-        body = request.get_data(cache=False)
-    except ClientDisconnected as error:
-        # werkzeug raises this for every error of a socket, with that error as its context.
-        if isinstance(error.__context__, TimeoutError):
-            raise UserError(
-                "the body did not arrive in time; send it without a pause",
-                status=408,
-                code="request_timeout",
-            ) from error
-        raise UserError(
-            "the body ended in the middle, or its chunks cannot be read", code="malformed_body"
-        ) from error
+    body = request.get_data(cache=False)
     if len(body) > limits.max_request_bytes:
         raise parsing.too_large(limits)
     expected = request.content_length
@@ -206,26 +220,6 @@ def _check_attributes() -> None:
 def _is_passable(attributes: str) -> bool:
     is_visible = attributes.isascii() and attributes.isprintable()
     return len(attributes) <= _MAX_ATTRIBUTES and is_visible
-
-
-def _connection_check(connection: socket.socket | None) -> Callable[[], bool]:
-    """Return a function that returns whether the client has closed its end of a connection."""
-    if connection is None:
-        return lambda: False
-    poller = select.poll()
-    poller.register(connection, select.POLLIN)
-
-    def has_left() -> bool:
-        try:
-            if not poller.poll(0):
-                return False
-            return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
-
-    return has_left
 
 
 def _error_response(detail: ErrorDetail) -> Response:

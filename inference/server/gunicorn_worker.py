@@ -1,31 +1,37 @@
-"""gunicorn's threaded worker, hardened against slow, incomplete and closed connections.
+"""gunicorn worker whose threads are taken only by requests that have arrived.
 
-    accepted ──> poller ──header whole──> thread ──> poller (kept alive) or lingering (closed)
+    accepted ─> new ─header─> thread ─> body ─whole─> thread ─> idle, or lingering ─> closed
 
-A thread is taken only once a request's header is whole, and is kept no longer than its body may
-take, so that pings find one. A connection whose body was not read to its end is closed after the
-reply, and the reply says so. On SIGTERM the worker goes on answering until accepted work has ended.
+The main loop receives headers and bodies, with a time limit for each, so that neither silent nor
+slow clients take a thread. A thread runs the application as soon as the header is whole, which
+refuses what the header shows; where it reads a body that has not arrived, it is run again later.
+A connection whose body was not read to its end is closed after the reply, and the reply says so. On
+SIGTERM the worker goes on answering until accepted work has ended.
 
-No stock worker does this. gthread, with 32 threads and its limits, fails 16 of the 24 tests in
-tests/inference/command/test_gunicorn_worker.py: half-sent headers and bodies take every thread, so
-that pings time out; no body has a time limit (408); a refused body is read on, or its reply is lost
-to a reset; header errors are HTML. sync has one thread, and the others need gevent or tornado.
+Connections and bodies in memory are bounded. Over the bound the oldest that wait are closed.
 
-Of gunicorn's internals it uses the hooks of `ThreadWorker`, its poller and its lists of
-connections; a socket class below gunicorn's parser limits the time. Tested with 26.2 and 27.0.
+No stock worker does this. gthread, with 32 threads and its limits, fails 16 of the first 24 tests
+in tests/inference/command/test_gunicorn_worker.py: half-sent headers and bodies take every thread;
+no body has a time limit (408); a refused body is read on, or its reply is lost to a reset; header
+errors are HTML. sync has one thread, and the others need gevent or tornado.
+
+Of gunicorn's `ThreadWorker` it uses the poller, the queue of calls and `handle_request`.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
-import math
+import os
+import resource
 import selectors
 import socket
 import sys
 import threading
 import time
-from collections import deque
+from concurrent.futures import Future
+from enum import Enum, auto
 from functools import partial
 from http import HTTPStatus
 from types import FrameType
@@ -33,21 +39,32 @@ from typing import Any, Protocol
 
 from gunicorn.arbiter import Arbiter
 from gunicorn.http import errors
-from gunicorn.http.body import ChunkedReader, LengthReader
-from gunicorn.workers.gthread import _DEFER, ThreadWorker
+from gunicorn.workers.gthread import ThreadWorker
 
+from dalle.errors import UserError
 from inference.engine.engine_core import EngineCore
+from inference.engine.request_queue import Busy
+from inference.server.chunked_body import ChunkedBody
+from inference.server.connection import RECEIVE_BYTES, BodyPending, Connection
 from inference.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-_HEADER_SECONDS = 5.0  # for a request's header
+_HEADER_SECONDS = 5.0  # for a request's header, from its first byte
 _PAUSE_SECONDS = 10.0  # between two parts of a body
-_SEND_SECONDS = 60.0  # for one write of a reply
 _LINGER_SECONDS = 5.0  # for a client to read the reply to a request that it is still sending
 _LEAVING_SECONDS = 1.0  # the same, once the server is about to exit
-_HEADER_BYTES = 65_536  # a longer header is refused by the parser, in a thread
-_RECEIVE_BYTES = 65_536
+_TURN_SECONDS = 0.5  # by which a time limit may be missed
+_SMALL_BODY_BYTES = 65_536  # a body up to this size always has room
+_MESSAGE_CHARACTERS = 200  # of a client's header in a refusal
+
+_MAX_CONNECTIONS = 1_000
+_MIN_CONNECTIONS = 4
+_ACCEPTS_A_TURN = 32
+# File descriptors for the model's files, the process of large bodies, and connections that are
+# being closed.
+_RESERVED_DESCRIPTORS = 28
+_NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 _STATUSES: tuple[tuple[type[Exception], HTTPStatus], ...] = (
     (errors.LimitRequestHeaders, HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE),
@@ -71,6 +88,14 @@ class Application(Protocol):
     stop: Any
 
 
+class _Next(Enum):
+    """What becomes of a connection that a thread has had."""
+
+    KEEP = auto()
+    CLOSE = auto()
+    BODY = auto()  # received before the request is answered
+
+
 class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no annotations
     """Process that holds the model, with threads that answer HTTP."""
 
@@ -78,7 +103,15 @@ class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no annotations
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._lingering: deque[Any] = deque()  # connections, in the order of their time-outs
+        # Connections that wait, the longest first: for a first request, for another one, for a
+        # body, and for the client to close.
+        self._new: dict[Connection, None] = {}
+        self._idle: dict[Connection, None] = {}
+        self._bodies: dict[Connection, None] = {}
+        self._lingering: dict[Connection, None] = {}
+        self._body_bytes = 0  # received of `_bodies`
+        self._accepts_again = 0.0  # time, after file descriptors have run out
+        self._next_check = 0.0  # time, of the time limits
 
     def init_process(self) -> None:
         self.app.stop = self.stop_soon
@@ -87,42 +120,226 @@ class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no annotations
         super().init_process()
 
     def run(self) -> None:
-        super().run()
+        """Main loop: receive, hand requests to threads, keep time limits, until stopped."""
+        self.worker_connections = _most_connections()
+        wake = self.method_queue.run_callbacks
+        self.poller.register(self.method_queue.fileno(), selectors.EVENT_READ, wake)
+        while self.alive and self.is_parent_alive():
+            self.notify()
+            self.set_accept_enabled(time.monotonic() >= self._accepts_again)
+            self._turn()
+        self.set_accept_enabled(False)
+        for conn in list(self._bodies):  # the application refuses them by its state
+            self._dispatch(conn)
+        latest = time.monotonic() + self.cfg.graceful_timeout
+        while self.nr_conns > 0 and time.monotonic() < latest:
+            self._turn()
+        self.tpool.shutdown(wait=False)
+        self.poller.close()
+        self.method_queue.close()
+        for listener in self.sockets:
+            listener.close()
         if self.app.death is not None:
             sys.exit(Arbiter.APP_LOAD_ERROR)  # the arbiter stops too instead of trying again
 
-    def enqueue_req(self, conn: Any) -> None:
-        """Hand a connection to a thread, in the main loop; a new one gets our socket first."""
-        if not isinstance(conn.sock, _Socket):
-            conn.sock = _Socket(fileno=conn.sock.detach())
-            conn.close = partial(self._close_connection, conn)
-        super().enqueue_req(conn)
+    def _turn(self) -> None:
+        self.wait_for_and_dispatch_events(_TURN_SECONDS)
+        now = time.monotonic()
+        if now >= self._next_check:
+            self._next_check = now + _TURN_SECONDS
+            for group in (self._new, self._idle, self._bodies, self._lingering):
+                for conn in [each for each in group if each.deadline <= now]:
+                    self._end_waiting(conn)
 
-    def handle(self, conn: Any) -> Any:
-        """Read what has arrived on a connection, in a thread; answer a request that is whole."""
-        try:
-            conn.init()
-            if not conn.sock.take_header(conn.parser.unreader.take_buffered()):
-                return _DEFER
-        except OSError:
+    def accept(self, listener: Any) -> None:
+        """Accept connections; where there are too many, close the one that has waited longest."""
+        for _ in range(_ACCEPTS_A_TURN):
+            if self.nr_conns >= self.worker_connections and not self._make_room():
+                self._pause_accepting()
+                return
+            try:
+                accepted, client = listener.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                if error.errno not in _NO_DESCRIPTOR:
+                    raise
+                logger.warning(
+                    "%d connections are open, and no more is possible: %s", self.nr_conns, error
+                )
+                self._make_room()
+                self._pause_accepting()
+                return
+            conn = Connection(accepted, client)
+            self.nr_conns += 1
+            self._wait_for_request(conn)
+
+    def _make_room(self) -> bool:
+        """End what has waited longest in the largest group; return whether there was something.
+
+        So many clients of one kind, silent or slow, are in the way of each other only.
+        """
+        # A connection whose body is refused is open for a while still.
+        may_refuse = self.nr_conns < self.worker_connections + _MIN_CONNECTIONS
+        groups = [self._new, self._idle, self._lingering, *([self._bodies] * may_refuse)]
+        largest = max(groups, key=len)
+        conn = next(iter(largest), None)
+        if conn is None:
             return False
-        conn.sock.allow(_HEADER_SECONDS)
-        return super().handle(conn)
+        if largest is self._bodies:
+            self._refuse_body(conn, "too many requests are arriving")
+        else:
+            self._close(conn)
+        return True
 
-    def handle_request(self, req: Any, conn: Any) -> Any:
-        """Answer a request whose header has been read, in a thread."""
-        conn.sock.settimeout(_SEND_SECONDS)
-        conn.sock.allow(self.app.settings.body_seconds)
-        match req.body.reader:
-            case LengthReader(length=length):
-                req.body.reader = _WholeParts(conn, length)
-            case ChunkedReader() as reader:
-                req.body.reader = _Chunks(reader)
-        # gunicorn calls this when it writes the reply's header, and again before it reads on. Of a
-        # body that was not read to its end, parts can still be on the socket.
-        must_close = req.should_close
-        req.should_close = lambda: must_close() or not getattr(req.body.reader, "is_read", False)
-        return super().handle_request(req, conn)
+    def _pause_accepting(self) -> None:
+        self._accepts_again = time.monotonic() + _TURN_SECONDS
+        self.set_accept_enabled(False)
+
+    def _watch(self, conn: Connection, group: dict[Connection, None], deadline: float) -> None:
+        conn.group, conn.deadline = group, deadline
+        group[conn] = None
+        receive = self._discard if group is self._lingering else self._receive
+        self.poller.register(conn, selectors.EVENT_READ, partial(receive, conn))
+
+    def _unwatch(self, conn: Connection) -> None:
+        if conn.group is None:
+            return
+        self.poller.unregister(conn)
+        del conn.group[conn]
+        if conn.group is self._bodies and conn.body is not None:
+            self._body_bytes -= conn.body.size
+        conn.group = None
+
+    def _close(self, conn: Connection) -> None:
+        self._unwatch(conn)
+        self.nr_conns -= 1
+        conn.close()
+
+    def _wait_for_request(self, conn: Connection) -> None:
+        """Wait for the next request, which may have been received with the last one."""
+        if conn.is_ready:
+            self._dispatch(conn)
+            return
+        seconds = _HEADER_SECONDS if conn.has_part else self.cfg.keepalive
+        group = self._idle if conn.has_answered else self._new
+        self._watch(conn, group, time.monotonic() + seconds)
+
+    def _wait_for_body(self, conn: Connection) -> None:
+        if conn.is_ready:
+            self._dispatch(conn)
+            return
+        assert conn.body is not None
+        now = time.monotonic()
+        conn.body_deadline = now + self.app.settings.body_seconds
+        self._body_bytes += conn.body.size
+        self._watch(conn, self._bodies, min(now + _PAUSE_SECONDS, conn.body_deadline))
+
+    def _receive(self, conn: Connection, _: socket.socket) -> None:
+        """Take what has arrived; the main loop calls this when there is something."""
+        if conn.group is None:  # closed in this turn
+            return
+        had_part = conn.has_part
+        before = conn.body.size if conn.body is not None else 0
+        try:
+            conn.receive()
+        except OSError:
+            self._close(conn)
+            return
+        now = time.monotonic()
+        if conn.body is not None:
+            self._body_bytes += conn.body.size - before
+            conn.deadline = min(now + _PAUSE_SECONDS, conn.body_deadline)
+            self._bound_bodies()
+        elif conn.has_part and not had_part:
+            conn.deadline = now + _HEADER_SECONDS
+        if conn.group is None:
+            return
+        if conn.is_ready:
+            self._dispatch(conn)
+        elif conn.has_ended:
+            self._close(conn)
+
+    def _bound_bodies(self) -> None:
+        """Refuse the bodies that began first, where those that arrive take too much memory."""
+        most = self.app.settings.max_body_bytes
+        while self._body_bytes > most:
+            large = (c for c in self._bodies if c.body and c.body.size > _SMALL_BODY_BYTES)
+            oldest = next(large, None)
+            if oldest is None:
+                return
+            self._refuse_body(
+                oldest, f"the bodies that are arriving have more than {most:,} bytes together"
+            )
+
+    def _refuse_body(self, conn: Connection, why: str) -> None:
+        assert conn.body is not None
+        self._unwatch(conn)
+        conn.body.fail(Busy(why, code="too_many_bodies", status=503, retry_after=1))
+        self._dispatch(conn)
+
+    def _end_waiting(self, conn: Connection) -> None:
+        """Close a connection whose time is over, or refuse its body."""
+        if conn.group is not self._bodies or conn.body is None:
+            self._close(conn)
+            return
+        self._unwatch(conn)
+        message = "the body did not arrive in time; send it without a pause"
+        conn.body.fail(UserError(message, status=408, code="request_timeout"))
+        self._dispatch(conn)
+
+    def _dispatch(self, conn: Connection) -> None:
+        """Hand a connection to a thread."""
+        self._unwatch(conn)
+        future = self.tpool.submit(self.handle, conn)
+        future.add_done_callback(
+            lambda done: self.method_queue.defer(self.finish_request, conn, done)
+        )
+
+    def finish_request(self, conn: Connection, done: Future[_Next]) -> None:
+        """Take a connection back from its thread, in the main loop."""
+        following = _Next.CLOSE if done.cancelled() or done.exception() else done.result()
+        try:
+            if following is _Next.BODY and self.alive:
+                self._wait_for_body(conn)
+            elif following is _Next.BODY:
+                self._dispatch(conn)  # the application refuses it by its state
+            elif following is _Next.KEEP and self.alive and not conn.has_ended:
+                self._wait_for_request(conn)
+            else:
+                self._close_gracefully(conn)
+        except OSError:
+            self._close(conn)
+
+    def handle(self, conn: Connection) -> _Next:
+        """Answer the request that a connection holds, in a thread."""
+        try:
+            with conn.blocking():
+                return self._answer(conn)
+        except OSError as error:
+            logger.debug("the client is lost: %s", error)
+        except StopIteration:  # an error after the reply had begun; gunicorn has logged it
+            pass
+        except Exception:
+            logger.exception("internal error")
+        return _Next.CLOSE
+
+    def _answer(self, conn: Connection) -> _Next:
+        try:
+            if conn.request is None:
+                max_bytes = self.app.settings.limits.max_request_bytes
+                conn.read_header(self.cfg, max_bytes, ChunkedBody)
+            is_kept = self.handle_request(conn.request, conn)
+        except BodyPending:
+            conn.ask_for_body()
+            return _Next.BODY
+        except (OSError, StopIteration):
+            raise
+        except Exception as error:
+            self.handle_error(conn.request, conn, conn.client, error)
+            return _Next.CLOSE
+        conn.finish_request()
+        return _Next.KEEP if is_kept else _Next.CLOSE
 
     def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: Exception) -> None:
         """Refuse a header that cannot be read, in JSON as every other error."""
@@ -130,9 +347,12 @@ class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no annotations
         if status is None:
             super().handle_error(req, client, addr, exc)
             return
-        logger.info("refused: status=%d; %s", status, exc)
         code = status.phrase.lower().replace(" ", "_").replace("-", "_")
-        error = {"code": code, "message": f"the header cannot be read: {exc}", "field": None}
+        logger.info("refused: status=%d; code=%s", status, code)
+        reason = str(exc)
+        if len(reason) > _MESSAGE_CHARACTERS:
+            reason = f"{reason[:_MESSAGE_CHARACTERS]}… ({len(reason):,} characters)"
+        error = {"code": code, "message": f"the header cannot be read: {reason}", "field": None}
         body = json.dumps({"error": error}).encode()
         lines = (
             f"HTTP/1.1 {status.value} {status.phrase}",
@@ -145,53 +365,28 @@ class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no annotations
         except OSError:
             logger.info("the refusal could not be sent: the client has gone")
 
-    def _close_connection(self, conn: Any, graceful: bool = False) -> None:
-        """Close a connection in the main loop, without blocking it.
+    def _close_gracefully(self, conn: Connection) -> None:
+        """Close a connection after a reply, without blocking the main loop.
 
-        graceful: after a reply. A socket that is closed before everything was received resets the
-        connection, and the client may lose the reply. So the sending half is closed first, what
-        still arrives is discarded, and the rest is closed when the client has closed its half or
-        after `_LINGER_SECONDS`.
+        A socket that is closed before everything was received resets the connection, and the client
+        may lose the reply. So the sending half is closed first, what still arrives is discarded,
+        and the rest is closed when the client has closed its half or after `_LINGER_SECONDS`.
         """
-        try:
-            if graceful:
-                conn.sock.shutdown(socket.SHUT_WR)
-                conn.sock.setblocking(False)
-        except OSError:
-            graceful = False
-        if not graceful:
-            conn.sock.close()
-            return
-        self.nr_conns += 1  # gunicorn has already subtracted it
-        conn.timeout = time.monotonic() + (_LINGER_SECONDS if self.alive else _LEAVING_SECONDS)
-        self._lingering.append(conn)
-        self.poller.register(conn.sock, selectors.EVENT_READ, partial(self._discard, conn))
+        conn.shutdown(socket.SHUT_WR)
+        seconds = _LINGER_SECONDS if self.alive else _LEAVING_SECONDS
+        self._watch(conn, self._lingering, time.monotonic() + seconds)
 
-    def _discard(self, conn: Any, sock: socket.socket) -> None:
+    def _discard(self, conn: Connection, _: socket.socket) -> None:
+        if conn.group is None:
+            return
         try:
-            has_ended = not sock.recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT)
+            has_ended = not conn.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return
         except OSError:
             has_ended = True
         if has_ended:
-            self._lingering.remove(conn)
-            self._end_lingering(conn)
-
-    def _end_lingering(self, conn: Any) -> None:
-        self.poller.unregister(conn.sock)
-        self.nr_conns -= 1
-        conn.sock.close()
-
-    def wait_for_and_dispatch_events(self, timeout: float) -> None:
-        """Run one turn of the main loop, of at most a second even while the worker leaves."""
-        super().wait_for_and_dispatch_events(min(timeout, 1.0))
-
-    def murder_pending(self) -> None:
-        """Close connections whose time is over. The main loop calls this in every turn."""
-        super().murder_pending()
-        while self._lingering and self._lingering[0].timeout <= time.monotonic():
-            self._end_lingering(self._lingering.popleft())
+            self._close(conn)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """On SIGTERM, drain beside the main loop, which goes on accepting, then leave it."""
@@ -214,109 +409,18 @@ class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no annotations
 
     def _leave(self) -> None:
         # Idle connections would hold the loop until they time out; nothing is lost with them.
-        for connection in (*self.keepalived_conns, *self.pending_conns):
-            connection.timeout = 0.0
+        for conn in (*self._new, *self._idle):
+            self._close(conn)
         latest = time.monotonic() + _LEAVING_SECONDS
-        for connection in self._lingering:
-            connection.timeout = min(connection.timeout, latest)
+        for conn in self._lingering:
+            conn.deadline = min(conn.deadline, latest)
         self.alive = False
 
 
-class _Socket(socket.socket):
-    """Socket of a connection with a time limit, so that a slow client does not keep a thread."""
-
-    def __init__(self, fileno: int) -> None:
-        super().__init__(fileno=fileno)
-        self._deadline = math.inf
-        self._header = b""  # received, and not yet read
-        self._header_began = 0.0  # 0: no header is on its way
-
-    def allow(self, seconds: float) -> None:
-        """Limit all reading from now on to so many seconds."""
-        self._deadline = time.monotonic() + seconds
-
-    def recv(self, size: int, flags: int = 0) -> bytes:
-        """Return the next bytes; none at the end. Raises `TimeoutError` when they come too late."""
-        if flags:
-            return super().recv(size, flags)
-        if self._header:
-            data, self._header = self._header[:size], self._header[size:]
-            return data
-        seconds = min(self._deadline - time.monotonic(), _PAUSE_SECONDS)
-        if seconds <= 0:
-            raise TimeoutError("the time to send a request is over")
-        before = self.gettimeout()
-        self.settimeout(seconds)
-        try:
-            return super().recv(size)
-        finally:
-            self.settimeout(before)
-
-    def take_header(self, buffered: bytes = b"") -> bool:
-        """Receive what has arrived, without waiting; return whether it holds a whole header.
-
-        buffered: what the parser has received beyond the last request.
-        Raises `OSError` when no more will come, or not in time.
-        """
-        now = time.monotonic()
-        self._header_began = self._header_began or now
-        self._header = buffered + self._header
-        while b"\r\n\r\n" not in self._header and len(self._header) < _HEADER_BYTES:
-            try:
-                data = super().recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                if now - self._header_began > _HEADER_SECONDS:
-                    raise TimeoutError("the header did not arrive in time") from None
-                return False
-            if not data:
-                raise ConnectionAbortedError("the client closed before its header was whole")
-            self._header += data
-        self._header_began = 0.0
-        return True
-
-
-class _WholeParts:
-    """Reader of a body of known length that returns the parts as they arrive.
-
-    gunicorn 26 cuts off 1 kB at a time and copies the rest of the part each time: of a body of
-    25 MB a second of Python's lock.
-    """
-
-    def __init__(self, conn: Any, length: int) -> None:
-        self._sock: _Socket = conn.sock
-        self.length = length  # of what is still to be read
-        buffered: bytes = conn.parser.unreader.take_buffered()
-        self._first = buffered[:length]
-        conn.parser.unreader.unread(buffered[length:])  # the beginning of the next request
-
-    def read(self, size: int) -> bytes:
-        """Return the next part, of any size; nothing at the end of the body or the connection."""
-        if not self.length:
-            return b""
-        part = self._first or self._sock.recv(min(self.length, _RECEIVE_BYTES))
-        self._first = b""
-        self.length -= len(part)
-        return part
-
-    @property
-    def is_read(self) -> bool:
-        return self.length == 0
-
-
-class _Chunks:
-    """Reader of a chunked body; an error in it is an `OSError` in every version of gunicorn."""
-
-    def __init__(self, reader: ChunkedReader) -> None:
-        self._reader = reader
-
-    def read(self, size: int) -> bytes:
-        """Return up to `size` bytes; nothing at the end of the body."""
-        try:
-            part: bytes = self._reader.read(size)
-        except errors.ParseException as error:
-            raise OSError(f"the chunks cannot be read: {error}") from error
-        return part
-
-    @property
-    def is_read(self) -> bool:
-        return self._reader.parser is None
+def _most_connections() -> int:
+    """Return how many connections fit in the limit of open files of this process."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return _MAX_CONNECTIONS
+    room = limit - len(os.listdir("/proc/self/fd")) - _RESERVED_DESCRIPTORS
+    return max(_MIN_CONNECTIONS, min(_MAX_CONNECTIONS, room))

@@ -1,25 +1,21 @@
 """The real `serve` and clients that are slow, incomplete or gone, over plain sockets."""
 
-import json
-import os
 import select
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from inference.server import gunicorn_worker as worker
-from inference.server.gunicorn_worker import _Socket
 from inference.settings import read_settings
-from tests.inference.served import PATIENCE, Served, running
+from tests.inference.raw_http import PING, Reply, connect, has_ended, header, open_sockets
+from tests.inference.served import Served, running
 
 pytestmark = pytest.mark.slow
 
 CROWD = 64
-PING = b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 @pytest.fixture(scope="module")
@@ -45,45 +41,6 @@ def impatient(root) -> Iterator[Served]:
 def client(served) -> Iterator[socket.socket]:
     with connect(served) as connection:
         yield connection
-
-
-def connect(served: Served) -> socket.socket:
-    host, port = served.url.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), PATIENCE)
-
-
-def header(length: int | None, *, content_type: str = "application/json") -> bytes:
-    framing = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
-    lines = ["POST /invocations HTTP/1.1", "Host: x", f"Content-Type: {content_type}", framing]
-    return "\r\n".join([*lines, "", ""]).encode()
-
-
-class Reply:
-    """One reply read from a socket: its status, header fields and JSON body."""
-
-    def __init__(self, client: socket.socket) -> None:
-        received = b""
-        while b"\r\n\r\n" not in received:
-            received += self._more(client)
-        head, _, body = received.partition(b"\r\n\r\n")
-        first, *lines = head.decode("latin-1").split("\r\n")
-        self.status = int(first.split()[1])
-        self.fields = dict(line.lower().split(": ", 1) for line in lines)
-        length = int(self.fields["content-length"])
-        while len(body) < length:
-            body += self._more(client)
-        assert len(body) == length, "more than one reply was sent"
-        self.json = json.loads(body)
-
-    def _more(self, client: socket.socket) -> bytes:
-        data = client.recv(65_536)
-        assert data, "the connection ended before the reply"
-        return data
-
-
-def has_ended(client: socket.socket) -> bool:
-    """Whether the server closed the connection without sending anything more."""
-    return client.recv(1) == b""
 
 
 @pytest.mark.parametrize(
@@ -188,15 +145,10 @@ def test_a_header_may_come_in_pieces(client):
     assert Reply(client).status == 200
 
 
-def test_a_header_that_does_not_come_in_time_ends_its_connection(monkeypatch):
-    ours, theirs = socket.socketpair()
-    with _Socket(fileno=ours.detach()) as reader, theirs:
-        theirs.sendall(b"GET /ping HTTP/1.1\r\n")
-        assert not reader.take_header()
-        monkeypatch.setattr(worker, "_HEADER_SECONDS", -1.0)
-        theirs.sendall(b"X")
-        with pytest.raises(TimeoutError, match="header did not arrive"):
-            reader.take_header()
+@pytest.mark.parametrize("sent", [b"GET /ping HTTP/1.1\r\nHost", b"\r\n\r"])
+def test_a_header_that_does_not_come_in_time_ends_its_connection(client, sent):
+    client.sendall(sent)
+    assert has_ended(client)
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /ping HTTP/1.1\r\nHost: "])
@@ -209,28 +161,20 @@ def test_ping_is_answered_beside_many_connections_without_a_whole_header(served,
         assert select.select(crowd, [], [], 0)[0] == [], "they still wait for the rest"
 
 
-def test_ping_is_answered_beside_many_bodies_that_are_never_sent_whole(served):
-    allowed = read_settings({}).max_invocations
-    assert allowed < CROWD
+def test_requests_are_answered_beside_many_bodies_that_are_never_sent_whole(served):
+    assert read_settings({}).http_threads < CROWD
     with ExitStack() as stack:
         crowd = [stack.enter_context(connect(served)) for _ in range(CROWD)]
         for client in crowd:
             client.sendall(header(1000) + b"{")
         assert served.get("/ping").status_code == 200
         assert served.get("/metrics").status_code == 200
-        while len(refused := select.select(crowd, [], [], PATIENCE)[0]) < CROWD - allowed:
-            pass
-        assert len(refused) == CROWD - allowed, "the others are still read"
-        for client in refused:
-            reply = Reply(client)
-            assert (reply.status, reply.json["error"]["code"]) == (429, "queue_full")
-            assert (reply.fields["connection"], reply.fields["retry-after"]) == ("close", "1")
-            assert has_ended(client)
-        assert served.get("/ping").status_code == 200
-    # Their places are free again as soon as they have gone.
-    while served.ask().status_code == 429:
-        pass
-    assert served.ask().status_code == 200
+        assert served.ask().status_code == 200
+        assert select.select(crowd, [], [], 0)[0] == [], "they are still received"
+        for client in crowd:
+            client.sendall(b" " * 999)
+        for client in crowd:
+            assert Reply(client).json["error"]["code"] == "malformed_body"
 
 
 def test_a_client_that_never_closes_its_half_is_closed(served):
@@ -242,14 +186,3 @@ def test_a_client_that_never_closes_its_half_is_closed(served):
             assert Reply(client).status == 413
         while open_sockets(served) > before:
             pass
-
-
-def open_sockets(served: Served) -> int:
-    """How many sockets the worker process has open."""
-    pid = served.process.pid
-    (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    found = 0
-    for descriptor in Path(f"/proc/{child}/fd").iterdir():
-        with suppress(FileNotFoundError):  # closed while we look
-            found += os.readlink(descriptor).startswith("socket:")
-    return found
