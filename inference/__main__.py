@@ -8,11 +8,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from dalle.errors import UserError
+from dalle.errors import PlatformError, UserError
 from dalle.platform.environment import DEFAULT_ROOT, Paths, unknown_variables
 from dalle.platform.threads import spin_briefly
 from dalle.platform.user import name_user
@@ -28,26 +29,28 @@ _STATUSES = (
     (0, "stopped by SIGTERM, SIGINT or SIGQUIT"),
     (1, "the port cannot be bound"),
     (2, "the command line, a variable or --root is wrong"),
-    (3, "the server process cannot begin: this installation is broken"),
-    (4, "the model cannot be loaded, or fails its self-test"),
+    (
+        3,
+        "the server process cannot begin: this installation is broken, or no directory is writable",
+    ),
+    (4, "the model cannot be loaded, fails its self-test, or its process ends again and again"),
 )
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _VERSIONS_OF = ("torch", "numpy", "pydantic", "flask", "gunicorn")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Serve until stopped.
 
-    Returns 2 for an error before the port is bound; raises SystemExit with the other statuses of
-    `_STATUSES`. The last line of the log is the cause.
+    Returns 2 or 3 for an error before the port is bound; raises SystemExit with the other statuses
+    of `_STATUSES`. The last line of the log is the cause.
     """
     options = _parser().parse_args(arguments)
     spin_briefly()
     name_user()
-    logging.basicConfig(
-        level=logging.INFO,
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     logger.info("serve %s", versions_line(_VERSIONS_OF))
     for sentence in unknown_variables(os.environ, VARIABLES):
         logger.warning("%s", sentence)
@@ -66,9 +69,31 @@ def main(arguments: list[str] | None = None) -> int:
 
     from inference.server.server import Server
 
-    server = Server(lambda: _load(model, settings), settings, host=options.host, port=port)
+    try:
+        server = Server(lambda: _load(model, settings), settings, host=options.host, port=port)
+    except PlatformError as error:
+        logger.error("serve cannot begin: %s", error)
+        return 3
     server.run()  # raises SystemExit, in this process and in the worker process
     return 0
+
+
+class _OneLine(logging.Formatter):
+    """Formatter of log lines that text from a client cannot forge: control characters are escaped.
+
+    Lines of a traceback are indented.
+    """
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        return _CONTROL.sub(_escape, super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
+        lines = super().formatException(ei).splitlines()
+        return "\n".join(f"    {_CONTROL.sub(_escape, line)}" for line in lines)
+
+
+def _escape(control: re.Match[str]) -> str:
+    return ascii(control[0])[1:-1]
 
 
 def _load(model: Path, settings: Settings) -> ModelRunner:

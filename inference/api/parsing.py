@@ -315,9 +315,14 @@ def _explain(kind: type[Request], detail: ErrorDetails, limits: Limits) -> str:
 
 
 def _name(detail: ErrorDetails) -> str:
-    """Return a field's name, such as `images[2]`; a model validator gives it as error type."""
+    """Return a field's name, such as `images[2]`; a model validator gives it as error type.
+
+    The name of an unknown field is the client's: it is shortened as values are.
+    """
     first, *rest = detail["loc"] or (detail["type"],)
-    return str(first) + "".join(f"[{part}]" for part in rest if isinstance(part, int))
+    return _cut(_encodable(str(first))) + "".join(
+        f"[{part}]" for part in rest if isinstance(part, int)
+    )
 
 
 def bound(field: FieldInfo, name: str) -> Any:
@@ -339,9 +344,12 @@ def _range(name: str, field: FieldInfo, limits: Limits) -> str:
 
 def _as_json(value: object) -> str:
     """Return a value as JSON, shortened."""
-    text = json.dumps(value, ensure_ascii=False, default=repr)
-    # Half a surrogate pair cannot be encoded in a reply.
-    return _cut(text.encode("utf-8", "backslashreplace").decode())
+    return _cut(_encodable(json.dumps(value, ensure_ascii=False, default=repr)))
+
+
+def _encodable(text: str) -> str:
+    """Return a text with halves of surrogate pairs, which no reply can hold, written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _short(text: str) -> str:

@@ -87,6 +87,10 @@ class Application(Protocol):
     death: Exception | None
     stop: Any
 
+    def note_ready(self) -> None:
+        """Called again and again once the model has been ready."""
+        ...
+
 
 class _Next(Enum):
     """What becomes of a connection that a thread has had."""
@@ -126,6 +130,8 @@ class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no annotations
         self.poller.register(self.method_queue.fileno(), selectors.EVENT_READ, wake)
         while self.alive and self.is_parent_alive():
             self.notify()
+            if self.app.engine_core.was_ready:
+                self.app.note_ready()
             self.set_accept_enabled(time.monotonic() >= self._accepts_again)
             self._turn()
         self.set_accept_enabled(False)
@@ -348,8 +354,9 @@ class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no annotations
             super().handle_error(req, client, addr, exc)
             return
         code = status.phrase.lower().replace(" ", "_").replace("-", "_")
-        logger.info("refused: status=%d; code=%s", status, code)
         reason = str(exc)
+        logger.info("refused: status=%d; code=%s; field=None", status, code)
+        logger.debug("the header cannot be read: %s", reason)
         if len(reason) > _MESSAGE_CHARACTERS:
             reason = f"{reason[:_MESSAGE_CHARACTERS]}… ({len(reason):,} characters)"
         error = {"code": code, "message": f"the header cannot be read: {reason}", "field": None}

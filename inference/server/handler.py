@@ -26,6 +26,7 @@ from inference.api.parsing import (
     split_lines,
 )
 from inference.api.rendering import (
+    CUSTOM_ATTRIBUTES,
     Candidate,
     ClassifyResult,
     GenerateResult,
@@ -40,7 +41,7 @@ from inference.api.rendering import (
     render_ranking,
 )
 from inference.api.replies import CompleteReply, ErrorLine, ErrorReply, Prediction
-from inference.api.schema import GenerateRequest, Limits, Request
+from inference.api.schema import REQUEST_KINDS, GenerateRequest, Limits, Request
 from inference.engine.engine_core import Engine, EngineCore
 from inference.engine.request import Cancelled, DeadlineExceeded, EngineRequest, Failed
 from inference.engine.request_queue import Busy
@@ -52,6 +53,8 @@ logger = logging.getLogger(__name__)
 _GRACE_SECONDS = 3.0  # by which the model may miss a deadline before its result is given up
 _CHECK_SECONDS = 0.5  # between two checks whether the client is still connected
 
+_HEADER_FIELDS = ("Accept", "Content-Encoding", "Content-Type", CUSTOM_ATTRIBUTES)
+_KNOWN_FIELDS = {*_HEADER_FIELDS}.union(*(kind.model_fields for kind in REQUEST_KINDS.values()))
 _PREDICTIONS = TypeAdapter(Sequence[Prediction])
 _IMAGE_FORMATS: dict[str, ImageFormat] = {
     "image/png": "png",
@@ -316,9 +319,18 @@ class _Line:
 
 
 def log_error(error: Exception) -> None:
-    """Log a refusal or cancellation in one line, any other error with its traceback."""
+    """Log a refusal or cancellation in one line, any other error with its traceback.
+
+    The message of a `UserError` quotes the request, and so does a field that is unknown: neither is
+    in the log above DEBUG.
+    """
     if isinstance(error, Cancelled):
         logger.info("cancelled: %s", error)
+    elif isinstance(error, UserError):
+        name = (error.field or "").partition("[")[0]
+        field = error.field if name in _KNOWN_FIELDS else "unknown" if name else None
+        logger.info("refused: status=%d; code=%s; field=%s", error.status, error.code, field)
+        logger.debug("%s", error)
     elif isinstance(error, DalleError):
         logger.info("refused: status=%d; code=%s; %s", error.status, error.code, error)
     else:

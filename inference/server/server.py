@@ -7,16 +7,18 @@ answers /ping with 503 meanwhile.
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gunicorn.app.base import BaseApplication
+from gunicorn.arbiter import Arbiter
+from gunicorn.errors import HaltServer
 from gunicorn.glogging import Logger
 
-from dalle.errors import DalleError
+from dalle.errors import DalleError, PlatformError
 from inference.engine.engine_core import Engine, EngineCore
 from inference.server.gunicorn_worker import Worker
 from inference.settings import Settings
@@ -28,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 _KILL_SECONDS = 28  # after SIGTERM; the platform itself kills after 30
 _KEEP_ALIVE_SECONDS = 75  # longer than the platform keeps a connection idle
+_IN_MEMORY = "/dev/shm"  # noqa: S108 - no name is guessed there
+_MOST_LOADS = 3  # in a row, of which none has come to its end
 _CAUSE_BYTES = 4096  # of an error message; a pipe holds so many before anything is read
 
 
@@ -35,6 +39,7 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no annotati
     """gunicorn application of `serve`.
 
     load: returns the engine; called in the worker process, in the model's thread.
+    Raises `PlatformError` where no directory can be written.
     """
 
     def __init__(
@@ -49,6 +54,10 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no annotati
             stall_seconds=settings.stall_seconds,
             on_death=self._note_death,
         )
+        self._directory = _writable_directory()
+        self._was_ready = mmap.mmap(-1, 1)  # shared with the worker process, which sets it to 1
+        self._loads = 0  # in a row that ended before the model was ready
+        self._last_cause = ""
         self._pid = os.getpid()
         self._causes, self._cause = os.pipe()  # from the worker process to this one
         os.set_blocking(self._causes, False)
@@ -68,7 +77,8 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no annotati
             "timeout": 0,
             "graceful_timeout": _KILL_SECONDS,
             "keepalive": _KEEP_ALIVE_SECONDS,
-            "worker_tmp_dir": _writable_directory(),
+            "worker_tmp_dir": self._directory,
+            "child_exit": self._note_exit,
             "control_socket_disable": True,  # it would be written under HOME
             "proc_name": "serve",
         }
@@ -86,7 +96,7 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no annotati
         try:
             super().run()
         except SystemExit:
-            if os.getpid() == self._pid and (cause := self._read_cause()):
+            if os.getpid() == self._pid and (cause := self._last_cause or self._read_cause()):
                 logger.error("serve cannot begin: %s", cause)
             raise
 
@@ -100,6 +110,23 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no annotati
         except Exception as error:
             self._write_cause(error)
             raise
+
+    def note_ready(self) -> None:
+        """Remember in the other process too that the model was loaded."""
+        self._was_ready[0] = 1
+
+    def _note_exit(self, arbiter: Any, worker: Any) -> None:
+        """End the server when its processes end again and again before the model is ready."""
+        if not arbiter.LISTENERS:  # it is being stopped
+            return
+        self._loads = 0 if self._was_ready[0] else self._loads + 1
+        self._was_ready[0] = 0
+        if self._loads >= _MOST_LOADS:
+            self._last_cause = (
+                f"the process that loads the model ended {self._loads} times in a row before it "
+                "was ready; perhaps it needs more memory than there is"
+            )
+            raise HaltServer("the model cannot be loaded", Arbiter.APP_LOAD_ERROR)
 
     def _write_cause(self, error: Exception) -> None:
         kind = "" if isinstance(error, DalleError) else f"{type(error).__name__}: "
@@ -137,9 +164,28 @@ class _Log(Logger):  # type: ignore[misc]  # gunicorn has no annotations
         self.error_log.setLevel(logging.INFO)
 
 
-def _writable_directory() -> str | None:
-    """Return a directory for gunicorn's heartbeat file, in memory where possible."""
-    for directory in ("/dev/shm", tempfile.gettempdir()):  # noqa: S108 - no name is guessed there
-        if Path(directory).is_dir() and os.access(directory, os.W_OK | os.X_OK):
-            return directory
-    return None
+def _writable_directory() -> str:
+    """Return a directory for gunicorn's heartbeat file, in memory where possible.
+
+    Where Python finds no temporary directory, this becomes it, for child processes too.
+    Raises `PlatformError` where no directory can be written.
+    """
+    try:
+        usual, problem = tempfile.gettempdir(), ""
+    except FileNotFoundError as error:
+        usual, problem = None, str(error)
+    try:
+        with tempfile.TemporaryFile(dir=_IN_MEMORY) as file:
+            file.write(b"x")
+            file.flush()
+    except OSError as error:
+        if usual is None:
+            raise PlatformError(
+                f"no directory for temporary files can be written: {_IN_MEMORY}: {error.strerror}; "
+                f"{problem}; make room, or set TMPDIR to a directory that has some"
+            ) from error
+        return usual
+    if usual is None:
+        tempfile.tempdir = os.environ["TMPDIR"] = _IN_MEMORY
+        logger.warning("temporary files are in %s: %s", _IN_MEMORY, problem)
+    return _IN_MEMORY

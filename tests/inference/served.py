@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -62,6 +62,12 @@ class Served:
             match = found()
         assert match is not None, f"{pattern!r} is not in the log:\n" + "\n".join(self.lines)
         return match
+
+    def wait_until(self, is_so: Callable[[list[str]], bool]) -> None:
+        """Wait until something is true of the lines of the log."""
+        with self._news:
+            self._news.wait_for(lambda: is_so(self.lines) or self._ended, PATIENCE)
+        assert is_so(self.lines), "it does not become true of the log:\n" + "\n".join(self.lines)
 
     def listening(self) -> "Served":
         self.url = self.wait_for(r"Listening at: (http://[\d.]+:\d+)")[1]

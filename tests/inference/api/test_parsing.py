@@ -224,3 +224,13 @@ def test_a_refusal_names_each_offered_type_once():
         "Accept 'image/png' admits no type that a line is answered in: "
         "application/json, application/jsonlines"
     )
+
+
+@pytest.mark.parametrize("name", ["n" * 20_000, "\ud800" * 20_000, "\n" * 20_000])
+@pytest.mark.parametrize("fields", [{"caption": "a"}, {}])
+def test_a_long_unknown_field_is_shortened_in_the_message(name, fields):
+    with pytest.raises(UserError) as caught:
+        parse_request(json.dumps({**fields, name: 1}).encode())
+    assert len(str(caught.value)) < 1_000
+    assert len(caught.value.field or "") < 100
+    str(caught.value).encode()

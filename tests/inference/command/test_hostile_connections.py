@@ -221,3 +221,34 @@ def test_a_client_that_closes_its_half_gets_its_whole_reply(served, accept):
 def test_a_method_that_a_route_has_not_is_a_405_that_names_those_it_has(served):
     reply = served.get("/invocations")
     assert (reply.status_code, reply.headers["Allow"]) == (405, "OPTIONS, POST")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"caption": "a", "n\nFORGED 1": 1},
+        {"caption": "a", "n\x1b[2J\x85\u2028FORGED 2": 1},
+        {"caption": "FORGED \n 3", "num_candidates": "secret"},
+        {"secret": "secret"},
+        ["secret"],
+    ],
+)
+def test_the_log_has_no_text_of_a_refused_request(served, body):
+    before = len(served.lines)
+    reply = served.http.post(f"{served.url}/invocations", json=body, timeout=PATIENCE)
+    assert reply.status_code in (400, 422)
+    assert served.ask(seed=None).status_code == 200
+    served.wait_until(lambda lines: any("_status=200" in line for line in lines[before:]))
+    lines = served.lines[before:]
+    assert any(f"refused: status={reply.status_code}; code=" in line for line in lines)
+    assert not [line for line in lines if "FORGED" in line or "secret" in line]
+
+
+def test_a_header_that_cannot_be_read_forges_no_line_of_the_log(served):
+    with connect(served) as client:
+        client.sendall(b"GET /ping HTTP/1.1\r\nFORGED\x1b\rFORGED\r\n\r\n")
+        assert Reply(client).status == 400
+    with connect(served) as client:
+        client.sendall(b"GET /ping HTTP/1.1\r\n" + b"x" * 8_000 + b"\r\n\r\n")
+        assert len(json.dumps(Reply(client).json)) < 1_000
+    assert not any("FORGED" in line for line in served.lines)

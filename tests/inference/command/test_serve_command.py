@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -235,6 +236,57 @@ def test_an_empty_model_directory_ends_the_process_with_its_reason(tmp_path):
     with running(tmp_path) as served:
         assert served.end() == 4
         assert re.search("serve cannot begin: .*/model must hold manifest.json", served.lines[-1])
+
+
+def test_a_process_that_is_killed_while_it_loads_is_started_three_times(root, tmp_path):
+    # Loading blocks for ever: the manifest is a FIFO that nobody writes to.
+    (tmp_path / "model").mkdir()
+    os.mkfifo(tmp_path / "model" / "manifest.json")
+    with running(tmp_path) as served:
+        for number in range(1, 4):
+            wait_for_worker(served, number)
+            os.kill(workers(served.lines)[-1], signal.SIGKILL)
+        assert served.end() == 4
+        assert "ended 3 times in a row before it was ready" in served.lines[-1]
+
+
+def workers(lines: list[str]) -> list[int]:
+    """Ids of the processes that were started to hold the model."""
+    found = (re.search(r"Booting worker with pid: (\d+)", line) for line in lines)
+    return [int(match[1]) for match in found if match]
+
+
+def wait_for_worker(served: Served, number: int) -> None:
+    served.wait_until(lambda lines: len(workers(lines)) == number)
+
+
+def wait_until_ready(served: Served, since: int) -> None:
+    """Wait for a process that has said so behind that line of the log."""
+    served.wait_until(lambda lines: any(line.endswith(": ready") for line in lines[since:]))
+
+
+def test_a_process_that_is_killed_when_it_was_ready_is_started_again(root):
+    with running(root) as served:
+        served.ready()
+        for _ in range(4):
+            before = len(served.lines)
+            os.kill(workers(served.lines)[-1], signal.SIGKILL)
+            wait_until_ready(served, before)
+            assert served.ask().status_code == 200
+
+
+def test_no_directory_to_write_to_ends_the_process_with_its_reason(root):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # every file is as if on a full disk
+    try:
+        served = running(root)
+        server = served.__enter__()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert server.end() == 3
+    assert "serve cannot begin: no directory for temporary files can be written" in server.lines[-1]
+    assert "/dev/shm: " in server.lines[-1]
+    served.__exit__(None, None, None)
 
 
 def test_an_installation_that_is_broken_ends_the_process_with_its_reason(root, tmp_path):
