@@ -16,30 +16,41 @@ if getent passwd "$uid" >/dev/null; then
 fi
 
 if [ -z "${ANY_USER_MOUNTED:-}" ]; then
-  ANY_USER_MOUNTED=1 exec unshare --mount --propagation private bash "$0" "$@"
+  ANY_USER_MOUNTED=1 exec unshare --mount --propagation private bash tests/any_user.sh "$@"
 fi
 
 checkout=$PWD
-mount --bind "$checkout" "$checkout"
-mount -o remount,bind,ro "$checkout"
-
-# A virtual environment's interpreter may lie in root's home, where others may not look. The rest of that home stays hidden.
 python=$(readlink -f .venv/bin/python)
 as_user=(setpriv "--reuid=$uid" --regid=0 --clear-groups --)
-if ! "${as_user[@]}" test -x "$python"; then
-  prefix=$(dirname "$(dirname "$python")")
-  hidden=/$(cut -d / -f 2 <<<"$prefix")
-  mkdir -p /run/any-user-python
-  mount --bind "$prefix" /run/any-user-python
-  mount -t tmpfs -o mode=755 tmpfs "$hidden"
-  mkdir -p "$prefix"
-  mount --bind /run/any-user-python "$prefix"
+
+# The checkout or the interpreter may lie in a home where others may not look: there they alone are shown.
+needed=("$checkout" "$(readlink -f .venv)" "$(dirname "$(dirname "$python")")")
+hidden=()
+for folder in "${needed[@]}"; do
+  if ! "${as_user[@]}" test -x "$folder"; then hidden+=("/$(cut -d / -f 2 <<<"$folder")"); fi
+done
+if [ ${#hidden[@]} -gt 0 ]; then
+  mount -t tmpfs tmpfs /mnt
+  for number in "${!needed[@]}"; do
+    mkdir "/mnt/$number"
+    mount --bind "${needed[$number]}" "/mnt/$number"
+  done
+  for top in $(printf '%s\n' "${hidden[@]}" | sort -u); do mount -t tmpfs -o mode=755 tmpfs "$top"; done
+  for number in "${!needed[@]}"; do
+    if [ ! -e "${needed[$number]}" ]; then
+      mkdir -p "${needed[$number]}"
+      mount --bind "/mnt/$number" "${needed[$number]}"
+    fi
+  done
 fi
+mount --bind "$checkout" "$checkout"
+mount -o remount,bind,ro "$checkout"
 
 temporary=$(mktemp -d /tmp/any-user-XXXXXX)
 trap 'rm -rf "$temporary"' EXIT
 chown "$uid:0" "$temporary"
 cd "$checkout" # the read-only one
 "${as_user[@]}" env -u HOME -u USER -u LOGNAME -u DALLE_REQUIRE_ROOT -u ANY_USER_MOUNTED PYTHONDONTWRITEBYTECODE=1 \
+  GIT_CONFIG_COUNT=1 GIT_CONFIG_KEY_0=safe.directory "GIT_CONFIG_VALUE_0=*" \
   PYTHONPATH="$checkout/container:$checkout" \
   .venv/bin/python -m pytest -p no:cacheprovider --basetemp "$temporary/pytest" -m "not docker" "$@"

@@ -36,6 +36,7 @@ from dalle.models.dvae import DiscreteVAE, DVAEConfig
 from dalle.models.sizes import SizeName
 from dalle.models.transformer import Dalle, TransformerConfig
 from dalle.platform.limits import usable_cpus
+from dalle.platform.user import name_user
 from dalle.preprocess.images import encode_image
 from dalle.preprocess.tokenizer import CaptionTokenizer
 from inference.bench import steps as bench_steps
@@ -76,6 +77,7 @@ class StepFigures:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    name_user()
     parser = argparse.ArgumentParser(
         prog="python -m inference.bench",
         description="Measure the speed of decoding on this machine.",

@@ -36,6 +36,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dalle.platform.user import name_user
 from inference.api.rendering import GenerateResult
 from inference.api.schema import GenerateRequest
 from inference.bench import steps as bench_steps
@@ -59,6 +60,7 @@ class Turn:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    name_user()
     parser = argparse.ArgumentParser(
         prog="python -m inference.bench.http",
         description="Measure the engine's throughput through HTTP beside its own.",

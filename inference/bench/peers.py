@@ -26,12 +26,14 @@ import torch
 
 from dalle import peers
 from dalle.models.transformer import Dalle, TransformerConfig
+from dalle.platform.user import name_user
 from inference.bench import steps as bench_steps
 
 TARGETS = {"shipped": {1: 60.0}, "patched": {1: 3.0, 8: 4.0, 32: 5.0}}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    name_user()
     parser = argparse.ArgumentParser(
         prog="python -m inference.bench.peers", description="Compare with DALLE-pytorch 1.6.6."
     )

@@ -38,6 +38,7 @@ from torch.utils._pytree import tree_leaves
 
 from dalle import peers
 from dalle.models.transformer import TransformerConfig
+from dalle.platform.user import name_user
 from training.bench.random_tokens import RandomTokens
 from training.config.hyperparameters import parse
 from training.data.tools.bench import measure
@@ -58,6 +59,7 @@ _PASSED_ON = ("batch", "precision", "device", "threads", "rounds", *_SIZES)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    name_user()
     parser = argparse.ArgumentParser(
         prog="python -m training.bench",
         description="Measure training beside DALLE-pytorch 1.6.6, the loader and the start.",

@@ -27,6 +27,7 @@ from statistics import fmean
 from typing import Any
 
 from dalle.errors import DalleError, UserError
+from dalle.platform.user import name_user
 from training import rainbow
 from training.demo.run import RainbowRun, read_recipe_file
 from training.demo.steps import Step, announcer, digest_of_code, reporting_code, run_steps
@@ -131,6 +132,7 @@ def means(by_seed: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0, or 1 with the cause on stderr."""
+    name_user()
     options = _parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     by_seed: dict[int, dict[str, float]] = {}

@@ -31,6 +31,7 @@ import torch.multiprocessing as multiprocessing
 
 from dalle.models.sizes import DVAE_SIZES, TRANSFORMER_SIZES, SizeName
 from dalle.models.transformer import Dalle, TransformerConfig
+from dalle.platform.user import name_user
 from training.bench.random_tokens import RandomTokens
 from training.config.hyperparameters import parse
 from training.distributed.process_group import TorchProcessGroup
@@ -185,6 +186,7 @@ def _about(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
+    name_user()
     parser = argparse.ArgumentParser(prog="python -m training.bench.zero")
     parser.add_argument("--size", choices=get_args(SizeName), default="small")
     parser.add_argument("--grid-size", type=int, default=8, help="side of the token grid")

@@ -34,6 +34,7 @@ import numpy as np
 from dalle.errors import DalleError, UserError
 from dalle.platform.environment import Paths
 from dalle.platform.threads import spin_briefly
+from dalle.platform.user import name_user
 from training import rainbow
 from training.demo.commands import invoke, serving
 from training.demo.run import RECIPE_MINUTES, SECONDS, RainbowRun, read_recipe, training_seconds
@@ -161,6 +162,7 @@ def prepare_directory(out: Path, again: bool) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    name_user()
     options = _parse_arguments(argv)
     spin_briefly()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")

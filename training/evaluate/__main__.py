@@ -27,6 +27,7 @@ from pathlib import Path
 from dalle import artefact as artefacts
 from dalle.artefact import Artefact
 from dalle.errors import DalleError, UserError
+from dalle.platform.user import name_user
 from training.engine.devices import choose_device
 from training.evaluate.ground_truth import TRAIN, GroundTruth, read_ground_truth
 from training.evaluate.scores import evaluate, render_table
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0, or 1 when the artefact or the data cannot be used."""
+    name_user()
     options = _parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:

@@ -28,6 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from dalle.platform.user import name_user
 from training.soak.job import Run, SmallJob, SoakError, Start, start_command
 
 Kind = Literal["step", "checkpoint", "model", "restart", "stop", "stop and kill"]
@@ -247,6 +248,7 @@ def _require(is_so: bool, otherwise: str, run: Run) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
+    name_user()
     parser = argparse.ArgumentParser(prog="python -m training.soak", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
