@@ -19,7 +19,7 @@ PORT ?= 8080
 ROOT ?= $(patsubst %/model,%,$(firstword $(wildcard out/demo/ml/model $(OUT)/model) out/demo/ml/model))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check lint format test test-any-user soak soak-training soak-serving demo play picture docs tree bench-peers bench-rainbow bench-training image test-image local-train local-serve local-endpoint lock clean
+.PHONY: help setup check lint format test test-any-user soak soak-training soak-serving fuzz demo play picture docs tree bench-peers bench-rainbow bench-training image test-image local-train local-serve local-endpoint lock clean
 
 help:  ## list these targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' Makefile | expand -t 13
@@ -49,6 +49,9 @@ soak-training: setup  ## interrupt training at random moments, on one host and o
 
 soak-serving: setup  ## clients of every kind at `serve` for 10 minutes; ARGS="--minutes 60"
 	.venv/bin/python -m tests.inference.soak_serving $(ARGS)
+
+fuzz: setup  ## 100,000 hostile requests at `serve` and 2,000 hostile files, from a seed; ARGS="--requests 1000 --seed 1"
+	.venv/bin/python -m tests.fuzz $(ARGS)
 
 demo: setup  ## train on small synthetic pictures, serve, and ask for captions never seen: out/demo/report.html
 	.venv/bin/python -m training.demo --out out/demo
