@@ -193,19 +193,21 @@ def _introduction(card: ModelCard) -> Iterator[str]:
     if card.image_size is None:
         yield "Parts of a text-to-image model. They generate no images without the missing ones."
     else:
+        has_clip = any(each.name == "clip" for each in card.components)
         yield (
             f"Generates images of {card.image_size} x {card.image_size} pixels for a caption, as "
-            "DALL-E does: a transformer samples image tokens, a discrete VAE decodes them, and a "
-            "CLIP ranks the candidates."
+            "DALL-E does: a transformer samples image tokens, a discrete VAE decodes them, and "
+            f"{'a CLIP ranks the candidates' if has_clip else 'the likeliest come first'}."
         )
     version = f" {card.library_version}" if card.library_version else ""
     revision = f", revision {card.git_revision}" if card.git_revision else ""
     yield ""
     yield f"Made by {OURS}{version}{revision}. Licence: {card.licence or 'not given'}."
     if card.captions:
+        yield ""
         yield "Captions to try:"
         yield ""
-        yield from (f"- {caption}" for caption in card.captions)
+        yield from (f"- {' '.join(caption.split())}" for caption in card.captions)
 
 
 def _data(card: ModelCard) -> Iterator[str]:

@@ -77,7 +77,7 @@ export class Grid {
       const tile = this.tiles[candidate];
       tile.picture.rank = rank;
       tile.badge.textContent = rank;
-      tile.image.alt = `Rank ${rank} for “${this.caption}”`;
+      tile.image.alt = `Rank ${rank} for “${this.caption}”, ${scoreOf(tile.picture)}`;
       tile.item.classList.toggle("best", rank === 1);
       return tile;
     });

@@ -93,6 +93,17 @@ def test_the_text_says_what_the_card_knows(artefact):
     assert "a guidance_scale above 1 may help" in text
 
 
+def test_a_model_without_a_clip_says_what_comes_first(tiny_models):
+    text = render(replace(tiny_models, clip=None).card())
+    assert "a discrete VAE decodes them, and the likeliest come first." in text
+
+
+def test_a_caption_of_several_lines_is_one_item(tiny_models):
+    manifest = Manifest(captions=["a red\n# square"])
+    text = render(replace(tiny_models, manifest=manifest).card())
+    assert "\n- a red # square\n" in text
+
+
 def test_parts_of_a_model_are_not_offered_as_text_to_image(tiny_models):
     text = render(describe(Manifest(), {"clip": tiny_models.clip}))
     assert "pipeline_tag" not in front_matter(text)
