@@ -10,12 +10,19 @@ from typing import Any
 from tests.inference.playground.conftest import chromium
 from tests.inference.served import running
 
-CAPTIONS = ("small shaded cyan hexagon", "bigger rainbow crescent", "big filled orange star")
+CAPTIONS = (
+    "smaller filled red square",
+    "big filled violet crescent",
+    "big filled orange star",
+    "bigger filled rainbow star",
+)
+NUM_CANDIDATES = 15  # with the best one large, three full rows
 MOST_BYTES = 500_000
 
 
 def take(page: Any, path: Path, captions: tuple[str, ...] = CAPTIONS) -> None:
     """Generate a run for each caption, and write what the window shows at the end."""
+    page.fill("#num_candidates", str(NUM_CANDIDATES))
     for seed, caption in enumerate(captions, start=1):
         page.fill("#caption", caption)
         page.fill("#seed", str(seed))
