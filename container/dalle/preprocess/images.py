@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, JpegImagePlugin
 
 from dalle.errors import DataError
+from dalle.preprocess import png
 from dalle.preprocess.colours import to_rgb
 
 Pixels = NDArray[np.uint8]  # [H, W, 3], RGB, 0 to 255
@@ -33,14 +34,10 @@ ImageFormat = Literal["png", "jpeg", "webp"]
 MAX_PIXELS = 40_000_000  # width x height as decoded; 160 MB as RGBA
 MAX_JPEG_PIXELS = 250_000_000  # of a JPEG's file, where it is decoded smaller; telephones take 200
 
-# Parts of a PNG file besides its pixels. The others describe it.
-_PNG_TEXT = frozenset({b"tEXt", b"zTXt", b"iTXt"})
-_PNG_NEEDED = frozenset({b"tRNS", b"acTL", b"fcTL", b"fdAT"})  # transparency and animation
-
 # Only formats with self-contained, widely used decoders; none that starts a program (EPS) or
 # follows references. The signatures tell a damaged image from a foreign file.
 _SIGNATURES: dict[str, tuple[bytes, ...]] = {
-    "PNG": (b"\x89PNG\r\n\x1a\n",),
+    "PNG": (png.SIGNATURE,),
     "JPEG": (b"\xff\xd8\xff",),
     "WEBP": (b"RIFF",),
     "GIF": (b"GIF87a", b"GIF89a"),
@@ -94,7 +91,9 @@ def decode_image(
             if error.fault is not ImageFault.DAMAGED:
                 raise
             # Pillow refuses a PNG for the size or the checksum of a text that no pixel needs.
-            for shorter in _without_descriptions(data):
+            if not data.startswith(png.SIGNATURE):
+                raise
+            for shorter in png.without_descriptions(data):
                 try:
                     return _decode(shorter, what, min_side, max_pixels)
                 except ImageError:
@@ -181,6 +180,8 @@ def _decode(data: bytes, what: str, min_side: int | None, max_pixels: int) -> Im
         if image.width * image.height > max_pixels:
             raise _giant(what, size, max_pixels)
         image.load()
+        if image.format == "PNG" and _ends_empty(image) and png.lacks_pixels(data):
+            raise ValueError("its pixels end early")
         return to_rgb(_upright(image), data[24] if image.format == "PNG" else 8)
     except (MemoryError, ImageError):
         raise
@@ -248,24 +249,10 @@ def _has_several_scans(data: bytes) -> bool:
     return True
 
 
-def _without_descriptions(data: bytes) -> Iterator[bytes]:
-    """Return a PNG file without its texts, then with its pixels alone, where that is shorter."""
-    if not data.startswith(_SIGNATURES["PNG"]):
-        return
-    for with_pixels_alone in (False, True):
-        at, parts = 8, [data[:8]]
-        while at < len(data):
-            kind = data[at + 4 : at + 8]
-            end = at + 12 + int.from_bytes(data[at : at + 4])
-            is_ancillary = kind[:1] >= b"a"  # lower case
-            if kind not in _PNG_TEXT and (
-                kind in _PNG_NEEDED or not (with_pixels_alone and is_ancillary)
-            ):
-                parts.append(data[at:end])
-            at = end
-        shorter = b"".join(parts)
-        if len(shorter) < len(data):
-            yield shorter
+def _ends_empty(image: Image.Image) -> bool:
+    """Return whether the last two rows are zeros, as where pixels are missing; seldom so else."""
+    rows = image.crop((0, max(0, image.height - 2), image.width, image.height))
+    return rows.getbbox(alpha_only=False) is None
 
 
 def _upright(image: Image.Image) -> Image.Image:

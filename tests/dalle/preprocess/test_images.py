@@ -289,3 +289,56 @@ def test_a_contact_sheet_needs_images_of_one_size():
         contact_sheet([])
     with pytest.raises(ValueError, match="one size"):
         contact_sheet([[np.zeros((2, 2, 3), np.uint8), np.zeros((3, 2, 3), np.uint8)]])
+
+
+def png_of(rows, size, bits=8, colour_type=2, interlace=0, num_parts=1):
+    """A PNG of those raw bytes, which need not be all that its header promises."""
+
+    def part(kind, content):
+        checksum = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", size, size, bits, colour_type, 0, 0, interlace)
+    packed = zlib.compress(rows)
+    step = -(-len(packed) // num_parts)
+    pieces = [packed[at : at + step] for at in range(0, len(packed), step)]
+    palette = part(b"PLTE", bytes(range(30))) if colour_type == 3 else b""
+    pixels = b"".join(part(b"IDAT", piece) for piece in pieces)
+    return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", header) + palette + pixels + part(b"IEND", b"")
+
+
+@pytest.mark.parametrize("num_parts", [1, 3])
+@pytest.mark.parametrize(
+    ("bits", "colour_type", "row_bytes"), [(8, 2, 192), (16, 6, 512), (1, 0, 8), (4, 3, 32)]
+)
+def test_a_png_whose_pixels_end_early_and_cleanly_is_damaged(
+    bits, colour_type, row_bytes, num_parts
+):
+    """Its compressed pixels are whole, and fewer than the header says; black ones are none less."""
+    black = (b"\0" + bytes(row_bytes)) * 64
+    options = {"bits": bits, "colour_type": colour_type, "num_parts": num_parts}
+    decode_image(png_of(black, 64, **options), what="x")
+    for missing in (1, row_bytes, len(black) // 2, len(black) - 1):
+        with pytest.raises(ImageError, match="x is truncated or damaged"):
+            decode_image(png_of(black[:-missing], 64, **options), what="x")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 8, 9, 33])
+def test_an_interlaced_png_is_read_whole_or_refused(size):
+    passes = [
+        (8, 8, 0, 0),
+        (8, 8, 4, 0),
+        (4, 8, 0, 4),
+        (4, 4, 2, 0),
+        (2, 4, 0, 2),
+        (2, 2, 1, 0),
+        (1, 2, 0, 1),
+    ]
+    rows = b"".join(
+        (b"\0" + bytes(3 * columns)) * len(range(top, size, down))
+        for across, down, left, top in passes
+        if (columns := len(range(left, size, across)))
+    )
+    decode_image(png_of(rows, size, interlace=1), what="x")
+    with pytest.raises(ImageError, match="truncated or damaged"):
+        decode_image(png_of(rows[:-1], size, interlace=1), what="x")
