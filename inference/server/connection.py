@@ -156,6 +156,13 @@ class Connection(socket.socket):
         return self._searched > _HEADER_BYTES
 
     @property
+    def can_send(self) -> bool:
+        """Whether a small reply can be sent without waiting for the client to read others."""
+        poller = select.poll()
+        poller.register(self, select.POLLOUT)
+        return bool(poller.poll(0))
+
+    @property
     def is_ready(self) -> bool:
         """Whether a thread has something to do."""
         return self.has_whole_header if self.body is None else self.body.is_complete

@@ -21,7 +21,6 @@ Of gunicorn's `ThreadWorker` it uses the poller, the queue of calls and `handle_
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import resource
@@ -33,12 +32,10 @@ import time
 from concurrent.futures import Future
 from enum import Enum, auto
 from functools import partial
-from http import HTTPStatus
 from types import FrameType
 from typing import Any, Protocol
 
 from gunicorn.arbiter import Arbiter
-from gunicorn.http import errors
 from gunicorn.workers.gthread import ThreadWorker
 
 from dalle.errors import UserError
@@ -46,17 +43,18 @@ from inference.engine.engine_core import EngineCore
 from inference.engine.request_queue import Busy
 from inference.server.chunked_body import ChunkedBody
 from inference.server.connection import RECEIVE_BYTES, BodyPending, Connection
+from inference.server.header_errors import header_refusal
 from inference.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 _HEADER_SECONDS = 5.0  # for a request's header, from its first byte
 _PAUSE_SECONDS = 10.0  # between two parts of a body
+_UNREAD_SECONDS = 10.0  # for a client to read replies, before its next request is answered
 _LINGER_SECONDS = 5.0  # for a client to read the reply to a request that it is still sending
 _LEAVING_SECONDS = 1.0  # the same, once the server is about to exit
 _TURN_SECONDS = 0.5  # by which a time limit may be missed
 _SMALL_BODY_BYTES = 65_536  # a body up to this size always has room
-_MESSAGE_CHARACTERS = 200  # of a client's header in a refusal
 
 _MAX_CONNECTIONS = 1_000
 _MIN_CONNECTIONS = 4
@@ -65,14 +63,6 @@ _ACCEPTS_A_TURN = 32
 # being closed.
 _RESERVED_DESCRIPTORS = 28
 _NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-
-_STATUSES: tuple[tuple[type[Exception], HTTPStatus], ...] = (
-    (errors.LimitRequestHeaders, HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE),
-    (errors.LimitRequestLine, HTTPStatus.REQUEST_URI_TOO_LONG),
-    (errors.ExpectationFailed, HTTPStatus.EXPECTATION_FAILED),
-    (errors.UnsupportedTransferCoding, HTTPStatus.NOT_IMPLEMENTED),
-    (errors.ParseException, HTTPStatus.BAD_REQUEST),
-)
 
 
 class Application(Protocol):
@@ -88,7 +78,7 @@ class Application(Protocol):
     stop: Any
 
     def note_ready(self) -> None:
-        """Called again and again once the model has been ready."""
+        """Called when the model is ready."""
         ...
 
 
@@ -107,10 +97,11 @@ class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no annotations
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        # Connections that wait, the longest first: for a first request, for another one, for a
-        # body, and for the client to close.
+        # Connections that wait, the longest first: for a first request, for another one, for the
+        # client to read replies, for a body, and for the client to close.
         self._new: dict[Connection, None] = {}
         self._idle: dict[Connection, None] = {}
+        self._unread: dict[Connection, None] = {}
         self._bodies: dict[Connection, None] = {}
         self._lingering: dict[Connection, None] = {}
         self._body_bytes = 0  # received of `_bodies`
@@ -128,10 +119,12 @@ class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no annotations
         self.worker_connections = _most_connections()
         wake = self.method_queue.run_callbacks
         self.poller.register(self.method_queue.fileno(), selectors.EVENT_READ, wake)
+        has_said = False
         while self.alive and self.is_parent_alive():
             self.notify()
-            if self.app.engine_core.was_ready:
+            if self.app.engine_core.was_ready and not has_said:
                 self.app.note_ready()
+                has_said = True
             self.set_accept_enabled(time.monotonic() >= self._accepts_again)
             self._turn()
         self.set_accept_enabled(False)
@@ -153,7 +146,8 @@ class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no annotations
         now = time.monotonic()
         if now >= self._next_check:
             self._next_check = now + _TURN_SECONDS
-            for group in (self._new, self._idle, self._bodies, self._lingering):
+            groups = (self._new, self._idle, self._unread, self._bodies, self._lingering)
+            for group in groups:
                 for conn in [each for each in group if each.deadline <= now]:
                     self._end_waiting(conn)
 
@@ -187,7 +181,8 @@ class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no annotations
         """
         # A connection whose body is refused is open for a while still.
         may_refuse = self.nr_conns < self.worker_connections + _MIN_CONNECTIONS
-        groups = [self._new, self._idle, self._lingering, *([self._bodies] * may_refuse)]
+        groups = [self._new, self._idle, self._unread, self._lingering]
+        groups += [self._bodies] * may_refuse
         largest = max(groups, key=len)
         conn = next(iter(largest), None)
         if conn is None:
@@ -205,8 +200,12 @@ class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no annotations
     def _watch(self, conn: Connection, group: dict[Connection, None], deadline: float) -> None:
         conn.group, conn.deadline = group, deadline
         group[conn] = None
-        receive = self._discard if group is self._lingering else self._receive
-        self.poller.register(conn, selectors.EVENT_READ, partial(receive, conn))
+        events, call = selectors.EVENT_READ, self._receive
+        if group is self._lingering:
+            call = self._discard
+        elif group is self._unread:
+            events, call = selectors.EVENT_WRITE, self._go_on
+        self.poller.register(conn, events, partial(call, conn))
 
     def _unwatch(self, conn: Connection) -> None:
         if conn.group is None:
@@ -225,11 +224,23 @@ class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no annotations
     def _wait_for_request(self, conn: Connection) -> None:
         """Wait for the next request, which may have been received with the last one."""
         if conn.is_ready:
-            self._dispatch(conn)
+            self._begin(conn)
             return
         seconds = _HEADER_SECONDS if conn.has_part else self.cfg.keepalive
         group = self._idle if conn.has_answered else self._new
         self._watch(conn, group, time.monotonic() + seconds)
+
+    def _begin(self, conn: Connection) -> None:
+        """Hand a new request to a thread, which its client must not keep with unread replies."""
+        if conn.can_send:
+            self._dispatch(conn)
+            return
+        self._unwatch(conn)
+        self._watch(conn, self._unread, time.monotonic() + _UNREAD_SECONDS)
+
+    def _go_on(self, conn: Connection, _: socket.socket) -> None:
+        if conn.group is not None:
+            self._dispatch(conn)
 
     def _wait_for_body(self, conn: Connection) -> None:
         if conn.is_ready:
@@ -261,7 +272,9 @@ class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no annotations
             conn.deadline = now + _HEADER_SECONDS
         if conn.group is None:
             return
-        if conn.is_ready:
+        if conn.is_ready and conn.body is None:
+            self._begin(conn)
+        elif conn.is_ready:
             self._dispatch(conn)
         elif conn.has_ended:
             self._close(conn)
@@ -349,26 +362,12 @@ class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no annotations
 
     def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: Exception) -> None:
         """Refuse a header that cannot be read, in JSON as every other error."""
-        status = next((status for kind, status in _STATUSES if isinstance(exc, kind)), None)
-        if status is None:
+        reply = header_refusal(exc)
+        if reply is None:
             super().handle_error(req, client, addr, exc)
             return
-        code = status.phrase.lower().replace(" ", "_").replace("-", "_")
-        reason = str(exc)
-        logger.info("refused: status=%d; code=%s; field=None", status, code)
-        logger.debug("the header cannot be read: %s", reason)
-        if len(reason) > _MESSAGE_CHARACTERS:
-            reason = f"{reason[:_MESSAGE_CHARACTERS]}… ({len(reason):,} characters)"
-        error = {"code": code, "message": f"the header cannot be read: {reason}", "field": None}
-        body = json.dumps({"error": error}).encode()
-        lines = (
-            f"HTTP/1.1 {status.value} {status.phrase}",
-            "Connection: close",
-            "Content-Type: application/json",
-            f"Content-Length: {len(body)}",
-        )
         try:
-            client.sendall("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
+            client.sendall(reply)
         except OSError:
             logger.info("the refusal could not be sent: the client has gone")
 
@@ -416,7 +415,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no annotations
 
     def _leave(self) -> None:
         # Idle connections would hold the loop until they time out; nothing is lost with them.
-        for conn in (*self._new, *self._idle):
+        for conn in (*self._new, *self._idle, *self._unread):
             self._close(conn)
         latest = time.monotonic() + _LEAVING_SECONDS
         for conn in self._lingering:

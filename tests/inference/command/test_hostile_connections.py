@@ -6,7 +6,7 @@ import select
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -139,6 +139,19 @@ def test_requests_that_are_sent_together_are_all_answered_in_order(client, reque
     client.sendall(b"".join(requests))
     client.shutdown(socket.SHUT_WR)
     assert whole_replies(client).count(b"HTTP/1.1 ") == len(requests)
+
+
+def test_clients_that_never_read_their_replies_take_no_thread(served):
+    request = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 500
+    with ExitStack() as stack:
+        for _ in range(read_settings({}).http_threads + 8):
+            client = stack.enter_context(connect(served))
+            client.setblocking(False)
+            with suppress(BlockingIOError):
+                while client.send(request):
+                    pass
+        assert served.get("/ping").status_code == 200
+        assert served.ask().status_code == 200
 
 
 @pytest.mark.parametrize(
