@@ -39,6 +39,7 @@ IN_A_CHECKPOINT = "a half-written checkpoint"
 KILLS_PER_STOP = 5
 SHARE_MOVED = 0.5
 CLOCK = ("seconds", "samples_per_second")  # metrics that differ between runs
+DATED = ("manifest.json", "MODEL_CARD.md")  # files of the model that do
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,7 @@ def _left(job: SmallJob) -> Iterator[tuple[str, str]]:
     """Yield the results of a job by name: hashes of the model's files, metrics without times."""
     paths = job.paths[0]
     for path in sorted(paths.model.rglob("*")):
-        if path.is_file() and path.name != "manifest.json":  # it has dates
+        if path.is_file() and path.name not in DATED:
             name = path.relative_to(paths.model).as_posix()
             yield name, hashlib.sha256(path.read_bytes()).hexdigest()
     yield "report.html", str((paths.output_data / "report.html").exists())
