@@ -89,6 +89,11 @@ class _Request(BaseModel):
     # strict: "3" is not 3, and true is not 1.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
+    @property
+    def has_images(self) -> bool:
+        """Whether the request brings image files."""
+        return False
+
 
 class GenerateRequest(_Request):
     """Generate candidates for a caption, rank them, and return the best."""
@@ -195,6 +200,10 @@ class GenerateRequest(_Request):
             images = min(images, candidates)
         return {"num_candidates": candidates, "num_images": images, **fields}
 
+    @property
+    def has_images(self) -> bool:
+        return self.prime_image is not None
+
     @field_validator("num_candidates", "num_images")
     @classmethod
     def _check_server_limits(cls, value: int, info: ValidationInfo) -> int:
@@ -250,6 +259,10 @@ class ClassifyRequest(_Request):
         "there are fewer. 1 to 1,000.",
     )
     deadline_seconds: Deadline = None
+
+    @property
+    def has_images(self) -> bool:
+        return True
 
 
 class CompleteRequest(_Request):

@@ -56,6 +56,7 @@ class BodyReader:
         body: bytes,
         kind: BodyKind,
         *,
+        request: Request | None = None,
         limits: Limits,
         prime_size: int | None,
         clip_size: int | None,
@@ -63,6 +64,7 @@ class BodyReader:
     ) -> Request:
         """Return the request in a body, as `parse_request` does; large images are scaled down.
 
+        request: the same, where the body has been parsed.
         prime_size, clip_size: side in pixels of a prime image and of an image to classify; None
         where the model refuses such requests.
         check: called again and again meanwhile with the request's `deadline_seconds`, None as long
@@ -70,12 +72,15 @@ class BodyReader:
         Raises what `parse_request` and `check` raise, `UserError` for an image that cannot be used,
         and `PlatformError` 503 when a child dies or does not answer.
         """
-        if len(body) <= LARGE_BYTES:
-            request, files = parse_request(body, kind, limits=limits), []
-        else:
+        files: list[bytes] = []
+        if request is None and len(body) <= LARGE_BYTES:
+            request = parse_request(body, kind, limits=limits)
+        if request is None:
             order = {"task": "parse", "kind": kind, "limits": asdict(limits)}
             small, *files = self._processes.run(order, body, lambda: check(None))
             request = parse_request(small, BodyKind.JSON, limits=limits)
+
+        deadline_seconds = request.deadline_seconds
 
         def scaled(text: str, field: str, size: int | None) -> str:
             if size is None:
@@ -91,7 +96,7 @@ class BodyReader:
                 if not is_large:
                     return text
             order = {"task": "scale", "field": field, "size": size}
-            (png,) = self._processes.run(order, data, lambda: check(request.deadline_seconds))
+            (png,) = self._processes.run(order, data, lambda: check(deadline_seconds))
             return base64.b64encode(png).decode("ascii")
 
         if isinstance(request, GenerateRequest) and request.prime_image is not None:

@@ -23,6 +23,7 @@ from inference.api.parsing import (
     OFFERED_WITHOUT_IMAGE,
     Accept,
     BodyKind,
+    parse_request,
     split_lines,
 )
 from inference.api.rendering import (
@@ -45,7 +46,7 @@ from inference.api.schema import REQUEST_KINDS, GenerateRequest, Limits, Request
 from inference.engine.engine_core import Engine, EngineCore
 from inference.engine.request import Cancelled, DeadlineExceeded, EngineRequest, Failed
 from inference.engine.request_queue import Busy
-from inference.server.bodies import BodyReader
+from inference.server.bodies import LARGE_BYTES, BodyReader
 from inference.server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -103,9 +104,15 @@ class Handler:
         return self._answer_one(self._parse(body, kind))
 
     def _parse(self, body: bytes, kind: BodyKind) -> Request:
+        request = None
+        if len(body) <= LARGE_BYTES:
+            request = parse_request(body, kind, limits=self.limits)
+            if not request.has_images:
+                return request
         return self.bodies.read(
             body,
             kind,
+            request=request,
             limits=self.limits,
             prime_size=self.engine.image_size,
             clip_size=self.engine.clip_size,

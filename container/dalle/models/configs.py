@@ -8,6 +8,7 @@ size, W width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal
 
 from dalle.types import (
@@ -140,17 +141,17 @@ class DVAEConfig(_Bounded):
                     f"{self.num_codebooks}, {self.patch_size} and {self.num_downsamples}"
                 )
 
-    @property
+    @cached_property
     def stride(self) -> int:
         """Pixels between two positions of the token grid."""
         return self.patch_size * int(2**self.num_downsamples)
 
-    @property
+    @cached_property
     def grid_size(self) -> int:
         """Side of the token grid."""
         return self.image_size // self.stride
 
-    @property
+    @cached_property
     def num_positions(self) -> int:
         """N: positions of the token grid."""
         return self.grid_size**2
@@ -220,17 +221,17 @@ class TransformerConfig(_Bounded):
                 f"feed_forward must be of {FEED_FORWARD_KINDS}, got {self.feed_forward!r}"
             )
 
-    @property
+    @cached_property
     def num_positions(self) -> int:
         """N = grid_size²"""
         return self.grid_size * self.grid_size
 
-    @property
+    @cached_property
     def length(self) -> int:
         """Inputs of a whole sequence: BOS, the text and all image positions but the last."""
         return self.text_length + self.num_positions
 
-    @property
+    @cached_property
     def head_width(self) -> int:
         """Channels of one attention head."""
         return self.width // self.num_heads

@@ -13,9 +13,7 @@ from tests.inference.served import running
 
 pytestmark = pytest.mark.slow
 
-# With `connection`, which receives a request before it takes a thread, and `bodies`, which decides
-# where its body is read.
-MOST = 28
+MOST = 26
 LOG = {"inference.__main__"}  # formats the lines of the log
 PAGE = REPOSITORY / "inference" / "INTERNALS.md"
 COMPILED = {"dalle.decoding.cpu.step"}
