@@ -243,9 +243,12 @@ class _Unpickler(pickle._Unpickler):
 
     def _build(self) -> None:
         """BUILD: a tensor's own __setstate__ could make it larger than its storage."""
-        if not isinstance(self.stack[-2], _Module):
+        if isinstance(self.stack[-2], OrderedDict):
+            self.stack.pop()  # the versions of its modules, which `state_dict` notes there
+        elif isinstance(self.stack[-2], _Module):
+            self.load_build()
+        else:
             raise ArtefactError(f"it sets the state of a {type(self.stack[-2]).__name__}")
-        self.load_build()
 
     def _set_items(self) -> None:
         """SETITEMS: to hash a tuple of tuples of a million would overflow the stack."""

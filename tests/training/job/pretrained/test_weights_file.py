@@ -47,6 +47,14 @@ def test_a_state_dict_of_torch_is_read(tmp_path, name, protocol):
     assert_same(read_tensors(tmp_path / name), state())
 
 
+def test_a_state_dict_as_a_module_gives_it_is_read(tmp_path):
+    """It is an OrderedDict with an attribute of its own."""
+    expected = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).state_dict()
+    assert hasattr(expected, "_metadata")
+    torch.save(expected, tmp_path / "model.pt")
+    assert_same(read_tensors(tmp_path / "model.pt"), expected)
+
+
 def test_a_state_dict_of_torch_before_1_6_is_read(tmp_path):
     torch.save(state(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     assert_same(read_tensors(tmp_path / "old.pt"), state())
