@@ -13,7 +13,7 @@ import requests
 
 from tests import REPOSITORY
 
-PATIENCE = 60.0  # seconds until a test that waits for a process gives up
+PATIENCE = 180.0  # seconds until a test that waits for a process gives up
 
 
 class Served:
