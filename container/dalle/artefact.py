@@ -17,8 +17,7 @@ import math
 import os
 import re
 import shutil
-import tarfile
-import zlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -27,32 +26,30 @@ import torch
 from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
-from dalle.errors import ArtefactError, DiskFullError, DivergenceError
+from dalle.errors import ArtefactError, DivergenceError
 from dalle.manifest import (
     FORMAT_VERSION,
     FORMER,
     MANIFEST,
     STAGING,
     Manifest,
-    deeper_manifest,
+    is_hidden,
     read_manifest,
 )
 from dalle.model_card import MODEL_CARD, ModelCard, describe, render
 from dalle.models.clip import Clip, ClipConfig
 from dalle.models.dvae import DiscreteVAE, DVAEConfig
 from dalle.models.transformer import Dalle, TransformerConfig
-from dalle.platform.disk import disk_error, is_full, sync
+from dalle.platform.disk import disk_error, sync
 from dalle.platform.json_file import read_json
-from dalle.platform.tar import TAR_ERRORS, BoundedTarInfo
 from dalle.preprocess.tokenizer import CaptionTokenizer
 from dalle.types import COMPONENTS, ComponentName, StageName
 from dalle.versions import OURS, installed
 
 CONFIG = "config.json"
 WEIGHTS = "weights.safetensors"
-MAX_ENTRIES = 1_000  # of a model.tar.gz; ours have about fifteen
 
 _MODELS: dict[StageName, tuple[type[nn.Module], type]] = {
     "dvae": (DiscreteVAE, DVAEConfig),
@@ -115,7 +112,7 @@ def save(directory: Path, artefact: Artefact, *, git_revision: str = "") -> Mani
     """
     for stage in _MODELS:
         model = getattr(artefact, stage)
-        if model is not None and (weight := _not_finite(model)):
+        if model is not None and (weight := not_finite(model.state_dict())):
             raise DivergenceError(f"the weight {weight} of {stage} is NaN or infinite; not saved")
     restore(directory)
     staging = directory / STAGING
@@ -232,69 +229,6 @@ def load(directory: Path, device: torch.device | str = "cpu") -> Artefact:
     return artefact
 
 
-def locate(channel: Path, scratch: Path) -> Path:
-    """Return the artefact of a channel: the directory itself, or its model.tar.gz unpacked.
-
-    An archive is unpacked into `scratch`; links, devices and paths outside of it are refused.
-    Raises ArtefactError, or DiskFullError when there is no room for the content.
-    """
-    try:
-        if (channel / MANIFEST).is_file():
-            return channel
-        names = sorted(path.name for path in channel.iterdir() if not is_hidden(path.name))
-    except OSError as error:
-        raise ArtefactError(f"{channel} cannot be read: {error.strerror}") from error
-    archives = [channel / name for name in names if name.endswith(".tar.gz")]
-    if len(archives) != 1:
-        raise ArtefactError(
-            f"{channel} must hold {MANIFEST} or exactly one model.tar.gz, found {names[:5]}"
-            + deeper_manifest(channel)
-        )
-    try:
-        scratch.mkdir(parents=True, exist_ok=True)
-        _unpack(archives[0], scratch)
-        if not (scratch / MANIFEST).is_file():
-            names = sorted(path.name for path in scratch.iterdir() if not is_hidden(path.name))
-            raise ArtefactError(
-                f"{archives[0]} has no {MANIFEST} at its top, where `train` puts it, but "
-                f"{names[:5]}{deeper_manifest(scratch)}; pack the content of the model directory: "
-                f"tar czf {archives[0].name} -C model ."
-            )
-    except (*TAR_ERRORS, zlib.error, OSError) as error:
-        if isinstance(error, OSError) and is_full(error):
-            raise disk_error(
-                error, f"unpack {archives[0]} into {scratch}", if_full="give it a larger disk"
-            ) from error
-        reason = str(error) or type(error).__name__
-        raise ArtefactError(f"{archives[0]} cannot be unpacked: {reason}") from error
-    return scratch
-
-
-def _unpack(path: Path, scratch: Path) -> None:
-    """Unpack at most MAX_ENTRIES plain files and directories.
-
-    Free space is checked per file, as the total size is only known after decompression.
-    """
-    if not path.is_file():
-        raise ArtefactError(f"{path} is not a regular file")
-    with tarfile.open(path, "r:gz", tarinfo=BoundedTarInfo) as archive:
-        for number, member in enumerate(archive, start=1):
-            if number > MAX_ENTRIES:
-                raise ArtefactError(
-                    f"{path} has more than {MAX_ENTRIES:,} entries; a model.tar.gz of `train` has "
-                    "a few files for each model"
-                )
-            if not (member.isfile() or member.isdir()):
-                raise ArtefactError(f"{path.name}: {member.name} is not a plain file")
-            free = shutil.disk_usage(scratch).free
-            if member.size > free:
-                raise DiskFullError(
-                    f"no room to unpack {path} into {scratch}: {member.name} has {member.size:,} "
-                    f"bytes, {free:,} are free; give it a larger disk"
-                )
-            archive.extract(member, scratch, filter="data")
-
-
 def _save_model(directory: Path, model: nn.Module) -> None:
     config = json.dumps(asdict(model.config), indent=1)  # type: ignore[call-overload]
     (directory / CONFIG).write_text(config, encoding="utf-8")
@@ -326,7 +260,7 @@ def _load_model(directory: Path, name: StageName, device: torch.device | str) ->
         OSError,
     ) as error:
         raise ArtefactError(f"{directory} cannot be loaded as {name}: {error}") from error
-    if weight := _not_finite(model):
+    if weight := not_finite(model.state_dict()):
         raise ArtefactError(f"{directory / WEIGHTS}: the weight {weight} is NaN or infinite")
     return model.eval().requires_grad_(False).to(device)
 
@@ -352,9 +286,9 @@ def _check_shapes(path: Path, model_class: type[nn.Module], config: Any) -> None
             )
 
 
-def _not_finite(model: nn.Module) -> str | None:
-    """Return the name of a weight with a NaN or infinite value, if there is one."""
-    for name, value in model.state_dict().items():
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the name of a tensor with a NaN or infinite value, if there is one."""
+    for name, value in tensors.items():
         if not (value.is_floating_point() and value.numel()):
             continue
         # The greatest magnitude is NaN where any value is: one pass, and no copy.
@@ -373,15 +307,6 @@ def _files(directory: Path) -> list[str]:
     """Return the relative paths of all files below a directory, sorted."""
     paths = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
     return sorted(path.relative_to(directory).as_posix() for path in paths)
-
-
-def is_hidden(path: str) -> bool:
-    """Return whether a name, or a folder of a path, is hidden.
-
-    Macs, file managers and notebooks leave such files beside others: ._x, .DS_Store,
-    .ipynb_checkpoints.
-    """
-    return any(part.startswith(".") for part in path.split("/"))
 
 
 def _check_files(directory: Path, manifest: Manifest) -> None:

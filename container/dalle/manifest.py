@@ -77,6 +77,15 @@ class Manifest(BaseModel):
         return {record.stage: record for record in self.stages}
 
 
+def is_hidden(path: str) -> bool:
+    """Return whether a name, or a folder of a path, is hidden.
+
+    Macs, file managers and notebooks leave such files beside others: ._x, .DS_Store,
+    .ipynb_checkpoints.
+    """
+    return any(part.startswith(".") for part in path.split("/"))
+
+
 def deeper_manifest(directory: Path) -> str:
     """Return words on the manifest of a folder in a directory; empty without one."""
     found = sorted(path.parent.name for path in directory.glob(f"[!.]*/{MANIFEST}"))

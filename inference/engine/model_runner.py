@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dalle import archive
 from dalle import artefact as artefacts
 from dalle.artefact import Artefact
 from dalle.decoding.engine import DecodeEngine
@@ -105,7 +106,7 @@ class ModelRunner:
         began = time.monotonic()
         # The model directory is read-only on the platform; an archive is unpacked elsewhere.
         with tempfile.TemporaryDirectory(prefix="artefact-") as scratch:
-            directory = artefacts.locate(model_dir, Path(scratch))
+            directory = archive.locate(model_dir, Path(scratch))
             artefact = artefacts.load(directory, chosen)
             runner = cls(artefact, chosen, chunk_size=chunk_size, precision=precision)
         if threads is None and most_threads > 1:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dalle import archive
 from dalle import artefact as artefacts
 from dalle.errors import ArtefactError, DiskFullError
 from dalle.types import COMPONENTS
@@ -36,7 +37,7 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfil
 
 def test_an_artefact_is_located_in_a_directory_as_it_is(artefact_copy, tmp_path):
     pack(artefact_copy / "model.tar.gz", (artefact_copy / "dvae", "dvae"))
-    assert artefacts.locate(artefact_copy, tmp_path / "scratch") == artefact_copy
+    assert archive.locate(artefact_copy, tmp_path / "scratch") == artefact_copy
     assert not (tmp_path / "scratch").exists()
 
 
@@ -45,7 +46,7 @@ def test_an_artefact_is_located_in_a_directory_as_it_is(artefact_copy, tmp_path)
 def test_an_artefact_is_located_in_an_archive(name, root, artefact_copy, tmp_path):
     entries = [(path, f"./{path.name}" if root else path.name) for path in artefact_copy.iterdir()]
     pack(tmp_path / "channel" / name, *entries)
-    found = artefacts.locate(tmp_path / "channel", tmp_path / "scratch")
+    found = archive.locate(tmp_path / "channel", tmp_path / "scratch")
     assert found == tmp_path / "scratch"
     assert artefacts.load(found).components() == [*COMPONENTS]
 
@@ -59,7 +60,7 @@ def test_none_or_several_archives_are_refused_naming_the_files(names, tmp_path):
     for name in names:
         (channel / name).write_bytes(b"")
     with pytest.raises(ArtefactError, match="must hold manifest.json or exactly one") as caught:
-        artefacts.locate(channel, tmp_path / "scratch")
+        archive.locate(channel, tmp_path / "scratch")
     assert str(names) in str(caught.value)
 
 
@@ -78,14 +79,14 @@ def test_none_or_several_archives_are_refused_naming_the_files(names, tmp_path):
 def test_an_archive_that_reaches_outside_is_refused(entry, says, tmp_path):
     pack(tmp_path / "channel" / "model.tar.gz", entry)
     with pytest.raises(ArtefactError, match=says):
-        artefacts.locate(tmp_path / "channel", tmp_path / "scratch")
+        archive.locate(tmp_path / "channel", tmp_path / "scratch")
     assert files_under(tmp_path) == {"channel/model.tar.gz"}
 
 
 def test_an_absolute_path_in_an_archive_stays_within_the_scratch_directory(tmp_path):
     pack(tmp_path / "channel" / "model.tar.gz", member(f"{tmp_path}/evil"))
     with pytest.raises(ArtefactError, match=r"has no manifest.json"):
-        artefacts.locate(tmp_path / "channel", tmp_path / "scratch")
+        archive.locate(tmp_path / "channel", tmp_path / "scratch")
     assert not (tmp_path / "evil").exists()
     assert list((tmp_path / "scratch").rglob("evil"))
 
@@ -95,7 +96,7 @@ def test_nothing_in_an_archive_is_executable_by_others_or_setuid(artefact_copy, 
     entry.mode = 0o6777
     pack(tmp_path / "channel" / "model.tar.gz", entry)
     with pytest.raises(ArtefactError, match=r"has no manifest.json"):
-        artefacts.locate(tmp_path / "channel", tmp_path / "scratch")
+        archive.locate(tmp_path / "channel", tmp_path / "scratch")
     assert (tmp_path / "scratch" / "tool").stat().st_mode & 0o7022 == 0
 
 
@@ -105,13 +106,13 @@ def test_a_file_that_is_no_archive_is_named(content, tmp_path):
     path.parent.mkdir()
     path.write_bytes(content)
     with pytest.raises(ArtefactError, match=r"model\.tar\.gz cannot be unpacked"):
-        artefacts.locate(path.parent, tmp_path / "scratch")
+        archive.locate(path.parent, tmp_path / "scratch")
 
 
 def test_a_full_disk_is_no_artefact_error(artefact_copy, tmp_path):
     path = pack(tmp_path / "channel" / "model.tar.gz", (artefact_copy, "."))
     with small_disk(), pytest.raises(DiskFullError, match=r"no room to unpack .*model\.tar\.gz"):
-        artefacts.locate(path.parent, tmp_path / "scratch")
+        archive.locate(path.parent, tmp_path / "scratch")
 
 
 @pytest.mark.parametrize("place", [0.01, 0.2, 0.4, 0.6, 0.8, 0.95])
@@ -128,14 +129,14 @@ def test_a_damaged_archive_is_refused_when_it_is_unpacked_or_loaded(
         content[start : start + 64] = b"\xff" * 64
     path.write_bytes(content)
     with pytest.raises(ArtefactError):
-        artefacts.load(artefacts.locate(path.parent, tmp_path / "scratch"))
+        artefacts.load(archive.locate(path.parent, tmp_path / "scratch"))
 
 
 def test_a_channel_that_cannot_be_read_is_named(tmp_path):
     with directory_for_all() as folder:
         folder.chmod(0)
         with common_user(), pytest.raises(ArtefactError, match=f"{folder} cannot be read: Perm"):
-            artefacts.locate(folder, tmp_path / "scratch")
+            archive.locate(folder, tmp_path / "scratch")
 
 
 def test_a_file_that_is_larger_than_the_free_disk_is_refused_before_it_is_written(tmp_path):
@@ -147,7 +148,7 @@ def test_a_file_that_is_larger_than_the_free_disk_is_refused_before_it_is_writte
         file.write(giant.tobuf() + b"\0" * 10_240)  # a bomb: all but its beginning is missing
     says = r"dvae/weights.safetensors has 1,125,899,906,842,624 bytes, [\d,]+ are free; give it a"
     with pytest.raises(DiskFullError, match=says):
-        artefacts.locate(channel, scratch)
+        archive.locate(channel, scratch)
     assert files_under(scratch) == set()
 
 
@@ -181,22 +182,22 @@ def test_an_archive_with_hostile_headers_is_refused(kind, tmp_path):
     with gzip.open(tmp_path / "channel" / "model.tar.gz", "wb") as file:
         file.write(with_headers(kind) + bytes(1024))
     with pytest.raises(ArtefactError, match=r"model\.tar\.gz (cannot be unpacked|has no manifest)"):
-        artefacts.locate(tmp_path / "channel", tmp_path / "scratch")
+        archive.locate(tmp_path / "channel", tmp_path / "scratch")
 
 
 def test_a_pipe_in_place_of_an_archive_is_refused_and_not_waited_for(tmp_path):
     (tmp_path / "channel").mkdir()
     os.mkfifo(tmp_path / "channel" / "model.tar.gz")
     with pytest.raises(ArtefactError, match=r"model\.tar\.gz is not a regular file"):
-        artefacts.locate(tmp_path / "channel", tmp_path / "scratch")
+        archive.locate(tmp_path / "channel", tmp_path / "scratch")
 
 
 @pytest.mark.slow
 def test_more_files_than_an_artefact_can_have_are_refused(tmp_path):
-    entries = [member(f"{number}") for number in range(artefacts.MAX_ENTRIES + 1)]
+    entries = [member(f"{number}") for number in range(archive.MAX_ENTRIES + 1)]
     pack(tmp_path / "channel" / "model.tar.gz", *entries)
     with pytest.raises(ArtefactError, match=r"model.tar.gz has more than 1,000 entries"):
-        artefacts.locate(tmp_path / "channel", tmp_path / "scratch")
+        archive.locate(tmp_path / "channel", tmp_path / "scratch")
 
 
 @pytest.mark.parametrize("is_packed", [True, False])
@@ -213,13 +214,13 @@ def test_a_manifest_one_folder_too_deep_is_named_with_its_file_and_the_remedy(
         with pytest.raises(ArtefactError, match="is missing; it is one folder deeper, in model/"):
             artefacts.load(channel)
     with pytest.raises(ArtefactError, match=says):
-        artefacts.locate(channel, tmp_path / "scratch")
+        archive.locate(channel, tmp_path / "scratch")
 
 
 def test_an_archive_of_something_else_is_named_with_what_it_holds(artefact_copy, tmp_path):
     pack(tmp_path / "channel" / "model.tar.gz", (artefact_copy / "dvae", "weights"))
     with pytest.raises(ArtefactError, match=r"model.tar.gz has no manifest.json .*\['weights'\]"):
-        artefacts.locate(tmp_path / "channel", tmp_path / "scratch")
+        archive.locate(tmp_path / "channel", tmp_path / "scratch")
 
 
 def test_hidden_files_beside_a_model_and_in_it_are_left_alone(artefact_copy, tmp_path):
@@ -232,5 +233,5 @@ def test_hidden_files_beside_a_model_and_in_it_are_left_alone(artefact_copy, tmp
     pack(channel / "model.tar.gz", (artefact_copy, "."))
     for name in ("._model.tar.gz", ".DS_Store"):
         (channel / name).write_bytes(b"\0\5\x16\7")
-    found = artefacts.locate(channel, tmp_path / "scratch")
+    found = archive.locate(channel, tmp_path / "scratch")
     assert artefacts.load(found).components() == [*COMPONENTS]

@@ -19,6 +19,7 @@ from collections import Counter
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from dalle import archive
 from dalle import artefact as artefacts
 from dalle.errors import DalleError
 from tests.dalle.artefact_files import FILES, replace_file
@@ -82,8 +83,8 @@ def read_artefact(chance: random.Random, model: Path, scratch: Path) -> None:
 def read_archive(chance: random.Random, model: Path, scratch: Path) -> None:
     """Unpack and load an archive whose tar file or whose compressed bytes were changed."""
     file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w", format=chance.choice((0, 1, 2))) as archive:
-        archive.add(model, arcname=".")
+    with tarfile.open(fileobj=file, mode="w", format=chance.choice((0, 1, 2))) as packer:
+        packer.add(model, arcname=".")
     content = file.getvalue()
     inside = chance.random() < 0.7
     content = mutated(chance, _changed_headers(chance, content)) if inside else content
@@ -92,7 +93,7 @@ def read_archive(chance: random.Random, model: Path, scratch: Path) -> None:
     (scratch / "channel" / "model.tar.gz").write_bytes(
         packed if inside else mutated(chance, packed)
     )
-    artefacts.load(artefacts.locate(scratch / "channel", scratch / "unpacked"))
+    artefacts.load(archive.locate(scratch / "channel", scratch / "unpacked"))
 
 
 def read_shard(chance: random.Random, model: Path, scratch: Path) -> None:

@@ -89,9 +89,7 @@ _INSTEAD: dict[str, str] = {
     "amp": "set precision",
     "torch_autocast": "set precision",
 }
-
-
-_MAX_DEPTH = 8
+_MAX_DEPTH = 8  # of objects in a deepspeed_config; no key of DeepSpeed's is deeper
 
 
 def read_json(text: str) -> list[Implied]:
@@ -238,7 +236,7 @@ def _parsed(text: str) -> Mapping[str, Any]:
 def _leaves(config: Mapping[str, Any], above: Key = ()) -> Iterator[tuple[Key, Any]]:
     """Yield every value that is not an object, with the keys that lead to it."""
     for name, value in config.items():
-        # No key of DeepSpeed's is deeper. A deeper object is a value, and its key is refused.
+        # A deeper object is a value, and its key is refused.
         if isinstance(value, dict) and len(above) < _MAX_DEPTH:
             yield from _leaves(value, (*above, name))
         else:

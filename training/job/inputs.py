@@ -14,9 +14,11 @@ from pathlib import Path
 
 import torch
 
+from dalle import archive
 from dalle import artefact as artefacts
 from dalle.artefact import Artefact
 from dalle.errors import ArtefactError, CaptionTooLong
+from dalle.manifest import is_hidden
 from dalle.models.dvae import DiscreteVAE, DVAEConfig
 from dalle.platform.environment import Job
 from dalle.preprocess.tokenizer import CaptionTokenizer
@@ -226,14 +228,14 @@ def _read_artefact(job: Job, device: torch.device) -> Artefact:
     artefact = Artefact()
     if "artefact" in job.channels:
         with tempfile.TemporaryDirectory() as scratch:
-            directory = artefacts.locate(job.channels["artefact"].directory, Path(scratch))
+            directory = archive.locate(job.channels["artefact"].directory, Path(scratch))
             artefact = artefacts.load(directory, device)
     if "clip" in job.channels:
         if artefact.clip is not None:
             raise ArtefactError("the channels artefact and clip both bring a CLIP; leave one out")
         directory = job.channels["clip"].directory
         names = sorted(path.name for path in directory.iterdir())
-        names = [name for name in names if not artefacts.is_hidden(name)]
+        names = [name for name in names if not is_hidden(name)]
         files = [directory / name for name in names if name.endswith(WEIGHTS_SUFFIXES)]
         if len(files) != 1:
             raise ArtefactError(

@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from dalle.artefact import not_finite
 from dalle.errors import ArtefactError
 
 WEIGHTS_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
@@ -80,9 +81,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             f"{path.name}: {num_bytes} bytes of tensors share the storages of "
             f"{path.stat().st_size} bytes"
         )
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ArtefactError(f"{path.name}: the weight {name} has values that are not finite")
+    if name := not_finite(tensors):
+        raise ArtefactError(f"{path.name}: the weight {name} has values that are not finite")
     return tensors
 
 
