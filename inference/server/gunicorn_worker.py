@@ -105,6 +105,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no annotations
         self._bodies: dict[Connection, None] = {}
         self._lingering: dict[Connection, None] = {}
         self._body_bytes = 0  # received of `_bodies`
+        self._max_body_bytes = self.app.settings.max_body_bytes
         self._accepts_again = 0.0  # time, after file descriptors have run out
         self._next_check = 0.0  # time, of the time limits
 
@@ -281,14 +282,15 @@ class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no annotations
 
     def _bound_bodies(self) -> None:
         """Refuse the bodies that began first, where those that arrive take too much memory."""
-        most = self.app.settings.max_body_bytes
-        while self._body_bytes > most:
+        while self._body_bytes > self._max_body_bytes:
             large = (c for c in self._bodies if c.body and c.body.size > _SMALL_BODY_BYTES)
             oldest = next(large, None)
             if oldest is None:
                 return
             self._refuse_body(
-                oldest, f"the bodies that are arriving have more than {most:,} bytes together"
+                oldest,
+                "the bodies that are arriving have more than "
+                f"{self._max_body_bytes:,} bytes together",
             )
 
     def _refuse_body(self, conn: Connection, why: str) -> None:

@@ -58,11 +58,24 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="package")
-def served(browser, tiny_models, tmp_path_factory) -> Iterator[Served]:
+def root(browser, tiny_models, tmp_path_factory) -> Path:
+    """A folder with an artefact for `serve`."""
     root: Path = tmp_path_factory.mktemp("ml")
     manifest = Manifest(captions=CAPTIONS, licence="MIT")
     artefacts.save(root / "model", replace(tiny_models, manifest=manifest))
+    return root
+
+
+@pytest.fixture(scope="package")
+def served(root) -> Iterator[Served]:
     with running(root, DALLE_PLAYGROUND="1") as served:
+        yield served.ready()
+
+
+@pytest.fixture
+def slow_served(root) -> Iterator[Served]:
+    """A server on which 512 candidates take so long that each machine can cancel them."""
+    with running(root, module="tests.inference.slow_serve", DALLE_PLAYGROUND="1") as served:
         yield served.ready()
 
 
@@ -70,18 +83,21 @@ def served(browser, tiny_models, tmp_path_factory) -> Iterator[Served]:
 def new_page(browser, served) -> Iterator[Callable[..., Any]]:
     """A function: options of a browser context -> a page with the playground, ready.
 
-    Whatever the pages do, they ask no other host and leave no error in the console. errors: what
-    the console may say.
+    Whatever the pages do, they ask no other host and leave no error in the console. server: other
+    than `served`. errors: what the console may say.
     """
     contexts: list[Any] = []
-    hosts: set[str] = set()
+    others: set[str] = set()
     complaints: list[str] = []
 
-    def make(fragment: str = "", *, errors: str = "no error", **options: Any) -> Any:
+    def make(
+        fragment: str = "", *, server: Served = served, errors: str = "no error", **options: Any
+    ) -> Any:
+        ours = {urlsplit(server.url).netloc, ""}
         context = browser.new_context(accept_downloads=True, **options)
         context.set_default_timeout(PATIENCE)
         contexts.append(context)
-        context.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
+        context.on("request", lambda sent: others.update({urlsplit(sent.url).netloc} - ours))
 
         def read(message: Any) -> None:
             if message.type in ("error", "warning") and errors not in message.text:
@@ -90,7 +106,7 @@ def new_page(browser, served) -> Iterator[Callable[..., Any]]:
         page = context.new_page()
         page.on("console", read)
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.goto(f"{served.url}/{fragment}")
+        page.goto(f"{server.url}/{fragment}")
         if not fragment:
             page.wait_for_selector("#generate:enabled")
         return page
@@ -99,4 +115,4 @@ def new_page(browser, served) -> Iterator[Callable[..., Any]]:
     for context in contexts:
         context.close()
     assert complaints == []
-    assert hosts <= {urlsplit(served.url).netloc, ""}, "a request left for another host"
+    assert others == set(), "a request left for another host"

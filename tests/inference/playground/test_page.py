@@ -130,17 +130,17 @@ def test_every_run_has_a_new_seed_unless_one_is_given(new_page):
     assert "seed=7" in page.url
 
 
-def test_cancel_frees_the_servers_slots(new_page, served):
-    page = new_page()
+def test_cancel_frees_the_servers_slots(new_page, slow_served):
+    page = new_page(server=slow_served)
     fill(page, num_candidates=512)
     page.click("#generate")
-    wait_until(lambda: metric(served, "dalle_busy_slots") > 0)
+    wait_until(lambda: metric(slow_served, "dalle_busy_slots") > 0)
     page.wait_for_selector(".finished")
     page.click("#cancel")
     page.wait_for_selector("#generate:visible")
     assert re.match(r"Cancelled after \d+ of 512", page.inner_text("#status"))
-    wait_until(lambda: metric(served, "dalle_busy_slots") == 0)
-    wait_until(lambda: metric(served, "dalle_queue_depth") == 0)
+    wait_until(lambda: metric(slow_served, "dalle_busy_slots") == 0)
+    wait_until(lambda: metric(slow_served, "dalle_queue_depth") == 0)
     assert len(order(page)) < 512, "what was finished stays, the empty places go"
 
 
