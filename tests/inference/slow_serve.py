@@ -7,7 +7,8 @@ import sys
 import time
 from unittest.mock import patch
 
-from dalle.decoding.engine import CandidateTokens, DecodeEngine
+from dalle.decoding.engine import DecodeEngine
+from dalle.decoding.step import CandidateTokens
 from inference.__main__ import main
 
 STEP_SECONDS = 0.05
