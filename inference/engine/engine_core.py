@@ -149,6 +149,16 @@ class EngineCore:
         return self._queue.depth
 
     @property
+    def num_running(self) -> int:
+        """Number of requests that were begun and have not ended."""
+        return self._queue.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """Number of requests that wait to be begun."""
+        return self._queue.num_waiting
+
+    @property
     def loaded_engine(self) -> Engine | None:
         """The engine, whatever the state; None before it is loaded."""
         return self._engine
@@ -240,7 +250,7 @@ class EngineCore:
                 return False
         if self._begun:
             return self._step(engine)
-        return self._queue.has_waiting or not self._is_stopping()
+        return self._queue.num_waiting > 0 or not self._is_stopping()
 
     def _is_stopping(self) -> bool:
         return self._state is State.STOPPING

@@ -80,9 +80,12 @@ class RequestQueue:
             return len(self._waiting) + len(self._running)
 
     @property
-    def has_waiting(self) -> bool:
-        with self.changed:
-            return bool(self._waiting)
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
 
     @property
     def last_progress(self) -> float | None:

@@ -47,6 +47,12 @@ class Metrics:
         )
         gauges: dict[tuple[str, str], Callable[[], float]] = {
             ("dalle_queue_depth", "Requests that wait or run."): lambda: engine_core.queue_depth,
+            ("dalle_num_requests_running", "Requests that the model has begun."): (
+                lambda: engine_core.num_running
+            ),
+            ("dalle_num_requests_waiting", "Requests that wait for the model."): (
+                lambda: engine_core.num_waiting
+            ),
             ("dalle_ready", "1 when requests are answered."): (
                 lambda: engine_core.state is State.READY
             ),

@@ -124,6 +124,9 @@ def test_a_full_queue_is_a_429_with_retry_after(client, engine, engine_core):
     threads += [in_background(lambda: post(client, {"caption": "a"}))[0] for _ in range(2)]
     while engine_core.queue_depth < 3:
         pass
+    metrics = client.get("/metrics").text
+    assert "dalle_num_requests_running 1.0" in metrics
+    assert "dalle_num_requests_waiting 2.0" in metrics
     response = post(client, {"caption": "a"})
     assert (response.status_code, response.json["error"]["code"]) == (429, "queue_full")
     assert int(response.headers["Retry-After"]) >= 1
