@@ -9,6 +9,7 @@ Letters: H height, W width.
 from __future__ import annotations
 
 import base64
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -117,7 +118,11 @@ def check_reply_size(request: GenerateRequest, image_size: int, limits: Limits) 
 
 
 def render_json(
-    result: GenerateResult, request: GenerateRequest, *, queue_seconds: float
+    result: GenerateResult,
+    request: GenerateRequest,
+    *,
+    queue_seconds: float,
+    warnings: Sequence[str] = (),
 ) -> GenerateReply:
     """Return the best `num_images` candidates with their images."""
     began = time.monotonic()
@@ -127,11 +132,15 @@ def render_json(
         for place, candidate in best
     ]
     timings = stage_timings(result, queue_seconds, time.monotonic() - began)
-    return GenerateReply(images=images, timings=timings, **_summary(result))
+    return GenerateReply(images=images, timings=timings, **_summary(result, warnings))
 
 
 def render_best(
-    result: GenerateResult, format: ImageFormat, *, queue_seconds: float = 0.0
+    result: GenerateResult,
+    format: ImageFormat,
+    *,
+    queue_seconds: float = 0.0,
+    warnings: Sequence[str] = (),
 ) -> tuple[bytes, dict[str, str], Timings]:
     """Return the file of the best image, headers with its scores, and the timings."""
     began = time.monotonic()
@@ -150,6 +159,8 @@ def render_best(
     facts = {name: value for name, value in facts.items() if value}
     headers = {f"X-Dalle-{name.replace('_', '-').title()}": facts[name] for name in facts}
     headers[CUSTOM_ATTRIBUTES] = ";".join(f"{name}={facts[name]}" for name in facts)
+    if warnings:
+        headers["X-Dalle-Warnings"] = json.dumps(warnings)  # ASCII in one line, whatever they quote
     return file, headers, timings
 
 
@@ -171,11 +182,15 @@ def render_candidate(candidate: Candidate, format: ImageFormat) -> CandidateLine
 
 
 def render_ranking(
-    result: GenerateResult, *, queue_seconds: float, encode_seconds: float
+    result: GenerateResult,
+    *,
+    queue_seconds: float,
+    encode_seconds: float,
+    warnings: Sequence[str] = (),
 ) -> RankingLine:
     """Return the last line of a stream: the ranking, without images."""
     timings = stage_timings(result, queue_seconds, encode_seconds)
-    return RankingLine(ranking=_ranking(result), timings=timings, **_summary(result))
+    return RankingLine(ranking=_ranking(result), timings=timings, **_summary(result, warnings))
 
 
 def _ranking(result: GenerateResult) -> list[RankedCandidate]:
@@ -190,13 +205,14 @@ def _ranking(result: GenerateResult) -> list[RankedCandidate]:
     ]
 
 
-def _summary(result: GenerateResult) -> dict[str, Any]:
+def _summary(result: GenerateResult, warnings: Sequence[str]) -> dict[str, Any]:
     """Return what a JSON reply and the last line of a stream have in common, but the timings."""
     return {
         "seed": result.seed,
         "num_candidates": result.num_candidates,
         "completed_candidates": len(result.ranked),
         "ranked_by": result.ranked_by,
+        "warnings": list(warnings),
     }
 
 

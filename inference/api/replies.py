@@ -58,6 +58,11 @@ class _Generated(_Reply):
         "where the artefact has no CLIP; clip_and_log_likelihood, CLIP's logit and the "
         "log-likelihood together, where CLIP was trained with a likelihood_weight."
     )
+    warnings: list[str] = Field(
+        default=[],
+        description="What the model could not read: words that are not in its word list, and the "
+        "rest of a caption that was cut. Empty where it read the whole caption.",
+    )
     timings: Timings = Field(description="Duration of each stage.")
 
 

@@ -100,7 +100,7 @@ class GenerateRequest(_Request):
 
     caption: Caption = Field(
         description="What the images should show. 1 to 2,000 characters without the blanks "
-        "around them, and no more text tokens than the model reads."
+        "around them, and no more text tokens than the model reads, unless truncate is true."
     )
     num_candidates: int = Field(
         default=_NUM_CANDIDATES,
@@ -182,6 +182,11 @@ class GenerateRequest(_Request):
         description="Answer with the best so far after this time, counted from the request's "
         "arrival; lines of one body arrive together. Above 0, at most 3600; null: the server's "
         "default (55, for batch jobs 590).",
+    )
+    truncate: bool = Field(
+        default=False,
+        description="Cut a caption that has more text tokens than the model reads after its last "
+        "whole word that fits, and say so in the reply's warnings. false: refuse it.",
     )
 
     @model_validator(mode="before")

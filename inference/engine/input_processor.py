@@ -7,7 +7,9 @@ Called by requests' threads; uses no device. Letters: T text length, S image siz
 
 from __future__ import annotations
 
+import difflib
 import random
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 import numpy as np
@@ -18,6 +20,7 @@ from dalle.artefact import Artefact
 from dalle.decoding.sampling import SamplingOptions
 from dalle.errors import CaptionTooLong, UserError
 from dalle.models.transformer import PADDING
+from dalle.preprocess.captions import is_visible
 from dalle.preprocess.images import decode_image, to_square
 from dalle.preprocess.tokenizer import CaptionTokenizer
 from inference.api.parsing import decode_base64
@@ -30,6 +33,10 @@ from inference.engine.request import (
 )
 
 _NUM_RANDOM_SEEDS = 2**32  # a seed that we choose is short enough to copy by hand
+_MOST_UNKNOWN = 10  # unknown words that a warning names
+_MOST_KNOWN = 50  # words of a list that a warning names all of
+_NEAR = 0.75  # least share of equal letters in a word that may have been meant
+_QUOTED_CHARACTERS = 80
 
 
 def prepare(artefact: Artefact, request: Request, arrival: float, deadline: float) -> EngineRequest:
@@ -60,11 +67,14 @@ def _prepare_generation(
     prime = None
     if request.prime_image is not None:
         prime = _read_image(request.prime_image, "prime_image", dvae.config.image_size)
+    caption = _fitting(tokenizer, request.caption) if request.truncate else request.caption
+    text_tokens = _encode(tokenizer, caption, "caption")
     return PreparedGeneration(
         arrival=arrival,
         deadline=deadline,
-        caption=request.caption,
-        text_tokens=_encode(tokenizer, request.caption, "caption"),
+        warnings=tuple(_warnings(tokenizer, request.caption, caption)),
+        caption=caption,
+        text_tokens=text_tokens,
         prime=prime,
         prime_rows=request.prime_rows,
         seed=_choose_seed(request.seed),
@@ -123,6 +133,51 @@ def _encode(tokenizer: CaptionTokenizer, caption: str, field: str) -> Tensor:
     except CaptionTooLong as error:  # it names the caption; the field is known here only
         message = str(error) if field == "caption" else f"{field}: {error}"
         raise CaptionTooLong(message, field=field) from error
+
+
+def _fitting(tokenizer: CaptionTokenizer, caption: str) -> str:
+    """Return the beginning of a caption that the model reads; all of it where nothing would stay.
+
+    The latter is refused as one that is too long.
+    """
+    cut = tokenizer.fitting(caption)
+    return cut if is_visible(cut) else caption
+
+
+def _warnings(tokenizer: CaptionTokenizer, caption: str, read: str) -> Iterator[str]:
+    """Yield what the model does not read of a caption. read: the caption, or its beginning."""
+    if len(read) < len(caption):
+        yield (
+            f"the caption is longer than the {tokenizer.text_length} text tokens that the model "
+            f"reads, so it was cut to {_quoted(read)}"
+        )
+    unknown = tokenizer.unknown_words(read)
+    known = tokenizer.words
+    if not unknown or known is None:
+        return
+    named = [_quoted(word) + _meant(word, known) for word in unknown[:_MOST_UNKNOWN]]
+    if len(unknown) > len(named):
+        named.append(f"and {len(unknown) - len(named)} more")
+    words = f"{len(known):,} words"
+    if len(known) <= _MOST_KNOWN:
+        words += f": {', '.join(known)}"
+    yield f"unknown to the model, which reads them all as one: {', '.join(named)}; it knows {words}"
+
+
+def _meant(word: str, known: Sequence[str]) -> str:
+    """Return the nearest known word as a question; nothing where none is near.
+
+    Only words of about the same length with the same first letter are compared, which takes a few
+    milliseconds for 16,000 words.
+    """
+    word = word.lower()
+    alike = [each for each in known if each[0] == word[0] and abs(len(each) - len(word)) <= 2]
+    near = difflib.get_close_matches(word, alike, n=1, cutoff=_NEAR)
+    return f" ({near[0]}?)" if near else ""
+
+
+def _quoted(text: str) -> str:
+    return repr(text if len(text) <= _QUOTED_CHARACTERS else f"{text[:_QUOTED_CHARACTERS]}…")
 
 
 def _read_image(text: str, field: str, size: int) -> Tensor:

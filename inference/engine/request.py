@@ -70,6 +70,8 @@ class EngineRequest:
     deadline: float = math.inf
     """When it must have ended, on the scale of `clock`."""
     clock: Callable[[], float] = time.monotonic
+    warnings: tuple[str, ...] = ()
+    """For the client, of what the model could not read as it was written."""
     started: float | None = field(default=None, init=False)
     """When the model began with it."""
     last_progress: float | None = field(default=None, init=False)

@@ -149,12 +149,13 @@ class Page {
     byId("grid").classList.remove("waiting");
     byId("actions").hidden = true;
     byId("timings").hidden = true;
+    byId("warnings").hidden = true;
     this.grid.begin(number, caption);
     this.showProgress(0, number);
   }
 
   finish(run, { moving }) {
-    const { ranking, ranked_by, completed_candidates, timings } = run.ranking;
+    const { ranking, ranked_by, completed_candidates, timings, warnings } = run.ranking;
     this.grid.rank(ranking, { moving });
     run.pictures.sort((one, other) => one.rank - other.rank);
     const by = { clip: "CLIP", log_likelihood: "log-likelihood" }[ranked_by] ?? "CLIP and log-likelihood";
@@ -162,6 +163,7 @@ class Page {
     this.say(`${counted(completed_candidates, "picture")}${late}, the best first by ${by}`);
     byId("actions").hidden = false;
     showTimings(timings, run);
+    showWarnings(warnings);
   }
 
   showProgress(done, all) {
@@ -249,6 +251,12 @@ class Page {
       this.say("The link is this page's address: it gives the same pictures again");
     }
   }
+}
+
+/** Show what the model could not read of a caption. */
+function showWarnings(warnings) {
+  byId("warnings").replaceChildren(...warnings.map((textContent) => make("li", { textContent })));
+  byId("warnings").hidden = warnings.length === 0;
 }
 
 function showTimings(timings, run) {

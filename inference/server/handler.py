@@ -148,7 +148,10 @@ class Handler:
             raise
         if isinstance(result, GenerateResult) and media_type in _IMAGE_FORMATS:
             file, headers, timings = render_best(
-                result, _IMAGE_FORMATS[media_type], queue_seconds=prepared.queue_seconds
+                result,
+                _IMAGE_FORMATS[media_type],
+                queue_seconds=prepared.queue_seconds,
+                warnings=prepared.warnings,
             )
             self.metrics.count_generation(result, timings)
             return Answer(file, media_type, headers)
@@ -241,7 +244,10 @@ class Handler:
                 event = self._next_event(prepared)
             assert isinstance(event, GenerateResult)
             ranking = render_ranking(
-                event, queue_seconds=prepared.queue_seconds, encode_seconds=encode_seconds
+                event,
+                queue_seconds=prepared.queue_seconds,
+                encode_seconds=encode_seconds,
+                warnings=prepared.warnings,
             )
             self.metrics.count_generation(event, ranking.timings)
             uncounted = 0
@@ -312,7 +318,9 @@ class Handler:
         if isinstance(result, CompleteReply):
             return _dump(result)
         assert isinstance(request, GenerateRequest)
-        reply = render_json(result, request, queue_seconds=prepared.queue_seconds)
+        reply = render_json(
+            result, request, queue_seconds=prepared.queue_seconds, warnings=prepared.warnings
+        )
         self.metrics.count_generation(result, reply.timings)
         return _dump(reply)
 

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,6 +113,22 @@ class CaptionTokenizer:
     def vocab_size(self) -> int:
         """Number of ids, padding included."""
         return int(self._tokenizer.get_vocab_size())
+
+    @cached_property
+    def words(self) -> tuple[str, ...] | None:
+        """Words that it knows, in order of the alphabet; None where it reads any text."""
+        if not isinstance(self._tokenizer.model, models.WordLevel):
+            return None
+        return tuple(sorted(self._tokenizer.get_vocab().keys() - {PADDING, UNKNOWN}))
+
+    def unknown_words(self, caption: str) -> list[str]:
+        """Return the words of a caption that a word list lacks, each once, as they are written."""
+        if self.words is None:
+            return []
+        encoding = self._tokenizer.encode(caption)
+        unknown = self._tokenizer.token_to_id(UNKNOWN)
+        places = zip(encoding.ids, encoding.offsets, strict=True)
+        return list(dict.fromkeys(caption[a:b] for id, (a, b) in places if id == unknown))
 
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Captions -> text tokens [B, text_length] int64, 0 after the last word.

@@ -147,6 +147,23 @@ def test_words_that_training_never_saw_share_one_id():
     assert (known[[0, 2]] == first[[0, 2]]).all()
 
 
+def test_words_that_a_list_lacks_are_named_once_as_they_are_written():
+    tokenizer = train("word")
+    assert tokenizer.unknown_words("a Zebra\tor ZEBRA, a zebra STAR [UNK]") == [
+        *("Zebra", "or", "ZEBRA", ",", "zebra", "[", "UNK", "]"),
+    ]
+    assert tokenizer.unknown_words("a STAR") == []
+    assert {"a", "star"} <= set(tokenizer.words)
+    assert "[UNK]" not in tokenizer.words
+
+
+@pytest.mark.parametrize("kind", ["bpe", "clip"])
+def test_byte_pairs_know_every_word(kind):
+    tokenizer = train(kind)
+    assert tokenizer.words is None
+    assert tokenizer.unknown_words("a zebra 日本") == []
+
+
 def test_byte_pairs_can_write_words_that_training_never_saw():
     tokenizer = train("bpe", text_length=40)
     assert tokenizer.decode(tokenizer.encode(["zebra’s 日本 😀"])) == ["zebra’s 日本 😀"]

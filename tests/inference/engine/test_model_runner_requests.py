@@ -2,14 +2,17 @@
 
 import base64
 import io
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
 from dalle.errors import UserError
+from dalle.preprocess.tokenizer import CaptionTokenizer
 from inference.api.schema import ClassifyRequest, CompleteRequest
+from inference.engine.model_runner import ModelRunner
 from inference.engine.request import DeadlineExceeded
-from tests.inference.engine.model_runner_work import Clock, answer, ask, picture
+from tests.inference.engine.model_runner_work import CPU, Clock, answer, ask, picture
 
 
 def test_classes_come_likeliest_first_with_probabilities(runner):
@@ -52,6 +55,42 @@ def test_a_caption_that_is_too_long_names_the_limit(runner):
     with pytest.raises(UserError, match="at most 8 tokens") as caught:
         runner.prepare(ask(caption="red " * 9))
     assert (caught.value.status, caught.value.field) == (422, "caption")
+
+
+def test_unknown_words_of_a_caption_are_told_with_near_ones_that_the_model_knows(runner):
+    caption = "big oragne teapot teapot " + " ".join(f"w{number}" for number in range(3))
+    (warning,) = runner.prepare(ask(caption=caption)).warnings
+    assert "'oragne' (orange?), 'teapot', 'w0', 'w1', 'w2'; it knows 3" in warning
+    assert runner.prepare(ask(caption="big RED star")).warnings == ()
+
+
+def test_a_warning_names_ten_unknown_words_at_most_and_no_whole_long_one(tiny_models):
+    caption = "x" * 1_900 + " " + " ".join(f"w{number}" for number in range(12))
+    words = CaptionTokenizer.train([" ".join(map(str, range(60)))], text_length=20)
+    runner = ModelRunner(replace(tiny_models, tokenizer=words), CPU)
+    (warning,) = runner.prepare(ask(caption=caption)).warnings
+    assert "'w8', and 3 more; it knows 60 words" in warning
+    assert warning.count("x") == 80
+
+
+def test_a_caption_that_is_too_long_is_cut_on_request_and_said(runner):
+    caption = "big filled red star " * 3
+    prepared = runner.prepare(ask(caption=caption, truncate=True))
+    assert prepared.caption == "big filled red star big filled red star"
+    assert prepared.warnings == (
+        "the caption is longer than the 8 text tokens that the model reads, so it was cut to "
+        "'big filled red star big filled red star'",
+    )
+    same = runner.prepare(ask(caption=prepared.caption, truncate=True))
+    assert (same.text_tokens == prepared.text_tokens).all()
+    assert same.warnings == ()
+
+
+def test_a_caption_of_which_nothing_fits_is_refused_though_it_may_be_cut(tiny_models):
+    words = CaptionTokenizer.train(["a"], kind="bpe", vocab_size=258, text_length=2)
+    runner = ModelRunner(replace(tiny_models, tokenizer=words), CPU)
+    with pytest.raises(UserError, match="at most 2 tokens"):
+        runner.prepare(ask(caption="😀", truncate=True))
 
 
 def test_a_class_that_is_too_long_is_refused_before_any_work(runner):

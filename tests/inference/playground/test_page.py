@@ -186,6 +186,16 @@ def test_a_server_that_is_gone_is_said_above_the_pictures(new_page):
     assert "cannot be reached" in page.inner_text("#alert")
 
 
+def test_words_that_the_model_does_not_know_are_said_until_the_next_run(new_page):
+    page = new_page()
+    generate(page, caption="big teapot", num_candidates=1)
+    assert "'teapot'; it knows" in page.inner_text("#warnings")
+    generate(page, caption="big star")
+    assert page.is_hidden("#warnings")
+    page.go_back()
+    page.wait_for_selector("#warnings:visible")
+
+
 def test_the_examples_are_the_artefacts_captions_and_one_press_generates(new_page):
     page = new_page()
     page.fill("#num_candidates", "2")

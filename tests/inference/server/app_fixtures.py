@@ -81,7 +81,8 @@ class Engine(OneAtATime):
             return Work(request=request, **times)
         if request.caption == "endless":
             raise CaptionTooLong("caption has 9 text tokens, the model reads 8", field="caption")
-        return Work(request=request, units=request.num_candidates, **times)
+        warnings = ("unknown: 'größer'\n",) if request.caption == "unknown" else ()
+        return Work(request=request, units=request.num_candidates, warnings=warnings, **times)
 
     def run(self, work: Work) -> Result:
         self.asked.append(work.request)

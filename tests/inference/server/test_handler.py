@@ -83,6 +83,20 @@ def test_an_image_type_gets_the_best_image_with_its_scores_in_headers(client, ki
     assert "seed=5;candidate=2;clip_score=0.200000" in response.headers[ATTRIBUTES]
 
 
+@pytest.mark.parametrize(("caption", "warnings"), [("a", []), ("unknown", ["unknown: 'größer'\n"])])
+def test_warnings_are_in_every_form_of_a_reply(client, caption, warnings):
+    request = {"caption": caption, "num_candidates": 1}
+    assert post(client, request).json["warnings"] == warnings
+    lines = post(client, json.dumps(request).encode(), Content_Type="application/jsonlines")
+    assert json.loads(lines.data)["warnings"] == warnings
+    stream = post(client, request, Accept="application/jsonlines").data.splitlines()
+    assert json.loads(stream[-1])["warnings"] == warnings
+    header = post(client, request, Accept="image/png").headers.get("X-Dalle-Warnings", "[]")
+    assert json.loads(header) == warnings
+    assert header.isascii()
+    assert header.isprintable()
+
+
 def test_candidates_are_streamed_then_ranked(client):
     response = post(client, {"caption": "a", "num_candidates": 3}, Accept="application/jsonlines")
     assert response.content_type == "application/jsonlines"
