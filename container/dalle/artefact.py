@@ -1,6 +1,7 @@
 """An artefact: the servable directory that `train` writes and `serve` reads.
 
-    dvae/ transformer/ clip/     config.json + weights.safetensors each
+    dvae/ transformer/ clip/     config.json + weights.safetensors each; `kind` in dvae/config.json
+                                 names the graph of a published image tokenizer
     tokenizer/tokenizer.json
     manifest.json                format, training history, and the sha256 of every component's file
     MODEL_CARD.md                what people should know of the model
@@ -17,7 +18,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -40,7 +41,9 @@ from dalle.manifest import (
 )
 from dalle.model_card import MODEL_CARD, ModelCard, describe, render
 from dalle.models.clip import Clip, ClipConfig
-from dalle.models.dvae import DiscreteVAE, DVAEConfig
+from dalle.models.image_tokenizer import ImageTokenizer
+from dalle.models.tokenizers.build import build_tokenizer
+from dalle.models.tokenizers.configs import config_content, parse_config
 from dalle.models.transformer import Dalle, TransformerConfig
 from dalle.platform.disk import disk_error, sync
 from dalle.platform.json_file import read_json
@@ -51,10 +54,11 @@ from dalle.versions import OURS, installed
 CONFIG = "config.json"
 WEIGHTS = "weights.safetensors"
 
-_MODELS: dict[StageName, tuple[type[nn.Module], type]] = {
-    "dvae": (DiscreteVAE, DVAEConfig),
-    "transformer": (Dalle, TransformerConfig),
-    "clip": (Clip, ClipConfig),
+# How a component's model is built, and its config read from JSON.
+_MODELS: dict[StageName, tuple[Callable[[Any], nn.Module], Callable[[Any], Any]]] = {
+    "dvae": (build_tokenizer, parse_config),
+    "transformer": (Dalle, TypeAdapter(TransformerConfig).validate_python),
+    "clip": (Clip, TypeAdapter(ClipConfig).validate_python),
 }
 
 # Types of our weights, by their names in safetensors.
@@ -65,7 +69,7 @@ _DTYPES = {"F32": torch.float32, "I64": torch.int64, "BOOL": torch.bool}
 class Artefact:
     """Components of one artefact; None for a component that it does not have."""
 
-    dvae: DiscreteVAE | None = None
+    dvae: ImageTokenizer | None = None
     transformer: Dalle | None = None
     clip: Clip | None = None
     tokenizer: CaptionTokenizer | None = None
@@ -81,7 +85,7 @@ class Artefact:
         return describe(self.manifest, models)
 
     @overload
-    def require(self, name: Literal["dvae"], purpose: str = ...) -> DiscreteVAE: ...
+    def require(self, name: Literal["dvae"], purpose: str = ...) -> ImageTokenizer: ...
     @overload
     def require(self, name: Literal["transformer"], purpose: str = ...) -> Dalle: ...
     @overload
@@ -230,8 +234,11 @@ def load(directory: Path, device: torch.device | str = "cpu") -> Artefact:
 
 
 def _save_model(directory: Path, model: nn.Module) -> None:
-    config = json.dumps(asdict(model.config), indent=1)  # type: ignore[call-overload]
-    (directory / CONFIG).write_text(config, encoding="utf-8")
+    if isinstance(model, ImageTokenizer):
+        content = config_content(model.config)
+    else:
+        content = asdict(model.config)  # type: ignore[call-overload]
+    (directory / CONFIG).write_text(json.dumps(content, indent=1), encoding="utf-8")
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     try:
         save_file(weights, directory / WEIGHTS)
@@ -244,12 +251,11 @@ def _save_model(directory: Path, model: nn.Module) -> None:
 
 
 def _load_model(directory: Path, name: StageName, device: torch.device | str) -> nn.Module:
-    model_class, config_class = _MODELS[name]
+    build, parse = _MODELS[name]
     try:
-        content = read_json(directory / CONFIG)
-        config: Any = TypeAdapter(config_class).validate_python(content)
-        _check_shapes(directory / WEIGHTS, model_class, config)
-        model = model_class(config)
+        config = parse(read_json(directory / CONFIG))
+        _check_shapes(directory / WEIGHTS, build, config)
+        model = build(config)
         model.load_state_dict(load_file(directory / WEIGHTS), assign=True)
     except (
         ValueError,
@@ -265,13 +271,13 @@ def _load_model(directory: Path, name: StageName, device: torch.device | str) ->
     return model.eval().requires_grad_(False).to(device)
 
 
-def _check_shapes(path: Path, model_class: type[nn.Module], config: Any) -> None:
+def _check_shapes(path: Path, build: Callable[[Any], nn.Module], config: Any) -> None:
     """Raise ValueError where the header of a weights file differs from the model of a config.
 
     The model is built without memory for its weights.
     """
     with torch.device("meta"):
-        expected = model_class(config).state_dict()
+        expected = build(config).state_dict()
     with safe_open(path, "pt") as file:
         found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     for name in sorted(expected.keys() ^ found.keys()):

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from dalle.manifest import Manifest, StageRecord
-from dalle.types import StageName
+from dalle.types import ImageTokenizerKind, StageName
 from dalle.versions import OURS
 
 MODEL_CARD = "MODEL_CARD.md"
@@ -34,6 +34,12 @@ _WORDS: Mapping[StageName, str] = {
     "transformer": "autoregressive transformer: caption to image tokens",
     "clip": "CLIP: score of image and caption",
 }
+_PUBLISHED: Mapping[ImageTokenizerKind, str] = {
+    "dalle_pytorch": "DALLE-pytorch's VAE, not trained here: image to image tokens and back",
+    "openai": "OpenAI's discrete VAE, not trained here: image to image tokens and back",
+    "vqgan": "VQGAN, not trained here: image to image tokens and back",
+}
+"""In place of the words of the stage dvae."""
 _SIZES = (
     "image_size",
     "grid_size",
@@ -133,7 +139,7 @@ def _component(name: StageName, model: nn.Module, record: StageRecord | None) ->
     sizes = {each: value for each, value in values.items() if isinstance(value, int)}
     card = ComponentCard(
         name=name,
-        description=_WORDS[name],
+        description=_PUBLISHED.get(getattr(config, "kind", "dvae"), _WORDS[name]),
         parameters=sum(each.numel() for each in model.parameters()),
         sizes=sizes,
     )

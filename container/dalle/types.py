@@ -23,6 +23,9 @@ TokenizerKind = Literal["word", "bpe", "clip"]
 SMALLEST_BPE_VOCABULARY = 258
 """Padding, the unknown token and the 256 bytes, which byte pairs are made of."""
 
+ImageTokenizerKind = Literal["dvae", "dalle_pytorch", "openai", "vqgan"]
+"""The graph of the component dvae: the one that is trained here, or that of a published file."""
+
 # --- dVAE config
 
 QuantiserKind = Literal["gumbel", "vq"]
@@ -30,6 +33,9 @@ QUANTISERS: tuple[QuantiserKind, ...] = get_args(QuantiserKind)
 
 ReconstructionKind = Literal["bce", "l1", "mse"]
 RECONSTRUCTIONS: tuple[ReconstructionKind, ...] = get_args(ReconstructionKind)
+
+VQGANQuantiserKind = Literal["nearest", "cosine", "gumbel"]
+VQGAN_QUANTISERS: tuple[VQGANQuantiserKind, ...] = get_args(VQGANQuantiserKind)
 
 # --- transformer config
 

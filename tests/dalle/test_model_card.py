@@ -9,6 +9,7 @@ import pytest
 from dalle.manifest import Manifest, StageRecord
 from dalle.model_card import SAMPLING_DEFAULTS, describe, render
 from inference.api.schema import GenerateRequest
+from tests.dalle.models.tiny_tokenizers import tiny_tokenizer
 
 RECORD = StageRecord(
     stage="transformer",
@@ -96,6 +97,12 @@ def test_the_text_says_what_the_card_knows(artefact):
 def test_a_model_without_a_clip_says_what_comes_first(tiny_models):
     text = render(replace(tiny_models, clip=None).card())
     assert "a discrete VAE decodes them, and the likeliest come first." in text
+
+
+def test_an_image_tokenizer_that_others_trained_is_named(tiny_models):
+    card = render(replace(tiny_models, dvae=tiny_tokenizer("openai")).card())
+    assert "| OpenAI's discrete VAE, not trained here: image to image tokens and back |" in card
+    assert "image_size 32, grid_size 4, codebook_size 12, num_codebooks 1, width 4" in card
 
 
 def test_a_caption_of_several_lines_is_one_item(tiny_models):

@@ -10,7 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from dalle.errors import HyperparameterError
-from dalle.models.configs import ClipConfig, DVAEConfig, TransformerConfig
+from dalle.models.configs import (
+    ClipConfig,
+    DVAEConfig,
+    ImageTokenizerConfig,
+    TransformerConfig,
+)
 from dalle.models.sizes import CLIP_SIZES, DVAE_SIZES, TRANSFORMER_SIZES
 from dalle.types import StageName
 from training.config.fields import Hyperparameters
@@ -34,7 +39,10 @@ def dvae_config(hyperparameters: Hyperparameters) -> DVAEConfig:
 
 
 def stage_config(
-    stage: StageName, hyperparameters: Hyperparameters, text: TextSizes, dvae: DVAEConfig
+    stage: StageName,
+    hyperparameters: Hyperparameters,
+    text: TextSizes,
+    dvae: ImageTokenizerConfig,
 ) -> Config:
     """Return the config of a stage's model. dvae: the one whose images or tokens it is to read."""
     settings = hyperparameters.of(stage)

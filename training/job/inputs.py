@@ -19,7 +19,8 @@ from dalle import artefact as artefacts
 from dalle.artefact import Artefact
 from dalle.errors import ArtefactError, CaptionTooLong
 from dalle.manifest import is_hidden
-from dalle.models.dvae import DiscreteVAE, DVAEConfig
+from dalle.models.configs import ImageTokenizerConfig
+from dalle.models.image_tokenizer import ImageTokenizer
 from dalle.platform.environment import Job
 from dalle.preprocess.tokenizer import CaptionTokenizer
 from dalle.types import StageName
@@ -140,8 +141,8 @@ class Inputs:
         text = TextSizes(tokenizer.vocab_size, tokenizer.text_length)
         return stage_config(stage, self.hyperparameters, text, self.dvae_config())
 
-    def dvae_config(self) -> DVAEConfig:
-        """Return the config of the artefact's dVAE, or of the one to be trained."""
+    def dvae_config(self) -> ImageTokenizerConfig:
+        """Return the config of the artefact's image tokenizer, or of the dVAE to be trained."""
         if self.artefact.dvae is not None:
             return self.artefact.dvae.config
         return dvae_config(self.hyperparameters)
@@ -188,7 +189,7 @@ class Inputs:
             is_validation_parted=self.validation is not None and self.validation.part is not None,
         )
 
-    def pairs_with_tokens(self, settings: StageHyperparameters, dvae: DiscreteVAE) -> Dataset:
+    def pairs_with_tokens(self, settings: StageHyperparameters, dvae: ImageTokenizer) -> Dataset:
         """Return the training pairs, with cached image tokens if the run sees every image twice.
 
         A shorter run would wait for the encoding and gain nothing. Raises Stopped.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dalle.models.clip import Clip
 from dalle.models.dvae import DiscreteVAE
+from dalle.models.image_tokenizer import ImageTokenizer
 from dalle.models.reduction import ONE_RANK, Ranks
 from dalle.models.transformer import Dalle
 from dalle.types import StageName
@@ -115,7 +116,7 @@ class TransformerStage:
 
     name: StageName = "transformer"
 
-    def __init__(self, model: Dalle, dvae: DiscreteVAE, data: StageData) -> None:
+    def __init__(self, model: Dalle, dvae: ImageTokenizer, data: StageData) -> None:
         self.model: Dalle = model
         self.dvae = dvae
         self.data = data
@@ -222,7 +223,7 @@ def _image_numbers_of(dataset: Preloaded) -> Tensor:
     return torch.tensor([int.from_bytes(digest, signed=True) for digest in digests])
 
 
-def _encode_all(dvae: DiscreteVAE, dataset: Preloaded, data: StageData) -> Tensor:
+def _encode_all(dvae: ImageTokenizer, dataset: Preloaded, data: StageData) -> Tensor:
     """Return the image tokens of every pair, [pairs, N, M] int32."""
     chunks = [
         dvae.encode(images).int() for images in float_chunks(dataset.images, data.device, data.stop)

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from dalle.models.dvae import DVAEConfig
+from dalle.models.configs import ImageTokenizerConfig
 from dalle.types import StageName
 from training.config.deepspeed import BUCKET_ELEMENTS, TRAINED_BY_DEEPSPEED
 from training.config.fields import EngineName, Hyperparameters
@@ -130,7 +130,7 @@ class StageMemory:
     name: StageName
     config: Config
     _: KW_ONLY
-    dvae: DVAEConfig | None = None
+    dvae: ImageTokenizerConfig | None = None
     device_type: Literal["cpu", "cuda"]
 
     def __post_init__(self) -> None:

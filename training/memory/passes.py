@@ -13,7 +13,9 @@ from typing import Any, cast
 import torch
 
 from dalle.models.clip import Clip, ClipConfig
+from dalle.models.configs import ImageTokenizerConfig
 from dalle.models.dvae import DiscreteVAE, DVAEConfig
+from dalle.models.tokenizers.build import build_tokenizer
 from dalle.models.transformer import Dalle, TransformerConfig
 from training.config.models import Config
 from training.data.batching.batches import Batch
@@ -34,7 +36,7 @@ def synthetic_stage(
     config: Config,
     device: torch.device,
     *,
-    dvae: DVAEConfig | None = None,
+    dvae: ImageTokenizerConfig | None = None,
     checkpoints_activations: bool = False,
 ) -> SyntheticStage:
     """Make a stage with an untrained model, as a job does, on torch's current device.
@@ -49,12 +51,12 @@ def synthetic_stage(
         assert dvae is not None, "a transformer's image tokens come from a dVAE"
         model = Dalle(config)
         model.checkpoints_activations = checkpoints_activations
-        frozen = DiscreteVAE(dvae).eval().requires_grad_(False)
+        frozen = build_tokenizer(dvae).eval().requires_grad_(False)
         return TransformerStage(model, frozen, data)
     return ClipStage(Clip(config), data)
 
 
-def random_batch(config: Config, size: int, *, dvae: DVAEConfig | None = None) -> Batch:
+def random_batch(config: Config, size: int, *, dvae: ImageTokenizerConfig | None = None) -> Batch:
     """Make a batch of random pixels and random text tokens, on the CPU. dvae: as above."""
     text_tokens = None
     if isinstance(config, TransformerConfig):
@@ -83,7 +85,9 @@ class Formats:
 class StagePasses:
     """Memory of a stage's passes, beside its weights. Traced at a few sizes, for all others."""
 
-    def __init__(self, config: Config, dvae: DVAEConfig | None, *, is_for_gpu: bool) -> None:
+    def __init__(
+        self, config: Config, dvae: ImageTokenizerConfig | None, *, is_for_gpu: bool
+    ) -> None:
         """dvae: of the frozen one that a transformer's images go through."""
         self._config = config
         self._dvae = dvae

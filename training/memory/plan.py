@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from pydantic import TypeAdapter, ValidationError
-
 from dalle.artefact import CONFIG
 from dalle.errors import ArtefactError
 from dalle.manifest import MANIFEST
-from dalle.models.dvae import DVAEConfig
+from dalle.models.configs import ImageTokenizerConfig
+from dalle.models.tokenizers.configs import parse_config
 from dalle.platform.environment import Job
+from dalle.platform.json_file import read_json
 from dalle.preprocess.tokenizer import CaptionTokenizer
 from dalle.types import STAGES, StageName
 from training.config.deepspeed import TRAINED_BY_DEEPSPEED
@@ -174,7 +174,7 @@ def _alternatives(setting: Setting, stage: StageName) -> Iterator[Setting]:
     yield replace(sharded, zero_stage=3, offload_optimizer=True, offload_parameters=True)
 
 
-def _read_artefact(job: Job) -> tuple[set[StageName], DVAEConfig | None, int | None]:
+def _read_artefact(job: Job) -> tuple[set[StageName], ImageTokenizerConfig | None, int | None]:
     """Return the channel artefact's stages, its dVAE's config and its vocabulary's size.
 
     Only of an unpacked artefact; an archive is not opened.
@@ -193,9 +193,9 @@ def _read_artefact(job: Job) -> tuple[set[StageName], DVAEConfig | None, int | N
     return present, dvae, vocab_size
 
 
-def _read_dvae_config(directory: Path) -> DVAEConfig:
+def _read_dvae_config(directory: Path) -> ImageTokenizerConfig:
     path = directory / "dvae" / CONFIG
     try:
-        return TypeAdapter(DVAEConfig).validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
+        return parse_config(read_json(path))
+    except (OSError, ValueError) as error:
         raise ArtefactError(f"{path} cannot be read: {error}") from error

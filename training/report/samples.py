@@ -23,7 +23,7 @@ from dalle.decoding.sampling import SamplingOptions
 from dalle.decoding.select import new_step
 from dalle.decoding.step import CandidateTokens
 from dalle.models.clip import Clip
-from dalle.models.dvae import DiscreteVAE
+from dalle.models.image_tokenizer import ImageTokenizer
 from dalle.models.transformer import Dalle
 from dalle.preprocess.images import Pixels
 from training.data.batching.preload import float_chunks, images_per_chunk
@@ -133,7 +133,7 @@ def generate_best(
     ]
 
 
-def reconstruct(dvae: DiscreteVAE, images: Tensor, stop: Stop = NEVER) -> Tensor:
+def reconstruct(dvae: ImageTokenizer, images: Tensor, stop: Stop = NEVER) -> Tensor:
     """Encode images uint8 [B, 3, S, S] to image tokens and decode them again, uint8 [B, 3, S, S].
 
     Raises Stopped.
@@ -146,7 +146,7 @@ def reconstruct(dvae: DiscreteVAE, images: Tensor, stop: Stop = NEVER) -> Tensor
     return torch.cat(parts)
 
 
-def reconstructions(dvae: DiscreteVAE, images: Tensor, stop: Stop = NEVER) -> Reconstructions:
+def reconstructions(dvae: ImageTokenizer, images: Tensor, stop: Stop = NEVER) -> Reconstructions:
     """Return images uint8 [B, 3, S, S] beside their reconstructions by the dVAE, for the report.
 
     Raises Stopped.
@@ -158,7 +158,7 @@ def reconstructions(dvae: DiscreteVAE, images: Tensor, stop: Stop = NEVER) -> Re
     )
 
 
-def codebook_usage(dvae: DiscreteVAE, images: Tensor, stop: Stop = NEVER) -> list[CodebookUsage]:
+def codebook_usage(dvae: ImageTokenizer, images: Tensor, stop: Stop = NEVER) -> list[CodebookUsage]:
     """Count how often images uint8 [B, 3, S, S] use each code; one entry per codebook.
 
     Raises Stopped.
@@ -225,7 +225,7 @@ def _most_together(transformer: Dalle) -> int:
 
 
 def _decode_and_score(
-    dvae: DiscreteVAE,
+    dvae: ImageTokenizer,
     clip: Clip | None,
     sampled: Sequence[CandidateTokens],
     wanted: Tensor | None,

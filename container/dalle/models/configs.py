@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol
 
 from dalle.types import (
     ATTENTION_KINDS,
@@ -18,6 +18,7 @@ from dalle.types import (
     RECONSTRUCTIONS,
     AttentionKind,
     FeedForwardKind,
+    ImageTokenizerKind,
     NormKind,
     QuantiserKind,
     ReconstructionKind,
@@ -56,10 +57,14 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "text_heads": (1, 1_024),
     "text_layers": (1, 1_000),
     "likelihood_weight": (0, 1e6),
+    "decoder_input_width": (1, 65_536),
+    "latent_channels": (1, 65_536),
+    "channel_multipliers": (1, 64),
+    "attention_levels": (0, 10),
 }
 
 
-class _Bounded:
+class Bounded:
     """Base of the configs: every number within its bounds, and no other fields in a file."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
@@ -75,9 +80,42 @@ class _Bounded:
                     )
 
 
+class ImageTokenizerConfig(Protocol):
+    """What every config of an image tokenizer tells, whichever graph it rebuilds."""
+
+    kind: ClassVar[ImageTokenizerKind]
+    """The graph."""
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square image, in pixels."""
+
+    @property
+    def stride(self) -> int:
+        """Pixels between two positions of the token grid."""
+
+    @property
+    def grid_size(self) -> int:
+        """Side of the token grid."""
+
+    @property
+    def num_positions(self) -> int:
+        """N: positions of the token grid."""
+
+    @property
+    def codebook_size(self) -> int:
+        """V: number of codes in each codebook."""
+
+    @property
+    def num_codebooks(self) -> int:
+        """M: codes per position."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class DVAEConfig(_Bounded):
+class DVAEConfig(Bounded):
     """Fields that rebuild a `DiscreteVAE`."""
+
+    kind: ClassVar[ImageTokenizerKind] = "dvae"
 
     image_size: int = 256
     """Side of the square image, in pixels."""
@@ -158,7 +196,7 @@ class DVAEConfig(_Bounded):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformerConfig(_Bounded):
+class TransformerConfig(Bounded):
     """Fields that rebuild a `Dalle`; the last group acts in training only."""
 
     text_vocab_size: int
@@ -242,7 +280,7 @@ class TransformerConfig(_Bounded):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipConfig(_Bounded):
+class ClipConfig(Bounded):
     """Fields that rebuild a `Clip`, in the order of OpenAI's class."""
 
     embed_size: int

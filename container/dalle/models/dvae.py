@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from dalle.models.configs import DVAEConfig as DVAEConfig
 from dalle.models.encoders import build_encoder
+from dalle.models.image_tokenizer import ImageTokenizer
 from dalle.models.layers import embed_codes, residual_blocks
 from dalle.models.quantiser import build_quantiser
 from dalle.models.reduction import ONE_RANK, Ranks
-
-_UNFINISHED = 128 / 255  # grey
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,10 @@ class DVAELoss:
     """The quantiser's own terms: KL divergence or commitment."""
 
 
-class DiscreteVAE(nn.Module):
+class DiscreteVAE(ImageTokenizer):
     """Encoder, quantiser and decoder between images in [0, 1] and image tokens."""
+
+    config: DVAEConfig
 
     def __init__(self, config: DVAEConfig) -> None:
         super().__init__()
@@ -87,16 +88,6 @@ class DiscreteVAE(nn.Module):
     def decode(self, image_tokens: Tensor) -> Tensor:
         """image tokens [B, N, M] in [0, V) -> images [B, 3, S, S] in [0, 1]."""
         return self._logits(image_tokens).sigmoid()
-
-    def decode_rows(self, image_tokens: Tensor) -> Tensor:
-        """Whole rows of tokens [B, n, M], n <= N -> images [B, 3, S, S], grey below these rows."""
-        config = self.config
-        B, n, M = image_tokens.shape
-        whole = image_tokens.new_zeros(B, config.num_positions, M)
-        whole[:, :n] = image_tokens
-        images = self.decode(whole)
-        images[:, :, n // config.grid_size * config.stride :] = _UNFINISHED
-        return images
 
     def _logits(self, image_tokens: Tensor) -> Tensor:
         """image tokens [B, N, M] -> [B, 3, S, S]"""

@@ -1,0 +1,74 @@
+"""The discrete VAE of DALLE-pytorch (lucidrains), as its train_vae.py trains it.
+
+Source: `DiscreteVAE` of dalle_pytorch/dalle_pytorch.py, versions 0.2.5 to 1.6.6. The names of the
+weights are that file's. Its decoder ends in [-1, 1]; images here are in [0, 1].
+Letters: B batch, V codebook size, G grid size, N = G·G positions, S image size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dalle.models.image_tokenizer import ImageTokenizer
+from dalle.models.tokenizers.configs import DallePytorchConfig
+
+
+class _Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 1),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        output: Tensor = self.net(features) + features
+        return output
+
+
+class DallePytorchVAE(ImageTokenizer):
+    """DALLE-pytorch's discrete VAE."""
+
+    config: DallePytorchConfig
+
+    def __init__(self, config: DallePytorchConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, code_width = config.width, config.code_width
+        self.codebook = nn.Embedding(config.codebook_size, code_width)
+        self.encoder = nn.Sequential()
+        channels = 3
+        for _ in range(config.num_downsamples):
+            halving = nn.Conv2d(channels, width, 4, stride=2, padding=1)
+            self.encoder.append(nn.Sequential(halving, nn.ReLU()))
+            channels = width
+        self.encoder.extend([_Residual(width) for _ in range(config.num_blocks)])
+        self.encoder.append(nn.Conv2d(width, config.codebook_size, 1))
+        self.decoder = nn.Sequential()
+        channels = code_width
+        if config.num_blocks:
+            self.decoder.append(nn.Conv2d(code_width, width, 1))
+            self.decoder.extend([_Residual(width) for _ in range(config.num_blocks)])
+            channels = width
+        for _ in range(config.num_downsamples):
+            doubling = nn.ConvTranspose2d(channels, width, 4, stride=2, padding=1)
+            self.decoder.append(nn.Sequential(doubling, nn.ReLU()))
+            channels = width
+        self.decoder.append(nn.Conv2d(width, 3, 1))
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """images [B, 3, S, S] in [0, 1] -> image tokens [B, N, 1] int64 in [0, V)."""
+        logits: Tensor = self.encoder((images - 0.5) / 0.5)
+        return logits.argmax(dim=1).flatten(1).unsqueeze(-1)
+
+    @torch.no_grad()
+    def decode(self, image_tokens: Tensor) -> Tensor:
+        """image tokens [B, N, 1] in [0, V) -> images [B, 3, S, S] in [0, 1]."""
+        codes: Tensor = self.codebook(image_tokens[..., 0])  # [B, N, code width]
+        images: Tensor = self.decoder(self.on_grid(codes))
+        return ((images + 1) * 0.5).clamp(0, 1)
