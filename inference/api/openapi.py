@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, TypeAdapter
@@ -69,10 +69,7 @@ _PARAMETERS = {
 
 def document(limits: Limits) -> dict[str, Any]:
     """Return the OpenAPI 3.1 document of a server with these limits."""
-    _, definitions = models_json_schema(
-        [(model, "validation") for model in _MODELS], ref_template="#/components/schemas/{model}"
-    )
-    schemas: dict[str, Any] = definitions["$defs"]
+    schemas = model_schemas(_MODELS)
     schemas["ClassifyReply"] = {
         "description": "For each image: indices of its classes, likeliest first, the classes, and "
         "their probabilities.",
@@ -90,16 +87,16 @@ def document(limits: Limits) -> dict[str, Any]:
         },
         "paths": {
             "/invocations": {"post": _invocations(limits)},
-            "/ping": _get("ping", "Health", _PING),
-            "/execution-parameters": _get(
+            "/ping": get("ping", "Health", _PING),
+            "/execution-parameters": get(
                 "execution_parameters",
                 "Limits of a batch transform job",
                 {200: ("The limits.", JSON, _PARAMETERS)},
             ),
-            "/metrics": _get(
+            "/metrics": get(
                 "metrics", "Prometheus metrics", {200: ("The text format.", TEXT, _STRING)}
             ),
-            "/openapi.json": _get(
+            "/openapi.json": get(
                 "openapi", "This document", {200: ("OpenAPI 3.1.", JSON, {"type": "object"})}
             ),
         },
@@ -107,21 +104,20 @@ def document(limits: Limits) -> dict[str, Any]:
     }
 
 
+def model_schemas(models: Iterable[type[BaseModel]]) -> dict[str, Any]:
+    """Return the schemas of models by their names, and of those that they refer to."""
+    _, definitions = models_json_schema(
+        [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"
+    )
+    schemas: dict[str, Any] = definitions["$defs"]
+    return schemas
+
+
 def _invocations(limits: Limits) -> dict[str, Any]:
     requests = _any_of("GenerateRequest", "ClassifyRequest", "CompleteRequest")
     replies = _any_of("GenerateReply", "ClassifyReply", "CompleteReply")
     lines = _any_of("PreviewLine", "CandidateLine", "RankingLine", "ErrorLine", "ErrorReply")
     lines["anyOf"][4:4] = replies["anyOf"]
-    refusals = {
-        str(status): _body(text, {JSON: _ref("ErrorReply")}) for status, text in _REFUSALS.items()
-    }
-    for status in ("429", "503"):
-        refusals[status]["headers"] = {
-            "Retry-After": {
-                "description": "Seconds, estimated from the speed measured so far.",
-                "schema": {"type": "integer", "minimum": 1, "maximum": 3600},
-            }
-        }
     return {
         "summary": "Generate images, classify images, or complete a caption",
         "operationId": "invocations",
@@ -136,39 +132,64 @@ def _invocations(limits: Limits) -> dict[str, Any]:
         "unchanged.",
         "requestBody": {
             "required": True,
-            "content": _content({JSON: requests, JSON_LINES: requests, TEXT: _STRING}),
+            "content": content({JSON: requests, JSON_LINES: requests, TEXT: _STRING}),
         },
         "responses": {
-            "200": _body(
+            "200": body(
                 "The reply.", {JSON: replies, JSON_LINES: lines, **dict.fromkeys(IMAGES, _STRING)}
             ),
-            **refusals,
+            **refusals("ErrorReply"),
         },
     }
 
 
-def _get(
-    operation: str, summary: str, responses: Mapping[int, tuple[str, str, dict[str, Any]]]
+def refusals(schema: str) -> dict[str, Any]:
+    """Return the responses of all errors by their status. schema: of their bodies."""
+    responses = {str(status): body(text, {JSON: ref(schema)}) for status, text in _REFUSALS.items()}
+    for status in ("429", "503"):
+        responses[status]["headers"] = {
+            "Retry-After": {
+                "description": "Seconds, estimated from the speed measured so far.",
+                "schema": {"type": "integer", "minimum": 1, "maximum": 3600},
+            }
+        }
+    return responses
+
+
+def get(
+    operation: str,
+    summary: str,
+    responses: Mapping[int, tuple[str, str, dict[str, Any]]],
+    parameters: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return a route without parameters. responses: description, media type and schema."""
+    """Return a route of GET. responses: description, media type and schema; parameters: of its
+    path, each a text."""
     bodies = {
-        str(status): _body(description, {media_type: schema})
+        str(status): body(description, {media_type: schema})
         for status, (description, media_type, schema) in responses.items()
     }
-    return {"get": {"summary": summary, "operationId": operation, "responses": bodies}}
+    route: dict[str, Any] = {"summary": summary, "operationId": operation, "responses": bodies}
+    if parameters:
+        route["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": _STRING} for name in parameters
+        ]
+    return {"get": route}
 
 
-def _ref(name: str) -> dict[str, Any]:
+def ref(name: str) -> dict[str, Any]:
+    """Return a reference to a schema."""
     return {"$ref": f"#/components/schemas/{name}"}
 
 
 def _any_of(*names: str) -> dict[str, Any]:
-    return {"anyOf": [_ref(name) for name in names]}
+    return {"anyOf": [ref(name) for name in names]}
 
 
-def _body(description: str, schemas: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    return {"description": description, "content": _content(schemas)}
+def body(description: str, schemas: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return a response. schemas: by media type."""
+    return {"description": description, "content": content(schemas)}
 
 
-def _content(schemas: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+def content(schemas: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return schemas by media type, as OpenAPI writes them."""
     return {media_type: {"schema": schema} for media_type, schema in schemas.items()}

@@ -13,9 +13,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -43,6 +43,8 @@ _PIECE_CHARACTERS = 2**18  # of base64 decoded at once, in about a millisecond; 
 MAX_LINES = 10_000  # of a JSON-lines body
 _MAX_KEYS = 64  # of an object; no request has so many
 _MAX_DIGITS = 1_000  # of an integer; Python's time to read one grows with the square of its length
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class BodyKind(StrEnum):
@@ -158,8 +160,8 @@ def parse_request(
     if len(body) > limits.max_request_bytes:
         raise too_large(limits)
     if kind is BodyKind.TEXT:
-        return _validate(GenerateRequest, {"caption": _decode(body)}, limits)
-    fields = _read_object(body)
+        return validate(GenerateRequest, {"caption": _decode(body)}, limits)
+    fields = read_object(body)
     kinds = [key for key in REQUEST_KINDS if key in fields]
     if len(kinds) != 1:
         problem = (
@@ -174,7 +176,7 @@ def parse_request(
             status=422,
             code="invalid_request",
         )
-    return _validate(REQUEST_KINDS[kinds[0]], fields, limits)
+    return validate(REQUEST_KINDS[kinds[0]], fields, limits)
 
 
 def split_lines(body: bytes) -> list[bytes]:
@@ -242,7 +244,8 @@ def _decode(body: bytes) -> str:
         ) from error
 
 
-def _read_object(body: bytes) -> dict[str, Any]:
+def read_object(body: bytes) -> dict[str, Any]:
+    """Return the JSON object of a body. Raises `UserError` 400, and 422 for too many keys."""
     text = _decode(body)
     try:
         fields = json.loads(text, parse_constant=_refuse_constant, parse_int=_read_integer)
@@ -276,12 +279,25 @@ def _read_integer(digits: str) -> int:
     return int(digits)
 
 
-def _validate(kind: type[Request], fields: dict[str, Any], limits: Limits) -> Request:
+def validate(
+    kind: type[Model],
+    fields: Mapping[str, Any],
+    limits: Limits,
+    *,
+    also: Sequence[str] = (),
+    image_size: int | None = None,
+) -> Model:
+    """Return the request of a kind that fields make.
+
+    also: fields that are known beside those of the kind, for the message about an unknown one.
+    image_size: side of the model's images in pixels, where a field depends on it.
+    Raises `UserError` 422 with all faults in one message.
+    """
     try:
-        return kind.model_validate(fields, context={"limits": limits})
+        return kind.model_validate(fields, context={"limits": limits, "image_size": image_size})
     except ValidationError as error:
         details = error.errors(include_url=False)
-        shown = [_explain(kind, detail, limits) for detail in details[:10]]
+        shown = [_explain(kind, detail, limits, also) for detail in details[:10]]
         if len(details) > len(shown):
             shown.append(f"and {len(details) - len(shown)} more")
         raise UserError(
@@ -289,14 +305,17 @@ def _validate(kind: type[Request], fields: dict[str, Any], limits: Limits) -> Re
         ) from error
 
 
-def _explain(kind: type[Request], detail: ErrorDetails, limits: Limits) -> str:
+def _explain(
+    kind: type[BaseModel], detail: ErrorDetails, limits: Limits, also: Sequence[str]
+) -> str:
     """Return the message of one pydantic error: the field, its range and the value."""
     name, code = _name(detail), detail["type"]
     if code == "missing":
         return f"{name} is missing"
     if code == "extra_forbidden":
-        near = difflib.get_close_matches(name, kind.model_fields, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(kind.model_fields)}"
+        known = (*kind.model_fields, *also)
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
         return f"{name} is unknown: {hint}"
     if not detail["loc"]:  # from a model validator, whose message is complete
         return detail["msg"]

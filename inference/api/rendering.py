@@ -13,7 +13,9 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
+
+from pydantic import BaseModel
 
 from dalle.errors import DalleError, UserError
 from dalle.preprocess.images import ImageFormat, Pixels, encode_image
@@ -21,6 +23,7 @@ from inference.api.replies import (
     CandidateLine,
     CompleteReply,
     ErrorDetail,
+    ErrorLine,
     GenerateReply,
     Prediction,
     PreviewLine,
@@ -92,15 +95,91 @@ class ClassifyResult:
 Result = GenerateResult | ClassifyResult | CompleteReply
 
 
+class StreamForm(Protocol):
+    """Form of a streamed reply: events to bytes. Nothing is sent for those that are empty.
+
+    start: what comes before the first event.
+    """
+
+    start: bytes
+
+    def preview(self, preview: Preview) -> bytes:
+        """Return the part for an unfinished candidate."""
+        ...
+
+    def candidate(self, candidate: Candidate) -> bytes:
+        """Return the part for a finished candidate."""
+        ...
+
+    def end(
+        self,
+        result: GenerateResult,
+        *,
+        queue_seconds: float,
+        encode_seconds: float,
+        warnings: Sequence[str],
+    ) -> tuple[bytes, Timings]:
+        """Return the last part, and the time of each stage.
+
+        encode_seconds: what the parts before took.
+        """
+        ...
+
+    def error(self, error: Exception) -> bytes:
+        """Return the last part of a stream that broke off."""
+        ...
+
+
+class JsonLines:
+    """The stream of POST /invocations: a JSON object a line. format: of the images."""
+
+    start = b""
+
+    def __init__(self, format: ImageFormat) -> None:
+        self._format = format
+
+    def preview(self, preview: Preview) -> bytes:
+        return _line(render_preview(preview, self._format))
+
+    def candidate(self, candidate: Candidate) -> bytes:
+        return _line(render_candidate(candidate, self._format))
+
+    def end(
+        self,
+        result: GenerateResult,
+        *,
+        queue_seconds: float,
+        encode_seconds: float,
+        warnings: Sequence[str],
+    ) -> tuple[bytes, Timings]:
+        ranking = render_ranking(
+            result,
+            queue_seconds=queue_seconds,
+            encode_seconds=encode_seconds,
+            warnings=warnings,
+        )
+        return _line(ranking), ranking.timings
+
+    def error(self, error: Exception) -> bytes:
+        return _line(ErrorLine(error=render_error(error)[1]))
+
+
 def rank(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Return candidates by merit, the best first; equal ones by their numbers."""
     return sorted(candidates, key=lambda each: (-each.merit, each.number))
 
 
-def check_reply_size(request: GenerateRequest, image_size: int, limits: Limits) -> None:
+def check_reply_size(
+    request: GenerateRequest,
+    image_size: int,
+    limits: Limits,
+    *,
+    remedy: str = "for format jpeg or webp, or for Accept: application/jsonlines",
+) -> None:
     """Refuse a request whose JSON reply could become larger than the limit, before any work.
 
-    image_size: side of the square images in pixels. Raises `UserError` 422.
+    image_size: side of the square images in pixels. remedy: what to ask for besides fewer images.
+    Raises `UserError` 422.
     """
     worst = _WORST_BYTES_PER_PIXEL[request.format] * image_size**2 + _HEADER_BYTES
     encoded = int(worst * 4 / 3)
@@ -109,8 +188,7 @@ def check_reply_size(request: GenerateRequest, image_size: int, limits: Limits) 
         raise UserError(
             f"num_images must be at most {fitting} for {image_size} x {image_size} "
             f"{request.format} images, got {request.num_images}: the reply could exceed "
-            f"{limits.max_reply_bytes:,} bytes; ask for fewer, for format jpeg or webp, or for "
-            "Accept: application/jsonlines",
+            f"{limits.max_reply_bytes:,} bytes; ask for fewer, {remedy}",
             field="num_images",
             status=422,
             code="reply_too_large",
@@ -240,3 +318,7 @@ def stage_timings(result: GenerateResult, queue_seconds: float, encode_seconds: 
 
 def _base64(pixels: Pixels, format: ImageFormat) -> str:
     return base64.b64encode(encode_image(pixels, format)).decode("ascii")
+
+
+def _line(model: BaseModel) -> bytes:
+    return model.model_dump_json().encode() + b"\n"

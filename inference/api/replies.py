@@ -14,11 +14,13 @@ from inference.api.schema import MAX_SEED
 RankedBy = Literal["clip", "log_likelihood", "clip_and_log_likelihood"]
 
 
-class _Reply(BaseModel):
+class Reply(BaseModel):
+    """Base of all replies."""
+
     model_config = ConfigDict(frozen=True)
 
 
-class RankedCandidate(_Reply):
+class RankedCandidate(Reply):
     """A candidate's rank and scores, without its image."""
 
     rank: int = Field(description="1 is the best.", ge=1)
@@ -37,7 +39,7 @@ class RankedImage(RankedCandidate):
     image: str = Field(description="Base64 file in the requested format.")
 
 
-class Timings(_Reply):
+class Timings(Reply):
     """Seconds of each stage."""
 
     queue_seconds: float = Field(description="From arrival until the model began.", ge=0)
@@ -47,7 +49,9 @@ class Timings(_Reply):
     encode_seconds: float = Field(description="Pixels to image files.", ge=0)
 
 
-class _Generated(_Reply):
+class Generated(Reply):
+    """What every reply to a caption says of its generation."""
+
     seed: int = Field(description="The seed used, 0 to 2**53 - 1.", ge=0, le=MAX_SEED)
     num_candidates: int = Field(description="Number of candidates requested.", ge=1)
     completed_candidates: int = Field(
@@ -66,13 +70,13 @@ class _Generated(_Reply):
     timings: Timings = Field(description="Duration of each stage.")
 
 
-class GenerateReply(_Generated):
+class GenerateReply(Generated):
     """The best candidates, best first."""
 
     images: list[RankedImage] = Field(description="num_images of them, or all that were finished.")
 
 
-class PreviewLine(_Reply):
+class PreviewLine(Reply):
     """A line of a streamed reply: one unfinished candidate."""
 
     event: Literal["preview"] = Field(default="preview", description="Kind of the line.")
@@ -84,7 +88,7 @@ class PreviewLine(_Reply):
     image: str = Field(description="Base64 file in the requested format.")
 
 
-class CandidateLine(_Reply):
+class CandidateLine(Reply):
     """A line of a streamed reply: one finished candidate."""
 
     event: Literal["candidate"] = Field(default="candidate", description="Kind of the line.")
@@ -94,21 +98,21 @@ class CandidateLine(_Reply):
     image: str = Field(description="Base64 file in the requested format.")
 
 
-class RankingLine(_Generated):
+class RankingLine(Generated):
     """The last line of a streamed reply: all finished candidates in order."""
 
     event: Literal["ranking"] = Field(default="ranking", description="Kind of the line.")
     ranking: list[RankedCandidate] = Field(description="Every finished candidate, best first.")
 
 
-class Completion(_Reply):
+class Completion(Reply):
     """One continued caption."""
 
     caption: str = Field(description="The whole caption, with its beginning.")
     log_likelihood: float = Field(description="Of the continuation, in nats, at most 0.")
 
 
-class CompleteReply(_Reply):
+class CompleteReply(Reply):
     """Continued captions."""
 
     captions: list[Completion] = Field(description="num_completions captions, likeliest first.")
@@ -119,7 +123,7 @@ Prediction = tuple[list[int], list[str], list[float]]
 """For one image: indices into the request's classes, those classes, their probabilities."""
 
 
-class ErrorDetail(_Reply):
+class ErrorDetail(Reply):
     """What went wrong and how to put it right."""
 
     code: str = Field(description="A stable identifier, such as caption_too_long.")
@@ -127,7 +131,7 @@ class ErrorDetail(_Reply):
     field: str | None = Field(description="The request field or header at fault, or null.")
 
 
-class ErrorReply(_Reply):
+class ErrorReply(Reply):
     """The body of every error reply; in JSON lines, the line in place of a reply."""
 
     error: ErrorDetail = Field(description="The error.")

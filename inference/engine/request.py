@@ -89,6 +89,11 @@ class EngineRequest:
         return 1
 
     @property
+    def num_text_tokens(self) -> int:
+        """Text tokens of the caption, without padding; 0 where there is none."""
+        return 0
+
+    @property
     def queue_seconds(self) -> float:
         """Seconds from arrival until the model began with it."""
         return max(0.0, (self.started or self.arrival) - self.arrival)
@@ -187,6 +192,11 @@ class PreparedGeneration(EngineRequest):
     @property
     def units(self) -> int:
         return self.num_candidates
+
+    @property
+    def num_text_tokens(self) -> int:
+        # In numpy: torch would start a pool of threads for every thread that calls it.
+        return int(np.count_nonzero(self.text_tokens.numpy()))
 
     @property
     def num_unsampled(self) -> int:

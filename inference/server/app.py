@@ -2,6 +2,8 @@
 
 GET  /ping                   503 loading or stopping, 200 ready, 500 dead
 POST /invocations            headers -> engine is ready -> body -> Handler.answer
+POST /v1/…, GET /v1/models   the same in the form of OpenAI's API; also by route=/v1/… in the header
+                             X-Amzn-SageMaker-Custom-Attributes of an invocation
 GET  /execution-parameters   for batch transform
 GET  /metrics                Prometheus text
 GET  /openapi.json           the schema
@@ -11,24 +13,32 @@ GET  /                       with DALLE_PLAYGROUND=1, a page to try the model
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from flask import Flask, Response, g, jsonify, request
+from pydantic import BaseModel
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, RequestEntityTooLarge
 
 from dalle.errors import UserError
-from inference.api import openapi, parsing
+from inference.api import parsing
 from inference.api.parsing import Accept, body_kind
 from inference.api.rendering import CUSTOM_ATTRIBUTES, render_error
 from inference.api.replies import ErrorDetail, ErrorReply
 from inference.api.schema import Limits
 from inference.engine.engine_core import EngineCore, State
+from inference.engine.request import DeadlineExceeded
 from inference.engine.request_queue import Busy
+from inference.openai import openapi
+from inference.openai.rendering import error_reply, model_info, model_list
+from inference.openai.requests import MODELS, ROUTES, check_route
 from inference.server.bodies import BodyReader
-from inference.server.handler import Handler, log_error
+from inference.server.handler import Answer, Handler, log_error
 from inference.server.metrics import Metrics
+from inference.server.openai_handler import OpenAIHandler
 from inference.server.playground import playground
 from inference.settings import MEGABYTE, Settings
 
@@ -36,6 +46,10 @@ logger = logging.getLogger(__name__)
 
 _PING_STATUS = {State.LOADING: 503, State.READY: 200, State.STOPPING: 503, State.DEAD: 500}
 _MAX_ATTRIBUTES = 1024  # characters, the platform's limit
+# One of several attributes; AWS's own containers are told their route in the same way.
+_ROUTE = re.compile(r"(?:^|[\s,;])route=(/[^\s,;]*)")
+
+AnyHandler = TypeVar("AnyHandler", bound=Handler)
 
 
 def create_app(engine_core: EngineCore, settings: Settings) -> Flask:
@@ -80,13 +94,46 @@ def create_app(engine_core: EngineCore, settings: Settings) -> Flask:
 
     @app.post("/invocations")
     def invocations() -> Response:
-        # Headers, then state, then body, then work: each check costs less than the next.
-        connection = request.environ.get("gunicorn.socket")
-        g.arrival = time.monotonic() if connection is None else connection.arrival
-        _check_attributes()
+        route = _begin()
+        if route is not None:
+            return openai(route)
         kind = body_kind(request.headers.get("Content-Type"))
         accept = Accept.parse(request.headers.get("Accept"))
         accept.best()  # refused before the body is read where no type at all is acceptable
+        return answer(Handler, accept, lambda handler, body: handler.answer(body, kind))
+
+    def openai_by_path() -> Response:
+        _begin()
+        return openai(request.path)
+
+    for path in ROUTES:
+        app.add_url_rule(path, path, openai_by_path, methods=["POST"])
+
+    @app.get(MODELS)
+    def models() -> Response:
+        return _json(model_list(engine_core.engine().card))
+
+    @app.get(f"{MODELS}/<path:name>")
+    def model(name: str) -> Response:
+        return _json(model_info(engine_core.engine().card, name))
+
+    def openai(route: str) -> Response:
+        """Answer a request of a route below /v1, however it came."""
+        g.openai_route = route
+        if route == MODELS:
+            return models()
+        check_route(route, request.headers.get("Content-Type"))
+        return answer(
+            OpenAIHandler,
+            Accept.parse(None),
+            lambda handler, body: handler.answer_call(route, body),
+        )
+
+    def answer(
+        kind: type[AnyHandler], accept: Accept, work: Callable[[AnyHandler, bytes], Answer]
+    ) -> Response:
+        """Answer by a handler of a kind, once the body has arrived."""
+        connection = request.environ.get("gunicorn.socket")
         if request.content_encoding not in (None, "", "identity"):
             raise UserError(
                 f"Content-Encoding {request.content_encoding!r} is not read; send the body plain",
@@ -97,7 +144,7 @@ def create_app(engine_core: EngineCore, settings: Settings) -> Flask:
         engine = engine_core.engine()
         places.check()
         body = _read_body(settings.limits)
-        handler = Handler(
+        handler = kind(
             engine_core,
             engine,
             bodies,
@@ -109,11 +156,11 @@ def create_app(engine_core: EngineCore, settings: Settings) -> Flask:
         )
         places.take()
         try:
-            answer = handler.answer(body, kind)
+            reply = work(handler, body)
         except BaseException:
             places.give_back()
             raise
-        response = Response(answer.body, mimetype=answer.media_type, headers=answer.headers)
+        response = Response(reply.body, mimetype=reply.media_type, headers=reply.headers)
         response.call_on_close(places.give_back)
         return response
 
@@ -133,29 +180,29 @@ def create_app(engine_core: EngineCore, settings: Settings) -> Flask:
         logger.info("invocation_status=%d; invocation_seconds=%.3f;", status, seconds)
 
     @app.errorhandler(RequestEntityTooLarge)
-    def too_large(error: RequestEntityTooLarge) -> tuple[Response, int]:
+    def too_large(error: RequestEntityTooLarge) -> Response:
         return any_error(parsing.too_large(settings.limits))
 
     @app.errorhandler(HTTPException)
-    def http_error(error: HTTPException) -> tuple[Response, int]:
-        status = error.code or 500
+    def http_error(error: HTTPException) -> Response:
         code = (error.name or "error").lower().replace(" ", "_")
         detail = ErrorDetail(
             code=code, message=f"{request.method} {request.path}: {error.name}", field=None
         )
-        response = _error_response(detail)
+        response = _error_response(error.code or 500, detail)
         if isinstance(error, MethodNotAllowed) and error.valid_methods:
             response.headers["Allow"] = ", ".join(sorted(error.valid_methods))
-        return response, status
+        return response
 
     @app.errorhandler(Exception)
-    def any_error(error: Exception) -> tuple[Response, int]:
+    def any_error(error: Exception) -> Response:
         log_error(error)
-        status, detail = render_error(error)
-        response = _error_response(detail)
+        response = _error_response(*render_error(error))
         if isinstance(error, Busy) and error.retry_after is not None:
             response.headers["Retry-After"] = str(error.retry_after)
-        return response, status
+        if isinstance(error, DeadlineExceeded):  # OpenAI's clients would repeat it twice
+            response.headers["x-should-retry"] = "false"
+        return response
 
     return app
 
@@ -206,6 +253,18 @@ def _read_body(limits: Limits) -> bytes:
     return body
 
 
+def _begin() -> str | None:
+    """Note the arrival of a request, and return the route that its attributes name, if any.
+
+    Headers, then state, then body, then work: each check costs less than the next.
+    """
+    connection = request.environ.get("gunicorn.socket")
+    g.arrival = time.monotonic() if connection is None else connection.arrival
+    _check_attributes()
+    found = _ROUTE.search(request.headers.get(CUSTOM_ATTRIBUTES, ""))
+    return found[1] if found and found[1] != "/invocations" else None
+
+
 def _check_attributes() -> None:
     attributes = request.headers.get(CUSTOM_ATTRIBUTES)
     if attributes is not None and not _is_passable(attributes):
@@ -222,6 +281,14 @@ def _is_passable(attributes: str) -> bool:
     return len(attributes) <= _MAX_ATTRIBUTES and is_visible
 
 
-def _error_response(detail: ErrorDetail) -> Response:
-    body = ErrorReply(error=detail).model_dump_json()
-    return Response(body, mimetype="application/json")
+def _json(reply: BaseModel, status: int = 200) -> Response:
+    return Response(reply.model_dump_json(), status, mimetype="application/json")
+
+
+def _error_response(status: int, detail: ErrorDetail) -> Response:
+    """Return an error in the form of the route: OpenAI's below /v1."""
+    route = g.get("openai_route", request.path)
+    reply: BaseModel = ErrorReply(error=detail)
+    if route.startswith("/v1/"):
+        status, reply = error_reply(status, detail, route)
+    return _json(reply, status)

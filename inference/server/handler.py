@@ -31,17 +31,16 @@ from inference.api.rendering import (
     Candidate,
     ClassifyResult,
     GenerateResult,
+    JsonLines,
     Preview,
     Result,
+    StreamForm,
     check_reply_size,
     render_best,
-    render_candidate,
     render_error,
     render_json,
-    render_preview,
-    render_ranking,
 )
-from inference.api.replies import CompleteReply, ErrorLine, ErrorReply, Prediction
+from inference.api.replies import CompleteReply, ErrorReply, Prediction
 from inference.api.schema import REQUEST_KINDS, GenerateRequest, Limits, Request
 from inference.engine.engine_core import Engine, EngineCore
 from inference.engine.request import Cancelled, DeadlineExceeded, EngineRequest, Failed
@@ -104,11 +103,18 @@ class Handler:
         return self._answer_one(self._parse(body, kind))
 
     def _parse(self, body: bytes, kind: BodyKind) -> Request:
-        request = None
         if len(body) <= LARGE_BYTES:
             request = parse_request(body, kind, limits=self.limits)
-            if not request.has_images:
-                return request
+            return self._with_small_images(request)
+        return self._read_body(body, kind)
+
+    def _with_small_images(self, request: Request) -> Request:
+        """Return a request whose large images are scaled down."""
+        return self._read_body(b"", request=request) if request.has_images else request
+
+    def _read_body(
+        self, body: bytes, kind: BodyKind = BodyKind.JSON, *, request: Request | None = None
+    ) -> Request:
         return self.bodies.read(
             body,
             kind,
@@ -141,7 +147,8 @@ class Handler:
             if isinstance(request, GenerateRequest) and media_type in JSON_LINES_NAMES:
                 # The first event is waited for, so that an early failure still sets the status.
                 first = self._next_event(prepared)
-                return Answer(self._stream(prepared, request, first), media_type)
+                stream = self._stream(prepared, JsonLines(request.format), first)
+                return Answer(stream, media_type)
             result = self._result(prepared)
         except BaseException:
             prepared.cancel()
@@ -227,39 +234,42 @@ class Handler:
         return _dump(ErrorReply(error=render_error(error)[1])) + b"\n"
 
     def _stream(
-        self, prepared: EngineRequest, request: GenerateRequest, event: Preview | Candidate | Result
+        self, prepared: EngineRequest, form: StreamForm, event: Preview | Candidate | Result
     ) -> Iterator[bytes]:
         encode_seconds = 0.0
         uncounted = 0
         try:
+            if form.start:
+                yield form.start
             while isinstance(event, Preview | Candidate):
                 began = time.monotonic()
                 if isinstance(event, Preview):
-                    line = _dump(render_preview(event, request.format)) + b"\n"
+                    part = form.preview(event)
                 else:
                     uncounted += 1
-                    line = _dump(render_candidate(event, request.format)) + b"\n"
+                    part = form.candidate(event)
                 encode_seconds += time.monotonic() - began
-                yield line
+                if part:
+                    yield part
                 event = self._next_event(prepared)
             assert isinstance(event, GenerateResult)
-            ranking = render_ranking(
+            part, timings = form.end(
                 event,
                 queue_seconds=prepared.queue_seconds,
                 encode_seconds=encode_seconds,
                 warnings=prepared.warnings,
             )
-            self.metrics.count_generation(event, ranking.timings)
+            self.metrics.count_generation(event, timings)
             uncounted = 0
-            yield _dump(ranking) + b"\n"
-        except GeneratorExit:  # the server could not send a line
+            yield part
+        except GeneratorExit:  # the server could not send a part
             log_error(Cancelled("the client closed the stream"))
             raise
         except Cancelled as error:
             log_error(error)
         except Exception as error:
             log_error(error)
-            yield _dump(ErrorLine(error=render_error(error)[1])) + b"\n"
+            yield form.error(error)
         finally:
             self.metrics.count_candidates(uncounted)
             prepared.cancel()
@@ -276,6 +286,10 @@ class Handler:
                 )
             if media_type == JSON and self.engine.image_size:
                 check_reply_size(request, self.engine.image_size, self.limits)
+        return self._enqueue(request, wait=wait)
+
+    def _enqueue(self, request: Request, *, wait: bool) -> EngineRequest:
+        """Prepare a request and put it into the queue."""
         seconds = request.deadline_seconds or self.limits.deadline_seconds
         prepared = self.engine.prepare(
             request, arrival=self.arrival, deadline=self.arrival + seconds

@@ -13,6 +13,7 @@ import pytest
 from pydantic import BaseModel
 
 from inference.api import schema
+from inference.openai import schema as openai_schema
 from inference.settings import VARIABLES
 from tests import REPOSITORY
 from training.config import hyperparameters
@@ -32,7 +33,7 @@ PAGES = [
 # Which page has which generated tables.
 TABLES = {
     "training/REFERENCE.md": ["hyperparameters"],
-    "inference/REFERENCE.md": ["environment", "caption", "images", "complete"],
+    "inference/REFERENCE.md": ["environment", "caption", "images", "complete", "openai-images"],
 }
 
 
@@ -61,6 +62,7 @@ def generated_tables() -> dict[str, str]:
         "caption": request_table(schema.GenerateRequest),
         "images": request_table(schema.ClassifyRequest),
         "complete": request_table(schema.CompleteRequest),
+        "openai-images": request_table(openai_schema.ImagesRequest),
     }
 
 

@@ -1,7 +1,7 @@
 """The OpenAPI document: every field described, the server's limits, no dangling reference."""
 
-from inference.api import openapi
 from inference.api.schema import Limits
+from inference.openai import openapi
 
 LIMITS = Limits(max_candidates=8, max_images=4, max_request_bytes=10_000)
 
@@ -40,3 +40,25 @@ def test_every_reference_in_the_openapi_document_leads_somewhere():
     assert found
     for reference in found:
         assert reference.removeprefix("#/components/schemas/") in document["components"]["schemas"]
+
+
+def test_the_images_request_has_its_own_fields_and_those_that_pass_through():
+    schema = openapi.document(LIMITS)["components"]["schemas"]["ImagesRequest"]
+    assert {"prompt", "n", "guidance_scale", "num_candidates"} <= set(schema["properties"])
+    assert schema["properties"]["n"]["maximum"] == 4
+    assert not {"caption", "num_images", "format", "preview_rows"} & set(schema["properties"])
+    assert schema["required"] == ["prompt"]
+
+
+def test_errors_below_v1_are_documented_in_openais_form():
+    paths = openapi.document(LIMITS)["paths"]
+    for path, methods in paths.items():
+        for method in methods.values():
+            errors = {
+                media["schema"].get("$ref", "").rpartition("/")[2]
+                for status, response in method["responses"].items()
+                for media in response["content"].values()
+                if int(status) >= 400 and path not in ("/ping",)
+            }
+            assert errors <= {"OpenAIErrorReply" if path.startswith("/v1/") else "ErrorReply"}
+            assert "422" not in method["responses"] or path == "/invocations"

@@ -1,0 +1,102 @@
+"""OpenAPI 3.1 document of all routes: those of `api.openapi`, and those in OpenAI's form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from inference.api import openapi
+from inference.api.openapi import body, content, get, model_schemas, ref, refusals
+from inference.api.parsing import JSON
+from inference.api.schema import GenerateRequest, Limits
+from inference.openai.rendering import EVENT_STREAM
+from inference.openai.replies import (
+    CompletedEvent,
+    ImagesReply,
+    ModelInfo,
+    ModelList,
+    OpenAIErrorEvent,
+    OpenAIErrorReply,
+    PartialImageEvent,
+)
+from inference.openai.requests import GENERATIONS, MODELS
+from inference.openai.schema import PASSED, ImagesRequest
+
+_MODELS: tuple[type[BaseModel], ...] = (
+    ImagesRequest,
+    ImagesReply,
+    PartialImageEvent,
+    CompletedEvent,
+    ModelList,
+    ModelInfo,
+    OpenAIErrorReply,
+    OpenAIErrorEvent,
+)
+_LATE = "Errors after the first event are the last event of a stream."
+
+
+def document(limits: Limits) -> dict[str, Any]:
+    """Return the OpenAPI 3.1 document of a server with these limits."""
+    whole = openapi.document(limits)
+    schemas = whole["components"]["schemas"]
+    schemas.update(model_schemas(_MODELS))
+    _pass_fields(schemas, ImagesRequest, PASSED)
+    schemas["ImagesRequest"]["properties"]["n"]["maximum"] = limits.max_images
+    whole["paths"] |= {
+        GENERATIONS: {
+            "post": _post(
+                "images_generations",
+                "Generate pictures, in the form of OpenAI's API",
+                {JSON: ref("ImagesRequest")},
+                {
+                    JSON: ref("ImagesReply"),
+                    EVENT_STREAM: {
+                        "anyOf": [
+                            ref("PartialImageEvent"),
+                            ref("CompletedEvent"),
+                            ref("OpenAIErrorEvent"),
+                        ]
+                    },
+                },
+            )
+        },
+        MODELS: get("models", "The model of this server", _listed("ModelList")),
+        f"{MODELS}/{{name}}": get("model", "One model", _listed("ModelInfo", 404), ["name"]),
+    }
+    return whole
+
+
+def _post(
+    operation: str, summary: str, requests: dict[str, Any], replies: dict[str, Any]
+) -> dict[str, Any]:
+    """Return a route of POST. requests, replies: schemas by media type."""
+    return {
+        "summary": summary,
+        "operationId": operation,
+        "description": "Also as POST /invocations with the header "
+        f"X-Amzn-SageMaker-Custom-Attributes: route=/v1/…. {_LATE}",
+        "requestBody": {"required": True, "content": content(requests)},
+        "responses": {
+            "200": body("The reply, or with stream server-sent events.", replies),
+            **{
+                status: refusal
+                for status, refusal in refusals("OpenAIErrorReply").items()
+                if status not in ("406", "422")  # Accept decides nothing; a field's fault is a 400
+            },
+        },
+    }
+
+
+def _listed(schema: str, *refused: int) -> dict[int, tuple[str, str, dict[str, Any]]]:
+    """Return the responses of a route of GET."""
+    errors = dict.fromkeys(
+        (*refused, 503), ("No such model, or not ready.", JSON, ref("OpenAIErrorReply"))
+    )
+    return {200: ("The model.", JSON, ref(schema)), **errors}
+
+
+def _pass_fields(schemas: dict[str, Any], kind: type[BaseModel], names: tuple[str, ...]) -> None:
+    """Add the fields of `GenerateRequest` that a request of a kind may have besides its own."""
+    of_generation = schemas[GenerateRequest.__name__]["properties"]
+    schemas[kind.__name__]["properties"] |= {name: of_generation[name] for name in names}

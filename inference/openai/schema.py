@@ -1,0 +1,136 @@
+"""Requests of OpenAI's clients, field by field. `requests` makes this project's own of them.
+
+Fields of OpenAI's API that mean nothing for this model are taken where that changes no picture, and
+refused by name elsewhere. The tables of inference/REFERENCE.md and the OpenAPI document are
+generated from these descriptions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from dalle.versions import OURS
+from inference.api.schema import Caption, Format, GenerateRequest
+
+MODEL = OURS
+"""The name of the one model that a server has."""
+MAX_PARTIAL_IMAGES = 3
+
+_OWN = {"caption", "num_images", "format", "preview_rows"}
+PASSED = tuple(name for name in GenerateRequest.model_fields if name not in _OWN)
+"""Fields of `GenerateRequest` that every request in OpenAI's form may have besides its own."""
+
+
+def _b64_json(value: object) -> object:
+    if value == "url":
+        raise PydanticCustomError(
+            "url", "must be b64_json: the server stores no picture that an address could lead to"
+        )
+    return value
+
+
+Name = Annotated[str, Field(max_length=1_000)]
+ResponseFormat = Annotated[Literal["b64_json"], BeforeValidator(_b64_json)]
+
+
+class Fields(BaseModel):
+    """What requests of all kinds have. null is the default of every field, as in OpenAI's API."""
+
+    # strict: "3" is not 3, and true is not 1.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    model: Name = Field(
+        default="",
+        description="Any name or none: a server has one model. `GET /v1/models` gives its name.",
+    )
+    stream: bool = Field(
+        default=False, description="Whether the reply is a stream of server-sent events."
+    )
+    user: Name = Field(default="", description="Taken, of no effect, and not logged.")
+    safety_identifier: Name = Field(default="", description="As user.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, fields: Any) -> Any:
+        if not isinstance(fields, Mapping):
+            return fields
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+class ImagesRequest(Fields):
+    """Generate pictures for a prompt: POST /v1/images/generations."""
+
+    prompt: Caption = Field(
+        description="The caption. 1 to 2,000 characters without the blanks around them, and no "
+        "more text tokens than the model reads."
+    )
+    n: int = Field(
+        default=1,
+        ge=1,
+        description="Number of pictures in the reply: the best of num_candidates, best first. At "
+        "least 1, at most num_candidates (which is 16 or n unless given) and the server's limit.",
+    )
+    size: str = Field(
+        default="auto",
+        max_length=100,
+        description="auto, or the model's own, as in 32x32; another one is refused.",
+    )
+    response_format: ResponseFormat = Field(
+        default="b64_json", description="b64_json; url is refused, since no picture is stored."
+    )
+    output_format: Format = Field(
+        default="png", description="File format of the pictures: png, jpeg or webp."
+    )
+    output_compression: Literal[100] = Field(
+        default=100, description="100; others are refused: jpeg and webp have a fixed quality."
+    )
+    partial_images: int = Field(
+        default=0,
+        ge=0,
+        le=MAX_PARTIAL_IMAGES,
+        description="In a stream, the number of unfinished pictures that are sent before: of "
+        "candidate 0, evenly spaced, fewer where the image-token grid has few rows or the client "
+        "reads slowly. 0 to 3; above 0 it needs stream.",
+    )
+    background: Literal["auto", "opaque"] = Field(
+        default="auto", description="auto or opaque, which pictures are; transparent is refused."
+    )
+    quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] = Field(
+        default="auto", description="OpenAI's values are taken, of no effect: use num_candidates."
+    )
+    style: Literal["vivid", "natural"] = Field(
+        default="natural", description="OpenAI's values are taken, of no effect."
+    )
+    moderation: Literal["auto", "low"] = Field(
+        default="auto", description="OpenAI's values are taken, of no effect: nothing is moderated."
+    )
+
+    @field_validator("size")
+    @classmethod
+    def _is_own_size(cls, size: str, info: ValidationInfo) -> str:
+        side = (info.context or {}).get("image_size")
+        if side is not None and size not in ("auto", f"{side}x{side}"):
+            raise PydanticCustomError("size", "must be auto or {own}", {"own": f"{side}x{side}"})
+        return size
+
+    @model_validator(mode="after")
+    def _streams_what_is_partial(self) -> ImagesRequest:
+        if self.partial_images and not self.stream:
+            raise PydanticCustomError(
+                "partial_images",
+                "partial_images is for streams: give stream true, got partial_images {number}",
+                {"number": self.partial_images},
+            )
+        return self

@@ -1,0 +1,69 @@
+"""One request of OpenAI's clients: the same way through the engine as an invocation's.
+
+    body -> Call -> EngineCore.submit -> events -> Answer in OpenAI's form
+
+Knows nothing of Flask.
+"""
+
+from __future__ import annotations
+
+from inference.api.parsing import JSON
+from inference.api.rendering import GenerateResult, StreamForm, check_reply_size, render_json
+from inference.api.schema import GenerateRequest
+from inference.engine.request import EngineRequest
+from inference.openai.rendering import EVENT_STREAM, ImagesStream, Sizes, images_reply
+from inference.openai.requests import Call, read_generation
+from inference.server.handler import Answer, Handler
+
+
+class OpenAIHandler(Handler):
+    """Handler of one HTTP request in OpenAI's form. Its Accept header decides nothing."""
+
+    def answer_call(self, route: str, body: bytes) -> Answer:
+        """Return the reply to a request of one of `openai.requests.ROUTES`.
+
+        Raises what `read_generation`, `Engine.prepare` and `EngineCore.submit` raise, and the
+        request's own error.
+        """
+        call = self._read(route, body)
+        request = self._with_small_images(call.request)
+        assert isinstance(request, GenerateRequest)
+        if not call.fields.stream and self.engine.image_size:
+            remedy = "for output_format jpeg or webp, or for a stream"
+            check_reply_size(request, self.engine.image_size, self.limits, remedy=remedy)
+        prepared = self._enqueue(request, wait=False)
+        try:
+            sizes = self._sizes(prepared)
+            if call.fields.stream:
+                # The first event is waited for, so that an early failure still sets the status.
+                first = self._next_event(prepared)
+                form = self._form(call, sizes, route)
+                return Answer(self._stream(prepared, form, first), EVENT_STREAM)
+            result = self._result(prepared)
+        except BaseException:
+            prepared.cancel()
+            raise
+        assert isinstance(result, GenerateResult)
+        reply = render_json(
+            result, request, queue_seconds=prepared.queue_seconds, warnings=prepared.warnings
+        )
+        self.metrics.count_generation(result, reply.timings)
+        return Answer(images_reply(call, reply, sizes).model_dump_json().encode(), JSON)
+
+    def _read(self, route: str, body: bytes) -> Call:
+        return read_generation(
+            body,
+            limits=self.limits,
+            image_size=self.engine.image_size,
+            grid_size=self.engine.card.grid_size,
+        )
+
+    def _sizes(self, prepared: EngineRequest) -> Sizes:
+        return Sizes(
+            self.engine.image_size or 0,
+            self.engine.card.grid_size or 0,
+            text_tokens=prepared.num_text_tokens,
+        )
+
+    def _form(self, call: Call, sizes: Sizes, route: str) -> StreamForm:
+        return ImagesStream(call, sizes, route)
