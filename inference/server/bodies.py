@@ -5,8 +5,8 @@
 
 A child decodes one image at a time and then takes the next task of any request, in the order of
 their arrival, so that a small request does not wait for a large one, and at most `NUM_PROCESSES`
-images are in memory. A child that takes too long, or whose request has no time left or no client
-any more, is killed; the next task starts a new one.
+images are in memory. A child that takes too long, is stopped by a signal, or whose request has no
+time left or no client any more, is killed; the next task starts a new one.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from dalle.preprocess.images import ImageError, count_pixels
 from inference.api.parsing import BodyKind, decode_base64, parse_request
 from inference.api.schema import ClassifyRequest, GenerateRequest, Limits, Request
 from inference.server.body_process import FILE_MARK
+from inference.server.stop_watch import StopWatch
 
 LARGE_BYTES = 1 << 18  # of a body; a smaller one is parsed in a few milliseconds
 LARGE_PIXELS = 1 << 20  # of an image; a smaller one is decoded in some ten milliseconds
@@ -36,7 +37,7 @@ NUM_PROCESSES = 2
 MEMORY_BYTES = 768 << 20  # of a child; 40 megapixels take at most some 500 MB
 TASK_SECONDS = 30.0  # far more than the largest body or image takes
 _CHECK_SECONDS = 0.25
-_ATTEMPTS = 2  # the child may have died since its last task
+_ATTEMPTS = 2  # the child may have died or been stopped since its last task
 _PIECE_BYTES = 1 << 16
 
 Check = Callable[[], None]
@@ -198,20 +199,24 @@ class _Child:
     ) -> tuple[dict[str, Any], list[bytes]]:
         """Return header and parts of the reply to one task.
 
-        Raises `EOFError` when the process has ended, `PlatformError` after `seconds` without a
-        whole reply, and what `check` raises. The process is ended then.
+        Raises `EOFError` when the process has ended or is stopped by a signal, `PlatformError`
+        after `seconds` without a whole reply, and what `check` raises. The process is ended then.
         """
         until = time.monotonic() + seconds
+        connection = self._connection or self._start()
+        assert self._process is not None
+        watch = StopWatch(self._process.pid)
 
         def pause() -> None:
             check()
+            if watch.is_stopped():
+                raise EOFError
             if time.monotonic() > until:
                 raise PlatformError(
                     f"{order.get('field', 'the body')} could not be read within {seconds:g} "
                     "seconds; send smaller images or fewer"
                 )
 
-        connection = self._connection or self._start()
         header = json.dumps({**order, "lengths": [len(part)]}).encode() + b"\n"
         try:
             _send(connection, header, pause)

@@ -18,6 +18,7 @@ import resource
 import signal
 import socket
 import sys
+from contextlib import suppress
 from typing import Any
 
 from dalle.errors import DalleError, UserError
@@ -91,11 +92,17 @@ def _reply(
 
 
 def _serve(connection: socket.socket, memory_bytes: int) -> None:
-    """Main loop of the child process: one task after the other, until the parent ends."""
-    with connection.makefile("rwb") as file:
-        while line := file.readline():
+    """Main loop of the child process: one task after the other, until the parent ends.
+
+    It may end at any time, in the middle of a message too.
+    """
+    with suppress(ConnectionError), connection.makefile("rwb") as file:
+        while (line := file.readline()).endswith(b"\n"):
             order = json.loads(line)
-            parts = [file.read(length) for length in order.pop("lengths")]
+            lengths = order.pop("lengths")
+            parts = [file.read(length) for length in lengths]
+            if [len(part) for part in parts] != lengths:
+                return
             header, answers = _reply(order, parts, memory_bytes)
             header["lengths"] = [len(part) for part in answers]
             file.write(json.dumps(header).encode() + b"\n")

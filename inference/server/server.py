@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import mmap
 import os
+import signal
 import tempfile
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from gunicorn.glogging import Logger
 from dalle.errors import DalleError, PlatformError
 from inference.engine.engine_core import Engine, EngineCore
 from inference.server.gunicorn_worker import Worker
+from inference.server.stop_watch import StopWatch
 from inference.settings import Settings
 
 if TYPE_CHECKING:
@@ -94,7 +96,7 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no annotati
         gunicorn's messages do not give.
         """
         try:
-            super().run()
+            _Arbiter(self).run()
         except SystemExit:
             if os.getpid() == self._pid and (cause := self._last_cause or self._read_cause()):
                 logger.error("serve cannot begin: %s", cause)
@@ -153,6 +155,22 @@ def _say_where(arbiter: Any) -> None:
     host, port = arbiter.LISTENERS[0].sock.getsockname()[:2]
     host = {"0.0.0.0": "localhost", "::": "localhost"}.get(host, host)  # noqa: S104
     logger.info("open http://%s:%d/ in a browser", f"[{host}]" if ":" in host else host, port)
+
+
+class _Arbiter(Arbiter):  # type: ignore[misc]  # gunicorn has no annotations
+    """The process that starts the worker, and another one where it has ended or is stopped."""
+
+    def __init__(self, app: Server) -> None:
+        super().__init__(app)
+        self._watches: dict[int, StopWatch] = {}
+
+    def murder_workers(self) -> None:
+        """Kill a worker process that a signal has stopped; called every second."""
+        self._watches = {pid: self._watches.get(pid, StopWatch(pid)) for pid in self.WORKERS}
+        for pid, watch in self._watches.items():
+            if watch.is_stopped():
+                logger.error("the worker process %d is stopped by a signal; it is replaced", pid)
+                self.kill_worker(pid, signal.SIGKILL)
 
 
 class _Log(Logger):  # type: ignore[misc]  # gunicorn has no annotations

@@ -31,4 +31,6 @@ if __name__ == "__main__":
         shutil.copytree(model, root / "model")
         with running(root, DALLE_MAX_CANDIDATES="4", DALLE_BODY_SECONDS="5") as served:
             of_requests = requests.fuzz(served.ready(), arguments.requests, arguments.seed)
-        print(json.dumps({"files": of_files, "requests": dict(sorted(of_requests.items()))}))
+        counts = dict(sorted(of_requests.counts.items()))
+        result = {"files": of_files, "requests": counts, "slowest_seconds": of_requests.slowest}
+        print(json.dumps(result))

@@ -14,8 +14,10 @@ import random
 import socket
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -39,9 +41,9 @@ _ACCEPTS = (
     *("*/*",) * 4,
     *("application/jsonlines", "image/png", "image/*;q=0.5", "text/html", "a/b;q=2", ",,,", "\t"),
 )
-_SETTINGS = (
+_SETTINGS = [
     *("num_candidates", "seed", "temperature", "top_k", "top_p", "guidance_scale", "prime_rows"),
-)
+]
 _BODIES = (b"[" * 10_000, b"\n" * 5_000, b"null", b"1" * 10_000, b"\xff\xfe")
 _ENDS = (*(b"0\r\n\r\n",) * 6, b"0\r\nX-Sum: 1\r\n\r\n", b"-1\r\n", b"zz\r\n\r\n", b"")
 _TEXTS = ("", " ", "a red square", "\0", "\ud800", "\u200b", "é" * 50, "a" * 3000, "\x1b[31m\r\nx")
@@ -103,16 +105,7 @@ def _body(chance: random.Random, files: list[str]) -> bytes:
             fields |= {"complete": chance.choice(_TEXTS), "num_completions": 1}
         case _:
             fields |= {"caption": chance.choice(_TEXTS), "num_candidates": 1, "num_images": 1}
-    names = (
-        "num_candidates",
-        "seed",
-        "temperature",
-        "top_k",
-        "top_p",
-        "guidance_scale",
-        "prime_rows",
-    )
-    for name in chance.sample(names, k=chance.choice((0, 0, 1, 2))):
+    for name in chance.sample(_SETTINGS, k=chance.choice((0, 0, 1, 2))):
         fields[name] = chance.choice(_NUMBERS)
     if chance.random() < 0.1:
         fields |= {"prime_image": chance.choice(files), "prime_rows": 1}
@@ -127,9 +120,7 @@ def _body(chance: random.Random, files: list[str]) -> bytes:
         case 1:
             return text[: chance.randrange(len(text))]
         case 2:
-            return chance.choice(
-                (b"[" * 10_000, b"\n" * 5_000, b"null", b"1" * 10_000, b"\xff\xfe")
-            )
+            return chance.choice(_BODIES)
         case 3:
             return b"\n".join([text] * chance.randint(2, 6))
         case 4:
@@ -153,9 +144,7 @@ def _chunked(chance: random.Random, body: bytes) -> tuple[bytes, bool]:
         piece = body[at : at + size]
         parts.append(b"%x\r\n%s\r\n" % (len(piece), piece))
         at += size
-    end = chance.choice(
-        (b"0\r\n\r\n",) * 6 + (b"0\r\nX-Sum: 1\r\n\r\n", b"-1\r\n", b"zz\r\n\r\n", b"")
-    )
+    end = chance.choice(_ENDS)
     return b"".join(parts) + end, bool(end)
 
 
@@ -173,12 +162,27 @@ def image_files(chance: random.Random) -> list[str]:
     return [base64.b64encode(each).decode() for each in (*files, b"", b"hello")]
 
 
-def fuzz(served: Served, num_requests: int, seed: int) -> Counter[str]:
-    """Send so many hostile requests, with honest ones and pings beside them; count the replies.
+@dataclass
+class Outcome:
+    """How often each thing happened, and the slowest of each kind of exchange in seconds."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    slowest: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @contextmanager
+    def timed(self, kind: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.slowest[kind] = max(self.slowest[kind], round(time.monotonic() - began, 2))
+
+
+def fuzz(served: Served, num_requests: int, seed: int) -> Outcome:
+    """Send so many hostile requests, with honest ones and pings beside them.
 
     Raises AssertionError for the first fault, with the seed and number of its request.
     """
-    counts: Counter[str] = Counter()
+    outcome = Outcome()
+    counts = outcome.counts
     errors: list[BaseException] = []
     numbers = iter(range(num_requests))
     lock = threading.Lock()
@@ -201,7 +205,8 @@ def fuzz(served: Served, num_requests: int, seed: int) -> Counter[str]:
 
     def hostile(number: int) -> str:
         request, waits = hostile_request(random.Random(f"{seed} {number}"), files)
-        status = _exchange(served.url, request, waits)
+        with outcome.timed("hostile"):
+            status = _exchange(served.url, request, waits)
         assert status in STATUSES or status is None, f"status {status} to {request[:300]!r}"
         return f"status {status}"
 
@@ -210,8 +215,10 @@ def fuzz(served: Served, num_requests: int, seed: int) -> Counter[str]:
     def honest() -> None:
         while not over.is_set() and not errors:
             try:
-                assert served.get("/ping").status_code == 200
-                reply = served.ask(num_candidates=1)
+                with outcome.timed("ping"):
+                    assert served.get("/ping").status_code == 200
+                with outcome.timed("honest"):
+                    reply = served.ask(num_candidates=1)
                 assert reply.status_code in (200, 429), reply.text
                 counts["honest"] += 1
             except BaseException as error:
@@ -229,7 +236,7 @@ def fuzz(served: Served, num_requests: int, seed: int) -> Counter[str]:
         raise errors[0]
     faults = [line for line in served.lines if "Traceback" in line or "internal error" in line]
     assert faults == [], "\n".join(served.lines[-60:])
-    return counts
+    return outcome
 
 
 def _exchange(url: str, request: bytes, waits: bool) -> int | None:

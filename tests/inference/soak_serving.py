@@ -1,11 +1,12 @@
 """A soak of the real `serve`: clients of every kind at random times.
 
-    python -m tests.inference.soak_serving --minutes 10        make soak-serving
+    python -m tests.inference.soak_serving --minutes 10 --signals 200        make soak-serving
 
 Clients request images, read streams, send lines, set short deadlines, close early, send too much
 or nonsense. Every accepted request is answered once, with the reference's images of its seed;
 refusals have a Retry-After. At the end no slot is busy, nothing waits, every request was counted
-once, and the server's memory is that after the warm-up. The last line is JSON.
+once, and the server's memory is that after the warm-up. Then its processes are killed and stopped
+(`tests.inference.interruptions`). The last line is JSON.
 """
 
 import argparse
@@ -24,9 +25,11 @@ from typing import Any
 from dalle import artefact as artefacts
 from inference.server.bodies import NUM_PROCESSES
 from tests.conftest import build_tiny_models
+from tests.inference.interruptions import interrupt
 from tests.inference.served import Served, running
 from tests.inference.serving_work import PATIENCE, Clients, Reference
 
+MOST_SECONDS_TO_ANSWER = 5.0  # a ping, after a process was killed or stopped
 CLIENTS = 12  # more than are answered at once, so that the queue is full at times
 QUEUE = 4
 MOST_MB = 1
@@ -175,12 +178,18 @@ def main() -> None:
     )
     parser.add_argument("--minutes", type=float, default=10.0, help="default %(default)s")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="of all chance")
+    parser.add_argument(
+        "--signals", type=int, default=200, help="that kill or stop a process; default %(default)s"
+    )
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
     with tempfile.TemporaryDirectory() as directory:
         artefacts.save(Path(directory), build_tiny_models())
         reference = Reference(Path(directory))
         done = soak(Path(directory), reference, seconds=60 * options.minutes, seed=options.seed)
+        print(json.dumps({"seed": options.seed} | done), flush=True)
+        done = interrupt(Path(directory), reference, options.signals, options.seed)
+    assert done["most_seconds_to_answer"] <= MOST_SECONDS_TO_ANSWER, done
     print(json.dumps({"seed": options.seed} | done))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.inference.interruptions import KINDS, interrupt
 from tests.inference.served import PATIENCE, running
 from tests.inference.serving_work import CANDIDATES, Clients, Reference, Reply
 from tests.inference.soak_serving import settle, soak
@@ -23,6 +24,11 @@ def test_clients_of_every_kind_leave_nothing_behind(tiny_artefact, reference):
     done = soak(tiny_artefact, reference, calls=150)
     assert done["counts"]["images compared"] > 150
     assert {"close_a_stream", "set_a_short_deadline", "send_a_large_image"} <= set(done["counts"])
+
+
+def test_killed_and_stopped_processes_cost_their_requests_alone(tiny_artefact, reference):
+    done = interrupt(tiny_artefact, reference, num_signals=len(KINDS), seed=0)
+    assert list(done["signals"].values()) == [1] * len(KINDS)
 
 
 def test_an_overload_is_refused_with_a_time_and_nothing_accepted_is_lost(

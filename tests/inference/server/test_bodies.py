@@ -258,18 +258,48 @@ def test_a_request_is_given_up_wherever_it_is(where):
     reader.close()
 
 
-def test_a_child_that_hangs_is_replaced_after_a_time():
+def test_a_child_that_hangs_is_replaced_after_a_time(monkeypatch, tmp_path):
+    program = tmp_path / "hangs"
+    program.write_text("#!/bin/sh\nexec sleep 3600\n")
+    program.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(program))
     reader = BodyReader(task_seconds=0.5)
     body = {"images": [small_file(2)], "classes": ["a"]}
     child = reader._processes._take(lambda: None)
-    child._start()
-    os.kill(child._process.pid, signal.SIGSTOP)
     reader._processes._give(child)
     with pytest.raises(PlatformError, match=r"images\[0\] could not be read within 0.5 s") as error:
         read(reader, body)
     assert error.value.status == 503
     assert child._process is None
     reader.close()
+
+
+def test_a_child_that_was_stopped_is_replaced_at_once():
+    """Its request is answered all the same, as that of a child that has died."""
+    reader = BodyReader()
+    child = reader._processes._take(lambda: None)
+    child._start()
+    stopped = child._process.pid
+    os.kill(stopped, signal.SIGSTOP)
+    reader._processes._give(child)
+    body = {"images": [small_file(2)], "classes": ["a"]}
+    assert isinstance(read(reader, body), ClassifyRequest)
+    assert child._process.pid != stopped
+    reader.close()
+
+
+def test_a_child_whose_parent_ends_ends_without_a_word(capfd):
+    order = {"task": "scale", "field": "x", "size": 4, "lengths": [3]}
+    whole = json.dumps(order).encode() + b"\nabc"  # its reply is never read
+    children = []
+    for sent in (b"", whole, whole + whole[:9], whole[:-1]):
+        child = bodies_module._Child(bodies_module.MEMORY_BYTES)
+        children.append(child)
+        connection = child._start()
+        connection.sendall(sent)
+        connection.close()
+    assert [child._process.wait() for child in children] == [0] * 4
+    assert capfd.readouterr() == ("", "")
 
 
 def test_the_deadline_is_told_as_soon_as_it_is_known():
