@@ -22,6 +22,7 @@ from dalle.errors import DalleError
 from dalle.model_card import ModelCard
 from inference.api.rendering import GenerateResult
 from inference.api.schema import Request
+from inference.engine.error_log import log_unexpected
 from inference.engine.request import Cancelled, EngineRequest
 from inference.engine.request_queue import Busy, RequestQueue, deadline_passed_waiting
 
@@ -295,7 +296,8 @@ class EngineCore:
         """
         is_expected = isinstance(error, DalleError)
         if not is_expected:
-            logger.error("%d requests failed", len(requests), exc_info=error)
+            texts = [text for request in requests for text in request.texts]
+            log_unexpected(logger, f"{len(requests)} requests failed", error, texts)
         for request in requests:
             self._queue.end(request, error)
         if is_expected:

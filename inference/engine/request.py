@@ -94,6 +94,11 @@ class EngineRequest:
         return 0
 
     @property
+    def texts(self) -> Sequence[str]:
+        """What the client wrote; no log has it above DEBUG."""
+        return ()
+
+    @property
     def queue_seconds(self) -> float:
         """Seconds from arrival until the model began with it."""
         return max(0.0, (self.started or self.arrival) - self.arrival)
@@ -199,6 +204,10 @@ class PreparedGeneration(EngineRequest):
         return int(np.count_nonzero(self.text_tokens.numpy()))
 
     @property
+    def texts(self) -> Sequence[str]:
+        return (self.caption,)
+
+    @property
     def num_unsampled(self) -> int:
         """Candidates that wait for a slot or are being sampled."""
         return len(self.decoding.waiting) + self.decoding.in_slots
@@ -248,6 +257,10 @@ class PreparedClassification(EngineRequest):
     @property
     def units(self) -> int:
         return len(self.images)
+
+    @property
+    def texts(self) -> Sequence[str]:
+        return self.classes
 
 
 @dataclass(kw_only=True, eq=False)

@@ -40,6 +40,7 @@ from gunicorn.workers.gthread import ThreadWorker
 
 from dalle.errors import UserError
 from inference.engine.engine_core import EngineCore
+from inference.engine.error_log import log_unexpected
 from inference.engine.request_queue import Busy
 from inference.server.chunked_body import ChunkedBody
 from inference.server.connection import RECEIVE_BYTES, BodyPending, Connection
@@ -341,8 +342,8 @@ class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no annotations
             logger.debug("the client is lost: %s", error)
         except StopIteration:  # an error after the reply had begun; gunicorn has logged it
             pass
-        except Exception:
-            logger.exception("internal error")
+        except Exception as error:
+            log_unexpected(logger, "internal error", error)
         return _Next.CLOSE
 
     def _answer(self, conn: Connection) -> _Next:

@@ -43,6 +43,7 @@ from inference.api.rendering import (
 from inference.api.replies import CompleteReply, ErrorReply, Prediction
 from inference.api.schema import REQUEST_KINDS, GenerateRequest, Limits, Request
 from inference.engine.engine_core import Engine, EngineCore
+from inference.engine.error_log import log_unexpected
 from inference.engine.request import Cancelled, DeadlineExceeded, EngineRequest, Failed
 from inference.engine.request_queue import Busy
 from inference.server.bodies import LARGE_BYTES, BodyReader
@@ -350,8 +351,8 @@ class _Line:
 def log_error(error: Exception) -> None:
     """Log a refusal or cancellation in one line, any other error with its traceback.
 
-    The message of a `UserError` quotes the request, and so does a field that is unknown: neither is
-    in the log above DEBUG.
+    The message of a `UserError` quotes the request, that of an unexpected error may, and so does a
+    field that is unknown: none of them is in the log above DEBUG.
     """
     if isinstance(error, Cancelled):
         logger.info("cancelled: %s", error)
@@ -363,7 +364,7 @@ def log_error(error: Exception) -> None:
     elif isinstance(error, DalleError):
         logger.info("refused: status=%d; code=%s; %s", error.status, error.code, error)
     else:
-        logger.error("internal error", exc_info=error)
+        log_unexpected(logger, "internal error", error)
 
 
 def _dump(model: BaseModel) -> bytes:

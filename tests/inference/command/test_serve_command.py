@@ -126,6 +126,22 @@ def cancellations(served: Served) -> int:
     return sum("cancelled: the client closed" in line for line in served.lines)
 
 
+def test_the_log_of_a_server_has_no_caption_and_no_picture(served):
+    picture = served.ask(num_candidates=1, caption="zebra").json()["images"][0]["image"]
+    for fields in ({}, {"num_candidates": 513}, {"zebra": 1}, {"caption": "zebra " * 99}):
+        served.ask(**{"caption": "a zebra", "prime_image": picture, "prime_rows": 1, **fields})
+    with served.ask(caption="zebra", accept="application/jsonlines", stream=True) as response:
+        assert response.iter_lines()
+    served.ask(caption="zebra", prime_image=picture[:-9], prime_rows=1)
+    url = f"{served.url}/invocations?zebra"
+    served.http.post(url, data="zebra {", headers={"X-Zebra": "zebra"}, timeout=PATIENCE)
+    assert served.get("/zebra").status_code == 404
+    log = "\n".join(served.lines)
+    assert "refused: status=422" in log
+    assert "zebra" not in log.lower()
+    assert picture[:24] not in log
+
+
 def test_a_deadline_is_kept_with_the_best_so_far(served):
     reply = served.ask(num_candidates=512, deadline_seconds=1).json()
     assert 1 <= reply["completed_candidates"] < 512

@@ -56,6 +56,10 @@ class Work(EngineRequest):
     request: Any
     units: int = 1
 
+    @property
+    def texts(self) -> list[str]:
+        return [getattr(self.request, "caption", "")]
+
 
 @dataclass
 class Engine(OneAtATime):
@@ -96,6 +100,8 @@ class Engine(OneAtATime):
         assert isinstance(request, GenerateRequest)
         if request.caption == "bug":
             raise ZeroDivisionError("secret detail")
+        if request.caption.startswith("quote"):
+            raise LookupError(f"no token for {request.caption[:20]!r}") from KeyError(request)
         finished: list[Candidate] = []
         for number in range(request.num_candidates):
             if request.preview_rows is not None:
