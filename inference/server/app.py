@@ -38,7 +38,7 @@ from inference.openai.requests import MODELS, ROUTES, check_route
 from inference.server.bodies import BodyReader
 from inference.server.handler import Answer, Handler, log_error
 from inference.server.metrics import Metrics
-from inference.server.openai_handler import OpenAIHandler
+from inference.server.openai.handler import OpenAIHandler
 from inference.server.playground import playground
 from inference.settings import MEGABYTE, Settings
 

@@ -66,6 +66,7 @@ OTHER_VARIABLES = (
     "DALLE_PROJECT",
     "DALLE_REQUIRE_BROWSER",
     "DALLE_REQUIRE_DOCKER",
+    "DALLE_REQUIRE_NPM",
     "DALLE_REQUIRE_ROOT",
 )
 """Variables of the image, of `python -m infra` and of the tests."""

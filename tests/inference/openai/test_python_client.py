@@ -1,0 +1,94 @@
+"""OpenAI's own Python client against a real `serve`."""
+
+import base64
+import re
+
+import openai
+import pytest
+
+from inference.openai.schema import MODEL
+from tests.inference.server.app_fixtures import pixels_of
+
+pytestmark = pytest.mark.slow
+
+ASKED = {"model": "gpt-image-2", "prompt": "a red square"}
+
+
+def of_invocations(served, **fields) -> list[str]:
+    return [each["image"] for each in served.ask(**fields).json()["images"]]
+
+
+def test_its_pictures_are_those_of_an_invocation_with_the_same_seed(served, api):
+    reply = api.images.generate(**ASKED, n=2, extra_body={"seed": 7, "num_candidates": 4})
+    assert [each.b64_json for each in reply.data] == of_invocations(
+        served, num_candidates=4, num_images=2
+    )
+    assert pixels_of(reply.data[0].b64_json).shape == (16, 16, 3)
+    assert (reply.size, reply.output_format, reply.seed) == ("16x16", "png", 7)
+    # Three words, and 16 image tokens of each picture.
+    assert (reply.usage.input_tokens, reply.usage.output_tokens) == (3, 32)
+
+
+def test_its_stream_has_partial_pictures_and_ends_with_the_same_picture(api):
+    extra = {"seed": 7, "num_candidates": 2}
+    plain = api.images.generate(**ASKED, extra_body=extra)
+    stream = api.images.generate(**ASKED, stream=True, partial_images=3, extra_body=extra)
+    *partial, last = list(stream)
+    assert [type(each).__name__ for each in partial] == ["ImageGenPartialImageEvent"] * 3
+    assert [each.partial_image_index for each in partial] == [0, 1, 2]
+    assert (pixels_of(partial[0].b64_json)[4:] == 128).all()  # grey below the first row
+    assert type(last).__name__ == "ImageGenCompletedEvent"
+    assert last.b64_json == plain.data[0].b64_json
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "webp"])
+def test_it_gets_the_format_that_it_asks_for(api, kind):
+    reply = api.images.generate(**ASKED, output_format=kind, extra_body={"num_candidates": 1})
+    file = base64.b64decode(reply.data[0].b64_json)
+    assert file.startswith({"jpeg": b"\xff\xd8\xff", "webp": b"RIFF"}[kind])
+
+
+def test_a_wrong_value_is_raised_as_its_bad_request_error(api):
+    with pytest.raises(openai.BadRequestError, match="must be auto or 16x16") as raised:
+        api.images.generate(**ASKED, size="1024x1024")
+    assert (raised.value.param, raised.value.code) == ("size", "invalid_request")
+    assert raised.value.type == "invalid_request_error"
+
+
+def test_a_wrong_value_of_a_stream_is_raised_before_it_begins(api):
+    with pytest.raises(openai.BadRequestError, match="prompt must be at most 8 tokens"):
+        api.images.generate(model="", prompt="red " * 12, stream=True)
+
+
+def test_a_passed_deadline_is_its_internal_server_error_and_is_not_repeated(served, api):
+    def passed() -> int:
+        found = re.search(r'total{status="504"} (\d+)', served.get("/metrics").text)
+        return int(found[1]) if found else 0
+
+    before = passed()
+    with pytest.raises(openai.InternalServerError, match="deadline"):
+        api.with_options(max_retries=2).images.generate(
+            **ASKED, extra_body={"deadline_seconds": 1e-6}
+        )
+    assert passed() <= before + 1
+
+
+def test_an_unknown_model_is_raised_as_its_not_found_error(api):
+    assert [each.id for each in api.models.list()] == [MODEL]
+    assert api.models.retrieve(MODEL).created >= 0
+    with pytest.raises(openai.NotFoundError) as raised:
+        api.models.retrieve("gpt-5")
+    assert raised.value.code == "model_not_found"
+
+
+def test_a_stream_that_it_closes_is_cancelled(served, api):
+    def cancelled(lines: list[str]) -> int:
+        return len([line for line in lines if "cancelled: the client closed" in line])
+
+    before = cancelled(served.lines)
+    stream = api.images.generate(
+        **ASKED, stream=True, partial_images=3, extra_body={"num_candidates": 512}
+    )
+    next(iter(stream))
+    stream.close()
+    served.wait_until(lambda lines: cancelled(lines) > before)
