@@ -45,6 +45,7 @@ from dalle.models.image_tokenizer import ImageTokenizer
 from dalle.models.tokenizers.build import build_tokenizer
 from dalle.models.tokenizers.configs import config_content, parse_config
 from dalle.models.transformer import Dalle, TransformerConfig
+from dalle.models.uninitialised import without_memory, without_random_values
 from dalle.platform.disk import disk_error, sync
 from dalle.platform.json_file import read_json
 from dalle.preprocess.tokenizer import CaptionTokenizer
@@ -255,7 +256,8 @@ def _load_model(directory: Path, name: StageName, device: torch.device | str) ->
     try:
         config = parse(read_json(directory / CONFIG))
         _check_shapes(directory / WEIGHTS, build, config)
-        model = build(config)
+        with without_random_values():
+            model = build(config)
         model.load_state_dict(load_file(directory / WEIGHTS), assign=True)
     except (
         ValueError,
@@ -276,7 +278,7 @@ def _check_shapes(path: Path, build: Callable[[Any], nn.Module], config: Any) ->
 
     The model is built without memory for its weights.
     """
-    with torch.device("meta"):
+    with without_memory():
         expected = build(config).state_dict()
     with safe_open(path, "pt") as file:
         found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
-from torch import nn
 
 from dalle.manifest import Manifest, StageRecord
 from dalle.types import ImageTokenizerKind, StageName
 from dalle.versions import OURS
+
+if TYPE_CHECKING:
+    from torch import nn
 
 MODEL_CARD = "MODEL_CARD.md"
 

@@ -64,6 +64,13 @@ def test_infra_imports_no_torch_and_no_sdk():
     assert finished.stdout.split() == []
 
 
+@pytest.mark.slow
+def test_serve_binds_its_port_before_torch_is_imported():
+    code = "import sys, inference.__main__, inference.server.server; print('torch' in sys.modules)"
+    finished = run_python(code)
+    assert finished.stdout.split() == ["False"], finished.stderr
+
+
 IMPORT_EVERYTHING = """
 import importlib, json, logging, os, signal, sys, threading, warnings
 import torch, torchvision  # theirs, whatever they do; what follows is ours

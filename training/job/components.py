@@ -18,6 +18,7 @@ from dalle.errors import CheckpointError, HyperparameterError
 from dalle.models.clip import Clip, ClipConfig
 from dalle.models.dvae import DiscreteVAE, DVAEConfig
 from dalle.models.transformer import Dalle, TransformerConfig
+from dalle.models.uninitialised import without_memory
 from dalle.platform.limits import free_host_memory
 from dalle.types import StageName
 from training.config.fields import Hyperparameters, StageHyperparameters
@@ -233,7 +234,7 @@ def _check_memory(name: StageName, config: Config, device: torch.device) -> None
 
     `train --plan` tells what a whole step takes.
     """
-    with torch.device("meta"):
+    with without_memory():
         model = _MODELS[type(config)](config)
     num_bytes = sum(value.nbytes for value in model.state_dict().values())
     if device.type == "cuda":

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from dalle.models.configs import ImageTokenizerConfig
+from dalle.models.uninitialised import without_memory
 from dalle.types import StageName
 from training.config.deepspeed import BUCKET_ELEMENTS, TRAINED_BY_DEEPSPEED
 from training.config.fields import EngineName, Hyperparameters
 from training.config.models import Config
 from training.engine.optimizer import hidden_matrices, muon_update_elements
 from training.memory.passes import Formats, StagePasses, SyntheticStage, synthetic_stage
-from training.memory.tracer import without_memory
 
 PrecisionName = Literal["fp32", "bf16", "fp16"]
 

@@ -9,8 +9,8 @@ operation is not traced.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dalle.models.quantiser import Quantiser
+from dalle.models.uninitialised import without_memory
 from training.engine.interface import Trainable
 
 FAKE_DEVICE = torch.device("cpu")
@@ -63,13 +64,6 @@ class Passes:
         numbers = np.where(self.log >= 0, self.log, -self.log - 1)
         changes = np.where(self.log >= 0, sizes[numbers], -sizes[numbers])
         return round(float(np.cumsum(changes).max(initial=0.0)))
-
-
-@contextmanager
-def without_memory() -> Iterator[None]:
-    """Within it, modules are made with shapes, but neither memory nor initial values."""
-    with torch.device("meta"), _Uninitialised():
-        yield
 
 
 def trace_passes(
@@ -220,24 +214,6 @@ def _in_fp32(value: object) -> object:
     if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
         return value.float()
     return value
-
-
-class _Uninitialised(TorchFunctionMode):
-    """Skips initialisation: the models of `base` are built three times faster."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> object:
-        name = getattr(func, "__name__", "")
-        if name.endswith("_") and name.strip("_") in _FILLING:
-            return args[0] if args else (kwargs or {})["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
-_FILLING = {
-    *("normal", "uniform", "trunc_normal", "zeros", "zero", "ones", "fill", "constant"),
-    *("kaiming_uniform", "kaiming_normal", "xavier_uniform", "xavier_normal"),
-}
 
 
 def _materialise(model: nn.Module, dtype: torch.dtype | None) -> None:
