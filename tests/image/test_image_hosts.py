@@ -9,8 +9,8 @@ import pytest
 
 from infra.docker import docker
 from infra.local.opt_ml import OptMl, start_training
+from tests.forked import Forked
 from tests.image.docker_fixtures import TINY
-from tests.training.forked import Forked
 from tests.training.two_hosts import LONG_TIMEOUTS, log_of, metrics_of, train, written
 
 pytestmark = [pytest.mark.docker, pytest.mark.usefixtures("image")]
@@ -64,7 +64,7 @@ def test_two_containers_have_the_losses_of_one_process_and_one_of_them_writes(pa
             container.wait_for(rf"rank {rank} of 2 on host {host}, over eth0 at ")
     one = OptMl(tmp_path / "one", "platform")
     one.write("hyperparameters", (trees[0].root / "input/config/hyperparameters.json").read_text())
-    environment = {"DALLE_DEVICE": "cpu", "SM_CHANNEL_TRAIN": str(pairs)}
+    environment = os.environ | {"DALLE_DEVICE": "cpu", "SM_CHANNEL_TRAIN": str(pairs)}
     words = ["--root", str(one.root)]
     alone = Forked(train, words, LONG_TIMEOUTS, None, log=one.root / "log", environment=environment)
     assert alone.wait(timeout=180) == 0, log_of(one)

@@ -8,30 +8,26 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
 import requests
 
+from inference.__main__ import main
 from tests import REPOSITORY
+from tests.forked import CONTEXT, Forked
 
 PATIENCE = 180.0  # seconds until a test that waits for a process gives up
+
+Work = Callable[[list[str]], int]
+"""Takes the words of a command line and returns an exit status."""
 
 
 class Served:
     """A running `serve`. Its log is read by a thread, so that waiting for a line needs no sleep."""
 
-    def __init__(
-        self, root: Path, arguments: list[str], variables: dict[str, str], module: str
-    ) -> None:
-        environment = {name: value for name, value in os.environ.items() if name[:5] != "DALLE"}
-        path = f"{REPOSITORY / 'container'}{os.pathsep}{REPOSITORY}"
-        environment |= {"PYTHONPATH": path, "DALLE_THREADS": "1", "DALLE_DEVICE": "cpu"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", module, "--root", root, "--host", "127.0.0.1", *arguments],
-            env=environment | variables,
-            cwd=root,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def __init__(self, process: Any, log: IO[str]) -> None:
+        self.process = process  # subprocess.Popen, or what has of it what tests use
+        self._log = log
         self.lines: list[str] = []
         self._news = threading.Condition()
         self._ended = False
@@ -42,8 +38,7 @@ class Served:
         self.url = ""
 
     def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
+        for line in self._log:
             with self._news:
                 self.lines.append(line.rstrip())
                 self._news.notify_all()
@@ -94,27 +89,76 @@ class Served:
 
     def end(self) -> int:
         """Wait for the process to end; return its status."""
-        status = self.process.wait(PATIENCE)
+        status: int = self.process.wait(PATIENCE)
         self._reader.join(PATIENCE)
         return status
+
+    def close(self) -> None:
+        """End the process if it still runs."""
+        self.http.close()
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                raise
+        self._reader.join(PATIENCE)
+        self._log.close()
 
 
 @contextmanager
 def running(
-    root: Path, *arguments: str, module: str = "inference", **variables: str
+    root: Path, *arguments: str, work: Work | None = None, **variables: str
 ) -> Iterator[Served]:
-    served = Served(root, list(arguments or ("--port", "0")), variables, module)
+    """`serve`, sooner than the command: a fork of a process that has torch, see `tests.forked`.
+
+    work: a function of a module to run in place of `serve`.
+    """
+    log, its_end = CONTEXT.Pipe(duplex=False)
+    with its_end:
+        words = _words(root, arguments)
+        environment = _environment(variables)
+        process = Forked(work or serve, words, log=its_end, environment=environment, folder=root)
+    served = Served(process, os.fdopen(os.dup(log.fileno())))
+    log.close()
     try:
         yield served
     finally:
-        served.http.close()
-        if served.process.poll() is None:
-            served.process.terminate()
-            try:
-                served.process.wait(PATIENCE)
-            except subprocess.TimeoutExpired:
-                served.process.kill()
-                raise
-        served._reader.join(PATIENCE)
-        assert served.process.stderr is not None
-        served.process.stderr.close()
+        served.close()
+
+
+@contextmanager
+def command(
+    root: Path, *arguments: str, module: str = "inference", **variables: str
+) -> Iterator[Served]:
+    """The command itself, whose start takes seconds. module: another one that is run."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, *_words(root, arguments)],
+        env=_environment(variables),
+        cwd=root,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    served = Served(process, process.stderr)
+    try:
+        yield served
+    finally:
+        served.close()
+
+
+def serve(words: list[str]) -> int:
+    """Main function of a fork."""
+    return main(words)
+
+
+def _words(root: Path, arguments: tuple[str, ...]) -> list[str]:
+    return ["--root", str(root), "--host", "127.0.0.1", *(arguments or ("--port", "0"))]
+
+
+def _environment(variables: dict[str, str]) -> dict[str, str]:
+    environment = {name: value for name, value in os.environ.items() if name[:5] != "DALLE"}
+    path = f"{REPOSITORY / 'container'}{os.pathsep}{REPOSITORY}"
+    environment |= {"PYTHONPATH": path, "DALLE_THREADS": "1", "DALLE_DEVICE": "cpu"}
+    return environment | variables

@@ -1,9 +1,5 @@
-"""`serve` whose decoding steps take 50 ms each at least, so that a test can come in between.
+"""`serve` whose decoding steps take 50 ms each at least, so that a test can come in between."""
 
-Run as a module.
-"""
-
-import sys
 import time
 from unittest.mock import patch
 
@@ -21,6 +17,7 @@ def slow_step(engine: DecodeEngine) -> list[CandidateTokens]:
     return step(engine)
 
 
-if __name__ == "__main__":
+def serve(words: list[str]) -> int:
+    """Main function of a fork."""
     with patch.object(DecodeEngine, "step", slow_step):
-        sys.exit(main())
+        return main(words)

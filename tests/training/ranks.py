@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from tests.training.forked import Forked
+from tests.forked import Forked
 from training.distributed.process_group import TorchProcessGroup
 
 SECONDS = 300  # an upper bound that only a failing test waits for

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from PIL import Image
 
 from infra.local.opt_ml import OptMl
-from tests.training.forked import Forked
+from tests.forked import Forked
 from tests.training.host_networks import enter
 from training import rainbow
 from training.__main__ import main
@@ -93,7 +93,7 @@ def started(trees, network=None):
 @contextmanager
 def forked(trees, network=None, *, timeouts=LONG_TIMEOUTS, work=None):
     """The same as `started`, sooner: forks of a process that has torch, see
-    `tests.training.forked`.
+    `tests.forked`.
 
     work: a function of a module to run in place of `train`.
     """
@@ -109,7 +109,7 @@ def forked(trees, network=None, *, timeouts=LONG_TIMEOUTS, work=None):
                     timeouts,
                     namespace,
                     log=tree.root / "log",
-                    environment={"DALLE_DEVICE": "cpu"},
+                    environment=os.environ | {"DALLE_DEVICE": "cpu"},
                 )
             )
         yield processes

@@ -81,16 +81,17 @@ def test_the_reply_to_a_refused_body_reaches_a_client_that_is_still_sending(serv
     assert (reply.status, reply.json["error"]["code"]) == (413, "payload_too_large")
 
 
-@pytest.mark.parametrize(
-    "request_", [header(1000) + b"{", header(None) + b"5\r\n{", header(None) + b"5\r\n{123}\r\n"]
-)
-def test_a_body_that_stops_in_the_middle_is_a_408(impatient, request_):
-    with connect(impatient) as client:
-        client.sendall(request_)
-        reply = Reply(client)
-        assert (reply.status, reply.json["error"]["code"]) == (408, "request_timeout")
-        assert reply.fields["connection"] == "close"
-        assert has_ended(client)
+def test_a_body_that_stops_in_the_middle_is_a_408(impatient):
+    bodies = (header(1000) + b"{", header(None) + b"5\r\n{", header(None) + b"5\r\n{123}\r\n")
+    with ExitStack() as stack:
+        clients = [stack.enter_context(connect(impatient)) for _ in bodies]
+        for client, request in zip(clients, bodies, strict=True):
+            client.sendall(request)
+        for client in clients:
+            reply = Reply(client)
+            assert (reply.status, reply.json["error"]["code"]) == (408, "request_timeout")
+            assert reply.fields["connection"] == "close"
+            assert has_ended(client)
 
 
 def test_a_body_sent_byte_by_byte_has_no_more_time(impatient):
@@ -145,10 +146,12 @@ def test_a_header_may_come_in_pieces(client):
     assert Reply(client).status == 200
 
 
-@pytest.mark.parametrize("sent", [b"GET /ping HTTP/1.1\r\nHost", b"\r\n\r"])
-def test_a_header_that_does_not_come_in_time_ends_its_connection(client, sent):
-    client.sendall(sent)
-    assert has_ended(client)
+def test_a_header_that_does_not_come_in_time_ends_its_connection(served):
+    with ExitStack() as stack:
+        clients = [stack.enter_context(connect(served)) for _ in range(2)]
+        for client, sent in zip(clients, (b"GET /ping HTTP/1.1\r\nHost", b"\r\n\r"), strict=True):
+            client.sendall(sent)
+        assert all(has_ended(client) for client in clients)
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /ping HTTP/1.1\r\nHost: "])

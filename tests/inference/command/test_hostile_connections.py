@@ -13,7 +13,7 @@ import pytest
 
 from inference.settings import read_settings
 from tests.inference.raw_http import PING, Reply, connect, has_ended, header
-from tests.inference.served import PATIENCE, Served, running
+from tests.inference.served import PATIENCE, Served, running, serve
 
 pytestmark = pytest.mark.slow
 
@@ -34,18 +34,17 @@ def served(root) -> Iterator[Served]:
         yield served.ready()
 
 
+def serve_narrowly(words: list[str]) -> int:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (FEW_DESCRIPTORS, hard))
+    return serve(words)
+
+
 @pytest.fixture(scope="module")
 def narrow(root) -> Iterator[Served]:
     """A server that may open few files."""
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (FEW_DESCRIPTORS, limits[1]))
-    try:
-        served = running(root)
-        server = served.__enter__()
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    yield server.ready()
-    served.__exit__(None, None, None)
+    with running(root, work=serve_narrowly) as served:
+        yield served.ready()
 
 
 @pytest.fixture
@@ -218,7 +217,7 @@ def test_a_client_that_waits_to_send_its_body_is_told_to_or_refused(
 
 @pytest.mark.parametrize("accept", ["application/json", "application/jsonlines"])
 def test_a_client_that_closes_its_half_gets_its_whole_reply(served, accept):
-    fields = {"caption": "a red square", "num_candidates": 512, "deadline_seconds": 3}
+    fields = {"caption": "a red square", "num_candidates": 512, "deadline_seconds": 1}
     body = json.dumps(fields).encode()
     request = header(len(body)).replace(b"Host: x", b"Host: x\r\nAccept: " + accept.encode())
     with connect(served) as client:

@@ -19,7 +19,7 @@ import requests
 
 from inference.settings import VARIABLES, read_settings
 from tests import REPOSITORY
-from tests.inference.served import PATIENCE, Served, running
+from tests.inference.served import PATIENCE, Served, command, running
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +39,7 @@ def served(root) -> Iterator[Served]:
         "DALLE_MAX_CANDIDATES": "512",
         "DALLE_MAX_REQUEST_MB": "1",
     }
-    with running(root, **variables) as served:
+    with command(root, **variables) as served:
         yield served.ready()
 
 
@@ -178,7 +178,7 @@ def test_sigterm_ends_what_runs_refuses_what_is_new_and_exits_with_0(root):
         "DALLE_MAX_CANDIDATES": "512",
         "DALLE_DRAIN_SECONDS": "4",
     }
-    with running(root, **variables) as served:
+    with command(root, **variables) as served:
         served.ready()
         stream = served.ask(
             num_candidates=512, deadline_seconds=600, accept="application/jsonlines", stream=True
@@ -201,7 +201,7 @@ def test_sigterm_ends_what_runs_refuses_what_is_new_and_exits_with_0(root):
 
 
 def test_the_port_is_open_before_the_model_is_loaded(root):
-    with running(root) as served:
+    with command(root) as served:
         assert served.listening().get("/ping").status_code == 503
         response = served.ask()
         assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_loading")
@@ -228,7 +228,7 @@ def test_nothing_is_written_beside_the_model_or_at_home(root, tmp_path):
     for path in (root / "model").rglob("*"):
         path.chmod(0o555 if path.is_dir() else 0o444)
     before = sorted(root.rglob("*"))
-    with running(root, HOME=str(home)) as served:
+    with command(root, HOME=str(home)) as served:
         served.ready()
         assert served.ask().status_code == 200
         assert sorted(home.iterdir()) == []
@@ -295,7 +295,7 @@ def test_no_directory_to_write_to_ends_the_process_with_its_reason(root):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # every file is as if on a full disk
     try:
-        served = running(root)
+        served = command(root)
         server = served.__enter__()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -308,7 +308,7 @@ def test_no_directory_to_write_to_ends_the_process_with_its_reason(root):
 def test_an_installation_that_is_broken_ends_the_process_with_its_reason(root, tmp_path):
     (tmp_path / "prometheus_client.py").write_text("raise ImportError('half installed')")
     paths = (tmp_path, REPOSITORY / "container", REPOSITORY)
-    with running(root, PYTHONPATH=os.pathsep.join(map(str, paths))) as served:
+    with command(root, PYTHONPATH=os.pathsep.join(map(str, paths))) as served:
         assert served.end() == 3
         assert served.lines[-1].endswith("serve cannot begin: ImportError: half installed")
 

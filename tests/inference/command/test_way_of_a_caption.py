@@ -10,7 +10,7 @@ import pytest
 
 from tests import REPOSITORY
 from tests.inference.raw_http import Reply, connect, header
-from tests.inference.served import Served, running
+from tests.inference.served import Served, command
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +26,7 @@ def passed(tiny_artefact: Path, tmp_path_factory) -> set[str]:
     """The modules whose functions a warmed-up worker process calls for one caption."""
     root: Path = tmp_path_factory.mktemp("ml")
     shutil.copytree(tiny_artefact, root / "model")
-    with running(root, module="tests.inference.profiled_serve", CALLS_DIR=str(root)) as served:
+    with command(root, module="tests.inference.profiled_serve", CALLS_DIR=str(root)) as served:
         served.ready().ask().raise_for_status()
         began = time.monotonic()
         send_in_two(served)

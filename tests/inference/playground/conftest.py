@@ -18,6 +18,7 @@ import pytest
 
 from dalle import artefact as artefacts
 from dalle.manifest import Manifest
+from tests.inference import slow_serve
 from tests.inference.served import Served, running
 
 CAPTIONS = ["big filled red star", "small halftone cyan circle", "bigger shaded blue square"]
@@ -75,7 +76,7 @@ def served(root) -> Iterator[Served]:
 @pytest.fixture
 def slow_served(root) -> Iterator[Served]:
     """A server on which 512 candidates take so long that each machine can cancel them."""
-    with running(root, module="tests.inference.slow_serve", DALLE_PLAYGROUND="1") as served:
+    with running(root, work=slow_serve.serve, DALLE_PLAYGROUND="1") as served:
         yield served.ready()
 
 

@@ -1,8 +1,10 @@
 """training.soak: jobs that are killed and stopped at random moments end like undisturbed ones."""
 
+import os
+
 import pytest
 
-from tests.training.forked import Forked
+from tests.forked import Forked
 from tests.training.two_hosts import SHORT_TIMEOUTS, train
 from training.soak.__main__ import (
     IN_A_CHECKPOINT,
@@ -20,10 +22,9 @@ pytestmark = pytest.mark.slow
 
 
 def fork(arguments, log):
-    """`train`, sooner than the command; see tests.training.forked."""
-    return Forked(
-        train, arguments, SHORT_TIMEOUTS, None, log=log, environment={"DALLE_DEVICE": "cpu"}
-    )
+    """`train`, sooner than the command; see tests.forked."""
+    environment = os.environ | {"DALLE_DEVICE": "cpu"}
+    return Forked(train, arguments, SHORT_TIMEOUTS, None, log=log, environment=environment)
 
 
 START: Start = fork

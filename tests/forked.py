@@ -1,7 +1,8 @@
 """Processes for tests that need not import torch, which takes seconds: forks of one that has.
 
 They are as real as others: they have their own memory, signals, exit status and log. One server for
-the whole session imports what `train` needs, and never does more than that before it forks.
+the whole session imports what `train` and `serve` need, and never does more than that before it
+forks.
 """
 
 import multiprocessing
@@ -9,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 
 import torch
@@ -20,6 +22,11 @@ CONTEXT.set_forkserver_preload(
         "training.job.trainer",
         "training.job.components",
         "matplotlib.backends.backend_svg",
+        "inference.engine.model_runner",
+        "inference.server.app",
+        "inference.server.server",
+        "tests.inference.served",
+        "tests.training.two_hosts",
     ]
 )
 
@@ -27,13 +34,16 @@ CONTEXT.set_forkserver_preload(
 class Forked:
     """A process that calls `work(*arguments)` and exits with what that returns.
 
-    work: a function of a module, which is imported by its name. log: a file for both of its
-    streams; without one they are those of the tests. Has what tests use of `subprocess.Popen`.
+    work: a function of a module, which is imported by its name. log: for both of its streams, a
+    file or the end of a pipe of CONTEXT; without one they are those of the tests. environment: its
+    variables; without them those of the tests. folder: its working directory. Has what tests use
+    of `subprocess.Popen`.
     """
 
-    def __init__(self, work, *arguments, log=None, environment=None):
-        variables = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
-        self._process = CONTEXT.Process(target=_begin, args=(work, arguments, log, dict(variables)))
+    def __init__(self, work, *arguments, log=None, environment=None, folder=None):
+        variables = dict(environment or os.environ) | {"OMP_NUM_THREADS": "1"}
+        given = (work, arguments, log, variables, folder or os.getcwd())
+        self._process = CONTEXT.Process(target=_begin, args=given)
         self._process.start()
         self.pid = self._process.pid
 
@@ -58,12 +68,13 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
-def _begin(work, arguments, log, environment):
+def _begin(work, arguments, log, environment, folder):
     os.environ.clear()
     os.environ.update(environment)
+    os.chdir(folder)
     torch.set_num_threads(1)  # the variable came too late for it
     if log is not None:
-        with open(log, "ab") as file:
+        with log if isinstance(log, Connection) else open(log, "ab") as file:
             for stream in (sys.stdout, sys.stderr):
                 os.dup2(file.fileno(), stream.fileno())
     raise SystemExit(work(*arguments))  # from a fork it is `os._exit`, with the output flushed
