@@ -99,6 +99,7 @@ def _escape(control: re.Match[str]) -> str:
 def _load(model: Path, settings: Settings) -> ModelRunner:
     """Import torch, choose device and threads and load the artefact, in the model's thread."""
     from dalle.platform.limits import usable_cpus
+    from inference.api.marks import mark_of
     from inference.engine.model_runner import ModelRunner
 
     return ModelRunner.load(
@@ -108,6 +109,7 @@ def _load(model: Path, settings: Settings) -> ModelRunner:
         most_threads=usable_cpus(),
         chunk_size=settings.chunk_size,
         precision=settings.precision,
+        mark_of=mark_of if settings.mark else None,
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
@@ -22,6 +22,7 @@ MEGABYTE = 1_000_000
 MOVING_INVOCATIONS = 7  # that are read or whose replies are sent, beside those queued or running
 SPARE_THREADS = 8  # for pings, metrics and refusals, each of which is short
 LARGEST_BODIES = 8  # that are in memory while they arrive
+MARK_BYTES = 2_500  # of a file for what it says of its origin, at most
 
 
 def _up_to(most: float, default: float | None, description: str) -> Any:
@@ -91,6 +92,12 @@ class Variables(BaseModel):
         title="1 or 0",
         description="1: GET / is a page to try the model; for your own machine, not an endpoint",
     )
+    dalle_mark: Literal["on", "off"] = Field(
+        "on",
+        title="on or off",
+        description="on: image files say in their metadata that a model made them, which one and "
+        "by which seed; off: they say nothing",
+    )
     sagemaker_batch: str = Field(
         "", description="true in a batch transform job; set by the platform"
     )
@@ -121,6 +128,7 @@ class Settings:
     stall_seconds: float
     drain_seconds: float
     playground: bool = False
+    mark: bool = True
 
     @property
     def max_invocations(self) -> int:
@@ -160,6 +168,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
             max_request_bytes=request_mb * MEGABYTE,
             max_reply_bytes=read.dalle_max_reply_mb * MEGABYTE,
             deadline_seconds=read.dalle_deadline_seconds or default_deadline,
+            mark_bytes=MARK_BYTES if read.dalle_mark == "on" else 0,
         ),
         device=read.dalle_device,
         threads=read.dalle_threads,
@@ -170,6 +179,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         stall_seconds=read.dalle_stall_seconds,
         drain_seconds=read.dalle_drain_seconds,
         playground=read.dalle_playground,
+        mark=read.dalle_mark == "on",
     )
 
 

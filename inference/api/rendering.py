@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -43,12 +43,29 @@ _WORST_BYTES_PER_PIXEL: Mapping[ImageFormat, float] = {"png": 3.02, "jpeg": 2.1,
 _HEADER_BYTES = 1_000
 
 
+Sign = Callable[[bytes, ImageFormat, int, int], bytes]
+"""File, its format, seed and candidate -> the file with a signed manifest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What the files of one request's images say of their origin.
+
+    xmp: packet with `{seed}` and `{candidate}` in the places of these numbers. sign: for finished
+    images; None: unsigned.
+    """
+
+    xmp: str
+    sign: Sign | None = None
+    seed: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """One finished image.
 
     clip_score: cosine, None without a CLIP; merit: what it is ranked by, the greatest first;
-    pixels: uint8 [H, W, 3].
+    pixels: uint8 [H, W, 3]; mark: None for a file that says nothing of its origin.
     """
 
     number: int
@@ -56,6 +73,7 @@ class Candidate:
     clip_score: float | None
     merit: float
     pixels: Pixels = field(repr=False)
+    mark: Mark | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +83,7 @@ class Preview:
     number: int
     rows: int
     pixels: Pixels = field(repr=False)
+    mark: Mark | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +200,8 @@ def check_reply_size(
     image_size: side of the square images in pixels. remedy: what to ask for besides fewer images.
     Raises `UserError` 422.
     """
-    worst = _WORST_BYTES_PER_PIXEL[request.format] * image_size**2 + _HEADER_BYTES
+    header = _HEADER_BYTES + limits.mark_bytes
+    worst = _WORST_BYTES_PER_PIXEL[request.format] * image_size**2 + header
     encoded = int(worst * 4 / 3)
     fitting = limits.max_reply_bytes // encoded
     if request.num_images > fitting:
@@ -206,7 +226,7 @@ def render_json(
     began = time.monotonic()
     best = zip(_ranking(result), result.ranked[: request.num_images], strict=False)
     images = [
-        RankedImage(**dict(place), image=_base64(candidate.pixels, request.format))
+        RankedImage(**dict(place), image=_base64(candidate, request.format))
         for place, candidate in best
     ]
     timings = stage_timings(result, queue_seconds, time.monotonic() - began)
@@ -223,7 +243,7 @@ def render_best(
     """Return the file of the best image, headers with its scores, and the timings."""
     began = time.monotonic()
     best = result.ranked[0]
-    file = encode_image(best.pixels, format)
+    file = _file(best, format)
     timings = stage_timings(result, queue_seconds, time.monotonic() - began)
     facts = {
         "seed": f"{result.seed}",
@@ -244,9 +264,7 @@ def render_best(
 
 def render_preview(preview: Preview, format: ImageFormat) -> PreviewLine:
     """Return an unfinished candidate as a line of a stream."""
-    return PreviewLine(
-        candidate=preview.number, rows=preview.rows, image=_base64(preview.pixels, format)
-    )
+    return PreviewLine(candidate=preview.number, rows=preview.rows, image=_base64(preview, format))
 
 
 def render_candidate(candidate: Candidate, format: ImageFormat) -> CandidateLine:
@@ -255,7 +273,7 @@ def render_candidate(candidate: Candidate, format: ImageFormat) -> CandidateLine
         candidate=candidate.number,
         clip_score=candidate.clip_score,
         log_likelihood=candidate.log_likelihood,
-        image=_base64(candidate.pixels, format),
+        image=_base64(candidate, format),
     )
 
 
@@ -316,8 +334,20 @@ def stage_timings(result: GenerateResult, queue_seconds: float, encode_seconds: 
     )
 
 
-def _base64(pixels: Pixels, format: ImageFormat) -> str:
-    return base64.b64encode(encode_image(pixels, format)).decode("ascii")
+def _base64(image: Candidate | Preview, format: ImageFormat) -> str:
+    return base64.b64encode(_file(image, format)).decode("ascii")
+
+
+def _file(image: Candidate | Preview, format: ImageFormat) -> bytes:
+    """Return the file of an image, with its mark."""
+    mark = image.mark
+    if mark is None:
+        return encode_image(image.pixels, format)
+    xmp = mark.xmp.format(seed=mark.seed, candidate=image.number)
+    file = encode_image(image.pixels, format, xmp=xmp)
+    if mark.sign is not None and isinstance(image, Candidate):
+        return mark.sign(file, format, mark.seed, image.number)
+    return file
 
 
 def _line(model: BaseModel) -> bytes:

@@ -40,6 +40,7 @@ class Limits:
     max_request_bytes: int = 25_000_000  # the platform's own limit for a real-time endpoint
     max_reply_bytes: int = 5_000_000  # below the 6 MB at which older clients stop
     deadline_seconds: float = 55.0  # by default; the platform ends a real-time invocation at 60
+    mark_bytes: int = 0  # that an image file may have for what it says of its origin
 
 
 DEFAULT_LIMITS = Limits()

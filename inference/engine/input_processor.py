@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NoReturn
 
 import numpy as np
@@ -24,6 +25,7 @@ from dalle.preprocess.captions import is_visible
 from dalle.preprocess.images import decode_image, to_square
 from dalle.preprocess.tokenizer import CaptionTokenizer
 from inference.api.parsing import decode_base64
+from inference.api.rendering import Mark
 from inference.api.schema import ClassifyRequest, CompleteRequest, GenerateRequest, Request
 from inference.engine.request import (
     EngineRequest,
@@ -39,11 +41,16 @@ _NEAR = 0.75  # least share of equal letters in a word that may have been meant
 _QUOTED_CHARACTERS = 80
 
 
-def prepare(artefact: Artefact, request: Request, arrival: float, deadline: float) -> EngineRequest:
-    """Check and convert a request. Raises `UserError` that says what to change or to train."""
+def prepare(
+    artefact: Artefact, request: Request, arrival: float, deadline: float, mark: Mark | None = None
+) -> EngineRequest:
+    """Check and convert a request. Raises `UserError` that says what to change or to train.
+
+    mark: what files say of their origin, for any seed.
+    """
     match request:
         case GenerateRequest():
-            return _prepare_generation(artefact, request, arrival, deadline)
+            return _prepare_generation(artefact, request, arrival, deadline, mark)
         case ClassifyRequest():
             return _prepare_classification(artefact, request, arrival, deadline)
         case CompleteRequest():
@@ -51,7 +58,11 @@ def prepare(artefact: Artefact, request: Request, arrival: float, deadline: floa
 
 
 def _prepare_generation(
-    artefact: Artefact, request: GenerateRequest, arrival: float, deadline: float
+    artefact: Artefact,
+    request: GenerateRequest,
+    arrival: float,
+    deadline: float,
+    mark: Mark | None,
 ) -> PreparedGeneration:
     purpose = "generate images"
     dvae = artefact.dvae or _missing("dvae", "dvae", purpose)
@@ -69,6 +80,7 @@ def _prepare_generation(
         prime = _read_image(request.prime_image, "prime_image", dvae.config.image_size)
     caption = _fitting(tokenizer, request.caption) if request.truncate else request.caption
     text_tokens = _encode(tokenizer, caption, "caption")
+    seed = _choose_seed(request.seed)
     return PreparedGeneration(
         arrival=arrival,
         deadline=deadline,
@@ -77,7 +89,8 @@ def _prepare_generation(
         text_tokens=text_tokens,
         prime=prime,
         prime_rows=request.prime_rows,
-        seed=_choose_seed(request.seed),
+        seed=seed,
+        mark=None if mark is None else replace(mark, seed=seed),
         num_candidates=request.num_candidates,
         options=SamplingOptions(
             temperature=request.temperature,

@@ -14,7 +14,7 @@ import math
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,9 +27,10 @@ from dalle.artefact import Artefact
 from dalle.decoding.engine import DecodeEngine
 from dalle.decoding.validate import build_engine
 from dalle.errors import ArtefactError, DeviceError, PlatformError
+from dalle.manifest import Manifest
 from dalle.model_card import ModelCard
 from dalle.types import Precision
-from inference.api.rendering import Result
+from inference.api.rendering import Mark, Result
 from inference.api.schema import CompleteRequest, GenerateRequest, Request
 from inference.engine.input_processor import prepare
 from inference.engine.request import (
@@ -69,6 +70,7 @@ class ModelRunner:
         self._artefact = artefact
         self._device = device
         self.threads = torch.get_num_threads()
+        self.mark: Mark | None = None
         self._max_candidates = chunk_size or (32 if device.type == "cuda" else 16)
         self._engine: DecodeEngine | None = None
         self._scheduler: Scheduler | None = None
@@ -94,11 +96,13 @@ class ModelRunner:
         most_threads: int = 1,
         chunk_size: int | None = None,
         precision: Precision = "fp32",
+        mark_of: Callable[[Manifest], Mark] | None = None,
     ) -> ModelRunner:
         """Load an artefact directory, or the model.tar.gz in it, onto a device.
 
         device: auto, cpu, cuda or cuda:N. threads: torch's on the CPU, in the calling thread;
         None: as many, up to `most_threads`, as sample fastest, which takes a second to measure.
+        mark_of: what the files of a model's images say of their origin; None: nothing.
         Raises `ArtefactError` naming the file at fault, `DeviceError` for a device that is absent.
         """
         torch.set_num_threads(threads or most_threads)
@@ -109,6 +113,7 @@ class ModelRunner:
             directory = archive.locate(model_dir, Path(scratch))
             artefact = artefacts.load(directory, chosen)
             runner = cls(artefact, chosen, chunk_size=chunk_size, precision=precision)
+        runner.mark = mark_of(artefact.manifest) if mark_of is not None else None
         if threads is None and most_threads > 1:
             runner.choose_threads(most_threads)
         logger.info(
@@ -172,7 +177,7 @@ class ModelRunner:
         Raises `UserError` that says what to change.
         """
         arrival = time.monotonic() if arrival is None else arrival
-        return prepare(self._artefact, request, arrival, deadline)
+        return prepare(self._artefact, request, arrival, deadline, self.mark)
 
     @property
     def has_room(self) -> bool:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dalle.errors import DalleError
-from inference.api.rendering import Candidate, GenerateResult, Preview, Result, rank
+from inference.api.rendering import Candidate, GenerateResult, Mark, Preview, Result, rank
 from inference.api.replies import RankedBy
 
 if TYPE_CHECKING:
@@ -177,6 +177,8 @@ class PreparedGeneration(EngineRequest):
     options: SamplingOptions
     preview_rows: int | None = None
     num_images: int = 1
+    mark: Mark | None = None
+    """What its files say of their origin."""
 
     decoding: DecodeRequest = field(init=False, repr=False)
     """The request in the decoding engine."""

@@ -191,7 +191,7 @@ class Scheduler:
             for rows, group in by_rows.items():
                 images = self._dvae.decode_rows(torch.stack([tokens for _, tokens in group]))
                 for (number, _), pixels in zip(group, to_pixels(images), strict=True):
-                    request.put(Preview(number, rows, pixels))
+                    request.put(Preview(number, rows, pixels, request.mark))
             seconds = time.monotonic() - began
             request.decode_seconds += seconds
             request.cost_seconds += seconds
@@ -223,7 +223,9 @@ class Scheduler:
             request.decode_seconds += (decoded - began) / len(batch)
             request.rank_seconds += (ranked - decoded) / len(batch)
             request.cost_seconds += (ranked - began) / len(batch)
-            candidate = Candidate(each.number, each.log_likelihood, score, merit, image)
+            candidate = Candidate(
+                each.number, each.log_likelihood, score, merit, image, request.mark
+            )
             request.finished.append(candidate)
             request.put(candidate)
         for request in dict.fromkeys(request for request, _ in batch):

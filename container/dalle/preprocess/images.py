@@ -18,11 +18,11 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, JpegImagePlugin
+from PIL import Image, ImageOps, JpegImagePlugin, PngImagePlugin
 
 from dalle.errors import DataError
 from dalle.preprocess import png
@@ -137,15 +137,22 @@ def to_square(image: Image.Image, size: int) -> Pixels:
     return np.array(image, dtype=np.uint8)
 
 
-def encode_image(pixels: Pixels, format: ImageFormat) -> bytes:
-    """Encode a uint8 array [H, W, 3] as a PNG (exact), JPEG or WebP (quality 92) file."""
+def encode_image(pixels: Pixels, format: ImageFormat, *, xmp: str = "") -> bytes:
+    """Encode a uint8 array [H, W, 3] as a PNG (exact), JPEG or WebP (quality 92) file.
+
+    xmp: packet of metadata that the file carries; it changes no pixel. Empty: none.
+    """
     if format not in _ENCODER_OPTIONS:
         raise ValueError(f"format must be one of {', '.join(_ENCODER_OPTIONS)}, got {format!r}")
     _check_pixels(pixels)
     file = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(
-        file, format=format.upper(), **_ENCODER_OPTIONS[format]
-    )
+    options: dict[str, Any] = {**_ENCODER_OPTIONS[format]}
+    if xmp and format == "png":
+        options["pnginfo"] = PngImagePlugin.PngInfo()
+        options["pnginfo"].add_itxt("XML:com.adobe.xmp", xmp)
+    elif xmp:
+        options["xmp"] = xmp.encode()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(file, format=format.upper(), **options)
     return file.getvalue()
 
 

@@ -72,6 +72,8 @@ def test_accept_image_png_gets_a_png(served):
     response = served.ask(accept="image/png")
     assert response.headers["Content-Type"] == "image/png"
     assert response.content.startswith(b"\x89PNG")
+    assert b"digitalsourcetype/trainedAlgorithmicMedia" in response.content
+    assert b'dalle:seed="7"' in response.content
     assert float(response.headers["X-Dalle-Clip-Score"]) <= 1
 
 

@@ -89,6 +89,7 @@ def test_candidates_stream_in_and_end_in_the_order_of_their_ranks(new_page, serv
     facts = json.loads(files.pop("pictures.json"))
     assert facts["request"]["seed"] == seed
     assert list(files.values()) == [base64.b64decode(each["image"]) for each in reply["images"]]
+    assert all(b"trainedAlgorithmicMedia" in file for file in files.values())
     assert page.inner_text("#status").startswith("6 pictures, the best first by")
     for stage in ("queue", "sample", "decode", "rank", "encode"):
         assert re.search(rf"{stage}\s+[\d.]+ s", page.inner_text("#timings"))
