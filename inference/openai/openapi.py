@@ -20,11 +20,12 @@ from inference.openai.replies import (
     OpenAIErrorReply,
     PartialImageEvent,
 )
-from inference.openai.requests import GENERATIONS, MODELS
-from inference.openai.schema import PASSED, ImagesRequest
+from inference.openai.requests import EDITS, GENERATIONS, MODELS, ROUTES
+from inference.openai.schema import PASSED, PASSED_BY_EDITS, EditRequest, ImagesRequest
 
 _MODELS: tuple[type[BaseModel], ...] = (
     ImagesRequest,
+    EditRequest,
     ImagesReply,
     PartialImageEvent,
     CompletedEvent,
@@ -33,6 +34,12 @@ _MODELS: tuple[type[BaseModel], ...] = (
     OpenAIErrorReply,
     OpenAIErrorEvent,
 )
+_PICTURES = {
+    JSON: ref("ImagesReply"),
+    EVENT_STREAM: {
+        "anyOf": [ref("PartialImageEvent"), ref("CompletedEvent"), ref("OpenAIErrorEvent")]
+    },
+}
 _LATE = "Errors after the first event are the last event of a stream."
 
 
@@ -41,26 +48,22 @@ def document(limits: Limits) -> dict[str, Any]:
     whole = openapi.document(limits)
     schemas = whole["components"]["schemas"]
     schemas.update(model_schemas(_MODELS))
-    _pass_fields(schemas, ImagesRequest, PASSED)
-    schemas["ImagesRequest"]["properties"]["n"]["maximum"] = limits.max_images
+    for kind, names in ((ImagesRequest, PASSED), (EditRequest, PASSED_BY_EDITS)):
+        _pass_fields(schemas, kind, names)
+        schemas[kind.__name__]["properties"]["n"]["maximum"] = limits.max_images
     whole["paths"] |= {
-        GENERATIONS: {
-            "post": _post(
-                "images_generations",
-                "Generate pictures, in the form of OpenAI's API",
-                {JSON: ref("ImagesRequest")},
-                {
-                    JSON: ref("ImagesReply"),
-                    EVENT_STREAM: {
-                        "anyOf": [
-                            ref("PartialImageEvent"),
-                            ref("CompletedEvent"),
-                            ref("OpenAIErrorEvent"),
-                        ]
-                    },
-                },
-            )
-        },
+        GENERATIONS: _post(
+            "images_generations",
+            "Generate pictures, in the form of OpenAI's API",
+            {ROUTES[GENERATIONS]: ref("ImagesRequest")},
+            _PICTURES,
+        ),
+        EDITS: _post(
+            "images_edits",
+            "Continue an image below its top rows, in the form of OpenAI's API",
+            {ROUTES[EDITS]: ref("EditRequest")},
+            _PICTURES,
+        ),
         MODELS: get("models", "The model of this server", _listed("ModelList")),
         f"{MODELS}/{{name}}": get("model", "One model", _listed("ModelInfo", 404), ["name"]),
     }
@@ -71,7 +74,7 @@ def _post(
     operation: str, summary: str, requests: dict[str, Any], replies: dict[str, Any]
 ) -> dict[str, Any]:
     """Return a route of POST. requests, replies: schemas by media type."""
-    return {
+    route = {
         "summary": summary,
         "operationId": operation,
         "description": "Also as POST /invocations with the header "
@@ -86,6 +89,7 @@ def _post(
             },
         },
     }
+    return {"post": route}
 
 
 def _listed(schema: str, *refused: int) -> dict[int, tuple[str, str, dict[str, Any]]]:

@@ -13,25 +13,28 @@ from dataclasses import dataclass
 from typing import Any
 
 from dalle.errors import UserError
-from inference.api.parsing import BodyKind, body_kind, read_object, validate
+from inference.api.parsing import JSON, body_kind, read_object, validate
 from inference.api.schema import GenerateRequest, Limits
 from inference.openai.schema import PASSED, ImagesRequest
 
 GENERATIONS = "/v1/images/generations"
+EDITS = "/v1/images/edits"
 MODELS = "/v1/models"
-ROUTES = (GENERATIONS,)
-"""Routes of POST."""
+ROUTES: Mapping[str, str] = {GENERATIONS: JSON, EDITS: "multipart/form-data"}
+"""Routes of POST, and the media type of their bodies."""
 
 MAX_JSON_BYTES = 1 << 18  # of a body without a history: no prompt and no settings need as many
 
 # Our names for what OpenAI's API has names for, at the beginning of a message.
+_OF_IMAGES = {
+    "caption": "prompt",
+    "num_images": "n",
+    "format": "output_format",
+    "preview_rows": "partial_images",
+}
 _NAMES: Mapping[str, Mapping[str, str]] = {
-    GENERATIONS: {
-        "caption": "prompt",
-        "num_images": "n",
-        "format": "output_format",
-        "preview_rows": "partial_images",
-    },
+    GENERATIONS: _OF_IMAGES,
+    EDITS: {**_OF_IMAGES, "prime_image": "image", "prime_rows": "mask"},
 }
 
 
@@ -62,13 +65,17 @@ def check_route(route: str, content_type: str | None) -> None:
             status=404,
             code="not_found",
         )
-    if body_kind(content_type) is not BodyKind.JSON:
+    wanted = ROUTES[route]
+    name = (content_type or JSON).partition(";")[0].strip().lower()
+    if name != wanted:
         raise UserError(
-            f"{route} reads application/json, got Content-Type {str(content_type)[:100]!r}",
+            f"{route} reads {wanted}, got Content-Type {name[:100]!r}",
             field="Content-Type",
             status=415,
             code="unsupported_media_type",
         )
+    if wanted == JSON:
+        body_kind(content_type)  # refuses a character set other than UTF-8
 
 
 def read_generation(

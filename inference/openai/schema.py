@@ -31,6 +31,8 @@ MAX_PARTIAL_IMAGES = 3
 _OWN = {"caption", "num_images", "format", "preview_rows"}
 PASSED = tuple(name for name in GenerateRequest.model_fields if name not in _OWN)
 """Fields of `GenerateRequest` that every request in OpenAI's form may have besides its own."""
+PASSED_BY_EDITS = tuple(name for name in PASSED if name not in ("prime_image", "prime_rows"))
+"""The same of POST /v1/images/edits, where image and mask say what is kept."""
 
 
 def _b64_json(value: object) -> object:
@@ -134,3 +136,22 @@ class ImagesRequest(Fields):
                 {"number": self.partial_images},
             )
         return self
+
+
+class EditRequest(ImagesRequest):
+    """Continue an image below its top rows: POST /v1/images/edits, as multipart/form-data."""
+
+    image: bytes = Field(
+        description="The file of one image (PNG, JPEG, WebP, GIF or BMP), cut to its centre square "
+        "and scaled to the model's size."
+    )
+    mask: bytes | None = Field(
+        default=None,
+        description="A PNG or WebP file of the image's width and height, at most 4,194,304 "
+        "pixels, whose alpha channel is above 0 in the rows that are kept, from the top over the "
+        "whole width, and 0 in all below. The rows end where a row of the image-token grid does. "
+        "Any other mask is refused. Without a mask, the image's own alpha channel.",
+    )
+    input_fidelity: Literal["high", "low"] = Field(
+        default="high", description="OpenAI's values are taken, of no effect."
+    )

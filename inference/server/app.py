@@ -122,11 +122,12 @@ def create_app(engine_core: EngineCore, settings: Settings) -> Flask:
         g.openai_route = route
         if route == MODELS:
             return models()
-        check_route(route, request.headers.get("Content-Type"))
+        content_type = request.headers.get("Content-Type")
+        check_route(route, content_type)
         return answer(
             OpenAIHandler,
             Accept.parse(None),
-            lambda handler, body: handler.answer_call(route, body),
+            lambda handler, body: handler.answer_call(route, body, content_type),
         )
 
     def answer(

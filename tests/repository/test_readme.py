@@ -33,14 +33,23 @@ PAGES = [
 # Which page has which generated tables.
 TABLES = {
     "training/REFERENCE.md": ["hyperparameters"],
-    "inference/REFERENCE.md": ["environment", "caption", "images", "complete", "openai-images"],
+    "inference/REFERENCE.md": [
+        "environment",
+        "caption",
+        "images",
+        "complete",
+        "openai-images",
+        "openai-edits",
+    ],
 }
 
 
-def request_table(request: type[BaseModel]) -> str:
-    """A Markdown table of a request's fields, from the schema's own descriptions."""
+def request_table(request: type[BaseModel], without: type[BaseModel] = BaseModel) -> str:
+    """A Markdown table of a request's fields, less those of another, from their descriptions."""
     lines = ["| field | meaning and range |", "|---|---|"]
     for name, field in request.model_fields.items():
+        if name in without.model_fields:
+            continue
         required = " **Required.**" if field.is_required() else ""
         lines.append(f"| `{name}` | {field.description}{required} |")
     return "\n".join(lines)
@@ -63,6 +72,9 @@ def generated_tables() -> dict[str, str]:
         "images": request_table(schema.ClassifyRequest),
         "complete": request_table(schema.CompleteRequest),
         "openai-images": request_table(openai_schema.ImagesRequest),
+        "openai-edits": request_table(
+            openai_schema.EditRequest, without=openai_schema.ImagesRequest
+        ),
     }
 
 

@@ -11,21 +11,22 @@ from inference.api.parsing import JSON
 from inference.api.rendering import GenerateResult, StreamForm, check_reply_size, render_json
 from inference.api.schema import GenerateRequest
 from inference.engine.request import EngineRequest
+from inference.openai.edits import read_edit
 from inference.openai.rendering import EVENT_STREAM, ImagesStream, Sizes, images_reply
-from inference.openai.requests import Call, read_generation
+from inference.openai.requests import EDITS, Call, read_generation
 from inference.server.handler import Answer, Handler
 
 
 class OpenAIHandler(Handler):
     """Handler of one HTTP request in OpenAI's form. Its Accept header decides nothing."""
 
-    def answer_call(self, route: str, body: bytes) -> Answer:
+    def answer_call(self, route: str, body: bytes, content_type: str | None) -> Answer:
         """Return the reply to a request of one of `openai.requests.ROUTES`.
 
-        Raises what `read_generation`, `Engine.prepare` and `EngineCore.submit` raise, and the
-        request's own error.
+        content_type: the header. Raises what `read_generation`, `read_edit`, `Engine.prepare` and
+        `EngineCore.submit` raise, and the request's own error.
         """
-        call = self._read(route, body)
+        call = self._read(route, body, content_type)
         request = self._with_small_images(call.request)
         assert isinstance(request, GenerateRequest)
         if not call.fields.stream and self.engine.image_size:
@@ -50,13 +51,17 @@ class OpenAIHandler(Handler):
         self.metrics.count_generation(result, reply.timings)
         return Answer(images_reply(call, reply, sizes).model_dump_json().encode(), JSON)
 
-    def _read(self, route: str, body: bytes) -> Call:
-        return read_generation(
-            body,
-            limits=self.limits,
-            image_size=self.engine.image_size,
-            grid_size=self.engine.card.grid_size,
-        )
+    def _read(self, route: str, body: bytes, content_type: str | None) -> Call:
+        image_size, grid_size = self.engine.image_size, self.engine.card.grid_size
+        if route == EDITS:
+            return read_edit(
+                body,
+                content_type,
+                limits=self.limits,
+                image_size=image_size,
+                grid_size=grid_size,
+            )
+        return read_generation(body, limits=self.limits, image_size=image_size, grid_size=grid_size)
 
     def _sizes(self, prepared: EngineRequest) -> Sizes:
         return Sizes(
@@ -66,4 +71,6 @@ class OpenAIHandler(Handler):
         )
 
     def _form(self, call: Call, sizes: Sizes, route: str) -> StreamForm:
-        return ImagesStream(call, sizes, route)
+        return ImagesStream(
+            call, sizes, route, "image_edit" if route == EDITS else "image_generation"
+        )

@@ -1,7 +1,9 @@
-// OpenAI's own JavaScript client against `serve`: prints one JSON object. Arguments: base URL, task.
-import OpenAI from 'openai';
+// OpenAI's own JavaScript client against `serve`: prints one JSON object.
+// Arguments: base URL, task, and files in base64 by their names, as JSON.
+import OpenAI, { toFile } from 'openai';
 
-const [, , baseURL, task] = process.argv;
+const [, , baseURL, task, given] = process.argv;
+const files = JSON.parse(given ?? '{}');
 const client = new OpenAI({ baseURL, apiKey: 'any', maxRetries: 0 });
 const asked = { model: '', prompt: 'a red square', seed: 7, num_candidates: 2 };
 
@@ -24,6 +26,12 @@ const tasks = {
     const events = [];
     for await (const event of stream) events.push({ type: event.type, b64_json: event.b64_json });
     return events;
+  },
+  async edited() {
+    const image = await toFile(Buffer.from(files.image, 'base64'), 'image.png', { type: 'image/png' });
+    const mask = await toFile(Buffer.from(files.mask, 'base64'), 'mask.png', { type: 'image/png' });
+    const reply = await client.images.edit({ ...asked, image, mask });
+    return reply.data.map((each) => each.b64_json);
   },
   async errors() {
     return [

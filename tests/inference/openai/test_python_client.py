@@ -5,8 +5,10 @@ import re
 
 import openai
 import pytest
+from PIL import Image
 
 from inference.openai.schema import MODEL
+from tests.inference.openai.posting import file_of, mask
 from tests.inference.server.app_fixtures import pixels_of
 
 pytestmark = pytest.mark.slow
@@ -46,6 +48,26 @@ def test_it_gets_the_format_that_it_asks_for(api, kind):
     reply = api.images.generate(**ASKED, output_format=kind, extra_body={"num_candidates": 1})
     file = base64.b64decode(reply.data[0].b64_json)
     assert file.startswith({"jpeg": b"\xff\xd8\xff", "webp": b"RIFF"}[kind])
+
+
+def test_its_edit_keeps_the_rows_that_the_mask_keeps(served, api):
+    image = file_of(Image.new("RGB", (16, 16), "red"))
+    extra = {"seed": 7, "num_candidates": 2}
+    reply = api.images.edit(image=image, mask=mask(8, 16), prompt="a red square", extra_body=extra)
+    prime = {"prime_image": base64.b64encode(image).decode(), "prime_rows": 2}
+    assert [reply.data[0].b64_json] == of_invocations(served, num_images=1, **prime)
+    events = api.images.edit(
+        image=image, mask=mask(8, 16), prompt="a red square", stream=True, extra_body=extra
+    )
+    (last,) = list(events)
+    assert (last.type, last.b64_json) == ("image_edit.completed", reply.data[0].b64_json)
+
+
+def test_an_edit_that_the_model_cannot_do_is_raised_as_its_bad_request_error(api):
+    image = file_of(Image.new("RGB", (16, 16), "red"))
+    with pytest.raises(openai.BadRequestError, match="4 rows of pixels are the nearest") as raised:
+        api.images.edit(image=image, mask=mask(5, 16), prompt="a red square")
+    assert (raised.value.param, raised.value.code) == ("mask", "unsupported_mask")
 
 
 def test_a_wrong_value_is_raised_as_its_bad_request_error(api):
