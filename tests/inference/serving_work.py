@@ -228,7 +228,7 @@ class Clients:
 
     def _check_refusal(self, reply: Reply) -> None:
         assert reply.status in REFUSALS, (reply.status, reply.body[:500])
-        assert 1 <= int(reply.fields["retry-after"]) <= 3600
+        assert 1 <= int(reply.fields.get("retry-after", 0)) <= 3600, reply
         assert json.loads(reply.body)["error"]["code"] in ("queue_full", "too_busy")
         self.counts[f"refused with {reply.status}"] += 1
 
