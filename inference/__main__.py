@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from dalle.platform.environment import DEFAULT_ROOT, Paths, unknown_variables
 from dalle.platform.threads import spin_briefly
 from dalle.platform.user import name_user
 from dalle.versions import versions_line
+from inference.api.content_credentials import Credentials, read_credentials, signer
 from inference.settings import VARIABLES, Settings, read_port, read_settings
 
 if TYPE_CHECKING:
@@ -57,6 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings = read_settings(os.environ)
         port = read_port(os.environ, options.port)
+        credentials = read_credentials(*settings.c2pa_files) if settings.c2pa_files else None
         model = Paths(options.root).model
         if not model.is_dir():
             raise UserError(
@@ -70,7 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
     from inference.server.server import Server
 
     try:
-        server = Server(lambda: _load(model, settings), settings, host=options.host, port=port)
+        load = partial(_load, model, settings, credentials)
+        server = Server(load, settings, host=options.host, port=port)
     except PlatformError as error:
         logger.error("serve cannot begin: %s", error)
         return 3
@@ -96,12 +100,13 @@ def _escape(control: re.Match[str]) -> str:
     return ascii(control[0])[1:-1]
 
 
-def _load(model: Path, settings: Settings) -> ModelRunner:
+def _load(model: Path, settings: Settings, credentials: Credentials | None) -> ModelRunner:
     """Import torch, choose device and threads and load the artefact, in the model's thread."""
     from dalle.platform.limits import usable_cpus
     from inference.api.marks import mark_of
     from inference.engine.model_runner import ModelRunner
 
+    sign = signer(credentials) if credentials is not None else None
     return ModelRunner.load(
         model,
         settings.device,
@@ -109,7 +114,7 @@ def _load(model: Path, settings: Settings) -> ModelRunner:
         most_threads=usable_cpus(),
         chunk_size=settings.chunk_size,
         precision=settings.precision,
-        mark_of=mark_of if settings.mark else None,
+        mark_of=partial(mark_of, signer=sign) if settings.mark else None,
     )
 
 

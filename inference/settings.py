@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -14,6 +15,7 @@ from pydantic_core import ErrorDetails
 
 from dalle.errors import UserError
 from dalle.types import PRECISIONS, Precision
+from inference.api.content_credentials import CERTIFICATE, KEY, SIGNATURE_BYTES
 from inference.api.parsing import bound
 from inference.api.schema import DEFAULT_LIMITS, MAX_DEADLINE_SECONDS, Limits
 
@@ -98,6 +100,14 @@ class Variables(BaseModel):
         description="on: image files say in their metadata that a model made them, which one and "
         "by which seed; off: they say nothing",
     )
+    dalle_c2pa_certificate: str = Field(
+        "",
+        description="path of a PEM file with your certificate and those above it: files carry a "
+        "signed C2PA manifest; needs the package c2pa-python",
+    )
+    dalle_c2pa_key: str = Field(
+        "", description="path of a PEM file with the certificate's private key, without a password"
+    )
     sagemaker_batch: str = Field(
         "", description="true in a batch transform job; set by the platform"
     )
@@ -129,6 +139,8 @@ class Settings:
     drain_seconds: float
     playground: bool = False
     mark: bool = True
+    c2pa_files: tuple[Path, Path] | None = None
+    """Paths of certificate and key that files are signed with."""
 
     @property
     def max_invocations(self) -> int:
@@ -159,6 +171,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         read = Variables.model_validate(given)
     except ValidationError as error:
         raise UserError("; ".join(map(_explain, error.errors()))) from error
+    c2pa_files = _c2pa_files(read)
     default_deadline = BATCH_DEADLINE_SECONDS if is_batch else DEFAULT_LIMITS.deadline_seconds
     request_mb = max(read.dalle_max_request_mb, read.sagemaker_max_payload_in_mb)
     return Settings(
@@ -168,7 +181,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
             max_request_bytes=request_mb * MEGABYTE,
             max_reply_bytes=read.dalle_max_reply_mb * MEGABYTE,
             deadline_seconds=read.dalle_deadline_seconds or default_deadline,
-            mark_bytes=MARK_BYTES if read.dalle_mark == "on" else 0,
+            mark_bytes=(read.dalle_mark == "on") * MARK_BYTES + bool(c2pa_files) * SIGNATURE_BYTES,
         ),
         device=read.dalle_device,
         threads=read.dalle_threads,
@@ -180,7 +193,20 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         drain_seconds=read.dalle_drain_seconds,
         playground=read.dalle_playground,
         mark=read.dalle_mark == "on",
+        c2pa_files=c2pa_files,
     )
+
+
+def _c2pa_files(read: Variables) -> tuple[Path, Path] | None:
+    certificate, key = read.dalle_c2pa_certificate, read.dalle_c2pa_key
+    if not certificate and not key:
+        return None
+    if not certificate or not key:
+        missing, given = (KEY, CERTIFICATE) if certificate else (CERTIFICATE, KEY)
+        raise UserError(f"{missing} is missing: it goes with {given}")
+    if read.dalle_mark == "off":
+        raise UserError(f"DALLE_MARK must be on with {CERTIFICATE}, got 'off'")
+    return Path(certificate), Path(key)
 
 
 def _explain(detail: ErrorDetails) -> str:

@@ -8,6 +8,7 @@ The words are those of IPTC's photo metadata (2025.1): a digital source type, an
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from xml.sax.saxutils import escape, quoteattr
 
 from dalle.manifest import Manifest
@@ -56,18 +57,22 @@ def system_version(manifest: Manifest) -> str:
     return " ".join([*manifest.library_version[:_NAME_CHARACTERS].split(), f"weights {digest}"])
 
 
-def mark_of(manifest: Manifest, sign: Sign | None = None) -> Mark:
-    """Return what the files of an artefact's images say. sign: adds a signed manifest to a file."""
+def mark_of(manifest: Manifest, signer: Callable[[str, str], Sign] | None = None) -> Mark:
+    """Return what the files of an artefact's images say.
+
+    signer: name and version of the model -> what adds a signed manifest to a file.
+    """
+    name, version = system_name(manifest), system_version(manifest)
     tool = f"{OURS} {installed(OURS) or ''}".strip()
     return Mark(
         _PACKET.format(
             namespace=NAMESPACE,
             source_type=escape(DIGITAL_SOURCE_TYPE),
-            system=_attribute(system_name(manifest)),
-            version=_attribute(system_version(manifest)),
+            system=_attribute(name),
+            version=_attribute(version),
             tool=_attribute(tool),
         ),
-        sign=sign,
+        sign=None if signer is None else signer(name, version),
     )
 
 
