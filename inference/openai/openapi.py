@@ -12,6 +12,8 @@ from inference.api.parsing import JSON
 from inference.api.schema import GenerateRequest, Limits
 from inference.openai.rendering import EVENT_STREAM
 from inference.openai.replies import (
+    ChatChunk,
+    ChatCompletion,
     CompletedEvent,
     ImagesReply,
     ModelInfo,
@@ -20,15 +22,25 @@ from inference.openai.replies import (
     OpenAIErrorReply,
     PartialImageEvent,
 )
-from inference.openai.requests import EDITS, GENERATIONS, MODELS, ROUTES
-from inference.openai.schema import PASSED, PASSED_BY_EDITS, EditRequest, ImagesRequest
+from inference.openai.requests import CHAT, EDITS, GENERATIONS, MODELS, ROUTES
+from inference.openai.schema import (
+    PASSED,
+    PASSED_BY_CHATS,
+    PASSED_BY_EDITS,
+    ChatRequest,
+    EditRequest,
+    ImagesRequest,
+)
 
 _MODELS: tuple[type[BaseModel], ...] = (
     ImagesRequest,
     EditRequest,
+    ChatRequest,
     ImagesReply,
     PartialImageEvent,
     CompletedEvent,
+    ChatCompletion,
+    ChatChunk,
     ModelList,
     ModelInfo,
     OpenAIErrorReply,
@@ -48,7 +60,12 @@ def document(limits: Limits) -> dict[str, Any]:
     whole = openapi.document(limits)
     schemas = whole["components"]["schemas"]
     schemas.update(model_schemas(_MODELS))
-    for kind, names in ((ImagesRequest, PASSED), (EditRequest, PASSED_BY_EDITS)):
+    kinds: dict[type[BaseModel], tuple[str, ...]] = {
+        ImagesRequest: PASSED,
+        EditRequest: PASSED_BY_EDITS,
+        ChatRequest: PASSED_BY_CHATS,
+    }
+    for kind, names in kinds.items():
         _pass_fields(schemas, kind, names)
         schemas[kind.__name__]["properties"]["n"]["maximum"] = limits.max_images
     whole["paths"] |= {
@@ -63,6 +80,15 @@ def document(limits: Limits) -> dict[str, Any]:
             "Continue an image below its top rows, in the form of OpenAI's API",
             {ROUTES[EDITS]: ref("EditRequest")},
             _PICTURES,
+        ),
+        CHAT: _post(
+            "chat_completions",
+            "Answer the last user message with pictures, in the form of OpenAI's API",
+            {ROUTES[CHAT]: ref("ChatRequest")},
+            {
+                JSON: ref("ChatCompletion"),
+                EVENT_STREAM: {"anyOf": [ref("ChatChunk"), ref("OpenAIErrorReply")]},
+            },
         ),
         MODELS: get("models", "The model of this server", _listed("ModelList")),
         f"{MODELS}/{{name}}": get("model", "One model", _listed("ModelInfo", 404), ["name"]),

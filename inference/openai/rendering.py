@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from dalle.errors import UserError
 from inference.api.rendering import (
@@ -23,6 +23,7 @@ from inference.api.rendering import (
     render_preview,
 )
 from inference.api.replies import ErrorDetail, GenerateReply, Reply, Timings
+from inference.api.schema import GenerateRequest
 from inference.openai.replies import (
     CompletedEvent,
     ImageData,
@@ -36,7 +37,7 @@ from inference.openai.replies import (
     OpenAIErrorReply,
     PartialImageEvent,
 )
-from inference.openai.requests import Call, in_their_words
+from inference.openai.requests import EDITS, Call, in_their_words
 from inference.openai.schema import MODEL
 
 if TYPE_CHECKING:  # it imports torch
@@ -61,9 +62,9 @@ class Sizes:
         """Width x height, as in 32x32."""
         return f"{self.image_size}x{self.image_size}"
 
-    def usage(self, call: Call, num_images: int) -> ImagesUsage:
+    def usage(self, request: GenerateRequest, num_images: int) -> ImagesUsage:
         """Return the tokens of a request and of so many of its pictures."""
-        kept = call.request.prime_rows * self.grid_size
+        kept = request.prime_rows * self.grid_size
         input_tokens = self.text_tokens + kept
         output_tokens = num_images * self.grid_size**2
         return ImagesUsage(
@@ -77,7 +78,7 @@ class Sizes:
 def images_reply(call: Call, reply: GenerateReply, sizes: Sizes) -> ImagesReply:
     """Return the reply with the best pictures."""
     return ImagesReply(
-        **_facts(reply),
+        **facts(reply),
         created=int(time.time()),
         data=[
             ImageData(b64_json=each.image, **each.model_dump(exclude={"image"}))
@@ -85,26 +86,18 @@ def images_reply(call: Call, reply: GenerateReply, sizes: Sizes) -> ImagesReply:
         ],
         output_format=call.request.format,
         size=sizes.size,
-        usage=sizes.usage(call, len(reply.images)),
+        usage=sizes.usage(call.request, len(reply.images)),
     )
 
 
 class ImagesStream:
-    """Server-sent events of OpenAI's images routes.
-
-    kind: what the events are called after.
-    """
+    """Server-sent events of OpenAI's images routes."""
 
     start = b""
 
-    def __init__(
-        self,
-        call: Call,
-        sizes: Sizes,
-        route: str,
-        kind: Literal["image_generation", "image_edit"] = "image_generation",
-    ) -> None:
-        self._call, self._sizes, self._route, self._kind = call, sizes, route, kind
+    def __init__(self, call: Call, sizes: Sizes, route: str) -> None:
+        self._call, self._sizes, self._route = call, sizes, route
+        self._kind = "image_edit" if route == EDITS else "image_generation"
         self._num_partial = 0
 
     def preview(self, preview: Preview) -> bytes:
@@ -136,7 +129,7 @@ class ImagesStream:
         )
         events = [
             CompletedEvent(
-                usage=self._sizes.usage(self._call, 1),
+                usage=self._sizes.usage(self._call.request, 1),
                 seed=reply.seed,
                 warnings=reply.warnings,
                 **{name: getattr(each, name) for name in _SCORES},
@@ -205,7 +198,7 @@ def model_info(card: ModelCard, name: str) -> ModelInfo:
     return model
 
 
-def _facts(reply: GenerateReply) -> dict[str, Any]:
+def facts(reply: GenerateReply) -> dict[str, Any]:
     """Return what a reply says of its generation besides the pictures."""
     return {name: getattr(reply, name) for name in GenerateReply.model_fields if name != "images"}
 

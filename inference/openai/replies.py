@@ -121,3 +121,89 @@ class OpenAIErrorEvent(OpenAIErrorReply):
     """The last event of a stream of pictures that broke off."""
 
     type: Literal["error"] = Field(default="error", description="Kind of the event.")
+
+
+class ImageUrl(Reply):
+    """Where a picture is: in the address itself."""
+
+    url: str = Field(description="data:image/png;base64,… in the output_format.")
+
+
+class ImagePart(RankedCandidate):
+    """One picture in the content of a message."""
+
+    type: Literal["image_url"] = Field(default="image_url", description="image_url.")
+    index: int = Field(description="Its place in the content, from 0.", ge=0)
+    image_url: ImageUrl = Field(description="The picture.")
+
+
+class ChatMessage(Reply):
+    """The model's message: pictures."""
+
+    role: Literal["assistant"] = Field(default="assistant", description="assistant.")
+    content: list[ImagePart] = Field(description="Pictures, best first.")
+
+
+class ChatChoice(Reply):
+    """One of n answers."""
+
+    index: int = Field(description="From 0, the best.", ge=0)
+    message: ChatMessage = Field(description="The model's message.")
+    finish_reason: Literal["stop"] = Field(default="stop", description="stop.")
+
+
+class ChatUsage(Reply):
+    """Tokens of the caption and of the pictures in the reply."""
+
+    prompt_tokens: int = Field(description="Text tokens of the caption.", ge=0)
+    completion_tokens: int = Field(
+        description="Image tokens of the pictures that are returned, not of all candidates.", ge=0
+    )
+    total_tokens: int = Field(description="Both together.", ge=0)
+
+
+class ChatCompletion(Generated):
+    """The reply of a chat."""
+
+    id: str = Field(description="Its own, of no use elsewhere.")
+    object: Literal["chat.completion"] = Field(
+        default="chat.completion", description="chat.completion."
+    )
+    created: int = Field(description="Unix time in seconds.")
+    model: str = Field(description="The model of the server.")
+    choices: list[ChatChoice] = Field(description="n of them, or fewer at a deadline.")
+    usage: ChatUsage = Field(description="Numbers of tokens.")
+
+
+class ChatDelta(Reply):
+    """What a chunk adds to a message."""
+
+    role: Literal["assistant"] | None = Field(default=None, description="In the first chunk.")
+    content: list[ImagePart] | None = Field(default=None, description="One picture.")
+
+
+class ChunkChoice(Reply):
+    """What a chunk adds to one of n answers."""
+
+    index: int = Field(description="From 0, the best.", ge=0)
+    delta: ChatDelta = Field(description="What is added.")
+    finish_reason: Literal["stop"] | None = Field(default=None, description="stop in the last.")
+
+
+class ChatChunk(Reply):
+    """A part of the reply of a chat in a stream, which ends with [DONE]."""
+
+    id: str = Field(description="The same in all chunks of a reply.")
+    object: Literal["chat.completion.chunk"] = Field(
+        default="chat.completion.chunk", description="chat.completion.chunk."
+    )
+    created: int = Field(description="Unix time in seconds.")
+    model: str = Field(description="The model of the server.")
+    choices: list[ChunkChoice] = Field(description="One; none where the chunk has the usage.")
+    usage: ChatUsage | None = Field(
+        default=None, description="In the last chunk, with stream_options.include_usage."
+    )
+    seed: int | None = Field(default=None, description="In the last chunk of each choice.")
+    warnings: list[str] | None = Field(
+        default=None, description="What the model could not read; in the last chunk of each choice."
+    )

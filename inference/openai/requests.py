@@ -19,8 +19,13 @@ from inference.openai.schema import PASSED, ImagesRequest
 
 GENERATIONS = "/v1/images/generations"
 EDITS = "/v1/images/edits"
+CHAT = "/v1/chat/completions"
 MODELS = "/v1/models"
-ROUTES: Mapping[str, str] = {GENERATIONS: JSON, EDITS: "multipart/form-data"}
+ROUTES: Mapping[str, str] = {
+    GENERATIONS: JSON,
+    EDITS: "multipart/form-data",
+    CHAT: JSON,
+}
 """Routes of POST, and the media type of their bodies."""
 
 MAX_JSON_BYTES = 1 << 18  # of a body without a history: no prompt and no settings need as many
@@ -35,23 +40,19 @@ _OF_IMAGES = {
 _NAMES: Mapping[str, Mapping[str, str]] = {
     GENERATIONS: _OF_IMAGES,
     EDITS: {**_OF_IMAGES, "prime_image": "image", "prime_rows": "mask"},
+    CHAT: {"caption": "messages", "num_images": "n or num_images", "format": "output_format"},
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request in OpenAI's form.
+    """One request for pictures in OpenAI's form.
 
     fields: as they were sent, which the form of the reply depends on; request: what is generated.
     """
 
     fields: ImagesRequest
     request: GenerateRequest
-
-    @property
-    def num_images(self) -> int:
-        """Number of pictures in the reply."""
-        return self.request.num_images
 
 
 def check_route(route: str, content_type: str | None) -> None:
@@ -145,8 +146,8 @@ def preview_rows(partial_images: int, grid_size: int | None) -> int | None:
 def in_their_words(message: str, field: str | None, route: str) -> tuple[str, str | None]:
     """Return a message and a field with OpenAI's names for what a route calls otherwise."""
     names = _NAMES.get(route, {})
-    if not names or f"{field} is unknown" in message:  # our name where theirs is known
+    if not names or f"{field} is unknown" in message:  # our name, where theirs is known
         return message, field
     ours = "|".join(names)
     renamed = re.sub(rf"(^|; )({ours})(?= )", lambda found: found[1] + names[found[2]], message)
-    return renamed, names.get(field, field) if field else field
+    return renamed, names[field].split()[0] if field and field in names else field

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -33,6 +34,8 @@ PASSED = tuple(name for name in GenerateRequest.model_fields if name not in _OWN
 """Fields of `GenerateRequest` that every request in OpenAI's form may have besides its own."""
 PASSED_BY_EDITS = tuple(name for name in PASSED if name not in ("prime_image", "prime_rows"))
 """The same of POST /v1/images/edits, where image and mask say what is kept."""
+PASSED_BY_CHATS = PASSED
+"""The same of POST /v1/chat/completions; seed, temperature and top_p are OpenAI's own names."""
 
 
 def _b64_json(value: object) -> object:
@@ -43,8 +46,23 @@ def _b64_json(value: object) -> object:
     return value
 
 
+def _empty(value: object) -> object:
+    if value:
+        raise PydanticCustomError("empty", "must be empty: the model answers with pictures alone")
+    return value
+
+
+def _zero(value: float) -> float:
+    if value:
+        raise PydanticCustomError("zero", "must be 0: image tokens are not penalised")
+    return value
+
+
 Name = Annotated[str, Field(max_length=1_000)]
 ResponseFormat = Annotated[Literal["b64_json"], BeforeValidator(_b64_json)]
+
+Empty = Annotated[Any, BeforeValidator(_empty)]
+Zero = Annotated[float, AfterValidator(_zero)]
 
 
 class Fields(BaseModel):
@@ -155,3 +173,85 @@ class EditRequest(ImagesRequest):
     input_fidelity: Literal["high", "low"] = Field(
         default="high", description="OpenAI's values are taken, of no effect."
     )
+
+
+class StreamOptions(BaseModel):
+    """What a stream of a chat has besides the reply."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+
+    include_usage: bool = Field(default=False, description="Whether the numbers of tokens follow.")
+
+
+class TextFormat(BaseModel):
+    """The form of text in a reply, which has none."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    type: Literal["text"] = Field(description="text.")
+
+
+class ChatRequest(Fields):
+    """Answer with pictures of the last user message: POST /v1/chat/completions."""
+
+    messages: list[dict[str, Any]] = Field(
+        description="The last one whose role is user is the caption: its content is a text, or "
+        "parts of type text. All others are ignored; an image among the parts is refused."
+    )
+    n: int = Field(
+        default=1,
+        ge=1,
+        description="Number of choices, each with one picture: the best of num_candidates, best "
+        "first.",
+    )
+    num_images: int = Field(
+        default=1,
+        ge=1,
+        description="Number of pictures in the content of the only choice; n must be 1 then.",
+    )
+    output_format: Format = Field(
+        default="png", description="File format of the pictures: png, jpeg or webp."
+    )
+    stream_options: StreamOptions = Field(
+        default=StreamOptions(), description="include_usage sends the numbers of tokens at the end."
+    )
+    modalities: list[Literal["text", "image"]] = Field(
+        default=["image"], description="text and image are taken; audio is refused."
+    )
+    max_tokens: int = Field(
+        default=1, ge=1, description="Taken, of no effect: a picture has a fixed number of tokens."
+    )
+    max_completion_tokens: int = Field(default=1, ge=1, description="As max_tokens.")
+    stop: str | list[str] = Field(default="", description="Taken, of no effect: there is no text.")
+    response_format: TextFormat = Field(
+        default=TextFormat(type="text"),
+        description="The type text is taken, of no effect; JSON is refused.",
+    )
+    tools: Empty = Field(default=(), description="Empty; tools are refused.")
+    functions: Empty = Field(default=(), description="As tools.")
+    tool_choice: Literal["none", "auto"] = Field(
+        default="none", description="none and auto are taken, of no effect."
+    )
+    parallel_tool_calls: bool = Field(default=True, description="Taken, of no effect.")
+    frequency_penalty: Zero = Field(default=0.0, description="0; others are refused.")
+    presence_penalty: Zero = Field(default=0.0, description="As frequency_penalty.")
+    logit_bias: Empty = Field(default=(), description="Empty; a bias is refused.")
+    logprobs: Literal[False] = Field(
+        default=False, description="false; the reply has each picture's log_likelihood."
+    )
+    store: Literal[False] = Field(
+        default=False, description="false; true is refused: nothing is stored."
+    )
+    metadata: dict[str, Name] = Field(default={}, description="Taken, of no effect.")
+    service_tier: Name = Field(default="", description="Taken, of no effect.")
+    reasoning_effort: Name = Field(default="", description="Taken, of no effect.")
+    verbosity: Name = Field(default="", description="Taken, of no effect.")
+    prompt_cache_key: Name = Field(default="", description="Taken, of no effect.")
+
+    @model_validator(mode="after")
+    def _has_choices_or_pictures(self) -> ChatRequest:
+        if self.n > 1 and self.num_images > 1:
+            raise PydanticCustomError(
+                "n", "n and num_images exclude each other: give one of them, the other as 1"
+            )
+        return self

@@ -111,6 +111,14 @@ class BodyReader:
             return request.model_copy(update={"images": images})
         return request
 
+    def without_history(self, body: bytes, *, check: Callable[[float | None], None]) -> bytes:
+        """Return the body of a large chat as `openai.chat.without_history` does.
+
+        check: as for `read`. Raises what that function and `check` raise, and `PlatformError` 503.
+        """
+        (small,) = self._processes.run({"task": "chat"}, body, lambda: check(None))
+        return small
+
     def close(self) -> None:
         """End the child processes."""
         self._processes.close()

@@ -1,6 +1,7 @@
 """Child process that parses large bodies and decodes large images.
 
     parse: body -> JSON without its images, and the bytes of each image file
+    chat: body -> the same without the messages before the last one of the user
     scale: image file -> PNG of its centre square, of the side that the model reads
 
 Both can hold Python's lock for seconds and take hundreds of megabytes, which the process that
@@ -26,6 +27,7 @@ from dalle.errors import DalleError, UserError
 from dalle.preprocess.images import decode_image, encode_image, to_square
 from inference.api.parsing import BodyKind, decode_base64, parse_request
 from inference.api.schema import ClassifyRequest, GenerateRequest, Limits
+from inference.openai.chat import without_history
 
 FILE_MARK = "file "  # and a number, in place of each image's text
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
@@ -70,6 +72,8 @@ def _do(order: dict[str, Any], parts: list[bytes]) -> list[bytes]:
         case "parse":
             small, files = parse(parts[0], BodyKind(order["kind"]), Limits(**order["limits"]))
             return [small, *files]
+        case "chat":
+            return [without_history(parts[0])]
         case "scale":
             return [scale(parts[0], order["field"], order["size"])]
         case task:

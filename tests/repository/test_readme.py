@@ -40,6 +40,7 @@ TABLES = {
         "complete",
         "openai-images",
         "openai-edits",
+        "openai-chats",
     ],
 }
 
@@ -72,6 +73,7 @@ def generated_tables() -> dict[str, str]:
         "images": request_table(schema.ClassifyRequest),
         "complete": request_table(schema.CompleteRequest),
         "openai-images": request_table(openai_schema.ImagesRequest),
+        "openai-chats": request_table(openai_schema.ChatRequest, without=openai_schema.Fields),
         "openai-edits": request_table(
             openai_schema.EditRequest, without=openai_schema.ImagesRequest
         ),

@@ -11,9 +11,12 @@ from inference.api.parsing import JSON
 from inference.api.rendering import GenerateResult, StreamForm, check_reply_size, render_json
 from inference.api.schema import GenerateRequest
 from inference.engine.request import EngineRequest
+from inference.openai.chat import ChatCall, read_chat
+from inference.openai.chat_rendering import ChatStream, chat_reply
 from inference.openai.edits import read_edit
 from inference.openai.rendering import EVENT_STREAM, ImagesStream, Sizes, images_reply
-from inference.openai.requests import EDITS, Call, read_generation
+from inference.openai.requests import CHAT, EDITS, Call, read_generation
+from inference.server.bodies import LARGE_BYTES
 from inference.server.handler import Answer, Handler
 
 
@@ -23,8 +26,8 @@ class OpenAIHandler(Handler):
     def answer_call(self, route: str, body: bytes, content_type: str | None) -> Answer:
         """Return the reply to a request of one of `openai.requests.ROUTES`.
 
-        content_type: the header. Raises what `read_generation`, `read_edit`, `Engine.prepare` and
-        `EngineCore.submit` raise, and the request's own error.
+        content_type: the header. Raises what `read_generation`, `read_edit`, `read_chat`,
+        `Engine.prepare` and `EngineCore.submit` raise, and the request's own error.
         """
         call = self._read(route, body, content_type)
         request = self._with_small_images(call.request)
@@ -38,7 +41,11 @@ class OpenAIHandler(Handler):
             if call.fields.stream:
                 # The first event is waited for, so that an early failure still sets the status.
                 first = self._next_event(prepared)
-                form = self._form(call, sizes, route)
+                form: StreamForm = (
+                    ChatStream(call, sizes)
+                    if isinstance(call, ChatCall)
+                    else ImagesStream(call, sizes, route)
+                )
                 return Answer(self._stream(prepared, form, first), EVENT_STREAM)
             result = self._result(prepared)
         except BaseException:
@@ -49,10 +56,16 @@ class OpenAIHandler(Handler):
             result, request, queue_seconds=prepared.queue_seconds, warnings=prepared.warnings
         )
         self.metrics.count_generation(result, reply.timings)
+        if isinstance(call, ChatCall):
+            return Answer(chat_reply(call, reply, sizes).model_dump_json().encode(), JSON)
         return Answer(images_reply(call, reply, sizes).model_dump_json().encode(), JSON)
 
-    def _read(self, route: str, body: bytes, content_type: str | None) -> Call:
+    def _read(self, route: str, body: bytes, content_type: str | None) -> Call | ChatCall:
         image_size, grid_size = self.engine.image_size, self.engine.card.grid_size
+        if route == CHAT:
+            if len(body) > LARGE_BYTES:  # a history that holds pictures
+                body = self.bodies.without_history(body, check=self._check_reading)
+            return read_chat(body, limits=self.limits)
         if route == EDITS:
             return read_edit(
                 body,
@@ -68,9 +81,4 @@ class OpenAIHandler(Handler):
             self.engine.image_size or 0,
             self.engine.card.grid_size or 0,
             text_tokens=prepared.num_text_tokens,
-        )
-
-    def _form(self, call: Call, sizes: Sizes, route: str) -> StreamForm:
-        return ImagesStream(
-            call, sizes, route, "image_edit" if route == EDITS else "image_generation"
         )

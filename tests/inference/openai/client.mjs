@@ -5,7 +5,8 @@ import OpenAI, { toFile } from 'openai';
 const [, , baseURL, task, given] = process.argv;
 const files = JSON.parse(given ?? '{}');
 const client = new OpenAI({ baseURL, apiKey: 'any', maxRetries: 0 });
-const asked = { model: '', prompt: 'a red square', seed: 7, num_candidates: 2 };
+const settings = { model: '', seed: 7, num_candidates: 2 };
+const asked = { ...settings, prompt: 'a red square' };
 
 async function failure(promise) {
   try {
@@ -32,6 +33,15 @@ const tasks = {
     const mask = await toFile(Buffer.from(files.mask, 'base64'), 'mask.png', { type: 'image/png' });
     const reply = await client.images.edit({ ...asked, image, mask });
     return reply.data.map((each) => each.b64_json);
+  },
+  async chatted() {
+    const messages = [{ role: 'user', content: 'a red square' }];
+    const reply = await client.chat.completions.create({ ...settings, messages });
+    const urls = reply.choices.flatMap((each) => each.message.content.map((part) => part.image_url.url));
+    const stream = await client.chat.completions.create({ ...settings, messages, stream: true });
+    for await (const chunk of stream)
+      for (const part of chunk.choices[0].delta.content ?? []) urls.push(part.image_url.url);
+    return urls;
   },
   async errors() {
     return [

@@ -71,6 +71,11 @@ def test_its_edit_keeps_the_rows_that_the_mask_keeps(served, by_javascript):
     assert by_javascript("edited", image=image, mask=keeping) == [reply["images"][0]["image"]]
 
 
+def test_its_chats_get_the_picture_of_an_invocation(served, by_javascript):
+    image = served.ask(num_images=1).json()["images"][0]["image"]
+    assert by_javascript("chatted") == [f"data:image/png;base64,{image}"] * 2
+
+
 def test_errors_are_raised_as_its_own(by_javascript):
     assert by_javascript("errors") == [
         {"name": "BadRequestError", "status": 400, "param": "size", "code": "invalid_request"},

@@ -103,6 +103,63 @@ def test_an_unknown_model_is_raised_as_its_not_found_error(api):
     assert raised.value.code == "model_not_found"
 
 
+def chat(api, messages, **fields):
+    extra = {"seed": 7, "num_candidates": 2}
+    return api.chat.completions.create(model="", messages=messages, extra_body=extra, **fields)
+
+
+def test_its_chat_gets_the_picture_of_an_invocation(served, api):
+    messages = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "a red square"},
+    ]
+    reply = chat(api, messages)
+    (part,) = reply.choices[0].message.content
+    (image,) = of_invocations(served, num_images=1)
+    assert part["image_url"]["url"] == f"data:image/png;base64,{image}"
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (3, 16)
+
+
+def test_its_streamed_chat_gets_the_same_picture(served, api):
+    messages = [{"role": "user", "content": [{"type": "text", "text": "a red square"}]}]
+    options = {"include_usage": True}
+    chunks = list(chat(api, messages, stream=True, stream_options=options))
+    parts = [c.choices[0].delta.content for c in chunks if c.choices and c.choices[0].delta.content]
+    (image,) = of_invocations(served, num_images=1)
+    assert [part["image_url"]["url"] for (part,) in parts] == [f"data:image/png;base64,{image}"]
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-2].choices[0].finish_reason == "stop"
+    assert chunks[-1].usage.completion_tokens == 16
+
+
+# Its types say that content is text; pictures are there as vLLM-Omni hands them over.
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
+def test_its_helper_for_streams_puts_the_chat_together(api):
+    messages = [{"role": "user", "content": "a red square"}]
+    with api.chat.completions.stream(model="", messages=messages) as stream:
+        final = stream.get_final_completion()
+    assert final.choices[0].message.content[0]["type"] == "image_url"
+
+
+def test_a_chat_goes_on_after_pictures_in_its_history(served, api):
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 400_000}}
+    history = [{"role": "user", "content": "b"}, {"role": "assistant", "content": [picture]}]
+    asked = {"role": "user", "content": "a red square"}
+    (part,) = chat(api, [*history, asked]).choices[0].message.content
+    assert part["image_url"]["url"].endswith(of_invocations(served, num_images=1)[0])
+    with pytest.raises(openai.BadRequestError, match="a part of type 'image_url'"):
+        chat(api, [*history, {"role": "user", "content": [picture]}])
+    with pytest.raises(openai.APIStatusError, match="262,144 bytes") as raised:
+        chat(api, [{"role": "user", "content": "a" * 300_000}])
+    assert raised.value.status_code == 413
+
+
+def test_tools_are_raised_as_its_bad_request_error(api):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    with pytest.raises(openai.BadRequestError, match="tools must be empty"):
+        chat(api, [{"role": "user", "content": "a"}], tools=[tool])
+
+
 def test_a_stream_that_it_closes_is_cancelled(served, api):
     def cancelled(lines: list[str]) -> int:
         return len([line for line in lines if "cancelled: the client closed" in line])
