@@ -42,6 +42,7 @@ Train the models of a SageMaker training job, or of a directory that is laid out
   ROOT/input/data/train/                   image-text pairs: name.png + name.txt
   ROOT/input/data/validation/              likewise; optional
   ROOT/input/data/artefact/                an earlier job's model, to be completed; optional
+  ROOT/input/data/tokenizer_model/         a published image tokenizer, as it is; optional
   ROOT/model/                              the trained artefact
   ROOT/output/data/                        report.html, metrics.jsonl
   ROOT/checkpoints/                        where an interrupted job continues from
@@ -50,12 +51,13 @@ A job trains on every CUDA device of its host, or on the CPU; on several hosts, 
 on each, with ROOT/input/config/resourceconfig.json naming them, and the first one writes.
 
 `train --plan` prints what each device would hold in memory, for this job and for other engines,
-ZeRO stages and savings, and what fits. It needs the hyperparameters alone and writes nothing.
+ZeRO stages and savings, and what fits. It needs no pairs and writes nothing.
 
 Environment: DALLE_DEVICE=auto|cpu|cuda, SM_CHANNEL_TRAIN=DIR (and likewise for other channels).
 SIGTERM (or Ctrl-C) saves a checkpoint and the model, and ends with 0.
-Exit code: 0 finished or stopped, 1 failed (the cause is in ROOT/output/failure), 2 wrong usage;
-of --plan: 0 it fits, 1 it does not or the job is wrong, 2 wrong usage.
+Exit code: 0 finished or stopped, 1 failed (the cause is in ROOT/output/failure), 2 wrong usage or
+a refused file of published weights; of --plan: 0 it fits, 1 it does not or the job is wrong, 2 as
+above.
 """
 
 
@@ -119,13 +121,21 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    """Print the memory plan; reads only the job's hyperparameters and writes nothing."""
+    """Print the memory plan; reads the hyperparameters and what channels of models bring."""
     try:
         job = read_job(options.root)
-        return plan_command.run_plan(job, hyperparameters.parse(job.hyperparameters), options)
+        settings = hyperparameters.parse(job.hyperparameters)
+        hyperparameters.check_with_channels(settings, job.channels)
+        tokenizer = None
+        if hyperparameters.TOKENIZER_MODEL in job.channels:
+            from training.job.pretrained.image_tokenizer import load_image_tokenizer
+
+            directory = job.channels[hyperparameters.TOKENIZER_MODEL].directory
+            tokenizer = load_image_tokenizer(directory, settings.dvae.image_size).config
+        return plan_command.run_plan(job, settings, options, tokenizer)
     except DalleError as error:
         print(error, file=sys.stderr)
-        return 1
+        return process.code_of(error)
 
 
 def _checked(root: Path) -> tuple[Job, Hyperparameters]:
@@ -135,6 +145,7 @@ def _checked(root: Path) -> tuple[Job, Hyperparameters]:
     settings = None
     try:
         settings = hyperparameters.parse(job.hyperparameters)
+        hyperparameters.check_with_channels(settings, job.channels)
     except JobError as error:
         problems.append(error)
     try:

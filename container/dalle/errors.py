@@ -8,6 +8,7 @@
     │   ├── DataError                an image or a caption cannot be used    400  bad_data
     │   │   └── CaptionTooLong       more text tokens than the model reads   422  caption_too_long
     │   ├── ArtefactError            a model is missing, damaged or foreign  422  bad_artefact
+    │   │   └── ForeignFileError     weights that others published: refused  422  bad_artefact
     │   ├── CheckpointError          checkpoints are foreign or damaged      409  bad_checkpoint
     │   ├── DivergenceError          loss, gradient or weight is not finite  422  diverged
     │   ├── PlanError                AWS's limits rule the request out       422  bad_plan
@@ -82,6 +83,10 @@ class CaptionTooLong(DataError, status=422, code="caption_too_long"):  # noqa: N
 
 class ArtefactError(UserError, status=422, code="bad_artefact"):
     """A trained model's file or component is missing, damaged or of another version."""
+
+
+class ForeignFileError(ArtefactError):
+    """A file of weights that others published is missing, damaged, hostile or of another kind."""
 
 
 class CheckpointError(UserError, status=409, code="bad_checkpoint"):

@@ -73,6 +73,11 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add_pairs(parser, "--set", hyperparameter)
     parser.add_argument("--artefact", metavar="URI", help="an earlier model.tar.gz to start from")
     parser.add_argument("--clip", metavar="URI", help="a pretrained OpenAI CLIP file")
+    parser.add_argument(
+        "--tokenizer-model",
+        metavar="URI",
+        help="a folder with the files of a published image tokenizer, in place of the stage dvae",
+    )
     parser.add_argument("--tag", default=IMAGE_TAG, help=f"the image's tag; default: {IMAGE_TAG}")
     parser.add_argument(
         "--run",
@@ -150,8 +155,7 @@ def stages(text: str) -> tuple[Stage, ...]:
 
 
 def run(options: argparse.Namespace) -> int:
-    has_artefact = options.artefact is not None
-    check_settings(dict(options.set), options.stages, dict(options.env), has_artefact=has_artefact)
+    check_settings(dict(options.set), options.stages, dict(options.env), options)
     project = open_project(options)
     training_run = read_run(options, project)
     artefact = options.artefact
@@ -187,6 +191,8 @@ def read_run(options: argparse.Namespace, project: Project) -> TrainingRun:
         channels["validation"] = options.validation
     if options.clip:
         channels["clip"] = options.clip
+    if options.tokenizer_model:
+        channels[hyperparameters.TOKENIZER_MODEL] = options.tokenizer_model
     wait = options.max_wait_hours
     inputs = [*channels.values(), *([options.artefact] if options.artefact else [])]
     training_run = TrainingRun(
@@ -219,13 +225,17 @@ def check_settings(
     given: Mapping[str, str],
     stages: Iterable[Stage],
     environment: Mapping[str, str],
-    *,
-    has_artefact: bool,
+    models: argparse.Namespace,
 ) -> None:
     """Raise UserError for hyperparameters and variables that the jobs would refuse or not read.
 
-    has_artefact: its models decide sizes of the others.
+    models: the options `artefact` and `tokenizer_model`, which decide sizes of the others.
     """
+    if models.artefact and models.tokenizer_model:
+        raise PlanError(
+            "--artefact and --tokenizer-model both bring an image tokenizer; leave one of them out"
+        )
+    channels = [hyperparameters.TOKENIZER_MODEL] if models.tokenizer_model else []
     if "stage" in given:
         raise PlanError("the stage is given by --stages, not by --set stage=…")
     limits.raise_all("hyperparameters", check_hyperparameters(given))
@@ -236,7 +246,8 @@ def check_settings(
         raise UserError("; ".join(problems))
     for stage in stages:
         settings = hyperparameters.parse({**given, "stage": stage})
-        if stage == "dvae" or (stage == "all" and not has_artefact):
+        hyperparameters.check_with_channels(settings, channels)
+        if stage == "dvae" or (stage == "all" and not (models.artefact or models.tokenizer_model)):
             dvae = dvae_config(settings)
             text = TextSizes(settings.tokenizer_vocab_size, settings.text_length)
             stage_config("transformer", settings, text, dvae)

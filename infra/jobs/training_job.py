@@ -15,6 +15,7 @@ from dalle.platform.metric_lines import METRIC_DEFINITIONS
 from dalle.types import StageName
 from infra.aws import limits
 from infra.aws.request import Request, digest
+from training.config.hyperparameters import TOKENIZER_MODEL
 
 InputMode = Literal["File", "FastFile", "Pipe"]
 Distribution = Literal["FullyReplicated", "ShardedByS3Key"]
@@ -181,6 +182,9 @@ def training_request(
 def definition(run: TrainingRun, artefact: str | None) -> dict[str, Any]:
     """Return the part that a training job and the definition in a tuning job share."""
     channels = {**run.channels, **({"artefact": artefact} if artefact else {})}
+    if artefact:
+        # The first job of a chain has put it into the artefact.
+        channels.pop(TOKENIZER_MODEL, None)
     stopping = {"MaxRuntimeInSeconds": run.max_runtime_seconds}
     if run.spot:
         stopping["MaxWaitTimeInSeconds"] = run.max_wait_seconds or 2 * run.max_runtime_seconds

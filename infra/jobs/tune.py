@@ -68,9 +68,8 @@ def check_values(options: argparse.Namespace) -> None:
     for name, text in options.float + options.int:
         tried += [{name: end} for end in text.split(":")[:2]]
     tried += [{name: word} for name, text in options.choice for word in text.split(",")]
-    has_artefact = options.artefact is not None
     for values in tried:
-        check_settings({**given, **values}, [options.stage], environment, has_artefact=has_artefact)
+        check_settings({**given, **values}, [options.stage], environment, options)
 
 
 def _wait(project: Project, look: Request) -> dict[str, Any]:

@@ -36,6 +36,8 @@ IGNORED_NAMES = frozenset({"_tuning_objective_metric"})
 TOKENIZER_NAMES = frozenset({"tokenizer_kind", "tokenizer_vocab_size", "text_length"})
 """Hyperparameters of a new tokenizer only."""
 READS_CAPTIONS = frozenset[StageName]({"transformer", "clip"})
+TOKENIZER_MODEL = "tokenizer_model"
+"""Channel of a published image tokenizer, in place of the stage dvae."""
 FOR_DEEPSPEED = frozenset(
     {"zero_stage", "offload_optimizer", "offload_parameters", "deepspeed_config"}
 )
@@ -116,6 +118,7 @@ def without_effect(
     hyperparameters: Hyperparameters,
     trained: Sequence[StageName],
     present: Collection[ComponentName] = (),
+    channels: Collection[str] = (),
 ) -> dict[str, str]:
     """Return the given hyperparameters that this job does not use: name -> reason.
 
@@ -123,6 +126,8 @@ def without_effect(
     """
     reasons: dict[str, str] = {}
     for name in sorted(hyperparameters.given):
+        if TOKENIZER_MODEL in channels and _TARGETS[name][0].name == "image_size":
+            continue
         if not any(target.stage in (None, *trained) for target in _TARGETS[name]):
             reasons[name] = f"this job trains {', '.join(trained)}"
         elif name in TOKENIZER_NAMES and "tokenizer" in present:
@@ -138,6 +143,30 @@ def without_effect(
         elif hyperparameters.engine == "deepspeed" and _is_for_muon(name, trained):
             reasons[name] = "Muon needs whole matrices; engine=deepspeed trains by AdamW alone"
     return reasons
+
+
+def check_with_channels(hyperparameters: Hyperparameters, channels: Collection[str]) -> None:
+    """Raise HyperparameterError for settings of the stage dvae where a channel brings its model.
+
+    image_size may be set: published image tokenizers are convolutional.
+    """
+    if TOKENIZER_MODEL not in channels:
+        return
+    problems = []
+    if hyperparameters.stage == "dvae":
+        problems.append(
+            f"stage=dvae trains an image tokenizer and the channel {TOKENIZER_MODEL} brings one; "
+            "leave one of them out"
+        )
+    problems += [
+        f"{name} is of the stage dvae, which is not trained: the channel {TOKENIZER_MODEL} brings "
+        "an image tokenizer; leave one of them out"
+        for name in sorted(hyperparameters.given)
+        if {target.stage for target in _TARGETS[name]} == {"dvae"}
+        and _TARGETS[name][0].name != "image_size"
+    ]
+    if problems:
+        raise HyperparameterError(_summary(problems))
 
 
 def _is_for_muon(name: str, trained: Sequence[StageName]) -> bool:

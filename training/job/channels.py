@@ -10,10 +10,11 @@ from pathlib import Path
 
 from dalle.errors import ChannelError
 from dalle.platform.environment import Channel, Job
+from training.config.hyperparameters import TOKENIZER_MODEL
 
 REQUIRED = "train"
-CHANNELS = (REQUIRED, "validation", "artefact", "clip")
-OF_FEW_FILES = ("artefact", "clip")
+CHANNELS = (REQUIRED, "validation", "artefact", "clip", TOKENIZER_MODEL)
+OF_FEW_FILES = ("artefact", "clip", TOKENIZER_MODEL)
 """Channels of which every file is needed. In the others some files may be unusable."""
 LOOKED_AT = 10_000
 """Entries of a channel of pairs that are looked at, of perhaps millions."""

@@ -17,7 +17,7 @@ import torch
 from dalle import archive
 from dalle import artefact as artefacts
 from dalle.artefact import Artefact
-from dalle.errors import ArtefactError, CaptionTooLong
+from dalle.errors import ArtefactError, CaptionTooLong, ForeignFileError
 from dalle.manifest import is_hidden
 from dalle.models.configs import ImageTokenizerConfig
 from dalle.models.image_tokenizer import ImageTokenizer
@@ -25,6 +25,7 @@ from dalle.platform.environment import Job
 from dalle.preprocess.tokenizer import CaptionTokenizer
 from dalle.types import StageName
 from training.config.fields import Hyperparameters, StageHyperparameters
+from training.config.hyperparameters import TOKENIZER_MODEL
 from training.config.models import Config, TextSizes, dvae_config, stage_config
 from training.data.batching.batches import Batches
 from training.data.batching.preload import Preloaded
@@ -35,6 +36,7 @@ from training.data.pairs import Dataset
 from training.data.sharded import HostPart, on_all_ranks
 from training.data.sources.index import Pairs
 from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from training.job.pretrained.image_tokenizer import load_image_tokenizer
 from training.job.pretrained.openai_clip import load_openai_clip
 from training.job.pretrained.weights_file import WEIGHTS_SUFFIXES
 from training.loop.budget import Budget
@@ -51,7 +53,8 @@ VALIDATION_PAIRS = 512
 class Inputs:
     """The opened channels of a job, the same on every rank.
 
-    artefact: the components of the channels `artefact` and `clip`; training adds its own.
+    artefact: the components of the channels `artefact`, `clip` and `tokenizer_model`; training adds
+        its own.
     present: names of the components that the channels brought.
     Raises DataError, ArtefactError; Stopped.
     """
@@ -63,7 +66,8 @@ class Inputs:
     ranks: ProcessGroup = SINGLE_PROCESS
 
     def __post_init__(self) -> None:
-        self.artefact = _read_artefact(self.job, self.device)
+        size = self.hyperparameters.dvae.image_size
+        self.artefact = _read_artefact(self.job, self.device, size)
         self.present = frozenset(self.artefact.components())
         self.train = self._open("train")
         self.validation = (
@@ -224,8 +228,11 @@ class Inputs:
         return encoded
 
 
-def _read_artefact(job: Job, device: torch.device) -> Artefact:
-    """Return the components of the channels `artefact` and `clip`; none without the channels."""
+def _read_artefact(job: Job, device: torch.device, image_size: int | None) -> Artefact:
+    """Return the components that the channels bring; none without the channels.
+
+    image_size: of a published image tokenizer, None for the size that it was trained on.
+    """
     artefact = Artefact()
     if "artefact" in job.channels:
         with tempfile.TemporaryDirectory() as scratch:
@@ -239,9 +246,28 @@ def _read_artefact(job: Job, device: torch.device) -> Artefact:
         names = [name for name in names if not is_hidden(name)]
         files = [directory / name for name in names if name.endswith(WEIGHTS_SUFFIXES)]
         if len(files) != 1:
-            raise ArtefactError(
+            raise ForeignFileError(
                 f"the channel clip, {directory}, must hold one file of OpenAI's weights "
                 f"({', '.join(WEIGHTS_SUFFIXES)}), found {names[:5]}"
             )
         artefact.clip = load_openai_clip(files[0]).requires_grad_(False).to(device)
+    if TOKENIZER_MODEL in job.channels:
+        if artefact.dvae is not None or artefact.transformer is not None:
+            raise ArtefactError(
+                f"the channels artefact and {TOKENIZER_MODEL} both bring an image tokenizer, or a "
+                "transformer that knows another one's tokens; leave one of them out"
+            )
+        directory = job.channels[TOKENIZER_MODEL].directory
+        tokenizer = load_image_tokenizer(directory, image_size).to(device)
+        config = tokenizer.config
+        logger.info(
+            "image tokenizer of the channel %s: %s, images of %d pixels as %d x %d codes of %s",
+            TOKENIZER_MODEL,
+            config.kind,
+            config.image_size,
+            config.grid_size,
+            config.grid_size,
+            f"{config.codebook_size:,}",
+        )
+        artefact.dvae = tokenizer
     return artefact

@@ -86,7 +86,8 @@ def run_on_devices(
             )
         logger.error("%s", cause)
         write_failure(job.paths, cause)
-    return 0 if all(each.exitcode == 0 for each in processes) else 1
+    codes = {each.exitcode for each in processes}
+    return 2 if 2 in codes else int(codes != {0})
 
 
 def _wait_for(processes: Sequence[BaseProcess], stop: threading.Event) -> None:

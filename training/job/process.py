@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from dalle.errors import DalleError
+from dalle.errors import DalleError, ForeignFileError
 from dalle.platform.environment import Job, Paths
 from dalle.platform.outputs import write_failure
 from training.config.fields import Hyperparameters
@@ -54,14 +54,19 @@ def configure_logging() -> None:
 
 
 def exit_code_of(work: Callable[[], int], paths: Paths) -> int:
-    """Return the result of `work`, or 1 with the cause in the failure file when it raises."""
+    """Return the result of `work`, or `code_of` an error with its cause in the failure file."""
     try:
         return work()
     except Exception as error:
         cause = describe(error)
         logger.error("%s", cause, exc_info=not isinstance(error, DalleError))
         write_failure(paths, cause, traceback.format_exc())
-        return 1
+        return code_of(error)
+
+
+def code_of(error: Exception) -> int:
+    """Return the exit code of a job that failed: 2 where published weights are refused, else 1."""
+    return 2 if isinstance(error, ForeignFileError) else 1
 
 
 def run_rank(
@@ -121,7 +126,7 @@ def run_rank(
         cause, trace = describe(error), traceback.format_exc()
         logger.error("%s", cause, exc_info=not isinstance(error, DalleError))
         rendezvous.fail(error, cause)
-        _end(job.paths, cause, trace)
+        _end(job.paths, cause, trace, code_of(error))
     return 0
 
 
@@ -170,8 +175,8 @@ def stopped_by_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _end(paths: Paths, cause: str, trace: str = "") -> NoReturn:
-    """Write the failure file and end this process with 1, whatever its threads are waiting for."""
+def _end(paths: Paths, cause: str, trace: str = "", code: int = 1) -> NoReturn:
+    """Write the failure file and end this process, whatever its threads are waiting for."""
     logger.error("ending: %s", cause)
     write_failure(paths, cause, trace)
-    leave(1)
+    leave(code)

@@ -92,7 +92,8 @@ class Trainer:
         components = Components(inputs)
         names = stages_to_train(self.hyperparameters.stage, inputs.present)
         if self.ranks.is_first:
-            for name, why in without_effect(self.hyperparameters, names, inputs.present).items():
+            unused = without_effect(self.hyperparameters, names, inputs.present, self.job.channels)
+            for name, why in unused.items():
                 logger.warning("hyperparameter %s has no effect: %s", name, why)
         require_equal_shares(self.hyperparameters, names, self.ranks.size)
         components.check(names)

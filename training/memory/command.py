@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from dalle.models.configs import ImageTokenizerConfig
 from dalle.platform.environment import Job
 from training.config.fields import Hyperparameters
 
@@ -56,13 +57,21 @@ def parse_bytes(text: str) -> int:
     return round(float(match[1]) * _UNITS[match[2]])
 
 
-def run_plan(job: Job, hyperparameters: Hyperparameters, options: argparse.Namespace) -> int:
-    """Print the plan. Returns 0 when all stages fit or the device memory is unknown, else 1."""
+def run_plan(
+    job: Job,
+    hyperparameters: Hyperparameters,
+    options: argparse.Namespace,
+    tokenizer_model: ImageTokenizerConfig | None = None,
+) -> int:
+    """Print the plan. Returns 0 when all stages fit or the device memory is unknown, else 1.
+
+    tokenizer_model: config of the image tokenizer of that channel.
+    """
     # Imported here: torch takes seconds, which a wrong command need not wait for.
     from training.memory.plan import plan
 
     devices = _devices(job, options)
-    plans = plan(job, hyperparameters, devices)
+    plans = plan(job, hyperparameters, devices, tokenizer_model)
     print(_json(plans, devices) if options.json else _table(plans, devices))
     return 1 if any(each.job.fits is False for each in plans) else 0
 

@@ -101,9 +101,19 @@ class StagePlan:
         return None
 
 
-def plan(job: Job, hyperparameters: Hyperparameters, devices: Devices) -> list[StagePlan]:
-    """Plan every stage that the job trains. Raises HyperparameterError, ArtefactError."""
+def plan(
+    job: Job,
+    hyperparameters: Hyperparameters,
+    devices: Devices,
+    tokenizer_model: ImageTokenizerConfig | None = None,
+) -> list[StagePlan]:
+    """Plan every stage that the job trains. Raises HyperparameterError, ArtefactError.
+
+    tokenizer_model: config of the image tokenizer of that channel.
+    """
     present, frozen, vocab_size = _read_artefact(job)
+    if tokenizer_model is not None:
+        present, frozen = {*present, "dvae"}, tokenizer_model
     dvae = frozen or dvae_config(hyperparameters)
     text = TextSizes(
         vocab_size or hyperparameters.tokenizer_vocab_size, hyperparameters.text_length

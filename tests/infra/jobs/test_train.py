@@ -45,6 +45,19 @@ def test_a_chain_hands_the_artefact_on(ready, infra):
 
 
 @pytest.mark.slow
+def test_a_published_image_tokenizer_goes_to_the_first_job_of_a_chain_alone(ready, infra):
+    words = ["--stages", "transformer,clip", "--tokenizer-model", f"s3://{BUCKET}/data/pictures/"]
+    result = infra(*TRAIN, *words)
+    assert result.code == 0, result.err
+    first, second = (
+        {channel["ChannelName"] for channel in job["InputDataConfig"]}
+        for job in ready.bodies("CreateTrainingJob")
+    )
+    assert first == {"train", "validation", "tokenizer_model"}
+    assert second == {"train", "validation", "artefact"}
+
+
+@pytest.mark.slow
 def test_spot_waits_longer_than_it_runs(ready, infra):
     infra(*TRAIN, "--spot", "--max-hours", 2)
     (job,) = ready.bodies("CreateTrainingJob")
@@ -70,6 +83,12 @@ def test_a_warm_pool_volume_and_isolation(ready, infra):
         (["--set", "epochs=1", "--set", "max_steps=2"], "epochs and max_steps are given together"),
         (["--set", "clip_patch_size=7"], "clip: patch_size must divide the image size"),
         (["--stages", "dvae,clip", "--set", "image_size=9"], "dvae: "),
+        (
+            ["--tokenizer-model", "s3://a/b/", "--stages", "dvae"],
+            "stage=dvae trains an image token",
+        ),
+        (["--tokenizer-model", "s3://a/b/", "--set", "num_blocks=2"], "num_blocks is of the stage"),
+        (["--tokenizer-model", "s3://a/", "--artefact", "s3://b/m.tar.gz"], "both bring an image"),
         (["--env", "DALLE_DEVIC=cpu"], "DALLE_DEVIC=cpu is unknown and has no effect"),
         (["--env", "DALLE_DEVICE=gpu"], "DALLE_DEVICE must be one of auto, cpu, cuda, got 'gpu'"),
     ],

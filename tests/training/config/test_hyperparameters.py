@@ -19,7 +19,12 @@ from training.config.fields import (
     StageHyperparameters,
     TransformerHyperparameters,
 )
-from training.config.hyperparameters import parse, render_table, without_effect
+from training.config.hyperparameters import (
+    check_with_channels,
+    parse,
+    render_table,
+    without_effect,
+)
 
 
 def test_without_hyperparameters_everything_has_its_default():
@@ -254,3 +259,23 @@ def test_parsing_needs_no_torch():
 def test_thousands_of_hyperparameters_are_refused_at_once():
     with pytest.raises(HyperparameterError, match="at most 1000 hyperparameters, got 200,000"):
         parse({f"name {number}": "1" for number in range(200_000)})
+
+
+def test_settings_of_the_stage_dvae_are_refused_where_a_channel_brings_its_model():
+    raw = {"stage": "dvae", "num_blocks": "3", "dvae_epochs": "2", "width": "64", "epochs": "3"}
+    settings = parse(raw)
+    check_with_channels(settings, ["train", "artefact"])
+    with pytest.raises(HyperparameterError) as caught:
+        check_with_channels(settings, ["train", "tokenizer_model"])
+    first, *lines = str(caught.value).splitlines()
+    assert first == "3 hyperparameters are wrong:"
+    assert lines[0].startswith("- stage=dvae trains an image tokenizer and the channel tokenizer_")
+    assert [line.split()[1] for line in lines[1:]] == ["dvae_epochs", "num_blocks"]
+    check_with_channels(parse({"image_size": "64", "width": "64"}), ["tokenizer_model"])
+
+
+@pytest.mark.parametrize("name", ["image_size", "dvae_image_size"])
+def test_the_image_size_has_an_effect_where_a_channel_brings_the_image_tokenizer(name):
+    settings, trained = parse({name: "64"}), ["transformer", "clip"]
+    assert name in without_effect(settings, trained)
+    assert without_effect(settings, trained, channels=["tokenizer_model"]) == {}

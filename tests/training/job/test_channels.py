@@ -16,7 +16,7 @@ def add_filled(tree, name):
 
 
 def test_every_known_channel_is_accepted(opt_ml):
-    for name in ("train", "validation", "artefact", "clip"):
+    for name in ("train", "validation", "artefact", "clip", "tokenizer_model"):
         add_filled(opt_ml, name)
     channels.check(read_job(opt_ml.root, {}))
 
@@ -32,7 +32,7 @@ def test_the_channel_train_is_required(make_opt_ml, shape):
     ("name", "says"),
     [
         ("artifact", "did you mean artefact?"),
-        ("zzz", "known are train, validation, artefact, clip"),
+        ("zzz", "known are train, validation, artefact, clip, tokenizer_model"),
     ],
 )
 def test_an_unexpected_channel_is_named(opt_ml, name, says):

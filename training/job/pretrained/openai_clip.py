@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dalle.errors import ArtefactError
+from dalle.errors import ForeignFileError
 from dalle.models.clip import Clip, ClipConfig
 from training.job.pretrained.weights_file import read_tensors
 
@@ -15,7 +15,7 @@ from training.job.pretrained.weights_file import read_tensors
 def load_openai_clip(path: Path) -> Clip:
     """Load a file of OpenAI's weights: a TorchScript archive, or a state dict in any format.
 
-    Raises `ArtefactError` when it is something else, or has weights that are not finite.
+    Raises `ForeignFileError` when it is something else, or has weights that are not finite.
     """
     state = read_tensors(path)
     # The archive holds three numbers beside the weights.
@@ -23,12 +23,12 @@ def load_openai_clip(path: Path) -> Clip:
         state.pop(name, None)
     missing = {"text_projection", "logit_scale", "token_embedding.weight"} - state.keys()
     if missing:
-        raise ArtefactError(f"{path.name} is not an OpenAI CLIP: it lacks {sorted(missing)}")
+        raise ForeignFileError(f"{path.name} is not an OpenAI CLIP: it lacks {sorted(missing)}")
     try:
         model = Clip(_config(state))
         model.model.load_state_dict({name: value.float() for name, value in state.items()})
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, ValueError) as error:
-        raise ArtefactError(f"{path.name} is not an OpenAI CLIP: {error}") from error
+        raise ForeignFileError(f"{path.name} is not an OpenAI CLIP: {error}") from error
     return model.eval()
 
 
