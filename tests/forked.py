@@ -10,11 +10,13 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 
 import torch
 
+PIPE = subprocess.PIPE
 CONTEXT: ForkServerContext = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
@@ -22,6 +24,7 @@ CONTEXT.set_forkserver_preload(
         "training.job.trainer",
         "training.job.components",
         "matplotlib.backends.backend_svg",
+        "torch._dynamo",  # which the first optimiser imports
         "inference.engine.model_runner",
         "inference.server.app",
         "inference.server.server",
@@ -34,17 +37,24 @@ CONTEXT.set_forkserver_preload(
 class Forked:
     """A process that calls `work(*arguments)` and exits with what that returns.
 
-    work: a function of a module, which is imported by its name. log: for both of its streams, a
-    file or the end of a pipe of CONTEXT; without one they are those of the tests. environment: its
-    variables; without them those of the tests. folder: its working directory. Has what tests use
-    of `subprocess.Popen`.
+    work: a function of a module, which is imported by its name. log: a file for both of its
+    streams, or PIPE: `output` is then what to read them from; without one they are those of the
+    tests. environment: its variables; without them those of the tests. folder: its working
+    directory. Has what tests use of `subprocess.Popen`.
     """
 
     def __init__(self, work, *arguments, log=None, environment=None, folder=None):
         variables = dict(environment or os.environ) | {"OMP_NUM_THREADS": "1"}
-        given = (work, arguments, log, variables, folder or os.getcwd())
-        self._process = CONTEXT.Process(target=_begin, args=given)
-        self._process.start()
+        self.output = None
+        with ExitStack() as stack:
+            if log is PIPE:
+                ours, its = CONTEXT.Pipe(duplex=False)
+                with ours:
+                    self.output = os.fdopen(os.dup(ours.fileno()))
+                log = stack.enter_context(its)
+            given = (work, arguments, log, variables, folder or os.getcwd())
+            self._process = CONTEXT.Process(target=_begin, args=given)
+            self._process.start()
         self.pid = self._process.pid
 
     def poll(self):

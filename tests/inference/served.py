@@ -14,7 +14,7 @@ import requests
 
 from inference.__main__ import main
 from tests import REPOSITORY
-from tests.forked import CONTEXT, Forked
+from tests.forked import PIPE, Forked
 
 PATIENCE = 180.0  # seconds until a test that waits for a process gives up
 
@@ -115,13 +115,14 @@ def running(
 
     work: a function of a module to run in place of `serve`.
     """
-    log, its_end = CONTEXT.Pipe(duplex=False)
-    with its_end:
-        words = _words(root, arguments)
-        environment = _environment(variables)
-        process = Forked(work or serve, words, log=its_end, environment=environment, folder=root)
-    served = Served(process, os.fdopen(os.dup(log.fileno())))
-    log.close()
+    process = Forked(
+        work or serve,
+        _words(root, arguments),
+        log=PIPE,
+        environment=_environment(variables),
+        folder=root,
+    )
+    served = Served(process, process.output)
     try:
         yield served
     finally:

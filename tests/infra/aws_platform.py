@@ -7,8 +7,6 @@ where the platform would; CreateEndpoint serves that model by `serve`.
 
 import json
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -18,9 +16,10 @@ from typing import Any
 
 from infra.local.opt_ml import pack_model
 from infra.local.serving import unpack_model
-from tests import REPOSITORY
+from tests.forked import Forked
 from tests.inference.served import running
 from tests.infra.aws_account import Account
+from tests.training.two_hosts import LONG_TIMEOUTS, train
 
 TRAIN_SECONDS = 300
 
@@ -61,20 +60,15 @@ class Platform:
         for channel in request["InputDataConfig"]:
             source = channel["DataSource"]["S3DataSource"]["S3Uri"]
             self._download(source, root / "input/data" / channel["ChannelName"])
-        path = f"{REPOSITORY / 'container'}{os.pathsep}{REPOSITORY}"
+        log = self.scratch / f"{job}.log"
         environment = {name: text for name, text in os.environ.items() if name[:3] != "AWS"}
-        done = subprocess.run(
-            [sys.executable, "-m", "training", "--root", root],
-            env={**environment, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-            cwd=self.scratch,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=TRAIN_SECONDS,
-            check=False,
+        words = ["--root", str(root)]
+        process = Forked(
+            train, words, LONG_TIMEOUTS, None, log=log, environment=environment, folder=self.scratch
         )
-        assert done.returncode == 0, done.stdout
-        lines = [line.replace(str(root), "/opt/ml") for line in done.stdout.splitlines() if line]
+        assert process.wait(TRAIN_SECONDS) == 0, log.read_text()
+        printed = log.read_text().splitlines()
+        lines = [line.replace(str(root), "/opt/ml") for line in printed if line]
         self.account.write_log("/aws/sagemaker/TrainingJobs", f"{job}/algo-1-1", lines)
         archive = pack_model(root / "model", root / "model.tar.gz")
         bucket, folder = request["OutputDataConfig"]["S3OutputPath"][5:].split("/", 1)

@@ -15,8 +15,10 @@ import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
+from types import CodeType
 
 from dalle.platform.disk import write_atomically
 
@@ -115,21 +117,56 @@ def reporting_code() -> list[Path]:
 
 
 def digest_of_code(paths: Iterable[Path]) -> str:
-    """Return sha256 of files: of a Python file its statements, of any other its bytes."""
+    """Return sha256 of files: of a Python file what it compiles to, of any other its bytes."""
     digest = hashlib.sha256()
     for path in paths:
         content = path.read_bytes()
         if path.suffix == ".py":
-            tree = _WithoutDocstrings().visit(ast.parse(content))
-            content = ast.dump(tree).encode()
+            content = _compiled(content)
         digest.update(f"{path.name} {len(content)} ".encode() + content)
     return digest.hexdigest()
 
 
-class _WithoutDocstrings(ast.NodeTransformer):
-    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
-        is_text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-        return None if is_text else node
+@cache
+def _compiled(source: bytes) -> bytes:
+    """Return what of a module's code runs: neither docstrings nor line numbers."""
+    tree = ast.parse(source)
+    _strip_docstrings(tree)
+    code = compile(ast.fix_missing_locations(tree), "", "exec", dont_inherit=True)
+    return repr(_parts(code)).encode()
+
+
+def _strip_docstrings(node: ast.AST) -> None:
+    for field in ("body", "orelse", "finalbody", "handlers", "cases"):
+        statements = getattr(node, field, None)
+        if not isinstance(statements, list):
+            continue
+        for each in statements:
+            _strip_docstrings(each)
+        if statements:
+            statements[:] = [each for each in statements if not _is_text(each)] or [ast.Pass()]
+
+
+def _is_text(node: ast.AST) -> bool:
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
+
+
+def _parts(value: object) -> object:
+    if isinstance(value, CodeType):
+        constants = [_parts(each) for each in value.co_consts]
+        return (
+            *(value.co_name, value.co_names, value.co_varnames, value.co_cellvars),
+            *(value.co_freevars, value.co_argcount, value.co_posonlyargcount),
+            *(value.co_kwonlyargcount, value.co_flags, value.co_code, value.co_exceptiontable),
+            constants,
+        )
+    if isinstance(value, frozenset):  # in another order in each process
+        return sorted(map(repr, value))
+    return value
 
 
 def _modules(package: str) -> list[Path]:

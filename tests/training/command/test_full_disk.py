@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from tests.permissions import small_disk
-from tests.training.two_hosts import ENDLESS, TINY, forked, job_tree, log_of, run
+from tests.training.two_hosts import ENDLESS, TINY, forked, job_tree, log_of, run, train_with_charts
 
 pytestmark = pytest.mark.slow
 
@@ -18,13 +18,13 @@ SMALL = TINY | {"stage": "dvae", "checkpoint_minutes": 1e-6}
 def sizes(tmp_path_factory):
     """The bytes of a checkpoint and of a report of the small job."""
     tree = job_tree(tmp_path_factory.mktemp("sizes") / "ml", **SMALL, max_steps=1)
-    run([tree])
+    run([tree], work=train_with_charts)
     (checkpoint,) = tree.root.glob("checkpoints/dvae/*.pt")
     return checkpoint.stat().st_size, (tree.root / "output/data/report.html").stat().st_size
 
 
 def failure_of(tree):
-    with forked([tree]) as (process,):
+    with forked([tree], work=train_with_charts) as (process,):
         assert process.wait(timeout=300) == 1, log_of(tree)
     return tree.failure
 

@@ -5,8 +5,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import tarfile
 
 import numpy as np
@@ -17,6 +15,7 @@ from PIL import Image
 from dalle import artefact
 from dalle.platform.environment import Paths
 from dalle.platform.metric_lines import METRIC_PATTERN
+from tests.forked import PIPE, Forked
 from tests.training import two_hosts
 from tests.training.two_hosts import SAMPLES, fill
 from training.__main__ import main
@@ -145,26 +144,26 @@ def stop_after(tree, stage, step):
 
 
 def started(tree, until):
-    """The real command as a process, running for as long as it takes to print `until`."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "training", "--root", str(tree.root)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
+    """The command in a process of its own, once it has printed `until`."""
+    words = ["--root", str(tree.root)]
+    process = Forked(two_hosts.train, words, two_hosts.LONG_TIMEOUTS, None, log=PIPE)
+    for line in process.output:
         if until in line:
             return process
     raise AssertionError(f"the job ended with {process.wait()} before it printed {until!r}")
+
+
+def end(process):
+    """Its exit status: 20 s are promised, and the platform would wait for 120 s."""
+    with process.output:
+        return process.wait(timeout=20)
 
 
 def test_sigterm_saves_a_checkpoint_and_the_model_and_exits_with_0(tree):
     tree.set_hyperparameters(**TINY, max_steps=1_000_000)
     process = started(tree, until="dvae_step=5;")
     process.terminate()
-    process.communicate(timeout=20)  # promised; the platform would wait for 120 s
-    assert process.returncode == 0
+    assert end(process) == 0
     assert artefact.load(tree.root / "model").components() == ["dvae", "tokenizer"]
     (record,) = artefact.load(tree.root / "model").manifest.stages
     assert not record.is_finished
@@ -177,7 +176,7 @@ def test_a_killed_job_goes_on_from_its_newest_complete_checkpoint(tree):
     tree.set_hyperparameters(**settings, max_steps=1_000_000)
     process = started(tree, until="dvae_step=8;")
     process.kill()
-    process.communicate()
+    end(process)
     directory = tree.root / "checkpoints/dvae"
     kept = max(int(path.stem.split("-")[1]) for path in directory.glob("step-*.pt"))
     assert kept >= 7

@@ -1,9 +1,12 @@
 """The bench: its arithmetic, its refusals, and once all of it in miniature."""
 
 import json
+import os
 
 import pytest
 
+from tests.forked import Forked
+from tests.training.two_hosts import LONG_TIMEOUTS, train
 from training import rainbow
 from training.bench.rainbow import RECIPE, SeedRun, main, means, render_table
 from training.config.hyperparameters import parse
@@ -56,10 +59,19 @@ def test_a_seed_chooses_its_own_training_captions_and_random_numbers(tmp_path, m
     assert first != second
 
 
+def run_train(root, channels):
+    """As `training.demo.commands.run_train`, by a fork."""
+    variables = {f"SM_CHANNEL_{name.upper()}": str(folder) for name, folder in channels.items()}
+    words = ["--root", str(root)]
+    process = Forked(train, words, LONG_TIMEOUTS, None, environment=os.environ | variables)
+    assert process.wait(timeout=300) == 0
+
+
 def test_the_whole_bench_in_miniature_and_reused(tmp_path, monkeypatch, capsys):
     few = rainbow.samples()[::40]
     monkeypatch.setattr(rainbow, "samples", lambda: few)
     monkeypatch.setenv("DALLE_DEVICE", "cpu")
+    monkeypatch.setattr("training.demo.run.run_train", run_train)
     settings = {"size": "tiny", "max_steps": "2", "batch_size": "8", "tokenizer_kind": "word"}
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps({**settings, "num_validations": "1", "text_length": "8"}))

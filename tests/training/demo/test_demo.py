@@ -3,8 +3,7 @@
 import json
 import os
 import signal
-import subprocess
-import sys
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ import pytest
 from dalle.errors import HyperparameterError, UserError
 from dalle.preprocess.images import decode_image
 from tests import REPOSITORY
+from tests.forked import PIPE, Forked
 from training import rainbow
 from training.demo.__main__ import Demo, main, prepare_directory
 from training.demo.commands import CommandFailed, run_train, serving
@@ -274,37 +274,44 @@ def test_a_failed_serve_is_told_with_the_end_of_its_log(tmp_path):
         pass
 
 
+def demo(words):
+    """Main function of a fork: the demo on one in sixteen of the captions."""
+    few = rainbow.samples()[::16]
+    with patch.object(rainbow, "samples", lambda: few):
+        return main(words)
+
+
 def start(out, recipe):
-    """`python -m training.demo` in its own process, one thread, output to a pipe."""
+    """The demo in its own process, one thread, output to a pipe; it starts the real commands."""
     path = f"{REPOSITORY / 'container'}{os.pathsep}{REPOSITORY}"
-    variables = {"PYTHONPATH": path, "DALLE_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "training.demo", "--out", out, "--recipe", recipe]
-    return subprocess.Popen(
-        [*command, "--limit", "40"],
-        env=os.environ | variables | {"DALLE_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    variables = {"PYTHONPATH": path, "DALLE_DEVICE": "cpu", "DALLE_THREADS": "1"}
+    words = ["--out", str(out), "--recipe", str(recipe), "--limit", "40"]
+    return Forked(demo, words, log=PIPE, environment=os.environ | variables)
+
+
+def end(process):
+    """What it prints until the pipe's end, and its exit status. The pipe's end is reached only when
+    `train`, which has it too, is gone."""
+    with process.output:
+        printed = process.output.read()
+    return printed, process.wait(timeout=300)
 
 
 @pytest.mark.slow
-def test_the_whole_way_in_miniature_interrupted_finished_and_reused(tmp_path):
+def test_the_whole_way_in_miniature_interrupted_finished_and_reused(tmp_path, monkeypatch):
     recipe, out = tmp_path / "recipe.json", tmp_path / "demo"
     settings = {"size": "tiny", "max_steps": "2", "batch_size": "8", "tokenizer_kind": "word"}
     recipe.write_text(json.dumps(settings | {"num_validations": "1", "log_every": "1"}))
 
     interrupted = start(out, recipe)
-    next(line for line in interrupted.stdout if "train:" in line)
+    next(line for line in interrupted.output if "train:" in line)
     interrupted.send_signal(signal.SIGTERM)
-    # The pipe's end is reached only when `train`, which has it too, is gone.
-    printed, _ = interrupted.communicate(timeout=60)
-    assert interrupted.returncode == 130, printed
+    printed, status = end(interrupted)
+    assert status == 130, printed
     assert "the same command goes on" in printed
 
-    finished = start(out, recipe)
-    printed, _ = finished.communicate(timeout=300)
-    assert finished.returncode == 0, printed
+    printed, status = end(start(out, recipe))
+    assert status == 0, printed
     assert "writing the images: 9,216 captions, 30 % of them to train on: reused" in printed
     assert f"--root {out / 'ml'}" in printed
     page = (out / "report.html").read_text("utf-8")
@@ -319,6 +326,8 @@ def test_the_whole_way_in_miniature_interrupted_finished_and_reused(tmp_path):
     ):
         assert f"<h2>{heading}</h2>" in page
     replies = json.loads((out / "generated" / "replies.json").read_text("utf-8"))
+    few = rainbow.samples()[::16]
+    monkeypatch.setattr(rainbow, "samples", lambda: few)
     assert [reply["caption"] for reply in replies] == Demo(out, {}).captions
     assert [image["rank"] for image in replies[0]["images"]] == [1, 2, 3, 4]
     file = out / "generated" / replies[0]["images"][0]["file"]
@@ -327,7 +336,6 @@ def test_the_whole_way_in_miniature_interrupted_finished_and_reused(tmp_path):
     scores = json.loads((out / "accuracy.json").read_text("utf-8"))["scores"]
     assert next(iter(scores.values()))["greedy"]["num_captions"] == 40
 
-    reused = start(out, recipe)
-    printed, _ = reused.communicate(timeout=60)
-    assert reused.returncode == 0
+    printed, status = end(start(out, recipe))
+    assert status == 0, printed
     assert printed.count(": reused") == 5
