@@ -103,3 +103,21 @@ def test_a_width_that_does_not_suit_the_norms_is_refused_as_an_artefact(artefact
     replace_file(artefact_copy, "dvae/config.json", content)
     with pytest.raises(ArtefactError, match="num_channels .20. must be divisible by num_groups"):
         artefacts.load(artefact_copy)
+
+
+@EACH
+def test_tokens_and_pixels_do_not_depend_on_autocast_and_tf32_of_the_caller(name):
+    tokenizer, config = tiny_tokenizer(name), CONFIGS[name]
+    images = torch.rand(4, 3, config.image_size, config.image_size)
+    tokens = tokenizer.encode(images)
+    pixels = tokenizer.decode(tokens)
+    flags = []
+    tokenizer.encoder.register_forward_pre_hook(
+        lambda module, inputs: flags.append(torch.backends.cudnn.allow_tf32)
+    )
+    before = torch.backends.cudnn.allow_tf32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(tokenizer.encode(images), tokens)
+        assert torch.equal(tokenizer.decode(tokens), pixels)
+    assert flags == [False]
+    assert torch.backends.cudnn.allow_tf32 == before

@@ -7,11 +7,10 @@ Letters: B batch, V codebook size, G grid size, N = G·G positions, S image size
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from dalle.models.image_tokenizer import ImageTokenizer
 from dalle.models.tokenizers.configs import DallePytorchConfig
+from dalle.models.tokenizers.published import PublishedTokenizer
 
 
 class _Residual(nn.Module):
@@ -30,7 +29,7 @@ class _Residual(nn.Module):
         return output
 
 
-class DallePytorchVAE(ImageTokenizer):
+class DallePytorchVAE(PublishedTokenizer):
     """DALLE-pytorch's discrete VAE."""
 
     config: DallePytorchConfig
@@ -60,15 +59,11 @@ class DallePytorchVAE(ImageTokenizer):
             channels = width
         self.decoder.append(nn.Conv2d(width, 3, 1))
 
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """images [B, 3, S, S] in [0, 1] -> image tokens [B, N, 1] int64 in [0, V)."""
+    def _encode(self, images: Tensor) -> Tensor:
         logits: Tensor = self.encoder((images - 0.5) / 0.5)
         return logits.argmax(dim=1).flatten(1).unsqueeze(-1)
 
-    @torch.no_grad()
-    def decode(self, image_tokens: Tensor) -> Tensor:
-        """image tokens [B, N, 1] in [0, V) -> images [B, 3, S, S] in [0, 1]."""
+    def _decode(self, image_tokens: Tensor) -> Tensor:
         codes: Tensor = self.codebook(image_tokens[..., 0])  # [B, N, code width]
         images: Tensor = self.decoder(self.on_grid(codes))
         return ((images + 1) * 0.5).clamp(0, 1)

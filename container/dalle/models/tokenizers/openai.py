@@ -2,8 +2,8 @@
 
 Source: the package `DALL-E` 0.1 (openai/DALL-E, dall_e/encoder.py, decoder.py and utils.py). The
 names of the weights are those of its pickled modules, with `weight` and `bias` for `w` and `b`.
-Everything is computed in float32: the original rounds to half precision on GPUs, where some images
-get other tokens than on a CPU.
+On GPUs the original rounds to half precision, and some images get other tokens than on a CPU; here
+it is float32 everywhere.
 Letters: B batch, V codebook size, G grid size, N = G·G positions, S image size.
 """
 
@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle.models.image_tokenizer import ImageTokenizer
 from dalle.models.tokenizers.configs import OpenAIConfig
+from dalle.models.tokenizers.published import PublishedTokenizer
 
 _GROUPS = 4
 _MARGIN = 0.1  # images are squeezed into [0.1, 0.9], where the Laplace distribution's logit is tame
@@ -93,7 +92,7 @@ class _Double(nn.Upsample):
         super().__init__(scale_factor=2, mode="nearest")
 
 
-class OpenAIDVAE(ImageTokenizer):
+class OpenAIDVAE(PublishedTokenizer):
     """OpenAI's discrete VAE."""
 
     config: OpenAIConfig
@@ -119,15 +118,11 @@ class OpenAIDVAE(ImageTokenizer):
             (1, 3, 3, 3),
         )
 
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """images [B, 3, S, S] in [0, 1] -> image tokens [B, N, 1] int64 in [0, V)."""
+    def _encode(self, images: Tensor) -> Tensor:
         logits: Tensor = self.encoder((1 - 2 * _MARGIN) * images + _MARGIN)
         return logits.argmax(dim=1).flatten(1).unsqueeze(-1)
 
-    @torch.no_grad()
-    def decode(self, image_tokens: Tensor) -> Tensor:
-        """image tokens [B, N, 1] in [0, V) -> images [B, 3, S, S] in [0, 1]."""
+    def _decode(self, image_tokens: Tensor) -> Tensor:
         first, *rest = self.decoder.blocks
         assert isinstance(first, nn.Conv2d)
         assert first.bias is not None

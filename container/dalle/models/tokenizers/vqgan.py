@@ -10,12 +10,11 @@ Letters: B batch, C channels, D code width, V codebook size, G grid size, N = GÂ
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle.models.image_tokenizer import ImageTokenizer
 from dalle.models.tokenizers.configs import VQGANConfig
+from dalle.models.tokenizers.published import PublishedTokenizer
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -212,7 +211,7 @@ class _Gumbel(nn.Module):
         return logits.argmax(dim=1).flatten(1)
 
 
-class VQGAN(ImageTokenizer):
+class VQGAN(PublishedTokenizer):
     """Convolutional encoder and decoder with attention, and one code for each position."""
 
     config: VQGANConfig
@@ -225,15 +224,11 @@ class VQGAN(ImageTokenizer):
         self.quant_conv = nn.Conv2d(config.latent_channels, config.code_width, 1)
         self.post_quant_conv = nn.Conv2d(config.code_width, config.latent_channels, 1)
 
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """images [B, 3, S, S] in [0, 1] -> image tokens [B, N, 1] int64 in [0, V)."""
+    def _encode(self, images: Tensor) -> Tensor:
         tokens = self.quantize.tokens(self.quant_conv(self.encoder(2 * images - 1)))
         return tokens.unsqueeze(-1)
 
-    @torch.no_grad()
-    def decode(self, image_tokens: Tensor) -> Tensor:
-        """image tokens [B, N, 1] in [0, V) -> images [B, 3, S, S] in [0, 1]."""
+    def _decode(self, image_tokens: Tensor) -> Tensor:
         codes = F.embedding(image_tokens[..., 0], self.quantize.codebook())  # [B, N, D]
         images: Tensor = self.decoder(self.post_quant_conv(self.on_grid(codes)))
         return (images.clamp(-1, 1) + 1) * 0.5

@@ -4,9 +4,11 @@ import os
 import pickle
 import shutil
 import struct
+import sys
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import safetensors.torch
@@ -99,6 +101,28 @@ def test_a_torchscript_archive_gives_its_state_dict(tmp_path, how):
     )
     archive.save(str(tmp_path / "net.pt"))
     assert_same(read_tensors(tmp_path / "net.pt"), net.state_dict())
+
+
+class Conv2d(nn.Module):
+    """A module of another package, as OpenAI's dVAE has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(2, 3))
+        self.register_buffer("codes", torch.arange(5))
+        self.device, self.size = torch.device("cpu"), 3
+
+
+@pytest.mark.filterwarnings("ignore:Couldn't retrieve source code for container")
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_a_pickled_module_gives_its_state_dict(tmp_path, monkeypatch, is_zip):
+    for name in ("dall_e", "dall_e.utils"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setattr(sys.modules["dall_e.utils"], "Conv2d", Conv2d, raising=False)
+    monkeypatch.setattr(Conv2d, "__module__", "dall_e.utils")
+    net = nn.Sequential(OrderedDict(first=Conv2d(), rest=nn.Sequential(nn.ReLU(), Conv2d())))
+    torch.save(net, tmp_path / "net.pkl", _use_new_zipfile_serialization=is_zip)
+    assert_same(read_tensors(tmp_path / "net.pkl"), net.state_dict())
 
 
 class Writes(nn.Module):
