@@ -97,6 +97,7 @@ COMMANDS: dict[str, Command] = {
         (
             "invoke 'big filled orange star' --out out/star",
             "invoke 'big filled orange star' --num-candidates 32 --num-images 4 --stream",
+            "invoke 'big filled orange star' --openai",
         ),
     ),
     "teardown": Command(

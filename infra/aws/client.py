@@ -11,6 +11,7 @@ network. Throttled requests are sent again by botocore's adaptive mode.
 from __future__ import annotations
 
 import argparse
+import base64
 import functools
 import json
 import os
@@ -25,6 +26,8 @@ import botocore.loaders
 import botocore.parsers
 import botocore.session
 import botocore.validate
+from botocore.auth import SigV4QueryAuth
+from botocore.awsrequest import AWSRequest
 from botocore.config import Config
 
 from dalle.errors import AccessError, AwsError, DalleError, PlanError
@@ -236,6 +239,32 @@ class Aws:
         """Write one file to one S3 object, in a single request."""
         with path.open("rb") as file:
             self.call(Request("s3", "PutObject", Bucket=bucket, Key=key, Body=file))
+
+    @property
+    def runtime_url(self) -> str:
+        """Where endpoints are invoked: https://runtime.sagemaker.REGION.amazonaws.com, or local."""
+        return str(self.client("sagemaker-runtime").meta.endpoint_url)
+
+    def bearer_token(self, seconds: int) -> str:
+        """Return a token with which OpenAI's clients may invoke endpoints as the caller.
+
+        seconds: until it expires, 1 to 43,200. It is signed here and sent nowhere; whoever has it
+        has the caller's rights, so make one for each use. As `sagemaker.core.token_generator`.
+        Raises AccessError without credentials.
+        """
+        try:
+            found = self._boto().get_credentials()
+            credentials = found.get_frozen_credentials() if found else None
+        except ERRORS as error:
+            raise explain(error) from error
+        if credentials is None:
+            raise AccessError(f"no AWS credentials were found; {LOG_IN}")
+        url = "https://sagemaker.amazonaws.com/"
+        request = AWSRequest("POST", url, params={"Action": "CallWithBearerToken"})
+        request.headers["host"] = "sagemaker.amazonaws.com"
+        SigV4QueryAuth(credentials, "sagemaker", self.region, expires=seconds).add_auth(request)
+        signed = request.url.removeprefix("https://") + "&Version=1"
+        return "sagemaker-api-key-" + base64.b64encode(signed.encode()).decode()
 
     def client(
         self, service: str, region: str | None = None, read_seconds: float = READ_SECONDS

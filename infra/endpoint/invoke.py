@@ -27,6 +27,7 @@ from infra.aws.output import Output
 from infra.aws.project import Project, StackOutputs, add_project_arguments, open_project, split_uri
 from infra.aws.request import Request, describe, digest, placeholder
 from infra.endpoint import results
+from infra.endpoint.openai_chat import invoke_openai
 from infra.endpoint.options import endpoint_name
 
 JSON = "application/json"
@@ -47,6 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--stream", action="store_true", help="write each candidate when it is finished (realtime)"
+    )
+    parser.add_argument(
+        "--openai",
+        action="store_true",
+        help="send it as OpenAI's clients do, to /openai/v1 with a bearer token (realtime)",
     )
     parser.add_argument(
         "--timeout", type=float, default=1800.0, help="seconds to wait for an async reply; 1800"
@@ -85,6 +91,12 @@ def run(options: argparse.Namespace) -> int:
     name = endpoint_name(project.name, options.endpoint)
     mode = "realtime" if options.local else endpoint_mode(project, name)
     check_payload(mode, len(body))
+    if options.openai:
+        if mode != "realtime" or options.stream:
+            raise PlanError(
+                f"--openai is for a realtime endpoint and not for --stream; {name} is {mode}"
+            )
+        return invoke_openai(project, name, json.loads(body), options.out)
     if options.stream:
         if mode in ("async", "serverless"):
             raise PlanError(f"endpoint {name} is {mode}, and only a realtime one can stream")

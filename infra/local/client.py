@@ -1,4 +1,4 @@
-"""One POST /invocations to a container, with one deadline from connection to last byte.
+"""One POST to a container, with one deadline from connection to last byte.
 
 Standard library only.
 """
@@ -38,7 +38,9 @@ class Invocation:
         self._socket: socket.socket | None = None
         self._response: http.client.HTTPResponse | None = None
 
-    def send(self, body: bytes, headers: Mapping[str, str]) -> http.client.HTTPResponse:
+    def send(
+        self, body: bytes, headers: Mapping[str, str], path: str = "/invocations"
+    ) -> http.client.HTTPResponse:
         """Send the request; return the reply with status and headers, its body unread."""
         with self._failures():
             self.connection.connect()
@@ -46,7 +48,7 @@ class Invocation:
             if self._stopping.is_set():
                 raise ConnectionAbortedError
             self._timer.start()
-            self.connection.putrequest("POST", "/invocations", skip_accept_encoding=True)
+            self.connection.putrequest("POST", path, skip_accept_encoding=True)
             for name, value in headers.items():
                 self.connection.putheader(name, value)
             self.connection.putheader("Content-Length", str(len(body)))

@@ -4,7 +4,8 @@ It listens on loopback, for the unmodified boto3 client `sagemaker-runtime` thro
 AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME (or `endpoint_url`). It forwards `invoke_endpoint` and
 `invoke_endpoint_with_response_stream` to `POST /invocations` of a container, under the platform's
 limits: time, sizes, the headers that pass in each direction, and the form of a container's errors.
-It knows nothing of the content of requests and replies.
+OpenAI's clients reach it by a path of their own, with bearer tokens (`openai`). It knows nothing of
+the content of requests and replies.
 
 Error messages are the platform's where those are known. Signatures are not checked.
 Standard library only.
@@ -26,6 +27,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Self
 from urllib.parse import unquote
 
+from infra.local import openai
 from infra.local.client import PART_BYTES, BrokenError, Invocation, StoppingError, TimedOutError
 from infra.local.event_stream import MEDIA_TYPE, exception, payload_part
 
@@ -33,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 VARIANT = "AllTraffic"
 ACCOUNT = "000000000000"
-ROUTE = re.compile(r"/endpoints/(?P<name>[^/]+)/(?P<operation>[a-z-]+)")
+ROUTE = re.compile(r"/endpoints/(?P<name>[^/]+)/(?P<operation>[a-z0-9/-]+)")
 STOP_SECONDS = 10.0
 POLL_SECONDS = 0.05
 
@@ -166,7 +168,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         body = self._body()
         route = ROUTE.fullmatch(self.path.partition("?")[0])
-        operations = {"invocations": self._invoke, "invocations-response-stream": self._stream}
+        operations = {
+            "invocations": self._invoke,
+            "invocations-response-stream": self._stream,
+            openai.OPERATION: self._chat,
+        }
         if route is None or route["operation"] not in operations:
             message = f"{self.path} is none of {', '.join(operations)} of /endpoints/NAME/"
             raise EndpointError(404, "UnknownOperationException", message)
@@ -257,6 +263,27 @@ class _Handler(BaseHTTPRequestHandler):
             except StoppingError:
                 self._send_chunk(exception("InternalStreamFailure", {"Message": STOPPING}))
             self._send_chunk(b"")
+
+    def _chat(self, name: str, body: bytes) -> None:
+        """Forward a request of OpenAI's clients, and the reply as it is, part by part."""
+        fault = openai.token_fault(self.headers.get("Authorization"))
+        if fault:
+            raise EndpointError(403, "AccessDeniedException", fault)
+        headers = self._request_headers()
+        with self.server.facade.invoke(name, self._limits.stream_seconds) as invocation:
+            try:
+                response = invocation.send(body, headers, openai.CONTAINER_PATH)
+            except (TimedOutError, BrokenError, StoppingError) as error:
+                raise _failed(name, error) from error
+            self.send_response(response.status)
+            passed = {"Transfer-Encoding": "chunked"}
+            if content_type := response.headers.get("Content-Type"):
+                passed["Content-Type"] = content_type
+            self._send_headers(passed)
+            with suppress(TimedOutError, BrokenError, StoppingError):  # the end is missing then
+                for part in invocation.parts(response):
+                    self._send_chunk(part)
+                self._send_chunk(b"")
 
     def _reply_headers(self, name: str, response: http.client.HTTPResponse) -> dict[str, str]:
         """Return the reply's headers that are forwarded to the client. Raises EndpointError."""

@@ -16,12 +16,13 @@ ONCE = Config(retries={"total_max_attempts": 1}, read_timeout=60)
 class Container:
     """What a test wants of a container. answer: a function of the request's handler.
 
-    requests: (headers, body) of each one. free: set by a test to let a waiting answer go on, and
-    at its end.
+    requests: (headers, body) of each one; paths: of each one. free: set by a test to let a waiting
+    answer go on, and at its end.
     """
 
     def __init__(self, answer):
         self.requests = []
+        self.paths = []
         self.free = threading.Event()
         self.gone = threading.Event()
         outer = self
@@ -30,7 +31,8 @@ class Container:
             protocol_version = "HTTP/1.1"
 
             def do_POST(self):
-                assert self.path == "/invocations"
+                assert self.path in ("/invocations", "/v1/chat/completions")
+                outer.paths.append(self.path)
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 outer.requests.append((self.headers, body))
                 self.close_connection = True

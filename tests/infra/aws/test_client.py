@@ -3,8 +3,10 @@
 import argparse
 import json
 import re
+from datetime import UTC, datetime, timedelta
 
 import pytest
+from sagemaker.core.token_generator import generate_token
 
 from dalle.errors import AccessError, AwsError, PlanError
 from infra.__main__ import COMMANDS
@@ -226,3 +228,22 @@ def test_the_options_of_aws_are_the_same_for_all():
     options = parser.parse_args(["--region", "eu-west-1", "--profile", "p", "--dry-run"])
     assert aws.connect(options).dry_run
     assert aws.connect(options).region == "eu-west-1"
+
+
+def test_a_bearer_token_is_that_of_the_sagemaker_sdk(monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "any")
+    now = datetime.now(UTC)
+    monkeypatch.setattr("botocore.auth.get_current_datetime", lambda: now)
+    token = Aws(Output(), region="eu-west-1").bearer_token(300)
+    assert token == generate_token(region="eu-west-1", expiry=timedelta(seconds=300))
+
+
+def test_without_credentials_there_is_no_bearer_token(monkeypatch, tmp_path):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    with pytest.raises(AccessError, match="no AWS credentials were found"):
+        Aws(Output(), region="eu-west-1").bearer_token(300)

@@ -65,6 +65,33 @@ def test_a_stream_writes_every_candidate_and_ends_with_the_ranking(endpoint, inf
     assert plain["images"][0]["clip_score"] == result.json["ranking"][0]["clip_score"]
 
 
+def test_openais_way_writes_the_same_images(endpoint, infra, tmp_path):
+    endpoint(*REALTIME)
+    result = infra(*ASK, "--openai", "--out", tmp_path / "openai", "--json")
+    assert result.code == 0, result.err
+    assert (result.json["mode"], result.json["seed"]) == ("openai", 7)
+    infra(*ASK, "--out", tmp_path / "plain")
+    names = sorted(path.name for path in (tmp_path / "openai").iterdir())
+    assert names == ["rank-1.png", "rank-2.png"]
+    for name in names:
+        assert (tmp_path / "openai" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+    result = infra("invoke", "red " * 12, "--openai", "--out", tmp_path)
+    assert result.code != 0
+    assert "the endpoint answered 400: messages must be at most 8 tokens" in result.err
+
+
+def test_openais_way_sends_nothing_in_a_dry_run(infra):
+    result = infra("invoke", "a star", "--openai", "--dry-run")
+    assert result.code == 0, result.err
+    assert "POST /endpoints/dalle/openai/v1/chat/completions" in result.out
+
+
+def test_openais_way_is_for_realtime_endpoints(asynchronous, infra, tmp_path):
+    result = infra(*ASK, "--openai", "--out", tmp_path)
+    assert result.code != 0
+    assert "--openai is for a realtime endpoint" in result.err
+
+
 @pytest.mark.slow
 def test_an_async_reply_comes_through_the_bucket(asynchronous, infra, tmp_path):
     result = infra(*ASK, "--out", tmp_path)

@@ -15,13 +15,14 @@ from tests.infra.aws_account import BUCKET, NUMBER
 
 @pytest.fixture
 def role_policy(account):
-    """The statements of the role's policy by their names, as IAM has them."""
+    """A function: a role's name in the template -> the statements of its policy by their names."""
 
-    def read() -> dict[str, Any]:
+    def read(role: str = "Role") -> dict[str, Any]:
         iam = account.client("iam")
-        (role,) = (r for r in iam.list_roles()["Roles"] if r["RoleName"].startswith("dalle-"))
-        name = role["RoleName"]
-        policy = iam.get_role_policy(RoleName=name, PolicyName="own-things-only")
+        names = [each["RoleName"] for each in iam.list_roles()["Roles"]]
+        (name,) = (each for each in names if each.startswith(f"dalle-{role}"))
+        (kind,) = iam.list_role_policies(RoleName=name)["PolicyNames"]
+        policy = iam.get_role_policy(RoleName=name, PolicyName=kind)
         # moto keeps a policy that came by a stack in Python's spelling.
         statements = ast.literal_eval(policy["PolicyDocument"])["Statement"]
         # It also keeps a statement that AWS::NoValue takes out, as None.
@@ -50,6 +51,18 @@ def test_it_makes_bucket_repository_and_role(account, infra):
     assert [b["Name"] for b in account.client("s3").list_buckets()["Buckets"]] == [BUCKET]
     repositories = account.client("ecr").describe_repositories()["repositories"]
     assert [r["repositoryName"] for r in repositories] == ["dalle"]
+
+
+def test_callers_may_invoke_the_projects_endpoint_and_nothing_else(account, infra, role_policy):
+    infra("bootstrap")
+    statements = role_policy("CallerRole")
+    assert {name: (each["Action"], each["Resource"]) for name, each in statements.items()} == {
+        "InvokeTheEndpoint": (
+            "sagemaker:InvokeEndpoint",
+            f"arn:aws:sagemaker:us-east-1:{NUMBER}:endpoint/dalle",
+        ),
+        "CallWithBearerTokens": ("sagemaker:CallWithBearerToken", "*"),
+    }
 
 
 def test_a_second_run_changes_nothing(account, infra):
