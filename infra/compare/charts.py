@@ -109,13 +109,15 @@ def render_svg(figure: Figure, title: str) -> str:
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"font: [\d.]+px [^;\"]*;?", "", svg)  # the page's font
+    svg = re.sub(r"font-size: [\d.]+px; font-family: [^;\"]*;? ?", "", svg)  # the page's font
     svg = re.sub(
         r'<svg [^>]*?viewBox="([^"]*)"[^>]*>',
-        rf'<svg viewBox="\1" role="img" aria-label="{title}">',
+        rf'<svg class="wide" viewBox="\1" role="img" aria-label="{title}">',
         svg,
         count=1,
     )
+    svg = re.sub(r"\d+\.\d{2,}", lambda match: f"{float(match[0]):.1f}", svg)  # of 720 across
+    svg = re.sub(r"\s+", " ", svg)
     for colour, name in _THEME.items():
         svg = svg.replace(colour, f"var(--{name})")
     return svg

@@ -53,6 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="change an assumption that the report lists; repeatable",
     )
     parser.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page")
+    parser.add_argument(
+        "--stylesheet",
+        default="",
+        metavar="ADDRESS",
+        help="of a copy of container/dalle/pages/page.css, to which the page of --html refers "
+        "instead of holding it",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write everything as JSON")
     parser.add_argument("--title", default=TITLE, help="of the page; default %(default)r")
     parser.add_argument("--json", action="store_true", help="print everything as JSON, only")
@@ -75,7 +82,10 @@ def run(options: argparse.Namespace) -> int:
         from infra.compare.page import render_page  # loads matplotlib
 
         date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-        write_file(options.html, render_page(comparison, title=options.title, date=date))
+        page = render_page(
+            comparison, title=options.title, date=date, stylesheet=options.stylesheet
+        )
+        write_file(options.html, page)
         output.line(f"\n{options.html} written")
     if options.out:
         write_file(options.out, json.dumps(whole, ensure_ascii=False, indent=1) + "\n")

@@ -113,7 +113,8 @@ def serving_code() -> list[Path]:
 def reporting_code() -> list[Path]:
     """Return the files that decide the caption accuracy of an artefact, and the report."""
     templates = sorted((_folder("training.report") / "templates").iterdir())
-    return [*_modules("training"), *templates, *_modules("dalle")]
+    layout = sorted(_folder("dalle.pages").glob("page.*"))
+    return [*_modules("training"), *templates, *layout, *_modules("dalle")]
 
 
 def digest_of_code(paths: Iterable[Path]) -> str:

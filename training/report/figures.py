@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 COLUMNS = 3
 PANEL_WIDTH, PANEL_HEIGHT = 3.5, 2.35  # inches; three panels fill the page
+LEAST_REM = 15  # width of a panel on the page
 SMOOTH_FROM_POINTS = 60
 LOG_FROM_RATIO = 20.0
 
@@ -166,11 +167,12 @@ def _svg(figure: Figure) -> str:
     svg = text[text.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*">', "<g>", svg)  # the same in every figure; ids must be unique
-    # The page scales a figure down on a narrow screen, never up.
+    # A figure that is wider than a narrow screen is scrolled: scaled down, it could not be read.
     width = figure.get_figwidth() / (COLUMNS * PANEL_WIDTH)
+    least = LEAST_REM * round(figure.get_figwidth() / PANEL_WIDTH)
     svg = re.sub(
         r'<svg [^>]*?viewBox="([^"]*)"[^>]*>',
-        rf'<svg viewBox="\1" style="width: {width:.1%}" aria-hidden="true">',
+        rf'<svg viewBox="\1" style="width: {width:.1%}; min-width: {least}rem" aria-hidden="true">',
         svg,
         count=1,
     )

@@ -16,15 +16,16 @@ from datetime import UTC
 from functools import partial
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from dalle.pages.environment import SMALL_UP_TO_PIXELS, page_environment, shown_width
 from dalle.platform.disk import disk_errors, write_atomically
 from dalle.preprocess.images import ImageFormat, Pixels, contact_sheet, encode_image
 from training.report.content import Curve, Report
 from training.report.figures import Panel, plot_curves, plot_usage
 
 EXACT_UP_TO_PIXELS = 200  # a side; larger images are embedded as WebP, or the file would be huge
+SHOWN_PIXELS = 160  # about so wide is a picture on the page
 _UNPLOTTED = {"epoch", "seconds"}  # say the same as the step
 
 
@@ -45,13 +46,7 @@ def write_report(report: Report, path: Path) -> None:
 
 def render_report(report: Report) -> str:
     """Return the report as one HTML document with all images and styles embedded."""
-    environment = Environment(
-        loader=PackageLoader("training.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment("training.report")
     environment.filters |= {
         "capital": lambda text: text[:1].upper() + text[1:],
         "duration": _duration,
@@ -90,10 +85,15 @@ def _panels(curves: Mapping[str, Curve]) -> dict[str, list[Panel]]:
 
 
 def _image(pixels: Pixels, description: str) -> Markup:
-    """An `<img>` element that holds its image."""
-    format: ImageFormat = "png" if max(pixels.shape[:2]) <= EXACT_UP_TO_PIXELS else "webp"
+    """An `<img>` element that holds its image, large enough to judge it."""
+    height, width, _ = pixels.shape
+    format: ImageFormat = "png" if max(height, width) <= EXACT_UP_TO_PIXELS else "webp"
     data = base64.b64encode(encode_image(pixels, format)).decode()
-    return Markup(f'<img src="data:image/{format};base64,{data}" alt="{escape(description)}">')  # noqa: S704
+    look = ' class="pixelated"' if width <= SMALL_UP_TO_PIXELS else ""
+    return Markup(  # noqa: S704
+        f'<img{look} width="{shown_width(width, SHOWN_PIXELS)}" alt="{escape(description)}" '
+        f'src="data:image/{format};base64,{data}">'
+    )
 
 
 def _duration(seconds: float) -> str:

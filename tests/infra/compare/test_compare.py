@@ -264,3 +264,11 @@ def test_there_is_a_report():
     assert REPORTS
     for path in REPORTS:
         assert (path.parent / "compare.html").exists()
+
+
+def test_the_pages_in_the_repository_refer_to_its_style_sheet_and_hold_none():
+    for folder in {path.parent for path in REPORTS}:
+        text = (folder / "compare.html").read_text("utf-8")
+        (address,) = re.findall(r'<link rel="stylesheet" href="([^"]+)">', text)
+        assert (folder / address).resolve() == REPOSITORY / "container/dalle/pages/page.css"
+        assert ":root" not in text

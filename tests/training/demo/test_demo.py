@@ -134,7 +134,8 @@ def test_a_step_depends_on_the_code_that_decides_its_outcome():
     assert {"decoding/sampling.py", "engine/model_runner.py"} <= names(serving_code())
     assert {
         "report/page.py",
-        "templates/report.css",
+        "templates/report.html",
+        "pages/page.css",
         "evaluate/scores.py",
     } <= shown_by
     assert all((REPOSITORY / "training" / name).exists() for name in NOT_TRAINING)

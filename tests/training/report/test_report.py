@@ -172,6 +172,12 @@ def test_pictures_are_embedded_exactly():
     assert decode_image(page.images[3], what="img").getpixel((4, 13)) == (11, 11, 11)
 
 
+def test_small_pictures_are_shown_as_squares_by_whole_factors():
+    text = render_report(full_report())
+    assert text.count('<img class="pixelated" width="160"') == 5  # 8 pixels; 10 with the borders
+    assert "image-rendering: pixelated" in text
+
+
 def test_large_pictures_are_embedded_small():
     noise = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8)
     blurred = (noise // 16 + 100).astype(np.uint8)

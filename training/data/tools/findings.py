@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 
-from jinja2 import Environment, PackageLoader
-
+from dalle.pages.environment import page_environment
 from training.data.skips import SkipReason
 
 EXAMPLES = 5
@@ -141,14 +140,17 @@ class Findings:
 
     def as_html(self) -> str:
         """Return a page without references to other files."""
-        environment = Environment(loader=PackageLoader("training.report"), autoescape=True)
-        return environment.get_template("channels.html").render(
-            title="Channel check",
-            time=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-            channels=self.channels,
-            problems=self.problems,
-            rows=list(self._rows()),
-            examples=list(self._examples()),
+        return (
+            page_environment("training.report")
+            .get_template("channels.html")
+            .render(
+                title="Channel check",
+                time=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+                channels=self.channels,
+                problems=self.problems,
+                rows=list(self._rows()),
+                examples=list(self._examples()),
+            )
         )
 
     def _rows(self) -> Iterator[tuple[str, list[str]]]:
