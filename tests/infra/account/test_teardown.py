@@ -61,18 +61,23 @@ NOTHING = dict.fromkeys(
 )
 
 
-def test_nothing_is_left(full, infra):
+def test_with_yes_nothing_is_left_and_the_monthly_cost_that_stops_is_shown(full, infra):
+    before = left(full)
+    result = infra("teardown")
+    assert result.code == 1
+    assert "nothing was deleted; give --yes" in result.err
+    assert left(full) == before
+
     result = infra("teardown", "--yes")
     assert result.code == 0, result.err
     assert left(full) == NOTHING
     assert result.out.rstrip().endswith("nothing is left")
-
-
-def test_it_shows_the_monthly_cost_that_stops(full, infra):
-    result = infra("teardown", "--yes")
     # 730 hours of ml.g4dn.xlarge at 0.7364 USD, the figure of the price table
     assert "endpoint       dalle  537.57 USD a month (1 x 0.7364 USD per hour" in result.out
     assert "deleting it stops 537.57 USD a month" in result.out
+
+    result = infra("teardown", "--yes")
+    assert (result.code, result.out) == (0, "project dalle has nothing to delete\n")
 
 
 def test_an_unknown_price_is_an_error_and_not_guessed(full, infra, monkeypatch):
@@ -98,20 +103,6 @@ def test_an_unknown_price_is_an_error_and_not_guessed(full, infra, monkeypatch):
     assert result.json["usd_per_month_stopped"] == pytest.approx(537.57, abs=0.01)
     assert "no price is known for ml.g4dn.8xlarge" in result.err
     assert "and the unknown cost of dalle-zz" in result.err
-
-
-def test_a_second_run_finds_nothing(full, infra):
-    infra("teardown", "--yes")
-    result = infra("teardown", "--yes")
-    assert (result.code, result.out) == (0, "project dalle has nothing to delete\n")
-
-
-def test_nothing_is_deleted_without_yes(full, infra):
-    before = left(full)
-    result = infra("teardown")
-    assert result.code == 1
-    assert "nothing was deleted; give --yes" in result.err
-    assert left(full) == before
 
 
 def test_storage_may_be_kept(full, infra):
@@ -152,25 +143,25 @@ def test_a_deployment_that_broke_off_is_found(account, infra, operation):
     assert left(account) == NOTHING
 
 
-@pytest.mark.parametrize(
-    "operation",
-    [
-        "DeregisterScalableTarget",
-        "DeleteAlarms",
-        "DeleteEndpoint",
-        "DeleteLogGroup",
-        "DeleteModel",
-        "DeleteEndpointConfig",
-        f"POST /{BUCKET}",
-        "BatchDeleteImage",
-        "DeleteStack",
-    ],
-)
-def test_a_teardown_that_broke_off_is_taken_up(full, infra, operation):
-    full.refuse(operation, "AccessDeniedException", "no", status=403)
-    result = infra("teardown", "--yes")
-    assert result.code == 1
-    assert "these credentials may not do" in result.err
+IN_ORDER = [
+    "DeregisterScalableTarget",
+    "DeleteAlarms",
+    "DeleteEndpoint",
+    "DeleteLogGroup",
+    "DeleteModel",
+    "DeleteEndpointConfig",
+    f"POST /{BUCKET}",
+    "BatchDeleteImage",
+    "DeleteStack",
+]
+
+
+def test_a_teardown_that_broke_off_anywhere_is_taken_up(full, infra):
+    for operation in IN_ORDER:
+        full.refuse(operation, "AccessDeniedException", "no", status=403)
+        result = infra("teardown", "--yes")
+        assert result.code == 1, operation
+        assert "these credentials may not do" in result.err, operation
     result = infra("teardown", "--yes")
     assert result.code == 0, result.err
     assert left(full) == NOTHING
