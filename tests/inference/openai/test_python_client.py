@@ -1,9 +1,9 @@
 """OpenAI's own Python client against a real `serve`."""
 
 import base64
+import importlib
 import re
 
-import openai
 import pytest
 from PIL import Image
 
@@ -14,6 +14,12 @@ from tests.inference.server.app_fixtures import pixels_of
 pytestmark = pytest.mark.slow
 
 ASKED = {"model": "gpt-image-2", "prompt": "a red square"}
+
+
+@pytest.fixture(scope="module")
+def openai():
+    """The library, which takes seconds to import: only when these tests run."""
+    return importlib.import_module("openai")
 
 
 def of_invocations(served, **fields) -> list[str]:
@@ -63,26 +69,26 @@ def test_its_edit_keeps_the_rows_that_the_mask_keeps(served, api):
     assert (last.type, last.b64_json) == ("image_edit.completed", reply.data[0].b64_json)
 
 
-def test_an_edit_that_the_model_cannot_do_is_raised_as_its_bad_request_error(api):
+def test_an_edit_that_the_model_cannot_do_is_raised_as_its_bad_request_error(openai, api):
     image = file_of(Image.new("RGB", (16, 16), "red"))
     with pytest.raises(openai.BadRequestError, match="4 rows of pixels are the nearest") as raised:
         api.images.edit(image=image, mask=mask(5, 16), prompt="a red square")
     assert (raised.value.param, raised.value.code) == ("mask", "unsupported_mask")
 
 
-def test_a_wrong_value_is_raised_as_its_bad_request_error(api):
+def test_a_wrong_value_is_raised_as_its_bad_request_error(openai, api):
     with pytest.raises(openai.BadRequestError, match="must be auto or 16x16") as raised:
         api.images.generate(**ASKED, size="1024x1024")
     assert (raised.value.param, raised.value.code) == ("size", "invalid_request")
     assert raised.value.type == "invalid_request_error"
 
 
-def test_a_wrong_value_of_a_stream_is_raised_before_it_begins(api):
+def test_a_wrong_value_of_a_stream_is_raised_before_it_begins(openai, api):
     with pytest.raises(openai.BadRequestError, match="prompt must be at most 8 tokens"):
         api.images.generate(model="", prompt="red " * 12, stream=True)
 
 
-def test_a_passed_deadline_is_its_internal_server_error_and_is_not_repeated(served, api):
+def test_a_passed_deadline_is_its_internal_server_error_and_is_not_repeated(openai, served, api):
     def passed() -> int:
         found = re.search(r'total{status="504"} (\d+)', served.get("/metrics").text)
         return int(found[1]) if found else 0
@@ -95,7 +101,7 @@ def test_a_passed_deadline_is_its_internal_server_error_and_is_not_repeated(serv
     assert passed() <= before + 1
 
 
-def test_an_unknown_model_is_raised_as_its_not_found_error(api):
+def test_an_unknown_model_is_raised_as_its_not_found_error(openai, api):
     assert [each.id for each in api.models.list()] == [MODEL]
     assert api.models.retrieve(MODEL).created >= 0
     with pytest.raises(openai.NotFoundError) as raised:
@@ -141,7 +147,7 @@ def test_its_helper_for_streams_puts_the_chat_together(api):
     assert final.choices[0].message.content[0]["type"] == "image_url"
 
 
-def test_a_chat_goes_on_after_pictures_in_its_history(served, api):
+def test_a_chat_goes_on_after_pictures_in_its_history(openai, served, api):
     picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 400_000}}
     history = [{"role": "user", "content": "b"}, {"role": "assistant", "content": [picture]}]
     asked = {"role": "user", "content": "a red square"}
@@ -154,7 +160,7 @@ def test_a_chat_goes_on_after_pictures_in_its_history(served, api):
     assert raised.value.status_code == 413
 
 
-def test_tools_are_raised_as_its_bad_request_error(api):
+def test_tools_are_raised_as_its_bad_request_error(openai, api):
     tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
     with pytest.raises(openai.BadRequestError, match="tools must be empty"):
         chat(api, [{"role": "user", "content": "a"}], tools=[tool])
