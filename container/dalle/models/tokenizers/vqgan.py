@@ -10,6 +10,7 @@ Letters: B batch, C channels, D code width, V codebook size, G grid size, N = GÂ
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,6 +20,11 @@ from dalle.models.tokenizers.published import PublishedTokenizer
 
 def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(num_groups=32, num_channels=channels, eps=1e-6)
+
+
+def _swish(features: Tensor) -> Tensor:
+    """As the original computes it: silu's last digits are others, and add up to 1e-5 of a pixel."""
+    return features * features.sigmoid()
 
 
 class _Residual(nn.Module):
@@ -31,8 +37,8 @@ class _Residual(nn.Module):
             self.nin_shortcut = nn.Conv2d(inputs, outputs, 1)
 
     def forward(self, features: Tensor) -> Tensor:
-        inner: Tensor = self.conv1(F.silu(self.norm1(features)))
-        inner = self.conv2(F.silu(self.norm2(inner)))
+        inner: Tensor = self.conv1(_swish(self.norm1(features)))
+        inner = self.conv2(_swish(self.norm2(inner)))
         shortcut = getattr(self, "nin_shortcut", None)
         return inner + (features if shortcut is None else shortcut(features))
 
@@ -47,11 +53,11 @@ class _Attention(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         normed = self.norm(features)
-        q, k, v = (
-            layer(normed).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v)
-        )  # [B, positions, C]
-        seen = F.scaled_dot_product_attention(q, k, v)
-        output: Tensor = features + self.proj_out(seen.transpose(1, 2).reshape(features.shape))
+        q, k, v = (layer(normed).flatten(2) for layer in (self.q, self.k, self.v))  # [B, C, N]
+        # In the order of the original, for its last digits.
+        weights = torch.bmm(q.transpose(1, 2), k) * q.shape[1] ** -0.5  # [B, N, N]
+        seen = torch.bmm(v, weights.softmax(dim=2).transpose(1, 2))
+        output: Tensor = features + self.proj_out(seen.view(features.shape))
         return output
 
 
@@ -132,7 +138,7 @@ class _Encoder(nn.Module):
         features: Tensor = self.conv_in(images)
         for level in self.down:
             features = level(features)
-        output: Tensor = self.conv_out(F.silu(self.norm_out(self.mid(features))))
+        output: Tensor = self.conv_out(_swish(self.norm_out(self.mid(features))))
         return output
 
 
@@ -164,7 +170,7 @@ class _Decoder(nn.Module):
         features: Tensor = self.mid(self.conv_in(latents))
         for level in reversed(self.up):
             features = level(features)
-        output: Tensor = self.conv_out(F.silu(self.norm_out(features)))
+        output: Tensor = self.conv_out(_swish(self.norm_out(features)))
         return output
 
 
@@ -230,5 +236,6 @@ class VQGAN(PublishedTokenizer):
 
     def _decode(self, image_tokens: Tensor) -> Tensor:
         codes = F.embedding(image_tokens[..., 0], self.quantize.codebook())  # [B, N, D]
-        images: Tensor = self.decoder(self.post_quant_conv(self.on_grid(codes)))
+        # Contiguous as the original's: in another memory format the last digits are others.
+        images: Tensor = self.decoder(self.post_quant_conv(self.on_grid(codes).contiguous()))
         return (images.clamp(-1, 1) + 1) * 0.5

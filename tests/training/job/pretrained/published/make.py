@@ -140,7 +140,7 @@ def make_taming(name: str, *, size: int, embed_dim: int, **sizes: Any) -> None:
         assert torch.equal(logits.argmax(dim=1), tokens)
 
     def decode(codes: torch.Tensor) -> torch.Tensor:
-        z = codebook[codes].transpose(1, 2).reshape(IMAGES, -1, grid_size, grid_size)
+        z = codebook[codes].transpose(1, 2).reshape(IMAGES, -1, grid_size, grid_size).contiguous()
         pixels: torch.Tensor = (model.decode(z).clamp(-1, 1) + 1) * 0.5
         return pixels
 
