@@ -62,7 +62,8 @@ def _problem(channel: Channel) -> str | None:
     except OSError as error:
         return _unreadable(channel, channel.directory, error)
     shown = sorted(name for name in names if not name.startswith("."))
-    if not shown and channel.distribution == REPLICATED:  # later, on all hosts
+    # A channel in parts is judged later, on all hosts; a reader of weights says what it wants.
+    if not shown and channel.distribution == REPLICATED and channel.name != TOKENIZER_MODEL:
         return f"the channel {channel.name} is empty: {channel.directory}"
     if not is_of_pairs:
         for name in sorted(names):

@@ -96,6 +96,7 @@ class Calls:
 @pytest.mark.parametrize(
     ("name", "spoil", "settings", "says"),
     [
+        ("vae", lambda folder: (folder / "vae.pt").unlink(), {}, "it has no file"),
         (
             "vae",
             lambda folder: (folder / "vae.pt").rename(folder / "README"),

@@ -49,7 +49,8 @@ def load_image_tokenizer(directory: Path, image_size: int | None) -> ImageTokeni
     yamls = [name for name in names if name.endswith(_YAML)]
     is_pickled = tuple(weights) == _PICKLED
     if len(yamls) > 1 or (is_pickled and yamls) or not (is_pickled or len(weights) == 1):
-        found = ", ".join((weights + yamls)[:5]) or f"only {', '.join(names[:5])}"
+        others = f"only {', '.join(names[:5])}" if names else "no file"
+        found = ", ".join((weights + yamls)[:5]) or others
         raise ForeignFileError(
             f"the channel tokenizer_model, {directory}, must hold the files of one image "
             f"tokenizer: {_WANTED}; it has {found}"
