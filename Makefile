@@ -26,7 +26,7 @@ help:  ## list these targets
 
 setup: .venv/.stamp  ## make .venv with every dependency, by hash, and the commands `train` and `serve`
 
-check: lint  ## lint, and the tests that take less than a second each: before every commit
+check: lint  ## lint, and the tests that take less than a third of a second each: before every commit
 	$(PYTEST) -m "not docker and not slow" $(ARGS)
 
 lint: setup  ## ruff, the formatter, spelling, imports and types; changes nothing

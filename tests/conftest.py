@@ -7,6 +7,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
+# One thread for each of the processes, which are many, before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 # Before anything imports Triton, whose own functions are made for a GPU or for its interpreter.

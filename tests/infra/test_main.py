@@ -96,6 +96,7 @@ def test_it_starts_without_torch_and_help_without_boto3():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_only_one_file_imports_boto3_and_none_the_sagemaker_sdk():
     users: dict[str, set[str]] = {"boto3": set(), "botocore": set(), "sagemaker": set()}
     for path in (REPOSITORY / "infra").rglob("*.py"):

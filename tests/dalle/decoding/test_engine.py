@@ -93,6 +93,7 @@ def test_it_samples_as_the_reference_at_mixed_positions(kinds, step, make_dalle)
     assert_as_sampled(model, run(engine))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize(
     "fields",
@@ -115,6 +116,7 @@ def test_so_it_does_for_every_field_of_the_config(fields, step, make_dalle):
     assert_as_sampled(model, run(engine, requests, every=1), requests)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("num_slots", [2, 3, 40])
 @pytest.mark.parametrize("every", [1, 7])
@@ -123,6 +125,7 @@ def test_neither_slots_nor_arrival_change_anything(num_slots, every, step, model
     assert_as_sampled(model, run(engine, every=every))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS)
 def test_a_long_sequence_is_read_in_blocks(step, make_dalle, monkeypatch):
     """Rows a block apart, and a block's first and last input."""
@@ -231,6 +234,7 @@ def test_a_cancelled_request_frees_its_slots_and_leaves_the_others_alone(step, m
     assert engine.busy_slots == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS)
 def test_an_engine_that_was_reset_begins_anew(step, model):
     engine = DecodeEngine(model, 5, step=step(model, 5))
@@ -290,6 +294,7 @@ def test_neither_weights_nor_arguments_change(make_dalle):
     assert all((before[name] == each).all() for name, each in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_torchs_own_random_numbers_are_neither_read_nor_moved(model):
     torch.manual_seed(1)
     state = torch.random.get_rng_state()

@@ -56,6 +56,7 @@ def greedy_without_cache(model: Dalle, text_tokens: torch.Tensor, scale: float) 
     return image_tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize("kinds", KINDS)
 def test_cached_sampling_equals_uncached_sampling(kinds, guidance_scale, make_dalle):

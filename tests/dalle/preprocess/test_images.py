@@ -78,6 +78,7 @@ def test_bytes_that_are_no_usable_image_are_refused_with_the_remedy(data, fault,
     assert isinstance(refusal.value, DataError)
 
 
+@pytest.mark.slow
 def test_the_largest_allowed_image_is_decoded_and_one_more_row_is_not():
     width = 20_000
     image = Image.new("1", (width, MAX_PIXELS // width))
@@ -163,6 +164,7 @@ def test_a_large_jpeg_is_decoded_no_smaller_than_asked():
     assert decode_image(data, what="picture").size == (800, 400)
 
 
+@pytest.mark.slow
 def test_a_photograph_of_48_megapixels_is_taken_where_it_is_decoded_smaller():
     data = encoded(Image.new("RGB", (8064, 6048), "red"), "JPEG")
     assert decode_image(data, what="picture", min_side=700).size == (1008, 756)
@@ -172,6 +174,7 @@ def test_a_photograph_of_48_megapixels_is_taken_where_it_is_decoded_smaller():
         decode_image(data, what="picture", min_side=4000)
 
 
+@pytest.mark.slow
 def test_a_photograph_of_200_megapixels_is_taken_where_it_is_decoded_smaller():
     data = encoded(Image.new("L", (16_320, 12_240), 99), "JPEG")
     assert decode_image(data, what="picture", min_side=256).size == (2040, 1530)

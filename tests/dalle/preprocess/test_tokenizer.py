@@ -169,6 +169,7 @@ def test_byte_pairs_can_write_words_that_training_never_saw():
     assert tokenizer.decode(tokenizer.encode(["zebra’s 日本 😀"])) == ["zebra’s 日本 😀"]
 
 
+@pytest.mark.slow
 def test_every_word_of_the_rainbow_has_an_id_of_its_own():
     captions = [sample.caption for sample in rainbow.samples()]
     tokenizer = CaptionTokenizer.train(captions, kind="word")
@@ -277,6 +278,7 @@ def test_a_saved_tokenizer_is_the_same_one(kind, tmp_path):
     assert loaded.identity() == tokenizer.identity()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_captions_in_another_order_make_the_same_tokenizer_and_others_another(kind):
     usual = train(kind, text_length=40).identity()

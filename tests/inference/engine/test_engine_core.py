@@ -347,6 +347,7 @@ def test_a_drain_waits_for_the_models_thread_to_end(monkeypatch):
         assert not engine_core._thread.is_alive()
 
 
+@pytest.mark.slow
 def test_a_drain_brings_deadlines_forward():
     class OneThenHold(Engine):
         def run(self, work: Work) -> Result:

@@ -25,6 +25,7 @@ from tests.inference.engine.model_runner_work import (
 )
 
 
+@pytest.mark.slow
 def test_candidates_come_ranked_by_clip_best_first(runner):
     result = answer(runner, ask(num_candidates=5))
     assert result.ranked_by == "clip"

@@ -67,6 +67,7 @@ def sample_together(runner: ModelRunner, prepared, every: int = 3):
     return [each.outcome for each in prepared]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 3, 20])
 def test_each_is_sampled_as_if_it_were_alone(every, artefact, runner):
     prepared = [runner.prepare(each) for each in REQUESTS]
@@ -128,6 +129,7 @@ def test_a_deadline_ends_one_request_only(artefact, runner):
     assert isinstance(none, DeadlineExceeded)
 
 
+@pytest.mark.slow
 def test_of_512_candidates_only_the_best_images_are_in_memory(artefact, monkeypatch):
     runner = ModelRunner(artefact, CPU, chunk_size=32)
     passed_on: dict[int, bytes] = {}
@@ -233,6 +235,7 @@ def last_event(prepared):
     return event
 
 
+@pytest.mark.slow
 def test_each_of_many_clients_gets_the_images_of_its_request(artefact, runner, engine_core):
     requests = [ask(number % 3, seed=number, num_candidates=1 + number % 4) for number in range(9)]
     submitted = [submit(engine_core, runner, request) for request in requests]

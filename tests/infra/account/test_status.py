@@ -22,6 +22,7 @@ def job(account, infra):
     return name
 
 
+@pytest.mark.slow
 def test_everything_is_listed(account, infra, job):
     model = f"s3://{BUCKET}/m.tar.gz"
     infra("deploy", "--mode", "async", "--instance-type", "ml.g4dn.xlarge", "--model", model)
@@ -46,6 +47,7 @@ def test_a_project_without_a_stack_says_what_comes_first(account, infra):
     assert "project dalle has no stack; `python -m infra bootstrap`" in result.out
 
 
+@pytest.mark.slow
 def test_a_job_is_shown_with_the_course_of_its_losses(infra, job):
     result = infra("status", job)
     assert "dvae_loss  0.8    0.1   █▄▂▁" in result.out
@@ -53,6 +55,7 @@ def test_a_job_is_shown_with_the_course_of_its_losses(infra, job):
     assert infra("status", job, "--json").json["metrics"]["dvae_loss"] == 0.1
 
 
+@pytest.mark.slow
 def test_the_log_is_the_jobs_own(infra, job):
     result = infra("logs", job)
     assert result.out.splitlines()[0] == "starting"
@@ -61,14 +64,17 @@ def test_the_log_is_the_jobs_own(infra, job):
     assert infra("logs").out == result.out, "the newest job is the default"
 
 
+@pytest.mark.slow
 def test_the_logs_end_is_shown(infra, job):
     assert infra("logs", job, "--tail", 1).out.startswith("dvae_step=3;")
 
 
+@pytest.mark.slow
 def test_following_a_job_that_has_ended_ends(infra, job):
     assert infra("logs", job, "--follow").code == 0
 
 
+@pytest.mark.slow
 def test_an_endpoints_log_has_a_group_of_its_own(account, infra, job):
     model = f"s3://{BUCKET}/m.tar.gz"
     infra("deploy", "--mode", "realtime", "--instance-type", "ml.m5.large", "--model", model)

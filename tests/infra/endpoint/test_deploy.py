@@ -7,6 +7,8 @@ import pytest
 from infra.endpoint import deploy
 from tests.infra.aws_account import BUCKET
 
+pytestmark = pytest.mark.slow
+
 ASYNC = ["deploy", "--mode", "async", "--instance-type", "ml.g4dn.xlarge"]
 MODEL = f"s3://{BUCKET}/models/job/output/model.tar.gz"
 

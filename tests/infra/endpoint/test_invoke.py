@@ -45,6 +45,7 @@ def test_the_same_seed_writes_the_same_files(endpoint, infra, tmp_path):
     assert "written" in result.out
 
 
+@pytest.mark.slow
 def test_a_format_is_asked_for_and_named(endpoint, infra, tmp_path):
     endpoint(*REALTIME)
     infra(*ASK, "--format", "webp", "--out", tmp_path)
@@ -52,6 +53,7 @@ def test_a_format_is_asked_for_and_named(endpoint, infra, tmp_path):
         assert picture.format == "WEBP"
 
 
+@pytest.mark.slow
 def test_a_stream_writes_every_candidate_and_ends_with_the_ranking(endpoint, infra, tmp_path):
     endpoint(*REALTIME)
     result = infra(*ASK, "--stream", "--out", tmp_path, "--json")
@@ -126,12 +128,14 @@ def test_an_async_reply_that_does_not_come_is_given_up(asynchronous, infra):
     assert "no reply within 0 s; it will be at s3://" in result.err
 
 
+@pytest.mark.slow
 def test_an_async_endpoint_does_not_stream(asynchronous, infra):
     result = infra(*ASK, "--stream")
     assert result.code == 1
     assert "endpoint dalle is async, and only a realtime one can stream" in result.err
 
 
+@pytest.mark.slow
 def test_what_the_server_refuses_is_reported_in_its_words(endpoint, infra):
     endpoint(*REALTIME)
     result = infra("invoke", "a red square", "--num-candidates", 513)
@@ -162,6 +166,7 @@ def test_an_endpoint_that_is_not_there_is_reported(account, infra):
     assert "there is no endpoint dalle-stars; `python -m infra status` lists" in result.err
 
 
+@pytest.mark.slow
 def test_a_payload_larger_than_the_endpoint_takes_is_refused_by_number(endpoint, infra, tmp_path):
     endpoint("--mode", "serverless")
     (tmp_path / "large.png").write_bytes(b"x" * 4_000_000)
@@ -228,6 +233,7 @@ def test_a_batch_generates_images_for_every_caption(account, batch, tmp_path):
     assert account.names("endpoints") == []
 
 
+@pytest.mark.slow
 def test_a_second_batch_of_the_same_captions_runs_no_job(account, batch):
     batch("a red square")
     result = batch("a red square")
@@ -236,6 +242,7 @@ def test_a_second_batch_of_the_same_captions_runs_no_job(account, batch):
     assert "already there" in result.out
 
 
+@pytest.mark.slow
 def test_an_error_in_one_caption_leaves_the_others_unaffected(batch, tmp_path):
     result = batch("a red square\n" + "very " * 40 + "long\na blue star\n", "--json")
     assert result.code == 0, result.err
@@ -267,6 +274,7 @@ def test_a_file_without_captions_is_refused(account, infra, batch, tmp_path, cap
     assert account.requests["CreateModel"] == 0
 
 
+@pytest.mark.slow
 def test_a_reply_that_has_no_images_is_reported(endpoint, infra, monkeypatch):
     account = endpoint(*REALTIME)
     monkeypatch.delenv("AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME")

@@ -66,6 +66,7 @@ def test_spot_waits_longer_than_it_runs(ready, infra):
     assert "CheckpointConfig" in job
 
 
+@pytest.mark.slow
 def test_a_warm_pool_volume_and_isolation(ready, infra):
     infra(*TRAIN, "--keep-alive-minutes", 10, "--volume-gb", 80, "--isolate", "--env", "A=b")
     (job,) = ready.bodies("CreateTrainingJob")

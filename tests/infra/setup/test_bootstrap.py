@@ -31,6 +31,7 @@ def role_policy(account):
     return read
 
 
+@pytest.mark.slow
 def test_the_template_passes_the_linter():
     linter = Path(sys.executable).with_name("cfn-lint")
     done = subprocess.run(
@@ -86,6 +87,7 @@ def test_the_role_reads_no_other_bucket_by_itself(account, infra, role_policy):
     assert "ReadAnotherBucket" not in role_policy()
 
 
+@pytest.mark.slow
 def test_a_changed_parameter_updates_the_stack_and_is_remembered(account, infra):
     def read_bucket() -> str:
         (stack,) = account.client("cloudformation").describe_stacks()["Stacks"]

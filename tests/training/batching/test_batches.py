@@ -63,6 +63,7 @@ def test_images_captions_and_tokens_of_a_batch_belong_together(tmp_path, num_wor
             assert batch.text_tokens[:, 1].tolist() == words
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_batch_depends_on_its_step_alone(tmp_path):
     dataset = open_channel(channel_of(tmp_path, 11, captions=3), image_size=SIZE)

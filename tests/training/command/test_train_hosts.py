@@ -2,7 +2,7 @@
 
 import shutil
 import signal
-from contextlib import nullcontext
+from contextlib import ExitStack
 
 import pytest
 
@@ -132,32 +132,56 @@ def test_a_job_of_one_host_goes_on_on_two(alone, two, tmp_path):
 SILENT = f"is lost: no sign of life for {SHORT_TIMEOUTS.silence:g} s"
 
 
-@pytest.mark.parametrize(
-    ("how", "lost", "says"),
-    [
-        ("killed", 0, "is lost: the connection broke"),
-        ("killed", 2, SILENT),
-        ("frozen", 0, SILENT),
-        ("frozen", 2, SILENT),
-        ("cut off", 0, SILENT),
-        ("cut off", 2, SILENT),
-    ],
-)
-def test_a_lost_host_is_named_by_the_others_which_end(three, tmp_path, how, lost, says):
-    trees = job_trees(tmp_path, three.hosts, samples=SAMPLES[:18], **ENDLESS | {"batch_size": 6})
+def until_endless(stack, trees, network):
+    """Start an endless job on three hosts, and wait until it trains."""
+    processes = stack.enter_context(forked(trees, network, timeouts=SHORT_TIMEOUTS))
+    wait_for_step(trees, processes, "clip", 3)
+    return processes
+
+
+def endless_trees(root, network):
+    settings = ENDLESS | {"batch_size": 6}
+    return job_trees(root, network.hosts, samples=SAMPLES[:18], **settings)
+
+
+def assert_named_by_the_others(trees, processes, lost, says, network):
     others = [number for number in range(3) if number != lost]
-    with forked(trees, three, timeouts=SHORT_TIMEOUTS) as processes:
-        wait_for_step(trees, processes, "clip", 3)
-        if how != "cut off":
-            processes[lost].send_signal(signal.SIGKILL if how == "killed" else signal.SIGSTOP)
-        with three.cut(lost) if how == "cut off" else nullcontext():
-            assert [processes[number].wait(timeout=300) for number in others] == [1, 1]
-            if how == "cut off":  # it misses the others as they miss it
-                assert processes[lost].wait(timeout=300) == 1
-                either = tuple(f"host {three.hosts[number]} {SILENT}" for number in others)
-                assert trees[lost].failure.startswith(either)
+    assert [processes[number].wait(timeout=300) for number in others] == [1, 1]
     for number in others:
-        assert trees[number].failure.startswith(f"host {three.hosts[lost]} {says}")
+        assert trees[number].failure.startswith(f"host {network.hosts[lost]} {says}")
+
+
+LOST = [
+    (signal.SIGKILL, 0, "is lost: the connection broke"),
+    (signal.SIGKILL, 2, SILENT),
+    (signal.SIGSTOP, 0, SILENT),
+    (signal.SIGSTOP, 2, SILENT),
+]
+
+
+def test_a_killed_or_frozen_host_is_named_by_the_others_which_end(three, tmp_path):
+    jobs = []
+    with ExitStack() as stack:  # all of them wait for the silence together
+        for number, (sent, lost, says) in enumerate(LOST):
+            trees = endless_trees(tmp_path / str(number), three)
+            processes = until_endless(stack, trees, three)
+            processes[lost].send_signal(sent)
+            jobs.append((trees, processes, lost, says))
+        for job in jobs:
+            assert_named_by_the_others(*job, three)
+
+
+@pytest.mark.parametrize("lost", [0, 2])
+def test_a_host_that_is_cut_off_is_named_by_the_others_and_misses_them(three, tmp_path, lost):
+    trees = endless_trees(tmp_path, three)
+    with ExitStack() as stack:
+        processes = until_endless(stack, trees, three)
+        with three.cut(lost):
+            assert_named_by_the_others(trees, processes, lost, SILENT, three)
+            assert processes[lost].wait(timeout=300) == 1
+            others = (three.hosts[number] for number in range(3) if number != lost)
+            either = tuple(f"host {host} {SILENT}" for host in others)
+            assert trees[lost].failure.startswith(either)
 
 
 def test_a_failure_of_one_host_is_in_the_failure_files_of_all(two, tmp_path):

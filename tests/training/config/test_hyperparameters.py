@@ -247,6 +247,7 @@ def test_every_row_of_the_table_is_a_markdown_row_of_four_cells():
         assert line.replace("\\|", "").count("|") == 5
 
 
+@pytest.mark.slow
 def test_parsing_needs_no_torch():
     program = "import sys, training.config.hyperparameters; print('torch' in sys.modules)"
     root = REPOSITORY

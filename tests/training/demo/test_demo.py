@@ -262,11 +262,13 @@ def test_the_contact_sheet_has_a_column_for_each_caption():
     assert black.sum() >= 8 * 128 * 128
 
 
+@pytest.mark.slow
 def test_a_failed_train_is_told_with_its_cause(tmp_path):
     with pytest.raises(CommandFailed, match="train ended with 1: the channel train is missing"):
         run_train(tmp_path, {})
 
 
+@pytest.mark.slow
 def test_a_failed_serve_is_told_with_the_end_of_its_log(tmp_path):
     with (
         pytest.raises(CommandFailed, match=r"(?s)serve ended with 2 .*model is not a directory"),

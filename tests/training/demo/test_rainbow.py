@@ -25,6 +25,7 @@ def count_white(picture) -> int:
     return int((picture == 255).all(axis=-1).sum())
 
 
+@pytest.mark.slow
 def test_there_are_9216_captions_and_none_twice(samples):
     assert len(samples) == 9216
     assert len({sample.caption for sample in samples}) == 9216

@@ -1,6 +1,7 @@
-"""Work of each rank in test_deepspeed.py: python tests/training/engine/deepspeed_work.py RANK
-PORT FILE."""
+"""Work of each rank in test_deepspeed.py, which is a fork."""
 
+import importlib
+import os
 import sys
 from datetime import timedelta
 
@@ -177,5 +178,16 @@ def work(rank, port):
     return seen
 
 
-if __name__ == "__main__":
-    torch.save(work(int(sys.argv[1]), int(sys.argv[2])), sys.argv[3])
+def work_into(rank, port, results, printed):
+    """Main function of a fork. printed: a file for its standard output alone."""
+    assert "deepspeed" not in sys.modules, "it was imported where there is a compiler"
+    with printed.open("wb") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+    torch.save(work(rank, port), results)
+
+
+def imports_deepspeed():
+    """Main function of a fork: 1 where the modules that may use it import it at once."""
+    for module in ("engine.select", "engine.deepspeed_engine", "job.trainer"):
+        importlib.import_module(f"training.{module}")
+    return int("deepspeed" in sys.modules)

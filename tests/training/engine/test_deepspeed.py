@@ -1,7 +1,5 @@
 """training.engine.deepspeed_engine: two processes hold in parts what one holds whole."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +8,15 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from tests import REPOSITORY
-from tests.training.engine.deepspeed_work import CASES, NUM_STEPS, RESUMED, Run
+from tests.forked import Forked
+from tests.training.engine.deepspeed_work import (
+    CASES,
+    NUM_STEPS,
+    RESUMED,
+    Run,
+    imports_deepspeed,
+    work_into,
+)
 
 HALF = NUM_STEPS // 2
 FP32 = [name for name in CASES if "bf16" not in name]
@@ -31,22 +37,17 @@ def seen(tmp_path_factory):
         "TMPDIR": str(scratch),
     }
     assert not any((Path(environment["PATH"]) / tool).exists() for tool in ("g++", "c++", "mpirun"))
-    script = Path(__file__).with_name("deepspeed_work.py")
-    files = [scratch / f"{rank}.pt" for rank in range(2)]
+    files = [(scratch / f"{rank}.pt", scratch / f"{rank}.txt") for rank in range(2)]
     processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(server.port), str(file)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank, file in enumerate(files)
+        Forked(work_into, rank, server.port, *names, environment=environment)
+        for rank, names in enumerate(files)
     ]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
     assert not (scratch / "extensions").exists(), "something was compiled"
-    results = [torch.load(file, weights_only=True) for file in files]
-    return [result | {"stdout": out} for result, out in zip(results, outputs, strict=True)]
+    return [
+        torch.load(results, weights_only=True) | {"stdout": printed.read_text()}
+        for results, printed in files
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +129,7 @@ def test_the_average_is_that_of_one_process_and_not_the_weights(seen, alone, cas
     assert seen[0][case]["losses"] == pytest.approx(alone["plain"]["losses"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_parts_and_recomputed_activations_change_no_loss_of_torchs_own_engine(alone):
     raw = {"gradient_accumulation_steps": "4", "activation_checkpointing": "true"}
     run = Run(raw).train()
@@ -143,12 +145,4 @@ def test_nothing_but_metrics_goes_to_the_standard_output(seen):
 
 @pytest.mark.slow
 def test_deepspeed_is_imported_only_where_it_is_used():
-    code = (
-        "import sys, training.engine.select, training.engine.deepspeed_engine;"
-        "import training.job.trainer;"
-        "sys.exit('deepspeed' in sys.modules)"
-    )
-    environment = os.environ | {"PYTHONPATH": f"{REPOSITORY / 'container'}:{REPOSITORY}"}
-    assert (
-        subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
-    )
+    assert Forked(imports_deepspeed).wait(timeout=300) == 0

@@ -96,6 +96,7 @@ def test_the_nearest_picture_is_found_and_the_first_of_equals(truth):
     assert truth.nearest(images(25, 164)).tolist() == [0, 1]  # midway
 
 
+@pytest.mark.slow
 def test_nearest_is_exact_where_single_precision_is_not(tmp_path):
     generator = np.random.default_rng(0)
     base = generator.integers(0, 255, (64, 64, 3), dtype=np.uint8)

@@ -151,6 +151,7 @@ def test_captions_are_not_cut_where_none_is_too_long(opt_ml, open_inputs):
         assert inputs.train.pairs.skips.counts == {}
 
 
+@pytest.mark.slow
 def test_a_component_whose_training_was_stopped_is_taken_with_a_warning_and_a_note(
     opt_ml, open_inputs, tiny_models, caplog
 ):
@@ -188,6 +189,7 @@ def test_a_stage_that_the_artefact_brings_is_said_to_begin_at_random_weights(
     assert "random weights" not in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("channels", "says"),
     [

@@ -132,6 +132,7 @@ def are_equal(ones, others):
     return all(torch.equal(a, b) for a, b in zip(ones, others, strict=True))
 
 
+@pytest.mark.slow
 def test_a_budget_in_steps_is_kept_and_lowers_the_loss(run):
     stage = TinyStage()
     result = run(stage, {"max_steps": "200", "learning_rate": "0.01"})

@@ -91,6 +91,7 @@ def find(monkeypatch):
 ALWAYS_FASTER = {2**n: float(2**n) for n in range(20)}
 
 
+@pytest.mark.slow
 def test_an_epoch_keeps_sixteen_steps(find, caplog):
     caplog.set_level("INFO")
     assert find(num_pairs=64 * 16, rates=ALWAYS_FASTER) == 64
@@ -99,6 +100,7 @@ def test_an_epoch_keeps_sixteen_steps(find, caplog):
     assert find(num_pairs=5, rates={1: 1.0}) == 1
 
 
+@pytest.mark.slow
 def test_no_more_than_the_free_memory_holds_is_tried(find):
     scarce = find(free=30 << 20, num_pairs=10**6, rates=ALWAYS_FASTER)
     assert 16 <= scarce < find(free=1 << 30, num_pairs=10**6, rates=ALWAYS_FASTER)
@@ -109,6 +111,7 @@ def test_too_little_memory_for_one_pair_is_an_error_before_training(find):
         find(free=1 << 10)
 
 
+@pytest.mark.slow
 def test_the_trial_trains_and_says_how_fast(find):
     assert find(num_pairs=32 * 16) in (16, 32)
 

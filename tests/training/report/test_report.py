@@ -29,6 +29,8 @@ from training.report.content import (
 from training.report.figures import Panel, plot_curves, plot_usage
 from training.report.page import render_report, write_report
 
+pytestmark = pytest.mark.slow
+
 NOW = datetime(2026, 11, 22, 18, 5, tzinfo=UTC)
 METHODS = {"greedy": 0.75, "single sample": 0.5, "best of 32": 0.875}
 

@@ -45,6 +45,7 @@ def test_generated_pictures_come_best_first_beside_the_real_one(tiny_models, ima
     assert rows[0].scores[0] == pytest.approx(float(all_six.scores.max()), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_likelihood_weight_lets_the_transformer_have_a_say(tiny_models):
     def ranked(weight):
         clip = Clip(replace(tiny_models.clip.config, likelihood_weight=weight)).eval()
