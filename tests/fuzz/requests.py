@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
+from tests.fuzz.openai import openai_request
 from tests.inference.served import Served
 
 NUM_CLIENTS = 4
@@ -55,14 +56,20 @@ def hostile_request(chance: random.Random, files: list[str]) -> tuple[bytes, boo
 
     files: base64 texts of image files, sound and damaged ones.
     """
-    body = _body(chance, files)
+    body, kind, path = _body(chance, files), chance.choice(_TYPES), chance.choice(_PATHS)
+    attributes = "a=1"
+    if chance.random() < 0.3:
+        route, kind, body = openai_request(chance, files)
+        path, attributes = route.encode(), f"a=1,route={route}"
+        if chance.random() < 0.1:
+            path = b"/invocations"
     headers = [
         ("Host", "localhost"),
-        ("Content-Type", chance.choice(_TYPES)),
+        ("Content-Type", kind),
         ("Accept", chance.choice(_ACCEPTS)),
     ]
     if chance.random() < 0.1:
-        headers.append(("X-Amzn-SageMaker-Custom-Attributes", chance.choice((*_TEXTS, "a=1"))))
+        headers.append(("X-Amzn-SageMaker-Custom-Attributes", chance.choice((*_TEXTS, attributes))))
     if chance.random() < 0.05:
         headers.append((chance.choice(("Content-Encoding", "Expect", "Upgrade", "")), "gzip"))
     if chance.random() < 0.03:
@@ -82,7 +89,7 @@ def hostile_request(chance: random.Random, files: list[str]) -> tuple[bytes, boo
             headers.append(("Content-Length", str(len(body))))
     lines = [f"{name}: {value}".encode("utf-8", "replace") for name, value in headers]
     version = chance.choice((b"HTTP/1.1",) * 12 + (b"HTTP/1.0", b"HTTP/9.9", b"HTTP"))
-    first = b" ".join((chance.choice(_METHODS), chance.choice(_PATHS), version))
+    first = b" ".join((chance.choice(_METHODS), path, version))
     request = b"\r\n".join([first, *lines, b"", b""]) + body
     match chance.randrange(30):
         case 0:
