@@ -128,7 +128,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="serve",
         description="Answer SageMaker's endpoint protocol: GET /ping, POST /invocations, "
-        "GET /execution-parameters, /metrics and /openapi.json.",
+        "GET /execution-parameters, /metrics and /openapi.json; and OpenAI's clients: POST "
+        "/v1/images/generations, /v1/images/edits, /v1/chat/completions, GET /v1/models.",
         epilog="\n".join(lines),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

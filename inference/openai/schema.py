@@ -255,3 +255,6 @@ class ChatRequest(Fields):
                 "n", "n and num_images exclude each other: give one of them, the other as 1"
             )
         return self
+
+
+KINDS: tuple[type[Fields], ...] = (ImagesRequest, EditRequest, ChatRequest)

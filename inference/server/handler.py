@@ -46,6 +46,7 @@ from inference.engine.engine_core import Engine, EngineCore
 from inference.engine.error_log import log_unexpected
 from inference.engine.request import Cancelled, DeadlineExceeded, EngineRequest, Failed
 from inference.engine.request_queue import Busy
+from inference.openai import schema as openai
 from inference.server.bodies import LARGE_BYTES, BodyReader
 from inference.server.metrics import Metrics
 
@@ -55,7 +56,9 @@ _GRACE_SECONDS = 3.0  # by which the model may miss a deadline before its result
 _CHECK_SECONDS = 0.5  # between two checks whether the client is still connected
 
 _HEADER_FIELDS = ("Accept", "Content-Encoding", "Content-Type", CUSTOM_ATTRIBUTES)
-_KNOWN_FIELDS = {*_HEADER_FIELDS}.union(*(kind.model_fields for kind in REQUEST_KINDS.values()))
+_KNOWN_FIELDS = {*_HEADER_FIELDS}.union(
+    *(kind.model_fields for kind in (*REQUEST_KINDS.values(), *openai.KINDS))
+)
 _PREDICTIONS = TypeAdapter(Sequence[Prediction])
 _IMAGE_FORMATS: dict[str, ImageFormat] = {
     "image/png": "png",

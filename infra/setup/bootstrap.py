@@ -51,6 +51,7 @@ def run(options: argparse.Namespace) -> int:
     output.item(f"bucket {outputs.bucket}", state)
     output.item(f"repository {outputs.repository}", state)
     output.item("role of jobs and endpoints", state)
+    output.item("role of the endpoint's callers", state)
     return output.finish(
         project=project.name,
         state=state,
