@@ -46,11 +46,30 @@ _MODELS: tuple[type[BaseModel], ...] = (
     OpenAIErrorReply,
     OpenAIErrorEvent,
 )
+
+
+def _events(*names: str, last: str | None = None) -> dict[str, Any]:
+    """Return the schema of each server-sent event. names: of its data; last: data that is no JSON.
+
+    An event is an object of strings, as OpenAPI 3.2 and schemathesis have it; its data are JSON.
+    """
+    data: dict[str, Any] = {
+        "type": "string",
+        "contentMediaType": JSON,
+        "contentSchema": {"anyOf": [ref(name) for name in names]},
+    }
+    if last is not None:
+        data = {"anyOf": [{"const": last}, data]}
+    return {
+        "type": "object",
+        "properties": {"event": {"type": "string"}, "data": data},
+        "required": ["data"],
+    }
+
+
 _PICTURES = {
     JSON: ref("ImagesReply"),
-    EVENT_STREAM: {
-        "anyOf": [ref("PartialImageEvent"), ref("CompletedEvent"), ref("OpenAIErrorEvent")]
-    },
+    EVENT_STREAM: _events("PartialImageEvent", "CompletedEvent", "OpenAIErrorEvent"),
 }
 _LATE = "Errors after the first event are the last event of a stream."
 
@@ -87,7 +106,7 @@ def document(limits: Limits) -> dict[str, Any]:
             {ROUTES[CHAT]: ref("ChatRequest")},
             {
                 JSON: ref("ChatCompletion"),
-                EVENT_STREAM: {"anyOf": [ref("ChatChunk"), ref("OpenAIErrorReply")]},
+                EVENT_STREAM: _events("ChatChunk", "OpenAIErrorReply", last="[DONE]"),
             },
         ),
         MODELS: get("models", "The model of this server", _listed("ModelList")),

@@ -50,6 +50,17 @@ def test_the_images_request_has_its_own_fields_and_those_that_pass_through():
     assert schema["required"] == ["prompt"]
 
 
+def test_server_sent_events_are_documented_as_events_with_json_as_their_data():
+    paths = openapi.document(LIMITS)["paths"]
+    for path, last in (("/v1/images/generations", []), ("/v1/chat/completions", ["[DONE]"])):
+        media = paths[path]["post"]["responses"]["200"]["content"]["text/event-stream"]
+        assert media["schema"]["required"] == ["data"]
+        data = media["schema"]["properties"]["data"]
+        kinds = data.get("anyOf", [data])
+        assert [kind["const"] for kind in kinds if "const" in kind] == last
+        assert kinds[-1]["contentMediaType"] == "application/json"
+
+
 def test_errors_below_v1_are_documented_in_openais_form():
     paths = openapi.document(LIMITS)["paths"]
     for path, methods in paths.items():

@@ -1,6 +1,7 @@
 """Captions and pictures are in no log above DEBUG, whatever becomes of their requests."""
 
 import base64
+import json
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -54,6 +55,23 @@ def test_no_log_has_a_caption_or_a_picture(client, logged, name, headers):
     assert "invocation_status=" in logged(logging.INFO), "the log itself is seen"
     assert SECRET not in logged(logging.INFO)
     assert PICTURE[:24] not in logged(logging.INFO)
+
+
+OPENAI: dict[str, dict[str, Any]] = {
+    "/v1/images/generations": {"prompt": f"a {SECRET}"},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": f"a {SECRET}"}]},
+}
+
+
+@pytest.mark.parametrize("more", [{}, {"stream": True}, {"n": SECRET}, {SECRET: SECRET}])
+@pytest.mark.parametrize("path", OPENAI)
+@pytest.mark.parametrize("kind", ["a", "quote"])
+def test_no_log_has_a_caption_of_openais_clients(client, logged, path, more, kind):
+    body = json.loads(json.dumps(OPENAI[path] | more).replace(f"a {SECRET}", f"{kind} {SECRET}"))
+    client.post(path, json=body, buffered=True)
+    client.post(f"/v1/models/{SECRET}")
+    assert "invocation_status=" in logged(logging.INFO), "the log itself is seen"
+    assert SECRET not in logged(logging.INFO)
 
 
 def test_an_error_that_quotes_a_caption_keeps_its_kind_its_traceback_and_its_cause(client, logged):
