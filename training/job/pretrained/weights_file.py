@@ -29,6 +29,8 @@ WEIGHTS_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 # A pickle lists names and shapes. The largest published one here (1.3 billion weights) has 0.2 MB.
 MAX_PICKLE_BYTES = 16 << 20
 MAX_DEPTH = 64
+MAX_ENTRIES = 200_000  # a checkpoint with its optimiser's state has some 10,000
+MAX_NAME_LENGTH = 1_000
 MAX_SHARING = 4  # bytes of all tensors, for each byte of the file; tied weights stand twice
 
 # torch before 1.6 wrote five pickles in a row, then the storages. The first two are these numbers.
@@ -107,24 +109,38 @@ def _read(path: Path) -> Weights:
         raise ForeignFileError(
             f"neither an archive of torch's nor safetensors: {type(error).__name__}"
         ) from error
-    weights = Weights()
-    _collect(content, "", weights, MAX_DEPTH)
-    return weights
+    collector = _Collector()
+    collector.add(content, "", MAX_DEPTH)
+    return collector.weights
 
 
-def _collect(value: object, name: str, into: Weights, depth: int) -> None:
-    if isinstance(value, Tensor):
-        into.tensors[name] = value
-    elif isinstance(value, bool | int | float | str):
-        into.values[name] = value
-    elif isinstance(value, StandIn):
-        for part in value.parts():
-            _collect(part, name, into, depth)
-    elif isinstance(value, Mapping):
-        if depth == 0:
-            raise ForeignFileError(f"modules lie more than {MAX_DEPTH} deep in each other")
-        for key, inner in value.items():
-            _collect(inner, f"{name}.{key}" if name else str(key), into, depth - 1)
+class _Collector:
+    """Tensors and plain values of nested mappings and modules, by their dotted names."""
+
+    def __init__(self) -> None:
+        self.weights = Weights()
+        self._entries_left = MAX_ENTRIES
+
+    def add(self, value: object, name: str, depth: int) -> None:
+        """Add what a value holds. Mappings may hold others many times over, so all is bounded."""
+        self._entries_left -= 1
+        if self._entries_left < 0 or len(name) > MAX_NAME_LENGTH:
+            raise ForeignFileError(
+                f"it has more than {MAX_ENTRIES:,} entries, or one whose name has more than "
+                f"{MAX_NAME_LENGTH:,} characters"
+            )
+        if isinstance(value, Tensor):
+            self.weights.tensors[name] = value
+        elif isinstance(value, bool | int | float | str):
+            self.weights.values[name] = value
+        elif isinstance(value, StandIn):
+            for part in value.parts():
+                self.add(part, name, depth)
+        elif isinstance(value, Mapping):
+            if depth == 0:
+                raise ForeignFileError(f"modules lie more than {MAX_DEPTH} deep in each other")
+            for key, inner in value.items():
+                self.add(inner, f"{name}.{key}" if name else str(key), depth - 1)
 
 
 class _Archive:

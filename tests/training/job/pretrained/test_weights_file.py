@@ -247,6 +247,18 @@ def test_a_pickle_that_lies_is_refused(tmp_path, pickled, storages, says):
         read_tensors(path)
 
 
+def test_mappings_that_would_be_visited_a_billion_times_are_refused_soon(tmp_path):
+    shared: dict[str, object] = {}
+    for _ in range(40):
+        shared = {"a": shared, "b": shared}
+    torch.save(shared, tmp_path / "a.pt")
+    with pytest.raises(ArtefactError, match=r"a\.pt cannot .*: it has more than 200,000 entries"):
+        read_tensors(tmp_path / "a.pt")
+    torch.save({"k" * 2000: 1}, tmp_path / "a.pt")
+    with pytest.raises(ArtefactError, match="one whose name has more than 1,000 characters"):
+        read_tensors(tmp_path / "a.pt")
+
+
 def test_the_state_of_a_tensor_is_not_set(tmp_path):
     pickled = tensor(4, (4,), (1,))[:-2] + b"}bs."
     path = archive(tmp_path / "a.pt", pickled, [bytes(16)])
