@@ -278,6 +278,8 @@ def _read_checkpoint_directory(paths: Paths) -> Path | None:
     directory = Path(text)
     if not directory.is_absolute():
         raise JobError(f"{paths.checkpoint_config}: LocalPath must be absolute, got {text!r}")
+    if ".." in directory.parts:
+        raise JobError(f"{paths.checkpoint_config}: LocalPath must be without '..', got {text!r}")
     if directory.is_relative_to(DEFAULT_ROOT):
         return paths.root / directory.relative_to(DEFAULT_ROOT)
     return directory
