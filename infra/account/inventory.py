@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from infra.aws.project import Project
+from infra.aws.project import KIND_WORDS, PROJECT_TAG, Project, tag_value
 from infra.aws.request import DIGEST_CHARACTERS, Request, describe, newest_first
 from infra.endpoint import autoscaling
 from infra.jobs.progress import ENDPOINT_LOGS
@@ -21,14 +21,17 @@ from infra.jobs.progress import ENDPOINT_LOGS
 class ResourceKind:
     """One kind of SageMaker resource.
 
-    name: the API's. words: for the output. list_key: of the entries in a list's response.
+    name: the API's. list_key: of the entries in a list's response.
     end_verb: of the operation that ends it, Delete or Stop.
     """
 
     name: str
-    words: str
     list_key: str
     end_verb: str
+
+    @property
+    def words(self) -> str:
+        return KIND_WORDS[self.name]
 
     @property
     def name_key(self) -> str:
@@ -61,14 +64,12 @@ class Resource:
         return Request("sagemaker", f"{self.kind.end_verb}{self.kind.name}", **self.identity)
 
 
-ENDPOINT = ResourceKind("Endpoint", "endpoint", "Endpoints", "Delete")
-CONFIG = ResourceKind("EndpointConfig", "configuration", "EndpointConfigs", "Delete")
-MODEL = ResourceKind("Model", "model", "Models", "Delete")
-TRAINING = ResourceKind("TrainingJob", "training job", "TrainingJobSummaries", "Stop")
-TRANSFORM = ResourceKind("TransformJob", "transform job", "TransformJobSummaries", "Stop")
-TUNING = ResourceKind(
-    "HyperParameterTuningJob", "tuning job", "HyperParameterTuningJobSummaries", "Stop"
-)
+ENDPOINT = ResourceKind("Endpoint", "Endpoints", "Delete")
+CONFIG = ResourceKind("EndpointConfig", "EndpointConfigs", "Delete")
+MODEL = ResourceKind("Model", "Models", "Delete")
+TRAINING = ResourceKind("TrainingJob", "TrainingJobSummaries", "Stop")
+TRANSFORM = ResourceKind("TransformJob", "TransformJobSummaries", "Stop")
+TUNING = ResourceKind("HyperParameterTuningJob", "HyperParameterTuningJobSummaries", "Stop")
 JOBS = (TUNING, TRAINING, TRANSFORM)
 RUNNING = ("InProgress", "Stopping")
 
@@ -131,12 +132,16 @@ def scaling(project: Project, endpoints: list[str], variant: str) -> list[dict[s
 
 
 def alarms(project: Project, endpoints: list[str]) -> list[str]:
-    """Return the names of the alarms that start the first instance of these endpoints."""
+    """Return the names of the project's alarms that start the first instance of these endpoints."""
     if not endpoints:
         return []
     names = [autoscaling.alarm_name(endpoint) for endpoint in endpoints]
     request = Request("cloudwatch", "DescribeAlarms", AlarmNames=names)
-    return [alarm["AlarmName"] for alarm in project.aws.items(request, "MetricAlarms")]
+    return [
+        alarm["AlarmName"]
+        for alarm in project.aws.items(request, "MetricAlarms")
+        if tag_value(autoscaling.alarm_tags(project, alarm), PROJECT_TAG) == project.name
+    ]
 
 
 def log_groups(project: Project, endpoints: list[str]) -> list[str]:

@@ -18,7 +18,7 @@ from dalle.errors import PlanError, UserError
 from infra.aws import client as aws_module
 from infra.aws.client import Aws
 from infra.aws.output import Output
-from infra.aws.request import Request, placeholder
+from infra.aws.request import Request, describe, placeholder
 
 DEFAULT_NAME = "dalle"
 NAME_PATTERN = r"[a-z][a-z0-9]*(-[a-z0-9]+)*"
@@ -27,6 +27,15 @@ MAX_NAME = 20
 PROJECT_TAG = "dalle:project"
 OUTPUTS = ("Bucket", "Repository", "RoleArn")
 IMAGE_TAG = "latest"
+KIND_WORDS = {
+    "Endpoint": "endpoint",
+    "EndpointConfig": "configuration",
+    "HyperParameterTuningJob": "tuning job",
+    "Model": "model",
+    "TrainingJob": "training job",
+    "TransformJob": "transform job",
+}
+"""SageMaker's kinds of resources, for the output."""
 
 
 @dataclass(frozen=True)
@@ -71,16 +80,24 @@ class Project:
         return [{"Key": PROJECT_TAG, "Value": self.name}]
 
     def stack(self) -> dict[str, Any] | None:
-        """Return the stack as CloudFormation describes it; None before `bootstrap`."""
+        """Return the stack as CloudFormation describes it; None before `bootstrap`.
+
+        Raises UserError for a stack of that name which is not the project's.
+        """
         outputs = [
             {"OutputKey": key, "OutputValue": placeholder(f"{key} of stack {self.name}")}
             for key in OUTPUTS
         ]
+        presumed = {"StackStatus": "CREATE_COMPLETE", "Outputs": outputs, "Tags": self.tags}
         found = self.aws.find(
             Request("cloudformation", "DescribeStacks", StackName=self.name),
-            answer={"Stacks": [{"StackStatus": "CREATE_COMPLETE", "Outputs": outputs}]},
+            answer={"Stacks": [presumed]},
         )
-        return found["Stacks"][0] if found and found["Stacks"] else None
+        if not found or not found["Stacks"]:
+            return None
+        stack: dict[str, Any] = found["Stacks"][0]
+        self.check_owner(f"stack {self.name}", stack.get("Tags", []))
+        return stack
 
     def stack_outputs(self) -> StackOutputs:
         """Return bucket, repository and role. Raises UserError before `bootstrap`."""
@@ -131,15 +148,49 @@ class Project:
 
     def owns(self, arn: str) -> bool:
         """Return whether a SageMaker resource carries this project's tag."""
-        tags = self.aws.items(Request("sagemaker", "ListTags", ResourceArn=arn), "Tags")
-        return any(tag == {"Key": PROJECT_TAG, "Value": self.name} for tag in tags)
+        return tag_value(self._tags_of(arn), PROJECT_TAG) == self.name
 
-    def ensure(self, what: str, look: Request, *make: Request) -> None:
-        """Create a resource unless it exists, and print which."""
-        is_there = self.aws.find(look) is not None
+    def check_owner(self, what: str, tags: list[Mapping[str, str]]) -> None:
+        """Raise UserError, which names the owner, unless these are the tags of a resource of ours.
+
+        Called before a resource that exists already is used, changed or deleted.
+        """
+        owner = tag_value(tags, PROJECT_TAG)
+        if owner == self.name:
+            return
+        if owner:
+            whose = f"it is project {owner}'s"
+        elif tags:
+            whose = "its tags are " + ", ".join(f"{tag['Key']}={tag['Value']}" for tag in tags)
+        else:
+            whose = "it has no tag"
+        raise UserError(
+            f"{what} is not project {self.name}'s and is left alone: {whose}; give another "
+            "--project or --name"
+        )
+
+    def find_ours(self, kind: str, name: str) -> dict[str, Any] | None:
+        """Return a SageMaker resource as it is described; None where there is none of that name.
+
+        kind: one of KIND_WORDS. Raises UserError when it is not the project's.
+        """
+        found = self.aws.find(describe(kind, name))
+        if found is not None:
+            self.check_owner(f"{KIND_WORDS[kind]} {name}", self._tags_of(found[f"{kind}Arn"]))
+        return found
+
+    def ensure(self, kind: str, name: str, *make: Request) -> None:
+        """Create a SageMaker resource unless the project has it, and print which.
+
+        kind: one of KIND_WORDS. Raises UserError when there is one that is not the project's.
+        """
+        is_there = self.find_ours(kind, name) is not None
         for request in () if is_there else make:
             self.aws.call(request)
-        self.output.item(what, "already there" if is_there else "made")
+        self.output.item(f"{KIND_WORDS[kind]} {name}", "already there" if is_there else "made")
+
+    def _tags_of(self, arn: str) -> list[Mapping[str, str]]:
+        return list(self.aws.items(Request("sagemaker", "ListTags", ResourceArn=arn), "Tags"))
 
 
 def outputs_of(stack: Mapping[str, Any] | None) -> dict[str, str]:

@@ -7,6 +7,7 @@ HasBacklogWithoutCapacity adds an instance as soon as a request waits.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from infra.aws.limits import Deployment
@@ -117,18 +118,33 @@ def wake_alarm(endpoint: str, policy_arn: str, tags: list[dict[str, str]]) -> Re
 
 def _ensure_alarm(project: Project, endpoint: str, policy_arn: str) -> bool:
     """Create the alarm unless it exists for this policy; return whether it existed."""
-    request = Request("cloudwatch", "DescribeAlarms", AlarmNames=[alarm_name(endpoint)])
-    there = list(project.aws.items(request, "MetricAlarms"))
-    if there and there[0].get("AlarmActions") == [policy_arn]:
+    alarm = _find_alarm(project, endpoint)
+    if alarm is not None and alarm.get("AlarmActions") == [policy_arn]:
         return True
     project.aws.call(wake_alarm(endpoint, policy_arn, project.tags))
     return False
 
 
+def _find_alarm(project: Project, endpoint: str) -> dict[str, Any] | None:
+    """Return the endpoint's alarm. Raises UserError for one that is not the project's."""
+    name = alarm_name(endpoint)
+    request = Request("cloudwatch", "DescribeAlarms", AlarmNames=[name])
+    alarm = next(iter(project.aws.items(request, "MetricAlarms")), None)
+    if alarm is not None:
+        project.check_owner(f"alarm {name}", alarm_tags(project, alarm))
+    return alarm
+
+
+def alarm_tags(project: Project, alarm: dict[str, Any]) -> list[Mapping[str, str]]:
+    request = Request("cloudwatch", "ListTagsForResource", ResourceARN=alarm["AlarmArn"])
+    return list(project.aws.call(request)["Tags"])
+
+
 def remove(project: Project, endpoint: str, where: dict[str, str]) -> None:
     """Remove the scalable target, and with it its policies; and remove the alarm."""
     project.aws.find(Request(SERVICE, "DeregisterScalableTarget", **where))
-    project.aws.call(Request("cloudwatch", "DeleteAlarms", AlarmNames=[alarm_name(endpoint)]))
+    if _find_alarm(project, endpoint) is not None:
+        project.aws.call(Request("cloudwatch", "DeleteAlarms", AlarmNames=[alarm_name(endpoint)]))
 
 
 def _tracking(where: dict[str, str], name: str, configuration: dict[str, Any]) -> Request:

@@ -58,7 +58,7 @@ def run(project: Project, batch: Batch, out: Path | None) -> int:
     look = describe("TransformJob", name)
     key = f"{batch.folder}/in/{FILE}"
     captions = Request("s3", "PutObject", Bucket=batch.bucket, Key=key, Body=batch.body)
-    project.ensure(f"transform job {name}", look, captions, batch.request)
+    project.ensure("TransformJob", name, captions, batch.request)
     done = project.aws.wait(
         look,
         lambda answer: answer["TransformJobStatus"] in ("Completed", "Failed", "Stopped"),

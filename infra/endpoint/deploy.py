@@ -44,14 +44,14 @@ def run(options: argparse.Namespace) -> int:
     if deployment.mode == "batch":
         job = batch.plan(deployment, model_name, outputs.bucket, options.captions, project.tags)
         project.aws.check(job.request)
-        project.ensure(f"model {model_name}", describe("Model", model_name), model)
+        project.ensure("Model", model_name, model)
         return batch.run(project, job, options.out)
     config = config_request(deployment, model_name, outputs, project.tags)
     config_name = config.parameters["EndpointConfigName"]
     # The whole plan is checked before its first part is created.
     project.aws.check(config)
-    project.ensure(f"model {model_name}", describe("Model", model_name), model)
-    project.ensure(f"configuration {config_name}", describe("EndpointConfig", config_name), config)
+    project.ensure("Model", model_name, model)
+    project.ensure("EndpointConfig", config_name, config)
     state = put_endpoint(project, deployment.name, config_name, wait=options.wait)
     if options.wait or project.aws.dry_run:
         autoscaling.scale(project, deployment, VARIANT)
@@ -164,12 +164,13 @@ def variant(deployment: Deployment, model_name: str) -> dict[str, Any]:
 def put_endpoint(project: Project, name: str, config_name: str, *, wait: bool) -> str:
     """Create the endpoint, or change its configuration; return `made`, `updated`, `already there`.
 
-    Raises AwsError with the platform's reason when it does not come into service.
+    Raises AwsError with the platform's reason when it does not come into service, and UserError
+    when the endpoint of that name is not the project's.
     """
     output = project.output
     request = describe("Endpoint", name)
     target = {"EndpointName": name, "EndpointConfigName": config_name}
-    found = project.aws.find(request)
+    found = project.find_ours("Endpoint", name)
     if found is not None and found["EndpointStatus"] not in ("InService", "Failed"):
         output.item(f"endpoint {name}", f"is {found['EndpointStatus']}; waiting")
         found = project.aws.wait(request, _rests, every_seconds=POLL_SECONDS)

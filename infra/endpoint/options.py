@@ -27,7 +27,7 @@ DEFAULT_CONCURRENCY = 5
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mode", choices=MODES, default="async", help="default: async")
     parser.add_argument(
-        "--name", help="for a further endpoint of the project, which is called PROJECT-NAME"
+        "--name", help="for a further endpoint of the project, which is called PROJECT--NAME"
     )
     parser.add_argument(
         "--model", metavar="URI", help="s3://…/model.tar.gz; default: of the newest completed job"
@@ -81,10 +81,14 @@ def check_given(options: argparse.Namespace) -> None:
 
 
 def endpoint_name(project_name: str, name: str | None) -> str:
-    """Return the endpoint's name at AWS. `name` may begin with the project's name or not."""
+    """Return the endpoint's name at AWS. `name` may begin with the project's name or not.
+
+    The two dashes are in no project's name. So an endpoint of `dalle` cannot have the name of one
+    of `dalle-rt`.
+    """
     if not name or name == project_name:
         return project_name
-    return name if name.startswith(f"{project_name}-") else f"{project_name}-{name}"
+    return name if name.startswith(f"{project_name}--") else f"{project_name}--{name}"
 
 
 def read(

@@ -26,7 +26,7 @@ from infra.aws.project import (
     open_project,
     split_uri,
 )
-from infra.aws.request import Request, describe
+from infra.aws.request import Request
 from infra.jobs import progress
 from infra.jobs.training_job import (
     Distribution,
@@ -352,7 +352,7 @@ def start(project: Project, training_run: TrainingRun, stage: Stage, artefact: s
     """Start the stage's job unless it is running or completed; return its name."""
     for attempt in range(1, MAX_ATTEMPTS + 1):
         name = job_name(training_run, stage, attempt)
-        found = project.aws.find(describe("TrainingJob", name))
+        found = project.find_ours("TrainingJob", name)
         if found is None:
             break
         status = found["TrainingJobStatus"]

@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
     request = tuning_request(options, training_run, project.tags)
     name = request.parameters["HyperParameterTuningJobName"]
     look = describe("HyperParameterTuningJob", name)
-    project.ensure(f"tuning job {name}", look, request)
+    project.ensure("HyperParameterTuningJob", name, request)
     if not options.wait or project.aws.dry_run:
         return project.output.finish(tuning_job=name)
     return show(project, name, _wait(project, look))

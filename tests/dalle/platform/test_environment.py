@@ -107,7 +107,11 @@ def test_checkpoints_go_where_the_platform_says(opt_ml, local_path, expected):
         ("resourceconfig", '{"hosts": "algo-1"}', "hosts must be a list of names"),
         ("resourceconfig", '{"hosts": ["a"], "current_host": "b"}', "'b' is not among hosts"),
         ("checkpointconfig", '{"LocalPath": "here"}', "LocalPath must be absolute, got 'here'"),
-        ("checkpointconfig", '{"LocalPath": "/opt/ml/../x"}', "LocalPath must be without '..', got"),
+        (
+            "checkpointconfig",
+            '{"LocalPath": "/opt/ml/../x"}',
+            "must be without '..', got",
+        ),
     ],
 )
 def test_a_wrong_file_is_an_error_that_says_where(opt_ml, name, content, says):

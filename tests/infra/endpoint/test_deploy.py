@@ -92,7 +92,7 @@ def test_a_realtime_endpoint_of_one_instance_does_not_scale(ready, infra):
 def test_a_serverless_endpoint_has_memory_and_no_instances(ready, infra):
     result = infra("deploy", "--mode", "serverless", "--memory-mb", 3072, "--name", "small")
     assert result.code == 0, result.err
-    config, model = described(ready, "dalle-small")
+    config, model = described(ready, "dalle--small")
     (variant,) = config["ProductionVariants"]
     assert variant["ServerlessConfig"] == {"MemorySizeInMB": 3072, "MaxConcurrency": 5}
     assert "InstanceType" not in variant
@@ -266,7 +266,13 @@ def test_an_endpoint_that_had_failed_is_replaced(ready, infra, monkeypatch):
     monkeypatch.setattr(deploy, "POLL_SECONDS", 0.01)
     infra(*ASYNC)
     sagemaker = ready.client("sagemaker")
-    failed = {"EndpointName": "dalle", "EndpointConfigName": "x", "EndpointStatus": "Failed"}
+    arn = sagemaker.describe_endpoint(EndpointName="dalle")["EndpointArn"]
+    failed = {
+        "EndpointName": "dalle",
+        "EndpointArn": arn,
+        "EndpointConfigName": "x",
+        "EndpointStatus": "Failed",
+    }
 
     def describe(request: dict[str, Any]) -> dict[str, Any]:
         if not ready.requests["DeleteEndpoint"]:

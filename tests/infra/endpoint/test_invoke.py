@@ -163,7 +163,7 @@ def test_a_wrong_request_is_reported_before_anything_is_sent(account, infra, wor
 def test_an_endpoint_that_is_not_there_is_reported(account, infra):
     result = infra("invoke", "a red square", "--endpoint", "stars")
     assert result.code == 1
-    assert "there is no endpoint dalle-stars; `python -m infra status` lists" in result.err
+    assert "there is no endpoint dalle--stars; `python -m infra status` lists" in result.err
 
 
 @pytest.mark.slow

@@ -58,6 +58,7 @@ def test_other_hyperparameters_are_another_run(ready, infra):
 
 
 FAILED = {
+    "TrainingJobArn": "arn:aws:sagemaker:us-east-1:123456789012:training-job/dalle-x",
     "TrainingJobStatus": "Failed",
     "FailureReason": "AlgorithmError: hyperparameter size must be tiny, small or base",
     "SecondaryStatusTransitions": [
@@ -80,6 +81,9 @@ def test_a_failed_job_is_reported_with_its_reason_and_where_its_log_is(ready, in
 
 @pytest.mark.slow
 def test_attempts_end(ready, infra):
+    ready.handlers["ListTags"] = lambda request: (
+        {"Tags": [{"Key": "dalle:project", "Value": "dalle"}]}
+    )
     ready.handlers["DescribeTrainingJob"] = lambda request: FAILED
     result = infra(*TRAIN)
     assert result.code == 1
