@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dalle.errors import UserError
 from dalle.manifest import Manifest, StageRecord
 from dalle.preprocess.images import encode_image
 from inference.api.marks import DIGITAL_SOURCE_TYPE, NAMESPACE, mark_of
@@ -120,3 +121,5 @@ def test_marks_are_on_unless_a_variable_turns_them_off():
     assert read_settings({}).mark
     assert not read_settings({"DALLE_MARK": "off"}).mark
     assert read_settings({"DALLE_MARK": "off"}).limits.mark_bytes == 0
+    with pytest.raises(UserError, match="DALLE_MARK must be on or off, got 'no'"):
+        read_settings({"DALLE_MARK": "no"})

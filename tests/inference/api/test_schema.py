@@ -95,6 +95,7 @@ def test_a_blank_text_is_no_caption():
         ("format", "gif", "must be 'png', 'jpeg' or 'webp'"),
         ("deadline_seconds", 3601, "must be above 0.0 and at most 3600.0, got 3601"),
         ("prime_rows", 1, "1 without prime_image"),
+        ("truncate", "yes", 'must be a valid boolean, got "yes"'),
         ("guidance", 3, "is unknown: did you mean guidance_scale?"),
         ("zzz", 3, "is unknown: known are caption, num_candidates"),
     ],
