@@ -36,6 +36,7 @@ from dalle.models.dvae import DiscreteVAE, DVAEConfig
 from dalle.models.sizes import SizeName
 from dalle.models.transformer import Dalle, TransformerConfig
 from dalle.platform.limits import usable_cpus
+from dalle.platform.stopwatch import timed
 from dalle.platform.user import name_user
 from dalle.preprocess.images import encode_image
 from dalle.preprocess.tokenizer import CaptionTokenizer
@@ -293,8 +294,8 @@ def _stages(
 
 def _milliseconds(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
     """Median of some calls, and the time of the first call before them."""
-    first = bench_steps.timed(work, device)
-    later = [bench_steps.timed(work, device) for _ in range(_STAGE_ROUNDS)]
+    first = timed(work, device)
+    later = [timed(work, device) for _ in range(_STAGE_ROUNDS)]
     return 1000 * statistics.median(later), 1000 * first
 
 

@@ -12,7 +12,6 @@ import copy
 import gc
 import platform
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from dalle.decoding.engine import DecodeEngine
 from dalle.decoding.sampling import SamplingOptions
 from dalle.decoding.select import new_step
 from dalle.models.transformer import Dalle
+from dalle.platform.stopwatch import timed
 from dalle.types import Precision
 
 DEPTHS = (0.05, 0.35, 0.65, 0.95)  # shares of an image at which steps are timed
@@ -87,15 +87,6 @@ class Memory:
     def bytes_per_second(self) -> float:
         """Median over the probes."""
         return statistics.median(self._speeds)
-
-
-def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, until the device has finished."""
-    began = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
 
 
 def take_turns(

@@ -38,11 +38,12 @@ from torch.utils._pytree import tree_leaves
 
 from dalle import peers
 from dalle.models.transformer import TransformerConfig
+from dalle.platform.stopwatch import timed
 from dalle.platform.user import name_user
 from training.bench.random_tokens import RandomTokens
 from training.config.hyperparameters import parse
 from training.data.tools.bench import measure
-from training.engine.devices import peak_bytes, timed
+from training.engine.devices import peak_bytes
 from training.engine.torch_engine import TorchEngine
 from training.job.process import keep_memory
 

@@ -31,11 +31,12 @@ import torch.multiprocessing as multiprocessing
 
 from dalle.models.sizes import DVAE_SIZES, TRANSFORMER_SIZES, SizeName
 from dalle.models.transformer import Dalle, TransformerConfig
+from dalle.platform.stopwatch import timed
 from dalle.platform.user import name_user
 from training.bench.random_tokens import RandomTokens
 from training.config.hyperparameters import parse
 from training.distributed.process_group import TorchProcessGroup
-from training.engine.devices import peak_bytes, timed
+from training.engine.devices import peak_bytes
 from training.engine.select import device_of_new, select_engine
 
 TEXT_LENGTH, TEXT_VOCAB_SIZE = 64, 8192

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import platform
-import time
 from collections.abc import Callable
 
 import torch
@@ -72,15 +71,6 @@ def _why_no_cuda() -> str:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     return f"torch {torch.__version__} sees no CUDA device (no GPU, or no driver for it)"
-
-
-def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of one call, until the device has finished."""
-    began = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:

@@ -18,9 +18,9 @@ import torch
 
 from dalle.errors import DeviceError
 from dalle.platform.limits import free_host_memory
+from dalle.platform.stopwatch import timed
 from dalle.types import StageName
 from training.config.fields import MAX_BATCH_SIZE, StageHyperparameters
-from training.engine.devices import timed
 from training.engine.torch_engine import TorchEngine
 from training.memory.estimate import RUNTIME_BYTES, Setting, StageMemory
 from training.memory.passes import random_batch, synthetic_stage

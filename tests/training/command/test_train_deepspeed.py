@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +10,9 @@ import pytest
 import torch
 
 from dalle import artefact
+from tests.forked import Forked
 from tests.training.two_hosts import (
+    LONG_TIMEOUTS,
     SHORT_TIMEOUTS,
     TINY,
     forked,
@@ -19,6 +20,7 @@ from tests.training.two_hosts import (
     job_trees,
     log_of,
     metrics_of,
+    train,
     wait_for_step,
 )
 from training.__main__ import main
@@ -78,12 +80,12 @@ def test_a_killed_job_of_two_hosts_is_ended_by_one_with_the_numbers_of_torch(
 
     alone = job_tree(tmp_path / "alone", **BY_DEEPSPEED)
     shutil.copytree(trees[0].root / "checkpoints", alone.root / "checkpoints")
-    command = [sys.executable, "-m", "training", "--root", str(alone.root)]
-    ended = subprocess.run(
-        command, env=without_compiler(), capture_output=True, text=True, check=False
+    words, log = ["--root", str(alone.root)], alone.root / "log"
+    ended = Forked(train, words, LONG_TIMEOUTS, None, log=log, environment=without_compiler()).wait(
+        timeout=300
     )
-    assert ended.returncode == 0, ended.stderr
-    assert "transformer continues at step" in ended.stderr
+    assert ended == 0, log_of(alone)
+    assert "transformer continues at step" in log_of(alone)
     assert metrics_of(alone) == pytest.approx(metrics_of(by_torch), rel=1e-4)
 
     ours, theirs = (artefact.load(tree.root / "model") for tree in (alone, by_torch))
