@@ -6,7 +6,6 @@ import re
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from sagemaker.core.token_generator import generate_token
 
 from dalle.errors import AccessError, AwsError, PlanError
 from infra.__main__ import COMMANDS
@@ -230,7 +229,10 @@ def test_the_options_of_aws_are_the_same_for_all():
     assert aws.connect(options).region == "eu-west-1"
 
 
+@pytest.mark.slow
 def test_a_bearer_token_is_that_of_the_sagemaker_sdk(monkeypatch):
+    from sagemaker.core.token_generator import generate_token  # takes a while
+
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "any")
     now = datetime.now(UTC)

@@ -67,6 +67,7 @@ def test_a_stream_writes_every_candidate_and_ends_with_the_ranking(endpoint, inf
     assert plain["images"][0]["clip_score"] == result.json["ranking"][0]["clip_score"]
 
 
+@pytest.mark.slow
 def test_openais_way_writes_the_same_images(endpoint, infra, tmp_path):
     endpoint(*REALTIME)
     result = infra(*ASK, "--openai", "--out", tmp_path / "openai", "--json")
@@ -88,6 +89,7 @@ def test_openais_way_sends_nothing_in_a_dry_run(infra):
     assert "POST /endpoints/dalle/openai/v1/chat/completions" in result.out
 
 
+@pytest.mark.slow
 def test_openais_way_is_for_realtime_endpoints(asynchronous, infra, tmp_path):
     result = infra(*ASK, "--openai", "--out", tmp_path)
     assert result.code != 0

@@ -3,12 +3,12 @@
 import base64
 from datetime import UTC, datetime, timedelta
 
-import openai
 import pytest
-from sagemaker.core.token_generator import generate_token
 
 from infra.local.endpoint import RuntimeFacade
 from infra.local.openai import token_fault
+
+pytestmark = pytest.mark.slow  # the clients are
 
 MESSAGES = [{"role": "user", "content": "a red square"}]
 CHAT = b'{"choices": [], "id": "1", "object": "chat.completion", "created": 0, "model": "m"}'
@@ -20,25 +20,47 @@ def credentials(monkeypatch):
         monkeypatch.setenv(name, "any")
 
 
-def client_of(facade, token: str | None = None, name: str = "dalle") -> openai.OpenAI:
-    return openai.OpenAI(
-        base_url=f"{facade.url}/endpoints/{name}/openai/v1",
-        api_key=token or generate_token(region="us-east-1"),
-        max_retries=0,
-        timeout=60,
-    )
+@pytest.fixture
+def generate_token():
+    """The SageMaker SDK's own function; the import takes a while."""
+    from sagemaker.core import token_generator
+
+    return token_generator.generate_token
+
+
+@pytest.fixture
+def openai():
+    """OpenAI's own client; the import takes a while."""
+    import openai
+
+    return openai
+
+
+@pytest.fixture
+def client_of(openai, generate_token):
+    """A function: the facade -> OpenAI's client of an endpoint behind it."""
+
+    def make(facade, token: str | None = None, name: str = "dalle"):
+        return openai.OpenAI(
+            base_url=f"{facade.url}/endpoints/{name}/openai/v1",
+            api_key=token or generate_token(region="us-east-1"),
+            max_retries=0,
+            timeout=60,
+        )
+
+    return make
 
 
 def token_of(text: str) -> str:
     return "sagemaker-api-key-" + base64.b64encode(text.encode()).decode()
 
 
-def ask(client: openai.OpenAI, **fields):
+def ask(client, **fields):
     with client:
         return client.chat.completions.create(model="", messages=MESSAGES, **fields)
 
 
-def test_a_chat_reaches_the_container_without_its_token(make_endpoint):
+def test_a_chat_reaches_the_container_without_its_token(make_endpoint, client_of):
     container, _, facade = make_endpoint(lambda h: h.reply(CHAT, Content_Type="application/json"))
     assert ask(client_of(facade)).id == "1"
     assert container.paths == ["/v1/chat/completions"]
@@ -52,13 +74,13 @@ def test_a_chat_reaches_the_container_without_its_token(make_endpoint):
     assert b"a red square" in body
 
 
-@pytest.mark.parametrize(
-    ("status", "error"), [(400, openai.BadRequestError), (429, openai.RateLimitError)]
-)
-def test_an_error_of_the_container_comes_back_as_it_is(make_endpoint, status, error):
+@pytest.mark.parametrize(("status", "error"), [(400, "BadRequestError"), (429, "RateLimitError")])
+def test_an_error_of_the_container_comes_back_as_it_is(
+    make_endpoint, client_of, openai, status, error
+):
     body = b'{"error": {"message": "n is wrong", "type": "t", "param": "n", "code": "c"}}'
     _, _, facade = make_endpoint(lambda h: h.reply(body, status, Content_Type="application/json"))
-    with pytest.raises(error, match="n is wrong") as raised:
+    with pytest.raises(getattr(openai, error), match="n is wrong") as raised:
         ask(client_of(facade))
     assert (raised.value.param, raised.value.code) == ("n", "c")
 
@@ -67,7 +89,7 @@ def test_an_error_of_the_container_comes_back_as_it_is(make_endpoint, status, er
     "token",
     ["any", "sagemaker-api-key-!", token_of("sagemaker.amazonaws.com/?Action=CallWithBearerToken")],
 )
-def test_a_token_that_is_none_is_a_permission_error(make_endpoint, token):
+def test_a_token_that_is_none_is_a_permission_error(make_endpoint, client_of, openai, token):
     container, _, facade = make_endpoint(lambda h: h.reply(CHAT))
     with pytest.raises(openai.PermissionDeniedError) as raised:
         ask(client_of(facade, token))
@@ -75,20 +97,20 @@ def test_a_token_that_is_none_is_a_permission_error(make_endpoint, token):
     assert container.requests == []
 
 
-def test_an_endpoint_that_is_not_there_is_named(make_endpoint):
+def test_an_endpoint_that_is_not_there_is_named(make_endpoint, client_of, openai):
     _, _, facade = make_endpoint(lambda h: h.reply(CHAT))
     with pytest.raises(openai.BadRequestError) as raised:
         ask(client_of(facade, name="other"))
     assert "Endpoint other of account" in raised.value.response.text
 
 
-def test_other_paths_of_openais_api_are_none_of_an_endpoint(make_endpoint):
+def test_other_paths_of_openais_api_are_none_of_an_endpoint(make_endpoint, client_of, openai):
     _, _, facade = make_endpoint(lambda h: h.reply(CHAT))
     with client_of(facade) as client, pytest.raises(openai.NotFoundError):
         client.images.generate(model="", prompt="a")
 
 
-def test_a_token_is_valid_for_as_long_as_it_says():
+def test_a_token_is_valid_for_as_long_as_it_says(generate_token):
     token = f"Bearer {generate_token(region='us-east-1', expiry=timedelta(minutes=5))}"
     now = datetime.now(UTC)
     assert token_fault(token, now) is None
@@ -116,8 +138,7 @@ def test_without_a_token_one_is_asked_for(header):
     assert token_fault(header) == "Missing Authentication Token"
 
 
-@pytest.mark.slow
-def test_a_real_serve_answers_chats_plain_and_streamed(serve_url):
+def test_a_real_serve_answers_chats_plain_and_streamed(serve_url, client_of, openai):
     extra = {"seed": 7, "num_candidates": 2}
     with RuntimeFacade({"dalle": int(serve_url.rpartition(":")[2])}) as facade:
         reply = ask(client_of(facade), extra_body=extra)
