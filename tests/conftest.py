@@ -53,6 +53,13 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(autouse=True)
+def _keep_denormal_numbers():
+    """A job flushes them to zero, in whose process hypothesis would refuse to draw numbers."""
+    yield
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture
 def make_opt_ml(tmp_path):
     """A function: shape -> a new tree of that shape."""
