@@ -18,6 +18,8 @@ from tests.training.engine.deepspeed_work import (
     work_into,
 )
 
+pytestmark = pytest.mark.slow
+
 HALF = NUM_STEPS // 2
 FP32 = [name for name in CASES if "bf16" not in name]
 BF16 = [name for name in CASES if "bf16" in name]
@@ -76,7 +78,6 @@ def largest_difference(ours, theirs):
     return max((ours[name] - value).abs().max().item() for name, value in theirs.items())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", FP32)
 def test_two_processes_have_the_losses_of_one(seen, alone, case):
     one = of_one(alone, case)
@@ -129,7 +130,6 @@ def test_the_average_is_that_of_one_process_and_not_the_weights(seen, alone, cas
     assert seen[0][case]["losses"] == pytest.approx(alone["plain"]["losses"], rel=1e-4)
 
 
-@pytest.mark.slow
 def test_parts_and_recomputed_activations_change_no_loss_of_torchs_own_engine(alone):
     raw = {"gradient_accumulation_steps": "4", "activation_checkpointing": "true"}
     run = Run(raw).train()
@@ -143,6 +143,5 @@ def test_nothing_but_metrics_goes_to_the_standard_output(seen):
     assert [line for line in lines if not line.startswith("[Gloo] ")] == []
 
 
-@pytest.mark.slow
 def test_deepspeed_is_imported_only_where_it_is_used():
     assert Forked(imports_deepspeed).wait(timeout=300) == 0
