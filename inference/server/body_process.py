@@ -13,7 +13,6 @@ Message in both directions: a line of JSON, then the parts whose lengths it give
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import resource
@@ -30,7 +29,6 @@ from inference.api.schema import ClassifyRequest, GenerateRequest, Limits
 from inference.openai.chat import without_history
 
 FILE_MARK = "file "  # and a number, in place of each image's text
-_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def parse(body: bytes, kind: BodyKind, limits: Limits) -> tuple[bytes, list[bytes]]:
@@ -117,11 +115,6 @@ def _serve(connection: socket.socket, memory_bytes: int) -> None:
             file.flush()
 
 
-def _end_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends: one that is stopped reads no end."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def _limit_memory(memory_bytes: int) -> None:
     """Limit the memory that tasks may take, beyond what the process has without any."""
     with open("/proc/self/statm", encoding="ascii") as file:
@@ -132,6 +125,5 @@ def _limit_memory(memory_bytes: int) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this
     descriptor, memory_bytes = map(int, sys.argv[1:])
-    _end_with_parent()
     _limit_memory(memory_bytes)
     _serve(socket.socket(fileno=descriptor), memory_bytes)

@@ -6,14 +6,17 @@ answers /ping with 503 meanwhile.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import mmap
 import os
 import signal
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+import psutil  # type: ignore[import-untyped]
 from gunicorn.app.base import BaseApplication
 from gunicorn.arbiter import Arbiter
 from gunicorn.errors import HaltServer
@@ -34,6 +37,7 @@ _KILL_SECONDS = 28  # after SIGTERM; the platform itself kills after 30
 _KEEP_ALIVE_SECONDS = 75  # longer than the platform keeps a connection idle
 _IN_MEMORY = "/dev/shm"  # noqa: S108 - no name is guessed there
 _MOST_LOADS = 3  # in a row, of which none has come to its end
+_PR_SET_CHILD_SUBREAPER = 36  # of Linux's prctl
 _CAUSE_BYTES = 4096  # of an error message; a pipe holds so many before anything is read
 
 
@@ -158,11 +162,26 @@ def _say_where(arbiter: Any) -> None:
 
 
 class _Arbiter(Arbiter):  # type: ignore[misc]  # gunicorn has no annotations
-    """The process that starts the worker, and another one where it has ended or is stopped."""
+    """The process that starts the worker, and another one where it has ended or is stopped.
+
+    Children of a worker that has ended become its own, and are killed: one that is stopped would
+    not notice. In a container it is the first process, which adopts all; elsewhere it asks for it.
+    """
 
     def __init__(self, app: Server) -> None:
         super().__init__(app)
         self._watches: dict[int, StopWatch] = {}
+
+    def start(self) -> None:
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        super().start()
+
+    def reap_workers(self) -> None:
+        super().reap_workers()
+        for child in psutil.Process().children():
+            if child.pid not in self.WORKERS:
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
 
     def murder_workers(self) -> None:
         """Kill a worker process that a signal has stopped; called every second."""

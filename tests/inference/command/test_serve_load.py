@@ -5,6 +5,7 @@ import shutil
 import threading
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from tests.inference.interruptions import KINDS, interrupt
@@ -29,6 +30,17 @@ def test_clients_of_every_kind_leave_nothing_behind(tiny_artefact, reference):
 def test_killed_and_stopped_processes_cost_their_requests_alone(tiny_artefact, reference):
     done = interrupt(tiny_artefact, reference, num_signals=len(KINDS), seed=0)
     assert list(done["signals"].values()) == [1] * len(KINDS)
+
+
+def test_a_stopped_child_ends_with_its_worker(tiny_artefact, reference, tmp_path):
+    shutil.copytree(tiny_artefact, tmp_path / "model")
+    with running(tmp_path) as served:
+        Clients(served.ready().url, reference, 1)._answer(reference.large)
+        (worker,) = psutil.Process(served.process.pid).children()
+        (child,) = worker.children()
+        child.suspend()
+        worker.kill()
+        child.wait(PATIENCE)
 
 
 def test_an_overload_is_refused_with_a_time_and_nothing_accepted_is_lost(

@@ -5,13 +5,10 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 
 import numpy as np
-import psutil  # type: ignore[import-untyped]
 import pytest
 from PIL import Image
 
@@ -303,25 +300,6 @@ def test_a_child_whose_parent_ends_ends_without_a_word(capfd):
         connection.close()
     assert [child._process.wait() for child in children] == [0] * 4
     assert capfd.readouterr() == ("", "")
-
-
-def test_a_stopped_child_ends_with_its_parent():
-    """The parent is another process, which is killed; a stopped child reads no end of its pipe."""
-    program = (
-        "from inference.server.bodies import _Child\n"
-        "child = _Child(1 << 30)\n"
-        "child.run({'task': 'scale', 'field': 'x', 'size': 4}, b'', lambda: None, 600.0)\n"
-        "print(child._process.pid, flush=True)\n"
-        "input()\n"
-    )
-    command = [sys.executable, "-c", program]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as parent:
-        assert parent.stdout is not None
-        child = psutil.Process(int(parent.stdout.readline()))
-        child.suspend()
-        parent.kill()
-    child.wait(60)
 
 
 def test_the_deadline_is_told_as_soon_as_it_is_known():
