@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dalle.errors import UserError
+from dalle.errors import PlatformError, UserError
 from dalle.versions import OURS, installed
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 CERTIFICATE, KEY = "DALLE_C2PA_CERTIFICATE", "DALLE_C2PA_KEY"
 SIGNATURE_BYTES = 40_000  # of a file, at most; with a chain of two certificates it takes 3,100
 MAX_CHAIN_BYTES = 16_000
+_CANNOT = "a file cannot be signed"
 _PACKAGES = ("c2pa", "cryptography")
 
 # Nothing is fetched, neither time stamps nor revocation lists. No thumbnail: the files are small.
@@ -116,7 +117,8 @@ def _algorithm(private: Any, path: Path) -> str:
 def signer(credentials: Credentials) -> Callable[[str, str], Sign]:
     """Return a function: name and version of a model -> what signs files of its images.
 
-    What it returns may be called by any thread. Raises `UserError` when a file cannot be signed:
+    What it returns may be called by any thread, and raises `PlatformError` when a file cannot be
+    signed, as after the end of the certificate. Raises `UserError` when a file cannot be signed:
     the certificate is not one that C2PA allows to sign.
     """
     import c2pa
@@ -141,8 +143,11 @@ def signer(credentials: Credentials) -> Callable[[str, str], Sign]:
             "assertions": [{"label": "c2pa.actions.v2", "data": {"actions": [created]}}],
         }
         signed = io.BytesIO()
-        with lock, c2pa.Builder(manifest, context) as builder:
-            builder.sign(by, f"image/{format}", io.BytesIO(file), signed)
+        try:
+            with lock, c2pa.Builder(manifest, context) as builder:
+                builder.sign(by, f"image/{format}", io.BytesIO(file), signed)
+        except c2pa.C2paError as error:  # such as a certificate that has gone out of date
+            raise PlatformError(f"{_CANNOT}: {error}") from error
         return signed.getvalue()
 
     def of_model(name: str, version: str) -> Sign:
@@ -151,10 +156,10 @@ def signer(credentials: Credentials) -> Callable[[str, str], Sign]:
     try:
         by = c2pa.Signer.from_info(info)
         sign(OURS, "", _trial(), "png", 0, 0)
-    except c2pa.C2paError as error:
+    except (c2pa.C2paError, PlatformError) as error:
         raise UserError(
-            f"{CERTIFICATE}: a file cannot be signed: {error}; C2PA asks for a certificate of an "
-            "authority that allows digital signatures, for e-mail protection or documents"
+            f"{CERTIFICATE}: {_CANNOT}: {error.__cause__ or error}; C2PA asks for a certificate of "
+            "an authority that allows digital signatures, for e-mail protection or documents"
         ) from error
     return of_model
 

@@ -43,8 +43,7 @@ def system_name(manifest: Manifest) -> str:
     """Return the name of the model: the job that trained its transformer, if that is recorded."""
     record = manifest.newest_records().get("transformer")
     name = record.job_name if record else ""
-    printable = "".join(each for each in name if each.isprintable())[:_NAME_CHARACTERS]
-    return f"{OURS} {printable}".strip()
+    return f"{OURS} {_printable(name)}".strip()
 
 
 def system_version(manifest: Manifest) -> str:
@@ -54,7 +53,12 @@ def system_version(manifest: Manifest) -> str:
     """
     files = "\n".join(f"{path} {sha256}" for path, sha256 in sorted(manifest.files.items()))
     digest = hashlib.sha256(files.encode()).hexdigest()[:_DIGEST_CHARACTERS]
-    return " ".join([*manifest.library_version[:_NAME_CHARACTERS].split(), f"weights {digest}"])
+    return " ".join([*_printable(manifest.library_version).split(), f"weights {digest}"])
+
+
+def _printable(text: str) -> str:
+    """Return what XML can hold of a text from a manifest, and not too much of it."""
+    return "".join(each for each in text if each.isprintable())[:_NAME_CHARACTERS]
 
 
 def mark_of(manifest: Manifest, signer: Callable[[str, str], Sign] | None = None) -> Mark:

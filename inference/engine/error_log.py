@@ -11,7 +11,7 @@ import re
 import traceback
 from collections.abc import Iterable, Iterator
 
-_LEAST_LETTERS = 4  # of a word whose presence in a message counts as a quotation
+_LEAST_LETTERS = 3  # of a word whose presence in a message counts as a quotation
 
 
 class UnshownMessage(Exception):  # noqa: N818 - reads as what it is
@@ -45,10 +45,15 @@ def _cause(error: BaseException) -> BaseException | None:
 
 
 def _quotes(error: BaseException, texts: Iterable[str]) -> bool:
+    """Return whether a message may quote a text: any does one in a script that may lack blanks."""
     lines = [line for each in _causes(error) for line in traceback.format_exception_only(each)]
     said = "".join(lines)
     words = _words(said)
-    return any(text in said or not words.isdisjoint(_words(text)) for text in texts if text)
+    return any(
+        not text.isascii() or text in said or not words.isdisjoint(_words(text))
+        for text in texts
+        if text
+    )
 
 
 def _words(text: str) -> set[str]:

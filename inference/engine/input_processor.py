@@ -132,6 +132,7 @@ def _prepare_completion(
     return PreparedCompletion(
         arrival=arrival,
         deadline=deadline,
+        prefix=request.complete,
         prefix_tokens=text_tokens[text_tokens != PADDING],
         num_completions=request.num_completions,
         options=SamplingOptions(temperature=request.temperature),

@@ -269,6 +269,7 @@ class PreparedClassification(EngineRequest):
 class PreparedCompletion(EngineRequest):
     """A request to complete a caption. prefix_tokens: [n] int64 without padding, on the CPU."""
 
+    prefix: str
     prefix_tokens: Tensor
     num_completions: int
     options: SamplingOptions
@@ -277,3 +278,7 @@ class PreparedCompletion(EngineRequest):
     @property
     def units(self) -> int:
         return self.num_completions
+
+    @property
+    def texts(self) -> Sequence[str]:
+        return (self.prefix,)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -73,19 +74,26 @@ def _post(aws: Aws, path: str, body: bytes) -> bytes:
     }
     request = urllib.request.Request(aws.runtime_url + path, body, headers, method="POST")  # noqa: S310 - AWS's own address
     try:
-        with urllib.request.urlopen(request, timeout=READ_SECONDS) as response:  # noqa: S310
-            content: bytes = response.read()
-            return content
-    except urllib.error.HTTPError as error:
-        with error:
-            text = error.read()
-        message = results.error_message(text) or text.decode("utf-8", "replace")[:500]
-        raise AwsError(f"the endpoint answered {error.code}: {message}") from error
-    except OSError as error:
+        status, content = _send(request)
+    except (OSError, http.client.HTTPException) as error:
         raise AwsError(
             f"{request.host} did not answer ({error}); check the network, the proxy settings and "
             "the region's name"
         ) from error
+    if status != 200:
+        message = results.error_message(content) or content.decode("utf-8", "replace")[:500]
+        raise AwsError(f"the endpoint answered {status}: {message}")
+    return content
+
+
+def _send(request: urllib.request.Request) -> tuple[int, bytes]:
+    """Return status and body of the reply. Raises OSError and HTTPException for a broken one."""
+    try:
+        with urllib.request.urlopen(request, timeout=READ_SECONDS) as response:  # noqa: S310
+            return response.status, response.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read()
 
 
 def _read(body: bytes) -> ChatCompletion:

@@ -157,8 +157,10 @@ class CaptionTokenizer:
             middle = (low + high) // 2
             (ids,) = self._ids([caption[:middle]])
             low, high = (middle, high) if len(ids) <= self.text_length else (low, middle)
-        words = caption[:low].rpartition(" ")[0] if caption[low] != " " else caption[:low]
-        return (words or caption[:low]).rstrip()
+        begin = caption[:low]
+        if begin.strip() and not (caption[low].isspace() or begin[-1].isspace()):
+            begin = begin.rsplit(None, 1)[0] if len(begin.split()) > 1 else begin
+        return begin.rstrip()
 
     def _ids(self, captions: Sequence[str]) -> list[list[int]]:
         """Return the ids of each caption, of any number and without padding."""

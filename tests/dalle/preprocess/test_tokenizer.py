@@ -111,6 +111,8 @@ def test_a_caption_is_cut_between_words(kind):
     tokenizer = train(kind, text_length=4)
     assert tokenizer.fitting("a a a a a") == "a a a a"
     assert tokenizer.fitting("a red star") == "a red star"
+    assert tokenizer.fitting("a a a\na a") == "a a a\na"
+    assert tokenizer.fitting("a a a a\ta") == "a a a a"
 
 
 @pytest.mark.parametrize("kind", KINDS)

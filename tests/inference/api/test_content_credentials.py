@@ -9,7 +9,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from PIL import Image
 
-from dalle.errors import UserError
+from dalle.errors import PlatformError, UserError
 from dalle.manifest import Manifest
 from inference.api import content_credentials
 from inference.api.content_credentials import MAX_CHAIN_BYTES, read_credentials, signer
@@ -156,6 +156,19 @@ def test_a_changed_file_is_found_out(mark):
     file[file.index(b"IDAT") + 40] ^= 1
     with c2pa.Reader("image/png", io.BytesIO(bytes(file))) as reader:
         assert json.loads(reader.json())["validation_state"] == "Invalid"
+
+
+def test_a_file_that_cannot_be_signed_any_more_is_a_503_with_the_reason(mark, monkeypatch):
+    import c2pa
+
+    def sign(*arguments: object) -> None:
+        raise c2pa.C2paError("the certificate was not valid at time of signing")
+
+    monkeypatch.setattr(c2pa.Builder, "sign", sign)
+    result = GenerateResult([Candidate(3, -1.0, 0.5, 0.5, PIXELS, mark)], "clip", 7, 1, 0, 0, 0)
+    with pytest.raises(PlatformError, match="cannot be signed: the certificate was not") as error:
+        render_best(result, "png")
+    assert error.value.status == 503
 
 
 def test_previews_are_marked_but_not_signed(mark):

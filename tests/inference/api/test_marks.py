@@ -103,6 +103,13 @@ def test_an_unfinished_picture_is_marked_too():
     assert DIGITAL_SOURCE_TYPE in packet(base64.b64decode(line.image))
 
 
+def test_what_xml_cannot_hold_is_left_out():
+    manifest = MANIFEST.model_copy(update={"library_version": "1.0\u0001\ud800 b"})
+    assert facts(file_of("png", manifest=manifest))[f"{EXTENSION}AISystemVersionUsed"].startswith(
+        "1.0 b weights"
+    )
+
+
 def test_a_file_without_a_mark_says_nothing():
     candidate = Candidate(0, -1.0, 0.5, 0.5, PIXELS)
     file = render_best(GenerateResult([candidate], "clip", 7, 1, 0.0, 0.0, 0.0), "png")[0]

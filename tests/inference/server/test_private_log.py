@@ -93,7 +93,10 @@ def test_an_error_that_quotes_no_caption_keeps_its_message(client, logged):
     [
         ("no kernel for this device", ["a red square"], True),
         ("no kernel for this device", ["a kernel"], False),
-        ("no token for 'A CAT'", ["the cat"], True),
+        ("no token for 'A CAT'", ["the cat"], False),
+        ("'red'", ["big red cat"], False),
+        ("no token of it", ["of it or no"], True),
+        ("no id for 红色", ["红色的星星"], False),
         ("no token for 'a cat'", ["a cat"], False),
         ("no kernel for this device", [], True),
         ("no kernel for this device", None, False),
