@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from contextlib import ExitStack
+from multiprocessing import util
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 
@@ -39,8 +40,8 @@ class Forked:
 
     work: a function of a module, which is imported by its name. log: a file for both of its
     streams, or PIPE: `output` is then what to read them from; without one they are those of the
-    tests. environment: its variables; without them those of the tests. folder: its working
-    directory. Has what tests use of `subprocess.Popen`.
+    first test that forked. environment: its variables; without them those of the tests. folder:
+    its working directory. Has what tests use of `subprocess.Popen`.
     """
 
     def __init__(self, work, *arguments, log=None, environment=None, folder=None):
@@ -56,6 +57,8 @@ class Forked:
             self._process = CONTEXT.Process(target=_begin, args=given)
             self._process.start()
         self.pid = self._process.pid
+        # After a test that failed it may run on; multiprocessing would wait for it at the end.
+        util.Finalize(None, self.kill, exitpriority=1)
 
     def poll(self):
         return self._process.exitcode

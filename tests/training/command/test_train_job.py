@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import tarfile
+import threading
 
 import numpy as np
 import pytest
@@ -151,8 +152,14 @@ def started(tree, until):
 
 def end(process):
     """Its exit status: 20 s are promised, and the platform would wait for 120 s."""
-    with process.output:
+    reader = threading.Thread(target=process.output.read)  # a full pipe would stop it
+    reader.start()
+    try:
         return process.wait(timeout=20)
+    finally:
+        process.kill()
+        reader.join()
+        process.output.close()
 
 
 def test_sigterm_saves_a_checkpoint_and_the_model_and_exits_with_0(tree):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 from unittest.mock import patch
 
 import numpy as np
@@ -295,8 +296,11 @@ def start(out, recipe):
 def end(process):
     """What it prints until the pipe's end, and its exit status. The pipe's end is reached only when
     `train`, which has it too, is gone."""
+    late = threading.Timer(300, process.kill)
+    late.start()
     with process.output:
         printed = process.output.read()
+    late.cancel()
     return printed, process.wait(timeout=300)
 
 
