@@ -24,7 +24,11 @@ from inference.openai.requests import Call, images_call, parted
 from inference.openai.schema import PASSED_BY_EDITS, EditRequest
 
 _MAX_PARTS = 64  # no request has so many
-_MAX_TEXT_BYTES = 1 << 16  # of a part that is no file
+_MAX_TEXT_BYTES = 1 << 16
+_READ_BYTES = 1 << 16  # that the parser takes at once
+# The parser has one limit for a text and for what it holds unparsed: what it takes, behind the end
+# of the last, which may be the beginning of a boundary. That holds for files, too.
+_MAX_FORM_BYTES = _MAX_TEXT_BYTES + _READ_BYTES
 _MAX_NUMBER_CHARACTERS = 100
 _TEXTS = frozenset(
     {
@@ -65,7 +69,7 @@ def _parts(
     media_type, options = parse_options_header(content_type)
     parser = FormDataParser(
         stream_factory=lambda *_, **__: io.BytesIO(),
-        max_form_memory_size=_MAX_TEXT_BYTES,
+        max_form_memory_size=_MAX_FORM_BYTES,
         max_form_parts=_MAX_PARTS,
         silent=False,
     )
@@ -73,8 +77,8 @@ def _parts(
         _, form, uploads = parser.parse(io.BytesIO(body), media_type, len(body), options)
     except RequestEntityTooLarge as error:
         raise UserError(
-            f"the form has more than {_MAX_PARTS} parts, or texts of more than "
-            f"{_MAX_TEXT_BYTES:,} bytes",
+            f"the form has more than {_MAX_PARTS} parts, or a text of more than "
+            f"{_MAX_FORM_BYTES:,} bytes",
             status=413,
             code="payload_too_large",
         ) from error

@@ -10,9 +10,10 @@ import io
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from dalle.errors import UserError
+from dalle.preprocess.images import upright
 
 MAX_PIXELS = 1 << 22  # of a mask: 2,048 x 2,048, some ten milliseconds
 _ORIENTATION = 0x0112  # EXIF's tag
@@ -65,9 +66,19 @@ def _size(image: bytes) -> tuple[int, int]:
     """Return width and height of an image file as it is shown, by its header."""
     with _open(image, "image", None) as opened:
         width, height = opened.size
-        # Without EXIF in the header Pillow would decode a PNG to look for it behind the pixels.
-        orientation = opened.getexif().get(_ORIENTATION, 1) if "exif" in opened.info else 1
-        return (height, width) if orientation in _ON_ITS_SIDE else (width, height)
+        return (height, width) if _is_on_its_side(opened) else (width, height)
+
+
+def _is_on_its_side(opened: Image.Image) -> bool:
+    """Return whether an image is shown turned by a quarter; unreadable EXIF data turn nothing."""
+    if "exif" not in opened.info:  # Pillow would decode a PNG to look for it behind the pixels
+        return False
+    try:
+        return opened.getexif().get(_ORIENTATION, 1) in _ON_ITS_SIDE
+    except MemoryError:
+        raise
+    except Exception:  # of any kind, as Pillow's decoders raise them
+        return False
 
 
 def _keeps(file: bytes, what: str) -> NDArray[np.bool_]:
@@ -87,7 +98,8 @@ def _keeps(file: bytes, what: str) -> NDArray[np.bool_]:
                 else "mask must have an alpha channel, which is 0 where the model generates"
             )
         try:
-            alpha = ImageOps.exif_transpose(opened).convert("RGBA").getchannel("A")
+            opened.load()
+            alpha = upright(opened).convert("RGBA").getchannel("A")
         except MemoryError:
             raise
         except Exception as error:  # Pillow's decoders raise exceptions of any kind

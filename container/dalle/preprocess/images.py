@@ -189,7 +189,7 @@ def _decode(data: bytes, what: str, min_side: int | None, max_pixels: int) -> Im
         image.load()
         if image.format == "PNG" and _ends_empty(image) and png.lacks_pixels(data):
             raise ValueError("its pixels end early")
-        return to_rgb(_upright(image), data[24] if image.format == "PNG" else 8)
+        return to_rgb(upright(image), data[24] if image.format == "PNG" else 8)
     except (MemoryError, ImageError):
         raise
     except Exception as error:  # Pillow's decoders raise exceptions of any kind
@@ -262,7 +262,7 @@ def _ends_empty(image: Image.Image) -> bool:
     return rows.getbbox(alpha_only=False) is None
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
     """Rotate the image by its EXIF orientation, unless the EXIF data are unreadable."""
     try:
         ImageOps.exif_transpose(image, in_place=True)

@@ -2,14 +2,20 @@
 
 import base64
 import io
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from PIL import Image
+from werkzeug.datastructures import FileStorage
+from werkzeug.test import stream_encode_multipart
 
 from dalle.errors import UserError
+from inference.api.schema import Limits
 from inference.openai.masks import kept_rows
+from inference.server.app import create_app
 from tests.inference.openai.posting import events, file_of, mask
-from tests.inference.server.app_fixtures import ATTRIBUTES
+from tests.inference.server.app_fixtures import ATTRIBUTES, SETTINGS
 
 ROUTE = "/v1/images/edits"
 
@@ -27,12 +33,14 @@ def picture(width: int = 8, height: int = 8, mode: str = "RGB") -> bytes:
 def edit(client, path=ROUTE, headers=None, **parts: object):
     """Send a form: bytes are files, everything else is text."""
     data = {
-        name: (io.BytesIO(part), f"{name}.png") if isinstance(part, bytes) else part
+        name: FileStorage(io.BytesIO(part), f"{name}.png") if isinstance(part, bytes) else part
         for name, part in ({"prompt": "a", "image": picture()} | parts).items()
         if part is not None
     }
+    body, _, boundary = stream_encode_multipart(data, use_tempfile=False)
+    content_type = f"multipart/form-data; boundary={boundary}"
     return client.post(
-        path, data=data, headers=headers, content_type="multipart/form-data", buffered=True
+        path, data=body.read(), headers=headers, content_type=content_type, buffered=True
     )
 
 
@@ -56,6 +64,23 @@ def test_without_a_mask_the_images_own_transparency_is_one(client, engine):
 def test_a_list_of_one_image_is_an_image(client, engine):
     assert edit(client, image=None, **{"image[]": picture()}, mask=mask(2, 8)).status_code == 200
     assert engine.asked[0].prime_rows == 1
+
+
+def test_an_image_of_a_megabyte_is_read(engine_core, engine):
+    noise = np.random.default_rng(7).integers(0, 256, (600, 600, 3), np.uint8)
+    image = file_of(Image.fromarray(noise))
+    assert len(image) > 1_000_000
+    client = create_app(engine_core, replace(SETTINGS, limits=Limits())).test_client()
+    response = edit(client, image=image, mask=mask(300, 600))
+    assert response.status_code == 200, response.json
+    assert engine.asked[0].prime_rows == 2
+
+
+def test_a_text_that_no_field_needs_is_a_413_that_says_the_limit(engine_core):
+    client = create_app(engine_core, replace(SETTINGS, limits=Limits())).test_client()
+    response = edit(client, mask=mask(4, 8), prompt="a" * 131_073)
+    assert (response.status_code, response.json["error"]["code"]) == (413, "payload_too_large")
+    assert "a text of more than 131,072 bytes" in response.json["error"]["message"]
 
 
 def test_numbers_and_truths_of_a_form_are_read_as_such(client, engine):
@@ -172,6 +197,15 @@ def test_a_photo_on_its_side_has_the_width_and_height_that_it_is_seen_with():
     exif[0x0112] = 6
     image = file_of(Image.new("RGB", (16, 8)), "JPEG", exif=exif)
     assert kept_rows(image, mask(8, 8, 16), 4) == 2
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage!garbage", b"Exif\0\0II*\0"])
+def test_exif_data_that_cannot_be_read_turn_nothing(exif):
+    pixels = np.zeros((8, 16, 4), np.uint8)
+    pixels[:4, :, 3] = 255
+    image = file_of(Image.fromarray(pixels), exif=exif)
+    assert kept_rows(image, mask(4, 16, 8), 4) == 2
+    assert kept_rows(image, None, 4) == 2
 
 
 def test_a_large_image_is_measured_without_decoding_it():
