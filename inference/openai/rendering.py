@@ -174,14 +174,19 @@ def error_reply(status: int, detail: ErrorDetail, route: str) -> tuple[int, Open
     )
 
 
+def _unix_seconds(time: str) -> int:
+    """Return the seconds from 1970 to an ISO 8601 time with its zone; 0 for any other text."""
+    try:
+        moment = datetime.fromisoformat(time)
+    except ValueError:
+        return 0
+    return 0 if moment.tzinfo is None else max(0, int(moment.timestamp()))
+
+
 def model_list(card: ModelCard) -> ModelList:
     """Return the list of models. card: of the one that the server has."""
-    times = [
-        datetime.fromisoformat(each.finished_at).timestamp()
-        for each in card.components
-        if each.finished_at
-    ]
-    model = ModelInfo(id=MODEL, created=int(max(times, default=0)), owned_by="you")
+    times = [_unix_seconds(each.finished_at) for each in card.components]
+    model = ModelInfo(id=MODEL, created=max(times, default=0), owned_by="you")
     return ModelList(data=[model])
 
 

@@ -184,9 +184,9 @@ class StreamOptions(BaseModel):
 
 
 class TextFormat(BaseModel):
-    """The form of text in a reply, which has none."""
+    """The form of text in a reply, which has none. What belongs to a type is not looked at."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
     type: Literal["text"] = Field(description="text.")
 

@@ -16,6 +16,7 @@ from tests.inference.server.app_fixtures import ATTRIBUTES
 
 ROUTE = "/v1/chat/completions"
 ASKED = {"messages": [{"role": "user", "content": "a"}]}
+JSON_SCHEMA = {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}
 
 
 def user(content: object) -> dict[str, object]:
@@ -79,7 +80,7 @@ def test_what_means_nothing_for_pictures_changes_none(client, engine):
         "max_tokens": 100,
         "max_completion_tokens": 100,
         "stop": ["\n"],
-        "response_format": {"type": "text"},
+        "response_format": {"type": "text", "strict": True},
         "tools": [],
         "tool_choice": "auto",
         "parallel_tool_calls": False,
@@ -117,6 +118,7 @@ def test_what_means_nothing_for_pictures_changes_none(client, engine):
         ({"n": 2, "num_images": 2}, "n", "exclude each other"),
         ({"tools": [{"type": "function"}]}, "tools", "must be empty"),
         ({"response_format": {"type": "json_object"}}, "response_format", "'text'"),
+        (JSON_SCHEMA, "response_format", "response_format must be 'text', got \"json_schema\""),
         ({"modalities": ["audio"]}, "modalities[0]", "'text' or 'image'"),
         ({"frequency_penalty": 0.5}, "frequency_penalty", "must be 0"),
         ({"logprobs": True}, "logprobs", "must be False"),
@@ -131,6 +133,7 @@ def test_a_refusal_names_the_field(client, engine, fields, param, says):
     error = response.json["error"]
     assert (response.status_code, error["param"]) == (400, param), error
     assert says in error["message"]
+    assert "did you mean response_format" not in error["message"]
     assert engine.asked == []
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from dalle.model_card import ComponentCard
 from inference.api.schema import Limits
 from inference.openai.schema import MODEL
 from inference.server.app import create_app
@@ -278,3 +279,27 @@ def test_requests_of_openais_routes_are_counted_as_invocations(client):
     text = client.get("/metrics").text
     assert 'dalle_invocations_total{status="200"} 1.0' in text
     assert "dalle_candidates_total 2.0" in text
+@pytest.mark.parametrize(
+    ("finished_at", "created"),
+    [
+        ("2026-11-30T12:00:00+00:00", 1_796_040_000),
+        ("2026-11-30T12:00:00Z", 1_796_040_000),
+        ("", 0),
+        ("yesterday", 0),
+        ("2026-11-30T12:00:00", 0),  # without a zone
+        ("0001-01-01T00:00:00", 0),
+        ("0001-01-01T00:00:00+14:00", 0),
+        ("9999-12-31T23:59:59-14:00", 253_402_351_199),
+        ("1969-12-31T23:00:00+00:00", 0),
+    ],
+)
+def test_a_model_was_created_when_it_is_known_to_have_been(client, engine, finished_at, created):
+    component = ComponentCard(
+        name="dvae", description="dVAE", parameters=1, sizes={}, finished_at=finished_at
+    )
+    engine.card = engine.card.model_copy(update={"components": [component]})
+    response = client.get("/v1/models")
+    assert response.status_code == 200, response.json
+    assert response.json["data"][0]["created"] == created
+
+
