@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -137,8 +137,8 @@ class StreamForm(Protocol):
         queue_seconds: float,
         encode_seconds: float,
         warnings: Sequence[str],
-    ) -> tuple[bytes, Timings]:
-        """Return the last part, and the time of each stage.
+    ) -> Iterable[bytes]:
+        """Return the last parts, at least one, each made when it is taken.
 
         encode_seconds: what the parts before took.
         """
@@ -170,14 +170,14 @@ class JsonLines:
         queue_seconds: float,
         encode_seconds: float,
         warnings: Sequence[str],
-    ) -> tuple[bytes, Timings]:
+    ) -> Iterable[bytes]:
         ranking = render_ranking(
             result,
             queue_seconds=queue_seconds,
             encode_seconds=encode_seconds,
             warnings=warnings,
         )
-        return _line(ranking), ranking.timings
+        return [_line(ranking)]
 
     def error(self, error: Exception) -> bytes:
         return _line(ErrorLine(error=render_error(error)[1]))
@@ -224,13 +224,16 @@ def render_json(
 ) -> GenerateReply:
     """Return the best `num_images` candidates with their images."""
     began = time.monotonic()
-    best = zip(_ranking(result), result.ranked[: request.num_images], strict=False)
-    images = [
-        RankedImage(**dict(place), image=_base64(candidate, request.format))
-        for place, candidate in best
-    ]
+    images = list(render_images(result, request))
     timings = stage_timings(result, queue_seconds, time.monotonic() - began)
     return GenerateReply(images=images, timings=timings, **_summary(result, warnings))
+
+
+def render_images(result: GenerateResult, request: GenerateRequest) -> Iterator[RankedImage]:
+    """Yield the best `num_images` candidates, each encoded when it is taken."""
+    best = result.ranked[: request.num_images]
+    for place, candidate in zip(_ranking(result), best, strict=False):
+        yield RankedImage(**dict(place), image=_base64(candidate, request.format))
 
 
 def render_best(

@@ -10,16 +10,16 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from inference.api.rendering import (
     Candidate,
     GenerateResult,
     Preview,
     render_error,
-    render_json,
+    render_images,
 )
-from inference.api.replies import GenerateReply, RankedImage, Timings
+from inference.api.replies import GenerateReply, RankedImage
 from inference.openai.chat import ChatCall
 from inference.openai.rendering import Sizes, error_reply, facts
 from inference.openai.replies import (
@@ -54,16 +54,13 @@ def chat_reply(call: ChatCall, reply: GenerateReply, sizes: Sizes) -> ChatComple
 
 
 class ChatStream:
-    """Server-sent events of a chat: its role, pictures at the end, [DONE]."""
+    """Server-sent events of a chat: role of the first choice, pictures at the end, [DONE]."""
 
     def __init__(self, call: ChatCall, sizes: Sizes) -> None:
         self._call, self._sizes = call, sizes
         self._id, self._created = _new_id(), int(time.time())
-        roles = (
-            self._chunk(ChunkChoice(index=index, delta=ChatDelta(role="assistant")))
-            for index in range(call.fields.n)
-        )
-        self.start = b"".join(roles)
+        # Of the other choices a deadline may leave no picture: each begins with its picture.
+        self.start = self._role(0)
 
     def preview(self, preview: Preview) -> bytes:
         """Return nothing: what is in a message stays there."""
@@ -80,27 +77,36 @@ class ChatStream:
         queue_seconds: float,
         encode_seconds: float,
         warnings: Sequence[str],
-    ) -> tuple[bytes, Timings]:
-        """Return the chunks of the best pictures, and the time of each stage."""
-        reply = render_json(
-            result, self._call.request, queue_seconds=queue_seconds, warnings=warnings
-        )
-        chunks = []
-        for index, parts in enumerate(_contents(self._call, reply.images)):
-            for part in parts:
-                chunks.append(
-                    self._chunk(ChunkChoice(index=index, delta=ChatDelta(content=[part])))
-                )
-            last = ChunkChoice(index=index, delta=ChatDelta(), finish_reason="stop")
-            chunks.append(self._chunk(last, seed=reply.seed, warnings=reply.warnings))
+    ) -> Iterator[bytes]:
+        """Yield the chunks of each of the best pictures, then those of the end."""
+        has_choices = self._call.fields.n > 1
+        num_images = 0
+        for number, image in enumerate(render_images(result, self._call.request)):
+            choice, place = (number, 0) if has_choices else (0, number)
+            if choice:
+                yield self._role(choice)
+            delta = ChatDelta(content=[_part(self._call, image, place)])
+            yield self._chunk(ChunkChoice(index=choice, delta=delta))
+            if has_choices:
+                yield self._stop(choice, result.seed, warnings)
+            num_images += 1
+        if not has_choices:
+            yield self._stop(0, result.seed, warnings)
         if self._call.fields.stream_options.include_usage:
-            chunks.append(self._chunk(usage=_usage(self._call, self._sizes, len(reply.images))))
-        return b"".join(chunks) + _event("[DONE]"), reply.timings
+            yield self._chunk(usage=_usage(self._call, self._sizes, num_images))
+        yield _event("[DONE]")
 
     def error(self, error: Exception) -> bytes:
         """Return the event that ends a stream which broke off."""
         _, reply = error_reply(*render_error(error), CHAT)
         return _event(OpenAIErrorReply(error=reply.error).model_dump_json())
+
+    def _role(self, choice: int) -> bytes:
+        return self._chunk(ChunkChoice(index=choice, delta=ChatDelta(role="assistant")))
+
+    def _stop(self, choice: int, seed: int, warnings: Sequence[str]) -> bytes:
+        last = ChunkChoice(index=choice, delta=ChatDelta(), finish_reason="stop")
+        return self._chunk(last, seed=seed, warnings=[*warnings])
 
     def _chunk(
         self,

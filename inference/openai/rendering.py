@@ -8,7 +8,7 @@ Knows nothing of torch or Flask.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -19,10 +19,10 @@ from inference.api.rendering import (
     GenerateResult,
     Preview,
     render_error,
-    render_json,
+    render_images,
     render_preview,
 )
-from inference.api.replies import ErrorDetail, GenerateReply, Reply, Timings
+from inference.api.replies import ErrorDetail, GenerateReply, Reply
 from inference.api.schema import GenerateRequest
 from inference.openai.replies import (
     CompletedEvent,
@@ -122,24 +122,17 @@ class ImagesStream:
         queue_seconds: float,
         encode_seconds: float,
         warnings: Sequence[str],
-    ) -> tuple[bytes, Timings]:
-        """Return the events of the best pictures, and the time of each stage."""
-        reply = render_json(
-            result, self._call.request, queue_seconds=queue_seconds, warnings=warnings
-        )
-        events = [
-            CompletedEvent(
+    ) -> Iterator[bytes]:
+        """Yield the event of each of the best pictures."""
+        for each in render_images(result, self._call.request):
+            event = CompletedEvent(
                 usage=self._sizes.usage(self._call.request, 1),
-                seed=reply.seed,
-                warnings=reply.warnings,
+                seed=result.seed,
+                warnings=[*warnings],
                 **{name: getattr(each, name) for name in _SCORES},
                 **self._common("completed", each.image),
             )
-            for each in reply.images
-        ]
-        seconds = reply.timings.encode_seconds + encode_seconds  # with the partial pictures
-        timings = reply.timings.model_copy(update={"encode_seconds": seconds})
-        return b"".join(_event(each, each.type) for each in events), timings
+            yield _event(event, event.type)
 
     def error(self, error: Exception) -> bytes:
         """Return the event that ends a stream which broke off."""
@@ -174,6 +167,13 @@ def error_reply(status: int, detail: ErrorDetail, route: str) -> tuple[int, Open
     )
 
 
+def model_list(card: ModelCard) -> ModelList:
+    """Return the list of models. card: of the one that the server has."""
+    times = [_unix_seconds(each.finished_at) for each in card.components]
+    model = ModelInfo(id=MODEL, created=max(times, default=0), owned_by="you")
+    return ModelList(data=[model])
+
+
 def _unix_seconds(time: str) -> int:
     """Return the seconds from 1970 to an ISO 8601 time with its zone; 0 for any other text."""
     try:
@@ -181,13 +181,6 @@ def _unix_seconds(time: str) -> int:
     except ValueError:
         return 0
     return 0 if moment.tzinfo is None else max(0, int(moment.timestamp()))
-
-
-def model_list(card: ModelCard) -> ModelList:
-    """Return the list of models. card: of the one that the server has."""
-    times = [_unix_seconds(each.finished_at) for each in card.components]
-    model = ModelInfo(id=MODEL, created=max(times, default=0), owned_by="you")
-    return ModelList(data=[model])
 
 
 def model_info(card: ModelCard, name: str) -> ModelInfo:

@@ -39,6 +39,7 @@ from inference.api.rendering import (
     render_best,
     render_error,
     render_json,
+    stage_timings,
 )
 from inference.api.replies import CompleteReply, ErrorReply, Prediction
 from inference.api.schema import REQUEST_KINDS, GenerateRequest, Limits, Request
@@ -242,6 +243,7 @@ class Handler:
     ) -> Iterator[bytes]:
         encode_seconds = 0.0
         uncounted = 0
+        part: bytes | None
         try:
             if form.start:
                 yield form.start
@@ -257,15 +259,25 @@ class Handler:
                     yield part
                 event = self._next_event(prepared)
             assert isinstance(event, GenerateResult)
-            part, timings = form.end(
-                event,
-                queue_seconds=prepared.queue_seconds,
-                encode_seconds=encode_seconds,
-                warnings=prepared.warnings,
+            began = time.monotonic()
+            parts = iter(
+                form.end(
+                    event,
+                    queue_seconds=prepared.queue_seconds,
+                    encode_seconds=encode_seconds,
+                    warnings=prepared.warnings,
+                )
             )
-            self.metrics.count_generation(event, timings)
-            uncounted = 0
-            yield part
+            following = next(parts, None)
+            while (part := following) is not None:
+                following = next(parts, None)
+                encode_seconds += time.monotonic() - began
+                if following is None:  # counted before the client has read the last part
+                    timings = stage_timings(event, prepared.queue_seconds, encode_seconds)
+                    self.metrics.count_generation(event, timings)
+                    uncounted = 0
+                yield part
+                began = time.monotonic()
         except GeneratorExit:  # the server could not send a part
             log_error(Cancelled("the client closed the stream"))
             raise

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from dalle.preprocess.images import ImageFormat, Pixels, encode_image
+from inference.api import rendering
 from tests.inference import slow_serve
 from tests.inference.served import PATIENCE, Served, running
 
@@ -32,6 +34,19 @@ def slow_served(root: Path) -> Iterator[Served]:
     """A server on which 512 candidates take so long that each machine can cancel them."""
     with running(root, work=slow_serve.serve) as served:
         yield served.ready()
+
+
+@pytest.fixture
+def encoded(monkeypatch) -> list[str]:
+    """The format of every picture that was encoded so far."""
+    found: list[str] = []
+
+    def note(pixels: Pixels, format: ImageFormat, *, xmp: str = "") -> bytes:
+        found.append(format)
+        return encode_image(pixels, format, xmp=xmp)
+
+    monkeypatch.setattr(rendering, "encode_image", note)
+    return found
 
 
 @pytest.fixture(scope="package")

@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,13 @@ def post(client: FlaskClient, route: str, body: object, **headers: str) -> Any:
     return client.post(
         route, data=data, headers={"Content-Type": "application/json"} | names, buffered=True
     )
+
+
+def streaming(client: FlaskClient, route: str, body: object) -> Iterator[bytes]:
+    """The parts of a stream, each when it is taken."""
+    response = client.post(route, json=body)
+    assert response.status_code == 200
+    return iter(response.iter_encoded())
 
 
 def events(body: bytes) -> list[tuple[str, Any]]:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from inference.openai.chat import without_history
 from inference.openai.schema import MODEL
-from tests.inference.openai.posting import events, post
+from tests.inference.openai.posting import events, post, streaming
 from tests.inference.server.app_fixtures import ATTRIBUTES
 
 ROUTE = "/v1/chat/completions"
@@ -149,11 +149,29 @@ def test_a_stream_has_the_role_then_the_pictures_then_the_end(client):
     assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
     choices = [chunk["choices"][0] for chunk in chunks]
     assert [(each["index"], each["finish_reason"]) for each in choices] == [
-        *((0, None), (1, None)),
-        *((0, None), (0, "stop"), (1, None), (1, "stop")),
+        *((0, None), (0, None), (0, "stop")),
+        *((1, None), (1, None), (1, "stop")),
     ]
-    assert [each["delta"] for each in choices[:2]] == [{"role": "assistant"}] * 2
-    assert [choices[at]["delta"]["content"][0]["candidate"] for at in (2, 4)] == [2, 1]
+    assert [choices[at]["delta"] for at in (0, 3)] == [{"role": "assistant"}] * 2
+    assert [choices[at]["delta"]["content"][0]["candidate"] for at in (1, 4)] == [2, 1]
+
+
+def test_every_choice_that_a_cut_short_stream_begins_is_finished(client):
+    body = {"messages": [user("half")], "n": 3, "num_candidates": 3, "stream": True}
+    *chunks, _ = [data for _, data in events(post(client, ROUTE, body).data)]
+    choices = [chunk["choices"][0] for chunk in chunks]
+    assert {each["index"] for each in choices} == {0, 1}
+    assert [each["index"] for each in choices if each["finish_reason"]] == [0, 1]
+
+
+@pytest.mark.parametrize("counts", [{"n": 8}, {"num_images": 8}])
+def test_a_stream_of_a_chat_sends_a_picture_before_it_makes_all(client, encoded, counts):
+    body = ASKED | {"num_candidates": 8, "stream": True, **counts}
+    parts = streaming(client, ROUTE, body)
+    assert b"image_url" in next(part for part in parts if b"image_url" in part)
+    assert len(encoded) <= 2
+    assert sum(b"image_url" in part for part in parts) == 7
+    assert len(encoded) == 8
 
 
 def test_a_stream_without_the_option_has_no_usage(client):

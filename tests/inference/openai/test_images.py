@@ -9,7 +9,7 @@ from dalle.model_card import ComponentCard
 from inference.api.schema import Limits
 from inference.openai.schema import MODEL
 from inference.server.app import create_app
-from tests.inference.openai.posting import events, post
+from tests.inference.openai.posting import events, post, streaming
 from tests.inference.server.app_fixtures import ATTRIBUTES, SETTINGS, in_background, pixels_of
 
 ROUTE = "/v1/images/generations"
@@ -178,6 +178,15 @@ def test_a_stream_ends_with_the_best_pictures(client, with_grid):
     assert first["usage"]["output_tokens"] == 16
 
 
+def test_a_stream_sends_a_picture_before_it_makes_all(client, encoded):
+    body = {"prompt": "a", "n": 8, "num_candidates": 8, "stream": True}
+    parts = streaming(client, ROUTE, body)
+    assert len(events(next(parts))) == 1
+    assert len(encoded) <= 2
+    assert [len(events(part)) for part in parts] == [1] * 7
+    assert len(encoded) == 8
+
+
 def test_partial_images_are_those_of_the_first_candidate(client, with_grid):
     body = {"prompt": "a", "num_candidates": 2, "stream": True, "partial_images": 3}
     found = events(post(client, ROUTE, body).data)
@@ -274,11 +283,6 @@ def test_the_model_is_listed_and_found_by_its_name(client):
     assert by_route.json == listed
 
 
-def test_requests_of_openais_routes_are_counted_as_invocations(client):
-    post(client, ROUTE, {"prompt": "a", "num_candidates": 2})
-    text = client.get("/metrics").text
-    assert 'dalle_invocations_total{status="200"} 1.0' in text
-    assert "dalle_candidates_total 2.0" in text
 @pytest.mark.parametrize(
     ("finished_at", "created"),
     [
@@ -303,3 +307,8 @@ def test_a_model_was_created_when_it_is_known_to_have_been(client, engine, finis
     assert response.json["data"][0]["created"] == created
 
 
+def test_requests_of_openais_routes_are_counted_as_invocations(client):
+    post(client, ROUTE, {"prompt": "a", "num_candidates": 2})
+    text = client.get("/metrics").text
+    assert 'dalle_invocations_total{status="200"} 1.0' in text
+    assert "dalle_candidates_total 2.0" in text
