@@ -1,6 +1,7 @@
 """training.job.pretrained.image_tokenizer: published files give the codes and pixels of the code
 that published them (`published/make.py` made the fixtures by it)."""
 
+import json
 import os
 import pickle
 import shutil
@@ -223,12 +224,40 @@ def test_a_yaml_of_another_model_is_refused_by_its_key(path, value, says, tmp_pa
         (b"- " * 3_000, "cannot be read as YAML"),
         (b" " * (1 << 16) + b"a", "has more than 65,536 bytes"),
         (b"", "model must be a mapping"),
+        (b"!!bool x", "cannot be read as YAML: KeyError: 'x'"),
+        (b"!!timestamp x", "cannot be read as YAML: AttributeError"),
+        (b"!!float " + b"9:" * 400 + b"9.0", "cannot be read as YAML: OverflowError"),
+        (b"!!int ''", "cannot be read as YAML: IndexError"),
+        (b"a: 2020-13-40", "cannot be read as YAML: ValueError: month must be in 1"),
     ],
 )
 def test_a_yaml_that_is_none_or_makes_objects_is_refused(content, says, tmp_path):
     put("vqgan", tmp_path)
     (tmp_path / "model.yaml").write_bytes(content)
     refused(tmp_path, rf"model\.yaml.*{says}")
+
+
+@pytest.mark.parametrize("use", ["[*a0, *a0]", "{<<: [*a0, *a0]}", "*a0"])
+def test_a_yaml_that_repeats_a_part_by_an_alias_is_refused_before_it_grows(use, tmp_path):
+    """Where each of twenty lines repeats the line before twice, it would take gigabytes."""
+    put("vqgan", tmp_path)
+    path = tmp_path / "model.yaml"
+    path.write_text(f"a: &a0 {{x: 1}}\nb: {use}\n{json.dumps(yaml_of('vqgan'))[1:-1]}\n")
+    refused(tmp_path, r"^model\.yaml cannot be read as YAML: it repeats a part by an alias$")
+
+
+@pytest.mark.parametrize(
+    "path", ["target", "params.n_embed", "params.ddconfig.ch_mult", "params.ddconfig.double_z"]
+)
+def test_a_nested_value_is_not_written_out_to_be_refused(path, tmp_path):
+    content = yaml_of("vqgan")
+    nested: list[object] = [1]
+    for _ in range(40):
+        nested = [nested, 2]
+    change(content, f"model.{path}", {"deep": nested})
+    put("vqgan", tmp_path)
+    (tmp_path / "model.yaml").write_text(json.dumps(content))
+    refused(tmp_path, rf"model\.{path} must be .*, got {{'deep': \[\.\.\.\]}}$")
 
 
 class Calls:
