@@ -7,7 +7,7 @@ import re
 from torch import Tensor
 
 from dalle.models.tokenizers.configs import VQGANConfig
-from training.job.pretrained.weights_file import Weights
+from training.job.pretrained.weights_file import Weights, shape_of
 
 TRAINED_ON = 256
 """Side in pixels of the images that they were trained on."""
@@ -31,10 +31,12 @@ def convert(weights: Weights, image_size: int | None) -> tuple[VQGANConfig, dict
     theirs.pop(_NOT_COMPUTED_WITH, None)
     num_levels = _count(theirs, r"encoder\.conv_blocks\.(\d+)\.")
     state = {_name(name, num_levels): value for name, value in theirs.items()}
-    width = len(state["encoder.conv_in.weight"])
-    widths = [len(state[f"encoder.down.{i}.block.0.conv1.weight"]) for i in range(num_levels)]
+    width = shape_of(state, "encoder.conv_in.weight", 4)[0]
+    widths = [
+        shape_of(state, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in range(num_levels)
+    ]
     attention = {int(i) for name in state for i in re.findall(r"encoder\.down\.(\d+)\.attn", name)}
-    codebook_size, code_width = state["quantize.embedding.weight"].shape
+    codebook_size, code_width = shape_of(state, "quantize.embedding.weight", 2)
     config = VQGANConfig(
         image_size=image_size or TRAINED_ON,
         codebook_size=codebook_size,
@@ -42,7 +44,7 @@ def convert(weights: Weights, image_size: int | None) -> tuple[VQGANConfig, dict
         channel_multipliers=tuple(each // width for each in widths),
         num_blocks=_count(state, r"encoder\.down\.0\.block\.(\d+)\."),
         attention_levels=tuple(sorted(attention)),
-        latent_channels=len(state["encoder.conv_out.weight"]),
+        latent_channels=shape_of(state, "encoder.conv_out.weight", 4)[0],
         code_width=code_width,
         quantiser="cosine",
     )

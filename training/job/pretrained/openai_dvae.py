@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dalle.models.tokenizers.configs import OpenAIConfig
-from training.job.pretrained.weights_file import Weights
+from training.job.pretrained.weights_file import Weights, shape_of
 
 TRAINED_ON = 256
 """Side in pixels of the images that it was trained on."""
@@ -28,9 +28,9 @@ def convert(
     }
     config = OpenAIConfig(
         image_size=image_size or TRAINED_ON,
-        codebook_size=len(state["encoder.blocks.output.conv.weight"]),
-        width=len(state["encoder.blocks.input.weight"]),
-        decoder_input_width=len(state["decoder.blocks.input.weight"]),
+        codebook_size=shape_of(state, "encoder.blocks.output.conv.weight", 4)[0],
+        width=shape_of(state, "encoder.blocks.input.weight", 4)[0],
+        decoder_input_width=shape_of(state, "decoder.blocks.input.weight", 4)[0],
         num_blocks=len(blocks),
     )
     return config, state

@@ -60,6 +60,17 @@ class Weights:
         return value
 
 
+def shape_of(state: Mapping[str, Tensor], name: str, num_dims: int) -> tuple[int, ...]:
+    """Return the shape of a weight, sizes from 1. Raises LookupError or ValueError."""
+    shape = (*state[name].shape,)
+    if len(shape) != num_dims or 0 in shape:
+        raise ValueError(
+            f"the weight {name} must have {num_dims} dimensions, none of them 0, and has the "
+            f"shape {[*shape]}"
+        )
+    return shape
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a file by their dotted names. Raises what `read_weights` does."""
     return read_weights(path).tensors
@@ -69,7 +80,7 @@ def read_weights(path: Path) -> Weights:
     """Return the tensors and plain values of a file, in the types of the file.
 
     Raises `ForeignFileError` when the file is damaged, is none of these formats, asks for code to
-    run, or has weights that are NaN or infinite.
+    run, or has weights that are NaN or infinite, complex, or floating numbers of one byte.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
@@ -85,8 +96,16 @@ def read_weights(path: Path) -> Weights:
             f"{path.name}: {num_bytes} bytes of tensors share the storages of "
             f"{path.stat().st_size} bytes"
         )
-    if name := not_finite(weights.tensors):
-        raise ForeignFileError(f"{path.name}: the weight {name} has values that are not finite")
+    for name, tensor in weights.tensors.items():
+        # torch computes nothing with the latter, and drops half of the former.
+        is_byte = tensor.is_floating_point() and tensor.itemsize == 1
+        if tensor.is_complex() or is_byte:
+            raise ForeignFileError(
+                f"{path.name}: the weight {name} has the type {tensor.dtype}, and must have "
+                f"float16, bfloat16, float32 or float64"
+            )
+    if infinite := not_finite(weights.tensors):
+        raise ForeignFileError(f"{path.name}: the weight {infinite} has values that are not finite")
     return weights
 
 

@@ -4,6 +4,7 @@ that published them (`published/make.py` made the fixtures by it)."""
 import json
 import os
 import pickle
+import re
 import shutil
 
 import pytest
@@ -156,6 +157,33 @@ def vae(change):
 def test_weights_and_sizes_that_do_not_belong_together_are_refused(content, says, tmp_path):
     torch.save(content, tmp_path / "vae.pt")
     refused(tmp_path, rf"vae\.pt: .*{says}")
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3, 3, 3)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "encoder.conv_in.weight",
+        "encoder.conv_blocks.0.res.0.conv1.weight",
+        "encoder.conv_out.weight",
+        "quantize.embedding.weight",
+    ],
+)
+def test_a_weight_of_llamagens_that_tells_no_size_is_refused_by_name(name, shape, tmp_path):
+    torch.save({"model": weights_of("vq_8") | {name: torch.ones(shape)}}, tmp_path / "vq.pt")
+    refused(
+        tmp_path, rf"vq\.pt: the weight .* must have . dimensions, .*{re.escape(f'{[*shape]}')}"
+    )
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3, 7, 7)])
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+def test_a_weight_of_openais_that_tells_no_size_is_refused_by_name(half, shape, tmp_path):
+    weights = {"blocks.output.conv.w": torch.ones(24, 8, 1, 1), "blocks.input.w": torch.ones(shape)}
+    for each in ("encoder", "decoder"):
+        state = weights if each == half else weights | {"blocks.input.w": torch.ones(8, 3, 7, 7)}
+        torch.save(state, tmp_path / f"{each}.pkl")
+    refused(tmp_path, rf"encoder\.pkl: the weight {half}\.blocks\.input\.weight must have 4 dim")
 
 
 @pytest.mark.parametrize("name", ["vae", "vq_8", "vqgan"])

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from dalle.errors import ArtefactError
+from dalle.errors import ArtefactError, ForeignFileError
 from training.job.pretrained.weights_file import MAX_DEPTH, read_tensors
 
 
@@ -278,6 +278,17 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path, value):
     torch.save({"fine": torch.ones(2), "b.bad": torch.tensor([0.0, value])}, tmp_path / "a.pt")
     with pytest.raises(ArtefactError, match=r"a\.pt: the weight b\.bad has values that are not"):
         read_tensors(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu, torch.complex64]
+)
+def test_a_weight_of_a_type_that_is_not_computed_in_is_named(tmp_path, dtype):
+    weights = {"fine": torch.ones(2), "b.bad": torch.ones(2).to(dtype)}
+    safetensors.torch.save_file(weights, tmp_path / "a.safetensors")
+    says = rf"a\.safetensors: the weight b\.bad has the type {dtype}, and must have float16"
+    with pytest.raises(ForeignFileError, match=says):
+        read_tensors(tmp_path / "a.safetensors")
 
 
 def test_archives_that_are_compressed_doubled_or_of_another_order_are_refused(tmp_path):
