@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from dalle.errors import ForeignFileError
@@ -20,7 +19,7 @@ from dalle.models.image_tokenizer import ImageTokenizer
 from dalle.models.tokenizers.build import build_tokenizer
 from dalle.models.uninitialised import without_memory
 from training.job.pretrained import dalle_pytorch, llamagen, openai_dvae, taming
-from training.job.pretrained.weights_file import WEIGHTS_SUFFIXES, read_weights
+from training.job.pretrained.weights_file import WEIGHTS_SUFFIXES, read_weights, to_float32
 
 _PICKLED = ("decoder.pkl", "encoder.pkl")
 _WEIGHTS = (*WEIGHTS_SUFFIXES, ".ckpt", ".pkl")
@@ -99,6 +98,5 @@ def _filled(config: ImageTokenizerConfig, state: Mapping[str, Tensor]) -> ImageT
                 f"the weight {name} has the shape {[*state[name].shape]}, and its sizes need "
                 f"{[*weight.shape]}"
             )
-    copies = {name: value.to(torch.float32, copy=True) for name, value in state.items()}
-    model.load_state_dict(copies, assign=True)
+    model.load_state_dict(to_float32(state), assign=True)
     return model.eval().requires_grad_(False)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dalle.errors import ForeignFileError
 from dalle.models.clip import Clip, ClipConfig
-from training.job.pretrained.weights_file import read_tensors
+from training.job.pretrained.weights_file import read_tensors, to_float32
 
 
 def load_openai_clip(path: Path) -> Clip:
@@ -25,8 +25,12 @@ def load_openai_clip(path: Path) -> Clip:
     if missing:
         raise ForeignFileError(f"{path.name} is not an OpenAI CLIP: it lacks {sorted(missing)}")
     try:
+        state = to_float32(state)
+    except ValueError as error:
+        raise ForeignFileError(f"{path.name}: {error}") from error
+    try:
         model = Clip(_config(state))
-        model.model.load_state_dict({name: value.float() for name, value in state.items()})
+        model.model.load_state_dict(state)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, ValueError) as error:
         raise ForeignFileError(f"{path.name} is not an OpenAI CLIP: {error}") from error
     return model.eval()

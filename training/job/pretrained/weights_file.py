@@ -71,6 +71,14 @@ def shape_of(state: Mapping[str, Tensor], name: str, num_dims: int) -> tuple[int
     return shape
 
 
+def to_float32(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies in float32. Raises ValueError naming a weight with values beyond its range."""
+    copies = {name: value.to(torch.float32, copy=True) for name, value in state.items()}
+    if name := not_finite(copies):
+        raise ValueError(f"the weight {name} has values that float32 cannot hold")
+    return copies
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a file by their dotted names. Raises what `read_weights` does."""
     return read_weights(path).tensors

@@ -199,6 +199,16 @@ def test_a_weight_that_is_not_finite_is_refused(name, value, tmp_path):
     refused(tmp_path, rf"{path.name}: the weight .* has values that are not finite")
 
 
+@pytest.mark.parametrize("name", ["vae", "vq_8"])
+def test_a_weight_beyond_float32_is_refused_by_name(name, tmp_path):
+    content = content_of(name)
+    weights = content["weights" if name == "vae" else "model"]
+    last = next(reversed(weights))
+    weights[last] = torch.full(weights[last].shape, 1e300, dtype=torch.float64)
+    torch.save(content, tmp_path / f"{name}.pt")
+    refused(tmp_path, rf"^{name}\.pt: the weight \S+ has values that float32 cannot hold$")
+
+
 def change(content, path, value):
     """Set a value of nested dictionaries; None removes it."""
     *parents, last = path.split(".")

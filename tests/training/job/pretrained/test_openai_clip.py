@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from clip.model import CLIP, convert_weights
 from pydantic import TypeAdapter
 
-from dalle.errors import ArtefactError
+from dalle.errors import ArtefactError, ForeignFileError
 from dalle.models.clip import Clip, ClipConfig
 from dalle.preprocess.tokenizer import CaptionTokenizer
 from training.job.pretrained.openai_clip import load_openai_clip
@@ -103,6 +103,15 @@ def test_openais_weights_refuse_the_artefacts_tokens(tmp_path):
     with torch.no_grad():
         features = loaded.encode_captions(["a cat with a hat"], tokenizer)
     assert features.shape == (1, 24)
+
+
+def test_a_weight_beyond_float32_is_refused_by_name(tmp_path):
+    state = build_openai("resnet").state_dict()
+    state["ln_final.weight"] = state["ln_final.weight"].double() * 1e300
+    torch.save(state, tmp_path / "clip.pt")
+    says = r"^clip\.pt: the weight ln_final\.weight has values that float32 cannot hold$"
+    with pytest.raises(ForeignFileError, match=says):
+        load_openai_clip(tmp_path / "clip.pt")
 
 
 def lacking(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
