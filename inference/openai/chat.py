@@ -8,14 +8,15 @@ Knows nothing of torch or Flask.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from dalle.errors import UserError
 from inference.api.parsing import read_object, validate
 from inference.api.schema import GenerateRequest, Limits
-from inference.openai.requests import MAX_JSON_BYTES, enough, parted
+from inference.openai.requests import MAX_JSON_BYTES, enough, parted, renamed
 from inference.openai.schema import PASSED_BY_CHATS, ChatRequest
 
 
@@ -50,7 +51,25 @@ def read_chat(body: bytes, *, limits: Limits) -> ChatCall:
         "num_images": num_images,
         "format": chat.output_format,
     }
-    return ChatCall(chat, validate(GenerateRequest, request, limits))
+    with naming_what_was_sent(chat):
+        return ChatCall(chat, validate(GenerateRequest, request, limits))
+
+
+@contextmanager
+def naming_what_was_sent(chat: ChatRequest) -> Iterator[None]:
+    """Name n in errors of `UserError` about num_images, unless it was num_images that was sent."""
+    try:
+        yield
+    except UserError as error:
+        if chat.num_images > 1:
+            raise
+        names = {"num_images": "n"}
+        raise UserError(
+            renamed(str(error), names),
+            field=names.get(error.field or "", error.field),
+            status=error.status,
+            code=error.code,
+        ) from error
 
 
 def without_history(body: bytes) -> bytes:

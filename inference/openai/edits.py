@@ -30,6 +30,7 @@ _READ_BYTES = 1 << 16  # that the parser takes at once
 # of the last, which may be the beginning of a boundary. That holds for files, too.
 _MAX_FORM_BYTES = _MAX_TEXT_BYTES + _READ_BYTES
 _MAX_NUMBER_CHARACTERS = 100
+_FILES = ("image", "mask")
 _TEXTS = frozenset(
     {
         *("prompt", "model", "user", "safety_identifier", "size", "response_format"),
@@ -49,16 +50,21 @@ def read_edit(
     """Return the call in the body of POST /v1/images/edits.
 
     content_type: the header, whose boundary parts the body; image_size, grid_size: as for
-    `read_generation`. Raises `UserError`: 400 for a body that is no form, 413 for too many or too
-    long parts, 422 for faults of the fields, the image and the mask.
+    `read_generation`. The call's fields have no image and no mask any more.
+    Raises `UserError`: 400 for a body that is no form, 413 for too many or too long parts, 422 for
+    faults of the fields, the image and the mask.
     """
     texts, files = _parts(body, content_type)
     fields: dict[str, Any] = {name: _value(name, text) for name, text in texts.items()}
+    for name in _FILES:
+        if fields.get(name) is not None:
+            raise _wrong(name, f"{name} must be a file, got a text: {fields[name]!r:.60}")
     fields |= {name: _one(name, each) for name, each in files.items()}
     own, passed = parted(fields, PASSED_BY_EDITS)
     edit = validate(EditRequest, own, limits, image_size=image_size, also=PASSED_BY_EDITS)
     rows = kept_rows(edit.image, edit.mask, grid_size) if grid_size else 1
     prime = {"prime_image": base64.b64encode(edit.image).decode("ascii"), "prime_rows": rows}
+    edit = edit.model_copy(update={"image": b"", "mask": None})  # large, and read
     return images_call(edit, {**passed, **prime}, limits=limits, grid_size=grid_size)
 
 
@@ -103,18 +109,14 @@ def _value(name: str, text: str) -> Any:
 
 
 def _one(name: str, files: Sequence[bytes]) -> bytes:
-    if name not in ("image", "mask"):
-        raise UserError(
-            f"{name[:60]} is a file; files are image and mask",
-            field=name[:60],
-            status=422,
-            code="invalid_request",
-        )
+    if name not in _FILES:
+        raise _wrong(name[:60], f"{name[:60]} is a file; files are {' and '.join(_FILES)}")
     if len(files) > 1:
-        raise UserError(
-            f"{name} must be one file, got {len(files)}: the model continues a single image",
-            field=name,
-            status=422,
-            code="invalid_request",
+        raise _wrong(
+            name, f"{name} must be one file, got {len(files)}: the model continues a single image"
         )
     return files[0]
+
+
+def _wrong(field: str, message: str) -> UserError:
+    return UserError(message, field=field, status=422, code="invalid_request")

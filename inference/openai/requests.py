@@ -40,7 +40,7 @@ _OF_IMAGES = {
 _NAMES: Mapping[str, Mapping[str, str]] = {
     GENERATIONS: _OF_IMAGES,
     EDITS: {**_OF_IMAGES, "prime_image": "image", "prime_rows": "mask"},
-    CHAT: {"caption": "messages", "num_images": "n or num_images", "format": "output_format"},
+    CHAT: {"caption": "messages", "format": "output_format"},
 }
 
 
@@ -148,6 +148,10 @@ def in_their_words(message: str, field: str | None, route: str) -> tuple[str, st
     names = _NAMES.get(route, {})
     if not names or f"{field} is unknown" in message:  # our name, where theirs is known
         return message, field
+    return renamed(message, names), names.get(field or "", field)
+
+
+def renamed(message: str, names: Mapping[str, str]) -> str:
+    """Return a message with other names of fields where they begin what is said of one."""
     ours = "|".join(names)
-    renamed = re.sub(rf"(^|; )({ours})(?= )", lambda found: found[1] + names[found[2]], message)
-    return renamed, names[field].split()[0] if field and field in names else field
+    return re.sub(rf"(^|; )({ours})(?= )", lambda found: found[1] + names[found[2]], message)

@@ -100,7 +100,7 @@ def create_app(engine_core: EngineCore, settings: Settings) -> Flask:
         kind = body_kind(request.headers.get("Content-Type"))
         accept = Accept.parse(request.headers.get("Accept"))
         accept.best()  # refused before the body is read where no type at all is acceptable
-        return answer(Handler, accept, lambda handler, body: handler.answer(body, kind))
+        return answer(Handler, accept, lambda handler, take_body: handler.answer(take_body(), kind))
 
     def openai_by_path() -> Response:
         _begin()
@@ -127,13 +127,15 @@ def create_app(engine_core: EngineCore, settings: Settings) -> Flask:
         return answer(
             OpenAIHandler,
             Accept.parse(None),
-            lambda handler, body: handler.answer_call(route, body, content_type),
+            lambda handler, take_body: handler.answer_call(route, take_body, content_type),
         )
 
     def answer(
-        kind: type[AnyHandler], accept: Accept, work: Callable[[AnyHandler, bytes], Answer]
+        kind: type[AnyHandler],
+        accept: Accept,
+        work: Callable[[AnyHandler, Callable[[], bytes]], Answer],
     ) -> Response:
-        """Answer by a handler of a kind, once the body has arrived."""
+        """Answer by a handler of a kind, once the body has arrived, which `work` takes once."""
         connection = request.environ.get("gunicorn.socket")
         if request.content_encoding not in (None, "", "identity"):
             raise UserError(
@@ -144,7 +146,7 @@ def create_app(engine_core: EngineCore, settings: Settings) -> Flask:
             )
         engine = engine_core.engine()
         places.check()
-        body = _read_body(settings.limits)
+        take_body = [_read_body(settings.limits)].pop
         handler = kind(
             engine_core,
             engine,
@@ -157,7 +159,7 @@ def create_app(engine_core: EngineCore, settings: Settings) -> Flask:
         )
         places.take()
         try:
-            reply = work(handler, body)
+            reply = work(handler, take_body)
         except BaseException:
             places.give_back()
             raise

@@ -95,7 +95,7 @@ class RequestBody:
         with memoryview(self._received) as view:
             part = bytes(view[self._position : end])
         self._position += len(part)
-        if not part:  # all of it is elsewhere now
+        if self._position >= len(self._received):  # all of it is elsewhere now
             self._received.clear()
             self._position = 0
         return part

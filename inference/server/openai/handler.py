@@ -7,11 +7,15 @@ Knows nothing of Flask.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+
 from inference.api.parsing import JSON
 from inference.api.rendering import GenerateResult, StreamForm, check_reply_size, render_json
 from inference.api.schema import GenerateRequest
 from inference.engine.request import EngineRequest
-from inference.openai.chat import ChatCall, read_chat
+from inference.openai.chat import ChatCall, naming_what_was_sent, read_chat
 from inference.openai.chat_rendering import ChatStream, chat_reply
 from inference.openai.edits import read_edit
 from inference.openai.rendering import EVENT_STREAM, ImagesStream, Sizes, images_reply
@@ -23,18 +27,23 @@ from inference.server.handler import Answer, Handler
 class OpenAIHandler(Handler):
     """Handler of one HTTP request in OpenAI's form. Its Accept header decides nothing."""
 
-    def answer_call(self, route: str, body: bytes, content_type: str | None) -> Answer:
+    def answer_call(
+        self, route: str, take_body: Callable[[], bytes], content_type: str | None
+    ) -> Answer:
         """Return the reply to a request of one of `openai.requests.ROUTES`.
 
+        take_body: hands the body over, so that nothing holds it while pictures are made.
         content_type: the header. Raises what `read_generation`, `read_edit`, `read_chat`,
         `Engine.prepare` and `EngineCore.submit` raise, and the request's own error.
         """
-        call = self._read(route, body, content_type)
+        call = self._read(route, take_body(), content_type)
         request = self._with_small_images(call.request)
         assert isinstance(request, GenerateRequest)
+        call = replace(call, request=request)
         if not call.fields.stream and self.engine.image_size:
             remedy = "for output_format jpeg or webp, or for a stream"
-            check_reply_size(request, self.engine.image_size, self.limits, remedy=remedy)
+            with naming_what_was_sent(call.fields) if isinstance(call, ChatCall) else nullcontext():
+                check_reply_size(request, self.engine.image_size, self.limits, remedy=remedy)
         prepared = self._enqueue(request, wait=False)
         try:
             sizes = self._sizes(prepared)

@@ -11,8 +11,9 @@ from PIL import Image
 
 from inference.openai.chat import without_history
 from inference.openai.schema import MODEL
+from inference.server.app import create_app
 from tests.inference.openai.posting import events, post, streaming
-from tests.inference.server.app_fixtures import ATTRIBUTES
+from tests.inference.server.app_fixtures import ATTRIBUTES, SETTINGS
 
 ROUTE = "/v1/chat/completions"
 ASKED = {"messages": [{"role": "user", "content": "a"}]}
@@ -114,7 +115,10 @@ def test_what_means_nothing_for_pictures_changes_none(client, engine):
         ({"messages": [user([{"type": "image_url"}])]}, "messages", "/v1/images/edits continues"),
         ({"messages": [user(" ")]}, "messages", "messages"),
         ({"messages": [user("endless")]}, "messages", "the model reads 8"),
-        ({"n": 9}, "n", "n or num_images must be 1 to 8, got 9"),
+        ({"n": 9}, "n", "n must be 1 to 8, got 9"),
+        ({"num_images": 9}, "num_images", "num_images must be 1 to 8, got 9"),
+        ({"num_images": 0}, "num_images", "num_images must be 1"),
+        ({"n": 3, "num_candidates": 2}, "n", "n must be 1 to num_candidates"),
         ({"n": 2, "num_images": 2}, "n", "exclude each other"),
         ({"tools": [{"type": "function"}]}, "tools", "must be empty"),
         ({"response_format": {"type": "json_object"}}, "response_format", "'text'"),
@@ -172,6 +176,17 @@ def test_a_stream_of_a_chat_sends_a_picture_before_it_makes_all(client, encoded,
     assert len(encoded) <= 2
     assert sum(b"image_url" in part for part in parts) == 7
     assert len(encoded) == 8
+
+
+@pytest.mark.parametrize("field", ["n", "num_images"])
+def test_a_reply_that_could_be_too_large_is_refused_by_the_field_that_was_sent(
+    engine_core, engine, field
+):
+    engine.image_size = 1024
+    client = create_app(engine_core, SETTINGS).test_client()
+    error = post(client, ROUTE, ASKED | {field: 8}).json["error"]
+    assert (error["code"], error["param"]) == ("reply_too_large", field)
+    assert error["message"].startswith(f"{field} must be at most 1 for")
 
 
 def test_a_stream_without_the_option_has_no_usage(client):

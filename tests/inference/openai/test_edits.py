@@ -2,7 +2,9 @@
 
 import base64
 import io
+import weakref
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +14,14 @@ from werkzeug.test import stream_encode_multipart
 
 from dalle.errors import UserError
 from inference.api.schema import Limits
+from inference.openai.edits import read_edit
 from inference.openai.masks import kept_rows
+from inference.openai.schema import EditRequest
+from inference.server import app
 from inference.server.app import create_app
+from inference.server.openai.handler import OpenAIHandler
 from tests.inference.openai.posting import events, file_of, mask
-from tests.inference.server.app_fixtures import ATTRIBUTES, SETTINGS
+from tests.inference.server.app_fixtures import ATTRIBUTES, PATIENCE, SETTINGS, in_background
 
 ROUTE = "/v1/images/edits"
 
@@ -76,6 +82,45 @@ def test_an_image_of_a_megabyte_is_read(engine_core, engine):
     assert engine.asked[0].prime_rows == 2
 
 
+def test_of_an_upload_nothing_is_held_while_pictures_are_made(engine_core, engine, monkeypatch):
+    """Neither the body, nor the image and the mask in it, nor the image in base64."""
+    bodies_gone: list[bool] = []
+    read, scaled = app._read_body, OpenAIHandler._with_small_images
+    large: list[weakref.ref[Any]] = []
+
+    class Body(bytes):
+        def __del__(self) -> None:
+            bodies_gone.append(True)
+
+    def note(handler, request):
+        large.append(weakref.ref(request))
+        return scaled(handler, request)
+
+    monkeypatch.setattr(app, "_read_body", lambda limits: Body(read(limits)))
+    monkeypatch.setattr(OpenAIHandler, "_with_small_images", note)
+    client = create_app(engine_core, SETTINGS).test_client()
+    engine.gate.clear()
+    thread, answers = in_background(lambda: edit(client, mask=mask(4, 8)))
+    assert engine.begun.acquire(timeout=PATIENCE)
+    try:
+        assert bodies_gone == [True]
+        assert large[0]() is None
+    finally:
+        engine.gate.set()
+        thread.join(PATIENCE)
+    assert answers[0].status_code == 200
+
+
+def test_the_fields_of_an_edit_have_no_files():
+    body, _, boundary = stream_encode_multipart(
+        {"prompt": "a", "image": FileStorage(io.BytesIO(mask(4, 8)), "image.png")}
+    )
+    content_type = f"multipart/form-data; boundary={boundary}"
+    call = read_edit(body.read(), content_type, limits=Limits(), image_size=8, grid_size=4)
+    assert isinstance(call.fields, EditRequest)
+    assert (call.fields.image, call.fields.mask) == (b"", None)
+
+
 def test_a_text_that_no_field_needs_is_a_413_that_says_the_limit(engine_core):
     client = create_app(engine_core, replace(SETTINGS, limits=Limits())).test_client()
     response = edit(client, mask=mask(4, 8), prompt="a" * 131_073)
@@ -128,7 +173,8 @@ def test_edits_are_reached_by_an_invocations_attributes(client, engine):
             "is unknown",
         ),
         ({"mask": mask(4, 8), "markup": picture()}, 400, "markup", "invalid_request", "is a file"),
-        ({"mask": mask(4, 8), "image": "x"}, 400, "image", "invalid_request", "valid bytes"),
+        ({"mask": mask(4, 8), "image": "x"}, 400, "image", "invalid_request", "must be a file"),
+        ({"mask": "x"}, 400, "mask", "invalid_request", "mask must be a file, got a text: 'x'"),
         ({"mask": mask(4, 8), "prompt": "a" * 70_000}, 413, None, "payload_too_large", "20,000"),
     ],
 )

@@ -3,7 +3,7 @@
 import socket
 from contextlib import suppress
 
-from inference.server.connection import Connection
+from inference.server.connection import Connection, RequestBody
 
 
 def test_a_connection_with_unread_replies_cannot_send_until_they_are_read():
@@ -19,3 +19,11 @@ def test_a_connection_with_unread_replies_cannot_send_until_they_are_read():
             while theirs.recv(65_536):
                 pass
         assert connection.can_send
+
+
+def test_a_body_that_was_read_to_its_end_is_in_memory_no_more():
+    body = RequestBody(length=4, limit=10)
+    body.feed(b"abcd")
+    assert (body.read(3), body.size, body.is_read) == (b"abc", 4, False)
+    assert (body.read(3), body.size, body.is_read) == (b"d", 0, True)
+    assert (body.read(3), body.is_read) == (b"", True)
