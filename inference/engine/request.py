@@ -176,6 +176,8 @@ class PreparedGeneration(EngineRequest):
     num_candidates: int
     options: SamplingOptions
     preview_rows: int | None = None
+    num_previewed: int | None = None
+    """Candidates that have previews, from number 0; None: all."""
     num_images: int = 1
     mark: Mark | None = None
     """What its files say of their origin."""
@@ -213,6 +215,12 @@ class PreparedGeneration(EngineRequest):
     def num_unsampled(self) -> int:
         """Candidates that wait for a slot or are being sampled."""
         return len(self.decoding.waiting) + self.decoding.in_slots
+
+    def is_previewed(self, number: int) -> bool:
+        """Return whether the candidate of a number has previews."""
+        return self.preview_rows is not None and (
+            self.num_previewed is None or number < self.num_previewed
+        )
 
     @property
     def is_over(self) -> bool:

@@ -161,26 +161,31 @@ class Scheduler:
     def _limit(self, request: PreparedGeneration) -> None:
         """Limit the candidates in slots to what can be finished before the request's deadline."""
         decoding = request.decoding
-        previews = 0
+        previews = previewed = 0
         if request.preview_rows is not None:  # of a finished image there is none
             previews = (self._dvae.config.grid_size - 1) // request.preview_rows
+            in_slots = (number for number, _ in self._engine.tokens_so_far(decoding))
+            previewed = sum(map(request.is_previewed, (*decoding.waiting, *in_slots)))
         decoding.max_in_slots = self._latency.chunk_size(
             max(1, request.num_unsampled),
             request.options.guidance_scale != 1.0,
             request.num_positions,
             request.seconds_left(),
             decodes=1 + previews,
+            previewed=previewed,
             others=self._engine.num_in_slots - decoding.in_slots,
         )
 
     def _preview(self) -> None:
-        """Pass on a preview of each unfinished candidate after every `preview_rows` whole rows."""
+        """Pass on a preview of unfinished candidates after every `preview_rows` whole rows."""
         grid_size = self._dvae.config.grid_size
         for request in self._running:
             if request.preview_rows is None or request.is_stopped:
                 continue
             by_rows: dict[int, list[tuple[int, Tensor]]] = {}
             for number, tokens in self._engine.tokens_so_far(request.decoding):
+                if not request.is_previewed(number):
+                    continue
                 rows, rest = divmod(len(tokens), grid_size)
                 if not rest and not rows % request.preview_rows and 0 < rows < grid_size:
                     by_rows.setdefault(rows, []).append((number, tokens))
@@ -271,11 +276,13 @@ class LatencyModel:
         seconds: float,
         *,
         decodes: int = 1,
+        previewed: int | None = None,
         others: int = 0,
     ) -> int:
         """Return how many of the `remaining` candidates to sample together, `seconds` being left.
 
         decodes: how often each is decoded, more than once with previews.
+        previewed: of how many that holds, the others being decoded once; None: of all.
         others: candidates of other requests that are sampled in the same steps.
         The result is `remaining` or the maximum, halved until it is expected to be finished in
         time, at least 1.
@@ -283,7 +290,8 @@ class LatencyModel:
         size = min(remaining, self.max_chunk_size)
         while size > 1:
             expected = self._seconds_per_position(size + others, guided) * positions
-            if expected + decodes * self.finishing_seconds(size) <= seconds:
+            again = size if previewed is None else min(size, previewed)
+            if expected + self.finishing_seconds(size + (decodes - 1) * again) <= seconds:
                 break
             size = (size + 1) // 2
         return size

@@ -306,12 +306,13 @@ class Handler:
 
     def _enqueue(self, request: Request, *, wait: bool) -> EngineRequest:
         """Prepare a request and put it into the queue."""
-        seconds = request.deadline_seconds or self.limits.deadline_seconds
-        prepared = self.engine.prepare(
-            request, arrival=self.arrival, deadline=self.arrival + seconds
-        )
+        prepared = self._prepare(request)
         self.engine_core.submit(prepared, wait=wait)
         return prepared
+
+    def _prepare(self, request: Request) -> EngineRequest:
+        seconds = request.deadline_seconds or self.limits.deadline_seconds
+        return self.engine.prepare(request, arrival=self.arrival, deadline=self.arrival + seconds)
 
     def _result(self, prepared: EngineRequest) -> Result:
         while isinstance(event := self._next_event(prepared), Preview | Candidate):

@@ -13,8 +13,8 @@ from dataclasses import replace
 
 from inference.api.parsing import JSON
 from inference.api.rendering import GenerateResult, StreamForm, check_reply_size, render_json
-from inference.api.schema import GenerateRequest
-from inference.engine.request import EngineRequest
+from inference.api.schema import GenerateRequest, Request
+from inference.engine.request import EngineRequest, PreparedGeneration
 from inference.openai.chat import ChatCall, naming_what_was_sent, read_chat
 from inference.openai.chat_rendering import ChatStream, chat_reply
 from inference.openai.edits import read_edit
@@ -84,6 +84,12 @@ class OpenAIHandler(Handler):
                 grid_size=grid_size,
             )
         return read_generation(body, limits=self.limits, image_size=image_size, grid_size=grid_size)
+
+    def _prepare(self, request: Request) -> EngineRequest:
+        prepared = super()._prepare(request)
+        if isinstance(prepared, PreparedGeneration):
+            prepared.num_previewed = 1  # `ImagesStream` sends no others
+        return prepared
 
     def _sizes(self, prepared: EngineRequest) -> Sizes:
         return Sizes(

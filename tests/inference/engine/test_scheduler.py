@@ -171,6 +171,24 @@ def test_previews_are_the_same_whichever_requests_run_beside_them(runner):
         assert (one.pixels == other.pixels).all()
 
 
+def test_only_as_many_candidates_are_previewed_as_are_to_be(runner, monkeypatch):
+    prepared = runner.prepare(ask(0, preview_rows=2))
+    prepared.num_previewed = 1
+    decoded: list[int] = []
+    decode_rows = runner._artefact.dvae.decode_rows
+
+    def note(tokens):
+        decoded.append(len(tokens))
+        return decode_rows(tokens)
+
+    monkeypatch.setattr(runner._artefact.dvae, "decode_rows", note)
+    result = runner.run(prepared)
+    events = iter(lambda: prepared.next_event(0.0), None)
+    assert {each.number for each in events if isinstance(each, Preview)} == {0}
+    assert set(decoded) == {1}
+    assert len(result.ranked) == 3
+
+
 def test_the_self_test_leaves_running_requests_alone(artefact, runner):
     prepared = runner.prepare(ask(0, num_candidates=5))
     runner.add(prepared)
@@ -338,3 +356,4 @@ def test_a_chunk_is_as_large_as_the_time_allows():
     latency.record_finishing(1, 1.0)
     assert latency.chunk_size(100, False, 16, 30.0) == 8, "decoding counts too"
     assert latency.chunk_size(100, False, 16, 30.0, decodes=4) == 2, "and so do previews"
+    assert latency.chunk_size(100, False, 16, 30.0, decodes=4, previewed=1) == 4, "of one alone"

@@ -4,9 +4,13 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
+from dalle.decoding.sampling import SamplingOptions
+from dalle.errors import UserError
 from dalle.model_card import ComponentCard
 from inference.api.schema import Limits
+from inference.engine.request import PreparedGeneration
 from inference.openai.schema import MODEL
 from inference.server.app import create_app
 from tests.inference.openai.posting import events, post, streaming
@@ -194,6 +198,31 @@ def test_partial_images_are_those_of_the_first_candidate(client, with_grid):
     assert found[0][1]["partial_image_index"] == 0
     assert (pixels_of(found[0][1]["b64_json"]) == 128).all()
     assert with_grid.asked[0].preview_rows == 1  # of four, so that there are three
+
+
+def test_only_the_candidate_whose_partial_images_are_sent_is_previewed(
+    client, engine_core, engine, monkeypatch
+):
+    def prepare(request, **times):
+        return PreparedGeneration(
+            caption=request.caption,
+            text_tokens=torch.zeros(1, 8),
+            seed=0,
+            num_candidates=request.num_candidates,
+            options=SamplingOptions(),
+            preview_rows=1,
+            **times,
+        )
+
+    def refuse(prepared, **_):
+        submitted.append(prepared)
+        raise UserError("enough is known")
+
+    submitted: list[PreparedGeneration] = []
+    monkeypatch.setattr(engine, "prepare", prepare)
+    monkeypatch.setattr(engine_core, "submit", refuse)
+    post(client, ROUTE, {"prompt": "a", "stream": True, "partial_images": 3})
+    assert [each.num_previewed for each in submitted] == [1]
 
 
 @pytest.mark.parametrize(("grid", "partial", "rows"), [(4, 1, 2), (8, 2, 3), (16, 3, 4), (2, 3, 1)])
