@@ -96,21 +96,31 @@ def test_about_is_two_digits(number, text):
 
 
 class Checker(html.parser.HTMLParser):
-    """Whether every element is closed where it should be, and what it fetches."""
+    """Whether every element is closed where it should be, what it fetches, and where it leads."""
 
     VOID = frozenset({"meta"})
 
     def __init__(self):
         super().__init__()
         self.open, self.fetched, self.text = [], [], []
+        self.targets, self.ids = [], []
 
     def handle_starttag(self, tag, attributes):
         if tag not in self.VOID:
             self.open.append(tag)
-        self.fetched += [value for name, value in attributes if name in ("src", "href")]
+        self._note(attributes)
 
     def handle_startendtag(self, tag, attributes):
-        self.fetched += [value for name, value in attributes if name in ("src", "href")]
+        self._note(attributes)
+
+    def _note(self, attributes):
+        for name, value in attributes:
+            if name == "href" and value.startswith("#"):
+                self.targets.append(value[1:])
+            elif name in ("src", "href"):
+                self.fetched.append(value)
+            elif name == "id":
+                self.ids.append(value)
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -131,6 +141,8 @@ def test_the_page_is_whole_and_fetches_nothing(comparison):
     checker.feed(page)
     assert checker.open == []
     assert checker.fetched == []
+    assert checker.targets
+    assert all(checker.ids.count(target) == 1 for target in checker.targets)
     assert not re.search(r"url\((?!#)|@import|https?://", page)
     text = " ".join(checker.text)
     for table in tables(comparison):

@@ -147,7 +147,7 @@ def test_a_real_serve_answers_chats_plain_and_streamed(serve_url, client_of, ope
                 model="", messages=MESSAGES, extra_body=extra, stream=True
             )
             parts = [chunk.choices[0].delta.content for chunk in stream]
-        with pytest.raises(openai.BadRequestError, match="n or num_images must be 1 to 32"):
+        with pytest.raises(openai.BadRequestError, match="n must be 1 to 32, got 33"):
             ask(client_of(facade), n=33)
     (streamed,) = [part for part in parts if part]
     assert reply.choices[0].message.content[0]["image_url"] == streamed[0]["image_url"]

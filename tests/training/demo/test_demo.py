@@ -331,7 +331,7 @@ def test_the_whole_way_in_miniature_interrupted_finished_and_reused(tmp_path, mo
         "Training",
         "Data",
     ):
-        assert f"<h2>{heading}</h2>" in page
+        assert f">{heading}</h2>" in page
     replies = json.loads((out / "generated" / "replies.json").read_text("utf-8"))
     few = rainbow.samples()[::16]
     monkeypatch.setattr(rainbow, "samples", lambda: few)
