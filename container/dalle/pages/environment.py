@@ -35,6 +35,7 @@ def page_environment(package: str) -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     style = (resources.files("dalle.pages") / "page.css").read_text("utf-8")
     environment.globals |= {

@@ -33,6 +33,10 @@ def test_a_page_holds_the_style_sheet_or_refers_to_a_copy():
     assert "<style" not in page
 
 
+def test_a_page_ends_with_one_line_break():
+    assert rendered("x").endswith("</html>\n")
+
+
 def test_text_is_escaped():
     environment = page_environment("training.report")
     assert environment.from_string("{{ x }}").render(x="<b>") == "&lt;b&gt;"
