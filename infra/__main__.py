@@ -175,7 +175,8 @@ def overview() -> str:
             "",
             "`python -m infra COMMAND --help` shows a command's options, with examples.",
             "Exit codes: 0 it worked or was there already, 1 it failed, 2 the command line is "
-            "wrong.",
+            "wrong,",
+            "130 it was interrupted.",
         ]
     )
 

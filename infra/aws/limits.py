@@ -31,6 +31,8 @@ PAYLOAD_BYTES: dict[Mode, int] = {
     "async": 1_000 * MEGABYTE,
     "batch": 100 * MEGABYTE,
 }
+INLINE_BYTES = 128_000
+"""Of a request to an asynchronous endpoint that is sent with the call, not by the bucket."""
 SERVERLESS_MEMORY_MB = range(1024, 6144 + 1, 1024)
 SERVERLESS_IMAGE_BYTES = 10 * GIBIBYTE
 SERVERLESS_CONCURRENCY = range(1, 200 + 1)

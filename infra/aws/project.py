@@ -26,6 +26,8 @@ MAX_NAME = 20
 """A bucket's name has 63 characters: project, account, region and two dashes."""
 PROJECT_TAG = "dalle:project"
 OUTPUTS = ("Bucket", "Repository", "RoleArn")
+READ_BUCKET = "ReadBucket"
+"""The stack's parameter that names another bucket."""
 IMAGE_TAG = "latest"
 KIND_WORDS = {
     "Endpoint": "endpoint",
@@ -43,11 +45,13 @@ class StackOutputs:
     """Outputs of the project's stack.
 
     bucket, repository: names. role_arn: of the role that jobs and endpoints run as.
+    read_bucket: another one that this role may read; empty for none.
     """
 
     bucket: str
     repository: str
     role_arn: str
+    read_bucket: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,11 @@ class Image:
     digest: str
     num_bytes: int | None
     compressed_bytes: int
+
+
+PRESUMED_OUTPUTS = StackOutputs(*(placeholder(f"{key} of the stack") for key in OUTPUTS))
+PRESUMED_IMAGE = Image(placeholder("address of the image"), placeholder("digest"), None, 0)
+"""Stand-ins for what AWS would answer: with them a plan is checked before the first request."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +118,8 @@ class Project:
                 f"the stack {self.name} {state}, and so project {self.name} has no bucket, "
                 f"repository and role yet; run `python -m infra bootstrap` first"
             )
-        return StackOutputs(found["Bucket"], found["Repository"], found["RoleArn"])
+        named = found["Bucket"], found["Repository"], found["RoleArn"]
+        return StackOutputs(*named, read_bucket=parameter_of(stack, READ_BUCKET))
 
     def image(self, repository: str, tag: str = IMAGE_TAG) -> Image:
         """Return the pushed image. Raises UserError when the repository has no such tag."""
@@ -196,6 +206,12 @@ class Project:
 def outputs_of(stack: Mapping[str, Any] | None) -> dict[str, str]:
     """Return the outputs of a stack as CloudFormation describes it; none before `bootstrap`."""
     return {each["OutputKey"]: each["OutputValue"] for each in (stack or {}).get("Outputs", [])}
+
+
+def parameter_of(stack: Mapping[str, Any] | None, key: str) -> str:
+    """Return a parameter of a stack; the empty text when it has none of that name."""
+    parameters = (stack or {}).get("Parameters", [])
+    return next((p["ParameterValue"] for p in parameters if p["ParameterKey"] == key), "")
 
 
 def image_size_tag(tag: str) -> str:

@@ -132,14 +132,19 @@ def transform_request(
 
 
 def save(output: Output, reply: bytes, out: Path) -> tuple[int, int]:
-    """Write the images of every line; return the numbers of images and of refused captions."""
+    """Write the images of every line; return the numbers of images and of refused captions.
+
+    Empty lines count for nothing: the platform ends a line that has ended already.
+    """
     written = refused = 0
-    for number, line in enumerate(reply.splitlines(), 1):
+    for number, line in enumerate(filter(None, map(bytes.strip, reply.splitlines())), 1):
         message = results.error_message(line)
         if message is None:
             reply_to_line = results.read_reply(line)
             images = results.save_images(reply_to_line, out, "png", prefix=f"{number:04}-")
             written += len(images)
+            for warning in reply_to_line.warnings:
+                output.item(f"caption {number}", f"warning: {warning}")
         else:
             refused += 1
             output.item(f"caption {number}", message)

@@ -12,18 +12,42 @@ and a changed option or a newly pushed image creates new ones and updates the en
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from typing import Any
 
 from dalle.errors import AwsError, UserError
 from infra.aws.limits import Deployment, check_deployment
-from infra.aws.project import Project, StackOutputs, add_project_arguments, open_project
+from infra.aws.project import (
+    PRESUMED_IMAGE,
+    PRESUMED_OUTPUTS,
+    Image,
+    Project,
+    StackOutputs,
+    add_project_arguments,
+    open_project,
+)
 from infra.aws.request import Request, describe, digest, newest_first, placeholder
+from infra.aws.storage import check_readable
 from infra.endpoint import autoscaling, batch
 from infra.endpoint import options as endpoint_options
 from infra.endpoint.idle_cost import expected_idle_cost
 
 VARIANT = "main"
 POLL_SECONDS = 15.0
+PRESUMED_MODEL = "s3://<Bucket>/<model>.tar.gz"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `deploy` creates. target: an endpoint's configuration, or a batch."""
+
+    deployment: Deployment
+    model: Request
+    target: Request | batch.Batch
+
+    @property
+    def model_name(self) -> str:
+        return str(self.model.parameters["ModelName"])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,24 +58,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     endpoint_options.check_given(options)
     project = open_project(options)
+    make_plan(options, project, PRESUMED_OUTPUTS, PRESUMED_IMAGE, options.model or PRESUMED_MODEL)
     outputs = project.stack_outputs()
     image = project.image(outputs.repository, options.tag)
+    if options.model:
+        check_readable(project, outputs, [options.model])
     model_data = options.model or newest_model(project)
-    deployment = endpoint_options.read(options, project.name, image, model_data)
-    check_deployment(deployment)
-    model = model_request(deployment, outputs, project.tags)
-    model_name = model.parameters["ModelName"]
-    if deployment.mode == "batch":
-        job = batch.plan(deployment, model_name, outputs.bucket, options.captions, project.tags)
-        project.aws.check(job.request)
-        project.ensure("Model", model_name, model)
-        return batch.run(project, job, options.out)
-    config = config_request(deployment, model_name, outputs, project.tags)
-    config_name = config.parameters["EndpointConfigName"]
-    # The whole plan is checked before its first part is created.
-    project.aws.check(config)
-    project.ensure("Model", model_name, model)
-    project.ensure("EndpointConfig", config_name, config)
+    plan = make_plan(options, project, outputs, image, model_data)
+    deployment, model_name = plan.deployment, plan.model_name
+    project.ensure("Model", model_name, plan.model)
+    if isinstance(plan.target, batch.Batch):
+        return batch.run(project, plan.target, options.out)
+    config_name = plan.target.parameters["EndpointConfigName"]
+    project.ensure("EndpointConfig", config_name, plan.target)
     state = put_endpoint(project, deployment.name, config_name, wait=options.wait)
     if options.wait or project.aws.dry_run:
         autoscaling.scale(project, deployment, VARIANT)
@@ -72,6 +91,31 @@ def run(options: argparse.Namespace) -> int:
     )
 
 
+def make_plan(
+    options: argparse.Namespace,
+    project: Project,
+    outputs: StackOutputs,
+    image: Image,
+    model_data: str,
+) -> Plan:
+    """Return what the options describe. Raises PlanError for what the platform would refuse.
+
+    Called twice: with stand-ins before the first request, and with AWS's answers after it.
+    """
+    deployment = endpoint_options.read(options, project.name, image, model_data)
+    check_deployment(deployment)
+    model = model_request(deployment, outputs, project.tags)
+    project.aws.check(model)
+    name = str(model.parameters["ModelName"])
+    if deployment.mode == "batch":
+        job = batch.plan(deployment, name, outputs.bucket, options.captions, project.tags)
+        project.aws.check(job.request)
+        return Plan(deployment, model, job)
+    config = config_request(deployment, name, outputs, project.tags)
+    project.aws.check(config)
+    return Plan(deployment, model, config)
+
+
 def newest_model(project: Project) -> str:
     """Return the model.tar.gz of the newest completed training job. Raises UserError."""
     jobs = project.aws.items(
@@ -82,7 +126,7 @@ def newest_model(project: Project) -> str:
     for job in jobs:
         described = project.aws.call(
             describe("TrainingJob", job["TrainingJobName"]),
-            answer={"ModelArtifacts": {"S3ModelArtifacts": "s3://<Bucket>/<model>.tar.gz"}},
+            answer={"ModelArtifacts": {"S3ModelArtifacts": PRESUMED_MODEL}},
         )
         if project.aws.dry_run or project.owns(described["TrainingJobArn"]):
             return str(described["ModelArtifacts"]["S3ModelArtifacts"])

@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from inference.api.parsing import parse_request
 from inference.api.replies import CandidateLine, RankingLine
 from inference.api.schema import GenerateRequest, Limits
 from infra.aws.client import Aws
-from infra.aws.limits import Mode, check_payload
+from infra.aws.limits import INLINE_BYTES, Mode, check_payload
 from infra.aws.output import Output
 from infra.aws.project import Project, StackOutputs, add_project_arguments, open_project, split_uri
 from infra.aws.request import Request, describe, digest, placeholder
@@ -82,6 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     body = request_body(options)
+    if options.openai and options.stream:
+        raise PlanError("--openai and --stream cannot be given together")
     if options.local:
         output = Output(as_json=options.json, dry_run=options.dry_run)
         local = Aws(output, local_url=f"http://127.0.0.1:{options.port}")
@@ -92,10 +96,8 @@ def run(options: argparse.Namespace) -> int:
     mode = "realtime" if options.local else endpoint_mode(project, name)
     check_payload(mode, len(body))
     if options.openai:
-        if mode != "realtime" or options.stream:
-            raise PlanError(
-                f"--openai is for a realtime endpoint and not for --stream; {name} is {mode}"
-            )
+        if mode != "realtime":
+            raise PlanError(f"--openai is for a realtime endpoint, and {name} is {mode}")
         return invoke_openai(project, name, json.loads(body), options.out)
     if options.stream:
         if mode in ("async", "serverless"):
@@ -114,9 +116,11 @@ def run(options: argparse.Namespace) -> int:
         f"seed {read.seed}, {read.completed_candidates} of {read.num_candidates} candidates, "
         f"ranked by {read.ranked_by}"
     )
+    results.show_warnings(project.output, read.warnings)
     return project.output.finish(
         endpoint=name,
         mode=mode,
+        warnings=read.warnings,
         seed=read.seed,
         num_candidates=read.num_candidates,
         completed_candidates=read.completed_candidates,
@@ -182,16 +186,21 @@ def invoke_sync(aws: Aws, name: str, body: bytes) -> bytes:
 def invoke_async(
     project: Project, outputs: StackOutputs, name: str, body: bytes, timeout: float
 ) -> bytes:
-    """Return the reply of an asynchronous endpoint: request and reply pass through the bucket.
+    """Return the reply of an asynchronous endpoint, which it leaves in the bucket.
 
+    A small request is sent with the call, a larger one by the bucket.
     Raises AwsError with the endpoint's error message, and when no reply came in time.
     """
-    key = f"async/{name}/requests/{digest(body.decode())}.json"
-    project.aws.call(
-        Request("s3", "PutObject", Bucket=outputs.bucket, Key=key, Body=body, ContentType=JSON)
+    if len(body) <= INLINE_BYTES:
+        request: dict[str, Any] = {"Body": body}
+    else:
+        key = f"async/{name}/requests/{digest(body.decode())}.json"
+        upload = {"Bucket": outputs.bucket, "Key": key, "Body": body, "ContentType": JSON}
+        project.aws.call(Request("s3", "PutObject", **upload))
+        request = {"InputLocation": f"s3://{outputs.bucket}/{key}"}
+    answer = project.aws.call(
+        invocation("InvokeEndpointAsync", name, Filename=_reply_name(), **request)
     )
-    source = f"s3://{outputs.bucket}/{key}"
-    answer = project.aws.call(invocation("InvokeEndpointAsync", name, InputLocation=source))
     if project.aws.dry_run:
         return b""
     project.output.line(
@@ -213,6 +222,11 @@ def invoke_async(
                 f"`python -m infra logs {name}` shows the endpoint's log"
             )
         project.aws.pause(POLL_SECONDS)
+
+
+def _reply_name() -> str:
+    """Return a new name of at most 32 characters for a reply, so that no older one is read."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(5)}.json"
 
 
 def invoke_stream(project: Project, name: str, body: bytes, out: Path) -> int:
@@ -240,9 +254,11 @@ def invoke_stream(project: Project, name: str, body: bytes, out: Path) -> int:
         for each in ranking.ranking
     ]
     results.show(project.output, ranked[: fields.num_images])
+    results.show_warnings(project.output, ranking.warnings)
     return project.output.finish(
         endpoint=name,
         mode="realtime",
+        warnings=ranking.warnings,
         seed=ranking.seed,
         ranking=[{**each.model_dump(), "file": files[each.candidate]} for each in ranking.ranking],
     )

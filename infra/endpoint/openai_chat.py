@@ -56,9 +56,11 @@ def invoke_openai(project: Project, name: str, fields: Mapping[str, Any], out: P
         f"seed {reply.seed}, {reply.completed_candidates} of {reply.num_candidates} candidates, "
         f"ranked by {reply.ranked_by}"
     )
+    results.show_warnings(project.output, reply.warnings)
     return project.output.finish(
         endpoint=name,
         mode="openai",
+        warnings=reply.warnings,
         seed=reply.seed,
         num_candidates=reply.num_candidates,
         completed_candidates=reply.completed_candidates,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 from dalle.errors import PlanError
 from infra.aws.limits import MODES, Deployment, Mode, default_ami, has_gpu
 from infra.aws.project import IMAGE_TAG, Image, add_pairs
 
+NAME_PATTERN = r"[a-zA-Z0-9]+(-+[a-zA-Z0-9]+)*"
 DEFAULT_INSTANCE: dict[Mode, str | None] = {
     "realtime": "ml.c7i.2xlarge",
     "async": "ml.g5.xlarge",
@@ -71,7 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_given(options: argparse.Namespace) -> None:
-    """Raise PlanError for options of another mode, and for a missing one."""
+    """Raise PlanError for options of another mode, a missing one, and a name that cannot be."""
+    if options.name and not re.fullmatch(NAME_PATTERN, options.name):
+        raise PlanError(
+            f"--name is letters and digits, with dashes between them, got {options.name!r}"
+        )
     if options.mode == "batch" and options.captions is None:
         raise PlanError("--mode batch needs --captions, a text file with one caption a line")
     if options.mode != "batch":

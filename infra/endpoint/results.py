@@ -89,3 +89,9 @@ def show(output: Output, images: Sequence[SavedImage]) -> None:
         for each in images
     ]
     output.table(("rank", "CLIP score", "log likelihood", "file", ""), rows)
+
+
+def show_warnings(output: Output, warnings: Sequence[str]) -> None:
+    """Print what the model could not read of a caption, a line each."""
+    for warning in warnings:
+        output.line(f"warning: {warning}")

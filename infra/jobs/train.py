@@ -8,17 +8,17 @@ a completed one, and starts a failed one again from its last checkpoint.
 from __future__ import annotations
 
 import argparse
-import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
 from dalle.errors import AwsError, PlanError, UserError
 from dalle.platform.environment import DEVICES, TRAIN_VARIABLES, unknown_variables
-from dalle.platform.splits import Split, split_of
 from dalle.types import STAGES
 from infra.aws import limits
 from infra.aws.project import (
     IMAGE_TAG,
+    PRESUMED_IMAGE,
+    PRESUMED_OUTPUTS,
     Project,
     StackOutputs,
     add_pairs,
@@ -27,7 +27,9 @@ from infra.aws.project import (
     split_uri,
 )
 from infra.aws.request import Request
+from infra.aws.storage import check_readable, folder_or_file
 from infra.jobs import progress
+from infra.jobs.channels import content_digest, data_channels
 from infra.jobs.training_job import (
     Distribution,
     InputMode,
@@ -157,6 +159,8 @@ def stages(text: str) -> tuple[Stage, ...]:
 def run(options: argparse.Namespace) -> int:
     check_settings(dict(options.set), options.stages, dict(options.env), options)
     project = open_project(options)
+    for stage in options.stages:
+        check_request(project, options, stage)
     training_run = read_run(options, project)
     artefact = options.artefact
     jobs = []
@@ -174,35 +178,70 @@ def run(options: argparse.Namespace) -> int:
     return project.output.finish(run=training_run.name, jobs=jobs, model=artefact, waited=waited)
 
 
+def check_request(project: Project, options: argparse.Namespace, stage: Stage) -> None:
+    """Raise PlanError for what the platform would refuse, before the first request."""
+    planned = planned_run(options, project)
+    request = training_request(planned, stage, job_name(planned, stage), project.tags)
+    project.aws.check(request)
+
+
+def planned_run(options: argparse.Namespace, project: Project) -> TrainingRun:
+    """Return the run as far as it is known before the first request. Raises PlanError."""
+    data = options.data
+    if options.attributes and (not data.startswith("s3://") or data.endswith("/")):
+        raise PlanError(f"with --attributes, --data is an augmented manifest in S3, got {data}")
+    if not data.startswith("s3://"):
+        data = f"s3://{PRESUMED_OUTPUTS.bucket}/data/{data}/"
+    channels = {"train": data, **_other_inputs(options)}
+    for uri in (*channels.values(), *([options.artefact] if options.artefact else [])):
+        split_uri(uri)
+    return _run(options, project, PRESUMED_OUTPUTS, PRESUMED_IMAGE.uri, channels)
+
+
+def _other_inputs(options: argparse.Namespace) -> dict[str, str]:
+    """Return the channels beside the training data that are given: name -> address."""
+    given = {
+        "validation": options.validation,
+        "clip": options.clip,
+        hyperparameters.TOKENIZER_MODEL: options.tokenizer_model,
+    }
+    return {name: uri for name, uri in given.items() if uri}
+
+
 def read_run(options: argparse.Namespace, project: Project) -> TrainingRun:
     """Return the run that the options describe. Raises PlanError for a broken limit."""
-    given = dict(options.set)
     outputs = project.stack_outputs()
     image = project.image(outputs.repository, options.tag)
+    others = _other_inputs(options)
+    artefact = [options.artefact] if options.artefact else []
+    data = [options.data] if options.data.startswith("s3://") else []
+    check_readable(project, outputs, [*data, *others.values(), *artefact])
     if options.attributes:
-        if not options.data.startswith("s3://") or options.data.endswith("/"):
-            raise PlanError(
-                f"with --attributes, --data is an augmented manifest in S3, got {options.data}"
-            )
-        channels = {"train": options.data}
+        channels = {"train": options.data, **others}
     else:
         channels = data_channels(project, outputs, options.data)
-    if options.validation:
-        channels["validation"] = options.validation
-    if options.clip:
-        channels["clip"] = options.clip
-    if options.tokenizer_model:
-        channels[hyperparameters.TOKENIZER_MODEL] = options.tokenizer_model
+        channels |= {name: folder_or_file(project, uri) for name, uri in others.items()}
+    content = content_digest(project, [*channels.values(), *artefact])
+    return _run(options, project, outputs, image.uri, channels, content)
+
+
+def _run(
+    options: argparse.Namespace,
+    project: Project,
+    outputs: StackOutputs,
+    image_uri: str,
+    channels: Mapping[str, str],
+    content: str = "",
+) -> TrainingRun:
     wait = options.max_wait_hours
-    inputs = [*channels.values(), *([options.artefact] if options.artefact else [])]
     training_run = TrainingRun(
         project=project.name,
-        image_uri=image.uri,
+        image_uri=image_uri,
         role_arn=outputs.role_arn,
         bucket=outputs.bucket,
         channels=channels,
-        content=content_digest(project, inputs),
-        hyperparameters=given,
+        content=content,
+        hyperparameters=dict(options.set),
         instance_type=options.instance_type,
         instance_count=options.instance_count,
         volume_gb=options.volume_gb,
@@ -252,91 +291,6 @@ def check_settings(
             text = TextSizes(settings.tokenizer_vocab_size, settings.text_length)
             stage_config("transformer", settings, text, dvae)
             stage_config("clip", settings, text, dvae)
-
-
-def data_channels(project: Project, outputs: StackOutputs, data: str) -> dict[str, str]:
-    """Return the channels `train` and, where there is one, `validation`.
-
-    They are the folders of these names (see `dalle.platform.splits`). A folder in which there are
-    none is the channel `train` itself. Raises UserError without data, and where pictures that are
-    held out would be trained on.
-    """
-    base = data if data.startswith("s3://") else f"s3://{outputs.bucket}/data/{data}"
-    # Without the slash a channel would also include prefixes that begin alike: train, train_old.
-    base = base.rstrip("/") + "/"
-    names = top_names(project, base)
-    if not names:
-        raise UserError(
-            f"there is nothing at {base}; `python -m infra upload FOLDER --name {data}` uploads it"
-        )
-    found = splits_in(names)
-    for split, folders in found.items():
-        if split != "test" and len(folders) > 1 and all(name.endswith("/") for name in folders):
-            raise UserError(
-                f"{base} has {' and '.join(folders)}, and the channel {split} can be only one of "
-                f"them; move the other away, or name one: --data {base}{folders[0]}"
-            )
-    train = [name for name in found.get("train", []) if name.endswith("/")]
-    if not train:
-        _refuse_held_out(base, found)
-        return {"train": base}
-    channels = {"train": base + train[0]}
-    inside = top_names(project, channels["train"], if_dry_run=())
-    _refuse_held_out(channels["train"], splits_in(inside))
-    for name in found.get("validation", []):
-        channels["validation"] = base + name
-    for name in found.get("test", []):
-        project.output.line(f"{base}{name} is left out: it is neither to train nor to validate on")
-    return channels
-
-
-def _refuse_held_out(uri: str, found: Mapping[Split, list[str]]) -> None:
-    """Raise UserError when a channel to train on holds what is held out."""
-    held_out = found.get("validation", []) + found.get("test", [])
-    if held_out:
-        raise UserError(
-            f"{uri} would be the channel train, and it holds {', '.join(held_out[:5])}: pictures "
-            "that are held out would be trained on. Put those to train on into a folder train/ "
-            "and those to validate on into validation/ beside it"
-        )
-
-
-def splits_in(names: Iterable[str]) -> dict[Split, list[str]]:
-    """Return split -> the names that belong to it. A folder's name ends with a slash."""
-    found: dict[Split, list[str]] = {}
-    for name in sorted(names):
-        split = split_of(name.rstrip("/"), is_folder=name.endswith("/"))
-        if split is not None:
-            found.setdefault(split, []).append(name)
-    return found
-
-
-def top_names(
-    project: Project, uri: str, *, if_dry_run: Iterable[str] = ("train", "validation")
-) -> set[str]:
-    """Return the first parts of the keys below an address; a folder's ends with a slash.
-
-    if_dry_run: the folders that a dry run presumes.
-    """
-    bucket, prefix = split_uri(uri)
-    request = Request("s3", "ListObjectsV2", Bucket=bucket, Prefix=prefix, Delimiter="/")
-    answer = [{"Prefix": f"{prefix}{name}/"} for name in if_dry_run]
-    folders = project.aws.items(request, "CommonPrefixes", answer=answer)
-    names = {found["Prefix"].removeprefix(prefix) for found in folders}
-    files = [] if project.aws.dry_run else project.aws.items(request, "Contents")
-    return names | {found["Key"].removeprefix(prefix) for found in files} - {""}
-
-
-def content_digest(project: Project, uris: Iterable[str]) -> str:
-    """Return a digest of the objects at some addresses: their names, sizes and ETags."""
-    content = hashlib.sha256()
-    for uri in sorted(uris):
-        bucket, prefix = split_uri(uri)
-        request = Request("s3", "ListObjectsV2", Bucket=bucket, Prefix=prefix)
-        for found in project.aws.items(request, "Contents"):
-            line = f"{uri} {found['Key']} {found['Size']} {found['ETag']}\n"
-            content.update(line.encode())
-    return content.hexdigest()
 
 
 def holds_objects(project: Project, uri: str) -> bool:

@@ -10,7 +10,7 @@ from dalle.platform.metric_lines import METRIC_DEFINITIONS
 from dalle.types import STAGES
 from infra.aws.project import Project, add_pairs, add_project_arguments, open_project
 from infra.aws.request import Request, describe, digest
-from infra.jobs.train import add_run_arguments, check_settings, read_run
+from infra.jobs.train import add_run_arguments, check_settings, planned_run, read_run
 from infra.jobs.training_job import TrainingRun, definition
 
 POLL_SECONDS = 30.0
@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     check_values(options)
     project = open_project(options)
+    project.aws.check(tuning_request(options, planned_run(options, project), project.tags))
     training_run = read_run(options, project)
     request = tuning_request(options, training_run, project.tags)
     name = request.parameters["HyperParameterTuningJobName"]

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from dalle.errors import AwsError
-from infra.aws.project import PROJECT_TAG, Project, add_project_arguments, open_project, tag_value
+from infra.aws.project import (
+    PROJECT_TAG,
+    READ_BUCKET,
+    Project,
+    add_project_arguments,
+    open_project,
+    parameter_of,
+    tag_value,
+)
 from infra.aws.request import Request, digest
 
 TEMPLATE = Path(__file__).parent / "template.yaml"
@@ -35,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
     before = None if output.dry_run else project.stack()
     read_bucket = options.read_bucket
     if read_bucket is None:
-        read_bucket = _parameter(before, "ReadBucket")
+        read_bucket = parameter_of(before, READ_BUCKET)
     request = stack_request(
         project.name, TEMPLATE.read_text("utf-8"), read_bucket, is_new=before is None
     )
@@ -65,7 +73,7 @@ def stack_request(name: str, template: str, read_bucket: str, *, is_new: bool) -
     """Return the request that creates the stack, or changes it."""
     parameters = [
         {"ParameterKey": "Project", "ParameterValue": name},
-        {"ParameterKey": "ReadBucket", "ParameterValue": read_bucket},
+        {"ParameterKey": READ_BUCKET, "ParameterValue": read_bucket},
     ]
     request: dict[str, Any] = {
         "StackName": name,
@@ -109,9 +117,3 @@ def _reason(project: Project, stack: str) -> str:
         if event.get("ResourceStatus", "").endswith("_FAILED")
     ]
     return failures[-1] if failures else "see the stack's events in the AWS console"
-
-
-def _parameter(stack: dict[str, Any] | None, key: str) -> str:
-    """Return a parameter of the stack; the empty text when it has none of that name."""
-    parameters = (stack or {}).get("Parameters", [])
-    return next((p["ParameterValue"] for p in parameters if p["ParameterKey"] == key), "")

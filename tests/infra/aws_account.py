@@ -226,26 +226,30 @@ class Account:
         )
 
     def serve_async(self, serve: str) -> None:
-        """Asynchronous invocations, answered by a server of ours: what is read from the bucket is
-        asked there, and the reply or the failure is left in the bucket.
+        """Asynchronous invocations, answered by a server of ours: it is sent the body, or what the
+        bucket has in its place, and its reply is left in the bucket.
 
         serve: the address of `/invocations`.
         """
 
         def invoke(path: str, headers: dict[str, str], body: bytes) -> Answer:
             given = {name.lower(): value for name, value in headers.items()}
-            bucket, key = given["x-amzn-sagemaker-inputlocation"][5:].split("/", 1)
-            request = self.client("s3").get_object(Bucket=bucket, Key=key)["Body"].read()
+            if "x-amzn-sagemaker-inputlocation" in given:
+                assert not body, "body and location exclude each other"
+                source, key = given["x-amzn-sagemaker-inputlocation"][5:].split("/", 1)
+                body = self.client("s3").get_object(Bucket=source, Key=key)["Body"].read()
             reply = requests.post(
-                serve, request, headers={"Content-Type": given["x-amzn-sagemaker-content-type"]}
+                serve, body, headers={"Content-Type": given["x-amzn-sagemaker-content-type"]}
             )
-            folder = key.replace("/requests/", "/replies/" if reply.ok else "/failures/")
-            self.put_object(folder, reply.content, bucket)
-            address = f"s3://{bucket}/{key}"
+            folder = f"async/{path.split('/')[2]}"
+            name = given["x-amzn-sagemaker-filename"]
+            kind = "replies" if reply.ok else "failures"
+            self.put_object(f"{folder}/{kind}/{name}", reply.content)
+            address = f"s3://{BUCKET}/{folder}"
             found = [
                 ("Content-Type", "application/json"),
-                ("X-Amzn-SageMaker-OutputLocation", address.replace("/requests/", "/replies/")),
-                ("X-Amzn-SageMaker-FailureLocation", address.replace("/requests/", "/failures/")),
+                ("X-Amzn-SageMaker-OutputLocation", f"{address}/replies/{name}"),
+                ("X-Amzn-SageMaker-FailureLocation", f"{address}/failures/{name}"),
             ]
             return 202, found, b'{"InferenceId": "1"}'
 
@@ -263,7 +267,8 @@ class Account:
             assert all(reply.ok for reply in replies), [reply.text for reply in replies]
             out = request["TransformOutput"]["S3OutputPath"][5:].split("/", 1)[1]
             name = key.rpartition("/")[2]
-            body = b"\n".join(reply.content.strip() for reply in replies) + b"\n"
+            # As the platform does for AssembleWith: Line, whatever a reply ends with.
+            body = b"".join(reply.content + b"\n" for reply in replies)
             self.put_object(f"{out}{name}.out", body, bucket)
             answer = self.client("sagemaker").create_transform_job(**request)
             return {"TransformJobArn": answer["TransformJobArn"]}

@@ -101,9 +101,41 @@ def test_an_async_reply_comes_through_the_bucket(asynchronous, infra, tmp_path):
     result = infra(*ASK, "--out", tmp_path)
     assert result.code == 0, result.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rank-1.png", "rank-2.png"]
+    assert "without an instance it starts one" in result.out
+    assert not [key for key in asynchronous.keys_in() if "/requests/" in key], "it was sent inline"
+
+
+@pytest.mark.slow
+def test_an_async_request_too_large_for_the_call_goes_through_the_bucket(
+    asynchronous, infra, tmp_path
+):
+    noise = Image.effect_noise((400, 400), 100.0)
+    noise.save(tmp_path / "noise.png")
+    words = ["--prime-image", tmp_path / "noise.png", "--prime-rows", 1]
+    result = infra(*ASK, *words, "--out", tmp_path / "out")
+    assert result.code == 0, result.err
+    assert len(list((tmp_path / "out").iterdir())) == 2
     (request,) = [key for key in asynchronous.keys_in() if "/requests/" in key]
     assert request.startswith("async/dalle/requests/")
-    assert "without an instance it starts one" in result.out
+
+
+@pytest.mark.slow
+def test_each_async_reply_has_a_file_of_its_own(asynchronous, infra, tmp_path):
+    for _ in range(2):
+        assert infra(*ASK, "--out", tmp_path).code == 0
+    replies = [key for key in asynchronous.keys_in() if "/replies/" in key]
+    assert len(replies) == 2
+    assert all(len(key.rpartition("/")[2]) <= 32 for key in replies)
+
+
+@pytest.mark.slow
+def test_words_that_the_model_does_not_know_are_told(endpoint, infra, tmp_path):
+    endpoint(*REALTIME)
+    for words in ([], ["--stream"], ["--openai"]):
+        result = infra("invoke", "a red zeppelin", *words, "--out", tmp_path, "--json")
+        assert result.code == 0, result.err
+        assert any("zeppelin" in warning for warning in result.json["warnings"])
+        assert "warning: " in result.err
 
 
 @pytest.mark.slow
