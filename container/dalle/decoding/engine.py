@@ -21,7 +21,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from dalle.decoding.sampling import SamplingOptions, image_uniforms, require_evaluation_mode
+from dalle.decoding.sampling import SamplingOptions, image_noise_keys, require_evaluation_mode
 from dalle.decoding.select import new_step
 from dalle.decoding.step import Batch, CandidateTokens, DecodeRequest, Prefix, SlotState, Step
 from dalle.models.transformer import PADDING, Dalle
@@ -185,13 +185,14 @@ class DecodeEngine:
         number = request.waiting.popleft()
         slots = tuple(self._free[: request.slots_each])
         del self._free[: request.slots_each]
-        image_tokens, uniforms = self._state.image_tokens[slots[0]], self._state.uniforms[slots[0]]
+        image_tokens = self._state.image_tokens[slots[0]]
+        noise_keys = self._state.noise_keys[slots[0]]
         prime = request.prime_tokens
         num_primed = 0 if prime is None else len(prime)
         if prime is not None:
             image_tokens[:num_primed] = prime
-        numbers = image_uniforms(request.seed, number, uniforms.numel())
-        uniforms.copy_(torch.from_numpy(numbers).view_as(uniforms))
+        keys = image_noise_keys(request.seed, number, noise_keys.numel())
+        noise_keys.copy_(torch.from_numpy(keys).view_as(noise_keys))
         self._state.log_likelihood[slots[0]] = 0.0
         candidate = CandidateTokens(request, number, slots, num_primed, image_tokens)
         request.in_slots += 1

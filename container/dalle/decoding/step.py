@@ -104,8 +104,8 @@ class SlotState:
     """[S, N, M] int64."""
     log_likelihood: Tensor
     """[S]: log p of the tokens sampled so far, in nats."""
-    uniforms: Tensor
-    """[S, N, M] in [0, 1): the random numbers that choose the tokens."""
+    noise_keys: Tensor
+    """[S, N, M] int64: keys of the noise that chooses the tokens."""
 
     @classmethod
     def new(cls, config: TransformerConfig, num_slots: int, like: Tensor) -> SlotState:
@@ -115,7 +115,7 @@ class SlotState:
             hidden=like.new_zeros(num_slots, config.width),
             image_tokens=like.new_zeros(shape, dtype=torch.int64),
             log_likelihood=like.new_zeros(num_slots, dtype=torch.float32),
-            uniforms=like.new_zeros(shape, dtype=torch.float32),
+            noise_keys=like.new_zeros(shape, dtype=torch.int64),
         )
 
 
@@ -183,18 +183,22 @@ class Batch:
         return {int(row): len(self.candidates) + n for n, row in enumerate(self.guided)}
 
     def sample(
-        self, code_logits: Callable[[Tensor, int, Tensor], Tensor], hidden: Tensor, uniforms: Tensor
+        self,
+        code_logits: Callable[[Tensor, int, Tensor], Tensor],
+        hidden: Tensor,
+        noise_keys: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Sample the candidates' codes [C, M] of the position that the rows' hidden [B, W] predict.
 
-        code_logits: as `Step.code_logits`. uniforms: [C, M]. Returns the codes and their log p [C].
+        code_logits: as `Step.code_logits`. noise_keys: [C, M]. Returns the codes and their
+        log p [C].
         """
-        C, M = uniforms.shape
+        C, M = noise_keys.shape
         codes = torch.zeros(C, M, dtype=torch.int64, device=self._device)
         log_likelihood = torch.zeros(C, device=self._device)
         for m in range(M):
             logits = code_logits(hidden, m, self.spread(codes)).float()
-            codes[:, m], log_p = self._sample_code(logits, uniforms[:, m])
+            codes[:, m], log_p = self._sample_code(logits, noise_keys[:, m])
             log_likelihood += log_p
         return codes, log_likelihood
 
@@ -202,17 +206,17 @@ class Batch:
         """Codes [C, M] of the candidates -> [B, M] of all rows."""
         return torch.cat([codes, codes[self._guided]]) if len(self.guided) else codes
 
-    def _sample_code(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    def _sample_code(self, logits: Tensor, noise_keys: Tensor) -> tuple[Tensor, Tensor]:
         """One code per candidate and its log p, [C] each: one call for all of equal options."""
         C = len(self.candidates)
         if len(self._groups) == 1:
             blank = logits[C:] if len(self.guided) else None
-            return sample_tokens(logits[:C], uniforms, self._groups[0][0], blank)
+            return sample_tokens(logits[:C], noise_keys, self._groups[0][0], blank)
         codes = torch.empty(C, dtype=torch.int64, device=self._device)
         log_p = torch.empty(C, device=self._device)
         for options, rows, blank_rows in self._groups:
             blank = None if blank_rows is None else logits[blank_rows]
-            codes[rows], log_p[rows] = sample_tokens(logits[rows], uniforms[rows], options, blank)
+            codes[rows], log_p[rows] = sample_tokens(logits[rows], noise_keys[rows], options, blank)
         return codes, log_p
 
     @cached_property
@@ -273,9 +277,9 @@ class Step(ABC):
     def load(self, slots: Tensor, packed: Sequence[Any]) -> None:
         """Write the same prefix to each of the slots [B]."""
 
-    def sample(self, hidden: Tensor, uniforms: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def sample(self, hidden: Tensor, noise_keys: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Sample the candidates' codes [C, M] and their log p [C]: as `Batch.sample`."""
-        return batch.sample(self.code_logits, hidden, uniforms)
+        return batch.sample(self.code_logits, hidden, noise_keys)
 
     def advance(self, batch: Batch, state: SlotState) -> None:
         """Sample one position of every candidate and run the model on it, where one follows.
@@ -285,8 +289,8 @@ class Step(ABC):
         """
         N, M = state.image_tokens.shape[1:]
         hidden = state.hidden.index_select(0, batch.rows)
-        uniforms = state.uniforms.view(-1, M).index_select(0, batch.places)
-        codes, log_likelihood = self.sample(hidden, uniforms, batch)
+        noise_keys = state.noise_keys.view(-1, M).index_select(0, batch.places)
+        codes, log_likelihood = self.sample(hidden, noise_keys, batch)
         state.image_tokens.view(-1, M).index_copy_(0, batch.places, codes)
         state.log_likelihood.index_add_(0, batch.slots, log_likelihood)
         codes = batch.spread(codes)

@@ -24,7 +24,7 @@ from dalle.decoding.sampling import (
     SamplingOptions,
     choose,
     complete_captions,
-    image_uniforms,
+    image_noise_keys,
     token_log_p,
 )
 from dalle.decoding.select import describe_step, needs_key_ranges, new_step
@@ -138,8 +138,8 @@ def sample_reference(model: Dalle, captions: Tensor | None = None, *, seed: int 
         captions, _ = complete_captions(model, empty, num_completions=_CAPTIONS, seed=seed)
     captions = captions[:_CAPTIONS]
     K, n = len(captions), min(_WINDOW, N)
-    uniforms = torch.from_numpy(
-        np.stack([image_uniforms(seed, k, N * M).reshape(N, M) for k in range(K)])
+    noise_keys = torch.from_numpy(
+        np.stack([image_noise_keys(seed, k, N * M).reshape(N, M) for k in range(K)])
     ).to(captions.device)
     image_tokens = torch.zeros(K, N, M, dtype=torch.int64, device=captions.device)
     _, step = _convert(model, K, "fp32", None)
@@ -149,7 +149,7 @@ def sample_reference(model: Dalle, captions: Tensor | None = None, *, seed: int 
         if window.start:
             repeats = -(-N // n)
             image_tokens[:, n:] = image_tokens[:, :n].repeat(1, repeats, 1)[:, n:N]
-        walks.append(_walk(model, step, captions, image_tokens, window, uniforms))
+        walks.append(_walk(model, step, captions, image_tokens, window, noise_keys))
     log_p, likeliest = (torch.cat(each) for each in zip(*walks, strict=True))
     return Reference(captions, image_tokens, windows, log_p, likeliest)
 
@@ -205,11 +205,11 @@ def _walk(
     captions: Tensor,
     image_tokens: Tensor,
     window: range,
-    uniforms: Tensor | None,
+    noise_keys: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Compute log p and the likeliest tokens [n, K, M] of a window.
 
-    uniforms: [K, N, M] to sample the tokens, which are written; None reads those that are there.
+    noise_keys: [K, N, M] to sample the tokens, which are written; None reads those that are there.
     """
     K, _, M = image_tokens.shape
     device = image_tokens.device
@@ -227,8 +227,8 @@ def _walk(
         codes = image_tokens[:, position]
         for m in range(M):
             logits = step.code_logits(state, m, codes).float()
-            if uniforms is not None:
-                codes[:, m] = choose(logits, uniforms[:, position, m], SamplingOptions())
+            if noise_keys is not None:
+                codes[:, m] = choose(logits, noise_keys[:, position, m], SamplingOptions())
             log_p[done, :, m] = token_log_p(logits, codes[:, m])
             likeliest[done, :, m] = logits.argmax(dim=-1)
         if position + 1 < window.stop:

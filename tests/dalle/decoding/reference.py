@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalle.decoding.sampling import SamplingOptions, image_uniforms, sample_tokens
+from dalle.decoding.sampling import SamplingOptions, image_noise_keys, sample_tokens
 from dalle.models.layers import KeyValueCache
 from dalle.models.transformer import PADDING, Dalle
 
@@ -51,8 +51,8 @@ def sample_image_tokens(
     primed = 0 if prime_tokens is None else len(prime_tokens)
     image_tokens = torch.zeros(K, N, M, dtype=torch.int64, device=device)
     log_likelihood = torch.zeros(K, device=device)
-    uniforms = torch.from_numpy(
-        np.stack([image_uniforms(seed, k, N * M).reshape(N, M) for k in candidates])
+    noise_keys = torch.from_numpy(
+        np.stack([image_noise_keys(seed, k, N * M).reshape(N, M) for k in candidates])
     ).to(device)
     if prime_tokens is not None:
         image_tokens[:, :primed] = prime_tokens
@@ -68,7 +68,9 @@ def sample_image_tokens(
         for m in range(M):
             logits = [branch.code_logits(m, codes) for branch in branches]
             blank = logits[1] if len(logits) == 2 else None
-            codes[:, m], log_p = sample_tokens(logits[0], uniforms[:, position, m], options, blank)
+            codes[:, m], log_p = sample_tokens(
+                logits[0], noise_keys[:, position, m], options, blank
+            )
             log_likelihood += log_p
         if position + 1 < N:
             for branch in branches:

@@ -155,10 +155,9 @@ def test_codes_are_sampled_as_by_the_reference(options, make_dalle):
     assert batch is not None
     torch.manual_seed(2)
     hidden = 3 * torch.randn(len(batch.rows), 64)
-    uniforms = torch.rand(40, 3)
-    uniforms[:2] = torch.tensor([[0.0], [1 - 2.0**-24]])  # the least and the greatest there are
-    codes, log_likelihood = step.sample(hidden, uniforms, batch)
-    expected_codes, expected = batch.sample(step.code_logits, hidden, uniforms)
+    noise_keys = torch.randint(-(2**63), 2**63 - 1, (40, 3))
+    codes, log_likelihood = step.sample(hidden, noise_keys, batch)
+    expected_codes, expected = batch.sample(step.code_logits, hidden, noise_keys)
     assert (codes == expected_codes).all()
     assert len(codes.unique()) > 10
     assert (log_likelihood - expected).abs().max() < 1e-4

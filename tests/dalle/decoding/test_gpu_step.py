@@ -202,8 +202,7 @@ def test_a_code_is_chosen_as_by_the_reference():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(S, V, generator=generator) * 4
     logits[::3, :5] = logits[::3].amax(dim=1, keepdim=True)  # equal ones
-    uniforms = torch.rand(S, 1, 1, generator=generator)
-    uniforms[0::8], uniforms[1::8] = 1e-6, 1 - 2**-24
+    noise_keys = torch.randint(-(2**63), 2**63 - 1, (S, 1, 1), generator=generator)
     plan = torch.zeros(S, len(sampler.PLAN_COLUMNS), dtype=torch.float64)
     plan[:, sampler.BLANK] = sampler.NO_GUIDANCE
     for slot, way in enumerate(ways):
@@ -215,12 +214,12 @@ def test_a_code_is_chosen_as_by_the_reference():
     positions, codes = torch.zeros(S, dtype=torch.int64), torch.zeros(S, 1, dtype=torch.int64)
     image_tokens, log_p = torch.zeros(S, 1, 1, dtype=torch.int64), torch.zeros(S)
     sampler.sample_code[S,](
-        logits, bias, plan, positions, uniforms, codes, image_tokens, log_p, 0, M=1, N=1, V=V,
+        logits, bias, plan, positions, noise_keys, codes, image_tokens, log_p, 0, M=1, N=1, V=V,
         BLOCK_V=128,
     )  # fmt: skip
     logits = logits + bias
     expected = torch.cat(
-        [choose(logits[slot : slot + 1], uniforms[slot, 0], way) for slot, way in enumerate(ways)]
+        [choose(logits[slot : slot + 1], noise_keys[slot, 0], way) for slot, way in enumerate(ways)]
     )
     expected = expected[:, None]
     # The reference does not specify which of equal logits are left out.

@@ -1,7 +1,9 @@
 """Sampling: with a cache as without one, and each candidate a function of its own number."""
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +12,8 @@ from dalle.decoding.sampling import (
     SamplingStopped,
     choose,
     complete_captions,
+    gumbel_noise,
+    image_noise_keys,
 )
 from dalle.models.transformer import Dalle
 from dalle.types import ATTENTION_KINDS
@@ -201,9 +205,9 @@ def test_primed_positions_are_not_counted_in_the_likelihood(model):
     assert sample(model, prime_tokens=sampled.image_tokens[0]).log_likelihood.tolist() == [0.0] * 3
 
 
-def spread(count: int) -> torch.Tensor:
-    """Numbers [count] that cover [0, 1) evenly, 0 included."""
-    return torch.arange(count, dtype=torch.float32) / count
+def keys(count: int) -> torch.Tensor:
+    """Keys [count] of the noise of one candidate."""
+    return torch.from_numpy(image_noise_keys(0, 0, count))
 
 
 LOGITS = torch.tensor([0.05, 0.4, 0.05, 0.3, 0.2]).log()
@@ -226,18 +230,21 @@ LOGITS = torch.tensor([0.05, 0.4, 0.05, 0.3, 0.2]).log()
     ],
 )
 def test_filters_keep_the_likeliest_in_their_proportions(options, expected):
-    chosen = choose(LOGITS.expand(10_000, -1), spread(10_000), SamplingOptions(**options))
-    shares = torch.bincount(chosen, minlength=5) / len(chosen)
-    expected = torch.tensor(expected) / sum(expected)
-    torch.testing.assert_close(shares, expected, atol=2e-4, rtol=0)
-    assert (shares[expected == 0] == 0).all()
+    """The chi-square of each share: 28 is exceeded once in ten million times."""
+    chosen = choose(LOGITS.expand(100_000, -1), keys(100_000), SamplingOptions(**options))
+    counts = torch.bincount(chosen, minlength=5).double()
+    shares = torch.tensor(expected, dtype=torch.float64) / sum(expected)
+    likely = shares > 0
+    assert (counts[~likely] == 0).all()
+    expected_counts = len(chosen) * shares[likely]
+    assert ((counts[likely] - expected_counts) ** 2 / expected_counts < 28).all()
 
 
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.99])
 def test_top_p_keeps_the_fewest_tokens_that_have_the_mass(top_p):
     torch.manual_seed(0)
     logits = torch.randn(50) * 2
-    chosen = choose(logits.expand(20_000, -1), spread(20_000), SamplingOptions(top_p=top_p))
+    chosen = choose(logits.expand(20_000, -1), keys(20_000), SamplingOptions(top_p=top_p))
     kept = chosen.unique()
     probabilities = logits.softmax(dim=0)[kept]
     assert probabilities.sum() >= top_p - 1e-4
@@ -247,30 +254,67 @@ def test_top_p_keeps_the_fewest_tokens_that_have_the_mass(top_p):
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_top_k_keeps_no_more_of_equal_tokens(top_k):
-    chosen = choose(torch.zeros(600, 6), spread(600), SamplingOptions(top_k=top_k))
+    chosen = choose(torch.zeros(600, 6), keys(600), SamplingOptions(top_k=top_k))
     assert len(chosen.unique()) == top_k
 
 
-@pytest.mark.parametrize("uniform", [0.0, 1e-8, 0.5, 1 - 2**-24])
-def test_a_token_of_probability_0_is_never_chosen(uniform):
+def test_a_token_of_probability_0_is_never_chosen():
     logits = torch.tensor([-torch.inf, -torch.inf, 0.0, -torch.inf, 1.0, -torch.inf, -torch.inf])
-    (chosen,) = choose(logits[None], torch.tensor([uniform]), SamplingOptions())
-    assert chosen in (2, 4)
+    chosen = choose(logits.expand(20_000, -1), keys(20_000), SamplingOptions())
+    assert chosen.unique().tolist() == [2, 4]
+
+
+def test_the_noise_is_the_same_by_unsigned_arithmetic():
+    """The hash by numpy's own 32 unsigned bits, and the logarithms in float64."""
+    size = 3000
+    noise_keys = np.append(image_noise_keys(3, 1, 40), [0, -1, 2**63 - 1, -(2**63)])
+    halves = noise_keys.view(np.uint32).reshape(-1, 2)  # lower half first, as x86 and ARM store it
+    low, high = halves[:, :1], halves[:, 1:]
+
+    def mix(x):
+        x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+        x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
+        return x ^ (x >> 16)
+
+    hashes = mix(mix(np.arange(size, dtype=np.uint32) + low) ^ high)
+    uniforms = (hashes.astype(np.float32) + np.float32(0.5)) * np.float32(2**-32)
+    uniforms = np.minimum(uniforms, np.float32(1 - 2**-24)).astype(np.float64)
+    expected = torch.from_numpy(-np.log(-np.log1p(-uniforms)))
+    noise = gumbel_noise(torch.from_numpy(noise_keys), size)
+    torch.testing.assert_close(noise.double(), expected, atol=2e-6, rtol=1e-6)
+    assert (gumbel_noise(torch.from_numpy(noise_keys), 100) == noise[:, :100]).all()
+
+
+def test_the_noise_of_different_tokens_positions_and_candidates_is_independent():
+    """Correlations of 200,000 pairs each; 0.012 is 5.4 standard deviations."""
+    noise = torch.stack(
+        [gumbel_noise(torch.from_numpy(image_noise_keys(1, k, 200)), 1000) for k in range(2)]
+    )
+    assert abs(noise.mean() - 0.5772) < 0.01
+    assert abs(noise.std() - math.pi / 6**0.5) < 0.01
+    shifts = [(0, 0, 1), (0, 0, 16), (0, 0, 256), (0, 1, 0), (0, 1, 1), (1, 0, 0), (1, 0, 1)]
+    for shift in shifts:
+        moved = noise.roll(shift, dims=(0, 1, 2))
+        assert abs(torch.corrcoef(torch.stack([noise.flatten(), moved.flatten()]))[0, 1]) < 0.012
+
+
+def test_of_equal_scores_the_first_token_is_chosen():
+    logits = torch.tensor([[0.0, 3.0, 1.0, 3.0]])
+    assert choose(logits, keys(1), GREEDY).tolist() == [1]
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-44, 1e-300])
 def test_a_temperature_close_to_0_is_nearly_greedy(temperature):
     torch.manual_seed(0)
     logits = 30 * torch.randn(100, 9)
-    chosen = choose(logits, torch.rand(100), SamplingOptions(temperature=temperature))
+    chosen = choose(logits, keys(100), SamplingOptions(temperature=temperature))
     assert (chosen == logits.argmax(dim=1)).all()
 
 
 def test_tokens_come_as_often_as_they_are_probable():
     """Chi-square of 20,000 tokens; 5 degrees of freedom exceed 40 once in six million times."""
     probabilities = torch.tensor([0.02, 0.28, 0.1, 0.35, 0.05, 0.2], dtype=torch.float64)
-    uniforms = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
-    chosen = choose(probabilities.log().expand(20_000, -1), uniforms, SamplingOptions())
+    chosen = choose(probabilities.log().expand(20_000, -1), keys(20_000), SamplingOptions())
     expected = 20_000 * probabilities
     counts = torch.bincount(chosen, minlength=6)
     assert ((counts - expected) ** 2 / expected).sum() < 40

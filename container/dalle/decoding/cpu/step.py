@@ -39,6 +39,8 @@ from dalle.models.layers import KeyValueCache
 from dalle.models.transformer import Dalle
 from dalle.types import AttentionKind, Precision
 
+SAMPLES_BY_GUMBEL_MAX = False
+
 
 def why_not(model: Dalle, precision: Precision) -> str | None:
     """Reason why `CpuStep` cannot decode with a model on this machine; None where it can."""
@@ -55,6 +57,8 @@ def why_not(model: Dalle, precision: Precision) -> str | None:
         )
     if compiled.dalle_support() == 0:
         return "the processor has no AVX-512"
+    if not SAMPLES_BY_GUMBEL_MAX:
+        return "the compiled step does not sample by Gumbel-max"
     if precision not in CODES:
         return f"the compiled step has no {precision}"
     if model.config.head_width > MOST_HEAD_WIDTH:
@@ -138,12 +142,12 @@ class CpuStep(Step):
         )
         return hidden
 
-    def sample(self, hidden: Tensor, uniforms: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def sample(self, hidden: Tensor, noise_keys: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         sampling = self._sampling
         if sampling is None or sampling.batch is not batch:
             sampling = self._sampling = _BatchSampling.of(batch, self._config.codebook_size)
-        B, C = len(hidden), len(uniforms)
-        hidden, uniforms = hidden.contiguous(), uniforms.contiguous()
+        B, C = len(hidden), len(noise_keys)
+        hidden, noise_keys = hidden.contiguous(), noise_keys.contiguous()
         codes = torch.zeros(C, self._config.num_codebooks, dtype=torch.int64)
         log_likelihood = torch.zeros(C)
         self._call(
@@ -153,7 +157,7 @@ class CpuStep(Step):
             C,
             sampling.candidates.data_ptr(),
             sampling.array,
-            uniforms.data_ptr(),
+            noise_keys.data_ptr(),
             codes.data_ptr(),
             log_likelihood.data_ptr(),
         )

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from dalle.decoding.gpu.launch import Kernel
+from dalle.decoding.sampling import LEAST_TEMPERATURE
 
 PLAN_COLUMNS = BLANK, TEMPERATURE, TOP_K, TOP_P, GUIDANCE_SCALE, IS_ACTIVE, POSITION = range(7)
 """A slot's plan: the slot of its branch without caption, the sampling options of its candidate,
@@ -25,7 +26,11 @@ _TOP_P, _GUIDANCE_SCALE = tl.constexpr(TOP_P), tl.constexpr(GUIDANCE_SCALE)
 _PLAN_SIZE = tl.constexpr(len(PLAN_COLUMNS))
 _IS_ACTIVE = tl.constexpr(IS_ACTIVE)
 _NOT_SAMPLED = tl.constexpr(NOT_SAMPLED)
-_LEAST_TEMPERATURE = tl.constexpr(1e-30)  # below it a division might be one by 0
+_LEAST_TEMPERATURE = tl.constexpr(LEAST_TEMPERATURE)
+_LOWER_BITS = tl.constexpr(0xFFFFFFFF)
+_FIRST_FACTOR, _SECOND_FACTOR = tl.constexpr(0x7FEB352D), tl.constexpr(0x846CA68B)
+_UNIT = tl.constexpr(2.0**-32)
+_GREATEST_UNIFORM = tl.constexpr(1 - 2.0**-24)  # the greatest float32 below 1
 _INFINITY_BITS = tl.constexpr(0x7F800000)
 
 
@@ -35,7 +40,7 @@ def sample_code(
     bias,  # [V]
     plan,  # [S, PLAN_COLUMNS] float64
     positions,  # [S] int64
-    uniforms,  # [S, N, M] float32 in [0, 1)
+    noise_keys,  # [S, N, M] int64
     codes,  # [S, M] int64: written, for both branches
     image_tokens,  # [S, N, M] int64: written
     log_likelihood,  # [S] float32: log p of the code is added; NaN where a logit is NaN
@@ -67,21 +72,20 @@ def sample_code(
     if blank >= 0:
         without = tl.load(logits + blank * V + tokens, real, 0.0).to(tl.float32) + added
         guided = tl.where(real, without + scale * (own - without), float("-inf"))
-    greatest = tl.max(guided, 0)
-    code = tl.min(tl.where(guided == greatest, tokens, V), 0)
+    scores = guided
     if temperature >= _LEAST_TEMPERATURE:
+        scaled = (guided - tl.max(guided, 0)) / temperature
         # Probabilities in units of the greatest.
-        weights = tl.exp((guided - greatest) / temperature)
+        weights = tl.exp(scaled)
         if top_k < V:
             weights = _keep_likeliest(guided, weights, top_k)
         if top_p < 1.0:
             weights = _keep_nucleus(weights, top_p)
-        cumulative = tl.cumsum(weights.to(tl.float64), 0)
-        threshold = tl.load(uniforms + place).to(tl.float64) * tl.max(cumulative, 0)
-        # A parallel sum may grow where a weight is 0.
-        code = tl.min(tl.where((cumulative > threshold) & (weights > 0.0), tokens, V), 0)
-    is_number = code < V  # false where logits are NaN
+        noise = _gumbel_noise(tl.load(noise_keys + place), tokens)
+        scores = tl.where(weights > 0.0, scaled + noise, float("-inf"))
+    code = tl.min(tl.where(scores == tl.max(scores, 0), tokens, V), 0)
     code = tl.minimum(code, V - 1)
+    is_number = tl.sum((guided != guided).to(tl.int32), 0) == 0
     tl.store(codes + slot * M + m, code.to(tl.int64))
     if blank >= 0:
         tl.store(codes + blank * M + m, code.to(tl.int64))
@@ -113,6 +117,30 @@ def store_hidden(
     each = tl.load(x + slot * W + channels, inside, 0.0)
     tl.store(hidden + slot * W + channels, each.to(hidden.dtype.element_ty), inside)
     tl.store(positions + slot, tl.load(positions + slot) + is_active)
+
+
+@triton.jit
+def _gumbel_noise(key, tokens):
+    """As `dalle.decoding.sampling.gumbel_noise`."""
+    low, high = (key & _LOWER_BITS).to(tl.uint32), ((key >> 32) & _LOWER_BITS).to(tl.uint32)
+    hashes = _mix(_mix(tokens.to(tl.uint32) + low) ^ high)
+    uniforms = tl.minimum((hashes.to(tl.float32) + 0.5) * _UNIT, _GREATEST_UNIFORM)
+    # -log1p(-uniforms), exact where it is small (Kahan).
+    rest = 1.0 - uniforms
+    is_one = rest == 1.0
+    quotient = tl.log(rest) * uniforms / tl.where(is_one, -1.0, rest - 1.0)
+    return -tl.log(tl.where(is_one, uniforms, quotient))
+
+
+@triton.jit
+def _mix(x):
+    """As `dalle.decoding.sampling._mix`."""
+    x ^= x >> 16
+    x *= tl.full((), _FIRST_FACTOR, tl.uint32)
+    x ^= x >> 15
+    x *= tl.full((), _SECOND_FACTOR, tl.uint32)
+    x ^= x >> 16
+    return x
 
 
 @triton.jit

@@ -126,7 +126,7 @@ class GpuStep(CudaGraphStep):
                 self._heads[m].to_logits.bias,
                 self._plan,
                 self._positions,
-                state.uniforms,
+                state.noise_keys,
                 self._sampled,
                 state.image_tokens,
                 state.log_likelihood,
