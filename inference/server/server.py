@@ -24,8 +24,8 @@ from gunicorn.glogging import Logger
 
 from dalle.errors import DalleError, PlatformError
 from inference.engine.engine_core import Engine, EngineCore
-from inference.server.gunicorn_worker import Worker
 from inference.server.stop_watch import StopWatch
+from inference.server.worker.gunicorn_worker import Worker
 from inference.settings import Settings
 
 if TYPE_CHECKING:

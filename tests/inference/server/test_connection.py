@@ -3,7 +3,7 @@
 import socket
 from contextlib import suppress
 
-from inference.server.connection import Connection, RequestBody
+from inference.server.worker.connection import Connection, RequestBody
 
 
 def test_a_connection_with_unread_replies_cannot_send_until_they_are_read():

@@ -42,9 +42,9 @@ from dalle.errors import UserError
 from inference.engine.engine_core import EngineCore
 from inference.engine.error_log import log_unexpected
 from inference.engine.request_queue import Busy
-from inference.server.chunked_body import ChunkedBody
-from inference.server.connection import RECEIVE_BYTES, BodyPending, Connection
-from inference.server.header_errors import header_refusal
+from inference.server.worker.chunked_body import ChunkedBody
+from inference.server.worker.connection import RECEIVE_BYTES, BodyPending, Connection
+from inference.server.worker.header_errors import header_refusal
 from inference.settings import Settings
 
 logger = logging.getLogger(__name__)

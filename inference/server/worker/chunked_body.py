@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum, auto
 
 from dalle.errors import UserError
-from inference.server.connection import RequestBody
+from inference.server.worker.connection import RequestBody
 
 _LINE_BYTES = 4_096  # of a chunk's size with its extensions
 _TRAILER_BYTES = 16_384  # of all lines behind the last chunk
