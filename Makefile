@@ -50,7 +50,7 @@ soak-training: setup  ## interrupt training at random moments, on one host and o
 soak-serving: setup  ## clients of every kind at `serve` for 10 minutes; ARGS="--minutes 60"
 	.venv/bin/python -m tests.inference.soak_serving $(ARGS)
 
-fuzz: setup  ## 100,000 hostile requests at `serve`, as many made from its schema, and 2,000 hostile files, from a seed; ARGS="--requests 1000 --seed 1"
+fuzz: setup  ## 100,000 hostile requests at `serve`, 10,000 made from its schema, and 2,000 hostile files, from a seed; ARGS="--requests 1000 --seed 1"
 	.venv/bin/python -m tests.fuzz $(ARGS)
 
 demo: setup  ## train on small synthetic pictures, serve, and ask for captions never seen: out/demo/report.html

@@ -128,6 +128,8 @@ def spoil(directory: Path, name: str, **fields: object) -> None:
         ("clip", {"text_heads": 0}),
         ("clip", {"text_heads": 5}),
         ("clip", {"patch_size": 5}),
+        ("clip", {"patch_size": None}),  # a ResNet's
+        ("clip", {"vision_layers": [1, 1, 1, 1]}),
         ("dvae", {"num_downsamples": 10**6}),
         ("dvae", {"image_size": 1 << 40}),
         ("dvae", {"width": 65_536}),

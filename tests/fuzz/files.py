@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import logging
 import multiprocessing
 import random
 import resource
@@ -141,6 +142,7 @@ READERS = {"artefact": read_artefact, "archive": read_archive, "shard": read_sha
 def _read(kind: str, seed: str, model: Path, connection: Connection) -> None:
     present = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (present + MEMORY_BYTES,) * 2)
+    logging.disable()  # what is skipped of a channel
     with tempfile.TemporaryDirectory() as scratch:
         try:
             READERS[kind](random.Random(seed), model, Path(scratch))
@@ -170,6 +172,7 @@ def fuzz(model: Path, num_files: int, seed: int) -> Counter[str]:
         try:
             assert ours.poll(SECONDS), f"{kind} of seed {name!r} is still read after {SECONDS:g} s"
             result = ours.recv()
+            process.join(SECONDS)
         except EOFError:
             process.join()
             raise AssertionError(f"{kind} of seed {name!r}: exit {process.exitcode}") from None

@@ -312,6 +312,11 @@ class ClipConfig(Bounded):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if (self.patch_size is None) != isinstance(self.vision_layers, tuple):
+            raise ValueError(
+                "patch_size must be a number for a vision transformer and null for a ResNet, whose "
+                f"vision_layers are four, got {self.patch_size} and {self.vision_layers}"
+            )
         # The model class silently crops a remainder of the image, and has one head per 64 channels
         # of the image encoder (32 of a ResNet's).
         if self.patch_size is not None and self.image_size % self.patch_size:
