@@ -63,6 +63,11 @@ class Resource:
     def end(self) -> Request:
         return Request("sagemaker", f"{self.kind.end_verb}{self.kind.name}", **self.identity)
 
+    @property
+    def deletion(self) -> Request:
+        """The request that deletes a resource, or the record of a job that has ended."""
+        return Request("sagemaker", f"Delete{self.kind.name}", **self.identity)
+
 
 ENDPOINT = ResourceKind("Endpoint", "Endpoints", "Delete")
 CONFIG = ResourceKind("EndpointConfig", "EndpointConfigs", "Delete")
@@ -72,6 +77,9 @@ TRANSFORM = ResourceKind("TransformJob", "TransformJobSummaries", "Stop")
 TUNING = ResourceKind("HyperParameterTuningJob", "HyperParameterTuningJobSummaries", "Stop")
 JOBS = (TUNING, TRAINING, TRANSFORM)
 RUNNING = ("InProgress", "Stopping")
+ENDED = ("Completed", "Failed", "Stopped")
+WITH_RECORDS = (TUNING, TRAINING)
+"""Kinds of jobs whose records the API can delete."""
 
 
 def resources(
@@ -103,6 +111,16 @@ def running_jobs(project: Project) -> list[Resource]:
         resource
         for kind in JOBS
         for status in RUNNING
+        for resource in resources(project, kind, StatusEquals=status)
+    ]
+
+
+def ended_jobs(project: Project) -> list[Resource]:
+    """Return the jobs that have ended and whose records can be deleted."""
+    return [
+        resource
+        for kind in WITH_RECORDS
+        for status in ENDED
         for resource in resources(project, kind, StatusEquals=status)
     ]
 

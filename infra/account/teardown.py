@@ -30,9 +30,13 @@ IMAGES_TOGETHER = 100
 
 @dataclass
 class Inventory:
-    """The resources to delete. bucket, repository: None when the stack has none."""
+    """The resources to delete. bucket, repository: None when the stack has none.
+
+    ended: jobs of which nothing is left but their records.
+    """
 
     running: list[Resource]
+    ended: list[Resource]
     warm_pools: list[Resource]
     endpoints: list[Resource]
     configs: list[Resource]
@@ -46,7 +50,7 @@ class Inventory:
 
     @property
     def hosting(self) -> list[tuple[str, str]]:
-        """Kind and name of every resource but bucket, repository and role."""
+        """Kind and name of every resource but bucket, repository, role and records of jobs."""
         named = [*self.running, *self.warm_pools, *self.endpoints, *self.configs, *self.models]
         return [
             *((resource.kind.words, resource.name) for resource in named),
@@ -71,9 +75,11 @@ def run(options: argparse.Namespace) -> int:
     output = project.output
     found = collect(project)
     storage = found.stack is not None and not options.keep_storage
+    # A model in the bucket is found by the record of its job, so both are kept or neither.
+    ended = [] if options.keep_storage else found.ended
     if project.aws.dry_run:
         return output.finish()
-    if not found.hosting and not storage:
+    if not found.hosting and not storage and not ended:
         output.line(f"project {project.name} has nothing to delete")
         return output.finish(project=project.name, deleted=[], usd_per_month_stopped=0.0)
     costs = show(project, found, storage=storage)
@@ -81,6 +87,8 @@ def run(options: argparse.Namespace) -> int:
         confirm(project)
     deleted = [list(pair) for pair in found.hosting]
     end_hosting(project, found)
+    if not options.keep_storage:
+        deleted += delete_records(project, [*ended, *found.running], found.warm_pools)
     if storage:
         empty(project, found.bucket)
         delete_images(project, found.repository)
@@ -106,6 +114,7 @@ def collect(project: Project) -> Inventory:
     outputs = outputs_of(stack)
     return Inventory(
         running=inventory.running_jobs(project),
+        ended=inventory.ended_jobs(project),
         warm_pools=inventory.warm_pools(project),
         endpoints=endpoints,
         configs=configs,
@@ -131,6 +140,9 @@ def show(project: Project, found: Inventory, *, storage: bool) -> dict[str, Idle
     for kind, name in found.hosting:
         about = f"  {costs[name].description}" if kind == "endpoint" and name in costs else ""
         output.line(f"  {kind:<14} {name}{about}")
+    if found.ended:
+        kept = "" if storage else ", kept with the bucket"
+        output.line(f"  {'records':<14} {count_words(len(found.ended), 'job')} that ended{kept}")
     if storage and found.bucket:
         number, num_bytes = inventory.stored(project, found.bucket)
         size = f"{count_words(number, 'object')}, {size_words(num_bytes)}: data, models, results"
@@ -188,6 +200,27 @@ def end_hosting(project: Project, found: Inventory) -> None:
     for resource in [*found.models, *found.configs]:
         aws.find(resource.end)
         output.item(resource.label, "deleted")
+
+
+def delete_records(project: Project, jobs: list[Resource], warm: list[Resource]) -> list[list[str]]:
+    """Delete what the platform keeps of jobs that have ended; return kind and name of each.
+
+    warm: jobs whose pools were ended just now; a record stays as long as its pool does.
+    """
+    for resource in warm:
+        what = f"the end of the warm pool of {resource.name}"
+        project.aws.until(what, partial(_is_cold, project, resource), every_seconds=POLL_SECONDS)
+    some = [each for each in jobs if each.kind in inventory.WITH_RECORDS]
+    for resource in some:
+        project.aws.find(resource.deletion)
+    if some:
+        project.output.item(f"records of {count_words(len(some), 'job')}", "deleted")
+    return [[each.kind.words, each.name] for each in some]
+
+
+def _is_cold(project: Project, resource: Resource) -> bool:
+    found = project.aws.find(resource.description) or {}
+    return found.get("WarmPoolStatus", {}).get("Status") not in ("Available", "InUse")
 
 
 def empty(project: Project, bucket: str | None) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dalle.errors import UserError
+from infra.aws.limits import check_instance_type
 from infra.benchmark.run_file import Run
 from infra.compare.serving_options import ORDER, Option, PricedRun, options_of, price_run, types_of
 from infra.cost import costs
@@ -110,10 +111,12 @@ def compare_runs(
     PriceMissing for a type without a price.
     """
     priced_runs = [
-        price_run(name, run, stands_for, table)
+        price_run(name, run, named, table, region)
         for name, run, types in runs
-        for stands_for in types_of(name, run, types)
+        for named in types_of(name, run, types)
     ]
+    # Two types may have come to one, the single GPU of a model.
+    priced_runs = list({(each.name, each.stands_for): each for each in priced_runs}.values())
     seen: dict[str, str] = {}
     for each in priced_runs:
         if each.stands_for in seen:
@@ -149,13 +152,17 @@ def _not_measured(
     region: str,
     assumptions: Assumptions,
 ) -> list[NotMeasured]:
-    """Return the cheapest instances with one GPU that no run stands for."""
-    measured = {each.stands_for for each in priced_runs}
-    hourly = [
-        each
-        for each in table.prices
-        if each.component == "Hosting" and each.region == region and each.item not in measured
-    ]
+    """Return the cheapest instance with one GPU of each model that no run used, cheapest first."""
+    hosts = {each.stands_for: table.instance_types.get(each.stands_for) for each in priced_runs}
+    measured = {host.gpu for host in hosts.values() if host is not None and host.gpus}
+    hourly: dict[str | None, Price] = {}
+    for each in sorted(table.prices, key=lambda price: price.usd):
+        host = table.instance_types.get(each.item)
+        is_offered = (each.component, each.region) == ("Hosting", region)
+        if not is_offered or host is None or host.gpus != 1 or host.gpu in measured:
+            continue
+        if not list(check_instance_type(each.item)):
+            hourly.setdefault(host.gpu, each)
     always = [each for each in options if each.kind == "always on"]
     bases = [each for each in always if not each.problem] or always
     base = min(bases, key=lambda each: each.busy.usd_per_1000_requests, default=None)
@@ -168,10 +175,9 @@ def _not_measured(
             base,
             each.usd / base.busy.usd_per_hour if base else None,
         )
-        for each in hourly
-        if each.item in table.instance_types and table.instance_types[each.item].gpus == 1
+        for each in hourly.values()
     ]
-    return sorted(found, key=lambda each: each.price.usd)[:GPUS_SHOWN]
+    return found[:GPUS_SHOWN]
 
 
 def cheapest(options: Sequence[Option]) -> list[Range]:

@@ -83,7 +83,13 @@ def types_of(name: str, run: Run, types: Sequence[str]) -> Sequence[str]:
     return found
 
 
-def price_run(name: str, run: Run, stands_for: str, table: PriceTable) -> PricedRun:
+def price_run(name: str, run: Run, named: str, table: PriceTable, region: str) -> PricedRun:
+    """Return the run with the type whose price it is given.
+
+    named: the type that it stands for by the user's word. A server uses one GPU, so that a type
+    with several is replaced by the one with a single GPU of the model, where there is one.
+    """
+    stands_for = table.single_gpu(named, region)
     scenario = run.saturated
     if scenario is None:
         raise UserError(f"{name} has no closed loop with an answer: benchmark it with --clients")
@@ -117,6 +123,10 @@ def price_run(name: str, run: Run, stands_for: str, table: PriceTable) -> Priced
             doubt += f", and has {kind.vcpus} vCPUs where {used_cpus:g} processors were used"
         elif run.device == "cpu":
             doubt += "; its vCPUs may be threads that share a core, and its processor slower"
+        if stands_for != named:
+            doubt += f"; {named}, which was named, has several such GPUs, and a server uses one"
+        elif kind.gpus > 1:
+            doubt += f"; it has {kind.gpus} GPUs, of which a server uses one"
         if stands_for.startswith(BURSTABLE):
             doubt += "; it is burstable, and slower once its CPU credits are spent"
     text = f"that {stands_for} is as fast as {name}, measured on {measured_on}; but {doubt}"

@@ -142,6 +142,23 @@ class PriceTable(_Row):
                 field=name,
             ) from None
 
+    def single_gpu(self, name: str, region: str = DEFAULT_REGION) -> str:
+        """Return the cheapest type with one GPU of the model that a type has several of.
+
+        Returns `name` where it has not several, or where no smaller one has a price of hosting.
+        """
+        kind = self.instance_types.get(name)
+        if kind is None or kind.gpus < 2:
+            return name
+        smaller = [
+            each
+            for each in self.prices
+            if (each.component, each.region) == ("Hosting", region)
+            and (other := self.instance_types.get(each.item)) is not None
+            and (other.gpus, other.gpu) == (1, kind.gpu)
+        ]
+        return min(smaller, key=lambda each: each.usd).item if smaller else name
+
     def with_rows(
         self, prices: Iterable[Price], instance_types: dict[str, InstanceType] | None = None
     ) -> PriceTable:

@@ -57,7 +57,8 @@ def idle_cost(project: Project, endpoint: str) -> IdleCost | None:
     try:
         price = load_prices().hourly(kind, region)
     except PriceMissing:
-        return IdleCost(mode, kind, count, None, f"no price is known for {kind} in {region}")
+        note = f"price unknown: no price is known for {kind} in {region}"
+        return IdleCost(mode, kind, count, None, note)
     usd = price.usd * HOURS_PER_MONTH * count
     return IdleCost(mode, kind, count, usd, f"{count} x {price.describe()}")
 
@@ -71,7 +72,8 @@ def expected_idle_cost(deployment: Deployment, region: str) -> str:
     try:
         price = load_prices().hourly(str(deployment.instance_type), region)
     except PriceMissing:
-        return f"no price is known for {deployment.instance_type} in {region}"
+        kind = deployment.instance_type
+        return f"price unknown: no price is known for {kind} in {region}"
     if deployment.min_instances == 0:
         return f"nothing without requests; an instance {price.describe()} while it works"
     usd = price.usd * HOURS_PER_MONTH * deployment.min_instances

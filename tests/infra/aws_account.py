@@ -26,6 +26,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import boto3
 import requests
+from botocore.exceptions import ClientError
 
 START_SECONDS = 60
 NUMBER = "123456789012"
@@ -45,6 +46,7 @@ MANIFEST = {
 # What moto 5.2.5 does not do, with a request of ours that needs it. Some have a handler in
 # `Account` or in a test; all are held against botocore's model.
 LACKING: dict[tuple[str, str], dict[str, Any]] = {
+    ("sagemaker", "DeleteTrainingJob"): {"TrainingJobName": "dalle-x"},
     ("sagemaker", "StopHyperParameterTuningJob"): {"HyperParameterTuningJobName": "dalle-x"},
     ("sagemaker", "StopTrainingJob"): {"TrainingJobName": "dalle-x"},
     ("sagemaker", "StopTransformJob"): {"TransformJobName": "dalle-x"},
@@ -122,7 +124,8 @@ class Account:
         self.requests: Counter[str] = Counter()
         self.refusals: dict[str, list[tuple[int, str, str]]] = {}
         self.handlers: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-            "UpdateEndpoint": self._update_endpoint
+            "DeleteTrainingJob": self._delete_training_job,
+            "UpdateEndpoint": self._update_endpoint,
         }
         self.sent: list[tuple[str, Any]] = []
         self.runtime: Callable[[str, dict[str, str], bytes], Answer] | None = None
@@ -285,6 +288,17 @@ class Account:
         sagemaker.delete_endpoint(EndpointName=name)
         sagemaker.create_endpoint(**request, Tags=tags)
         return {"EndpointArn": arn}
+
+    def _delete_training_job(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Take the job's tags away: then it is nobody's. A handler's job is unknown."""
+        sagemaker = self.client("sagemaker")
+        try:
+            arn = sagemaker.describe_training_job(**request)["TrainingJobArn"]
+        except ClientError:
+            return {}
+        keys = [tag["Key"] for tag in sagemaker.list_tags(ResourceArn=arn)["Tags"]]
+        sagemaker.delete_tags(ResourceArn=arn, TagKeys=keys)
+        return {}
 
     # --- HTTP
 

@@ -71,6 +71,8 @@ def test_with_yes_nothing_is_left_and_the_monthly_cost_that_stops_is_shown(full,
     result = infra("teardown", "--yes")
     assert result.code == 0, result.err
     assert left(full) == NOTHING
+    assert full.requests["DeleteTrainingJob"] == 1
+    assert "records of 1 job" in result.out
     assert result.out.rstrip().endswith("nothing is left")
     # 730 hours of ml.g4dn.xlarge at 0.7364 USD, the figure of the price table
     assert "endpoint       dalle  537.57 USD a month (1 x 0.7364 USD per hour" in result.out
@@ -108,6 +110,7 @@ def test_an_unknown_price_is_an_error_and_not_guessed(full, infra, monkeypatch):
 def test_storage_may_be_kept(full, infra):
     result = infra("teardown", "--yes", "--keep-storage")
     assert result.code == 0, result.err
+    assert full.requests["DeleteTrainingJob"] == 0, "the model is found by its job"
     remains = {key: value for key, value in left(full).items() if value}
     assert set(remains) == {"buckets", "repositories", "roles"}
     assert "data/pictures/train/0.txt" in full.keys_in()
@@ -150,6 +153,7 @@ IN_ORDER = [
     "DeleteLogGroup",
     "DeleteModel",
     "DeleteEndpointConfig",
+    "DeleteTrainingJob",
     f"POST /{BUCKET}",
     "BatchDeleteImage",
     "DeleteStack",
@@ -210,6 +214,8 @@ def test_a_running_job_is_stopped_before_the_bucket_goes(full, infra):
     assert order == ["stop"]
     operations = [name for name, _ in full.sent]
     assert operations.index("StopTrainingJob") < operations.index(f"POST /{BUCKET}")
+    assert operations.index("StopTrainingJob") < operations.index("DeleteTrainingJob")
+    assert full.bodies("DeleteTrainingJob") == [{"TrainingJobName": "dalle-long"}]
     assert "training job dalle-long" in result.out
 
 

@@ -175,6 +175,28 @@ def test_without_a_run_of_a_gpu_its_column_says_not_measured():
     assert gpus(comparison).rows[0][3:6] == [NOT_MEASURED, "12.8", "6.4"]
 
 
+def test_a_gpu_that_was_measured_as_one_of_eight_has_the_price_of_a_single_one():
+    hardware = Hardware(processor="Xeon 1", num_cpus=16, gpu="NVIDIA H100 80GB HBM3")
+    run = a_run(device="cuda", hardware=hardware)
+    comparison = compare(("h100", run, ["ml.p5.48xlarge"]))
+    (priced_run,) = comparison.priced_runs
+    assert priced_run.stands_for == "ml.p5.4xlarge"
+    assert option(comparison, "ml.p5.4xlarge, always on").prices[0].usd == pytest.approx(7.912)
+    assert "ml.p5.48xlarge, which was named, has several such GPUs" in priced_run.assumption
+    assert "NVIDIA H100" not in {each.hardware.gpu for each in comparison.not_measured}
+
+
+def test_several_gpus_without_a_single_one_are_said_to_stand_idle():
+    (priced_run,) = compare(("gpu", GPU, ["ml.p4d.24xlarge"])).priced_runs
+    assert priced_run.stands_for == "ml.p4d.24xlarge"
+    assert "it has 8 GPUs, of which a server uses one" in priced_run.assumption
+
+
+def test_of_each_gpu_that_was_not_measured_the_cheapest_host_is_named():
+    found = [each.hardware.gpu for each in compare(("cpu", CPU, ["ml.m5.large"])).not_measured]
+    assert found == ["NVIDIA T4", "NVIDIA L4", "NVIDIA A10G"]
+
+
 def test_with_a_run_of_a_gpu_it_is_one_of_the_ways_to_serve():
     comparison = compare(("cpu", CPU, ["ml.m5.large"]), ("gpu", GPU, ["ml.g5.xlarge"]))
     names = [each.name for each in comparison.options]

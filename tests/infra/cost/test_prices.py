@@ -12,8 +12,11 @@ import pytest
 
 from dalle.errors import PriceMissing, UserError
 from infra.__main__ import main
+from infra.aws.limits import check_instance_type
 from infra.cost.prices import load_prices
 from infra.cost.pricing_api import request_for
+from infra.endpoint.options import DEFAULT_INSTANCE
+from infra.jobs.training_job import TrainingRun
 
 # us-east-1, as the contract has them: USD per hour, date, confidence.
 HOSTING = {
@@ -189,7 +192,7 @@ def test_the_hosting_prices_are_those_that_were_gathered(instance_type, expected
         ("serverless", "compute", 0.00002, "GB-second", "B"),
         ("serverless", "data", 0.016, "GB", "B"),
         ("lambda", "compute", 0.0000166667, "GB-second", "C"),
-        ("lambda", "requests", 0.2, "million requests", "C"),
+        ("lambda", "requests", 0.2, "million requests", "B"),
         ("endpoint", "volume", 0.14, "GB-month", "C"),
         ("endpoint", "data", 0.02, "GB", "C"),
     ],
@@ -220,9 +223,41 @@ def test_a_price_that_is_missing_is_named_with_how_to_read_it(region, component,
         load_prices().hourly("ml.g7.xlarge", region=region, component=component)
 
 
+REGIONS = ("us-east-1", "us-east-2", "us-west-2", "eu-west-1", "eu-central-1", "ap-northeast-1")
+
+
+@pytest.mark.parametrize("region", REGIONS)
+def test_what_the_commands_offer_by_default_has_a_price_with_date_and_source(region):
+    kinds = {"realtime": "Hosting", "async": "Hosting", "batch": "BatchTransform"}
+    wanted = [(str(DEFAULT_INSTANCE[mode]), component) for mode, component in kinds.items()]
+    wanted.append((TrainingRun("p", "i", "r", "b", {}).instance_type, "Training"))
+    wanted += [("serverless", "compute"), ("serverless", "data")]
+    wanted += [("endpoint", "volume"), ("endpoint", "data")]
+    for item, component in wanted:
+        price = load_prices().price(item, component, region)
+        assert price.source
+        assert price.date or region == "us-east-1", "what came with the first table may be undated"
+
+
+@pytest.mark.parametrize("family", ["g6", "g6e", "p5", "p6-b200", "c7i"])
+def test_current_families_on_which_the_image_runs_have_a_price(family):
+    items = {price.item for price in load_prices().prices if price.component == "Hosting"}
+    found = [item for item in items if item.split(".")[1] == family]
+    assert found
+    assert not [problem for item in found for problem in check_instance_type(item)]
+
+
+def test_of_several_gpus_the_single_one_is_known():
+    table = load_prices()
+    assert table.single_gpu("ml.p5.48xlarge") == "ml.p5.4xlarge"
+    assert table.single_gpu("ml.g6.12xlarge") == "ml.g6.xlarge"
+    assert table.single_gpu("ml.p4d.24xlarge") == "ml.p4d.24xlarge", "no smaller one has its GPU"
+    assert table.single_gpu("ml.c7i.large") == "ml.c7i.large"
+
+
 def test_a_price_of_one_region_is_not_taken_for_another():
     with pytest.raises(PriceMissing, match="known of it: Hosting in us-east-1"):
-        load_prices().hourly("ml.m5.xlarge", region="eu-west-1")
+        load_prices().hourly("ml.m5.2xlarge", region="eu-west-1")
 
 
 def test_an_item_that_is_not_sold_is_reported_without_advice_to_refresh():
@@ -233,7 +268,7 @@ def test_an_item_that_is_not_sold_is_reported_without_advice_to_refresh():
 
 def test_show_prints_the_date_the_source_and_the_confidence_beside_every_figure(capsys):
     assert main(["prices", "show", "--type", "ml.m5.xlarge"]) == 0
-    head, line = capsys.readouterr().out.splitlines()
+    head, line, *_ = capsys.readouterr().out.splitlines()
     assert head.split()[3:8] == ["USD", "per", "USD/month", "date", "confidence"]
     assert line.split()[3:8] == ["0.23", "hour", "167.90", "2026-09-28", "B"]
     assert "SKU JDZQJFUVUR8SUWHS" in line
