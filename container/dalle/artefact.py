@@ -154,7 +154,7 @@ def _stage(staging: Path, artefact: Artefact, git_revision: str) -> Manifest:
             "format_version": FORMAT_VERSION,
             "library_version": installed(OURS) or "",
             "git_revision": git_revision,
-            "files": {path: _sha256(staging / path) for path in _files(staging)},
+            "files": {path: sha256(staging / path) for path in _files(staging)},
         }
     )
     (staging / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
@@ -324,7 +324,7 @@ def _check_files(directory: Path, manifest: Manifest) -> None:
         try:
             if path.is_symlink() or not path.is_file():
                 raise ArtefactError(f"{path} is missing, but {MANIFEST} lists it")
-            digest = _sha256(path)
+            digest = sha256(path)
         except OSError as error:
             raise ArtefactError(f"{path} cannot be read: {error.strerror}") from error
         if digest != manifest.files[name]:
@@ -337,6 +337,7 @@ def _check_files(directory: Path, manifest: Manifest) -> None:
                 raise ArtefactError(f"{directory / component / name} is not in {MANIFEST}")
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Return the sha256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

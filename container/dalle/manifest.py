@@ -42,6 +42,17 @@ class StageRecord(BaseModel):
     dataset_counts: dict[str, int]
 
 
+class ImportedModel(BaseModel):
+    """A published model that came into the artefact."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    what: str
+    """Its kind, and how it differs from the models beside it."""
+    files: dict[str, str]
+    """Name of each file that it came from -> sha256."""
+
+
 class Manifest(BaseModel):
     """Content of `manifest.json`."""
 
@@ -53,6 +64,8 @@ class Manifest(BaseModel):
     licence: str = ""
     stages: list[StageRecord] = []
     """Oldest first; the last record of a stage is that of the component."""
+    imported: dict[StageName, ImportedModel] = {}
+    """Component -> the published model that it is, or was trained on from."""
     captions: list[str] = []
     """A few captions of the transformer's data, held-out ones if there are any. `serve` compares
     number formats by the images of these captions."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
-from dalle.manifest import Manifest, StageRecord
+from dalle.manifest import ImportedModel, Manifest, StageRecord
 from dalle.types import ImageTokenizerKind, StageName
 from dalle.versions import OURS
 
@@ -118,7 +118,10 @@ class ModelCard(BaseModel):
 def describe(manifest: Manifest, models: Mapping[StageName, nn.Module]) -> ModelCard:
     """Return the card of an artefact with this manifest and these models."""
     records = manifest.newest_records()
-    components = [_component(name, model, records.get(name)) for name, model in models.items()]
+    components = [
+        _component(name, model, records.get(name), manifest.imported.get(name))
+        for name, model in models.items()
+    ]
     sizes = {each.name: each.sizes for each in components}
     record = records.get("transformer")
     generates = {"dvae", "transformer"} <= sizes.keys()
@@ -135,13 +138,18 @@ def describe(manifest: Manifest, models: Mapping[StageName, nn.Module]) -> Model
     )
 
 
-def _component(name: StageName, model: nn.Module, record: StageRecord | None) -> ComponentCard:
+def _component(
+    name: StageName, model: nn.Module, record: StageRecord | None, imported: ImportedModel | None
+) -> ComponentCard:
     config = model.config
     values = {each: getattr(config, each, None) for each in _SIZES}
     sizes = {each: value for each, value in values.items() if isinstance(value, int)}
+    description = _PUBLISHED.get(getattr(config, "kind", "dvae"), _WORDS[name])
+    if imported is not None:
+        description = f"{imported.what}; {'not trained here' if record is None else 'trained on'}"
     card = ComponentCard(
         name=name,
-        description=_PUBLISHED.get(getattr(config, "kind", "dvae"), _WORDS[name]),
+        description=description,
         parameters=sum(each.numel() for each in model.parameters()),
         sizes=sizes,
     )

@@ -20,6 +20,9 @@ ComponentName = Literal[StageName, "tokenizer"]
 COMPONENTS: tuple[ComponentName, ...] = get_args(ComponentName)
 
 TokenizerKind = Literal["word", "bpe", "clip"]
+SquareMethod = Literal["train", "clip", "squash"]
+"""How an image becomes a square: as `train` reads pictures, as OpenAI's CLIP does, or squashed."""
+ClipActivation = Literal["quick_gelu", "gelu"]
 SMALLEST_BPE_VOCABULARY = 258
 """Padding, the unknown token and the 256 bytes, which byte pairs are made of."""
 

@@ -20,6 +20,7 @@ from typing import Protocol
 
 from dalle.errors import DalleError
 from dalle.model_card import ModelCard
+from dalle.preprocess.square import Square
 from inference.api.rendering import GenerateResult
 from inference.api.schema import Request
 from inference.engine.error_log import log_unexpected
@@ -48,8 +49,8 @@ class Engine(Protocol):
         ...
 
     @property
-    def clip_size(self) -> int | None:
-        """Side of CLIP's input in pixels; None without a CLIP."""
+    def clip_square(self) -> Square | None:
+        """What CLIP reads of a picture; None without a CLIP."""
         ...
 
     @property

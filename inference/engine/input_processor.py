@@ -22,7 +22,7 @@ from dalle.decoding.sampling import SamplingOptions
 from dalle.errors import CaptionTooLong, UserError
 from dalle.models.transformer import PADDING
 from dalle.preprocess.captions import is_visible
-from dalle.preprocess.images import decode_image, to_square
+from dalle.preprocess.square import Square
 from dalle.preprocess.tokenizer import CaptionTokenizer
 from inference.api.parsing import decode_base64
 from inference.api.rendering import Mark
@@ -77,7 +77,7 @@ def _prepare_generation(
         raise _out_of_range("top_k", 1, codebook_size, request.top_k)
     prime = None
     if request.prime_image is not None:
-        prime = _read_image(request.prime_image, "prime_image", dvae.config.image_size)
+        prime = _read_image(request.prime_image, "prime_image", Square(dvae.config.image_size))
     caption = _fitting(tokenizer, request.caption) if request.truncate else request.caption
     text_tokens = _encode(tokenizer, caption, "caption")
     seed = _choose_seed(request.seed)
@@ -113,7 +113,7 @@ def _prepare_classification(
         for number, each in enumerate(request.classes):  # refuse a long one before any other work
             _encode(tokenizer, each, f"classes[{number}]")
     images = [
-        _read_image(text, f"images[{number}]", clip.config.image_size)
+        _read_image(text, f"images[{number}]", clip.square)
         for number, text in enumerate(request.images)
     ]
     return PreparedClassification(
@@ -194,11 +194,10 @@ def _quoted(text: str) -> str:
     return repr(text if len(text) <= _QUOTED_CHARACTERS else f"{text[:_QUOTED_CHARACTERS]}…")
 
 
-def _read_image(text: str, field: str, size: int) -> Tensor:
-    """Read a base64 image file into [1, 3, size, size] in [0, 1]."""
+def _read_image(text: str, field: str, square: Square) -> Tensor:
+    """Read what a model reads of a base64 image file, [1, 3, size, size] in [0, 1]."""
     try:
-        data = decode_base64(text, field=field)
-        pixels = to_square(decode_image(data, what=field, min_side=size), size)
+        pixels = square.read(decode_base64(text, field=field), field)
     except UserError as error:
         error.field = error.field or field
         raise

@@ -29,6 +29,7 @@ from dalle.decoding.validate import build_engine
 from dalle.errors import ArtefactError, DeviceError, PlatformError
 from dalle.manifest import Manifest
 from dalle.model_card import ModelCard
+from dalle.preprocess.square import Square
 from dalle.types import Precision
 from inference.api.rendering import Mark, Result
 from inference.api.schema import CompleteRequest, GenerateRequest, Request
@@ -144,10 +145,10 @@ class ModelRunner:
         return self._artefact.card()
 
     @property
-    def clip_size(self) -> int | None:
-        """Side of CLIP's input in pixels; None without a CLIP."""
+    def clip_square(self) -> Square | None:
+        """What CLIP reads of a picture; None without a CLIP."""
         clip = self._artefact.clip
-        return None if clip is None else clip.config.image_size
+        return None if clip is None else clip.square
 
     @property
     def busy_slots(self) -> int:

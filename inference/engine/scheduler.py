@@ -219,7 +219,7 @@ class Scheduler:
         if self._clip is not None:
             captions = [request.caption_embedding for request, _ in batch]
             caption_embeddings = torch.cat([each for each in captions if each is not None])
-            cosines = (self._clip.encode_image(images) * caption_embeddings).sum(dim=1)
+            cosines = (self._clip.encode_generated(images) * caption_embeddings).sum(dim=1)
             scores = cosines.tolist()
             merits = self._clip.merit(cosines, cosines.new_tensor(merits)).tolist()
         ranked = time.monotonic()

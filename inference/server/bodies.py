@@ -26,6 +26,7 @@ from typing import Any
 
 from dalle.errors import PlatformError, UserError
 from dalle.preprocess.images import ImageError, count_pixels
+from dalle.preprocess.square import Square
 from inference.api.parsing import BodyKind, decode_base64, parse_request
 from inference.api.schema import ClassifyRequest, GenerateRequest, Limits, Request
 from inference.server.body_process import FILE_MARK
@@ -60,14 +61,14 @@ class BodyReader:
         request: Request | None = None,
         limits: Limits,
         prime_size: int | None,
-        clip_size: int | None,
+        clip_square: Square | None,
         check: Callable[[float | None], None],
     ) -> Request:
         """Return the request in a body, as `parse_request` does; large images are scaled down.
 
         request: the same, where the body has been parsed.
-        prime_size, clip_size: side in pixels of a prime image and of an image to classify; None
-        where the model refuses such requests.
+        prime_size, clip_square: side in pixels of a prime image, and what is read of an image to
+            classify; None where the model refuses such requests.
         check: called again and again meanwhile with the request's `deadline_seconds`, None as long
             as it is not known; raises to give the request up.
         Raises what `parse_request` and `check` raise, `UserError` for an image that cannot be used,
@@ -82,9 +83,10 @@ class BodyReader:
             request = parse_request(small, BodyKind.JSON, limits=limits)
 
         deadline_seconds = request.deadline_seconds
+        prime_square = None if prime_size is None else Square(prime_size)
 
-        def scaled(text: str, field: str, size: int | None) -> str:
-            if size is None:
+        def scaled(text: str, field: str, square: Square | None) -> str:
+            if square is None:
                 return text
             if files:
                 data = files[int(text.removeprefix(FILE_MARK))]
@@ -96,16 +98,16 @@ class BodyReader:
                     is_large = False  # `Engine.prepare` refuses it
                 if not is_large:
                     return text
-            order = {"task": "scale", "field": field, "size": size}
+            order = {"task": "scale", "field": field, **asdict(square)}
             (png,) = self._processes.run(order, data, lambda: check(deadline_seconds))
             return base64.b64encode(png).decode("ascii")
 
         if isinstance(request, GenerateRequest) and request.prime_image is not None:
-            image = scaled(request.prime_image, "prime_image", prime_size)
+            image = scaled(request.prime_image, "prime_image", prime_square)
             return request.model_copy(update={"prime_image": image})
         if isinstance(request, ClassifyRequest):
             images = [
-                scaled(text, f"images[{number}]", clip_size)
+                scaled(text, f"images[{number}]", clip_square)
                 for number, text in enumerate(request.images)
             ]
             return request.model_copy(update={"images": images})

@@ -2,7 +2,7 @@
 
     parse: body -> JSON without its images, and the bytes of each image file
     chat: body -> the same without the messages before the last one of the user
-    scale: image file -> PNG of its centre square, of the side that the model reads
+    scale: image file -> PNG of the square that the model reads
 
 Both can hold Python's lock for seconds and take hundreds of megabytes, which the process that
 answers pings must not. The child imports no torch. Its memory has a limit, and it ends with its
@@ -23,7 +23,8 @@ from contextlib import suppress
 from typing import Any
 
 from dalle.errors import DalleError, UserError
-from dalle.preprocess.images import decode_image, encode_image, to_square
+from dalle.preprocess.images import encode_image
+from dalle.preprocess.square import Square
 from inference.api.parsing import BodyKind, decode_base64, parse_request
 from inference.api.schema import ClassifyRequest, GenerateRequest, Limits
 from inference.openai.chat import without_history
@@ -53,13 +54,13 @@ def parse(body: bytes, kind: BodyKind, limits: Limits) -> tuple[bytes, list[byte
     return json.dumps(fields).encode(), files
 
 
-def scale(data: bytes, field: str, size: int) -> bytes:
-    """Return the centre square of an image file as a PNG of `size` x `size` pixels.
+def scale(data: bytes, field: str, square: Square) -> bytes:
+    """Return the square of an image file that a model reads, as a PNG.
 
     Raises `UserError` that names the field.
     """
     try:
-        return encode_image(to_square(decode_image(data, what=field, min_side=size), size), "png")
+        return encode_image(square.read(data, field), "png")
     except UserError as error:
         error.field = error.field or field
         raise
@@ -73,7 +74,8 @@ def _do(order: dict[str, Any], parts: list[bytes]) -> list[bytes]:
         case "chat":
             return [without_history(parts[0])]
         case "scale":
-            return [scale(parts[0], order["field"], order["size"])]
+            square = Square(order["size"], order["method"])
+            return [scale(parts[0], order["field"], square)]
         case task:
             raise ValueError(f"unknown task {task!r}")
 

@@ -126,7 +126,7 @@ class Handler:
             request=request,
             limits=self.limits,
             prime_size=self.engine.image_size,
-            clip_size=self.engine.clip_size,
+            clip_square=self.engine.clip_square,
             check=self._check_reading,
         )
 

@@ -74,7 +74,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     hyperparameter = "a hyperparameter (training/REFERENCE.md, Hyperparameters); repeatable"
     add_pairs(parser, "--set", hyperparameter)
     parser.add_argument("--artefact", metavar="URI", help="an earlier model.tar.gz to start from")
-    parser.add_argument("--clip", metavar="URI", help="a pretrained OpenAI CLIP file")
+    parser.add_argument(
+        "--clip", metavar="URI", help="a published CLIP: OpenAI's file, or a folder of open_clip's"
+    )
     parser.add_argument(
         "--tokenizer-model",
         metavar="URI",

@@ -5,13 +5,14 @@ from typing import Any
 
 from dalle.manifest import Manifest
 from dalle.model_card import describe
+from dalle.preprocess.square import Square
 
 
 class OneAtATime:
     """What the tests' engines share. `run`, of the child, returns a request's result or raises."""
 
     image_size: int | None = 8
-    clip_size: int | None = 8
+    clip_square: Square | None = Square(8)
     card = describe(Manifest(captions=["a red square"]), {})
     threads = 1
     busy_slots = 0

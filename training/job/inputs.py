@@ -17,8 +17,8 @@ import torch
 from dalle import archive
 from dalle import artefact as artefacts
 from dalle.artefact import Artefact
-from dalle.errors import ArtefactError, CaptionTooLong, ForeignFileError
-from dalle.manifest import is_hidden
+from dalle.errors import ArtefactError, CaptionTooLong
+from dalle.manifest import ImportedModel
 from dalle.models.configs import ImageTokenizerConfig
 from dalle.models.image_tokenizer import ImageTokenizer
 from dalle.platform.environment import Job
@@ -36,9 +36,8 @@ from training.data.pairs import Dataset
 from training.data.sharded import HostPart, on_all_ranks
 from training.data.sources.index import Pairs
 from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from training.job.pretrained.clip import description, find_clip, load_clip
 from training.job.pretrained.image_tokenizer import load_image_tokenizer
-from training.job.pretrained.openai_clip import load_openai_clip
-from training.job.pretrained.weights_file import WEIGHTS_SUFFIXES
 from training.loop.budget import Budget
 from training.loop.stages import StageData, weights_hash
 from training.stopping import Stop, unless_stopped
@@ -241,16 +240,12 @@ def _read_artefact(job: Job, device: torch.device, image_size: int | None) -> Ar
     if "clip" in job.channels:
         if artefact.clip is not None:
             raise ArtefactError("the channels artefact and clip both bring a CLIP; leave one out")
-        directory = job.channels["clip"].directory
-        names = sorted(path.name for path in directory.iterdir())
-        names = [name for name in names if not is_hidden(name)]
-        files = [directory / name for name in names if name.endswith(WEIGHTS_SUFFIXES)]
-        if len(files) != 1:
-            raise ForeignFileError(
-                f"the channel clip, {directory}, must hold one file of OpenAI's weights "
-                f"({', '.join(WEIGHTS_SUFFIXES)}), found {names[:5]}"
-            )
-        artefact.clip = load_openai_clip(files[0]).requires_grad_(False).to(device)
+        paths = find_clip(job.channels["clip"].directory)
+        artefact.clip = load_clip(*paths).to(device)
+        artefact.manifest.imported["clip"] = ImportedModel(
+            what=description(artefact.clip.config),
+            files={path.name: artefacts.sha256(path) for path in paths},
+        )
     if TOKENIZER_MODEL in job.channels:
         if artefact.dvae is not None or artefact.transformer is not None:
             raise ArtefactError(

@@ -242,7 +242,7 @@ def _decode_and_score(
             decoded = dvae.decode(torch.stack([each.image_tokens for each in some]))
             scores = merits = torch.tensor([each.log_likelihood for each in some])
             if clip is not None and wanted is not None:
-                vectors = clip.encode_image(decoded)
+                vectors = clip.encode_generated(decoded)
                 scores = (vectors * wanted[start : start + size]).sum(dim=-1)
                 merits = clip.merit(scores, merits.to(scores.device))
         yield from zip(to_uint8(decoded).cpu(), scores.cpu(), merits.cpu(), strict=True)

@@ -2,8 +2,9 @@
 
     images in [0, 1], captions -> unit vectors -> clip_score, their cosine
 
-The weights are either trained from scratch on the job's pairs with the artefact's tokenizer, or an
-OpenAI checkpoint (ViT or ResNet) with OpenAI's byte-pair encoding.
+The weights are either trained from scratch on the job's pairs with the artefact's tokenizer, or
+those of a published model of OpenAI or open_clip with OpenAI's byte-pair encoding. A published
+model resizes images as its own code does, by Pillow.
 
 Letters: B batch, T text length, E embedding size.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +24,11 @@ from dalle.errors import ArtefactError
 from dalle.models.configs import ClipConfig as ClipConfig
 from dalle.models.reduction import ONE_RANK, Ranks
 from dalle.preprocess.openai_clip import clip_module, openai_tokenizer
+from dalle.preprocess.square import Square
 from dalle.preprocess.tokenizer import CaptionTokenizer
 
 CLIP = clip_module("model").CLIP
 
-# Mean and standard deviation of OpenAI's training images (openai/CLIP, clip.py).
-_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_STD = (0.26862954, 0.26130258, 0.27577711)
 _MAX_LOGIT_SCALE = math.log(100)
 
 
@@ -62,8 +62,15 @@ class Clip(nn.Module):
             transformer_heads=config.text_heads,
             transformer_layers=config.text_layers,
         )
-        self.register_buffer("mean", torch.tensor(_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(_STD).view(3, 1, 1), persistent=False)
+        _adapt(self.model, config)
+        mean, std = (torch.tensor(each) for each in (config.image_mean, config.image_std))
+        self.register_buffer("mean", mean.view(3, 1, 1), persistent=False)
+        self.register_buffer("std", std.view(3, 1, 1), persistent=False)
+
+    @property
+    def square(self) -> Square:
+        """What it reads of a picture that is to be classified."""
+        return Square(self.config.image_size, self.config.square_method)
 
     def muon_parameters(self) -> list[nn.Parameter]:
         """Return the matrices of both transformers; AdamW trains the other weights."""
@@ -106,11 +113,23 @@ class Clip(nn.Module):
         """Square images [B, 3, H, W] of any size in [0, 1] -> unit vectors [B, E]."""
         size = self.config.image_size
         if images.shape[-1] != size:
-            images = F.interpolate(
-                images, size=(size, size), mode="bicubic", antialias=True, align_corners=False
-            ).clamp(0, 1)
+            if self.config.tokenizer == "openai":
+                images = _resized_as_pillow(images, size)
+            else:
+                images = F.interpolate(
+                    images, size=(size, size), mode="bicubic", antialias=True, align_corners=False
+                ).clamp(0, 1)
         features: Tensor = self.model.encode_image((images - self.mean) / self.std)
         return F.normalize(features, dim=-1)
+
+    def encode_generated(self, images: Tensor) -> Tensor:
+        """The same for images that are to be written to files.
+
+        A published CLIP reads the 8 bits a colour that a file has.
+        """
+        if self.config.tokenizer == "openai":
+            images = (images.float().clamp(0, 1) * 255).round() / 255
+        return self.encode_image(images)
 
     def encode_text(self, text_tokens: Tensor) -> Tensor:
         """text_tokens [B, T] of the artefact's tokenizer, 0 = padding -> unit vectors [B, E]."""
@@ -148,6 +167,37 @@ class Clip(nn.Module):
         tokens = _openai_tokens(captions, self.config.text_length).to(device)
         features: Tensor = self.model.encode_text(tokens)
         return F.normalize(features, dim=-1)
+
+
+def _adapt(model: Any, config: ClipConfig) -> None:
+    """Change OpenAI's class where open_clip's models differ: heads, inner widths, activation."""
+    towers = [(model.transformer, config.text_heads, config.text_feed_forward_width)]
+    if config.patch_size is not None:
+        heads = config.vision_heads or config.vision_width // 64
+        towers.append((model.visual.transformer, heads, config.vision_feed_forward_width))
+    for transformer, heads, inner in towers:
+        width = transformer.width
+        for block in transformer.resblocks:
+            block.attn.num_heads, block.attn.head_dim = heads, width // heads
+            if inner is not None:
+                block.mlp.c_fc = nn.Linear(width, inner)
+                block.mlp.c_proj = nn.Linear(inner, width)
+            if config.activation == "gelu":
+                block.mlp.gelu = nn.GELU()
+
+
+def _resized_as_pillow(images: Tensor, size: int) -> Tensor:
+    """Square images [B, 3, H, H] in [0, 1] -> [B, 3, size, size], as Pillow resizes files.
+
+    Pillow rounds to 8 bits after the rows and again after the columns. Without that, a probability
+    was up to 0.02 off.
+    """
+    pixels = (images.float() * 255).round().clamp(0, 255)
+    for shape in ((pixels.shape[-2], size), (size, size)):
+        if pixels.shape[-2:] != shape:
+            pixels = F.interpolate(pixels, size=shape, mode="bicubic", antialias=True)
+            pixels = (pixels + 0.5).floor().clamp(0, 255)  # halves go up
+    return pixels / 255
 
 
 def _openai_tokens(captions: Sequence[str], text_length: int) -> Tensor:

@@ -17,11 +17,13 @@ from dalle.types import (
     QUANTISERS,
     RECONSTRUCTIONS,
     AttentionKind,
+    ClipActivation,
     FeedForwardKind,
     ImageTokenizerKind,
     NormKind,
     QuantiserKind,
     ReconstructionKind,
+    SquareMethod,
 )
 
 # Least and greatest value of each number, in every config that has it. The greatest are far beyond
@@ -56,6 +58,11 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "text_width": (1, 65_536),
     "text_heads": (1, 1_024),
     "text_layers": (1, 1_000),
+    "vision_heads": (1, 1_024),
+    "vision_feed_forward_width": (1, 1 << 20),
+    "text_feed_forward_width": (1, 1 << 20),
+    "image_mean": (0, 1),
+    "image_std": (0.001, 1_000),
     "likelihood_weight": (0, 1e6),
     "decoder_input_width": (1, 65_536),
     "latent_channels": (1, 65_536),
@@ -309,6 +316,28 @@ class ClipConfig(Bounded):
     """Weight of the transformer's log-likelihood (nats) beside CLIP's logit when candidates are
     ranked. 1 for drawings that their caption determines, where an unlikely image is a wrong one;
     0 for photographs, where an unlikely image may be the more interesting one."""
+    # What open_clip's models have otherwise than OpenAI's.
+    activation: ClipActivation = "quick_gelu"
+    """Of the feed-forward branches; quick_gelu is x · sigmoid(1.702 x)."""
+    vision_heads: int | None = None
+    """Attention heads of the vision transformer; None for one per 64 channels."""
+    vision_feed_forward_width: int | None = None
+    """Inner width of the vision transformer's feed-forward branches; None for 4 · vision_width."""
+    text_feed_forward_width: int | None = None
+    """The same of the text encoder; None for 4 · text_width."""
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    """Of red, green and blue, subtracted from images; that of OpenAI's training images."""
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    """The images are divided by it."""
+    squashes: bool = False
+    """Whether the whole picture is resized to a square, in place of its centre; imported only."""
+
+    @property
+    def square_method(self) -> SquareMethod:
+        """How pictures become the square that this model reads."""
+        if self.tokenizer == "artefact":
+            return "train"
+        return "squash" if self.squashes else "clip"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -325,6 +354,17 @@ class ClipConfig(Bounded):
             )
         if self.patch_size is not None and self.vision_width % 64:
             raise ValueError(f"vision_width must be a multiple of 64, got {self.vision_width}")
+        for name, known in (
+            ("tokenizer", ("artefact", "openai")),
+            ("activation", ("quick_gelu", "gelu")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        if self.vision_heads is not None and self.vision_width % self.vision_heads:
+            raise ValueError(
+                f"vision_width must be a multiple of vision_heads = {self.vision_heads}, "
+                f"got {self.vision_width}"
+            )
         if self.text_width % self.text_heads:
             raise ValueError(
                 f"text_width must be a multiple of text_heads = {self.text_heads}, "

@@ -14,6 +14,7 @@ from PIL import Image
 
 from dalle.errors import PlatformError, UserError
 from dalle.preprocess.images import decode_image, to_square
+from dalle.preprocess.square import Square
 from inference.api.parsing import BodyKind, parse_request
 from inference.api.schema import ClassifyRequest, GenerateRequest, Limits
 from inference.server import bodies as bodies_module
@@ -55,7 +56,8 @@ def bodies():
 def read(reader: BodyReader, body: object, kind: BodyKind = BodyKind.JSON, check=never):
     """Read a body that counts as large, whatever its size."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return reader.read(data, kind, limits=LIMITS, prime_size=16, clip_size=24, check=check)
+    sizes = {"prime_size": 16, "clip_square": Square(24)}
+    return reader.read(data, kind, limits=LIMITS, **sizes, check=check)
 
 
 @pytest.fixture
@@ -289,7 +291,7 @@ def test_a_child_that_was_stopped_is_replaced_at_once():
 
 
 def test_a_child_whose_parent_ends_ends_without_a_word(capfd):
-    order = {"task": "scale", "field": "x", "size": 4, "lengths": [3]}
+    order = {"task": "scale", "field": "x", "size": 4, "method": "train", "lengths": [3]}
     whole = json.dumps(order).encode() + b"\nabc"  # its reply is never read
     children = []
     for sent in (b"", whole, whole + whole[:9], whole[:-1]):

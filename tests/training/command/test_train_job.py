@@ -221,6 +221,12 @@ def test_an_openai_clip_in_its_channel_is_kept_instead_of_a_new_one(tree):
     assert loaded.clip is not None
     assert loaded.clip.config.tokenizer == "openai"
     assert [stage.stage for stage in loaded.manifest.stages] == ["dvae", "transformer"]
+    imported = loaded.manifest.imported["clip"]
+    assert "captions by OpenAI's byte-pair encoding, not by the artefact's" in imported.what
+    assert [*imported.files] == ["ViT-tiny.pt"]
+    card = (tree.root / "model/MODEL_CARD.md").read_text()
+    assert "| published CLIP, ViT/16, quick_gelu: " in card
+    assert "byte-pair encoding, not by the artefact's tokenizer; not trained here |" in card
 
 
 @pytest.mark.parametrize(
