@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -24,7 +23,8 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+
+from training.data.tools.pair_folder import write_attributes, write_pairs
 
 IMAGE_SIZE = 32
 TRAIN_SHARE = 0.3
@@ -202,15 +202,21 @@ def write_folder(out: Path, seed: int = 0) -> dict[str, int]:
     """Write both folders and `attributes.json`; return the number of pairs in each folder."""
     everything = samples()
     in_training = split(len(everything), seed)
+    counts = {}
     for folder in ("train", "validation"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
-    for sample, train in zip(everything, in_training, strict=True):
-        stem = out / ("train" if train else "validation") / sample.caption.replace(" ", "_")
-        Image.fromarray(sample.picture()).save(stem.with_suffix(".png"))
-        stem.with_suffix(".txt").write_text(sample.caption + "\n", encoding="utf-8")
-    lines = [f"{json.dumps(each.caption)}: {json.dumps(each.attributes)}" for each in everything]
-    (out / "attributes.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-    return {"train": int(in_training.sum()), "validation": int((~in_training).sum())}
+        chosen = [
+            each
+            for each, train in zip(everything, in_training, strict=True)
+            if train == (folder == "train")
+        ]
+        counts[folder] = write_pairs(
+            out / folder,
+            ((each.caption.replace(" ", "_"), each.picture(), each.caption) for each in chosen),
+        )
+    write_attributes(
+        out / "attributes.json", {each.caption: each.attributes for each in everything}
+    )
+    return counts
 
 
 def main(argv: list[str] | None = None) -> None:

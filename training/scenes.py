@@ -26,7 +26,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from pydantic import TypeAdapter
 from torch import Tensor
 
@@ -34,6 +33,7 @@ from dalle import artefact as artefacts
 from dalle.artefact import Artefact
 from dalle.decoding.sampling import SamplingOptions
 from dalle.errors import DalleError, DataError
+from training.data.tools.pair_folder import write_pairs
 from training.report.samples import generate_candidates
 
 IMAGE_SIZE = 64
@@ -190,18 +190,21 @@ def sample_scenes(seed: int) -> tuple[dict[str, Scene], dict[str, Scene]]:
 def write_folder(out: Path, seed: int = 0) -> dict[str, int]:
     """Write both folders and `scenes.json`; return the number of pairs in each folder."""
     described: dict[str, dict[str, dict[str, dict[str, str]]]] = {}
+    counts = {}
     for folder, scenes in zip(("train", "validation"), sample_scenes(seed), strict=True):
-        (out / folder).mkdir(parents=True, exist_ok=True)
-        for number, (caption, scene) in enumerate(scenes.items()):
-            stem = out / folder / f"{number:05}"
-            Image.fromarray(render(scene)).save(stem.with_suffix(".png"))
-            stem.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
+        counts[folder] = write_pairs(
+            out / folder,
+            (
+                (f"{number:05}", render(scene), caption)
+                for number, (caption, scene) in enumerate(scenes.items())
+            ),
+        )
         described[folder] = {
             caption: {place: asdict(thing) for place, thing in scene.items()}
             for caption, scene in scenes.items()
         }
     (out / SCENES).write_text(json.dumps(described, indent=0) + "\n", encoding="utf-8")
-    return {folder: len(scenes) for folder, scenes in described.items()}
+    return counts
 
 
 def read_scenes(directory: Path) -> tuple[dict[str, Scene], dict[str, Scene]]:
