@@ -1,7 +1,8 @@
 """An artefact: the servable directory that `train` writes and `serve` reads.
 
     dvae/ transformer/ clip/     config.json + weights.safetensors each; `kind` in dvae/config.json
-                                 names the graph of a published image tokenizer
+                                 names the graph of a published image tokenizer, in
+                                 transformer/config.json that of a published transformer
     tokenizer/tokenizer.json
     manifest.json                format, training history, and the sha256 of every component's file
     MODEL_CARD.md                what people should know of the model
@@ -42,9 +43,14 @@ from dalle.manifest import (
 from dalle.model_card import MODEL_CARD, ModelCard, describe, render
 from dalle.models.clip import Clip, ClipConfig
 from dalle.models.image_tokenizer import ImageTokenizer
+from dalle.models.legacy.build import (
+    build_transformer,
+    parse_transformer_config,
+    transformer_content,
+)
 from dalle.models.tokenizers.build import build_tokenizer
 from dalle.models.tokenizers.configs import config_content, parse_config
-from dalle.models.transformer import Dalle, TransformerConfig
+from dalle.models.transformer import Dalle
 from dalle.models.uninitialised import without_memory, without_random_values
 from dalle.platform.disk import disk_error, sync
 from dalle.platform.json_file import read_json
@@ -58,7 +64,7 @@ WEIGHTS = "weights.safetensors"
 # How a component's model is built, and its config read from JSON.
 _MODELS: dict[StageName, tuple[Callable[[Any], nn.Module], Callable[[Any], Any]]] = {
     "dvae": (build_tokenizer, parse_config),
-    "transformer": (Dalle, TypeAdapter(TransformerConfig).validate_python),
+    "transformer": (build_transformer, parse_transformer_config),
     "clip": (Clip, TypeAdapter(ClipConfig).validate_python),
 }
 
@@ -237,6 +243,8 @@ def load(directory: Path, device: torch.device | str = "cpu") -> Artefact:
 def _save_model(directory: Path, model: nn.Module) -> None:
     if isinstance(model, ImageTokenizer):
         content = config_content(model.config)
+    elif isinstance(model, Dalle):
+        content = transformer_content(model.config)
     else:
         content = asdict(model.config)  # type: ignore[call-overload]
     (directory / CONFIG).write_text(json.dumps(content, indent=1), encoding="utf-8")

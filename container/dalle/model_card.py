@@ -42,6 +42,8 @@ _PUBLISHED: Mapping[ImageTokenizerKind, str] = {
     "vqgan": "VQGAN, not trained here: image to image tokens and back",
 }
 """In place of the words of the stage dvae."""
+_LEGACY = "DALLE-pytorch's autoregressive transformer: caption to image tokens"
+"""In place of the words of the stage transformer."""
 _SIZES = (
     "image_size",
     "grid_size",
@@ -144,7 +146,7 @@ def _component(
     config = model.config
     values = {each: getattr(config, each, None) for each in _SIZES}
     sizes = {each: value for each, value in values.items() if isinstance(value, int)}
-    description = _PUBLISHED.get(getattr(config, "kind", "dvae"), _WORDS[name])
+    description = _describe(name, getattr(config, "kind", None))
     if imported is not None:
         description = f"{imported.what}; {'not trained here' if record is None else 'trained on'}"
     card = ComponentCard(
@@ -165,6 +167,12 @@ def _component(
         "dataset_fingerprint": record.dataset_fingerprint,
     }
     return card.model_copy(update=trained)
+
+
+def _describe(name: StageName, kind: Any) -> str:
+    if name == "transformer" and kind is not None:
+        return _LEGACY
+    return _PUBLISHED.get(kind, _WORDS[name])
 
 
 def render(card: ModelCard) -> str:

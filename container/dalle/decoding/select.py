@@ -10,10 +10,17 @@ import torch
 from dalle.decoding.cpu.step import CpuStep, why_not
 from dalle.decoding.cpu.torch_step import CpuTorchStep, KeyRange
 from dalle.decoding.gpu.torch_step import GpuTorchStep
+from dalle.decoding.legacy_step import LegacyStep
 from dalle.decoding.step import Step
+from dalle.errors import DeviceError
+from dalle.models.legacy.transformer import LegacyTransformer
 from dalle.models.transformer import Dalle
 from dalle.types import Precision
 
+_LEGACY = (
+    "the model has the graph of DALLE-pytorch, which neither the compiled step nor the GPU steps "
+    "compute yet"
+)
 _LEAST_CAPABILITY = (8, 0)  # the least that Triton supports and that computes in bf16
 
 
@@ -30,7 +37,12 @@ def new_step(
     precision: of the weights on a CPU; on a GPU it is not read, and weights are the model's.
     key_ranges: one a layer where `needs_key_ranges` or without our own kernels, otherwise not read.
     own_kernels: False decodes by torch's kernels alone, to compare with.
+    Raises `DeviceError` for a precision that the model's graph is not computed in.
     """
+    if isinstance(model, LegacyTransformer):
+        if precision != "fp32":
+            raise DeviceError(f"precision must be fp32, got {precision}: {_LEGACY}")
+        return LegacyStep(model, num_slots)
     if _is_for_graphs(model):
         if not own_kernels or why_not_triton(model) is not None:
             return GpuTorchStep(model, num_slots)
@@ -46,11 +58,14 @@ def new_step(
 
 def needs_key_ranges(model: Dalle, precision: Precision) -> bool:
     """Whether the step stores keys as bytes over ranges that must be measured first."""
-    return precision == "int8" and why_not(model, precision) is not None
+    is_legacy = isinstance(model, LegacyTransformer)
+    return precision == "int8" and not is_legacy and why_not(model, precision) is not None
 
 
 def describe_step(model: Dalle, precision: Precision) -> str:
     """Describe the decoding step for a log line: which one it is, and why it is not our own."""
+    if isinstance(model, LegacyTransformer):
+        return f"torch's kernels, because {_LEGACY}"
     if _is_for_graphs(model):
         reason, own = why_not_triton(model), "Triton kernels"
     else:

@@ -171,7 +171,7 @@ class Dalle(nn.Module):
         """
         seen_text, seen_image = self._corrupt(text_tokens, image_tokens[:, :-1])
         text_hidden, image_hidden = self._hidden(seen_text, seen_image)
-        text_logits = self.to_text_logits(self.text_norm(text_hidden))
+        text_logits = self._text_logits(text_hidden)
         targets = text_tokens.masked_fill(_has_ended(text_tokens), -100)
         text_sum = F.cross_entropy(text_logits.flatten(0, 1), targets.flatten(), reduction="sum")
         # Captions differ in length, so each part's sum is divided by the tokens of all parts and
@@ -190,8 +190,7 @@ class Dalle(nn.Module):
     def text_logits(self, text_tokens: Tensor) -> Tensor:
         """text_tokens [B, n <= T] -> logits [B, n, text_vocab_size] of each given those before."""
         hidden = self._run(self._embed_text(text_tokens)[:, :-1], None)
-        logits: Tensor = self.to_text_logits(self.text_norm(hidden))
-        return logits
+        return self._text_logits(hidden)
 
     def new_cache(self, batch_size: int) -> KeyValueCache:
         """Return an empty cache for `batch_size` sequences on the model's device."""
@@ -254,6 +253,11 @@ class Dalle(nn.Module):
             for m in range(self.config.num_codebooks)
         ]
         return torch.stack(by_code, dim=-1)
+
+    def _text_logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits of the text tokens from the states [B, n, W] that predict them."""
+        logits: Tensor = self.to_text_logits(self.text_norm(hidden))
+        return logits
 
     def _embed_text(self, text_tokens: Tensor) -> Tensor:
         """BOS and text tokens [B, n] -> inputs [B, n + 1, W]."""

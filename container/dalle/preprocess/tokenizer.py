@@ -69,7 +69,7 @@ class CaptionTokenizer:
             )
         captions = list(captions)
         if kind == "clip":
-            tokenizer = _clip_tokenizer()
+            tokenizer = clip_tokenizer()
         else:
             tokenizer = _untrained(kind)
             tokenizer.train_from_iterator(captions, _trainer(kind, vocab_size))
@@ -271,13 +271,16 @@ def _clip_cleaned(caption: str) -> str:
     return cleaned
 
 
-def _clip_tokenizer() -> Tokenizer:
+def clip_tokenizer(*, is_padded: bool = True) -> Tokenizer:
     """Return OpenAI's byte-pair encoding with every id moved up by one, as id 0 is padding here.
 
     The original has no padding; its id 0 is "!" (openai/CLIP, simple_tokenizer.py).
+    is_padded: False leaves the ids as they are, so that "!" is padding, as in DALLE-pytorch.
     """
     original = openai_tokenizer()
-    vocabulary = {PADDING: 0} | {token: index + 1 for token, index in original.encoder.items()}
+    vocabulary = {token: index + is_padded for token, index in original.encoder.items()}
+    if is_padded:
+        vocabulary[PADDING] = 0
     merges = list(original.bpe_ranks)
     tokenizer = Tokenizer(
         models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>", fuse_unk=False)

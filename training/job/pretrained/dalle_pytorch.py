@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from dalle.models.tokenizers.configs import DallePytorchConfig
@@ -27,7 +29,7 @@ def convert(
     weights: Weights, image_size: int | None
 ) -> tuple[DallePytorchConfig, dict[str, Tensor]]:
     """Return config and weights. Raises ValueError in words that follow the file's name."""
-    fields = {
+    fields: dict[str, Any] = {
         field: weights.whole_number(f"hparams.{name}", at_least=int(field != "num_blocks"))
         for field, name in _FIELDS.items()
     }

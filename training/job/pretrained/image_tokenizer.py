@@ -17,9 +17,9 @@ from dalle.manifest import is_hidden
 from dalle.models.configs import ImageTokenizerConfig
 from dalle.models.image_tokenizer import ImageTokenizer
 from dalle.models.tokenizers.build import build_tokenizer
-from dalle.models.uninitialised import without_memory
 from training.job.pretrained import dalle_pytorch, llamagen, openai_dvae, taming
-from training.job.pretrained.weights_file import WEIGHTS_SUFFIXES, read_weights, to_float32
+from training.job.pretrained.fill import fill_model
+from training.job.pretrained.weights_file import WEIGHTS_SUFFIXES, read_weights
 
 _PICKLED = ("decoder.pkl", "encoder.pkl")
 _WEIGHTS = (*WEIGHTS_SUFFIXES, ".ckpt", ".pkl")
@@ -57,7 +57,7 @@ def load_image_tokenizer(directory: Path, image_size: int | None) -> ImageTokeni
     paths = [directory / name for name in weights]
     try:
         config, state = _convert(paths, [directory / name for name in yamls], image_size)
-        return _filled(config, state)
+        return fill_tokenizer(config, state)
     except LookupError as error:
         raise ForeignFileError(f"{' and '.join(weights)}: there is no weight {error}") from error
     except ValueError as error:
@@ -85,18 +85,6 @@ def _convert(paths: list[Path], yamls: list[Path], image_size: int | None) -> Co
     raise ValueError(f"it is none of the image tokenizers that are known: {_WANTED}")
 
 
-def _filled(config: ImageTokenizerConfig, state: Mapping[str, Tensor]) -> ImageTokenizer:
-    """Return the model with these weights. Raises ValueError naming a weight that does not fit."""
-    with without_memory():
-        model = build_tokenizer(config)
-    expected = model.state_dict()
-    for name in sorted(expected.keys() ^ state.keys()):
-        raise ValueError(f"it {'lacks' if name in expected else 'has an unknown'} weight {name}")
-    for name, weight in expected.items():
-        if state[name].shape != weight.shape:
-            raise ValueError(
-                f"the weight {name} has the shape {[*state[name].shape]}, and its sizes need "
-                f"{[*weight.shape]}"
-            )
-    model.load_state_dict(to_float32(state), assign=True)
-    return model.eval().requires_grad_(False)
+def fill_tokenizer(config: ImageTokenizerConfig, state: Mapping[str, Tensor]) -> ImageTokenizer:
+    """Return the model with these weights. Raises what `fill_model` does."""
+    return fill_model(lambda: build_tokenizer(config), state)

@@ -121,6 +121,8 @@ _ALLOWED: dict[tuple[str, str], object] = {
     ("argparse", "Namespace"): Dropped,
     ("collections", "defaultdict"): _empty_dict,
     ("typing", "Any"): Dropped,
+    # Shapes beside DeepSpeed's shards.
+    ("torch", "Size"): _as_it_is,
     **{
         (module, name): Dropped
         for module in ("__builtin__", "builtins")
@@ -138,10 +140,15 @@ _ALLOWED: dict[tuple[str, str], object] = {
     ("torch.nn.modules.pooling", "MaxPool2d"): StandIn,
     ("torch.nn.modules.upsampling", "Upsample"): StandIn,
 }
+_MODULES_OF_TORCH = ("torch.nn.modules.", "torch.nn.functional")
+"""Of a module that is dropped: its layers and its loss."""
 _PACKAGES: dict[str, type[StandIn]] = {
     "__torch__": StandIn,  # modules of TorchScript archives
     "pytorch_lightning": Dropped,  # callbacks, whose classes are keys in its files
     "omegaconf": Dropped,
+    "dalle_pytorch": Dropped,  # a whole VAE among the settings of early files
+    "deepspeed": Dropped,  # its settings beside an optimiser's state
+    "packaging": Dropped,
 }
 
 
@@ -204,6 +211,8 @@ class Unpickler(pickle._Unpickler):
         try:
             return _ALLOWED[module, name]
         except KeyError:
+            if module.startswith(_MODULES_OF_TORCH):
+                return Dropped
             raise ForeignFileError(
                 f"it names {module}.{name}, which is neither a tensor nor a plain value"
             ) from None

@@ -39,10 +39,13 @@ _OLD_MAGIC, _OLD_VERSION = 0x1950A86A20F9469CFC6C, 1001
 
 @dataclass(frozen=True)
 class Weights:
-    """What a file holds, by dotted names: tensors on the CPU, and numbers, truth values, texts."""
+    """What a file holds, by dotted names: tensors on the CPU, and numbers, truth values, texts.
+
+    The entries of a list are named by their numbers.
+    """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    values: dict[str, bool | int | float | str] = field(default_factory=dict)
+    values: dict[str, bool | int | float | str | None] = field(default_factory=dict)
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """Return the tensors whose names begin so, without that beginning."""
@@ -158,15 +161,16 @@ class _Collector:
             )
         if isinstance(value, Tensor):
             self.weights.tensors[name] = value
-        elif isinstance(value, bool | int | float | str):
+        elif value is None or isinstance(value, bool | int | float | str):
             self.weights.values[name] = value
         elif isinstance(value, StandIn):
             for part in value.parts():
                 self.add(part, name, depth)
-        elif isinstance(value, Mapping):
+        elif isinstance(value, Mapping | list | tuple):
             if depth == 0:
                 raise ForeignFileError(f"modules lie more than {MAX_DEPTH} deep in each other")
-            for key, inner in value.items():
+            items = value.items() if isinstance(value, Mapping) else enumerate(value)
+            for key, inner in items:
                 self.add(inner, f"{name}.{key}" if name else str(key), depth - 1)
 
 

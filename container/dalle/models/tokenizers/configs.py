@@ -67,6 +67,8 @@ class DallePytorchConfig(_Published):
     """Residual blocks of the encoder; as many in the decoder."""
     code_width: int
     """Width of one code's embedding."""
+    is_normalised: bool = True
+    """Whether the graph computes with images in [-1, 1]; before 0.2.5 they were in [0, 1]."""
 
     @property
     def stride(self) -> int:

@@ -1,7 +1,7 @@
 """The discrete VAE of DALLE-pytorch (lucidrains), as its train_vae.py trains it.
 
-Source: `DiscreteVAE` of dalle_pytorch/dalle_pytorch.py, versions 0.2.5 to 1.6.6. The names of the
-weights are that file's. Its decoder ends in [-1, 1]; images here are in [0, 1].
+Source: `DiscreteVAE` of dalle_pytorch/dalle_pytorch.py, versions 0.1.19 to 1.6.6. The names of the
+weights are that file's. Its decoder ends in [-1, 1] from 0.2.5 on; images here are in [0, 1].
 Letters: B batch, V codebook size, G grid size, N = G·G positions, S image size.
 """
 
@@ -60,10 +60,14 @@ class DallePytorchVAE(PublishedTokenizer):
         self.decoder.append(nn.Conv2d(width, 3, 1))
 
     def _encode(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.encoder((images - 0.5) / 0.5)
+        if self.config.is_normalised:
+            images = (images - 0.5) / 0.5
+        logits: Tensor = self.encoder(images)
         return logits.argmax(dim=1).flatten(1).unsqueeze(-1)
 
     def _decode(self, image_tokens: Tensor) -> Tensor:
         codes: Tensor = self.codebook(image_tokens[..., 0])  # [B, N, code width]
         images: Tensor = self.decoder(self.on_grid(codes))
-        return ((images + 1) * 0.5).clamp(0, 1)
+        if self.config.is_normalised:
+            images = (images + 1) * 0.5
+        return images.clamp(0, 1)

@@ -1,0 +1,224 @@
+"""`python -m training.legacy`: what it says of a file, what it writes, what it refuses."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from dalle import artefact as artefacts
+from dalle.models.legacy.transformer import LegacyTransformer
+from tests.training.job.legacy.imported import WORDS, write_tokenizer
+from tests.training.job.legacy.published.files import HERE, old
+from training import legacy
+
+ORIGINAL = HERE / "1.6.6-plain.pt"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.json")
+
+
+def write(content, folder):
+    path = folder / "dalle.pt"
+    torch.save(content, path)
+    return path
+
+
+def inspected(path, capsys, *options):
+    assert legacy.main(["inspect", str(path), "--json", *options]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def refusal(path, tmp_path, capsys, *options):
+    """What `import` says of a file that it refuses. Nothing may be written."""
+    out = tmp_path / "artefact"
+    assert legacy.main(["import", str(path), "--out", str(out), *options]) == 2
+    assert not out.exists()
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["0.7.1-four", "1.6.6-plain"])
+def test_a_file_of_the_package_becomes_an_artefact_with_all_that_serving_needs(
+    name, tmp_path, tokenizer
+):
+    out = tmp_path / "artefact"
+    path = HERE / f"{name}.pt"
+    arguments = ["import", str(path), "--tokenizer", str(tokenizer), "--out", str(out)]
+    assert legacy.main([*arguments, "--licence", "mit"]) == 0
+    artefact = artefacts.load(out)
+    assert artefact.components() == ["dvae", "transformer", "tokenizer"]
+    assert artefact.manifest.licence == "mit"
+    model, expected = artefact.require("transformer"), old(name)
+    assert isinstance(model, LegacyTransformer)
+    with torch.inference_mode():
+        _, hidden = model._hidden(expected.text, expected.image[:, :-1, None])
+        logits = model.code_logits(hidden, 0, hidden)
+    assert (logits - expected.image_logits).abs().max() < 1e-5
+    image = artefact.require("dvae").decode(expected.image[:, :, None])
+    assert image.shape == (2, 3, 32, 32)
+    text_tokens = artefact.require("tokenizer").encode(["w3 w7"])
+    assert text_tokens.tolist() == [[3, 7, *[0] * 14]]
+
+
+def test_a_file_of_the_package_is_described(capsys):
+    found = inspected(ORIGINAL, capsys)
+    assert found["kind"] == "checkpoint of train_dalle.py"
+    assert found["versions"] == "1.6.6"
+    assert found["attention"] == ["full", "axial_row", "axial_col", "conv_like"]
+    assert found["sizes"] == {
+        "width": 32,
+        "layers": 4,
+        "heads": 2,
+        "head_width": 16,
+        "text_vocabulary": 30,
+        "text_length": 16,
+        "grid_size": 8,
+        "image_codes": 24,
+    }
+    assert found["vae"] == "DALLE-pytorch's own, in the file"
+    assert [each for each in found["missing"] if "tokenizer.json" in each] == found["missing"]
+    assert found["refused"] is None
+
+
+def test_the_description_is_text_for_people(capsys):
+    assert legacy.main(["inspect", str(ORIGINAL)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "kind              checkpoint of train_dalle.py" in lines
+    assert "attention         full, axial_row, axial_col, conv_like" in lines
+
+
+def test_behaviours_are_found_in_the_weights(tmp_path, capsys):
+    content = old("1.6.6-reversible").file()
+    for name in ("shift_tokens", "rotary_emb", "sandwich_norm", "reversible"):
+        del content["hparams"][name]
+    found = inspected(write(content, tmp_path), capsys)
+    expected = ["reversible", "token shift", "rotary positions", "sandwich norm", "stable"]
+    assert found["behaviours"] == [*expected, "a padding id for each position"]
+
+
+def test_versions_are_narrowed_by_what_a_file_has(tmp_path, capsys):
+    for name, versions in (
+        ("0.5.1-scale-norm", "0.5.0 to 0.5.1"),
+        ("0.8.3-four", "0.8.0 to 0.8.3"),
+        ("0.12.1-plain", "0.12.1 to 0.12.5"),
+    ):
+        assert inspected(write(old(name).file(), tmp_path), capsys)["versions"] == versions
+
+
+def test_a_bare_file_asks_for_the_attention_of_its_layers(tmp_path, tokenizer, capsys):
+    path = write(old("0.1.19-full").file(), tmp_path)
+    said = refusal(path, tmp_path, capsys, "--tokenizer", str(tokenizer), "--heads", "2")
+    assert "--attn-types" in said
+    found = inspected(path, capsys, "--heads", "2")
+    assert found["attention"] is None
+    assert any("--attn-types" in each for each in found["missing"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "version"), [("conv_like", "0.3.4"), ("axial_row", "0.1.26"), ("axial_col", "0.2.6")]
+)
+def test_attention_that_sees_later_tokens_is_refused(kind, version, tmp_path, tokenizer, capsys):
+    content = old("0.7.1-four").file()["weights"]
+    path = write(content, tmp_path)
+    options = ["--tokenizer", str(tokenizer), "--heads", "2", "--attn-types", kind]
+    assert "--dalle-pytorch-version" in refusal(path, tmp_path, capsys, *options)
+    said = refusal(path, tmp_path, capsys, *options, "--dalle-pytorch-version", version)
+    assert "sees tokens that come after" in said
+    found = inspected(
+        path, capsys, "--heads", "2", "--attn-types", kind, "--dalle-pytorch-version", version
+    )
+    assert "sees tokens that come after" in found["refused"]
+
+
+def test_positions_of_pixels_show_that_axial_attention_is_too_early(tmp_path, tokenizer, capsys):
+    path = write(old("0.1.19-full").file(), tmp_path)
+    options = ["--tokenizer", str(tokenizer), "--heads", "2", "--attn-types", "axial_row"]
+    assert "sees tokens that come after" in refusal(path, tmp_path, capsys, *options)
+
+
+def test_a_gmlp_is_refused_by_its_name(tmp_path, tokenizer, capsys):
+    content = old("0.12.1-plain").file()
+    name = "transformer.layers.layers.0.0.fn.fn"
+    weights = {
+        each: value for each, value in content["weights"].items() if not each.startswith(name)
+    }
+    content["weights"] = weights | {f"{name}.sgu.weight": torch.ones(1, 96, 96)}
+    path = write(content, tmp_path)
+    assert "gMLP" in refusal(path, tmp_path, capsys, "--tokenizer", str(tokenizer))
+    assert "gMLP" in inspected(path, capsys)["refused"]
+
+
+def test_a_tokenizer_of_another_size_or_none_is_refused(tmp_path, capsys):
+    assert "tokenizer.json" in refusal(ORIGINAL, tmp_path, capsys)
+    other = write_tokenizer(tmp_path / "other.json", WORDS[:-1])
+    said = refusal(ORIGINAL, tmp_path, capsys, "--tokenizer", str(other))
+    assert "has 29 entries, and the model needs" in said
+    assert "49,408 entries" in refusal(ORIGINAL, tmp_path, capsys, "--tokenizer", "clip")
+    wrong = tmp_path / "wrong.json"
+    wrong.write_text('{"version": "1.0"}')
+    assert "wrong.json is not a tokenizer.json" in refusal(
+        ORIGINAL, tmp_path, capsys, "--tokenizer", str(wrong)
+    )
+
+
+class Runs:
+    """What a pickle may ask for: a command that makes a file."""
+
+    def __reduce__(self):
+        return os.system, ("touch was_run",)
+
+
+def test_a_pickle_that_runs_a_command_is_refused(tmp_path, tokenizer, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write(old("1.6.6-plain").file() | {"vae_params": Runs()}, tmp_path)
+    said = refusal(path, tmp_path, capsys, "--tokenizer", str(tokenizer))
+    assert "system, which is neither a tensor nor a plain value" in said
+    assert legacy.main(["inspect", str(path)]) == 2
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_a_file_that_is_cut_or_no_model_at_all_is_refused(tmp_path, capsys):
+    cut = tmp_path / "cut.pt"
+    cut.write_bytes(ORIGINAL.read_bytes()[:100_000])
+    assert "cut.pt" in refusal(cut, tmp_path, capsys)
+    assert "it holds no DALLE" in refusal(
+        write({"model": torch.ones(1)}, tmp_path), tmp_path, capsys
+    )
+    assert "missing.pt" in refusal(tmp_path / "missing.pt", tmp_path, capsys)
+
+
+def test_weights_that_are_not_finite_or_empty_or_missing_are_refused_by_name(
+    tmp_path, tokenizer, capsys
+):
+    name = "transformer.layers.layers.0.0.fn.fn.fn.to_qkv.weight"
+    for value, words in (
+        (torch.full((96, 32), torch.nan), "has values that are not finite"),
+        (torch.empty(0), "is empty, which is what ZeRO-3 leaves"),
+        (torch.ones(96, 31), "has the shape [96, 31]"),
+        (None, "to_qkv.weight"),
+    ):
+        content = old("1.6.6-plain").file()
+        if value is None:
+            del content["weights"][name]
+        else:
+            content["weights"][name] = value
+        path = write(content, tmp_path)
+        assert words in refusal(path, tmp_path, capsys, "--tokenizer", str(tokenizer))
+
+
+def test_an_unknown_weight_is_refused_not_left_out(tmp_path, tokenizer, capsys):
+    content = old("1.6.6-plain").file()
+    content["weights"]["transformer.memory.weight"] = torch.ones(3)
+    path = write(content, tmp_path)
+    said = refusal(path, tmp_path, capsys, "--tokenizer", str(tokenizer))
+    assert "transformer.memory.weight is unknown" in said
+
+
+def test_a_folder_that_has_files_is_not_written_to(tmp_path, tokenizer, capsys):
+    (tmp_path / "mine").write_text("keep")
+    arguments = ["import", str(ORIGINAL), "--tokenizer", str(tokenizer), "--out", str(tmp_path)]
+    assert legacy.main(arguments) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]

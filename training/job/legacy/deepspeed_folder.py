@@ -1,0 +1,131 @@
+"""A folder that train_dalle.py writes under DeepSpeed, NAME-ds-cp/ -> `SavedModel`.
+
+    auxiliary.pt                                   hyperparameters
+    latest                                         name of the newest step's folder
+    global_step*/mp_rank_00_model_states.pt        weights, under `module`
+    global_step*/zero_pp_rank_*_model_states.pt    under ZeRO-3: names and shapes, empty weights,
+    global_step*/zero_pp_rank_*optim_states.pt     and each rank's share of the flat weights
+
+DeepSpeed itself is not needed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dalle.errors import ForeignFileError
+from training.job.legacy.saved_model import KNOWN_BY, SavedModel, settings_of
+from training.job.pretrained.weights_file import Weights, read_weights
+
+_FLAT = "optimizer_state_dict.fp32_flat_groups."
+
+
+def read_deepspeed_folder(folder: Path) -> SavedModel:
+    """Return what the folder's newest step holds. Raises ForeignFileError naming what is wrong."""
+    step = _newest_step(folder)
+    states = sorted(step.glob("*model_states.pt"), key=_rank_of)
+    if not states:
+        raise ForeignFileError(f"{folder.name}: {step.name} has no *model_states.pt")
+    if len({match[1] for each in states if (match := re.search(r"mp_rank_(\d+)", each.name))}) > 1:
+        raise ForeignFileError(
+            f"{folder.name}: {step.name} has the parts of several mp_rank; only whole layers are "
+            "supported"
+        )
+    content = read_weights(states[0])
+    auxiliary = folder / "auxiliary.pt"
+    settings = read_weights(auxiliary) if auxiliary.is_file() else content
+    try:
+        state = _module(content)
+        if any(value.numel() == 0 for value in state.values()):
+            state = _consolidated(content, state, step)
+        names = frozenset(name.partition(".")[0] for name in settings.values)
+        return settings_of(settings, state, "deepspeed", names)
+    except ValueError as error:
+        raise ForeignFileError(f"{folder.name}: {error}") from error
+
+
+def _newest_step(folder: Path) -> Path:
+    """Return the folder of the newest step: what `latest` names, or the greatest number."""
+    latest = folder / "latest"
+    steps = [each for each in folder.glob("global_step*") if each.is_dir()]
+    if latest.is_file():
+        with latest.open("rb") as file:
+            name = file.read(200).decode("utf-8", errors="replace").strip()
+        named = [each for each in steps if each.name == name]
+        if not named:
+            raise ForeignFileError(f"{folder.name}: latest names {name!r}, which is not there")
+        return named[0]
+    if not steps:
+        raise ForeignFileError(
+            f"{folder.name} has no global_step*: it is no folder of a DeepSpeed checkpoint"
+        )
+    return max(steps, key=lambda each: int("".join(re.findall(r"\d+", each.name)) or 0))
+
+
+def _rank_of(path: Path) -> int:
+    match = re.search(r"zero_pp_rank_(\d+)", path.name)
+    return int(match[1]) if match else -1
+
+
+def _module(content: Weights) -> dict[str, Tensor]:
+    state = content.part("module.")
+    if state and all(name.startswith("module.") for name in state):
+        state = Weights(state).part("module.")
+    if not any(name.startswith(KNOWN_BY) for name in state):
+        raise ValueError("its module holds no DALLE of DALLE-pytorch")
+    return state
+
+
+def _consolidated(content: Weights, state: Mapping[str, Tensor], step: Path) -> dict[str, Tensor]:
+    """Return whole weights from the ranks' shares, and what was whole before.
+
+    Each weight is cut into as many equal parts as there are ranks, the last ones padded; a rank's
+    flat weights are its parts one after another.
+    """
+    shapes = _shapes(content)
+    paths = sorted(step.glob("*optim_states.pt"), key=_rank_of)
+    shards = [_flat(path) for path in paths]
+    if not shards or not shapes:
+        raise ValueError(
+            "its weights are empty, as under ZeRO-3, and the shards *optim_states.pt of all ranks "
+            f"are not beside them in {step.name}"
+        )
+    whole = {name: value for name, value in state.items() if value.numel()}
+    offset = 0
+    for name, shape in shapes.items():
+        num_values = math.prod(shape)
+        part = -(-num_values // len(shards))
+        if any(offset + part > len(shard) for shard in shards):
+            raise ValueError(f"the shards end before the weight {name}: some ranks are missing")
+        parts = [shard[offset : offset + part] for shard in shards]
+        whole[name] = torch.cat(parts)[:num_values].reshape(shape)
+        offset += part
+    for name, value in state.items():
+        if name not in whole and not name.startswith("vae."):
+            raise ValueError(f"the weight {name} is in no shard")
+        whole.setdefault(name, value)
+    return whole
+
+
+def _flat(path: Path) -> Tensor:
+    """Return a rank's flat weights. Raises ValueError where it has none."""
+    groups = [value for name, value in read_weights(path).tensors.items() if name.startswith(_FLAT)]
+    if not groups:
+        raise ValueError(f"{path.name} has no fp32_flat_groups, the shares of ZeRO-3")
+    return torch.cat([group.flatten() for group in groups])
+
+
+def _shapes(content: Weights) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all weights in the order of the shards."""
+    found: dict[str, list[int]] = {}
+    for name, value in content.values.items():
+        match = re.fullmatch(r"param_shapes\.(?:\d+\.)?(.+)\.\d+", name)
+        if match and isinstance(value, int):
+            found.setdefault(match[1].removeprefix("module."), []).append(value)
+    return {name: tuple(shape) for name, shape in found.items()}

@@ -1,0 +1,165 @@
+"""What a file of DALLE-pytorch's is, and what it takes to serve it: `training.legacy inspect`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from training.job.legacy.importer import read_model
+from training.job.legacy.names import split_layers
+from training.job.legacy.saved_model import SavedModel
+from training.job.legacy.sizes import Choices, NotToldError, Outline, outline, resolve
+from training.job.legacy.tokenizer import needed_tokenizer
+from training.job.legacy.vae import vae_kind
+
+_KINDS = {
+    "train_dalle": "checkpoint of train_dalle.py",
+    "deepspeed": "DeepSpeed folder of train_dalle.py",
+    "kobiso": "release of kobiso's DALLE-reproduction",
+    "bare": "bare weights, as early versions saved them",
+}
+_PRETRAINED = {
+    "OpenAIDiscreteVAE": "OpenAI's dVAE, in the file",
+    "VQGanVAE": "VQGAN of taming-transformers, in the file",
+    "DiscreteVAE": "DALLE-pytorch's own, in the file",
+    None: "not in the file",
+}
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a file is."""
+
+    file: str
+    kind: str
+    versions: str = "unknown"
+    """Of DALLE-pytorch, first and last that can have written it."""
+    sizes: dict[str, int] = field(default_factory=dict)
+    attention: list[str] | None = None
+    """The package's name of each layer's attention; None where the file does not tell."""
+    behaviours: list[str] = field(default_factory=list)
+    vae: str = "unknown"
+    tokenizer: str = "unknown"
+    missing: list[str] = field(default_factory=list)
+    """What `import` needs beside the file."""
+    notes: list[str] = field(default_factory=list)
+    refused: str | None = None
+    """Why it cannot be imported at all."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what `--json` prints."""
+        return asdict(self)
+
+    def as_text(self) -> str:
+        """Return lines for people."""
+        rows: list[tuple[str, str]] = [
+            ("file", self.file),
+            ("kind", self.kind),
+            ("DALLE-pytorch", self.versions),
+            *((name.replace("_", " "), f"{value:,}") for name, value in self.sizes.items()),
+            ("attention", "not told" if self.attention is None else ", ".join(self.attention)),
+            ("also", ", ".join(self.behaviours) or "nothing"),
+            ("VAE", self.vae),
+            ("tokenizer", self.tokenizer),
+            *(("missing", each) for each in self.missing),
+            *(("note", each) for each in self.notes),
+        ]
+        if self.refused is not None:
+            rows = [row for row in rows if row[1] != "unknown"] + [("refused", self.refused)]
+        return "\n".join(f"{name:<16}  {value}" for name, value in rows)
+
+
+def describe(path: Path, choices: Choices) -> Description:
+    """Describe a file or folder. Raises ForeignFileError for one that holds no DALLE."""
+    saved = read_model(path)
+    kind = _KINDS[saved.kind]
+    try:
+        found = outline(saved, choices)
+    except NotToldError as error:
+        return Description(path.name, kind, missing=[str(error)])
+    except (ValueError, LookupError) as error:
+        return Description(path.name, kind, refused=_words(error))
+    told = Description(
+        path.name,
+        kind,
+        str(found.versions),
+        _sizes(found),
+        None if found.their_kinds is None else list(found.their_kinds),
+        _behaviours(saved, choices),
+        _PRETRAINED[vae_kind(saved)],
+        needed_tokenizer(found.text_vocab_size, is_kobiso=saved.kind == "kobiso"),
+        _missing(saved, found),
+        _notes(saved, found),
+    )
+    try:
+        resolve(saved, choices)
+    except NotToldError as error:
+        told.missing.append(str(error))
+    except (ValueError, LookupError) as error:
+        return Description(**{**vars(told), "refused": _words(error)})
+    return told
+
+
+def _words(error: Exception) -> str:
+    return f"there is no weight {error}" if isinstance(error, LookupError) else str(error)
+
+
+def _sizes(found: Outline) -> dict[str, int]:
+    return {
+        "width": found.width,
+        "layers": found.num_layers,
+        "heads": found.num_heads,
+        "head_width": found.head_width,
+        "text_vocabulary": found.text_vocab_size,
+        "text_length": found.text_length,
+        "grid_size": found.grid_size,
+        "image_codes": found.codebook_size,
+    }
+
+
+def _behaviours(saved: SavedModel, choices: Choices) -> list[str]:
+    try:
+        config = resolve(saved, choices).config
+    except (ValueError, LookupError):
+        layers = split_layers(saved.weights)
+        return ["reversible"] if layers.is_reversible else []
+    return [
+        words
+        for words, is_there in (
+            ("reversible", config.reversible),
+            ("token shift", config.token_shift),
+            ("rotary positions", bool(config.rotary_width)),
+            ("sandwich norm", config.sandwich_norm),
+            ("stable", config.divide_by_max),
+            ("a padding id for each position", config.padding_by_position),
+            ("padding hidden from attention", config.hides_padding),
+            (f"{config.norm} norm", config.norm != "layer"),
+        )
+        if is_there
+    ]
+
+
+def _missing(saved: SavedModel, found: Outline) -> list[str]:
+    missing = []
+    if found.text_vocab_size != 49408:
+        is_kobiso = saved.kind == "kobiso"
+        missing.append(needed_tokenizer(found.text_vocab_size, is_kobiso=is_kobiso))
+    if vae_kind(saved) is None:
+        missing.append(
+            f"the VAE with {found.codebook_size:,} codes that it was trained on (--vae FOLDER)"
+        )
+    return missing
+
+
+def _notes(saved: SavedModel, found: Outline) -> list[str]:
+    notes = []
+    if saved.kind == "kobiso" or (found.their_kinds and "sparse" in found.their_kinds):
+        notes.append("DeepSpeed is not needed, whatever the model's page says")
+    if "stable" not in saved.hyperparameters and not found.versions.is_before("0.12.1"):
+        notes.append("the file does not tell whether it was trained with --stable")
+    if not found.padding_by_position:
+        notes.append(
+            "no file tells whether padding was hidden from attention; train_dalle.py did hide it"
+        )
+    return notes

@@ -1,0 +1,54 @@
+"""A model of DALLE-pytorch -> an `Artefact` with transformer, image tokenizer and tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dalle.artefact import Artefact
+from dalle.errors import ForeignFileError
+from dalle.models.legacy.transformer import LegacyTransformer
+from training.job.legacy.deepspeed_folder import read_deepspeed_folder
+from training.job.legacy.saved_model import SavedModel, read_saved_model
+from training.job.legacy.sizes import Choices, resolve
+from training.job.legacy.tokenizer import load_tokenizer
+from training.job.legacy.vae import load_vae
+from training.job.legacy.weights import convert
+from training.job.pretrained.fill import fill_model
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a model needs beside its own file."""
+
+    tokenizer: str | None = None
+    """Path of a tokenizer.json, or `clip`; None for clip where it fits."""
+    vae: Path | None = None
+    """File or folder of the image tokenizer; None for the one in the model's file."""
+
+
+def read_model(path: Path) -> SavedModel:
+    """Return what a file, or a folder of DeepSpeed's, holds. Raises ForeignFileError."""
+    if path.is_dir():
+        return read_deepspeed_folder(path)
+    return read_saved_model(path)
+
+
+def import_model(path: Path, choices: Choices, beside: Beside) -> Artefact:
+    """Return the artefact of a model, on the CPU, in evaluation mode, without gradients.
+
+    Raises ForeignFileError naming the file at fault and what would be right.
+    """
+    saved = read_model(path)
+    try:
+        resolved = resolve(saved, choices)
+        state = convert(saved, resolved)
+        transformer = fill_model(lambda: LegacyTransformer(resolved.config), state)
+        config = resolved.config
+        tokenizer = load_tokenizer(beside.tokenizer, config, is_kobiso=saved.kind == "kobiso")
+        dvae = load_vae(saved, config, resolved.versions, beside.vae)
+    except LookupError as error:
+        raise ForeignFileError(f"{path.name}: there is no weight {error}") from error
+    except ValueError as error:
+        raise ForeignFileError(f"{path.name}: {error}") from error
+    return Artefact(dvae=dvae, transformer=transformer, tokenizer=tokenizer)
