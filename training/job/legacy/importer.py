@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dalle.artefact import Artefact
+from dalle.artefact import Artefact, sha256
 from dalle.errors import ForeignFileError
+from dalle.manifest import ImportedModel
 from dalle.models.legacy.transformer import LegacyTransformer
 from training.job.legacy.deepspeed_folder import read_deepspeed_folder
 from training.job.legacy.saved_model import SavedModel, read_saved_model
@@ -51,4 +52,9 @@ def import_model(path: Path, choices: Choices, beside: Beside) -> Artefact:
         raise ForeignFileError(f"{path.name}: there is no weight {error}") from error
     except ValueError as error:
         raise ForeignFileError(f"{path.name}: {error}") from error
-    return Artefact(dvae=dvae, transformer=transformer, tokenizer=tokenizer)
+    artefact = Artefact(dvae=dvae, transformer=transformer, tokenizer=tokenizer)
+    artefact.manifest.imported["transformer"] = ImportedModel(
+        what=f"transformer of DALLE-pytorch {resolved.versions}",
+        files={path.name: sha256(path)} if path.is_file() else {},
+    )
+    return artefact
