@@ -112,6 +112,12 @@ def has_gpu(instance_type: str) -> bool:
     return re.match(r"[pg]\d", family(instance_type)) is not None
 
 
+def has_own_disk(instance_type: str) -> bool:
+    """Return whether a type has built-in disks: a GPU family that has them, or a d in its name."""
+    kind = family(instance_type)
+    return kind in OWN_DISKS or re.match(r"[a-z]+\d+[a-z]*d", kind) is not None
+
+
 def is_arm(instance_type: str) -> bool:
     """Return whether a type has an ARM processor: a g follows its generation."""
     return re.match(r"[a-z]+\d+g|p6e-gb", family(instance_type)) is not None
@@ -173,7 +179,7 @@ def _hosts(deployment: Deployment) -> Iterator[str]:
         if family(kind) in NO_BATCH:
             yield f"batch transform has no {kind}; take ml.g5, ml.g6, or a CPU type such as ml.c7i"
         return
-    if deployment.volume_gb is not None and family(kind) in OWN_DISKS:
+    if deployment.volume_gb is not None and has_own_disk(kind):
         yield f"{kind} has a built-in disk: --volume-gb cannot be chosen for it"
     if deployment.ami is None:
         if has_gpu(kind):

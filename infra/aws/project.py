@@ -119,7 +119,7 @@ class Project:
                 f"repository and role yet; run `python -m infra bootstrap` first"
             )
         named = found["Bucket"], found["Repository"], found["RoleArn"]
-        return StackOutputs(*named, read_bucket=parameter_of(stack, READ_BUCKET))
+        return StackOutputs(*named, read_bucket=parameters_of(stack).get(READ_BUCKET, ""))
 
     def image(self, repository: str, tag: str = IMAGE_TAG) -> Image:
         """Return the pushed image. Raises UserError when the repository has no such tag."""
@@ -208,10 +208,10 @@ def outputs_of(stack: Mapping[str, Any] | None) -> dict[str, str]:
     return {each["OutputKey"]: each["OutputValue"] for each in (stack or {}).get("Outputs", [])}
 
 
-def parameter_of(stack: Mapping[str, Any] | None, key: str) -> str:
-    """Return a parameter of a stack; the empty text when it has none of that name."""
-    parameters = (stack or {}).get("Parameters", [])
-    return next((p["ParameterValue"] for p in parameters if p["ParameterKey"] == key), "")
+def parameters_of(stack: Mapping[str, Any] | None) -> dict[str, str]:
+    """Return the parameters of a stack as CloudFormation describes it; none before `bootstrap`."""
+    found = (stack or {}).get("Parameters", [])
+    return {each["ParameterKey"]: each["ParameterValue"] for each in found}
 
 
 def image_size_tag(tag: str) -> str:

@@ -7,20 +7,22 @@ stack, so that a second run finds nothing to do without comparing documents.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dalle.errors import AwsError
+from infra.aws import tags
 from infra.aws.project import (
     PROJECT_TAG,
-    READ_BUCKET,
     Project,
     add_project_arguments,
     open_project,
-    parameter_of,
+    parameters_of,
     tag_value,
 )
 from infra.aws.request import Request, digest
+from infra.setup import stack_parameters
 
 TEMPLATE = Path(__file__).parent / "template.yaml"
 TEMPLATE_TAG = "dalle:template"
@@ -28,31 +30,30 @@ POLL_SECONDS = 3.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--read-bucket",
-        metavar="NAME",
-        help="another bucket that jobs may read, for data that stay where they are; the stack "
-        "keeps it until another is given, '' for none",
-    )
+    stack_parameters.add_arguments(parser)
+    tags.add_argument(parser)
     add_project_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
+    given = stack_parameters.given(options)
     project = open_project(options)
     output = project.output
+    stack_parameters.check_region(given, project.aws)
     before = None if output.dry_run else project.stack()
-    read_bucket = options.read_bucket
-    if read_bucket is None:
-        read_bucket = parameter_of(before, READ_BUCKET)
+    is_new = before is None
+    parameters = stack_parameters.merged(parameters_of(before), given, is_new=is_new)
+    kept = tags.own_tags((before or {}).get("Tags", []))
+    own = tags.merged(kept, options.resource_tag)
     request = stack_request(
-        project.name, TEMPLATE.read_text("utf-8"), read_bucket, is_new=before is None
+        project.name, TEMPLATE.read_text("utf-8"), parameters, own, is_new=is_new
     )
     wanted = tag_value(request.parameters["Tags"], TEMPLATE_TAG)
     if before is not None and tag_value(before.get("Tags", []), TEMPLATE_TAG) == wanted:
         state = "already there"
     else:
         project.aws.call(request)
-        state = "made" if before is None else "brought up to date"
+        state = "made" if is_new else "brought up to date"
     wait(project)
     outputs = project.stack_outputs()
     output.item(f"stack {project.name}", state)
@@ -69,11 +70,18 @@ def run(options: argparse.Namespace) -> int:
     )
 
 
-def stack_request(name: str, template: str, read_bucket: str, *, is_new: bool) -> Request:
-    """Return the request that creates the stack, or changes it."""
+def stack_request(
+    name: str,
+    template: str,
+    chosen: Mapping[str, str],
+    own_tags: Mapping[str, str],
+    *,
+    is_new: bool,
+) -> Request:
+    """Return the request that creates the stack, or changes it. chosen: its other parameters."""
     parameters = [
-        {"ParameterKey": "Project", "ParameterValue": name},
-        {"ParameterKey": READ_BUCKET, "ParameterValue": read_bucket},
+        {"ParameterKey": key, "ParameterValue": value}
+        for key, value in {"Project": name, **chosen}.items()
     ]
     request: dict[str, Any] = {
         "StackName": name,
@@ -82,7 +90,8 @@ def stack_request(name: str, template: str, read_bucket: str, *, is_new: bool) -
         "Capabilities": ["CAPABILITY_IAM"],
         "Tags": [
             {"Key": PROJECT_TAG, "Value": name},
-            {"Key": TEMPLATE_TAG, "Value": digest([template, parameters])},
+            {"Key": TEMPLATE_TAG, "Value": digest([template, parameters, dict(own_tags)])},
+            *tags.tag_list(own_tags),
         ],
     }
     if is_new:

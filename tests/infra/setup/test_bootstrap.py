@@ -1,34 +1,14 @@
 """`bootstrap`: one stack, made once, changed when the template or its parameters change."""
 
-import ast
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from infra.setup import bootstrap
 from tests.infra.aws_account import BUCKET, NUMBER
-
-
-@pytest.fixture
-def role_policy(account):
-    """A function: a role's name in the template -> the statements of its policy by their names."""
-
-    def read(role: str = "Role") -> dict[str, Any]:
-        iam = account.client("iam")
-        names = [each["RoleName"] for each in iam.list_roles()["Roles"]]
-        (name,) = (each for each in names if each.startswith(f"dalle-{role}"))
-        (kind,) = iam.list_role_policies(RoleName=name)["PolicyNames"]
-        policy = iam.get_role_policy(RoleName=name, PolicyName=kind)
-        # moto keeps a policy that came by a stack in Python's spelling.
-        statements = ast.literal_eval(policy["PolicyDocument"])["Statement"]
-        # It also keeps a statement that AWS::NoValue takes out, as None.
-        return {statement["Sid"]: statement for statement in statements if statement}
-
-    return read
 
 
 @pytest.mark.slow
@@ -54,15 +34,20 @@ def test_it_makes_bucket_repository_and_role(account, infra):
     assert [r["repositoryName"] for r in repositories] == ["dalle"]
 
 
-def test_callers_may_invoke_the_projects_endpoint_and_nothing_else(account, infra, role_policy):
+def test_callers_may_invoke_the_projects_endpoints_and_nothing_else(account, infra, role_policy):
     infra("bootstrap")
     statements = role_policy("CallerRole")
+    endpoint = f"arn:aws:sagemaker:us-east-1:{NUMBER}:endpoint/dalle"
+    bucket = f"arn:aws:s3:::{BUCKET}"
+    invoke = "sagemaker:InvokeEndpoint"
     assert {name: (each["Action"], each["Resource"]) for name, each in statements.items()} == {
-        "InvokeTheEndpoint": (
-            "sagemaker:InvokeEndpoint",
-            f"arn:aws:sagemaker:us-east-1:{NUMBER}:endpoint/dalle",
+        "InvokeTheEndpoints": (
+            [invoke, f"{invoke}Async", f"{invoke}WithResponseStream"],
+            [endpoint, f"{endpoint}--*"],
         ),
         "CallWithBearerTokens": ("sagemaker:CallWithBearerToken", "*"),
+        "SendAsynchronousRequests": ("s3:PutObject", f"{bucket}/async/*/requests/*"),
+        "ReadAsynchronousReplies": ("s3:GetObject", f"{bucket}/async/*"),
     }
 
 
