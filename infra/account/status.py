@@ -8,11 +8,13 @@ from typing import Any
 from dalle.errors import UserError
 from infra.account import inventory
 from infra.aws.output import count_words, size_words
-from infra.aws.project import OUTPUTS, Project, add_project_arguments, open_project, outputs_of
+from infra.aws.project import Project, add_project_arguments, open_project
 from infra.aws.request import describe
+from infra.aws.stack import OUTPUTS, given_storage, outputs_of
 from infra.endpoint.idle_cost import IdleCost, idle_cost
 from infra.jobs import progress
 
+GIVEN = "given to `bootstrap`, and not counted: others may use it too"
 NEWEST = 10
 
 
@@ -33,7 +35,10 @@ def run(options: argparse.Namespace) -> int:
     project.output.item(f"stack {project.name}", stack["StackStatus"])
     found: dict[str, Any] = {"project": project.name, "stack": stack["StackStatus"]}
     if all(key in outputs for key in OUTPUTS):
-        found |= _storage(project, outputs["Bucket"], outputs["Repository"])
+        bucket, repository = outputs["Bucket"], outputs["Repository"]
+        given = given_storage(stack)
+        found |= _bucket(project, bucket, is_given="Bucket" in given)
+        found |= _repository(project, repository, is_given="Repository" in given)
     found["endpoints"] = _endpoints(project)
     found["jobs"] = _jobs(project)
     return project.output.finish(**found)
@@ -80,22 +85,27 @@ def _show_job(project: Project, name: str, job: dict[str, Any]) -> int:
     )
 
 
-def _storage(project: Project, bucket: str, repository: str) -> dict[str, Any]:
-    number, num_bytes = inventory.stored(project, bucket)
+def _bucket(project: Project, name: str, *, is_given: bool) -> dict[str, Any]:
+    if is_given:
+        project.output.item(f"bucket {name}", GIVEN)
+        return {"bucket": name}
+    number, num_bytes = inventory.stored(project, name)
     project.output.item(
-        f"bucket {bucket}", f"{count_words(number, 'object')}, {size_words(num_bytes)}"
+        f"bucket {name}", f"{count_words(number, 'object')}, {size_words(num_bytes)}"
     )
-    images = inventory.images(project, repository)
+    return {"bucket": name, "objects": number, "stored_bytes": num_bytes}
+
+
+def _repository(project: Project, name: str, *, is_given: bool) -> dict[str, Any]:
+    if is_given:
+        project.output.item(f"repository {name}", GIVEN)
+        return {"repository": name}
+    images = inventory.images(project, name)
     words = count_words(len(images), "image")
     if images:
         words += f", newest {images[0]['imageDigest'][:19]}"
-    project.output.item(f"repository {repository}", words)
-    return {
-        "bucket": bucket,
-        "objects": number,
-        "stored_bytes": num_bytes,
-        "images": [image["imageDigest"] for image in images],
-    }
+    project.output.item(f"repository {name}", words)
+    return {"images": [image["imageDigest"] for image in images]}
 
 
 def _endpoints(project: Project) -> list[dict[str, Any]]:

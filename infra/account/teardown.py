@@ -17,11 +17,12 @@ from dalle.errors import AwsError, UserError
 from infra.account import inventory
 from infra.account.inventory import RUNNING, Resource
 from infra.aws.output import count_words, size_words
-from infra.aws.project import Project, add_project_arguments, open_project, outputs_of
+from infra.aws.project import Project, add_project_arguments, open_project
 from infra.aws.request import Request
+from infra.aws.stack import given_storage, outputs_of
 from infra.endpoint import autoscaling
-from infra.endpoint.deploy import VARIANT
 from infra.endpoint.idle_cost import IdleCost, idle_cost
+from infra.endpoint.requests import VARIANT
 from infra.setup import bootstrap, upload
 
 POLL_SECONDS = 5.0
@@ -33,6 +34,7 @@ class Inventory:
     """The resources to delete. bucket, repository: None when the stack has none.
 
     ended: jobs of which nothing is left but their records.
+    given: bucket and repository that `bootstrap` was given, which stay.
     """
 
     running: list[Resource]
@@ -47,6 +49,7 @@ class Inventory:
     stack: dict[str, Any] | None
     bucket: str | None
     repository: str | None
+    given: dict[str, str]
 
     @property
     def hosting(self) -> list[tuple[str, str]]:
@@ -96,7 +99,13 @@ def run(options: argparse.Namespace) -> int:
         deleted.append(["stack", project.name])
     verify(project, found.bucket if storage else None, storage=storage)
     known = [cost.usd_per_month for cost in costs.values() if cost.usd_per_month is not None]
-    output.line(f"\nnothing is left{'' if storage else ' but bucket, images and role'}")
+    stays = "" if storage else " but bucket, images and role"
+    if found.given:
+        # Its objects too: others may have put theirs beside the project's.
+        stays = f" but {' and '.join(f'{k.lower()} {n}' for k, n in found.given.items())}"
+        stays += ", which are not the project's" if len(found.given) > 1 else ", not the project's"
+        stays += "" if storage else ", and the role"
+    output.line(f"\nnothing is left{stays}")
     return output.finish(
         project=project.name,
         deleted=deleted,
@@ -111,7 +120,8 @@ def collect(project: Project) -> Inventory:
     endpoints = list(inventory.resources(project, inventory.ENDPOINT))
     configs = list(inventory.resources(project, inventory.CONFIG))
     names = inventory.endpoint_names(endpoints, configs)
-    outputs = outputs_of(stack)
+    given = given_storage(stack)
+    outputs = {key: name for key, name in outputs_of(stack).items() if key not in given}
     return Inventory(
         running=inventory.running_jobs(project),
         ended=inventory.ended_jobs(project),
@@ -125,6 +135,7 @@ def collect(project: Project) -> Inventory:
         stack=stack,
         bucket=outputs.get("Bucket"),
         repository=outputs.get("Repository"),
+        given=given,
     )
 
 
@@ -147,7 +158,9 @@ def show(project: Project, found: Inventory, *, storage: bool) -> dict[str, Idle
         number, num_bytes = inventory.stored(project, found.bucket)
         size = f"{count_words(number, 'object')}, {size_words(num_bytes)}: data, models, results"
         output.line(f"  {'bucket':<14} {found.bucket}  {size}")
-        output.line(f"  {'stack':<14} {project.name}  bucket, images, role")
+    if storage:
+        parts = ["bucket"] * bool(found.bucket) + ["images"] * bool(found.repository)
+        output.line(f"  {'stack':<14} {project.name}  {', '.join([*parts, 'role'])}")
     total = sum(cost.usd_per_month or 0.0 for cost in costs.values())
     unknown = [name for name, cost in costs.items() if cost.usd_per_month is None]
     more = f", and the unknown cost of {', '.join(unknown)}" if unknown else ""

@@ -8,10 +8,12 @@ machine with credentials can continue.
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from dalle.errors import PlanError, UserError
@@ -19,15 +21,13 @@ from infra.aws import client as aws_module
 from infra.aws.client import Aws
 from infra.aws.output import Output
 from infra.aws.request import Request, describe, placeholder
+from infra.aws.stack import OUTPUTS, StackOutputs, outputs_of, stack_outputs
 
 DEFAULT_NAME = "dalle"
 NAME_PATTERN = r"[a-z][a-z0-9]*(-[a-z0-9]+)*"
 MAX_NAME = 20
 """A bucket's name has 63 characters: project, account, region and two dashes."""
 PROJECT_TAG = "dalle:project"
-OUTPUTS = ("Bucket", "Repository", "RoleArn")
-READ_BUCKET = "ReadBucket"
-"""The stack's parameter that names another bucket."""
 IMAGE_TAG = "latest"
 KIND_WORDS = {
     "Endpoint": "endpoint",
@@ -38,20 +38,6 @@ KIND_WORDS = {
     "TransformJob": "transform job",
 }
 """SageMaker's kinds of resources, for the output."""
-
-
-@dataclass(frozen=True)
-class StackOutputs:
-    """Outputs of the project's stack.
-
-    bucket, repository: names. role_arn: of the role that jobs and endpoints run as.
-    read_bucket: another one that this role may read; empty for none.
-    """
-
-    bucket: str
-    repository: str
-    role_arn: str
-    read_bucket: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,7 +54,6 @@ class Image:
     compressed_bytes: int
 
 
-PRESUMED_OUTPUTS = StackOutputs(*(placeholder(f"{key} of the stack") for key in OUTPUTS))
 PRESUMED_IMAGE = Image(placeholder("address of the image"), placeholder("digest"), None, 0)
 """Stand-ins for what AWS would answer: with them a plan is checked before the first request."""
 
@@ -118,8 +103,7 @@ class Project:
                 f"the stack {self.name} {state}, and so project {self.name} has no bucket, "
                 f"repository and role yet; run `python -m infra bootstrap` first"
             )
-        named = found["Bucket"], found["Repository"], found["RoleArn"]
-        return StackOutputs(*named, read_bucket=parameters_of(stack).get(READ_BUCKET, ""))
+        return stack_outputs(stack or {}, self.tags)
 
     def image(self, repository: str, tag: str = IMAGE_TAG) -> Image:
         """Return the pushed image. Raises UserError when the repository has no such tag."""
@@ -145,16 +129,25 @@ class Project:
         )
 
     def repository(self, name: str) -> dict[str, Any]:
-        """Return a repository's `uri` (without a tag), `arn` and `tags`. Raises AwsError."""
+        """Return a repository's `uri` (without a tag), `arn`, `tags` and `fixed`. Raises AwsError.
+
+        fixed: a function of an image's tag: whether it stays on its image for ever.
+        """
         uri, arn = placeholder("address of the repository"), placeholder("ARN of the repository")
         answer = self.aws.call(
             Request("ecr", "DescribeRepositories", repositoryNames=[name]),
             answer={"repositories": [{"repositoryUri": uri, "repositoryArn": arn}]},
         )
-        uri, arn = (answer["repositories"][0][key] for key in ("repositoryUri", "repositoryArn"))
+        found = answer["repositories"][0]
+        uri, arn = found["repositoryUri"], found["repositoryArn"]
         request = Request("ecr", "ListTagsForResource", resourceArn=arn)
         tags = self.aws.call(request, answer={"tags": []})["tags"]
-        return {"uri": uri, "arn": arn, "tags": {tag["Key"]: tag["Value"] for tag in tags}}
+        return {
+            "uri": uri,
+            "arn": arn,
+            "tags": {tag["Key"]: tag["Value"] for tag in tags},
+            "fixed": partial(_is_fixed, found),
+        }
 
     def owns(self, arn: str) -> bool:
         """Return whether a SageMaker resource carries this project's tag."""
@@ -203,15 +196,12 @@ class Project:
         return list(self.aws.items(Request("sagemaker", "ListTags", ResourceArn=arn), "Tags"))
 
 
-def outputs_of(stack: Mapping[str, Any] | None) -> dict[str, str]:
-    """Return the outputs of a stack as CloudFormation describes it; none before `bootstrap`."""
-    return {each["OutputKey"]: each["OutputValue"] for each in (stack or {}).get("Outputs", [])}
-
-
-def parameters_of(stack: Mapping[str, Any] | None) -> dict[str, str]:
-    """Return the parameters of a stack as CloudFormation describes it; none before `bootstrap`."""
-    found = (stack or {}).get("Parameters", [])
-    return {each["ParameterKey"]: each["ParameterValue"] for each in found}
+def _is_fixed(repository: Mapping[str, Any], tag: str) -> bool:
+    """Return whether a tag stays on its image. repository: as ECR describes it."""
+    kind = repository.get("imageTagMutability", "MUTABLE")
+    filters = repository.get("imageTagMutabilityExclusionFilters", [])
+    is_excluded = any(fnmatch.fnmatchcase(tag, each["filter"]) for each in filters)
+    return bool(kind.startswith("IMMUTABLE")) != is_excluded
 
 
 def image_size_tag(tag: str) -> str:

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from pathlib import PurePosixPath
 
 from dalle.errors import AccessError, UserError
-from infra.aws.project import Project, StackOutputs, split_uri
+from infra.aws.project import Project, split_uri
 from infra.aws.request import Request
+from infra.aws.stack import StackOutputs
 
 SHOWN = 5
 

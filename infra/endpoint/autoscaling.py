@@ -42,7 +42,9 @@ def is_wanted(deployment: Deployment) -> bool:
     return deployment.mode != "serverless" and deployment.max_instances > deployment.min_instances
 
 
-def scale(project: Project, deployment: Deployment, variant: str) -> None:
+def scale(
+    project: Project, deployment: Deployment, variant: str, tags: list[dict[str, str]]
+) -> None:
     """Create or remove the endpoint's scaling; leave unchanged what is right already."""
     aws, output = project.aws, project.output
     where = scalable_target(deployment.name, variant)
@@ -67,7 +69,7 @@ def scale(project: Project, deployment: Deployment, variant: str) -> None:
             same = False
             found = aws.call(policy, answer={"PolicyARN": placeholder(f"ARN of policy {name}")})
         if policy.parameters["PolicyType"] == "StepScaling":
-            same = _ensure_alarm(project, deployment.name, found["PolicyARN"]) and same
+            same = _ensure_alarm(project, deployment.name, found["PolicyARN"], tags) and same
     words = f"{deployment.min_instances} to {deployment.max_instances} instances"
     output.item(f"scaling of {deployment.name}", f"{words}, {'already there' if same else 'made'}")
 
@@ -116,12 +118,14 @@ def wake_alarm(endpoint: str, policy_arn: str, tags: list[dict[str, str]]) -> Re
     )
 
 
-def _ensure_alarm(project: Project, endpoint: str, policy_arn: str) -> bool:
+def _ensure_alarm(
+    project: Project, endpoint: str, policy_arn: str, tags: list[dict[str, str]]
+) -> bool:
     """Create the alarm unless it exists for this policy; return whether it existed."""
     alarm = _find_alarm(project, endpoint)
     if alarm is not None and alarm.get("AlarmActions") == [policy_arn]:
         return True
-    project.aws.call(wake_alarm(endpoint, policy_arn, project.tags))
+    project.aws.call(wake_alarm(endpoint, policy_arn, tags))
     return False
 
 

@@ -17,6 +17,7 @@ from infra.aws.limits import BATCH_AMI, BATCH_PAYLOAD_MB, Deployment, check_payl
 from infra.aws.output import Output
 from infra.aws.project import Project
 from infra.aws.request import Request, describe, digest
+from infra.aws.stack import StackOutputs
 from infra.endpoint import results
 from infra.endpoint.invoke import JSON_LINES
 
@@ -40,15 +41,13 @@ class Batch:
     body: bytes
 
 
-def plan(
-    deployment: Deployment, model_name: str, bucket: str, captions: Path, tags: list[dict[str, str]]
-) -> Batch:
+def plan(deployment: Deployment, model_name: str, outputs: StackOutputs, captions: Path) -> Batch:
     """Return the batch. Raises UserError for unreadable captions, PlanError for a broken limit."""
     body = requests(captions)
     check_payload("batch", len(body))
     folder = f"batch/{digest([body.decode(), deployment.model_data])}"
-    request = transform_request(deployment, model_name, bucket, folder, tags)
-    return Batch(request.parameters["TransformJobName"], request, bucket, folder, body)
+    request = transform_request(deployment, model_name, outputs, folder)
+    return Batch(request.parameters["TransformJobName"], request, outputs.bucket, folder, body)
 
 
 def run(project: Project, batch: Batch, out: Path | None) -> int:
@@ -91,7 +90,7 @@ def requests(captions: Path) -> bytes:
 
 
 def transform_request(
-    deployment: Deployment, model_name: str, bucket: str, folder: str, tags: list[dict[str, str]]
+    deployment: Deployment, model_name: str, outputs: StackOutputs, folder: str
 ) -> Request:
     """The request that makes the job. Raises PlanError for payloads beyond the platform's."""
     if PAYLOAD_MB * deployment.concurrent_per_instance > BATCH_PAYLOAD_MB:
@@ -102,10 +101,11 @@ def transform_request(
     resources: dict[str, Any] = {
         "InstanceType": deployment.instance_type,
         "InstanceCount": deployment.max_instances,
+        **outputs.encryption.volume_fields("VolumeKmsKeyId", deployment.instance_type),
     }
     if has_gpu(str(deployment.instance_type)):
         resources["TransformAmiVersion"] = BATCH_AMI
-    source = {"S3DataType": "S3Prefix", "S3Uri": f"s3://{bucket}/{folder}/in/{FILE}"}
+    source = {"S3DataType": "S3Prefix", "S3Uri": f"s3://{outputs.bucket}/{folder}/in/{FILE}"}
     request = {
         "ModelName": model_name,
         "MaxConcurrentTransforms": deployment.concurrent_per_instance,
@@ -121,14 +121,16 @@ def transform_request(
             "SplitType": "Line",
         },
         "TransformOutput": {
-            "S3OutputPath": f"s3://{bucket}/{folder}/out/",
+            "S3OutputPath": f"s3://{outputs.bucket}/{folder}/out/",
             "Accept": JSON_LINES,
             "AssembleWith": "Line",
+            **outputs.encryption.output_fields,
         },
         "TransformResources": resources,
     }
     name = f"{deployment.name}-{digest(request)}"
-    return Request("sagemaker", "CreateTransformJob", TransformJobName=name, **request, Tags=tags)
+    operation = "CreateTransformJob"
+    return Request("sagemaker", operation, TransformJobName=name, **request, Tags=outputs.tags)
 
 
 def save(output: Output, reply: bytes, out: Path) -> tuple[int, int]:

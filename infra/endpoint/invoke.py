@@ -26,8 +26,9 @@ from inference.api.schema import GenerateRequest, Limits
 from infra.aws.client import Aws
 from infra.aws.limits import INLINE_BYTES, Mode, check_payload
 from infra.aws.output import Output
-from infra.aws.project import Project, StackOutputs, add_project_arguments, open_project, split_uri
+from infra.aws.project import Project, add_project_arguments, open_project, split_uri
 from infra.aws.request import Request, describe, digest, placeholder
+from infra.aws.stack import StackOutputs
 from infra.endpoint import results
 from infra.endpoint.openai_chat import invoke_openai
 from infra.endpoint.options import endpoint_name

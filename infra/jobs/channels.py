@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 
 from dalle.errors import UserError
 from dalle.platform.splits import Split, split_of, split_of_year
-from infra.aws.project import Project, StackOutputs, split_uri
+from infra.aws.project import Project, split_uri
 from infra.aws.request import Request
+from infra.aws.stack import StackOutputs
 
 
 def data_channels(project: Project, outputs: StackOutputs, data: str) -> dict[str, str]:

@@ -14,20 +14,20 @@ from typing import Any, get_args
 from dalle.errors import AwsError, PlanError, UserError
 from dalle.platform.environment import DEVICES, TRAIN_VARIABLES, unknown_variables
 from dalle.types import STAGES
-from infra.aws import limits
+from infra.aws import limits, settings
 from infra.aws.project import (
     IMAGE_TAG,
     PRESUMED_IMAGE,
-    PRESUMED_OUTPUTS,
     Project,
-    StackOutputs,
     add_pairs,
     add_project_arguments,
     open_project,
     split_uri,
 )
 from infra.aws.request import Request
+from infra.aws.stack import PRESUMED_OUTPUTS, StackOutputs
 from infra.aws.storage import check_readable, folder_or_file
+from infra.aws.team.names import training_plan_arn
 from infra.jobs import progress
 from infra.jobs.channels import content_digest, data_channels
 from infra.jobs.training_job import (
@@ -133,6 +133,17 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep the instances that long for the next job (a warm pool)",
     )
     parser.add_argument("--isolate", action="store_true", help="give the container no network")
+    parser.add_argument(
+        "--encrypt-traffic", action="store_true", help="between the hosts of one job; slower"
+    )
+    parser.add_argument(
+        "--training-plan",
+        type=training_plan_arn,
+        default="",
+        metavar="ARN",
+        help="a SageMaker training plan, whose reserved hosts the job runs on",
+    )
+    settings.add_arguments(parser)
 
 
 def attributes(text: str) -> tuple[str, ...]:
@@ -183,7 +194,7 @@ def run(options: argparse.Namespace) -> int:
 def check_request(project: Project, options: argparse.Namespace, stage: Stage) -> None:
     """Raise PlanError for what the platform would refuse, before the first request."""
     planned = planned_run(options, project)
-    request = training_request(planned, stage, job_name(planned, stage), project.tags)
+    request = training_request(planned, stage, job_name(planned, stage))
     project.aws.check(request)
 
 
@@ -197,7 +208,8 @@ def planned_run(options: argparse.Namespace, project: Project) -> TrainingRun:
     channels = {"train": data, **_other_inputs(options)}
     for uri in (*channels.values(), *([options.artefact] if options.artefact else [])):
         split_uri(uri)
-    return _run(options, project, PRESUMED_OUTPUTS, PRESUMED_IMAGE.uri, channels)
+    presumed = settings.presumed_outputs(project, options)
+    return _run(options, project, presumed, PRESUMED_IMAGE.uri, channels)
 
 
 def _other_inputs(options: argparse.Namespace) -> dict[str, str]:
@@ -212,7 +224,7 @@ def _other_inputs(options: argparse.Namespace) -> dict[str, str]:
 
 def read_run(options: argparse.Namespace, project: Project) -> TrainingRun:
     """Return the run that the options describe. Raises PlanError for a broken limit."""
-    outputs = project.stack_outputs()
+    outputs = settings.stack_outputs(project, options)
     image = project.image(outputs.repository, options.tag)
     others = _other_inputs(options)
     artefact = [options.artefact] if options.artefact else []
@@ -257,6 +269,11 @@ def _run(
         isolate=options.isolate,
         environment=dict(options.env),
         note=options.run,
+        network=outputs.network,
+        encryption=outputs.encryption,
+        tags=outputs.tags,
+        encrypt_traffic=options.encrypt_traffic,
+        training_plan=options.training_plan,
     )
     check_run(training_run)
     return training_run
@@ -324,7 +341,7 @@ def start(project: Project, training_run: TrainingRun, stage: Stage, artefact: s
             f"{MAX_ATTEMPTS} attempts at {job_name(training_run, stage)} have failed; "
             f"`python -m infra status {name}` shows why, and --run gives another name"
         )
-    project.aws.call(training_request(training_run, stage, name, project.tags, artefact))
+    project.aws.call(training_request(training_run, stage, name, artefact))
     project.output.item(f"training job {name}", "made")
     return name
 

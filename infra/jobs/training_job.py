@@ -15,6 +15,8 @@ from dalle.platform.metric_lines import METRIC_DEFINITIONS
 from dalle.types import StageName
 from infra.aws import limits
 from infra.aws.request import Request, digest
+from infra.aws.team.encryption import Encryption
+from infra.aws.team.network import Network
 from training.config.hyperparameters import TOKENIZER_MODEL
 
 InputMode = Literal["File", "FastFile", "Pipe"]
@@ -37,6 +39,8 @@ class TrainingRun:
     distribution: of the channel train over the hosts. attributes: of an augmented manifest, empty
     for other data.
     note: the word that --run puts into the names.
+    network, encryption, tags: of the hosts and of what they write; they do not affect the model.
+    encrypt_traffic: between the hosts of a job. training_plan: the ARN of reserved capacity.
     """
 
     project: str
@@ -59,6 +63,11 @@ class TrainingRun:
     isolate: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
+    network: Network = Network()
+    encryption: Encryption = Encryption()
+    tags: list[dict[str, str]] = field(default_factory=list)
+    encrypt_traffic: bool = False
+    training_plan: str = ""
 
     @property
     def digest(self) -> str:
@@ -110,6 +119,12 @@ def check_run(run: TrainingRun) -> None:
         )
     if run.keep_alive_seconds and run.spot:
         wrong.append("a warm pool (--keep-alive-minutes) cannot be of spot instances (--spot)")
+    if run.training_plan and (run.spot or run.keep_alive_seconds):
+        option = "--spot" if run.spot else "--keep-alive-minutes"
+        wrong.append(f"--training-plan is capacity of its own: leave {option} out")
+    if run.encrypt_traffic and run.instance_count == 1:
+        wrong.append("--encrypt-traffic is between the hosts of one job, and this job has 1")
+    wrong += run.encryption.problems(run.instance_type, is_job=True)
     if run.instance_count < 1:
         wrong.append(f"a job trains on 1 instance or more, got {run.instance_count}")
     if run.attributes and run.input_mode != "Pipe":
@@ -156,7 +171,6 @@ def training_request(
     run: TrainingRun,
     stage: Stage,
     job: str,
-    tags: list[dict[str, str]],
     artefact: str | None = None,
 ) -> Request:
     """Return the request that starts one job. artefact: an earlier job's model.tar.gz, or None."""
@@ -174,7 +188,7 @@ def training_request(
             "LocalPath": str(Paths().tensorboard),
         },
         "ProfilerConfig": {"DisableProfiler": True},
-        "Tags": tags,
+        "Tags": run.tags,
     }
     return Request("sagemaker", "CreateTrainingJob", **request)
 
@@ -196,7 +210,10 @@ def definition(run: TrainingRun, artefact: str | None) -> dict[str, Any]:
         },
         "RoleArn": run.role_arn,
         "InputDataConfig": [channel(run, name, uri) for name, uri in sorted(channels.items())],
-        "OutputDataConfig": {"S3OutputPath": f"s3://{run.bucket}/models/"},
+        "OutputDataConfig": {
+            "S3OutputPath": f"s3://{run.bucket}/models/",
+            **run.encryption.output_fields,
+        },
         "StoppingCondition": stopping,
         "ResourceConfig": resource_config(run),
     }
@@ -206,6 +223,10 @@ def definition(run: TrainingRun, artefact: str | None) -> dict[str, Any]:
         common["EnableManagedSpotTraining"] = True
     if run.isolate:
         common["EnableNetworkIsolation"] = True
+    if run.network.vpc_config:
+        common["VpcConfig"] = run.network.vpc_config
+    if run.encrypt_traffic:
+        common["EnableInterContainerTrafficEncryption"] = True
     return common
 
 
@@ -215,9 +236,12 @@ def resource_config(run: TrainingRun) -> dict[str, Any]:
         "InstanceType": run.instance_type,
         "InstanceCount": run.instance_count,
         "VolumeSizeInGB": run.volume_gb,
+        **run.encryption.volume_fields("VolumeKmsKeyId", run.instance_type),
     }
     if run.keep_alive_seconds:
         found["KeepAlivePeriodInSeconds"] = run.keep_alive_seconds
+    if run.training_plan:
+        found["TrainingPlanArn"] = run.training_plan
     return found
 
 

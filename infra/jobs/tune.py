@@ -50,9 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     check_values(options)
     project = open_project(options)
-    project.aws.check(tuning_request(options, planned_run(options, project), project.tags))
+    project.aws.check(tuning_request(options, planned_run(options, project)))
     training_run = read_run(options, project)
-    request = tuning_request(options, training_run, project.tags)
+    request = tuning_request(options, training_run)
     name = request.parameters["HyperParameterTuningJobName"]
     look = describe("HyperParameterTuningJob", name)
     project.ensure("HyperParameterTuningJob", name, request)
@@ -108,9 +108,7 @@ def show(project: Project, name: str, job: dict[str, Any]) -> int:
     return 0 if status == "Completed" else 1
 
 
-def tuning_request(
-    options: argparse.Namespace, training_run: TrainingRun, tags: list[dict[str, str]]
-) -> Request:
+def tuning_request(options: argparse.Namespace, training_run: TrainingRun) -> Request:
     """Return the request that starts the search. Raises PlanError for settings that contradict."""
     metrics = [metric["Name"] for metric in METRIC_DEFINITIONS]
     if options.objective not in metrics:
@@ -155,9 +153,10 @@ def tuning_request(
     }
     # The platform derives the names of the jobs from it, so it must be short.
     name = f"{training_run.project}-{digest([search, job, training_run.content])}"[:MAX_NAME]
-    parts = {"HyperParameterTuningJobConfig": search, "TrainingJobDefinition": job, "Tags": tags}
+    parts = {"HyperParameterTuningJobConfig": search, "TrainingJobDefinition": job}
     operation = "CreateHyperParameterTuningJob"
-    return Request("sagemaker", operation, HyperParameterTuningJobName=name, **parts)
+    names = {"HyperParameterTuningJobName": name, "Tags": training_run.tags}
+    return Request("sagemaker", operation, **names, **parts)
 
 
 def parameter_ranges(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:

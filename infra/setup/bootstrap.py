@@ -12,16 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from dalle.errors import AwsError
-from infra.aws import tags
-from infra.aws.project import (
-    PROJECT_TAG,
-    Project,
-    add_project_arguments,
-    open_project,
-    parameters_of,
-    tag_value,
-)
+from infra.aws.project import PROJECT_TAG, Project, add_project_arguments, open_project, tag_value
 from infra.aws.request import Request, digest
+from infra.aws.stack import parameters_of
+from infra.aws.team import tags
 from infra.setup import stack_parameters
 
 TEMPLATE = Path(__file__).parent / "template.yaml"

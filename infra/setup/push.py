@@ -70,6 +70,7 @@ def run(options: argparse.Namespace) -> int:
     if manifest is not None and image.identity in (manifest["config"], manifest["digest"]):
         state = "already there"
     else:
+        check_tag(about, options.tag, manifest)
         state = "pushed"
         push(project, image, f"{about['uri']}:{options.tag}")
         manifest = read_manifest(project, repository, options.tag)
@@ -111,6 +112,16 @@ def check_image(image: LocalImage) -> None:
         raise PlanError(
             f"image {image.name} is for {image.platform}, and hosts need {PLATFORM}; "
             f"build it with --platform {PLATFORM}"
+        )
+
+
+def check_tag(repository: dict[str, Any], tag: str, there: dict[str, Any] | None) -> None:
+    """Raise UserError when the repository keeps a tag on the image that has it now."""
+    if there is not None and repository["fixed"](tag):
+        raise UserError(
+            f"the tag {tag!r} is on {there['digest'][:19]}, and this repository keeps it there: "
+            f"jobs and endpoints that name the tag must not change; give another --tag, or "
+            f"{IMAGE_TAG!r} where it may move"
         )
 
 

@@ -7,20 +7,17 @@ its network, its keys and its tags once.
 from __future__ import annotations
 
 import argparse
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from dalle.errors import PlanError
-from infra.aws import encryption, network
 from infra.aws.client import Aws
 from infra.aws.limits import raise_all
-from infra.aws.network import Network
+from infra.aws.stack import READ_BUCKET
+from infra.aws.team import encryption, network
+from infra.aws.team.names import bucket_name, repository_name, role_arn
 
-ROLE_PATTERN = r"arn:aws[a-z-]*:iam::\d{12}:role/[\w+=,.@/-]+"
-BUCKET_PATTERN = r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
-REPOSITORY_PATTERN = r"[a-z0-9]+([._/-]+[a-z0-9]+)*"
 NAMES = (
-    "ReadBucket",
+    READ_BUCKET,
     "ExistingBucket",
     "ExistingRepository",
     "ExistingRole",
@@ -43,19 +40,17 @@ AT_FIRST = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--read-bucket",
-        type=_named("a bucket", BUCKET_PATTERN),
+        type=bucket_name,
         metavar="NAME",
         help="another bucket that jobs may read, for data that stay where they are; the stack "
         "keeps it until another is given, '' for none",
     )
     theirs = parser.add_argument_group("what exists already, in place of the stack's")
-    theirs.add_argument("--bucket", type=_named("a bucket", BUCKET_PATTERN), metavar="NAME")
-    theirs.add_argument(
-        "--repository", type=_named("a repository", REPOSITORY_PATTERN), metavar="NAME"
-    )
+    theirs.add_argument("--bucket", type=bucket_name, metavar="NAME")
+    theirs.add_argument("--repository", type=repository_name, metavar="NAME")
     theirs.add_argument(
         "--role",
-        type=_named("a role's ARN", ROLE_PATTERN),
+        type=role_arn,
         metavar="ARN",
         help="that jobs and endpoints run as",
     )
@@ -68,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     encryption.add_key(place, "--repository-kms-key", "for the images; for a new stack alone")
     place.add_argument(
         "--log-bucket",
-        type=_named("a bucket", BUCKET_PATTERN),
+        type=bucket_name,
         metavar="NAME",
         help="receives the access log of the stack's bucket",
     )
@@ -81,7 +76,7 @@ def given(options: argparse.Namespace) -> dict[str, str]:
     """
     every = options.kms_key
     found = {
-        "ReadBucket": options.read_bucket,
+        READ_BUCKET: options.read_bucket,
         "ExistingBucket": options.bucket,
         "ExistingRepository": options.repository,
         "ExistingRole": options.role,
@@ -126,7 +121,7 @@ def merged(kept: Mapping[str, str], new: Mapping[str, str], *, is_new: bool) -> 
             )
     # All of them: what an update leaves out would keep a value that '' should take away.
     found = {name: new.get(name, kept.get(name, "")) for name in NAMES}
-    Network(_list(found["Subnets"]), _list(found["SecurityGroups"])).check()
+    network.of_parameters(found).check()
     if found["ExistingBucket"]:
         for name, option in (("BucketKmsKey", "--bucket-kms-key"), ("LogBucket", "--log-bucket")):
             if found[name]:
@@ -134,16 +129,3 @@ def merged(kept: Mapping[str, str], new: Mapping[str, str], *, is_new: bool) -> 
     if found["ExistingRepository"] and found["RepositoryKmsKey"]:
         raise PlanError("--repository-kms-key is for a repository of the stack's")
     return found
-
-
-def _list(text: str) -> tuple[str, ...]:
-    return tuple(text.split(",")) if text else ()
-
-
-def _named(what: str, pattern: str) -> Callable[[str], str]:
-    def read(text: str) -> str:
-        if not text or re.fullmatch(pattern, text):
-            return text
-        raise argparse.ArgumentTypeError(f"{what} was expected, got {text!r}")
-
-    return read

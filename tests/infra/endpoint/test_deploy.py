@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from infra.endpoint import deploy
+from infra.endpoint import update
 from tests.infra.aws_account import BUCKET
 
 pytestmark = pytest.mark.slow
@@ -263,7 +263,7 @@ def test_the_expected_cost_is_printed(ready, infra):
 
 
 def test_an_endpoint_that_had_failed_is_replaced(ready, infra, monkeypatch):
-    monkeypatch.setattr(deploy, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(update, "POLL_SECONDS", 0.01)
     infra(*ASYNC)
     sagemaker = ready.client("sagemaker")
     arn = sagemaker.describe_endpoint(EndpointName="dalle")["EndpointArn"]

@@ -36,7 +36,7 @@ def test_it_makes_bucket_repository_and_role(account, infra):
 
 def test_callers_may_invoke_the_projects_endpoints_and_nothing_else(account, infra, role_policy):
     infra("bootstrap")
-    statements = role_policy("CallerRole")
+    statements = role_policy("CallerPolicy")
     endpoint = f"arn:aws:sagemaker:us-east-1:{NUMBER}:endpoint/dalle"
     bucket = f"arn:aws:s3:::{BUCKET}"
     invoke = "sagemaker:InvokeEndpoint"

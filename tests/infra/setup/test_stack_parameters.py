@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import yaml
 
-from infra.aws.tags import merged, own_tags
+from infra.aws.team.tags import merged, own_tags
 from infra.setup import bootstrap
 from tests.infra.aws_account import NUMBER
 
@@ -16,7 +16,7 @@ GROUPS = "sg-0123456789abcdef0"
 NETWORK = ["--subnets", SUBNETS, "--security-groups", GROUPS]
 
 
-def stack(account) -> dict[str, Any]:
+def stack(account) -> Any:
     (found,) = account.client("cloudformation").describe_stacks()["Stacks"]
     return found
 
@@ -27,10 +27,10 @@ def parameters(account) -> dict[str, str]:
     return {key: value for key, value in found.items() if value and key != "Project"}
 
 
-def template() -> dict[str, Any]:
+def template() -> Any:
     """The template's resources, with its functions as `{"If": […]}` and the like."""
 
-    class Loader(yaml.SafeLoader):
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
         """YAML with CloudFormation's short forms."""
 
     def read(loader, name, node):
@@ -81,6 +81,12 @@ def test_the_bucket_keeps_versions_for_a_month_and_takes_a_key_of_the_team():
         {"SSEAlgorithm": "aws:kms", "KMSMasterKeyID": {"Ref": "BucketKmsKey"}},
         {"SSEAlgorithm": "AES256"},
     ]
+
+
+def test_the_role_of_callers_has_their_policy():
+    caller = template()["CallerRole"]["Properties"]
+    assert caller["ManagedPolicyArns"] == [{"Ref": "CallerPolicy"}]
+    assert "Policies" not in caller
 
 
 def test_every_tag_of_an_image_but_latest_stays_on_its_image(account, infra):
@@ -154,8 +160,8 @@ def test_what_does_not_go_together_is_refused_before_anything_is_made(account, i
         (["--subnets", "vpc-1"], "ids such as subnet-0123456789abcdef0"),
         (["--security-groups", f"{GROUPS},{GROUPS}"], "every id once was expected"),
         (["--kms-key", "key"], "a KMS key is named by its ARN"),
-        (["--role", "sagemaker"], "a role's ARN was expected, got 'sagemaker'"),
-        (["--bucket", "s3://our"], "a bucket was expected, got 's3://our'"),
+        (["--role", "sagemaker"], "123456789012:role/sagemaker was expected, got 'sagemaker'"),
+        (["--bucket", "s3://our"], "such as our-pictures was expected, got 's3://our'"),
         (["--resource-tag", "aws:team=x"], "tags that begin with aws: or dalle: belong to others"),
         (["--resource-tag", "team"], "KEY=VALUE was expected, got 'team'"),
         (["--resource-tag", "team=a;b"], "a tag's value is at most 256 letters"),

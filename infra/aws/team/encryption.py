@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from infra.aws.limits import has_own_disk
@@ -107,6 +107,11 @@ def merged(kept: Encryption, options: argparse.Namespace) -> Encryption:
         output=_first(output, both, kept.output),
         volume_is_wanted=bool(volume),
     )
+
+
+def of_parameters(parameters: Mapping[str, str]) -> Encryption:
+    """Return the keys of the project's stack from its parameters."""
+    return Encryption(parameters.get("VolumeKmsKey", ""), parameters.get("OutputKmsKey", ""))
 
 
 def _first(*values: str | None) -> str:

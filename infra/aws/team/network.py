@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dalle.errors import PlanError
@@ -72,6 +73,12 @@ def merged(kept: Network, options: argparse.Namespace) -> Network:
         kept.subnets if options.subnets is None else options.subnets,
         kept.security_groups if options.security_groups is None else options.security_groups,
     )
+
+
+def of_parameters(parameters: Mapping[str, str]) -> Network:
+    """Return the network of the project's stack from its parameters."""
+    ids = (parameters.get(name, "") for name in ("Subnets", "SecurityGroups"))
+    return Network(*(tuple(text.split(",")) if text else () for text in ids))
 
 
 def _ids(text: str, prefix: str) -> tuple[str, ...]:

@@ -1,0 +1,82 @@
+"""The requests for a model and for an endpoint's configuration: pure functions of a deployment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from infra.aws.limits import Deployment
+from infra.aws.request import Request, digest
+from infra.aws.stack import StackOutputs
+
+VARIANT = "main"
+
+
+def model_request(deployment: Deployment, outputs: StackOutputs) -> Request:
+    """Return the request that creates the model: image, weights, environment, role, network."""
+    request: dict[str, Any] = {
+        "PrimaryContainer": {
+            "Image": deployment.image_uri,
+            "ModelDataUrl": deployment.model_data,
+            "Environment": dict(deployment.environment or {}),
+        },
+        "ExecutionRoleArn": outputs.role_arn,
+    }
+    if deployment.isolate:
+        request["EnableNetworkIsolation"] = True
+    if outputs.network.vpc_config:
+        request["VpcConfig"] = outputs.network.vpc_config
+    name = f"{deployment.name}-{digest(request)}"
+    return Request("sagemaker", "CreateModel", ModelName=name, **request, Tags=outputs.tags)
+
+
+def config_request(deployment: Deployment, model_name: str, outputs: StackOutputs) -> Request:
+    """Return the request that creates the endpoint configuration, without data capture."""
+    keys = outputs.encryption
+    request: dict[str, Any] = {
+        "ProductionVariants": [variant(deployment, model_name)],
+        **keys.volume_fields("KmsKeyId", deployment.instance_type),
+    }
+    if deployment.mode == "async":
+        folder = f"s3://{outputs.bucket}/async/{deployment.name}"
+        request["AsyncInferenceConfig"] = {
+            "ClientConfig": {
+                "MaxConcurrentInvocationsPerInstance": deployment.concurrent_per_instance
+            },
+            "OutputConfig": {
+                "S3OutputPath": f"{folder}/replies/",
+                "S3FailurePath": f"{folder}/failures/",
+                **keys.output_fields,
+            },
+        }
+    name = f"{deployment.name}-{digest(request)}"
+    operation = "CreateEndpointConfig"
+    return Request("sagemaker", operation, EndpointConfigName=name, **request, Tags=outputs.tags)
+
+
+def variant(deployment: Deployment, model_name: str) -> dict[str, Any]:
+    """Return the one production variant: instances of a type, or a serverless configuration."""
+    found: dict[str, Any] = {"VariantName": VARIANT, "ModelName": model_name}
+    if deployment.mode == "serverless":
+        serverless = {
+            "MemorySizeInMB": deployment.memory_mb,
+            "MaxConcurrency": deployment.max_concurrency,
+            "ProvisionedConcurrency": deployment.provisioned_concurrency,
+        }
+        given = {key: value for key, value in serverless.items() if value is not None}
+        return {**found, "ServerlessConfig": given}
+    found |= {
+        "InstanceType": deployment.instance_type,
+        # One at least, even with a minimum of 0: the scaling removes it without requests.
+        "InitialInstanceCount": max(1, deployment.min_instances),
+        "InitialVariantWeight": 1.0,
+        "ModelDataDownloadTimeoutInSeconds": deployment.download_seconds,
+        "ContainerStartupHealthCheckTimeoutInSeconds": deployment.startup_seconds,
+    }
+    if deployment.mode == "realtime":
+        # Requests are long and differ in length: the next goes where the fewest are in progress.
+        found["RoutingConfig"] = {"RoutingStrategy": "LEAST_OUTSTANDING_REQUESTS"}
+    if deployment.volume_gb is not None:
+        found["VolumeSizeInGB"] = deployment.volume_gb
+    if deployment.ami is not None:
+        found["InferenceAmiVersion"] = deployment.ami
+    return found
