@@ -1,15 +1,16 @@
 """Decoding engine: continuous batching of many requests' candidates, each at its own position.
 
     submit(...)          run a request's caption through the model; its candidates wait for slots
-    step()  repeatedly      fill free slots -> sample one position of each -> finished candidates
+    step()  repeatedly   fill free slots -> sample a position of each, or several by guesses
+                         (`dalle.decoding.windows`) -> finished candidates
 
 A candidate depends on its caption, options, seed and number alone, never on the load: it is the
 image that `dalle.decoding.sampling` samples. Knows ids and probabilities; no captions, pixels,
 clocks or threads: one thread calls everything. On a GPU a step returns before the device has
 finished it, and reading its results waits.
 
-Letters: S slots, B busy slots (rows of a step), C candidates in slots, N positions, M codes per
-position, P primed or sampled positions, T text length, W width.
+Letters: S slots, B rows of a step, C candidates in slots, N positions, M codes per position,
+P primed or sampled positions, T text length, W width.
 """
 
 from __future__ import annotations
@@ -24,7 +25,11 @@ from torch import Tensor
 from dalle.decoding.sampling import SamplingOptions, image_noise_keys, require_evaluation_mode
 from dalle.decoding.select import new_step
 from dalle.decoding.step import Batch, CandidateTokens, DecodeRequest, Prefix, SlotState, Step
+from dalle.decoding.window_width import WindowWidth
+from dalle.decoding.windows import run_windows, sample_windows
 from dalle.models.transformer import PADDING, Dalle
+
+_WIDEST = 32
 
 
 class DecodeEngine:
@@ -33,6 +38,8 @@ class DecodeEngine:
     num_slots: sequences at the same time; a candidate with guidance takes two.
     max_candidates: candidates at the same time; None for as many as there are slots.
     step: None is the exact one for the model's device.
+    window: positions of a candidate that a step samples; None for as many as promise most. The
+    images do not depend on it.
     """
 
     def __init__(
@@ -42,19 +49,27 @@ class DecodeEngine:
         *,
         max_candidates: int | None = None,
         step: Step | None = None,
+        window: int | None = None,
     ) -> None:
         if num_slots < 1:
             raise ValueError(f"num_slots must be at least 1, got {num_slots}")
+        if window is not None and window < 1:
+            raise ValueError(f"window must be at least 1, got {window}")
         require_evaluation_mode(model)
         self.model, self.num_slots = model, num_slots
         self.max_candidates = max_candidates or num_slots
         self._device = model.text_position.device
         self._step = step or new_step(model, num_slots)
+        widest = min(window or _WIDEST, model.config.num_positions)
+        if self._step.window_refusal is not None:
+            widest = 1
+        self.windows = WindowWidth(widest, fixed=window is not None)
         self._free = list(range(num_slots))
         self._candidates: list[CandidateTokens] = []
         self._requests: list[DecodeRequest] = []
         self._batch: Batch | None = None
-        self._state = SlotState.new(model.config, num_slots, model.text_position.detach())
+        like = model.text_position.detach()
+        self._state = SlotState.new(model.config, num_slots, like, widest)
 
     @property
     def is_idle(self) -> bool:
@@ -129,15 +144,47 @@ class DecodeEngine:
 
     @torch.inference_mode()
     def step(self) -> list[CandidateTokens]:
-        """Fill free slots, sample one position of every candidate, return the finished ones."""
+        """Fill free slots, sample positions of every candidate, return the finished ones."""
         finished = self._admit()
         if not self._candidates:
             return finished
+        batch = self._batch = self._batch or self._new_batch()
+        if self.windows.widest > 1:
+            self._sample_windows(batch)
+        else:
+            self._step.advance(batch, self._state)
+            batch.advance()
         N = self.model.config.num_positions
-        batch = self._batch = self._batch or Batch(self._candidates, N, self._device)
-        self._step.advance(batch, self._state)
-        batch.advance()
         return finished + [self._finish(each) for each in batch.candidates if each.position == N]
+
+    def _new_batch(self, candidates: list[CandidateTokens] | None = None) -> Batch:
+        candidates = list(self._candidates) if candidates is None else candidates
+        return Batch(candidates, self.model.config.num_positions, self._device)
+
+    def _sample_windows(self, batch: Batch) -> None:
+        """Sample the windows of a batch, and run the model on the next ones."""
+        exact = sample_windows(self._step, batch, self._state)
+        self.windows.record(batch.widths, exact)
+        N = self.model.config.num_positions
+        unfinished = [each for each in batch.candidates if each.position < N]
+        if not unfinished:
+            return
+        width = self._choose_width(unfinished)
+        for each in unfinished:
+            each.window = min(width, N - each.position)
+        # The same list where nothing has finished, so that a step can tell.
+        same = len(unfinished) == len(batch.candidates)
+        self._batch = self._new_batch(batch.candidates if same else unfinished)
+        run_windows(self._step, self._batch, self._state)
+
+    def _choose_width(self, candidates: list[CandidateTokens]) -> int:
+        rows_each = sum(len(each.slots) for each in candidates)
+        most = self._step.num_rows
+        if most is not None:
+            # Candidates that start before the next step have a row each, and one without caption.
+            places = self.max_candidates - len(candidates)
+            most -= min(self.num_slots - rows_each, 2 * places)
+        return self.windows.choose(rows_each, most)
 
     def tokens_so_far(self, request: DecodeRequest) -> list[tuple[int, Tensor]]:
         """Return number and tokens [P, M] of each of a request's candidates in slots.
@@ -177,7 +224,7 @@ class DecodeEngine:
         for prefix, slots in started.items():
             chosen = torch.tensor(slots, device=self._device)
             self._step.load(chosen, prefix.packed)
-            self._state.hidden[chosen] = prefix.hidden
+            self._state.hidden[chosen, 0] = prefix.hidden
         return finished
 
     def _start(self, request: DecodeRequest) -> CandidateTokens:
@@ -194,7 +241,9 @@ class DecodeEngine:
         keys = image_noise_keys(request.seed, number, noise_keys.numel())
         noise_keys.copy_(torch.from_numpy(keys).view_as(noise_keys))
         self._state.log_likelihood[slots[0]] = 0.0
-        candidate = CandidateTokens(request, number, slots, num_primed, image_tokens)
+        candidate = CandidateTokens(
+            request, number, slots, num_primed, image_tokens, guessed=num_primed
+        )
         request.in_slots += 1
         self._candidates.append(candidate)
         self._batch = None

@@ -4,8 +4,8 @@
     SlotState, Batch                 what the engine passes to a step
     Step                             one of cpu.step, cpu.torch_step, gpu.step, gpu.torch_step
 
-Letters: S slots, B rows of a step, C candidates being sampled, N positions, M codes per position,
-V codebook size, W width.
+Letters: S slots, B rows of a step, R of them with caption, C candidates being sampled, K widest
+window, N positions, M codes per position, V codebook size, W width.
 """
 
 from __future__ import annotations
@@ -81,6 +81,10 @@ class CandidateTokens:
     """Number of positions that are primed or sampled."""
     image_tokens: Tensor = field(repr=False)
     """[N, M] int64. Only the first `position` are valid, and in a slot it is the engine's own."""
+    window: int = 1
+    """Positions from `position` on that the next step samples; all but the first by guesses."""
+    guessed: int = 0
+    """Number of positions that hold a token: known ones, then guesses."""
     log_likelihood: float = 0.0
     """log p of the sampled tokens in nats, set when they are complete: before temperature, filters
     and guidance, and without the primed positions."""
@@ -88,6 +92,12 @@ class CandidateTokens:
     @property
     def slot(self) -> int:
         return self.slots[0]
+
+    @property
+    def num_primed(self) -> int:
+        """Number of positions that are primed."""
+        prime = self.request.prime_tokens
+        return 0 if prime is None else len(prime)
 
     @property
     def guidance_slot(self) -> int | None:
@@ -99,59 +109,89 @@ class SlotState:
     """Tensors of the engine by slot; a candidate's entry is that of its slot with the caption."""
 
     hidden: Tensor
-    """[S, W]: predicts the next position."""
+    """[S, K, W]: predicts the next K positions, all but the first by guesses."""
     image_tokens: Tensor
     """[S, N, M] int64."""
     log_likelihood: Tensor
-    """[S]: log p of the tokens sampled so far, in nats."""
+    """[S]: log p of the tokens sampled so far, in nats; with windows of those of a whole image."""
+    log_p: Tensor
+    """[S, N]: log p of each position's tokens, in nats; set with windows only."""
     noise_keys: Tensor
     """[S, N, M] int64: keys of the noise that chooses the tokens."""
 
     @classmethod
-    def new(cls, config: TransformerConfig, num_slots: int, like: Tensor) -> SlotState:
-        """Allocate zeros. like: a tensor of the model's device and dtype."""
+    def new(
+        cls, config: TransformerConfig, num_slots: int, like: Tensor, widest: int = 1
+    ) -> SlotState:
+        """Allocate zeros. like: a tensor of the model's device and dtype. widest: K."""
         shape = (num_slots, config.num_positions, config.num_codebooks)
         return cls(
-            hidden=like.new_zeros(num_slots, config.width),
+            hidden=like.new_zeros(num_slots, widest, config.width),
             image_tokens=like.new_zeros(shape, dtype=torch.int64),
             log_likelihood=like.new_zeros(num_slots, dtype=torch.float32),
+            log_p=like.new_zeros(shape[:2], dtype=torch.float32),
             noise_keys=like.new_zeros(shape, dtype=torch.int64),
         )
 
 
 class Batch:
-    """The rows of a step, for as long as the candidates stay the same.
+    """The rows of a step, for as long as the candidates stay the same and have no windows.
 
-    One row for each candidate, then one without caption for each candidate with guidance. Tensors
-    are made at first use, and nothing is sent to the device after that: a step on a GPU never
-    waits for the host.
+    One row for each position of each candidate's window, then one without caption for each of
+    those of a candidate with guidance. Tensors are made at first use, and nothing is sent to the
+    device after that: a step on a GPU never waits for the host.
     """
 
     candidates: list[CandidateTokens]
-    """Of the first rows, [C]."""
+    """[C]."""
+    widths: np.ndarray
+    """Each candidate's rows with caption, [C]."""
+    row_candidates: np.ndarray
+    """Index of the candidate of each row with caption, [R]."""
     numpy_rows: np.ndarray
     """Each row's slot, [B]."""
     numpy_positions: np.ndarray
     """Each row's position, [B]."""
+    numpy_offsets: np.ndarray
+    """Each row's place in its window, [B]."""
     guided: np.ndarray
-    """Indices of the candidates with guidance, in the order of their rows without caption."""
+    """Indices of the rows with guidance, in the order of their rows without caption, [B - R]."""
 
     def __init__(
-        self, candidates: Sequence[CandidateTokens], num_positions: int, device: torch.device
+        self, candidates: list[CandidateTokens], num_positions: int, device: torch.device
     ) -> None:
-        self.candidates = list(candidates)
-        guided = [row for row, each in enumerate(candidates) if each.guidance_slot is not None]
-        slots = [each.slot for each in candidates]
-        guidance_slots = [candidates[row].guidance_slot for row in guided]
-        positions = np.array([each.position for each in candidates], dtype=np.int64)
-        self.numpy_rows = np.array([*slots, *guidance_slots], dtype=np.int64)
+        """candidates: not copied, so that a step can tell whether they are the same."""
+        self.candidates = candidates
+        table = np.array(
+            [
+                (
+                    each.slot,
+                    each.position,
+                    each.window,
+                    -1 if len(each.slots) == 1 else each.slots[1],
+                )
+                for each in candidates
+            ],
+            dtype=np.int64,
+        )
+        slots, positions, self.widths, guidance_slots = table.T
+        rows = self.row_candidates = np.repeat(np.arange(len(candidates)), self.widths)
+        offsets = np.arange(len(rows)) - np.repeat(self.starts, self.widths)
+        guided = self.guided = np.flatnonzero(guidance_slots[rows] >= 0)
+        self.numpy_rows = np.concatenate([slots[rows], guidance_slots[rows[guided]]])
+        self.numpy_offsets = np.concatenate([offsets, offsets[guided]])
+        positions = positions[rows] + offsets
         self.numpy_positions = np.concatenate([positions, positions[guided]])
-        self.guided = np.array(guided, dtype=np.int64)
         self._num_positions, self._device = num_positions, device
         self._places: Tensor | None = None
 
+    @property
+    def starts(self) -> np.ndarray:
+        """Each candidate's first row, [C]."""
+        return np.cumsum(self.widths) - self.widths
+
     def advance(self) -> None:
-        """Move every candidate to its next position."""
+        """Move every candidate to its next position; they have no windows."""
         for each in self.candidates:
             each.position += 1
         self.numpy_positions += 1
@@ -165,22 +205,22 @@ class Batch:
 
     @cached_property
     def slots(self) -> Tensor:
-        """Each candidate's slot, [C]."""
-        return self.rows[: len(self.candidates)]
+        """Slot of each row with caption, [R]."""
+        return self.rows[: len(self.row_candidates)]
 
     @property
     def places(self) -> Tensor:
-        """Each candidate's slot and position as one index, slot · N + position, [C]."""
+        """Slot and position of each row with caption as one index, slot · N + position, [R]."""
         if self._places is None:
-            C = len(self.candidates)
-            numbers = self.numpy_rows[:C] * self._num_positions + self.numpy_positions[:C]
+            R = len(self.row_candidates)
+            numbers = self.numpy_rows[:R] * self._num_positions + self.numpy_positions[:R]
             self._places = torch.from_numpy(numbers).to(self._device)
         return self._places
 
     @property
     def blank_rows(self) -> dict[int, int]:
-        """Row without caption of each candidate with guidance, by the candidate's row."""
-        return {int(row): len(self.candidates) + n for n, row in enumerate(self.guided)}
+        """Row without caption of each row with guidance."""
+        return {int(row): len(self.row_candidates) + n for n, row in enumerate(self.guided)}
 
     def sample(
         self,
@@ -188,14 +228,14 @@ class Batch:
         hidden: Tensor,
         noise_keys: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Sample the candidates' codes [C, M] of the position that the rows' hidden [B, W] predict.
+        """Sample the codes [R, M] of the positions that the rows' hidden [B, W] predict.
 
-        code_logits: as `Step.code_logits`. noise_keys: [C, M]. Returns the codes and their
-        log p [C].
+        code_logits: as `Step.code_logits`. noise_keys: [R, M]. Returns the codes and their
+        log p [R].
         """
-        C, M = noise_keys.shape
-        codes = torch.zeros(C, M, dtype=torch.int64, device=self._device)
-        log_likelihood = torch.zeros(C, device=self._device)
+        R, M = noise_keys.shape
+        codes = torch.zeros(R, M, dtype=torch.int64, device=self._device)
+        log_likelihood = torch.zeros(R, device=self._device)
         for m in range(M):
             logits = code_logits(hidden, m, self.spread(codes)).float()
             codes[:, m], log_p = self._sample_code(logits, noise_keys[:, m])
@@ -203,17 +243,17 @@ class Batch:
         return codes, log_likelihood
 
     def spread(self, codes: Tensor) -> Tensor:
-        """Codes [C, M] of the candidates -> [B, M] of all rows."""
+        """Codes [R, M] of the rows with caption -> [B, M] of all rows."""
         return torch.cat([codes, codes[self._guided]]) if len(self.guided) else codes
 
     def _sample_code(self, logits: Tensor, noise_keys: Tensor) -> tuple[Tensor, Tensor]:
-        """One code per candidate and its log p, [C] each: one call for all of equal options."""
-        C = len(self.candidates)
+        """One code per row and its log p, [R] each: one call for all of equal options."""
+        R = len(self.row_candidates)
         if len(self._groups) == 1:
-            blank = logits[C:] if len(self.guided) else None
-            return sample_tokens(logits[:C], noise_keys, self._groups[0][0], blank)
-        codes = torch.empty(C, dtype=torch.int64, device=self._device)
-        log_p = torch.empty(C, device=self._device)
+            blank = logits[R:] if len(self.guided) else None
+            return sample_tokens(logits[:R], noise_keys, self._groups[0][0], blank)
+        codes = torch.empty(R, dtype=torch.int64, device=self._device)
+        log_p = torch.empty(R, device=self._device)
         for options, rows, blank_rows in self._groups:
             blank = None if blank_rows is None else logits[blank_rows]
             codes[rows], log_p[rows] = sample_tokens(logits[rows], noise_keys[rows], options, blank)
@@ -228,8 +268,9 @@ class Batch:
     def _groups(self) -> list[tuple[SamplingOptions, Tensor, Tensor | None]]:
         """Candidates of equal options: the options, their rows, their rows without caption."""
         by_options: dict[SamplingOptions, list[int]] = {}
-        for row, each in enumerate(self.candidates):
-            by_options.setdefault(each.request.options, []).append(row)
+        for row, candidate in enumerate(self.row_candidates):
+            options = self.candidates[candidate].request.options
+            by_options.setdefault(options, []).append(row)
         blank_rows = self.blank_rows
         return [
             (
@@ -246,8 +287,15 @@ class Batch:
 class Step(ABC):
     """A model's decoding step with the keys and values of all its slots.
 
-    The engine calls `pack` and `load` when a candidate starts, then `advance` once per position.
+    The engine calls `pack` and `load` when a candidate starts, then `advance` once per position, or
+    with windows `sample` and the step itself once each.
     """
+
+    window_refusal: str | None = None
+    """Reason why a call cannot have several rows of one slot; None where it can."""
+
+    num_rows: int | None = None
+    """Most rows of one call; None: any number."""
 
     @property
     @abstractmethod
@@ -258,6 +306,8 @@ class Step(ABC):
     def __call__(self, slots: np.ndarray, codes: Tensor, positions: np.ndarray) -> Tensor:
         """Run the model on the codes [B, M] of the slots' [B] positions [B]: states [B, W].
 
+        Rows of one slot stand together, each at the position after the one before it, and see the
+        keys and values of those before. What lies there from an earlier call is replaced.
         The same array object of slots as in the last call continues its sequences: every position
         must then be one more, and no slot may have been loaded in between.
         """
@@ -278,17 +328,18 @@ class Step(ABC):
         """Write the same prefix to each of the slots [B]."""
 
     def sample(self, hidden: Tensor, noise_keys: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Sample the candidates' codes [C, M] and their log p [C]: as `Batch.sample`."""
+        """Sample the codes [R, M] and their log p [R]: as `Batch.sample`."""
         return batch.sample(self.code_logits, hidden, noise_keys)
 
     def advance(self, batch: Batch, state: SlotState) -> None:
         """Sample one position of every candidate and run the model on it, where one follows.
 
+        Only where no candidate has a window.
         Reads and writes the engine's state, which must be the same object in every call. The same
         batch object as in the last call continues its candidates.
         """
         N, M = state.image_tokens.shape[1:]
-        hidden = state.hidden.index_select(0, batch.rows)
+        hidden = state.hidden[:, 0].index_select(0, batch.rows)
         noise_keys = state.noise_keys.view(-1, M).index_select(0, batch.places)
         codes, log_likelihood = self.sample(hidden, noise_keys, batch)
         state.image_tokens.view(-1, M).index_copy_(0, batch.places, codes)
@@ -302,4 +353,4 @@ class Step(ABC):
                 return
             numpy_rows, positions = numpy_rows[unfinished], positions[unfinished]
             rows, codes = rows[unfinished], codes[unfinished]
-        state.hidden.index_copy_(0, rows, self(numpy_rows, codes, positions))
+        state.hidden[:, 0].index_copy_(0, rows, self(numpy_rows, codes, positions))

@@ -183,7 +183,7 @@ def test_an_image_whose_every_position_is_primed_is_finished_at_once(guidance_sc
 
 
 def test_freed_slots_are_filled_at_once(model):
-    engine = DecodeEngine(model, 3)
+    engine = DecodeEngine(model, 3, window=1)
     engine.submit(TEXT, candidates=range(7), seed=0)
     busy = []
     while not engine.is_idle:
@@ -197,7 +197,7 @@ def test_freed_slots_are_filled_at_once(model):
 
 
 def test_slots_go_to_the_request_that_has_fewest(model):
-    engine = DecodeEngine(model, 4)
+    engine = DecodeEngine(model, 4, window=1)
     long = engine.submit(TEXT, candidates=range(12), seed=0)
     for _ in range(3):
         engine.step()
@@ -248,7 +248,7 @@ def test_an_engine_that_was_reset_begins_anew(step, model):
 
 
 def test_tokens_so_far_are_the_beginning_of_the_finished_image(model):
-    engine = DecodeEngine(model, 2)
+    engine = DecodeEngine(model, 2, window=1)
     request = engine.submit(TEXT, candidates=[4], seed=0)
     for done in range(1, N):
         engine.step()

@@ -49,6 +49,7 @@ class CpuTorchStep(Step):
     """A model's decoding step with the keys and values of all its slots.
 
     key_ranges: one a layer stores keys and values as bytes; None keeps float32.
+    num_rows: most rows of one call; None: any number.
     """
 
     def __init__(
@@ -58,7 +59,11 @@ class CpuTorchStep(Step):
         *,
         precision: Precision = "fp32",
         key_ranges: Sequence[KeyRange] | None = None,
+        num_rows: int | None = None,
     ) -> None:
+        self.num_rows = num_rows
+        if precision != "int8":  # which adds exactly
+            self.window_refusal = f"torch's {precision} products round by their number of rows"
         self._decoder = TorchDecoder(model, precision)
         config = model.config
         self._first_input = config.text_length + 1  # index of position 0 as an input

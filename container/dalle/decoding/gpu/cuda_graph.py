@@ -27,6 +27,8 @@ _WARM_UPS = 2  # runs before a capture, in which libraries allocate their memory
 class CudaGraphStep(Step):
     """A step with the tensors that its graphs read and write, by slot, in the model's dtype."""
 
+    window_refusal = "its CUDA graph has one row for each slot"
+
     _tables: list[Tensor]
     """Keys and values, by layer."""
 

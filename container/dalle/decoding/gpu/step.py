@@ -122,7 +122,7 @@ class GpuStep(CudaGraphStep):
         N, M, V, W = config.num_positions, config.num_codebooks, config.codebook_size, config.width
         for m in range(M):
             sample_code[S,](
-                self._compute_logits(state.hidden, m),
+                self._compute_logits(state.hidden[:, 0], m),
                 self._heads[m].to_logits.bias,
                 self._plan,
                 self._positions,

@@ -1,0 +1,88 @@
+"""Parallel decoding: several positions of a candidate in one step, and the same tokens exactly.
+
+A candidate's noise is a function of its seed, number and position, so that its image is the one
+fixed point of "sample every position from what the tokens before it give". A step samples a window
+of positions, all but the first by guesses of the tokens between. The first position is exact, and
+each further one as long as the guess before it equals what was sampled. The other samples are the
+next guesses. That is fixed-point (Jacobi) iteration: Wiggers & Hoogeboom, "Predictive Sampling with
+Forecasting Autoregressive Models" (ICML 2020); Song et al., "Accelerating Feedforward Computation
+via Parallel Nonlinear Equation Solving" (ICML 2021).
+
+    sample_windows   hidden states of the windows -> exact positions, and guesses
+    run_windows      guesses -> hidden states of the next windows
+
+Works on a CPU. Letters: S slots, K widest window, B rows, R of them with caption, C candidates,
+N positions, M codes, G side of the grid.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from dalle.decoding.step import Batch, CandidateTokens, SlotState, Step
+
+
+def sample_windows(step: Step, batch: Batch, state: SlotState) -> np.ndarray:
+    """Sample every row of a batch, and move each candidate past its exact positions.
+
+    Returns how many those are, [C], 1 or more.
+    """
+    S, N, M = state.image_tokens.shape
+    tokens = state.image_tokens.view(S * N, M)
+    hidden = state.hidden.flatten(0, 1).index_select(0, _hidden_rows(batch, state))
+    noise_keys = state.noise_keys.view(S * N, M).index_select(0, batch.places)
+    sampled, log_p = step.sample(hidden, noise_keys, batch)
+    differs = (tokens.index_select(0, batch.places) != sampled).any(dim=1).numpy()
+    tokens.index_copy_(0, batch.places, sampled)
+    state.log_p.view(S * N).index_copy_(0, batch.places, log_p)
+    # The last position of a window is no guess of another one: if it is reached, it is exact.
+    differs[batch.starts + batch.widths - 1] = True
+    offsets = batch.numpy_offsets[: len(differs)]
+    exact: np.ndarray = np.minimum.reduceat(np.where(differs, offsets, N), batch.starts) + 1
+    for candidate, number in zip(batch.candidates, exact.tolist(), strict=True):
+        candidate.guessed = max(candidate.guessed, candidate.position + candidate.window)
+        candidate.position += number
+        if candidate.position == N:
+            _sum_log_p(candidate, state)
+    return exact
+
+
+def run_windows(step: Step, batch: Batch, state: SlotState) -> None:
+    """Run the model on the position before each row of a batch, which predicts the row's."""
+    S, N, M = state.image_tokens.shape
+    for candidate in batch.candidates:
+        _guess(candidate, N)
+    tokens = state.image_tokens.view(S * N, M)
+    codes = batch.spread(tokens.index_select(0, batch.places - 1))
+    hidden = step(batch.numpy_rows, codes, batch.numpy_positions - 1)
+    state.hidden.flatten(0, 1).index_copy_(0, _hidden_rows(batch, state), hidden)
+
+
+def _hidden_rows(batch: Batch, state: SlotState) -> torch.Tensor:
+    """Return the index of each row's hidden state among [S · K], [B]."""
+    return torch.from_numpy(batch.numpy_rows * state.hidden.shape[1] + batch.numpy_offsets)
+
+
+def _guess(candidate: CandidateTokens, num_positions: int) -> None:
+    """Guess the tokens that the window needs and has none of: those of the row above."""
+    first, end = candidate.guessed, candidate.position + candidate.window - 1
+    if first >= end:
+        return
+    grid_size = round(num_positions**0.5)
+    tokens = candidate.image_tokens.numpy()
+    for begin in range(first, end, grid_size):
+        stop = min(begin + grid_size, end)
+        if begin >= grid_size:
+            tokens[begin:stop] = tokens[begin - grid_size : stop - grid_size]
+        elif begin:
+            tokens[begin:stop] = tokens[begin - 1]
+        else:
+            tokens[begin:stop] = 0
+    candidate.guessed = end
+
+
+def _sum_log_p(candidate: CandidateTokens, state: SlotState) -> None:
+    """Sum the positions' log p one after the other, as they are added without windows."""
+    each = state.log_p[candidate.slot].numpy()[candidate.num_primed :]
+    state.log_likelihood[candidate.slot] = float(np.add.accumulate(each)[-1])

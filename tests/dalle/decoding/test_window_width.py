@@ -1,0 +1,69 @@
+"""The width of windows follows from counts of right guesses and from measured seconds."""
+
+import numpy as np
+import pytest
+
+from dalle.decoding.window_width import WindowWidth
+
+
+def counted(right_share: float, widest: int = 32) -> WindowWidth:
+    """Windows of 16 positions whose every guess is right in the same share of steps."""
+    generator = np.random.default_rng(0)
+    windows = WindowWidth(widest)
+    for _ in range(2000):
+        right = generator.random(15) < right_share
+        exact = 1 + int(right.cumprod().sum())
+        windows.record(np.array([16]), np.array([exact]))
+    return windows
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.9])
+def test_expected_positions_are_those_of_the_counted_share(share):
+    expected = counted(share).expected()
+    ideal = [sum(share**power for power in range(width)) for width in range(1, 9)]
+    assert expected[:8] == pytest.approx(ideal, rel=0.15)
+    assert len(expected) == 32
+
+
+def test_positions_of_all_candidates_are_counted():
+    windows = WindowWidth(8)
+    windows.record(np.array([8, 3]), np.array([4, 3]))
+    windows.record(np.array([1]), np.array([1]))
+    assert (windows.num_sampled, windows.num_steps) == (8, 3)
+
+
+def test_more_right_guesses_and_cheaper_rows_make_windows_wider():
+    free = {1: 1.0, 64: 1.0}
+    by_arithmetic = {rows: float(rows) for rows in (1, 2, 4, 8, 16, 32, 64)}
+    between = {1: 1.0, 8: 1.2, 64: 4.0}
+    widths = []
+    for share in (0.3, 0.6, 0.95):
+        windows = counted(share)
+        windows.seconds = by_arithmetic
+        assert windows.choose(1) == 1
+        windows.seconds = free
+        assert windows.choose(1) >= 15
+        windows.seconds = between
+        widths.append(windows.choose(1))
+        assert windows.choose(64) == 1
+    assert 1 < widths[0] < widths[1] < widths[2]
+
+
+def test_rows_that_were_not_measured_are_taken_to_cost_more():
+    windows = counted(0.9)
+    windows.seconds = {1: 1.0, 8: 1.0}
+    assert windows.choose(1) == 8
+
+
+def test_a_width_has_room_in_the_rows_of_a_step():
+    assert WindowWidth(8, fixed=True).choose(3, 20) == 6
+    assert WindowWidth(8, fixed=True).choose(3, 100) == 8
+    assert WindowWidth(8, fixed=True).choose(30, 20) == 1
+    assert WindowWidth(1).choose(1) == 1
+
+
+def test_old_counts_are_forgotten():
+    windows = counted(0.95)
+    for _ in range(300):
+        windows.record(np.array([16]), np.array([1]))
+    assert windows.expected()[-1] < 1.2
