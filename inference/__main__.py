@@ -113,6 +113,7 @@ def _load(model: Path, settings: Settings, credentials: Credentials | None) -> M
         threads=settings.threads,
         most_threads=usable_cpus(),
         chunk_size=settings.chunk_size,
+        window=settings.parallel_positions,
         precision=settings.precision,
         mark_of=partial(mark_of, signer=sign) if settings.mark else None,
     )

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from dalle.errors import UserError
-from dalle.types import PRECISIONS, Precision
+from dalle.types import PRECISIONS, WIDEST_WINDOW, Precision
 from inference.api.content_credentials import CERTIFICATE, KEY, SIGNATURE_BYTES
 from inference.api.parsing import bound
 from inference.api.schema import DEFAULT_LIMITS, MAX_DEADLINE_SECONDS, Limits
@@ -54,6 +54,12 @@ class Variables(BaseModel):
     )
     dalle_chunk_size: int | None = _up_to(
         512, None, "candidates sampled together, {}; empty: what suits the device"
+    )
+    dalle_parallel_positions: int | None = _up_to(
+        WIDEST_WINDOW,
+        None,
+        "positions of a candidate that a step samples on a CPU, {}; empty: as many as are fastest; "
+        "the images are the same",
     )
     dalle_precision: Precision = Field(
         "fp32",
@@ -125,13 +131,14 @@ _BATCH, _BATCH_MB, _PORT = list(VARIABLES)[-3:]
 class Settings:
     """Settings of one server. `limits` bound requests; `Variables` describes the others.
 
-    threads, chunk_size: None to choose what is fastest, and what suits the device.
+    threads, chunk_size, parallel_positions: None to choose what is fastest or suits the device.
     """
 
     limits: Limits
     device: str
     threads: int | None
     chunk_size: int | None
+    parallel_positions: int | None
     precision: Precision
     queue_size: int
     body_seconds: float
@@ -186,6 +193,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         device=read.dalle_device,
         threads=read.dalle_threads,
         chunk_size=read.dalle_chunk_size,
+        parallel_positions=read.dalle_parallel_positions,
         precision=read.dalle_precision,
         queue_size=read.dalle_queue_size,
         body_seconds=read.dalle_body_seconds,

@@ -57,3 +57,6 @@ Precision = Literal["fp32", "bf16", "fp16", "int8"]
 bf16 at the same speed. int8: weights, keys and values, on a CPU."""
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+WIDEST_WINDOW = 32
+"""Most positions of a candidate that a step samples, see `dalle.decoding.windows`."""

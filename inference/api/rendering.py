@@ -97,6 +97,8 @@ class GenerateResult:
     sample_seconds: float
     decode_seconds: float
     rank_seconds: float
+    positions_per_step: float = 1.0
+    """Positions of a candidate that a step sampled, in the mean."""
 
     @property
     def is_cut_short(self) -> bool:
@@ -334,6 +336,7 @@ def stage_timings(result: GenerateResult, queue_seconds: float, encode_seconds: 
         decode_seconds=result.decode_seconds,
         rank_seconds=result.rank_seconds,
         encode_seconds=encode_seconds,
+        positions_per_step=result.positions_per_step,
     )
 
 

@@ -40,13 +40,18 @@ class RankedImage(RankedCandidate):
 
 
 class Timings(Reply):
-    """Seconds of each stage."""
+    """Seconds of each stage, and how many positions a decoding step sampled."""
 
     queue_seconds: float = Field(description="From arrival until the model began.", ge=0)
     sample_seconds: float = Field(description="Sampling image tokens.", ge=0)
     decode_seconds: float = Field(description="Image tokens to pixels, by the dVAE.", ge=0)
     rank_seconds: float = Field(description="Scoring and ordering.", ge=0)
     encode_seconds: float = Field(description="Pixels to image files.", ge=0)
+    positions_per_step: float = Field(
+        default=1.0,
+        description="Positions of a candidate that a decoding step sampled, in the mean.",
+        ge=1,
+    )
 
 
 class Generated(Reply):

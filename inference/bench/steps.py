@@ -128,6 +128,7 @@ def engine_at(
 ) -> DecodeEngine:
     """Build an engine with a candidate at the given depth in every slot, after random tokens.
 
+    Its steps sample one position of each.
     own_kernels: as of `new_step`.
     """
     config = model.config
@@ -144,7 +145,7 @@ def engine_at(
     # For bf16 the model is in bf16 already, see `in_precision`.
     weights: Precision = precision  # type: ignore[assignment]
     step = new_step(model, batch, weights, key_ranges, own_kernels=own_kernels)
-    engine = DecodeEngine(model, batch, step=step)
+    engine = DecodeEngine(model, batch, step=step, window=1)
     engine.submit(
         text_tokens.to(device),
         candidates=range(batch),

@@ -43,6 +43,7 @@ from inference.engine.request import (
 from inference.engine.scheduler import Scheduler
 from inference.engine.tasks import classify, complete
 from inference.engine.thread_tuning import choices, fastest, measure_steps
+from inference.engine.window_tuning import measure_windows
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,8 @@ class ModelRunner:
     chunk_size: candidates sampled together, of one request or of several; speed and memory depend
     on it, the images do not. None: 16 on a CPU, 32 on a GPU.
     precision: see `dalle.decoding.validate`, whose errors are raised.
+    window: positions of a candidate that a step samples, see `dalle.decoding.windows`; None: as
+    many as promise most. The images do not depend on it.
     threads: torch's on the CPU when it was made, or what `choose_threads` chose.
     """
 
@@ -67,6 +70,7 @@ class ModelRunner:
         *,
         chunk_size: int | None = None,
         precision: Precision = "fp32",
+        window: int | None = None,
     ) -> None:
         self._artefact = artefact
         self._device = device
@@ -83,6 +87,7 @@ class ModelRunner:
                 _SLOTS_PER_CANDIDATE * self._max_candidates,
                 precision,
                 max_candidates=self._max_candidates,
+                window=window,
                 captions=_example_captions(artefact, device),
             )
             self._scheduler = Scheduler(artefact, self._engine)
@@ -97,6 +102,7 @@ class ModelRunner:
         most_threads: int = 1,
         chunk_size: int | None = None,
         precision: Precision = "fp32",
+        window: int | None = None,
         mark_of: Callable[[Manifest], Mark] | None = None,
     ) -> ModelRunner:
         """Load an artefact directory, or the model.tar.gz in it, onto a device.
@@ -113,10 +119,14 @@ class ModelRunner:
         with tempfile.TemporaryDirectory(prefix="artefact-") as scratch:
             directory = archive.locate(model_dir, Path(scratch))
             artefact = artefacts.load(directory, chosen)
-            runner = cls(artefact, chosen, chunk_size=chunk_size, precision=precision)
+            runner = cls(
+                artefact, chosen, chunk_size=chunk_size, precision=precision, window=window
+            )
         runner.mark = mark_of(artefact.manifest) if mark_of is not None else None
         if threads is None and most_threads > 1:
             runner.choose_threads(most_threads)
+        if window is None:
+            runner.measure_windows()
         logger.info(
             "loaded %s on %s with %d threads in %.1f s",
             ", ".join(runner.components) or "no component",
@@ -167,6 +177,18 @@ class ModelRunner:
         torch.set_num_threads(self.threads)
         times = ", ".join(f"{1000 * each:.2f} ms with {number}" for number, each in seconds.items())
         logger.info("a step of %d candidates: %s", self._engine.max_candidates, times)
+        return seconds
+
+    def measure_windows(self) -> dict[int, float]:
+        """Time steps of windows, by which their width is chosen from now on.
+
+        Returns the seconds of a step by its number of rows; nothing where there are no windows.
+        """
+        if self._engine is None or self._engine.windows.widest == 1:
+            return {}
+        seconds = self._engine.windows.seconds = measure_windows(self._engine)
+        times = ", ".join(f"{rows}: {1000 * each:.2f} ms" for rows, each in seconds.items())
+        logger.info("a step by its rows: %s", times)
         return seconds
 
     def prepare(

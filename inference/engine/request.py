@@ -193,6 +193,8 @@ class PreparedGeneration(EngineRequest):
     sampled: deque[CandidateTokens] = field(default_factory=deque, init=False)
     """Candidates whose tokens are complete, and which are not decoded yet."""
     finished: list[Candidate] = field(default_factory=list, init=False)
+    rows_seen: dict[int, int] = field(default_factory=dict, init=False)
+    """Whole rows of each candidate for which previews were made, as far as they were wanted."""
     decode_seconds: float = field(default=0.0, init=False)
     rank_seconds: float = field(default=0.0, init=False)
     is_stopped: bool = field(default=False, init=False)
@@ -221,6 +223,17 @@ class PreparedGeneration(EngineRequest):
         return self.preview_rows is not None and (
             self.num_previewed is None or number < self.num_previewed
         )
+
+    def rows_to_preview(self, number: int, rows: int) -> list[int]:
+        """Return after which rows a candidate of `rows` whole ones has previews now, in order.
+
+        Each is returned once.
+        """
+        if self.preview_rows is None or not self.is_previewed(number):
+            return []
+        seen = self.rows_seen.get(number, self.prime_rows)
+        self.rows_seen[number] = rows
+        return [each for each in range(seen + 1, rows + 1) if each % self.preview_rows == 0]
 
     @property
     def is_over(self) -> bool:
@@ -253,6 +266,7 @@ class PreparedGeneration(EngineRequest):
             sample_seconds=max(0.0, elapsed - self.decode_seconds - self.rank_seconds),
             decode_seconds=self.decode_seconds,
             rank_seconds=self.rank_seconds,
+            positions_per_step=self.decoding.positions_per_step,
         )
 
 

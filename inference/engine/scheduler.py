@@ -1,8 +1,8 @@
 """Scheduler of requests for images: sampled together, decoded and scored a few at a time.
 
     add(request)    encode the caption; the candidates wait for slots
-    step()          repeatedly: one position of every candidate -> images and scores of a few
-                    finished candidates -> the requests that have ended
+    step()          repeatedly: a position or more of every candidate -> images and scores of a
+                    few finished candidates -> the requests that have ended
 
 One thread calls everything. Letters: K candidates, N positions, M codes per position, S image size.
 """
@@ -10,6 +10,7 @@ One thread calls everything. Letters: K candidates, N positions, M codes per pos
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -43,7 +44,7 @@ class Scheduler:
         self._latency = LatencyModel(engine.max_candidates)
         self._device = engine.model.text_position.device
         self._running: list[PreparedGeneration] = []
-        self._measured = (0, False, 0, 0.0)  # candidates, guided, steps, seconds
+        self._measured = _Measured()
         self._synchronize = (
             partial(torch.cuda.synchronize, self._device) if self._device.type == "cuda" else None
         )
@@ -83,7 +84,7 @@ class Scheduler:
 
     @torch.inference_mode()
     def step(self) -> list[EngineRequest]:
-        """Sample one position of every candidate, finish some, return the requests that ended."""
+        """Sample positions of every candidate, finish some, return the requests that ended."""
         for request in self._running:
             unfinished = request.decoding.in_slots + len(request.sampled)
             if not request.may_continue(self._latency.finishing_seconds(unfinished)):
@@ -91,8 +92,7 @@ class Scheduler:
                 self._engine.cancel(request.decoding)
                 request.is_stopped = True
         if not self._engine.is_idle:
-            self._sample()
-            self._preview()
+            self._preview(self._sample())
         self._finish()
         ended = [each for each in self._running if each.is_over]
         self._running = [each for each in self._running if each not in ended]
@@ -107,9 +107,13 @@ class Scheduler:
         self._steps_ahead, self._shares = 0, {}
         self._engine.reset()
 
-    def _sample(self) -> None:
-        """Sample one position of every candidate; divide the time among the requests."""
+    def _sample(self) -> list[CandidateTokens]:
+        """Sample positions of every candidate; divide the time among the requests.
+
+        Returns the candidates whose tokens are complete now.
+        """
         by_request = {request.decoding: request for request in self._running}
+        before = self._num_sampled()
         began = time.monotonic()
         sampled = self._engine.step()
         if self._synchronize is not None:
@@ -124,11 +128,16 @@ class Scheduler:
             for request in self._running
         }
         self._charge(seconds)
-        self._measure(sum(self._shares.values()), seconds)
+        self._measure(sum(self._shares.values()), self._num_sampled() - before, seconds)
         for each in sampled:
             request = by_request[each.request]
             request.sampled.append(each)
             self._limit(request)
+        return sampled
+
+    def _num_sampled(self) -> int:
+        """Return the number of positions sampled for all running requests."""
+        return sum(request.decoding.num_sampled for request in self._running)
 
     def _wait_for_device(self) -> None:
         """Wait until a GPU has finished the launched steps, and charge the time to them."""
@@ -139,8 +148,7 @@ class Scheduler:
         seconds = time.monotonic() - began
         self._steps_ahead = 0
         self._charge(seconds)
-        candidates, guided, steps, total = self._measured
-        self._measured = candidates, guided, steps, total + seconds
+        self._measured.seconds += seconds
 
     def _charge(self, seconds: float) -> None:
         """Divide the time of steps among the requests, by their candidates in the last one."""
@@ -148,15 +156,24 @@ class Scheduler:
         for request, share in self._shares.items():
             request.cost_seconds += seconds * share / total
 
-    def _measure(self, num_candidates: int, seconds: float) -> None:
-        """Record the seconds of steps in the latency model, many of one size at once."""
+    def _measure(self, num_candidates: int, num_sampled: int, seconds: float) -> None:
+        """Record the seconds of steps in the latency model, many of one size at once.
+
+        num_sampled: positions of all candidates.
+        """
         guided = any(request.decoding.slots_each == 2 for request in self._running)
-        candidates, was_guided, steps, total = self._measured
-        if (candidates, was_guided) != (num_candidates, guided) or steps == _STEPS_PER_RECORD:
-            if steps and candidates:
-                self._latency.record_sampling(candidates, was_guided, steps, total)
-            steps, total = 0, 0.0
-        self._measured = num_candidates, guided, steps + 1, total + seconds
+        last = self._measured
+        is_other = (last.num_candidates, last.guided) != (num_candidates, guided)
+        if is_other or last.num_steps == _STEPS_PER_RECORD:
+            if last.num_steps and last.num_candidates:
+                positions = last.num_sampled / last.num_candidates
+                self._latency.record_sampling(
+                    last.num_candidates, last.guided, positions, last.seconds
+                )
+            last = self._measured = _Measured(num_candidates, guided)
+        last.num_steps += 1
+        last.num_sampled += num_sampled
+        last.seconds += seconds
 
     def _limit(self, request: PreparedGeneration) -> None:
         """Limit the candidates in slots to what can be finished before the request's deadline."""
@@ -176,19 +193,26 @@ class Scheduler:
             others=self._engine.num_in_slots - decoding.in_slots,
         )
 
-    def _preview(self) -> None:
-        """Pass on a preview of unfinished candidates after every `preview_rows` whole rows."""
+    def _preview(self, sampled: list[CandidateTokens]) -> None:
+        """Pass on a preview of candidates after every `preview_rows` whole rows.
+
+        sampled: those whose tokens the last step has completed.
+        """
         grid_size = self._dvae.config.grid_size
         for request in self._running:
             if request.preview_rows is None or request.is_stopped:
                 continue
+            tokens_of = self._engine.tokens_so_far(request.decoding)
+            for each in sampled:
+                if each.request is request.decoding and each.slots:
+                    tokens_of.append((each.number, each.image_tokens))
             by_rows: dict[int, list[tuple[int, Tensor]]] = {}
-            for number, tokens in self._engine.tokens_so_far(request.decoding):
-                if not request.is_previewed(number):
-                    continue
-                rows, rest = divmod(len(tokens), grid_size)
-                if not rest and not rows % request.preview_rows and 0 < rows < grid_size:
-                    by_rows.setdefault(rows, []).append((number, tokens))
+            for number, tokens in tokens_of:
+                # A step may complete several rows.
+                for rows in request.rows_to_preview(number, len(tokens) // grid_size):
+                    if rows < grid_size:
+                        shown = tokens[: rows * grid_size]
+                        by_rows.setdefault(rows, []).append((number, shown))
             if not by_rows:
                 continue
             self._wait_for_device()
@@ -243,6 +267,18 @@ class Scheduler:
         return "clip_and_log_likelihood" if self._clip.config.likelihood_weight else "clip"
 
 
+@dataclass
+class _Measured:
+    """Steps of the same number of candidates, until they are recorded."""
+
+    num_candidates: int = 0
+    guided: bool = False
+    num_steps: int = 0
+    num_sampled: int = 0
+    """Positions of all candidates."""
+    seconds: float = 0.0
+
+
 class LatencyModel:
     """Running means of what sampling and finishing take. Used by the model's thread only.
 
@@ -254,9 +290,9 @@ class LatencyModel:
         self._sample: dict[tuple[int, bool], float] = {}  # (size, guided) -> seconds per position
         self._finish = 0.0  # decoding and scoring, seconds per candidate
 
-    def record_sampling(self, size: int, guided: bool, positions: int, seconds: float) -> None:
+    def record_sampling(self, size: int, guided: bool, positions: float, seconds: float) -> None:
         """Record that `size` candidates took `seconds` for `positions` image-token positions."""
-        newest = seconds / max(1, positions)
+        newest = seconds / max(1.0, positions)
         mean = self._sample.get((size, guided), newest)
         self._sample[size, guided] = mean + _NEWEST * (newest - mean)
 

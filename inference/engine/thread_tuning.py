@@ -36,6 +36,8 @@ def measure_steps(
 ) -> dict[int, float]:
     """Return the median seconds of a step of `candidates`, by number of threads.
 
+    A step samples one position of each.
+
     Rounds of one step with each number, in rotated order, are timed for `seconds` or 25 times; the
     first round is a warm-up and counts only where there is no other. Leaves the engine idle, and
     torch's threads of the calling thread at the last number.
@@ -45,6 +47,7 @@ def measure_steps(
     text_tokens = text_tokens.to(engine.model.text_position.device)
     times: dict[int, list[float]] = {number: [] for number in numbers}
     request = None
+    fixed, engine.windows.fixed = engine.windows.fixed, 1
     try:
         for turn in range(_MAX_ROUNDS + 1):
             for place in range(len(numbers)):
@@ -59,6 +62,7 @@ def measure_steps(
             if clock() > ends:
                 break
     finally:
+        engine.windows.fixed = fixed
         if request is not None:
             engine.cancel(request)
     return {

@@ -12,6 +12,7 @@ from inference.api.replies import Timings
 from inference.engine.engine_core import EngineCore, State
 
 _SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 3600)
+_POSITIONS = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32)
 
 
 class Metrics:
@@ -42,6 +43,12 @@ class Metrics:
             registry=registry,
         )
         self._candidates = Counter("dalle_candidates", "Finished candidates.", registry=registry)
+        self._positions = Histogram(
+            "dalle_positions_per_step",
+            "Positions of a candidate that a decoding step sampled, mean of one generation.",
+            buckets=_POSITIONS,
+            registry=registry,
+        )
         self._cut_short = Counter(
             "dalle_cut_short", "Generations that a deadline ended early.", registry=registry
         )
@@ -82,6 +89,7 @@ class Metrics:
             self._cut_short.inc()
         for stage in ("queue", "sample", "decode", "rank", "encode"):
             self._stage_seconds.labels(stage).observe(getattr(timings, f"{stage}_seconds"))
+        self._positions.observe(result.positions_per_step)
 
     def render(self) -> bytes:
         """Return the metrics in the Prometheus text format."""

@@ -17,19 +17,18 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from dalle.decoding.sampling import SamplingOptions, image_noise_keys, require_evaluation_mode
-from dalle.decoding.select import new_step
+from dalle.decoding.select import MOST_ROWS, most_rows, new_step
 from dalle.decoding.step import Batch, CandidateTokens, DecodeRequest, Prefix, SlotState, Step
 from dalle.decoding.window_width import WindowWidth
-from dalle.decoding.windows import run_windows, sample_windows
+from dalle.decoding.windows import run_windows, sample_windows, trial
 from dalle.models.transformer import PADDING, Dalle
-
-_WIDEST = 32
+from dalle.types import WIDEST_WINDOW
 
 
 class DecodeEngine:
@@ -59,11 +58,11 @@ class DecodeEngine:
         self.model, self.num_slots = model, num_slots
         self.max_candidates = max_candidates or num_slots
         self._device = model.text_position.device
-        self._step = step or new_step(model, num_slots)
-        widest = min(window or _WIDEST, model.config.num_positions)
+        self._step = step or new_step(model, num_slots, num_rows=most_rows(num_slots))
+        widest = min(window or WIDEST_WINDOW, model.config.num_positions)
         if self._step.window_refusal is not None:
             widest = 1
-        self.windows = WindowWidth(widest, fixed=window is not None)
+        self.windows = WindowWidth(widest, window)
         self._free = list(range(num_slots))
         self._candidates: list[CandidateTokens] = []
         self._requests: list[DecodeRequest] = []
@@ -176,6 +175,24 @@ class DecodeEngine:
         same = len(unfinished) == len(batch.candidates)
         self._batch = self._new_batch(batch.candidates if same else unfinished)
         run_windows(self._step, self._batch, self._state)
+
+    def trials(self) -> dict[int, Callable[[], None]]:
+        """Return the work of steps of windows by their number of rows, to be timed.
+
+        None where no step has windows. The engine must be idle while they run.
+        """
+        found = {}
+        widest = min(self.windows.widest, self.model.config.num_positions - 1)
+        rows = 1
+        while widest > 1 and rows <= (self._step.num_rows or MOST_ROWS):
+            width = min(rows, widest)
+            candidates = rows // width
+            if candidates > self.max_candidates:
+                break
+            work = trial(self._step, self._state, candidates, width)
+            found[candidates * width] = torch.inference_mode()(work)
+            rows *= 2
+        return found
 
     def _choose_width(self, candidates: list[CandidateTokens]) -> int:
         rows_each = sum(len(each.slots) for each in candidates)

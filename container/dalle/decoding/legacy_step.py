@@ -23,6 +23,8 @@ from dalle.models.legacy.transformer import LegacyTransformer
 class LegacyStep(Step):
     """A model's decoding step with the keys and values of all its slots."""
 
+    window_refusal = "it copies the keys and values of each row's slot once"
+
     def __init__(self, model: LegacyTransformer, num_slots: int) -> None:
         self._model = model
         self._device = model.text_position.device

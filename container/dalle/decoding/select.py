@@ -17,6 +17,9 @@ from dalle.models.legacy.transformer import LegacyTransformer
 from dalle.models.transformer import Dalle
 from dalle.types import Precision
 
+MOST_ROWS = 64
+"""Rows that a step with windows has room for, where there are fewer slots."""
+
 _LEGACY = (
     "the model has the graph of DALLE-pytorch, which neither the compiled step nor the GPU steps "
     "compute yet"
@@ -31,12 +34,15 @@ def new_step(
     key_ranges: Sequence[KeyRange] | None = None,
     *,
     own_kernels: bool = True,
+    num_rows: int | None = None,
 ) -> Step:
     """Build the decoding step of a model.
 
     precision: of the weights on a CPU; on a GPU it is not read, and weights are the model's.
     key_ranges: one a layer where `needs_key_ranges` or without our own kernels, otherwise not read.
     own_kernels: False decodes by torch's kernels alone, to compare with.
+    num_rows: most rows of a call, more than slots where there are windows; not read on a GPU. None:
+    as many as there are slots.
     Raises `DeviceError` for a precision that the model's graph is not computed in.
     """
     if isinstance(model, LegacyTransformer):
@@ -51,9 +57,16 @@ def new_step(
 
         return GpuStep(model, num_slots)
     if own_kernels and why_not(model, precision) is None:
-        return CpuStep(model, num_slots, precision=precision)
+        return CpuStep(model, num_slots, precision=precision, num_rows=num_rows)
     as_bytes = key_ranges if precision == "int8" else None
-    return CpuTorchStep(model, num_slots, precision=precision, key_ranges=as_bytes)
+    return CpuTorchStep(
+        model, num_slots, precision=precision, key_ranges=as_bytes, num_rows=num_rows
+    )
+
+
+def most_rows(num_slots: int) -> int:
+    """Return the rows that a step of an engine should have room for."""
+    return max(num_slots, MOST_ROWS)
 
 
 def needs_key_ranges(model: Dalle, precision: Precision) -> bool:

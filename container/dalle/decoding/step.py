@@ -41,6 +41,10 @@ class DecodeRequest:
     """Candidates that may be in slots at the same time; None: as many as there is room for."""
     in_slots: int = 0
     """Candidates in slots now."""
+    num_sampled: int = 0
+    """Positions that were sampled, of all its candidates."""
+    num_steps: int = 0
+    """Steps that sampled them, counted for each candidate."""
 
     @property
     def slots_each(self) -> int:
@@ -53,6 +57,11 @@ class DecodeRequest:
         return bool(self.waiting) and (
             self.max_in_slots is None or self.in_slots < self.max_in_slots
         )
+
+    @property
+    def positions_per_step(self) -> float:
+        """Positions of a candidate that a step sampled, in the mean; 1 before the first step."""
+        return self.num_sampled / self.num_steps if self.num_steps else 1.0
 
     @property
     def is_over(self) -> bool:
@@ -88,6 +97,12 @@ class CandidateTokens:
     log_likelihood: float = 0.0
     """log p of the sampled tokens in nats, set when they are complete: before temperature, filters
     and guidance, and without the primed positions."""
+
+    def move(self, positions: int) -> None:
+        """Count positions that a step has sampled."""
+        self.position += positions
+        self.request.num_sampled += positions
+        self.request.num_steps += 1
 
     @property
     def slot(self) -> int:
@@ -188,12 +203,13 @@ class Batch:
     @property
     def starts(self) -> np.ndarray:
         """Each candidate's first row, [C]."""
-        return np.cumsum(self.widths) - self.widths
+        starts: np.ndarray = np.cumsum(self.widths) - self.widths
+        return starts
 
     def advance(self) -> None:
         """Move every candidate to its next position; they have no windows."""
         for each in self.candidates:
-            each.position += 1
+            each.move(1)
         self.numpy_positions += 1
         if self._places is not None:
             self._places += 1

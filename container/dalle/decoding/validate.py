@@ -27,7 +27,7 @@ from dalle.decoding.sampling import (
     image_noise_keys,
     token_log_p,
 )
-from dalle.decoding.select import describe_step, needs_key_ranges, new_step
+from dalle.decoding.select import describe_step, most_rows, needs_key_ranges, new_step
 from dalle.decoding.step import Step
 from dalle.errors import ArtefactError, DeviceError
 from dalle.models.transformer import Dalle
@@ -64,19 +64,20 @@ def build_engine(
     precision: Precision = "fp32",
     *,
     max_candidates: int | None = None,
+    window: int | None = None,
     captions: Tensor | None = None,
     bounds: AccuracyBounds | None = None,
 ) -> DecodeEngine:
     """Build an engine in a precision; other than fp32 it is compared with the model first.
 
-    max_candidates: see `DecodeEngine`. captions: text tokens [K, T] to compare with, best real
-    ones; None samples them from the model.
+    max_candidates, window: see `DecodeEngine`. captions: text tokens [K, T] to compare with, best
+    real ones; None samples them from the model.
     Raises `ArtefactError` for a model that the precision changes beyond the bounds, `DeviceError`
     for a precision that the device does not support.
     """
     logger.info("decoding by %s", describe_step(model, precision))
     if precision == "fp32":
-        return DecodeEngine(model, num_slots, max_candidates=max_candidates)
+        return DecodeEngine(model, num_slots, max_candidates=max_candidates, window=window)
     device = model.text_position.device.type
     if (device == "cpu") == (precision == "bf16"):
         fitting = "fp32, fp16 or int8" if device == "cpu" else "fp32 or bf16"
@@ -105,8 +106,8 @@ def build_engine(
             f"{accuracy.likelihood_change:.3f} nats (at most {bounds.likelihood_change:.3f}); "
             "use fp32"
         )
-    model, step = _convert(model, num_slots, precision, key_ranges)
-    return DecodeEngine(model, num_slots, max_candidates=max_candidates, step=step)
+    model, step = _convert(model, num_slots, precision, key_ranges, most_rows(num_slots))
+    return DecodeEngine(model, num_slots, max_candidates=max_candidates, step=step, window=window)
 
 
 @dataclass(frozen=True)
@@ -191,12 +192,16 @@ def compare(
 
 
 def _convert(
-    model: Dalle, num_slots: int, precision: Precision, key_ranges: Sequence[KeyRange] | None
+    model: Dalle,
+    num_slots: int,
+    precision: Precision,
+    key_ranges: Sequence[KeyRange] | None,
+    num_rows: int | None = None,
 ) -> tuple[Dalle, Step]:
     """Return the model that computes the captions, and the step that continues them."""
     if precision == "bf16":
         model = copy.deepcopy(model).to(torch.bfloat16)
-    return model, new_step(model, num_slots, precision, key_ranges)
+    return model, new_step(model, num_slots, precision, key_ranges, num_rows=num_rows)
 
 
 def _walk(

@@ -22,24 +22,18 @@ _ROWS_AT_ONCE = (
 class WindowWidth:
     """Counts of right guesses, and the width that follows from them and from measured seconds.
 
-    widest: K. fixed: the width is always K, but for limits on rows.
+    widest: K. fixed: the width where the rows have room for it; None: what promises most.
     seconds: of a step by its number of rows, measured; empty: an assumption.
     """
 
-    def __init__(self, widest: int, *, fixed: bool = False) -> None:
+    def __init__(self, widest: int, fixed: int | None = None) -> None:
         self.widest, self.fixed = widest, fixed
         self.seconds: Mapping[int, float] = {}
-        self.num_sampled = 0
-        """Positions that were sampled, of all candidates."""
-        self.num_steps = 0
-        """Steps that sampled them, counted for each candidate."""
         # Guesses by their place in a window, and the right ones, given that those before were.
         self._guesses, self._right = np.zeros(widest), np.zeros(widest)
 
     def record(self, widths: np.ndarray, exact: np.ndarray) -> None:
         """Count a step's guesses. widths, exact: rows and exact positions by candidate, [C]."""
-        self.num_sampled += int(exact.sum())
-        self.num_steps += len(exact)
         # A window's last position is nobody's guess.
         right, guesses = exact - 1, np.minimum(exact, widths - 1)
         for counts, places in ((self._right, right), (self._guesses, guesses)):
@@ -53,7 +47,9 @@ class WindowWidth:
         most_rows: of the whole step.
         """
         widest = self.widest if most_rows is None else min(self.widest, most_rows // rows_each)
-        if self.fixed or widest <= 1:
+        if self.fixed is not None:
+            widest = min(self.fixed, widest)
+        if self.fixed is not None or widest <= 1:
             return max(1, widest)
         widths = np.arange(1, widest + 1)
         promised = self.expected()[:widest] / self._seconds_of(widths * rows_each)

@@ -10,6 +10,7 @@ via Parallel Nonlinear Equation Solving" (ICML 2021).
 
     sample_windows   hidden states of the windows -> exact positions, and guesses
     run_windows      guesses -> hidden states of the next windows
+    trial            the same work for no candidate, to be timed
 
 Works on a CPU. Letters: S slots, K widest window, B rows, R of them with caption, C candidates,
 N positions, M codes, G side of the grid.
@@ -17,10 +18,14 @@ N positions, M codes, G side of the grid.
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
-from dalle.decoding.step import Batch, CandidateTokens, SlotState, Step
+from dalle.decoding.sampling import SamplingOptions
+from dalle.decoding.step import Batch, CandidateTokens, DecodeRequest, SlotState, Step
 
 
 def sample_windows(step: Step, batch: Batch, state: SlotState) -> np.ndarray:
@@ -42,7 +47,7 @@ def sample_windows(step: Step, batch: Batch, state: SlotState) -> np.ndarray:
     exact: np.ndarray = np.minimum.reduceat(np.where(differs, offsets, N), batch.starts) + 1
     for candidate, number in zip(batch.candidates, exact.tolist(), strict=True):
         candidate.guessed = max(candidate.guessed, candidate.position + candidate.window)
-        candidate.position += number
+        candidate.move(number)
         if candidate.position == N:
             _sum_log_p(candidate, state)
     return exact
@@ -57,6 +62,31 @@ def run_windows(step: Step, batch: Batch, state: SlotState) -> None:
     codes = batch.spread(tokens.index_select(0, batch.places - 1))
     hidden = step(batch.numpy_rows, codes, batch.numpy_positions - 1)
     state.hidden.flatten(0, 1).index_copy_(0, _hidden_rows(batch, state), hidden)
+
+
+def trial(step: Step, state: SlotState, num_candidates: int, width: int) -> Callable[[], None]:
+    """Return the work of a step of windows in the middle of an image, which changes no candidate.
+
+    It writes to the first slots, which must be free. Raises ValueError for windows that do not fit.
+    """
+    S, N, M = state.image_tokens.shape
+    if num_candidates > S or width > min(state.hidden.shape[1], N - 1):
+        raise ValueError(f"no room for {num_candidates} windows of {width} positions")
+    request = DecodeRequest(0, SamplingOptions(), deque(), None, [])
+    position = 1 + (N - 1 - width) // 2
+    candidates = [
+        CandidateTokens(request, slot, (slot,), position, state.image_tokens[slot], width, N)
+        for slot in range(num_candidates)
+    ]
+    batch = Batch(candidates, N, state.hidden.device)
+
+    def work() -> None:
+        run_windows(step, batch, state)
+        hidden = state.hidden.flatten(0, 1).index_select(0, _hidden_rows(batch, state))
+        noise_keys = state.noise_keys.view(S * N, M).index_select(0, batch.places)
+        step.sample(hidden, noise_keys, batch)
+
+    return work
 
 
 def _hidden_rows(batch: Batch, state: SlotState) -> torch.Tensor:

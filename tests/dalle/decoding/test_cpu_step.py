@@ -199,9 +199,9 @@ def test_a_forked_process_does_not_wait_for_the_parents_threads(make_dalle, thre
 
 
 @runs_here
-def test_a_step_of_more_rows_than_slots_is_refused(make_dalle):
+def test_a_step_of_more_rows_than_it_has_room_for_is_refused(make_dalle):
     step = CpuStep(make_dalle(), 1)
-    with pytest.raises(ValueError, match="2 rows, but the step has 1 slots"):
+    with pytest.raises(ValueError, match="2 rows, but the step has room for 1"):
         step(np.arange(2), torch.zeros(2, 2, dtype=torch.int64), np.zeros(2, np.int64))
 
 

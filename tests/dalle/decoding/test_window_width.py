@@ -25,13 +25,6 @@ def test_expected_positions_are_those_of_the_counted_share(share):
     assert len(expected) == 32
 
 
-def test_positions_of_all_candidates_are_counted():
-    windows = WindowWidth(8)
-    windows.record(np.array([8, 3]), np.array([4, 3]))
-    windows.record(np.array([1]), np.array([1]))
-    assert (windows.num_sampled, windows.num_steps) == (8, 3)
-
-
 def test_more_right_guesses_and_cheaper_rows_make_windows_wider():
     free = {1: 1.0, 64: 1.0}
     by_arithmetic = {rows: float(rows) for rows in (1, 2, 4, 8, 16, 32, 64)}
@@ -56,9 +49,10 @@ def test_rows_that_were_not_measured_are_taken_to_cost_more():
 
 
 def test_a_width_has_room_in_the_rows_of_a_step():
-    assert WindowWidth(8, fixed=True).choose(3, 20) == 6
-    assert WindowWidth(8, fixed=True).choose(3, 100) == 8
-    assert WindowWidth(8, fixed=True).choose(30, 20) == 1
+    assert WindowWidth(8, 8).choose(3, 20) == 6
+    assert WindowWidth(8, 8).choose(3, 100) == 8
+    assert WindowWidth(8, 8).choose(30, 20) == 1
+    assert WindowWidth(8, 3).choose(1, 20) == 3
     assert WindowWidth(1).choose(1) == 1
 
 

@@ -118,14 +118,14 @@ def test_as_many_steps_are_needed_as_by_the_reference(step, make_dalle):
     for window, candidate in itertools.product((2, 5, N), range(3)):
         _, expected = sample_in_windows(model, TEXT, candidate=candidate, seed=7, window=window)
         engine = DecodeEngine(model, 1, step=build(step, model, 1, num_rows=N), window=window)
-        engine.submit(TEXT, candidates=[candidate], seed=7)
+        request = engine.submit(TEXT, candidates=[candidate], seed=7)
         # The first position follows from the caption's pass alone.
         steps = 0
         while not engine.is_idle:
             engine.step()
             steps += 1
         assert expected <= steps <= expected + 1
-        assert (engine.windows.num_sampled, engine.windows.num_steps) == (N, steps)
+        assert request.positions_per_step == N / steps
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -205,3 +205,15 @@ def test_torchs_products_that_round_by_their_rows_have_no_windows(model):
     assert step.window_refusal == "torch's fp32 products round by their number of rows"
     assert CpuTorchStep(model, 1, precision="int8").window_refusal is None
     assert DecodeEngine(model, 1, step=step).windows.widest == 1
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_trials_of_every_number_of_rows_change_no_image(step, model):
+    engine = DecodeEngine(model, 5, step=build(step, model, 5, num_rows=20))
+    trials = engine.trials()
+    assert [*trials] == [1, 2, 4, 8, 15]
+    for work in trials.values():
+        work()
+    assert engine.is_idle
+    assert_as_sampled(model, run(engine))
+    assert DecodeEngine(model, 5, step=CpuTorchStep(model, 5), window=1).trials() == {}

@@ -165,7 +165,7 @@ def test_a_caption_is_read_by_clip_once_for_all_candidates(artefact):
 
 def test_a_deadline_leaves_the_candidates_that_were_finished(artefact):
     whole = by_number(answer(ModelRunner(artefact, CPU, chunk_size=1), ask(num_candidates=4)))
-    runner = ModelRunner(artefact, CPU, chunk_size=1)
+    runner = ModelRunner(artefact, CPU, chunk_size=1, window=1)
     prepared = runner.prepare(ask(num_candidates=4), deadline=60.0)
     prepared.clock = Clock()
     part = runner.run(prepared)

@@ -81,6 +81,26 @@ def test_each_is_sampled_as_if_it_were_alone(every, artefact, runner):
             assert one.log_likelihood == pytest.approx(other.log_likelihood, abs=1e-3)
 
 
+@pytest.mark.parametrize("window", [2, 7, None])
+def test_windows_change_neither_images_nor_previews(window, artefact):
+    """A step may complete several rows of the grid of 4, or the rest of an image."""
+    seen = []
+    for each in (1, window):
+        runner = ModelRunner(artefact, CPU, chunk_size=4, window=each)
+        prepared = [runner.prepare(ask(0, preview_rows=1)), runner.prepare(ask(1))]
+        outcomes = sample_together(runner, prepared, every=2)
+        images = [images_of(outcome) for outcome in outcomes]
+        previews = [
+            (event.number, event.rows, event.pixels.tobytes())
+            for event in iter(lambda: prepared[0].next_event(0.0), None)
+            if isinstance(event, Preview)
+        ]
+        seen.append((images, sorted(previews)))
+        assert len(previews) == 3 * 3
+        assert outcomes[0].positions_per_step >= 1.0
+    assert seen[0] == seen[1]
+
+
 def test_requests_share_each_step(runner, monkeypatch):
     """The second request does not wait for the end of the first."""
     seen: list[tuple[int, int]] = []
@@ -312,9 +332,10 @@ def test_without_a_transformer_there_is_no_room(artefact):
     assert not ModelRunner(replace(artefact, transformer=None), CPU).has_room
 
 
-def test_the_host_waits_for_a_device_that_is_behind(runner, monkeypatch):
+def test_the_host_waits_for_a_device_that_is_behind(artefact, monkeypatch):
     """As on a GPU: after some steps, before a candidate is decoded, and before the seconds would be
     charged to another request."""
+    runner = ModelRunner(artefact, CPU, chunk_size=4, window=1)
     waits: list[int] = []  # steps before each
     steps = 0
 

@@ -39,6 +39,7 @@ def test_the_best_candidates_come_first(client):
         "decode_seconds",
         "rank_seconds",
         "encode_seconds",
+        "positions_per_step",
     }
 
 

@@ -74,12 +74,21 @@ class CpuStep(Step):
     ValueError where `why_not` has a reason.
     """
 
-    def __init__(self, model: Dalle, num_slots: int, *, precision: Precision = "fp32") -> None:
+    def __init__(
+        self,
+        model: Dalle,
+        num_slots: int,
+        *,
+        precision: Precision = "fp32",
+        num_rows: int | None = None,
+    ) -> None:
+        """num_rows: most rows of one call; None: as many as slots."""
         compiled, reason = library(), why_not(model, precision)
         if compiled is None or reason is not None:
             raise ValueError(f"no compiled step: {reason}")
         config = model.config
-        self._config, self._num_slots, self._library = config, num_slots, compiled
+        self._config, self._library = config, compiled
+        self.num_rows = self._most_rows = num_rows or num_slots
         structures = Structures(precision, compiled.dalle_support())
         self._sampling: _BatchSampling | None = None
         shape = (num_slots, config.num_heads, config.length)
@@ -116,7 +125,7 @@ class CpuStep(Step):
             inner_width=config.feed_forward_ratio * config.width,
             precision=structures.precision,
         )
-        self._step: int | None = compiled.dalle_new_step(ctypes.byref(self._model), num_slots)
+        self._step: int | None = compiled.dalle_new_step(ctypes.byref(self._model), self._most_rows)
         if not self._step:
             raise MemoryError(f"no memory for a compiled step of {num_slots} slots")
         # Not at the end of the process: another thread may be in a step, and all end with it.
@@ -199,8 +208,8 @@ class CpuStep(Step):
 
     def _call(self, function: Callable[..., int], num_rows: int, *others: Any) -> None:
         """Call a function of the library: all time outside Python, which benchmarks measure."""
-        if num_rows > self._num_slots:
-            raise ValueError(f"{num_rows} rows, but the step has {self._num_slots} slots")
+        if num_rows > self._most_rows:
+            raise ValueError(f"{num_rows} rows, but the step has room for {self._most_rows}")
         if os.getpid() != self._process:
             raise RuntimeError("a compiled step cannot be used in a forked process")
         if not function(self._step, torch.get_num_threads(), num_rows, *others):

@@ -1,0 +1,41 @@
+"""Window tuning: the seconds of a decoding step by its number of rows, measured when a model loads.
+
+Several guessed positions of a candidate are several rows of a step. How much longer a step of more
+rows takes decides how many promise most (`dalle.decoding.window_width`); it depends on the model,
+the precision, the processor and what else runs on it, so steps are timed. No image depends on it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+from dalle.decoding.engine import DecodeEngine
+
+SECONDS = 0.5  # for all measurements
+_MAX_ROUNDS = 15
+
+
+def measure_windows(
+    engine: DecodeEngine,
+    *,
+    seconds: float = SECONDS,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[int, float]:
+    """Return the median seconds of a step by its number of rows; nothing where it has no windows.
+
+    Rounds of one step with each number of rows are timed for `seconds` or 15 times; the first round
+    is a warm-up and counts only where there is no other. The engine must be idle.
+    """
+    trials = engine.trials()
+    times: dict[int, list[float]] = {rows: [] for rows in trials}
+    ends = clock() + seconds
+    for _ in range(_MAX_ROUNDS + 1):
+        for rows, work in trials.items():
+            began = clock()
+            work()
+            times[rows].append(clock() - began)
+        if clock() > ends:
+            break
+    return {rows: statistics.median(each[1:] or each) for rows, each in times.items()}
