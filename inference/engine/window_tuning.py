@@ -1,7 +1,7 @@
 """Window tuning: the seconds of a decoding step by its number of rows, measured when a model loads.
 
 Several guessed positions of a candidate are several rows of a step. How much longer a step of more
-rows takes decides how many promise most (`dalle.decoding.window_width`); it depends on the model,
+rows takes decides how many promise most (`dalle.decoding.windows`); it depends on the model,
 the precision, the processor and what else runs on it, so steps are timed. No image depends on it.
 """
 

@@ -25,8 +25,7 @@ from torch import Tensor
 from dalle.decoding.sampling import SamplingOptions, image_noise_keys, require_evaluation_mode
 from dalle.decoding.select import MOST_ROWS, most_rows, new_step
 from dalle.decoding.step import Batch, CandidateTokens, DecodeRequest, Prefix, SlotState, Step
-from dalle.decoding.window_width import WindowWidth
-from dalle.decoding.windows import run_windows, sample_windows, trial
+from dalle.decoding.windows import WindowWidth, run_windows, sample_windows, trial
 from dalle.models.transformer import PADDING, Dalle
 from dalle.types import WIDEST_WINDOW
 

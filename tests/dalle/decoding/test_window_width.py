@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dalle.decoding.window_width import WindowWidth
+from dalle.decoding.windows import WindowWidth
 
 
 def counted(right_share: float, widest: int = 32) -> WindowWidth:

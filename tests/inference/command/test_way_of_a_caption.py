@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 MOST = 26
 LOG = {"inference.__main__"}  # formats the lines of the log
 PAGE = REPOSITORY / "inference" / "INTERNALS.md"
-COMPILED = {"dalle.decoding.cpu.step"}
+COMPILED = {"dalle.decoding.cpu.step", "dalle.decoding.windows"}
 BY_TORCH = {"dalle.decoding.cpu.torch_step", "dalle.decoding.torch_decoder"}
 
 
