@@ -3,6 +3,7 @@
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -92,7 +93,7 @@ def test_windows_change_neither_images_nor_previews(window, artefact):
         images = [images_of(outcome) for outcome in outcomes]
         previews = [
             (event.number, event.rows, event.pixels.tobytes())
-            for event in iter(lambda: prepared[0].next_event(0.0), None)
+            for event in iter(partial(prepared[0].next_event, 0.0), None)
             if isinstance(event, Preview)
         ]
         seen.append((images, sorted(previews)))
