@@ -1,7 +1,8 @@
 """The decoding step for a CPU in one call of compiled code, whose C++ is in `csrc/`.
 
-The same arithmetic as `dalle.decoding.cpu.torch_step`. It needs Linux, AVX-512, and a C++ compiler
-at installation; where one is missing, `why_not` names it and torch's kernels decode instead.
+The same arithmetic as `dalle.decoding.cpu.torch_step`. It needs Linux, AVX2 or AVX-512, and a
+C++ compiler at installation; where one is missing, `why_not` names it and torch's kernels decode
+instead.
 
 Letters: S slots, B busy slots, C candidates, H heads, L inputs of a sequence, D head width, D' the
 same rounded up to 16, M codes, V codebook size, W width.
@@ -56,7 +57,7 @@ def why_not(model: Dalle, precision: Precision) -> str | None:
             "`make setup`"
         )
     if compiled.dalle_support() == 0:
-        return "the processor has no AVX-512"
+        return "the processor has no AVX2"
     if not SAMPLES_BY_GUMBEL_MAX:
         return "the compiled step does not sample by Gumbel-max"
     if precision not in CODES:

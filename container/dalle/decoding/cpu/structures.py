@@ -26,6 +26,7 @@ from dalle.types import AttentionKind, FeedForwardKind, Precision
 
 logger = logging.getLogger(__name__)
 
+BUILDS = ("_native_avx512", "_native_avx2")  # the best first
 LANES = 16
 MOST_HEAD_WIDTH = 128
 _MOST_HALF = 65504.0  # greatest number of float16
@@ -189,12 +190,23 @@ class Structures:
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """Load the compiled code that setuptools puts beside this file.
+    """Load the compiled code for this processor, which setuptools puts beside this file.
 
-    None where it is missing, or of another version. Where its `dalle_support` is 0 it may have no
-    other function.
+    None where it is missing, or of another version. Where its `dalle_support` is 0 no code is for
+    this processor, and it may have no other function.
     """
-    found = importlib.util.find_spec("dalle.decoding.cpu._native")
+    unfit = None
+    for build in BUILDS:
+        loaded = load(build)
+        if loaded is not None and loaded.dalle_support():
+            return loaded
+        unfit = unfit or loaded
+    return unfit
+
+
+def load(build: str) -> ctypes.CDLL | None:
+    """Load one build of the compiled code; None where it is missing, or of another version."""
+    found = importlib.util.find_spec(f"dalle.decoding.cpu.{build}")
     if found is None or found.origin is None:
         return None
     try:

@@ -1,9 +1,7 @@
 // Attention of one head of one row over the inputs that its query sees, each read once from a table of all slots.
 //
-// Letters: S slots, H heads, L inputs of a sequence, D head width, D' the same rounded up to whole lanes, n inputs seen.
+// Letters: S slots, H heads, L inputs of a sequence, D head width, D' the same rounded up to whole panels, n inputs seen.
 #pragma once
-
-#include <immintrin.h>
 
 #include <algorithm>
 #include <cmath>
@@ -27,19 +25,19 @@ struct Seen {
   int32_t most;
 };
 
-// Rows of D' = 16 C floats.
+// Rows of D' floats in C registers.
 template <int C>
 struct FloatTable {
   float* rows;
 
   FloatTable(const Table& table, int64_t first) : rows(static_cast<float*>(table.rows) + first * C * kLanes) {}
 
-  void store(int64_t i, const __m512 (&x)[C], int) const {
-    for (int c = 0; c < C; ++c) _mm512_storeu_ps(rows + (i * C + c) * kLanes, x[c]);
+  void store(int64_t i, const Floats (&x)[C], int) const {
+    for (int c = 0; c < C; ++c) ::store(rows + (i * C + c) * kLanes, x[c]);
   }
-  __m512 lanes(int64_t i, int c) const { return _mm512_loadu_ps(rows + (i * C + c) * kLanes); }
+  Floats lanes(int64_t i, int c) const { return load(rows + (i * C + c) * kLanes); }
   void fetch(int64_t i) const {
-    for (int c = 0; c < C; ++c) _mm_prefetch(rows + (i * C + c) * kLanes, _MM_HINT_T0);
+    for (int at = 0; at < C * kLanes; at += 64 / sizeof(float)) _mm_prefetch(rows + i * C * kLanes + at, _MM_HINT_T0);
   }
   static float one(int64_t) { return 1; }
   static float zero(int64_t) { return 0; }
@@ -54,47 +52,40 @@ struct ByteTable {
   ByteTable(const Table& table, int64_t first)
       : rows(static_cast<uint8_t*>(table.rows) + first * C * kLanes), ranges(table.ranges + 2 * first) {}
 
-  void store(int64_t i, const __m512 (&x)[C], int width) const {
-    float least = INFINITY, greatest = -INFINITY;
+  void store(int64_t i, const Floats (&x)[C], int width) const {
+    float low = INFINITY, high = -INFINITY;
     for (int c = 0; c < C; ++c) {
-      const __mmask16 used = first_lanes(width - c * kLanes);
-      least = std::min(least, _mm512_mask_reduce_min_ps(used, x[c]));
-      greatest = std::max(greatest, _mm512_mask_reduce_max_ps(used, x[c]));
+      const int used = width - c * kLanes;
+      low = std::min(low, least(first_or(used, x[c], all(INFINITY))));
+      high = std::max(high, greatest(first_or(used, x[c], all(-INFINITY))));
     }
-    const float scale = std::max((greatest - least) / 255, 1e-20f);
+    const float scale = std::max((high - low) / 255, 1e-20f);
     ranges[2 * i] = scale;
-    ranges[2 * i + 1] = least;
-    for (int c = 0; c < C; ++c) {
-      const __m512 scaled = _mm512_div_ps(_mm512_sub_ps(x[c], _mm512_set1_ps(least)), _mm512_set1_ps(scale));
-      const __m128i bytes = _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(_mm512_max_ps(scaled, _mm512_setzero_ps())));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(rows + (i * C + c) * kLanes), bytes);
-    }
+    ranges[2 * i + 1] = low;
+    for (int c = 0; c < C; ++c) store_bytes(rows + (i * C + c) * kLanes, (x[c] - all(low)) / all(scale), 0);
   }
-  __m512 lanes(int64_t i, int c) const {
-    const auto* bytes = reinterpret_cast<const __m128i*>(rows + (i * C + c) * kLanes);
-    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(bytes)));
-  }
+  Floats lanes(int64_t i, int c) const { return load(rows + (i * C + c) * kLanes); }
   void fetch(int64_t i) const {
-    for (int c = 0; c < C; c += 4) _mm_prefetch(rows + (i * C + c) * kLanes, _MM_HINT_T0);
+    for (int at = 0; at < C * kLanes; at += 64) _mm_prefetch(rows + i * C * kLanes + at, _MM_HINT_T0);
     _mm_prefetch(ranges + 2 * i, _MM_HINT_T0);
   }
   float one(int64_t i) const { return ranges[2 * i]; }
   float zero(int64_t i) const { return ranges[2 * i + 1]; }
 };
 
-// LayerNorm without gain or bias over `width` numbers of C times 16 lanes, in place; the other lanes stay 0.
+// LayerNorm without gain or bias over `width` numbers in C registers, in place; the other lanes stay 0.
 template <int C>
-inline void normalise_head(__m512 (&x)[C], int width) {
-  __m512 sum = _mm512_setzero_ps();
-  for (const __m512& each : x) sum = _mm512_add_ps(sum, each);
-  const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / width);
-  __m512 squares = _mm512_setzero_ps();
+inline void normalise_head(Floats (&x)[C], int width) {
+  Floats total = all(0);
+  for (const Floats& each : x) total = total + each;
+  const Floats mean = all(sum(total) / width);
+  Floats squares = all(0);
   for (int c = 0; c < C; ++c) {
-    x[c] = _mm512_maskz_sub_ps(first_lanes(width - c * kLanes), x[c], mean);
-    squares = _mm512_fmadd_ps(x[c], x[c], squares);
+    x[c] = first_or_zero(width - c * kLanes, x[c] - mean);
+    squares = multiply_add(x[c], x[c], squares);
   }
-  const __m512 factor = _mm512_set1_ps(1 / std::sqrt(_mm512_reduce_add_ps(squares) / width + 1e-5f));
-  for (__m512& each : x) each = _mm512_mul_ps(each, factor);
+  const Floats factor = all(1 / std::sqrt(sum(squares) / width + 1e-5f));
+  for (Floats& each : x) each = each * factor;
 }
 
 // Store key and value of input i, and attend. first: row of this slot's and head's input 0 in both tables.
@@ -105,12 +96,12 @@ inline void attend(const Table& key_table, const Table& value_table, const Seen&
                    float* scores, float* attended) {
   constexpr int kAhead = 8;  // rows by which prefetching is ahead
   const T<C> keys(key_table, first), values(value_table, first);
-  __m512 q[C], k[C], v[C];
+  Floats q[C], k[C], v[C];
   for (int c = 0; c < C; ++c) {
-    const __mmask16 used = first_lanes(width - c * kLanes);
-    q[c] = _mm512_maskz_loadu_ps(used, query + c * kLanes);
-    k[c] = _mm512_maskz_loadu_ps(used, key + c * kLanes);
-    v[c] = _mm512_maskz_loadu_ps(used, value + c * kLanes);
+    const int used = width - c * kLanes;
+    q[c] = load_first(used, query + c * kLanes);
+    k[c] = load_first(used, key + c * kLanes);
+    v[c] = load_first(used, value + c * kLanes);
   }
   if (normalises) {
     normalise_head(q, width);
@@ -118,46 +109,42 @@ inline void attend(const Table& key_table, const Table& value_table, const Seen&
   }
   keys.store(i, k, width);
   values.store(i, v, width);
-  const __m512 scale = _mm512_set1_ps(1 / std::sqrt(static_cast<float>(width)));
-  __m512 q_sum = _mm512_setzero_ps();
-  for (__m512& each : q) {
-    each = _mm512_mul_ps(each, scale);
-    q_sum = _mm512_add_ps(q_sum, each);
+  const Floats scale = all(1 / std::sqrt(static_cast<float>(width)));
+  Floats q_sum = all(0);
+  for (Floats& each : q) {
+    each = each * scale;
+    q_sum = q_sum + each;
   }
-  const float zero_score = _mm512_reduce_add_ps(q_sum);
+  const float zero_score = sum(q_sum);
 
   const int32_t* inputs = seen.inputs ? seen.inputs + static_cast<int64_t>(i) * seen.most : nullptr;
   const int n = inputs ? seen.counts[i] : i + 1;
   const auto input = [&](int j) -> int64_t { return inputs ? inputs[j] : j; };
-  float greatest = -INFINITY;
+  float most = -INFINITY;
   for (int j = 0; j < n; ++j) {
     if (inputs && j + kAhead < n) keys.fetch(inputs[j + kAhead]);
     const int64_t at = input(j);
-    __m512 sum = _mm512_mul_ps(q[0], keys.lanes(at, 0));
-    for (int c = 1; c < C; ++c) sum = _mm512_fmadd_ps(q[c], keys.lanes(at, c), sum);
-    scores[j] = keys.one(at) * _mm512_reduce_add_ps(sum) + keys.zero(at) * zero_score;
-    greatest = std::max(greatest, scores[j]);
+    Floats products = q[0] * keys.lanes(at, 0);
+    for (int c = 1; c < C; ++c) products = multiply_add(q[c], keys.lanes(at, c), products);
+    scores[j] = keys.one(at) * sum(products) + keys.zero(at) * zero_score;
+    most = std::max(most, scores[j]);
   }
-  const float total = sum_of(n, [&](__mmask16 lanes, int j) {
-    const __m512 apart = _mm512_sub_ps(_mm512_loadu_ps(scores + j), _mm512_set1_ps(greatest));
-    const __m512 share = _mm512_maskz_mov_ps(lanes, exponential(apart));
-    _mm512_storeu_ps(scores + j, share);
+  const float total = sum_of(n, [&](int j) {
+    const Floats share = first_or_zero(n - j, exponential(load(scores + j) - all(most)));
+    store(scores + j, share);
     return share;
   });
 
-  __m512 sums[C];
-  for (__m512& each : sums) each = _mm512_setzero_ps();
+  Floats sums[C];
+  for (Floats& each : sums) each = all(0);
   float zeros = 0;
   for (int j = 0; j < n; ++j) {
     if (inputs && j + kAhead < n) values.fetch(inputs[j + kAhead]);
     const int64_t at = input(j);
-    const __m512 share = _mm512_set1_ps(scores[j] * values.one(at));
-    for (int c = 0; c < C; ++c) sums[c] = _mm512_fmadd_ps(share, values.lanes(at, c), sums[c]);
+    const Floats share = all(scores[j] * values.one(at));
+    for (int c = 0; c < C; ++c) sums[c] = multiply_add(share, values.lanes(at, c), sums[c]);
     zeros += scores[j] * values.zero(at);
   }
-  const __m512 by_total = _mm512_set1_ps(1 / total), base = _mm512_set1_ps(zeros);
-  for (int c = 0; c < C; ++c) {
-    const __m512 mean = _mm512_mul_ps(_mm512_add_ps(sums[c], base), by_total);
-    _mm512_mask_storeu_ps(attended + c * kLanes, first_lanes(width - c * kLanes), mean);
-  }
+  const Floats by_total = all(1 / total), base = all(zeros);
+  for (int c = 0; c < C; ++c) store_first(width - c * kLanes, attended + c * kLanes, (sums[c] + base) * by_total);
 }

@@ -4,8 +4,6 @@
 // the same order. Letters: B rows, K inputs, N outputs.
 #pragma once
 
-#include <immintrin.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -40,18 +38,12 @@ struct Rows {
   void to_bytes(int b, int width) const {
     const float* x = row(b);
     uint8_t* y = bytes + b * stride;
-    __m512 most = _mm512_setzero_ps();
-    for (int i = 0; i < width; i += kLanes) {
-      most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_maskz_loadu_ps(first_lanes(width - i), x + i)));
-    }
-    const float greatest = _mm512_reduce_max_ps(most);
-    scales[b] = greatest / 127;
-    const __m512 factor = _mm512_set1_ps(greatest > 0 ? 127 / greatest : 0);
-    for (int i = 0; i < width; i += kLanes) {
-      const __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(first_lanes(width - i), x + i), factor);
-      const __m512i rounded = _mm512_add_epi32(_mm512_cvtps_epi32(scaled), _mm512_set1_epi32(128));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(y + i), _mm512_cvtepi32_epi8(rounded));
-    }
+    Floats most = all(0);
+    for (int i = 0; i < width; i += kLanes) most = max(most, magnitude(load_first(width - i, x + i)));
+    const float size = greatest(most);
+    scales[b] = size / 127;
+    const Floats factor = all(size > 0 ? 127 / size : 0);
+    for (int i = 0; i < width; i += kLanes) store_bytes(y + i, load_first(width - i, x + i) * factor, 128);
   }
 };
 
@@ -61,51 +53,30 @@ struct Outputs {
   int64_t stride;
 };
 
-template <class T>
-inline __m512 load(const T* weights, __mmask16 lanes);
-template <>
-inline __m512 load(const float* weights, __mmask16 lanes) {
-  return _mm512_maskz_loadu_ps(lanes, weights);
-}
-template <>
-inline __m512 load(const uint16_t* weights, __mmask16 lanes) {
-  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, weights));
-}
-
 // The compiler keeps sums in registers where every loop over them is unrolled.
 #define UNROLLED _Pragma("GCC unroll 16")
 
 // R rows from b on, P outputs from n on.
 template <int R, int P, class T>
 inline void multiply_numbers(const Matrix& m, const Rows& x, int b, int n, Outputs out) {
-  const int64_t K = m.inputs, stride = x.stride;
+  const int64_t K = m.inputs, whole = K / kLanes * kLanes, stride = x.stride;
   const T* weights = static_cast<const T*>(m.weights) + n * K;
   const float* numbers = x.row(b);
-  __m512 sums[R][P] = {};
-  for (int64_t k = 0; k < K; k += kLanes) {
-    const __mmask16 lanes = first_lanes(K - k);
-    __m512 w[P];
-    UNROLLED for (int p = 0; p < P; ++p) w[p] = load(weights + p * K + k, lanes);
+  Floats sums[R][P] = {};
+  const auto add_products = [&](auto lanes_of) __attribute__((always_inline)) {
+    Floats w[P];
+    UNROLLED for (int p = 0; p < P; ++p) w[p] = lanes_of(weights + p * K);
     UNROLLED for (int r = 0; r < R; ++r) {
-      const __m512 number = _mm512_maskz_loadu_ps(lanes, numbers + r * stride + k);
-      UNROLLED for (int p = 0; p < P; ++p) sums[r][p] = _mm512_fmadd_ps(number, w[p], sums[r][p]);
+      const Floats number = lanes_of(numbers + r * stride);
+      UNROLLED for (int p = 0; p < P; ++p) sums[r][p] = multiply_add(number, w[p], sums[r][p]);
     }
-  }
+  };
+  for (int64_t k = 0; k < whole; k += kLanes) add_products([&](auto* from) { return load(from + k); });
+  if (whole < K) add_products([&](auto* from) { return load_first(K - whole, from + whole); });
   UNROLLED for (int r = 0; r < R; ++r) {
     float* y = out.y + (b + r) * out.stride + n;
-    UNROLLED for (int p = 0; p < P; ++p) y[p] = _mm512_reduce_add_ps(sums[r][p]) + (m.bias ? m.bias[n + p] : 0);
+    UNROLLED for (int p = 0; p < P; ++p) y[p] = sum(sums[r][p]) + (m.bias ? m.bias[n + p] : 0);
   }
-}
-
-// Four products of bytes, x unsigned and w signed, added to each of 16 sums.
-template <Precision precision>
-inline __m512i add_four_products(__m512i sums, __m512i x, __m512i w) {
-  if constexpr (precision == kByte) {
-    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(x), "vm"(w));
-    return sums;
-  }
-  const __m512i pairs = _mm512_maddubs_epi16(x, w);  // 7-bit weights do not overflow 16 bits
-  return _mm512_add_epi32(sums, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
 }
 
 // R rows from b on, P panels of 16 outputs from `panel` on.
@@ -114,27 +85,32 @@ inline void multiply_bytes(const Matrix& m, const Rows& x, int b, int panel, Out
   const int64_t quads = (m.inputs + 3) / 4, stride = x.stride;
   const int8_t* weights = static_cast<const int8_t*>(m.weights) + panel * quads * 64;
   const uint8_t* bytes = x.bytes + b * stride;
-  __m512i sums[R][P] = {};
+  constexpr int kRegisters = P * kParts;
+  Words sums[R][kRegisters] = {};
   for (int64_t quad = 0; quad < quads; ++quad) {
-    __m512i w[P];
-    UNROLLED for (int p = 0; p < P; ++p) w[p] = _mm512_loadu_si512(weights + (p * quads + quad) * 64);
+    Words w[kRegisters];
+    UNROLLED for (int p = 0; p < kRegisters; ++p) {
+      w[p] = load_words(weights + (p / kParts * quads + quad) * 64 + p % kParts * sizeof(Words));
+    }
     UNROLLED for (int r = 0; r < R; ++r) {
       int32_t four;
       std::memcpy(&four, bytes + r * stride + 4 * quad, 4);
-      const __m512i each = _mm512_set1_epi32(four);
-      UNROLLED for (int p = 0; p < P; ++p) sums[r][p] = add_four_products<precision>(sums[r][p], each, w[p]);
+      const Words each = all_words(four);
+      UNROLLED for (int p = 0; p < kRegisters; ++p) {
+        constexpr auto add = precision == kByte ? add_products : add_small_products;
+        sums[r][p] = add(sums[r][p], each, w[p]);
+      }
     }
   }
-  UNROLLED for (int p = 0; p < P; ++p) {
-    const int n = (panel + p) * kLanes;
-    const __mmask16 lanes = first_lanes(m.outputs - n);
-    const __m512i zero = _mm512_maskz_loadu_epi32(lanes, m.sums + n);
-    const __m512 scale = _mm512_maskz_loadu_ps(lanes, m.scales + n);
-    const __m512 bias = m.bias ? _mm512_maskz_loadu_ps(lanes, m.bias + n) : _mm512_setzero_ps();
+  UNROLLED for (int p = 0; p < kRegisters; ++p) {
+    const int n = panel * kPanel + p * kLanes, left = m.outputs - n;
+    const Words zero = load_first(left, m.sums + n);
+    const Floats scale = load_first(left, m.scales + n);
+    const Floats bias = m.bias ? load_first(left, m.bias + n) : all(0);
     UNROLLED for (int r = 0; r < R; ++r) {
-      const __m512 sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[r][p], zero));
-      const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(x.scales[b + r]));
-      _mm512_mask_storeu_ps(out.y + (b + r) * out.stride + n, lanes, _mm512_fmadd_ps(sum, factor, bias));
+      const Floats factor = scale * all(x.scales[b + r]);
+      const Floats product = to_floats(subtract_words(sums[r][p], zero));
+      store_first(left, out.y + (b + r) * out.stride + n, multiply_add(product, factor, bias));
     }
   }
 }
@@ -157,18 +133,27 @@ inline void in_blocks(int rows, int begin, int end, Block block) {
   if constexpr (P > 1) in_blocks<Most, 1>(rows, n, end, block);
 }
 
-// One thread's share of the outputs of all rows, in panels of 16.
+// One thread's share of the outputs of all rows, in panels of 16. The blocks' sums fill the registers: 32 of AVX-512, 16
+// of AVX2.
 template <Precision precision>
 inline void multiply(const Matrix& m, const Rows& x, int rows, Outputs out, int member, int members) {
-  const int panels = (m.outputs + kLanes - 1) / kLanes;
+  const int panels = (m.outputs + kPanel - 1) / kPanel;
   const int first = panels * member / members, last = panels * (member + 1) / members;
   if constexpr (is_bytes(precision)) {
     const auto block = [&]<int R, int P>(int b, int panel) { multiply_bytes<R, P, precision>(m, x, b, panel, out); };
-    if (rows <= 2) return in_blocks<2, 4>(rows, first, last, block);
-    return in_blocks<8, 2>(rows, first, last, block);
+    if constexpr (kLanes == 16) {
+      return rows <= 2 ? in_blocks<2, 4>(rows, first, last, block) : in_blocks<8, 2>(rows, first, last, block);
+    } else {
+      return rows <= 2 ? in_blocks<1, 2>(rows, first, last, block) : in_blocks<3, 1>(rows, first, last, block);
+    }
   } else {
     using Weight = std::conditional_t<precision == kHalf, uint16_t, float>;
     const auto block = [&]<int R, int P>(int b, int n) { multiply_numbers<R, P, Weight>(m, x, b, n, out); };
-    in_blocks<6, 4>(rows, first * kLanes, std::min(last * kLanes, m.outputs), block);
+    const int begin = first * kPanel, end = std::min(last * kPanel, m.outputs);
+    if constexpr (kLanes == 16) {
+      in_blocks<6, 4>(rows, begin, end, block);
+    } else {
+      rows <= 3 ? in_blocks<3, 4>(rows, begin, end, block) : in_blocks<4, 3>(rows, begin, end, block);
+    }
   }
 }

@@ -1,8 +1,6 @@
 // Sampling of one code from its logits, as by `dalle.decoding.sampling.choose`.
 #pragma once
 
-#include <immintrin.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -30,31 +28,27 @@ struct SamplingScratch {
 };
 
 inline float greatest_of(const float* x, int n) {
-  __m512 most = _mm512_set1_ps(-INFINITY);
-  for (int i = 0; i < n; i += kLanes) most = _mm512_mask_max_ps(most, first_lanes(n - i), most, _mm512_loadu_ps(x + i));
-  return _mm512_reduce_max_ps(most);
+  Floats most = all(-INFINITY);
+  for (int i = 0; i < n; i += kLanes) most = max(first_or(n - i, load(x + i), most), most);
+  return greatest(most);
 }
 
 // Logits [V] -> probabilities at a temperature, in units of the greatest.
 inline void weigh(const float* logits, int V, float temperature, float* weights) {
-  const __m512 greatest = _mm512_set1_ps(greatest_of(logits, V));
-  const __m512 factor = _mm512_set1_ps(temperature);
-  for (int i = 0; i < V; i += kLanes) {
-    const __m512 apart = _mm512_sub_ps(_mm512_loadu_ps(logits + i), greatest);
-    _mm512_storeu_ps(weights + i, exponential(_mm512_div_ps(apart, factor)));
-  }
+  const Floats most = all(greatest_of(logits, V));
+  for (int i = 0; i < V; i += kLanes) store(weights + i, exponential((load(logits + i) - most) / all(temperature)));
 }
 
 // log p of a code by its logits [V]; NaN where a logit is NaN.
 inline float log_probability(const float* logits, int V, int code) {
-  const float greatest = greatest_of(logits, V);
-  __mmask16 nan = 0;
-  const float total = sum_of(V, [&](__mmask16 lanes, int i) {
-    const __m512 each = _mm512_loadu_ps(logits + i);
-    nan |= _mm512_mask_cmp_ps_mask(lanes, each, each, _CMP_UNORD_Q);
-    return _mm512_maskz_mov_ps(lanes, exponential(_mm512_sub_ps(each, _mm512_set1_ps(greatest))));
+  const float most = greatest_of(logits, V);
+  bool is_nan = false;
+  const float total = sum_of(V, [&](int i) {
+    const Floats each = first_or_zero(V - i, load(logits + i));
+    is_nan |= has_nan(each);
+    return first_or_zero(V - i, exponential(each - all(most)));
   });
-  return nan ? NAN : logits[code] - greatest - std::log(total);
+  return is_nan ? NAN : logits[code] - most - std::log(total);
 }
 
 // Set weights to 0 but for the k greatest logits; of equal logits the first ones stay.

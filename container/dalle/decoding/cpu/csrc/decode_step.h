@@ -6,10 +6,7 @@
 // matrix, or by heads.
 //
 // Letters: B rows, W width, M codes per position, V codebook size; see also attention.h.
-#if defined(__x86_64__) && defined(__linux__)
-
-// Without VNNI, so that the same code runs on processors that lack it: matrix.h has its one instruction as assembly.
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
+#pragma once
 
 #include <algorithm>
 #include <cstdint>
@@ -41,7 +38,7 @@ class Step {
         logits_(most_rows, model.codebook_size),
         bytes_(most_rows * inputs_.stride),
         scales_(most_rows),
-        most_scores_(model.length + kLanes) {}
+        most_scores_(model.length + kPanel) {}
 
   void run(int threads, int rows, const int64_t* slots, const int64_t* codes, const int64_t* positions, float* hidden) {
     together(threads, rows, [&]<Precision p>(const Part& part) { step<p>(part, slots, codes, positions, hidden); });
@@ -218,17 +215,17 @@ class Step {
     const int D = model_.width / model_.num_heads;
     const float* query = qkv_.row(b) + h * D;
     const int64_t first = (slot * model_.num_heads + h) * model_.length;
-    with_lanes(D, std::make_integer_sequence<int, kMostHeadWidth / kLanes>(), [&]<int C>() {
+    with_registers(D, std::make_integer_sequence<int, kMostHeadWidth / kPanel>(), [&]<int C>() {
       const auto call = layer.keys.ranges ? attend<C, ByteTable> : attend<C, FloatTable>;
       call(layer.keys, layer.values, layer.seen, first, i, D, layer.normalises_heads, query, query + model_.width,
            query + 2 * model_.width, scores_.data() + part.member * most_scores_, inputs_.row(b) + h * D);
     });
   }
 
-  // Call work<C>() for the least C for which C times 16 lanes hold `width` numbers.
+  // Call work<C>() for the number of registers of the fewest panels that hold `width` numbers.
   template <int... I, class Work>
-  static void with_lanes(int width, std::integer_sequence<int, I...>, Work work) {
-    ((width > I * kLanes && width <= (I + 1) * kLanes ? work.template operator()<I + 1>() : void()), ...);
+  static void with_registers(int width, std::integer_sequence<int, I...>, Work work) {
+    ((width > I * kPanel && width <= (I + 1) * kPanel ? work.template operator()<(I + 1) * kParts>() : void()), ...);
   }
 
   const Model model_;
@@ -262,7 +259,7 @@ int32_t is_done(Work work) {
 
 // Sizes on which this library and `dalle.decoding.cpu.structures` must agree.
 EXPORTED void dalle_layout(int32_t* sizes) {
-  const int32_t own[] = {sizeof(Model), sizeof(Layer), sizeof(Head), sizeof(Sampling), kLanes, kMostHeadWidth};
+  const int32_t own[] = {sizeof(Model), sizeof(Layer), sizeof(Head), sizeof(Sampling), kPanel, kMostHeadWidth};
   std::copy(std::begin(own), std::end(own), sizes);
 }
 
@@ -297,5 +294,3 @@ EXPORTED int32_t dalle_sample(void* step, int32_t threads, int32_t rows, const f
                                      log_likelihood);
   });
 }
-
-#endif
