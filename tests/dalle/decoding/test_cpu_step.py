@@ -6,6 +6,7 @@ import platform
 import shutil
 import signal
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -133,6 +134,29 @@ def test_a_row_depends_neither_on_other_rows_nor_on_the_number_of_threads(
         for row, slot in enumerate(slots):
             alone = step.code_logits(together[-1, slot][None], 1, codes[-1, slot][None])
             assert (logits[row] == alone[0]).all()
+
+
+@pytest.mark.usefixtures("build")
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("kind", ATTENTION_KINDS)
+def test_rows_of_one_slot_see_each_other_as_in_steps_of_one_row(
+    precision, kind, make_dalle, threads
+):
+    model = make_dalle(attention_kinds=("full", kind), width=40, num_heads=2)
+    codes = torch.randint(7, (12, 2, 2))
+    step = CpuStep(model, 24, precision=precision)
+    begun(step, model, [TEXT, OTHER_TEXT])
+    one_by_one = walk(step, [0, 1], codes)
+    # Guesses that are wrong leave keys and values behind them, which are written again.
+    step(np.repeat([0, 1], 12), torch.randint(7, (24, 2)), np.tile(np.arange(3, 15), 2))
+    for number, first in ((1, 5), (2, 1), (2, 11)):
+        torch.set_num_threads(1)  # torch's own kernels may depend on it
+        begun(step, model, [TEXT, OTHER_TEXT])
+        torch.set_num_threads(number)
+        for window in (np.arange(first), np.arange(first, 12)):
+            slots, positions = np.repeat([1, 0], len(window)), np.tile(window, 2)
+            states = step(slots, codes[positions, slots], positions)
+            assert (states == one_by_one[positions, slots]).all()
 
 
 @pytest.mark.usefixtures("build")
@@ -295,7 +319,7 @@ def test_on_another_platform_the_library_reports_no_support(monkeypatch):
 
 
 def test_the_best_build_that_runs_on_this_processor_is_used(monkeypatch):
-    names = {"_native_avx512": Loaded(0, None), "_native_avx2": Loaded(1, None)}
+    names: dict[str, Any] = {"_native_avx512": Loaded(0, None), "_native_avx2": Loaded(1, None)}
     monkeypatch.setattr(structures, "load", names.get)
     assert structures.library.__wrapped__() is names["_native_avx2"]
     names["_native_avx512"] = Loaded(2, None)

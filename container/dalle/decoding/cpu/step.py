@@ -40,8 +40,6 @@ from dalle.models.layers import KeyValueCache
 from dalle.models.transformer import Dalle
 from dalle.types import AttentionKind, Precision
 
-SAMPLES_BY_GUMBEL_MAX = False
-
 
 def why_not(model: Dalle, precision: Precision) -> str | None:
     """Reason why `CpuStep` cannot decode with a model on this machine; None where it can."""
@@ -58,8 +56,6 @@ def why_not(model: Dalle, precision: Precision) -> str | None:
         )
     if compiled.dalle_support() == 0:
         return "the processor has no AVX2"
-    if not SAMPLES_BY_GUMBEL_MAX:
-        return "the compiled step does not sample by Gumbel-max"
     if precision not in CODES:
         return f"the compiled step has no {precision}"
     if model.config.head_width > MOST_HEAD_WIDTH:

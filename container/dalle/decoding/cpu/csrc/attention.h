@@ -88,27 +88,33 @@ inline void normalise_head(Floats (&x)[C], int width) {
   for (Floats& each : x) each = each * factor;
 }
 
-// Store key and value of input i, and attend. first: row of this slot's and head's input 0 in both tables.
-// query, key, value, attended: D numbers each. scores: memory for L + 16 numbers.
+// The `width` numbers of a query, key or value.
+template <int C>
+inline void load_head(const float* from, int width, Floats (&x)[C]) {
+  for (int c = 0; c < C; ++c) x[c] = load_first(width - c * kLanes, from + c * kLanes);
+}
+
+// Store key and value of input i, D numbers each. first: row of this slot's and head's input 0 in both tables.
+template <int C, template <int> class T>
+inline void remember(const Table& keys, const Table& values, int64_t first, int i, int width, bool normalises,
+                     const float* key, const float* value) {
+  Floats k[C], v[C];
+  load_head(key, width, k);
+  load_head(value, width, v);
+  if (normalises) normalise_head(k, width);
+  T<C>(keys, first).store(i, k, width);
+  T<C>(values, first).store(i, v, width);
+}
+
+// Attend from input i, whose key and value are stored. query, attended: D numbers each. scores: memory for L + 16.
 template <int C, template <int> class T>
 inline void attend(const Table& key_table, const Table& value_table, const Seen& seen, int64_t first, int i,
-                   int width, bool normalises, const float* query, const float* key, const float* value,
-                   float* scores, float* attended) {
+                   int width, bool normalises, const float* query, float* scores, float* attended) {
   constexpr int kAhead = 8;  // rows by which prefetching is ahead
   const T<C> keys(key_table, first), values(value_table, first);
-  Floats q[C], k[C], v[C];
-  for (int c = 0; c < C; ++c) {
-    const int used = width - c * kLanes;
-    q[c] = load_first(used, query + c * kLanes);
-    k[c] = load_first(used, key + c * kLanes);
-    v[c] = load_first(used, value + c * kLanes);
-  }
-  if (normalises) {
-    normalise_head(q, width);
-    normalise_head(k, width);
-  }
-  keys.store(i, k, width);
-  values.store(i, v, width);
+  Floats q[C];
+  load_head(query, width, q);
+  if (normalises) normalise_head(q, width);
   const Floats scale = all(1 / std::sqrt(static_cast<float>(width)));
   Floats q_sum = all(0);
   for (Floats& each : q) {

@@ -52,7 +52,7 @@ class Step {
   }
 
   void sample(int threads, int rows, const float* hidden, int candidates, const int32_t* candidate_of_row,
-              const Sampling* sampling, const float* uniforms, int64_t* codes, float* log_likelihood) {
+              const Sampling* sampling, const uint64_t* noise_keys, int64_t* codes, float* log_likelihood) {
     const int M = model_.num_codebooks, V = model_.codebook_size;
     together(threads, rows, [&]<Precision p>(const Part& part) {
       SamplingScratch& scratch = sampling_scratch_[part.member];
@@ -61,7 +61,7 @@ class Step {
         predict<p>(part, hidden, m, codes_of, {logits_.row(0), logits_.stride});
         part.each(candidates, [&](int c) {
           guide(sampling[c], logits_.row(c), scratch.logits.data());
-          const int code = sample_code(sampling[c], uniforms[c * M + m], V, scratch);
+          const int code = sample_code(sampling[c], noise_keys[c * M + m], V, scratch);
           codes[c * M + m] = code;
           log_likelihood[c] += log_probability(logits_.row(c), V, code);
         });
@@ -148,10 +148,16 @@ class Step {
     for (int l = 0; l < model_.num_layers; ++l) {
       const Layer& layer = model_.layers[l];
       product<p>(part, layer.qkv, {qkv_.row(0), qkv_.stride});
-      part.each(part.rows * model_.num_heads, [&](int unit) {
-        const int b = unit / model_.num_heads, h = unit % model_.num_heads;
-        attend_head<p>(part, layer, b, h, slots[b], static_cast<int>(positions[b]) + model_.text_length + 1);
-      });
+      // Head by head, since rows of the same slot read the same keys and values.
+      const auto each_head = [&](auto work) {
+        part.each(model_.num_heads * part.rows, [&](int unit) {
+          const int b = unit % part.rows;
+          work(b, unit / part.rows, slots[b], static_cast<int>(positions[b]) + model_.text_length + 1);
+        });
+      };
+      each_head([&](int b, int h, int64_t slot, int i) { remember_head(layer, b, h, slot, i); });
+      part.team.wait_for_all();  // a row sees those before it of its slot
+      each_head([&](int b, int h, int64_t slot, int i) { attend_head(part, layer, b, h, slot, i); });
       if constexpr (is_bytes(p)) {  // a row's bytes depend on all of its heads
         part.team.wait_for_all();
         part.each_row([&](int b) { encode_row<p>(b, W); });
@@ -210,22 +216,37 @@ class Step {
     }
   }
 
-  template <Precision p>
-  void attend_head(const Part& part, const Layer& layer, int b, int h, int64_t slot, int i) {
-    const int D = model_.width / model_.num_heads;
-    const float* query = qkv_.row(b) + h * D;
-    const int64_t first = (slot * model_.num_heads + h) * model_.length;
-    with_registers(D, std::make_integer_sequence<int, kMostHeadWidth / kPanel>(), [&]<int C>() {
-      const auto call = layer.keys.ranges ? attend<C, ByteTable> : attend<C, FloatTable>;
-      call(layer.keys, layer.values, layer.seen, first, i, D, layer.normalises_heads, query, query + model_.width,
-           query + 2 * model_.width, scores_.data() + part.member * most_scores_, inputs_.row(b) + h * D);
+  int head_width() const { return model_.width / model_.num_heads; }
+
+  // Row of input 0 of a slot's head in the tables.
+  int64_t first_row(int64_t slot, int h) const { return (slot * model_.num_heads + h) * model_.length; }
+
+  // Store key and value of input i of a slot, those of row b.
+  void remember_head(const Layer& layer, int b, int h, int64_t slot, int i) {
+    const int D = head_width();
+    const float* key = qkv_.row(b) + model_.width + h * D;
+    with_registers([&]<int C>() {
+      const auto call = layer.keys.ranges ? remember<C, ByteTable> : remember<C, FloatTable>;
+      call(layer.keys, layer.values, first_row(slot, h), i, D, layer.normalises_heads, key, key + model_.width);
     });
   }
 
-  // Call work<C>() for the number of registers of the fewest panels that hold `width` numbers.
-  template <int... I, class Work>
-  static void with_registers(int width, std::integer_sequence<int, I...>, Work work) {
-    ((width > I * kPanel && width <= (I + 1) * kPanel ? work.template operator()<(I + 1) * kParts>() : void()), ...);
+  void attend_head(const Part& part, const Layer& layer, int b, int h, int64_t slot, int i) {
+    const int D = head_width();
+    with_registers([&]<int C>() {
+      const auto call = layer.keys.ranges ? attend<C, ByteTable> : attend<C, FloatTable>;
+      call(layer.keys, layer.values, layer.seen, first_row(slot, h), i, D, layer.normalises_heads, qkv_.row(b) + h * D,
+           scores_.data() + part.member * most_scores_, inputs_.row(b) + h * D);
+    });
+  }
+
+  // Call work<C>() for the number of registers of the fewest panels that hold a head.
+  template <class Work>
+  void with_registers(Work work) const {
+    [&]<int... I>(std::integer_sequence<int, I...>) {
+      const int panels = (head_width() + kPanel - 1) / kPanel;
+      ((panels == I + 1 ? work.template operator()<(I + 1) * kParts>() : void()), ...);
+    }(std::make_integer_sequence<int, kMostHeadWidth / kPanel>());
   }
 
   const Model model_;
@@ -287,10 +308,10 @@ EXPORTED int32_t dalle_code_logits(void* step, int32_t threads, int32_t rows, co
 // Sample the codes [candidates, M] of the position that hidden [B, W] predicts, and add their log p [candidates]. The
 // first rows are those with caption, in the order of the candidates.
 EXPORTED int32_t dalle_sample(void* step, int32_t threads, int32_t rows, const float* hidden, int32_t candidates,
-                              const int32_t* candidate_of_row, const Sampling* sampling, const float* uniforms,
+                              const int32_t* candidate_of_row, const Sampling* sampling, const uint64_t* noise_keys,
                               int64_t* codes, float* log_likelihood) {
   return is_done([&] {
-    static_cast<Step*>(step)->sample(threads, rows, hidden, candidates, candidate_of_row, sampling, uniforms, codes,
+    static_cast<Step*>(step)->sample(threads, rows, hidden, candidates, candidate_of_row, sampling, noise_keys, codes,
                                      log_likelihood);
   });
 }

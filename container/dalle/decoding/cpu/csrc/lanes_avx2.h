@@ -89,6 +89,10 @@ inline void store_bytes(uint8_t* y, Floats x, int zero) {
 inline Words load_words(const void* x) { return _mm256_loadu_si256(static_cast<const __m256i*>(x)); }
 inline Words all_words(int32_t x) { return _mm256_set1_epi32(x); }
 inline Words subtract_words(Words x, Words y) { return _mm256_sub_epi32(x, y); }
+template <int n>
+inline Words shift_right(Words x) {
+  return _mm256_srai_epi32(x, n);
+}
 inline Floats to_floats(Words x) { return _mm256_cvtepi32_ps(x); }
 
 inline Words add_small_products(Words sums, Words x, Words w) {

@@ -63,6 +63,10 @@ inline void store_bytes(uint8_t* y, Floats x, int zero) {
 inline Words load_words(const void* x) { return _mm512_loadu_si512(x); }
 inline Words all_words(int32_t x) { return _mm512_set1_epi32(x); }
 inline Words subtract_words(Words x, Words y) { return _mm512_sub_epi32(x, y); }
+template <int n>
+inline Words shift_right(Words x) {  // keeps the sign
+  return _mm512_srai_epi32(x, n);
+}
 inline Floats to_floats(Words x) { return _mm512_cvtepi32_ps(x); }
 
 // Four products of bytes, x unsigned and w signed, added to each of the sums. Their pairs must fit in 16 bits: weights

@@ -76,20 +76,64 @@ inline void keep_nucleus(double top_p, int V, SamplingScratch& scratch) {
   }
 }
 
-// The code that a number in [0, 1) chooses by the scratch's logits.
-inline int sample_code(const Sampling& sampling, float uniform, int V, SamplingScratch& scratch) {
-  if (sampling.temperature < 1e-30f) {  // below it a division might be one by 0
-    return static_cast<int>(std::max_element(scratch.logits.begin(), scratch.logits.begin() + V) -
-                            scratch.logits.begin());
+// Hash 32 bits to 32 bits: "lowbias32" of C. Wellons' hash prospector (2018).
+inline Bits mix(Bits x) {
+  x ^= x >> 16;
+  x *= 0x7feb352d;
+  x ^= x >> 15;
+  x *= 0x846ca68b;
+  return x ^ x >> 16;
+}
+
+// Gumbel noise of the codes from `first` on, a function of the key and the code: `dalle.decoding.sampling.gumbel_noise`.
+inline Floats gumbel_noise(uint64_t key, int first) {
+  Bits codes;
+  for (int lane = 0; lane < kLanes; ++lane) codes[lane] = first + lane;
+  const Bits hashes = mix(mix(codes + static_cast<uint32_t>(key)) ^ static_cast<uint32_t>(key >> 32));
+  const Floats one = all(1.0f), half = all(0.5f);
+  const Floats uniforms = (__builtin_convertvector(hashes, Floats) + half) * all(0x1p-32f);
+  const Floats below_one = all(1 - 0x1p-24f);
+  const Floats t = uniforms < below_one ? uniforms : below_one;
+  // -ln(1 - t), exact where it is small (Kahan).
+  const Floats rest = one - t;
+  const Floats quotient = logarithm(rest) * t / (rest - one);
+  return -logarithm(rest == one ? t : quotient);
+}
+
+// The first code [0, V) of the greatest score; score(i) gives a register of them from i on.
+template <class Score>
+inline int likeliest(int V, Score score) {
+  Floats best = all(-INFINITY);
+  Bits places = {};
+  for (int i = 0; i < V; i += kLanes) {
+    const Floats each = first_or(V - i, score(i), all(-INFINITY));
+    const auto is_better = each > best;
+    best = is_better ? each : best;
+    places = is_better ? Bits{} + i : places;
   }
-  weigh(scratch.logits.data(), V, sampling.temperature, scratch.weights.data());
+  const float most = greatest(best);
+  int code = V - 1;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const int place = static_cast<int>(places[lane]) + lane;
+    if (best[lane] == most) code = std::min(code, place);
+  }
+  return code;
+}
+
+// The code of the greatest sum of the scratch's logits and the key's noise.
+inline int sample_code(const Sampling& sampling, uint64_t key, int V, SamplingScratch& scratch) {
+  const float* logits = scratch.logits.data();
+  if (sampling.temperature < 1e-30f) {  // below it a division might be one by 0
+    return likeliest(V, [&](int i) { return load(logits + i); });
+  }
+  const bool keeps_all = sampling.top_k >= V && sampling.top_p >= 1;
+  float* weights = scratch.weights.data();
+  if (!keeps_all) weigh(logits, V, sampling.temperature, weights);
   if (sampling.top_k < V) keep_likeliest(sampling.top_k, V, scratch);
   if (sampling.top_p < 1) keep_nucleus(sampling.top_p, V, scratch);
-  const double threshold = uniform * std::accumulate(scratch.weights.begin(), scratch.weights.begin() + V, 0.0);
-  double sum = 0;
-  for (int code = 0; code < V; ++code) {
-    sum += scratch.weights[code];
-    if (sum > threshold) return code;
-  }
-  return V - 1;  // where a logit is NaN, and the log p too
+  const Floats most = all(greatest_of(logits, V)), temperature = all(sampling.temperature);
+  return likeliest(V, [&](int i) {
+    const Floats score = (load(logits + i) - most) / temperature + gumbel_noise(key, i);
+    return keeps_all ? score : load(weights + i) > all(0) ? score : all(-INFINITY);
+  });
 }
