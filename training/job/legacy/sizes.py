@@ -92,9 +92,9 @@ def outline(saved: SavedModel, choices: Choices) -> Outline:
     text_length = _text_length(saved)
     vocabulary, by_position = _vocabulary(saved, num_words, text_length, versions)
     if by_position:
-        versions = versions.within("0.9.0")
+        versions = versions.narrowed("0.9.0")
     elif saved.hyperparameters:
-        versions = versions.within(FIRST, "0.8.3")
+        versions = versions.narrowed(FIRST, "0.8.3")
     heads, head_width = _heads(saved, layers, choices)
     return Outline(
         layers=layers,
@@ -175,40 +175,42 @@ def resolve(saved: SavedModel, choices: Choices) -> Resolved:
 
 def _versions(saved: SavedModel, layers: Layers, choices: Choices) -> VersionRange:
     """Narrow the versions by what only some of them write."""
+    if choices.version is None and saved.version is not None:
+        return VersionRange(saved.version, saved.version)
     versions = VersionRange()
-    told = choices.version or saved.version
-    if told is not None:
-        versions = versions.within(told, told)
     attention, feed_forward = layers.branches[0]
     if saved.kind == "kobiso":
-        versions = versions.within("0.7.2", "0.7.2")
-    if told is None and choices.attention_kinds is None and "attn_types" in saved.hyperparameters:
-        versions = versions.within("0.3.5")  # train_dalle.py has the flag from then on
-    if saved.version is None and "epoch" in saved.names:
-        versions = versions.within("0.12.0")
+        versions = versions.narrowed("0.7.2", "0.7.2")
+    is_told = choices.version is not None or choices.attention_kinds is not None
+    if not is_told and "attn_types" in saved.hyperparameters:
+        versions = versions.narrowed("0.3.5")  # train_dalle.py has the flag from then on
+    if "epoch" in saved.names:
+        versions = versions.narrowed("0.12.0")
     if "scale" in attention.weights:
-        versions = versions.within("0.8.0")
+        versions = versions.narrowed("0.8.0")
     else:
-        versions = versions.within(last="0.7.3")
+        versions = versions.narrowed(last="0.7.3")
     norm = _norm(layers)
     if norm == "length":
-        versions = versions.within("0.5.0", "0.5.1")
+        versions = versions.narrowed("0.5.0", "0.5.1")
     elif norm == "rms":
-        versions = versions.within("0.6.0", "0.6.0")
+        versions = versions.narrowed("0.6.0", "0.6.0")
     if "logits_mask" in saved.weights:
-        versions = versions.within(last="0.9.6")
+        versions = versions.narrowed(last="0.9.6")
     if "to_logits.2.weight" in saved.weights:
-        versions = versions.within("0.12.1", "0.12.5")
+        versions = versions.narrowed("0.12.1", "0.12.5")
     if "transformer.pos_emb" in saved.weights or feed_forward.num_wrappers > 2:
-        versions = versions.within("1.0.0")
+        versions = versions.narrowed("1.0.0")
     if "norm_out.weight" in attention.weights:
-        versions = versions.within("1.1.0")
-    if saved.version is not None or saved.vae_class is not None:
-        versions = versions.within("1.1.6")
+        versions = versions.narrowed("1.1.0")
+    if saved.vae_class is not None:
+        versions = versions.narrowed("1.1.6")
     if attention.num_wrappers > feed_forward.num_wrappers:
-        versions = versions.within("1.4.0")
+        versions = versions.narrowed("1.4.0")
     if "image_emb.linear.weight" in saved.weights:
-        versions = versions.within("1.2.0")
+        versions = versions.narrowed("1.2.0")
+    if choices.version is not None:
+        return versions.within(choices.version, choices.version)
     return versions
 
 
@@ -362,7 +364,7 @@ def _refuse_looking_ahead(saved: SavedModel, kinds: Sequence[str], found: Outlin
     positions = image_positions(saved.weights, 1 << 40)
     versions = found.versions
     if positions is not None and len(positions) != found.grid_size**2:
-        versions = versions.within(last="0.1.25")
+        versions = versions.narrowed(last="0.1.25")
     is_axial = any(kind.startswith("axial") for kind in kinds)
     for kinds_of, fixed, is_there in (
         ("axial", "0.2.8", is_axial),

@@ -27,6 +27,16 @@ class VersionRange:
             )
         return narrowed
 
+    def narrowed(self, first: str = FIRST, last: str = LAST) -> VersionRange:
+        """Return the part of the range that is in another one; the whole range for none.
+
+        For signs that a fork, or a commit between two versions, may have too.
+        """
+        try:
+            return self.within(first, last)
+        except ValueError:
+            return self
+
     def is_before(self, version: str) -> bool:
         """Whether every version of the range is before one."""
         return parse_version(self.last) < parse_version(version)

@@ -1,0 +1,329 @@
+"""The forms in which people hold these models: every one is read as the same model."""
+
+import sys
+from collections import OrderedDict
+from types import ModuleType
+from unittest.mock import patch
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+
+from dalle.errors import ForeignFileError
+from dalle.models.tokenizers.openai import OpenAIDVAE
+from dalle.models.tokenizers.vqgan import VQGAN
+from dalle.preprocess.openai_clip import openai_tokenizer
+from tests.training.job.legacy.imported import import_old, write_tokenizer
+from tests.training.job.legacy.published.files import TEXT, VAE, old
+from tests.training.job.pretrained.published.files import expected, put, weights_of
+from tests.training.job.pretrained.published.seeded_weights import seeded_weights
+from training.job.legacy.describe import describe
+from training.job.legacy.importer import Beside, import_model
+from training.job.legacy.sizes import Choices
+
+NAME = "0.8.3-four"
+PLAIN = Choices()
+
+
+def write(content, folder, name="dalle.pt"):
+    path = folder / name
+    torch.save(content, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory):
+    return Beside(str(write_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.json")))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Weights of the imported model, from the plain file."""
+    artefact = import_old(NAME, tmp_path_factory.mktemp("plain"))
+    return artefact.require("transformer").state_dict()
+
+
+def assert_same(path, weights, beside, choices=PLAIN):
+    found = import_model(path, choices, beside).require("transformer").state_dict()
+    assert found.keys() == weights.keys()
+    for name, value in found.items():
+        assert torch.equal(value, weights[name]), name
+
+
+# --- save formats
+
+
+def test_a_file_of_torch_before_1_6_is_read(tmp_path, weights, beside):
+    path = tmp_path / "dalle.pt"
+    torch.save(old(NAME).file(), path, _use_new_zipfile_serialization=False)
+    assert_same(path, weights, beside)
+
+
+def test_the_optimiser_and_the_scheduler_beside_the_weights_are_left_out(tmp_path, weights, beside):
+    # As torch's Adam and ReduceLROnPlateau save themselves.
+    of_weight = {"step": torch.tensor(1.0), "exp_avg": torch.ones(3), "exp_avg_sq": torch.ones(3)}
+    group = {"lr": 1e-3, "betas": (0.9, 0.999), "foreach": None, "params": [0]}
+    states = {
+        "opt_state": {"state": {0: of_weight}, "param_groups": [group]},
+        "scheduler_state": {"best": float("inf"), "min_lrs": [0], "mode": "min"},
+    }
+    assert_same(write(old(NAME).file() | states | {"epoch": 7}, tmp_path), weights, beside)
+
+
+class DiscreteVAE(nn.Module):
+    """A class that is pickled whole into the hyperparameters of files of early 2021."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+        self.loss_fn = nn.functional.mse_loss
+
+
+def test_a_vae_that_is_pickled_whole_among_the_settings_is_left_out(tmp_path, weights, beside):
+    package = ModuleType("dalle_pytorch.dalle_pytorch")
+    package.DiscreteVAE = DiscreteVAE  # type: ignore[attr-defined]
+    modules = {"dalle_pytorch": ModuleType("dalle_pytorch"), package.__name__: package}
+    content = old(NAME).file()
+    with (
+        patch.dict(sys.modules, modules),
+        patch.object(DiscreteVAE, "__module__", package.__name__),
+    ):
+        content["hparams"] = content["hparams"] | {"vae": DiscreteVAE()}
+        path = write(content, tmp_path)
+    assert_same(path, weights, beside)
+
+
+def test_half_precision_weights_become_float32(tmp_path, beside):
+    content = old(NAME).file()
+    content["weights"] = {name: value.half() for name, value in content["weights"].items()}
+    del content["weights"]["logits_mask"]
+    content["weights"]["logits_mask"] = torch.zeros(1, 80, 54, dtype=torch.bool)
+    found = import_model(write(content, tmp_path), PLAIN, beside).require("transformer")
+    assert {value.dtype for value in found.state_dict().values()} == {torch.float32}
+
+
+def test_positions_of_a_later_axial_package_have_other_names(tmp_path, weights, beside):
+    content = old(NAME).file()
+    for axis in "01":
+        value = content["weights"].pop(f"image_pos_emb.weights_{axis}")
+        content["weights"][f"image_pos_emb.weights.{axis}"] = value
+    assert_same(write(content, tmp_path), weights, beside)
+
+
+# --- kobiso's release
+
+
+def kobiso(folder):
+    """His file: settings as he names them, and one text for the kinds of attention."""
+    model = old("0.7.2-head-width")
+    args = TEXT | {"depth": 4, "heads": 3, "reversible": False, "loss_img_weight": 7}
+    args["attn_types"] = "full,axial_row,axial_col,conv_like"
+    return write({"args": args, "dalle": model.weights}, folder, "cub200_adam_frcc.pt")
+
+
+MARKS = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", "<|startoftext|>", "<|endoftext|>"]
+
+
+def test_kobisos_release_is_told_by_its_names_and_needs_no_deepspeed(tmp_path):
+    found = describe(kobiso(tmp_path), PLAIN)
+    assert found.kind == "release of kobiso's DALLE-reproduction"
+    assert found.versions == "0.7.2"
+    assert found.attention == ["full", "axial_row", "axial_col", "conv_like"]
+    assert any("DeepSpeed is not needed" in note for note in found.notes)
+    assert "at most 30 entries" in found.tokenizer
+
+
+def test_kobisos_captions_stand_between_his_marks_and_his_file_may_be_shorter(tmp_path):
+    tokenizer = write_tokenizer(tmp_path / "cub.json", [*MARKS, "a", "Red", "red", "bird"])
+    artefact = import_model(kobiso(tmp_path), PLAIN, Beside(str(tokenizer)))
+    assert artefact.require("transformer").config.head_width == 24
+    encoded = artefact.require("tokenizer").encode(["a Red bird", "a blue bird"])
+    assert encoded[:, :6].tolist() == [[5, 7, 8, 10, 6, 0], [5, 7, 0, 10, 6, 0]]
+    without = write_tokenizer(tmp_path / "without.json", ["[UNK]", "a"])
+    with pytest.raises(ForeignFileError, match="lacks <|startoftext|>"):
+        import_model(kobiso(tmp_path), PLAIN, Beside(str(without)))
+
+
+# --- tokenizers
+
+
+def test_a_file_of_train_dalle_adds_no_marks_whatever_the_tokenizer_file_says(tmp_path):
+    words = [f"w{number}" for number in range(30)]
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, "w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=9)
+    tokenizer.save(str(tmp_path / "t.json"))
+    path = write(old(NAME).file(), tmp_path)
+    found = import_model(path, PLAIN, Beside(str(tmp_path / "t.json"))).require("tokenizer")
+    assert found.encode(["w3 w4 w5"]).tolist() == [[3, 4, 5, *[0] * 13]]
+
+
+def test_the_byte_pairs_of_clip_have_their_own_ids_as_in_simple_tokenizer(tmp_path):
+    content = old(NAME).file()
+    content["hparams"] = content["hparams"] | {"num_text_tokens": 49408}
+    state = content["weights"]
+    state["text_emb.weight"] = torch.zeros(49408, 32)
+    state["to_logits.1.weight"] = torch.zeros(49408 + 24, 32)
+    state["to_logits.1.bias"] = torch.zeros(49408 + 24)
+    state["logits_mask"] = torch.zeros(1, 80, 1, dtype=torch.bool)
+    caption = "A Red  bird&amp; its nest!"
+    artefact = import_model(write(content, tmp_path), PLAIN, Beside())
+    ids = openai_tokenizer().encode(caption)
+    assert artefact.require("tokenizer").encode([caption])[0, : len(ids)].tolist() == ids
+
+
+# --- VAEs
+
+
+def with_vae(weights, codes, **settings):
+    """A file whose VAE is a pretrained one, with as many codes as it."""
+    content = old(NAME).file()
+    content["vae_params"] = None
+    state = content["weights"]
+    for name in [each for each in state if each.startswith("vae.")]:
+        del state[name]
+    assert codes == VAE["num_tokens"]
+    return content | settings | {"weights": state | weights}
+
+
+def test_openais_dvae_comes_out_of_the_models_own_file(tmp_path, beside):
+    # Names in the file are those of the pickled modules.
+    shapes = expected("openai").shapes
+    state = {}
+    for half, part in (("encoder", "enc"), ("decoder", "dec")):
+        for name, value in seeded_weights(shapes[half]).items():
+            state[f"vae.{part}.{name}"] = value
+    path = write(with_vae(state, 24), tmp_path)
+    assert describe(path, PLAIN).vae == "OpenAI's dVAE, in the file"
+    vae = import_model(path, PLAIN, beside).require("dvae")
+    assert isinstance(vae, OpenAIDVAE)
+    assert vae.config.image_size == 64
+
+
+@pytest.mark.parametrize("name", ["vqgan", "gumbel"])
+def test_tamings_vqgan_comes_out_of_the_models_own_file(name, tmp_path, beside):
+    state = {f"vae.model.{each}": value for each, value in weights_of(name).items()}
+    state["vae.model.loss.perceptual_loss.lin0.model.1.weight"] = torch.zeros(1, 64, 1, 1)
+    path = write(with_vae(state, 24, vae_class_name="VQGanVAE"), tmp_path)
+    assert describe(path, PLAIN).vae == "VQGAN of taming-transformers, in the file"
+    vae = import_model(path, PLAIN, beside).require("dvae")
+    assert isinstance(vae, VQGAN)
+    assert vae.config.image_size == 32
+    answer = expected(name)
+    assert torch.equal(vae.encode(answer.images)[..., 0], answer.tokens)
+    assert (vae.decode(answer.codes[..., None]) - answer.pixels).abs().max() < 1e-5
+
+
+def test_without_a_vae_in_the_file_its_files_are_asked_for_and_taken(tmp_path, beside):
+    path = write(with_vae({}, 24), tmp_path)
+    assert any("--vae" in each for each in describe(path, PLAIN).missing)
+    with pytest.raises(ForeignFileError, match="--vae"):
+        import_model(path, PLAIN, beside)
+    folder = tmp_path / "vae"
+    folder.mkdir()
+    put("vqgan", folder)
+    vae = import_model(path, PLAIN, Beside(beside.tokenizer, folder)).require("dvae")
+    assert vae.config.image_size == 32  # 8 x 8 codes, whatever its YAML was made for
+    single = tmp_path / "single"
+    single.mkdir()
+    put("vae", single)
+    beside_file = Beside(beside.tokenizer, single / "vae.pt")
+    assert import_model(path, PLAIN, beside_file).require("dvae").config.image_size == 32
+
+
+def test_a_vae_of_other_sizes_is_refused_with_both(tmp_path, beside):
+    content = with_vae({}, 24)
+    state = content["weights"]
+    state["image_emb.weight"] = state["image_emb.weight"][:20]
+    for each in ("weight", "bias"):
+        state[f"to_logits.1.{each}"] = state[f"to_logits.1.{each}"][: 30 + 20]
+    path = write(content, tmp_path)
+    folder = tmp_path / "vae"
+    folder.mkdir()
+    put("vqgan", folder)
+    with pytest.raises(ForeignFileError, match=r"8 x 8 codes of 20, and those of the VAE .* 24"):
+        import_model(path, PLAIN, Beside(beside.tokenizer, folder))
+
+
+def test_a_vae_from_before_normalisation_reads_and_writes_other_values(tmp_path):
+    late, early = (
+        import_old(name, tmp_path).require("dvae") for name in ("0.8.3-four", "0.1.19-full")
+    )
+    assert (late.config.is_normalised, early.config.is_normalised) == (True, False)
+    codes = old("0.1.19-full").image[:, :, None]
+    raw = early.decoder(early.on_grid(early.codebook(codes[..., 0])))
+    assert torch.equal(early.decode(codes), raw.clamp(0, 1))
+
+
+# --- folders of DeepSpeed's
+
+
+def deepspeed_folder(folder, model, *, tag="global_step3"):
+    """A folder without steps' contents: settings, the name of the newest step, an old step."""
+    (folder / "global_step1").mkdir(parents=True)
+    (folder / tag).mkdir()
+    (folder / "latest").write_text(tag)
+    auxiliary = old(model).file() | {"weights": "look at the folders, by zero_to_fp32.py"}
+    torch.save(auxiliary, folder / "auxiliary.pt")
+    return folder / tag
+
+
+def test_a_folder_of_deepspeeds_is_read_with_its_auxiliary_file(tmp_path, weights, beside):
+    step = deepspeed_folder(tmp_path / "dalle-ds-cp", NAME)
+    content = {"module": OrderedDict(old(NAME).weights), "dp_world_size": 1, "global_steps": 3}
+    torch.save(content, step / "mp_rank_00_model_states.pt")
+    assert_same(tmp_path / "dalle-ds-cp", weights, beside)
+    found = describe(tmp_path / "dalle-ds-cp", PLAIN)
+    assert found.kind == "DeepSpeed folder of train_dalle.py"
+
+
+def zero_3(step, num_ranks, state):
+    """Write each rank's share of the weights, as ZeRO-3 does; the VAE is frozen and whole."""
+    trained = {name: each for name, each in state.items() if not name.startswith("vae.")}
+    buffers = {"logits_mask": trained.pop("logits_mask")}
+    shapes = OrderedDict((name, each.shape) for name, each in trained.items())
+    shares: list[list[torch.Tensor]] = [[] for _ in range(num_ranks)]
+    for value in trained.values():
+        size = -(-value.numel() // num_ranks)
+        padded = torch.zeros(size * num_ranks)
+        padded[: value.numel()] = value.flatten()
+        for rank, part in enumerate(padded.split(size)):
+            shares[rank].append(part)
+    frozen = {name: each for name, each in state.items() if name.startswith("vae.")}
+    module = OrderedDict((name, torch.empty(0)) for name in trained) | buffers | frozen
+    for rank, parts in enumerate(shares):
+        prefix = f"zero_pp_rank_{rank}_mp_rank_00"
+        torch.save(
+            {"module": module, "param_shapes": [shapes], "dp_world_size": num_ranks},
+            step / f"{prefix}_model_states.pt",
+        )
+        whole = torch.cat(parts)
+        groups = [whole[:1000], whole[1000:]]
+        optimizer = {"zero_stage": 3, "partition_count": num_ranks, "fp32_flat_groups": groups}
+        torch.save({"optimizer_state_dict": optimizer}, step / f"{prefix}_optim_states.pt")
+
+
+def test_the_shards_of_zero_3_are_put_together(tmp_path, weights, beside):
+    step = deepspeed_folder(tmp_path / "dalle-ds-cp", NAME)
+    zero_3(step, 3, old(NAME).weights)
+    assert_same(tmp_path / "dalle-ds-cp", weights, beside)
+
+
+def test_a_folder_without_its_shards_or_of_missing_steps_is_refused(tmp_path, beside):
+    folder = tmp_path / "dalle-ds-cp"
+    step = deepspeed_folder(folder, NAME)
+    zero_3(step, 2, old(NAME).weights)
+    shards = sorted(step.glob("*optim_states.pt"))
+    for shard in shards:
+        shard.unlink()
+    with pytest.raises(ForeignFileError, match="as under ZeRO-3"):
+        import_model(folder, PLAIN, beside)
+    (folder / "latest").write_text("global_step9")
+    with pytest.raises(ForeignFileError, match="latest names 'global_step9'"):
+        import_model(folder, PLAIN, beside)
+    with pytest.raises(ForeignFileError, match=r"auxiliary.pt of a DeepSpeed checkpoint"):
+        import_model(folder / "auxiliary.pt", PLAIN, beside)
+    with pytest.raises(ForeignFileError, match="no folder of a DeepSpeed checkpoint"):
+        import_model(step, PLAIN, beside)
