@@ -13,7 +13,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from dalle.errors import DalleError, JobError
+from dalle.errors import ChannelError, DalleError, JobError
 from dalle.platform.environment import (
     DEFAULT_ROOT,
     TRAIN_VARIABLES,
@@ -43,6 +43,7 @@ Train the models of a SageMaker training job, or of a directory that is laid out
   ROOT/input/data/validation/              likewise; optional
   ROOT/input/data/artefact/                an earlier job's model, to be completed; optional
   ROOT/input/data/tokenizer_model/         a published image tokenizer, as it is; optional
+  ROOT/input/data/legacy/                  a model of DALLE-pytorch, to be trained on; optional
   ROOT/model/                              the trained artefact
   ROOT/output/data/                        report.html, metrics.jsonl
   ROOT/checkpoints/                        where an interrupted job continues from
@@ -127,6 +128,8 @@ def _plan(options: argparse.Namespace) -> int:
         settings = hyperparameters.parse(job.hyperparameters)
         hyperparameters.check_with_channels(settings, job.channels)
         tokenizer = None
+        if hyperparameters.LEGACY in job.channels:
+            raise ChannelError("--plan knows nothing of models in the channel legacy yet")
         if hyperparameters.TOKENIZER_MODEL in job.channels:
             from training.job.pretrained.image_tokenizer import load_image_tokenizer
 

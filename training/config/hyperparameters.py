@@ -38,6 +38,8 @@ TOKENIZER_NAMES = frozenset({"tokenizer_kind", "tokenizer_vocab_size", "text_len
 READS_CAPTIONS = frozenset[StageName]({"transformer", "clip"})
 TOKENIZER_MODEL = "tokenizer_model"
 """Channel of a published image tokenizer, in place of the stage dvae."""
+LEGACY = "legacy"
+"""Channel of a model of DALLE-pytorch: image tokenizer, transformer and tokenizer."""
 FOR_DEEPSPEED = frozenset(
     {"zero_stage", "offload_optimizer", "offload_parameters", "deepspeed_config"}
 )

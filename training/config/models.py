@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dalle.errors import HyperparameterError
 from dalle.models.configs import (
@@ -16,11 +16,17 @@ from dalle.models.configs import (
     ImageTokenizerConfig,
     TransformerConfig,
 )
+from dalle.models.legacy.config import LegacyTransformerConfig
 from dalle.models.sizes import CLIP_SIZES, DVAE_SIZES, TRANSFORMER_SIZES
 from dalle.types import StageName
 from training.config.fields import Hyperparameters
 
-Config = DVAEConfig | TransformerConfig | ClipConfig
+Config = DVAEConfig | TransformerConfig | LegacyTransformerConfig | ClipConfig
+
+_OF_TRAINING = frozenset(
+    {"dropout", "caption_dropout", "word_dropout", "token_noise", "text_loss_weight"}
+)
+"""Fields of a transformer's config that act in training only."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,22 @@ def stage_config(
             "num_codebooks": dvae.num_codebooks,
         }
         return TransformerConfig(**TRANSFORMER_SIZES[settings.size] | settings.overrides() | known)
+
+
+def trained_on(
+    config: LegacyTransformerConfig, hyperparameters: Hyperparameters
+) -> LegacyTransformerConfig:
+    """Return the config of a published transformer that is trained on.
+
+    Raises HyperparameterError for a hyperparameter that only a new transformer can have.
+    """
+    overrides = hyperparameters.transformer.overrides()
+    if wrong := sorted(overrides.keys() - _OF_TRAINING):
+        raise HyperparameterError(
+            f"transformer: {', '.join(wrong)} can be set of a new transformer only, and the "
+            "channel legacy brings one; leave it out"
+        )
+    return replace(config, **overrides)
 
 
 @contextmanager

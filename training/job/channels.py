@@ -10,11 +10,11 @@ from pathlib import Path
 
 from dalle.errors import ChannelError
 from dalle.platform.environment import Channel, Job
-from training.config.hyperparameters import TOKENIZER_MODEL
+from training.config.hyperparameters import LEGACY, TOKENIZER_MODEL
 
 REQUIRED = "train"
-CHANNELS = (REQUIRED, "validation", "artefact", "clip", TOKENIZER_MODEL)
-OF_FEW_FILES = ("artefact", "clip", TOKENIZER_MODEL)
+CHANNELS = (REQUIRED, "validation", "artefact", "clip", TOKENIZER_MODEL, LEGACY)
+OF_FEW_FILES = ("artefact", "clip", TOKENIZER_MODEL, LEGACY)
 """Channels of which every file is needed. In the others some files may be unusable."""
 LOOKED_AT = 10_000
 """Entries of a channel of pairs that are looked at, of perhaps millions."""
@@ -63,7 +63,11 @@ def _problem(channel: Channel) -> str | None:
         return _unreadable(channel, channel.directory, error)
     shown = sorted(name for name in names if not name.startswith("."))
     # A channel in parts is judged later, on all hosts; a reader of weights says what it wants.
-    if not shown and channel.distribution == REPLICATED and channel.name != TOKENIZER_MODEL:
+    if (
+        not shown
+        and channel.distribution == REPLICATED
+        and channel.name not in (TOKENIZER_MODEL, LEGACY)
+    ):
         return f"the channel {channel.name} is empty: {channel.directory}"
     if not is_of_pairs:
         for name in sorted(names):

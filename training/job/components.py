@@ -17,6 +17,8 @@ from torch import nn
 from dalle.errors import CheckpointError, HyperparameterError
 from dalle.models.clip import Clip, ClipConfig
 from dalle.models.dvae import DiscreteVAE, DVAEConfig
+from dalle.models.legacy.config import LegacyTransformerConfig
+from dalle.models.legacy.transformer import LegacyTransformer
 from dalle.models.transformer import Dalle, TransformerConfig
 from dalle.models.uninitialised import without_memory
 from dalle.platform.limits import free_host_memory
@@ -38,6 +40,7 @@ logger = logging.getLogger(__name__)
 _MODELS: dict[type, type[nn.Module]] = {
     DVAEConfig: DiscreteVAE,
     TransformerConfig: Dalle,
+    LegacyTransformerConfig: LegacyTransformer,
     ClipConfig: Clip,
 }
 
@@ -69,7 +72,7 @@ class Components:
             for sentence in unfinished(inputs.artefact, besides=names):
                 logger.warning("%s", sentence)
             for name in names:
-                if name in inputs.present:
+                if name in inputs.present and not self._is_trained_on(name):
                     logger.warning(
                         "the channel artefact brings a trained %s; stage=%s does not train it on: "
                         "a new one, from random weights, replaces it",
@@ -100,6 +103,9 @@ class Components:
             raise HyperparameterError("\n".join(problems))
         if set(names) - {"dvae"}:
             inputs.check_captions()
+
+    def _is_trained_on(self, name: StageName) -> bool:
+        return name == "transformer" and self._inputs.legacy_transformer() is not None
 
     def check_checkpoints(self, names: Sequence[StageName]) -> None:
         """Compare all checkpoints with the job, before a stage adds to its own.
@@ -222,6 +228,14 @@ class Components:
             case TransformerConfig() as config:
                 trained = inputs.artefact.require("dvae", "the stage transformer")
                 model = Dalle(config).to(device)
+                model.checkpoints_activations = settings.activation_checkpointing
+                pairs = inputs.pairs_with_tokens(settings, trained)
+                return TransformerStage(model, trained, inputs.data(settings, train_pairs=pairs))
+            case LegacyTransformerConfig() as config:
+                begun = inputs.artefact.require("transformer", "the stage transformer")
+                trained = inputs.artefact.require("dvae", "the stage transformer")
+                model = LegacyTransformer(config).to(device)
+                model.load_state_dict(begun.state_dict())
                 model.checkpoints_activations = settings.activation_checkpointing
                 pairs = inputs.pairs_with_tokens(settings, trained)
                 return TransformerStage(model, trained, inputs.data(settings, train_pairs=pairs))

@@ -21,12 +21,13 @@ from dalle.errors import ArtefactError, CaptionTooLong
 from dalle.manifest import ImportedModel
 from dalle.models.configs import ImageTokenizerConfig
 from dalle.models.image_tokenizer import ImageTokenizer
+from dalle.models.legacy.transformer import LegacyTransformer
 from dalle.platform.environment import Job
 from dalle.preprocess.tokenizer import CaptionTokenizer
 from dalle.types import StageName
 from training.config.fields import Hyperparameters, StageHyperparameters
-from training.config.hyperparameters import TOKENIZER_MODEL
-from training.config.models import Config, TextSizes, dvae_config, stage_config
+from training.config.hyperparameters import LEGACY, TOKENIZER_MODEL
+from training.config.models import Config, TextSizes, dvae_config, stage_config, trained_on
 from training.data.batching.batches import Batches
 from training.data.batching.preload import Preloaded
 from training.data.batching.token_cache import cache_tokens, tokens_fit
@@ -36,6 +37,7 @@ from training.data.pairs import Dataset
 from training.data.sharded import HostPart, on_all_ranks
 from training.data.sources.index import Pairs
 from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from training.job.legacy.channel import load_legacy
 from training.job.pretrained.clip import description, find_clip, load_clip
 from training.job.pretrained.image_tokenizer import load_image_tokenizer
 from training.loop.budget import Budget
@@ -52,8 +54,8 @@ VALIDATION_PAIRS = 512
 class Inputs:
     """The opened channels of a job, the same on every rank.
 
-    artefact: the components of the channels `artefact`, `clip` and `tokenizer_model`; training adds
-        its own.
+    artefact: the components of the channels `artefact`, `clip`, `tokenizer_model` and `legacy`;
+        training adds its own.
     present: names of the components that the channels brought.
     Raises DataError, ArtefactError; Stopped.
     """
@@ -140,9 +142,18 @@ class Inputs:
         """Return the config of a stage's model. Raises HyperparameterError when it is invalid."""
         if stage == "dvae":
             return dvae_config(self.hyperparameters)
+        if stage == "transformer" and (legacy := self.legacy_transformer()) is not None:
+            return trained_on(legacy.config, self.hyperparameters)
         tokenizer = self.tokenizer()
         text = TextSizes(tokenizer.vocab_size, tokenizer.text_length)
         return stage_config(stage, self.hyperparameters, text, self.dvae_config())
+
+    def legacy_transformer(self) -> LegacyTransformer | None:
+        """Return the transformer of the channel `legacy`, which this job trains on, if any."""
+        transformer = self.artefact.transformer
+        if LEGACY in self.job.channels and isinstance(transformer, LegacyTransformer):
+            return transformer
+        return None
 
     def dvae_config(self) -> ImageTokenizerConfig:
         """Return the config of the artefact's image tokenizer, or of the dVAE to be trained."""
@@ -237,6 +248,15 @@ def _read_artefact(job: Job, device: torch.device, image_size: int | None) -> Ar
         with tempfile.TemporaryDirectory() as scratch:
             directory = archive.locate(job.channels["artefact"].directory, Path(scratch))
             artefact = artefacts.load(directory, device)
+    if LEGACY in job.channels:
+        if artefact.components() or TOKENIZER_MODEL in job.channels:
+            other = TOKENIZER_MODEL if TOKENIZER_MODEL in job.channels else "artefact"
+            raise ArtefactError(
+                f"the channels {other} and {LEGACY} both bring an image tokenizer; leave one out"
+            )
+        artefact = load_legacy(job.channels[LEGACY].directory)
+        for model in (artefact.require("dvae"), artefact.require("transformer")):
+            model.to(device)
     if "clip" in job.channels:
         if artefact.clip is not None:
             raise ArtefactError("the channels artefact and clip both bring a CLIP; leave one out")

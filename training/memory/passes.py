@@ -15,8 +15,10 @@ import torch
 from dalle.models.clip import Clip, ClipConfig
 from dalle.models.configs import ImageTokenizerConfig
 from dalle.models.dvae import DiscreteVAE, DVAEConfig
+from dalle.models.legacy.build import build_transformer
+from dalle.models.legacy.config import LegacyTransformerConfig
 from dalle.models.tokenizers.build import build_tokenizer
-from dalle.models.transformer import Dalle, TransformerConfig
+from dalle.models.transformer import TransformerConfig
 from training.config.models import Config
 from training.data.batching.batches import Batch
 from training.loop.stages import ClipStage, DVAEStage, StageData, TransformerStage
@@ -47,9 +49,9 @@ def synthetic_stage(
     data = StageData(cast(Any, SimpleNamespace(dataset=None)), None, device)
     if isinstance(config, DVAEConfig):
         return DVAEStage(DiscreteVAE(config), data)
-    if isinstance(config, TransformerConfig):
+    if isinstance(config, TransformerConfig | LegacyTransformerConfig):
         assert dvae is not None, "a transformer's image tokens come from a dVAE"
-        model = Dalle(config)
+        model = build_transformer(config)
         model.checkpoints_activations = checkpoints_activations
         frozen = build_tokenizer(dvae).eval().requires_grad_(False)
         return TransformerStage(model, frozen, data)
@@ -59,7 +61,7 @@ def synthetic_stage(
 def random_batch(config: Config, size: int, *, dvae: ImageTokenizerConfig | None = None) -> Batch:
     """Make a batch of random pixels and random text tokens, on the CPU. dvae: as above."""
     text_tokens = None
-    if isinstance(config, TransformerConfig):
+    if isinstance(config, TransformerConfig | LegacyTransformerConfig):
         assert dvae is not None, "a transformer's image tokens come from a dVAE"
         image_size = dvae.image_size
         text_tokens = torch.randint(1, config.text_vocab_size, (size, config.text_length))
@@ -127,7 +129,7 @@ class StagePasses:
     def _depths(self) -> list[tuple[float, Config]]:
         """Return the config, or two shallow ones whose weighted sum extrapolates to its depth."""
         config = self._config
-        if isinstance(config, TransformerConfig):
+        if isinstance(config, TransformerConfig | LegacyTransformerConfig):
             if len({kind == "full" for kind in config.attention_kinds}) > 1:
                 return [(1.0, config)]  # layers with a mask and without differ in memory
             depth, fields = config.num_layers, ["num_layers"]

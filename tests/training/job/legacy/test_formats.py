@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
 from dalle.errors import ForeignFileError
+from dalle.models.tokenizers.dalle_pytorch import DallePytorchVAE
 from dalle.models.tokenizers.openai import OpenAIDVAE
 from dalle.models.tokenizers.vqgan import VQGAN
 from dalle.preprocess.openai_clip import openai_tokenizer
@@ -118,8 +119,8 @@ def kobiso(folder):
     """His file: settings as he names them, and one text for the kinds of attention."""
     model = old("0.7.2-head-width")
     args = TEXT | {"depth": 4, "heads": 3, "reversible": False, "loss_img_weight": 7}
-    args["attn_types"] = "full,axial_row,axial_col,conv_like"
-    return write({"args": args, "dalle": model.weights}, folder, "cub200_adam_frcc.pt")
+    kinds = {"attn_types": "full,axial_row,axial_col,conv_like"}
+    return write({"args": args | kinds, "dalle": model.weights}, folder, "cub200_adam_frcc.pt")
 
 
 MARKS = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", "<|startoftext|>", "<|endoftext|>"]
@@ -251,6 +252,8 @@ def test_a_vae_from_before_normalisation_reads_and_writes_other_values(tmp_path)
     late, early = (
         import_old(name, tmp_path).require("dvae") for name in ("0.8.3-four", "0.1.19-full")
     )
+    assert isinstance(late, DallePytorchVAE)
+    assert isinstance(early, DallePytorchVAE)
     assert (late.config.is_normalised, early.config.is_normalised) == (True, False)
     codes = old("0.1.19-full").image[:, :, None]
     raw = early.decoder(early.on_grid(early.codebook(codes[..., 0])))
