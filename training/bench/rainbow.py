@@ -31,6 +31,7 @@ from dalle.platform.user import name_user
 from training import rainbow
 from training.demo.run import RainbowRun, read_recipe_file
 from training.demo.steps import Step, announcer, digest_of_code, reporting_code, run_steps
+from training.evaluate.pixels import CLOSE
 from training.evaluate.scores import ALL, GREEDY, NOVEL, SINGLE, evaluate
 
 RECIPE = "rainbow_bench.json"
@@ -93,6 +94,7 @@ class SeedRun(RainbowRun):
         )
         stages = json.loads(self.manifest.read_text("utf-8"))["stages"]
         numbers = {"reconstruction": greedy["reconstruction"]}
+        numbers |= of_pixels("reconstruction", greedy["reconstruction_pixels"])
         subset = f"of {best['scores'][ALL][BEST]['num_captions']}"
         for label, scores, method in (
             (GREEDY, greedy, GREEDY),
@@ -105,6 +107,7 @@ class SeedRun(RainbowRun):
             numbers[f"{label}, novel"] = scores["scores"][NOVEL][method]["right"]
             numbers[f"{label}, memorised"] = score["memorised"]
             numbers[f"{label}, right colour"] = score["per_attribute"]["colour"]
+            numbers |= of_pixels(label, score["pixels"])
         for stage in stages:
             numbers[f"{stage['stage']} steps"] = stage["steps"]
             numbers[f"{stage['stage']} seconds"] = stage["wall_seconds"]
@@ -112,6 +115,14 @@ class SeedRun(RainbowRun):
         numbers["seconds"] = sum(stage["wall_seconds"] for stage in stages)
         numbers["core-seconds"] = sum(stage["cpu_seconds"] for stage in stages)
         return numbers
+
+
+def of_pixels(label: str, score: Mapping[str, float]) -> dict[str, float]:
+    """Return what a table says of a `PixelScore`."""
+    return {
+        f"{label}, mean error of 255": score["error"],
+        f"{label}, all within {CLOSE}": score["close"],
+    }
 
 
 def render_table(by_seed: Mapping[int, Mapping[str, float]]) -> str:

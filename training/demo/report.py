@@ -23,7 +23,8 @@ from training.data.batching.preload import to_chw
 from training.data.sources.channel import open_channel
 from training.demo.run import CHANNELS, RainbowRun
 from training.evaluate.ground_truth import GroundTruth
-from training.evaluate.scores import Evaluation, evaluate, render_table
+from training.evaluate.pixels import CLOSE
+from training.evaluate.scores import ALL, GREEDY, Evaluation, evaluate, render_table
 from training.report.content import DatasetSummary, Generated, Report, read_curves
 from training.report.page import write_report
 from training.report.samples import codebook_usage, reconstructions, retrieval
@@ -78,7 +79,10 @@ def write_demo_report(run: RainbowRun) -> None:
             f"is for captions that were held out; for {len(captions):,} of them there is a real "
             "image to compare with.",
             f"The dVAE alone leaves {evaluation.reconstruction:.1%} of the held-out images "
-            "nearest to themselves; of the others, the tokens already show another image.",
+            "nearest to themselves; of the others, the tokens already show another image. In "
+            f"{evaluation.reconstruction_pixels.close:.1%} of them no value of any pixel is off by "
+            f"more than {CLOSE} of 255; of the images that are generated greedily, in "
+            f"{evaluation.scores[ALL][GREEDY].pixels.close:.1%}.",
         ],
         stages=artefact.manifest.stages,
         curves=read_curves(Paths(run.root).output_data / "metrics.jsonl"),

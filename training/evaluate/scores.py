@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import TypeAdapter
 from torch import Tensor
 from tqdm import tqdm
@@ -24,12 +25,19 @@ from tqdm import tqdm
 from dalle.artefact import Artefact
 from dalle.decoding.sampling import SamplingOptions
 from training.evaluate.ground_truth import GroundTruth
+from training.evaluate.pixels import CLOSE, PixelErrors, PixelScore, compare_pixels, join
 from training.report.content import CaptionAccuracy
 from training.report.samples import generate_candidates, reconstruct
 
 GREEDY, SINGLE = "greedy", "single sample"
 ALL, NOVEL = "held-out captions", "held-out captions whose picture is not in training"
 NUMBERS_APART = 1 << 20  # between the candidate numbers of two captions, so that no two are equal
+_PIXELS = {
+    "error": "mean error",
+    "close": f"all within {CLOSE}",
+    "psnr": "PSNR, dB",
+    "ssim": "SSIM",
+}
 BLOCK_BYTES = 256 << 20  # of generated images that are compared in one pass over the real ones
 
 
@@ -38,13 +46,32 @@ class Score:
     """Shares, 0 to 1, over `num_captions` captions with one image each.
 
     memorised: nearest to a training image of another caption.
+    pixels: against the caption's own real image; of several the nearest.
     per_attribute: attribute -> share in which it is right, over the captions that have it.
     """
 
     num_captions: int
     right: float
     memorised: float
+    pixels: PixelScore
     per_attribute: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Images of some captions, one each, and the real ones.
+
+    nearest: [C] int64, the class of the nearest real image.
+    pixels: against the caption's own real image.
+    """
+
+    nearest: Tensor
+    pixels: PixelErrors
+
+    def of(self, rows: NDArray[np.int64]) -> Compared:
+        """Return those of some captions."""
+        chosen = torch.from_numpy(rows)
+        return Compared(self.nearest[chosen], self.pixels.of(chosen))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +81,7 @@ class Evaluation:
     num_pictures: classes, of which num_training_pictures occur in training.
     num_held_out: all held-out captions; with a limit fewer are scored.
     reconstruction: share of held-out images that are still nearest to themselves after the dVAE.
+    reconstruction_pixels: the same images after the dVAE against themselves.
     scores: scope (all, novel) -> method -> score; a scope without captions is left out.
     seconds: method -> wall time.
     """
@@ -64,6 +92,7 @@ class Evaluation:
     num_candidates: int
     seed: int
     reconstruction: float
+    reconstruction_pixels: PixelScore
     scores: dict[str, dict[str, Score]]
     seconds: dict[str, float]
 
@@ -115,12 +144,12 @@ def evaluate(
     captions = choose_captions(truth, limit, seed)
     numbers = {caption: number for number, caption in enumerate(truth.held_out)}
     own = sorted({number for caption in captions for number in truth.own(caption)})
-    reconstruction = _reconstruction_accuracy(artefact, truth, own)
-    nearest: dict[str, Tensor] = {}
+    reconstruction, reconstruction_pixels = _score_reconstructions(artefact, truth, own)
+    compared: dict[str, Compared] = {}
     seconds: dict[str, float] = {}
 
     began = time.monotonic()
-    (nearest[GREEDY],) = _nearest_of_generated(
+    (compared[GREEDY],) = _compare_generated(
         artefact, truth, captions, [[0]] * len(captions), seed, SamplingOptions(temperature=0.0)
     )
     seconds[GREEDY] = time.monotonic() - began
@@ -129,9 +158,9 @@ def evaluate(
         count = num_candidates if artefact.clip is not None else 1
         first = [numbers[caption] * NUMBERS_APART for caption in captions]
         candidates = [range(number, number + count) for number in first]
-        found = _nearest_of_generated(artefact, truth, captions, candidates, seed)
+        found = _compare_generated(artefact, truth, captions, candidates, seed)
         methods = [SINGLE, f"best of {num_candidates}"][: len(found)]
-        nearest |= dict(zip(methods, found, strict=True))
+        compared |= dict(zip(methods, found, strict=True))
         seconds[methods[-1]] = time.monotonic() - began
 
     novel = np.array([truth.is_novel(caption) for caption in captions])
@@ -143,10 +172,11 @@ def evaluate(
         num_candidates=num_candidates,
         seed=seed,
         reconstruction=reconstruction,
+        reconstruction_pixels=reconstruction_pixels,
         scores={
             scope: {
-                method: score(truth, [captions[row] for row in rows], classes[rows].tolist())
-                for method, classes in nearest.items()
+                method: score(truth, [captions[row] for row in rows], each.of(rows))
+                for method, each in compared.items()
             }
             for scope, rows in scopes.items()
             if len(rows)
@@ -155,11 +185,11 @@ def evaluate(
     )
 
 
-def score(truth: GroundTruth, captions: Sequence[str], nearest: Sequence[int]) -> Score:
-    """Compare the class nearest to each caption's image with the caption; at least one."""
+def score(truth: GroundTruth, captions: Sequence[str], compared: Compared) -> Score:
+    """Score the image of each caption; at least one."""
     right = memorised = 0
     by_attribute: defaultdict[str, list[bool]] = defaultdict(list)
-    for caption, number in zip(captions, nearest, strict=True):
+    for caption, number in zip(captions, compared.nearest.tolist(), strict=True):
         if number in truth.own(caption):
             right += 1
         elif truth.in_training[number]:
@@ -170,6 +200,7 @@ def score(truth: GroundTruth, captions: Sequence[str], nearest: Sequence[int]) -
         num_captions=len(captions),
         right=right / len(captions),
         memorised=memorised / len(captions),
+        pixels=compared.pixels.mean(),
         per_attribute={name: sum(each) / len(each) for name, each in by_attribute.items()},
     )
 
@@ -182,42 +213,62 @@ def choose_captions(truth: GroundTruth, limit: int | None, seed: int) -> list[st
     return [truth.held_out[row] for row in sorted(chosen)]
 
 
-def _nearest_of_generated(
+def _compare_generated(
     artefact: Artefact,
     truth: GroundTruth,
     captions: Sequence[str],
     candidates: Sequence[Sequence[int]],
     seed: int,
     options: SamplingOptions | None = None,
-) -> list[Tensor]:
-    """Classes [C] nearest to each caption's first candidate, and to its best if CLIP ranks it."""
+) -> list[Compared]:
+    """Compare each caption's first candidate, and its best one if CLIP ranks them."""
     generated = generate_candidates(artefact, captions, candidates, seed=seed, options=options)
     both = len(candidates[0]) > 1 and artefact.clip is not None
     block = max(1, BLOCK_BYTES // (2 * 3 * truth.image_size**2))
     waiting: list[Tensor] = []
-    nearest: list[list[Tensor]] = [[] for _ in range(1 + both)]
+    compared: list[list[Compared]] = [[] for _ in range(1 + both)]
     what = f"best of {len(candidates[0])}" if both else "generating"
     bar = tqdm(generated, what, len(captions), disable=None, unit="captions")
     for number, each in enumerate(bar, start=1):
         waiting.append(each.images[[0, each.best(1)[0]] if both else [0]])
         if len(waiting) == block or number == len(captions):
+            scored = captions[number - len(waiting) : number]
             chosen = torch.stack(waiting, dim=1)  # [1 or 2, captions, 3, S, S]
-            for images, parts in zip(chosen, nearest, strict=True):
-                parts.append(truth.nearest(images))
+            for images, parts in zip(chosen, compared, strict=True):
+                real = _nearest_own(truth, images, scored)
+                parts.append(Compared(truth.nearest(images), compare_pixels(images, real)))
             waiting = []
-    return [torch.cat(parts) for parts in nearest]
+    return [
+        Compared(torch.cat([part.nearest for part in parts]), join([part.pixels for part in parts]))
+        for parts in compared
+    ]
 
 
-def _reconstruction_accuracy(artefact: Artefact, truth: GroundTruth, classes: list[int]) -> float:
-    """Share of the classes whose image is still nearest to itself after the dVAE."""
+def _nearest_own(truth: GroundTruth, images: Tensor, captions: Sequence[str]) -> Tensor:
+    """Return the real image of each image [B, 3, S, S]: of its caption's own the nearest in L2."""
+    chosen = []
+    for image, caption in zip(images, captions, strict=True):
+        own = sorted(truth.own(caption))
+        off = truth.images(own).double() - image.double() if len(own) > 1 else torch.zeros(1, 1)
+        chosen.append(own[int(off.square().flatten(1).sum(dim=1).argmin())])
+    return truth.images(chosen)
+
+
+def _score_reconstructions(
+    artefact: Artefact, truth: GroundTruth, classes: list[int]
+) -> tuple[float, PixelScore]:
+    """Score the images of some classes after the dVAE: nearest to themselves, and by pixels."""
     dvae = artefact.require("dvae", "reconstruction")
     block = max(1, BLOCK_BYTES // (3 * truth.image_size**2))
     right = 0
+    pixels = []
     for start in range(0, len(classes), block):
         numbers = classes[start : start + block]
-        again = reconstruct(dvae, truth.images(numbers))
+        real = truth.images(numbers)
+        again = reconstruct(dvae, real)
         right += int((truth.nearest(again) == torch.tensor(numbers)).sum())
-    return right / len(classes)
+        pixels.append(compare_pixels(again, real))
+    return right / len(classes), join(pixels).mean()
 
 
 def render_table(evaluation: Evaluation) -> str:
@@ -225,7 +276,10 @@ def render_table(evaluation: Evaluation) -> str:
     blocks = [
         f"{evaluation.num_pictures:,} distinct pictures, {evaluation.num_training_pictures:,} of "
         f"them in training; reconstructed and still nearest to itself: "
-        f"{evaluation.reconstruction:.3f}"
+        f"{evaluation.reconstruction:.3f}",
+        _row("pixels against the real image", _PIXELS.values())
+        + "\n"
+        + _row("  reconstructed", _pixel_cells(evaluation.reconstruction_pixels)),
     ]
     for accuracy, methods in zip(evaluation.accuracies(), evaluation.scores.values(), strict=True):
         rows: dict[str, Mapping[str, float]] = {"right": accuracy.overall}
@@ -237,9 +291,17 @@ def render_table(evaluation: Evaluation) -> str:
             _row(label, [f"{share:.3f}" for share in shares.values()])
             for label, shares in rows.items()
         ]
+        lines.append(_row("  pixels", _PIXELS.values()))
+        lines += [
+            _row(f"  {method}", _pixel_cells(each.pixels)) for method, each in methods.items()
+        ]
         blocks.append("\n".join(lines))
     times = ", ".join(f"{name} {each:.1f} s" for name, each in evaluation.seconds.items())
     return "\n\n".join([*blocks, f"time: {times}"])
+
+
+def _pixel_cells(score: PixelScore) -> list[str]:
+    return [f"{getattr(score, name):.3f}" for name in _PIXELS]
 
 
 def _row(label: str, cells: Iterable[str]) -> str:

@@ -18,12 +18,14 @@ from training.data.pairs import Subset
 from training.data.sources.channel import open_channel
 from training.evaluate.__main__ import main
 from training.evaluate.ground_truth import GroundTruth, read_attributes, read_ground_truth
+from training.evaluate.pixels import MOST_PSNR, compare_pixels
 from training.evaluate.scores import (
     ALL,
     GREEDY,
     NOVEL,
     NUMBERS_APART,
     SINGLE,
+    Compared,
     choose_captions,
     evaluate,
     score,
@@ -119,22 +121,39 @@ def test_pictures_are_compared_in_chunks_to_the_same_end(truth, monkeypatch):
     assert torch.equal(truth.nearest(queries), whole)
 
 
+def scored(truth, captions, nearest):
+    """The score of images that are the real ones of some classes."""
+    own = truth.images([min(truth.own(caption)) for caption in captions])
+    pixels = compare_pixels(truth.images(nearest), own)
+    return score(truth, captions, Compared(torch.tensor(nearest), pixels))
+
+
+def test_of_several_real_images_the_nearest_is_compared(tiny_models, tmp_path):
+    greedy = SamplingOptions(temperature=0.0)
+    (drawn,) = generate_candidates(tiny_models, CAPTIONS[:1], [[0]], seed=0, options=greedy)
+    write_pairs(tmp_path / "train", [(shade(1), "x")])
+    held_out = [shade(0), to_pixels(drawn.images[0]), shade(255)]
+    write_pairs(tmp_path / "validation", [(each, CAPTIONS[0]) for each in held_out])
+    result = evaluate(tiny_models, read_ground_truth(tmp_path, SIZE), greedy_only=True)
+    assert result.scores[ALL][GREEDY].pixels.error == 0
+
+
 def test_the_score_counts_right_novel_memorised_and_attributes(truth):
     # light -> light, black -> dark (a training picture of another caption), ash -> grey, its own
-    result = score(truth, ["light", "black", "ash"], [2, 0, 1])
+    result = scored(truth, ["light", "black", "ash"], [2, 0, 1])
     assert result.right == pytest.approx(2 / 3)
     assert result.memorised == pytest.approx(1 / 3)
     assert result.per_attribute == {"tone": 1.0, "warmth": 1.0}
     # black -> light: no training picture; its tone is wrong, its warmth right
-    assert score(truth, ["black"], [2]).memorised == 0
-    assert score(truth, ["black"], [2]).per_attribute == {"tone": 0.0, "warmth": 1.0}
+    assert scored(truth, ["black"], [2]).memorised == 0
+    assert scored(truth, ["black"], [2]).per_attribute == {"tone": 0.0, "warmth": 1.0}
     # any caption of the nearest class may have the word: "ash" has it, "grey" says nothing
-    assert score(truth, ["ash"], [1]).per_attribute == {"tone": 1.0}
+    assert scored(truth, ["ash"], [1]).per_attribute == {"tone": 1.0}
 
 
 def test_without_attributes_only_whole_captions_are_scored(world):
     (world / "attributes.json").unlink()
-    assert score(read_ground_truth(world, SIZE), ["light"], [2]).per_attribute == {}
+    assert scored(read_ground_truth(world, SIZE), ["light"], [2]).per_attribute == {}
 
 
 @pytest.mark.parametrize(
@@ -180,6 +199,8 @@ def test_a_generator_that_draws_the_real_pictures_scores_one(tiny_models, tmp_pa
     truth = write_world_of([to_pixels(each.images[0]) for each in drawn], tmp_path)
     result = evaluate(tiny_models, truth, greedy_only=True)
     assert result.scores[ALL][GREEDY].right == 1.0
+    pixels = result.scores[ALL][GREEDY].pixels
+    assert (pixels.error, pixels.close, pixels.psnr) == (0, 1, MOST_PSNR)
     assert result.scores[NOVEL][GREEDY].right == 1.0
     assert list(result.scores[ALL]) == [GREEDY]
 
@@ -262,6 +283,7 @@ def test_the_command_prints_a_table_and_ends_with_json(tiny_artefact, rainbow_wo
         "num_captions",
         "right",
         "memorised",
+        "pixels",
         "per_attribute",
     }
 
