@@ -128,12 +128,18 @@ def test_as_many_steps_are_needed_as_by_the_reference(step, make_dalle):
         assert request.positions_per_step == N / steps
 
 
-@pytest.mark.parametrize("step", STEPS)
-def test_a_row_depends_neither_on_other_rows_nor_on_windows_bit_for_bit(step, model):
-    """In int8, in which torch's kernels add exactly, too."""
+@pytest.mark.parametrize(
+    ("step", "precision"),
+    [
+        *[pytest.param(CpuStep, each, marks=runs_here) for each in ("fp32", "fp16", "int8")],
+        (CpuTorchStep, "int8"),
+    ],
+)
+def test_a_row_depends_neither_on_other_rows_nor_on_windows_bit_for_bit(step, precision, model):
     found = {}
     for window, num_slots in itertools.product((1, 3, N), (1, 6)):
-        own = build(step, model, num_slots, precision="int8", num_rows=64)
+        own = step(model, num_slots, precision=precision, num_rows=64)
+        assert own.window_refusal is None
         engine = DecodeEngine(model, num_slots, step=own, window=window)
         for text, seed in ((TEXT, 1), (OTHER_TEXT, 2)):
             engine.submit(text, candidates=range(3), seed=seed)

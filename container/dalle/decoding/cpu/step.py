@@ -35,6 +35,7 @@ from dalle.decoding.cpu.structures import (
     library,
 )
 from dalle.decoding.model_parts import blocks_of, heads_of, input_tables
+from dalle.decoding.sampling import SamplingOptions
 from dalle.decoding.step import Batch, Step
 from dalle.models.layers import KeyValueCache
 from dalle.models.transformer import Dalle
@@ -151,18 +152,19 @@ class CpuStep(Step):
     def sample(self, hidden: Tensor, noise_keys: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         sampling = self._sampling
         if sampling is None or sampling.batch is not batch:
-            sampling = self._sampling = _BatchSampling.of(batch, self._config.codebook_size)
-        B, C = len(hidden), len(noise_keys)
+            size = self._config.codebook_size
+            sampling = self._sampling = _BatchSampling.of(batch, size, sampling)
+        B, R = len(hidden), len(noise_keys)
         hidden, noise_keys = hidden.contiguous(), noise_keys.contiguous()
-        codes = torch.zeros(C, self._config.num_codebooks, dtype=torch.int64)
-        log_likelihood = torch.zeros(C)
+        codes = torch.zeros(R, self._config.num_codebooks, dtype=torch.int64)
+        log_likelihood = torch.zeros(R)
         self._call(
             self._library.dalle_sample,
             B,
             hidden.data_ptr(),
-            C,
-            sampling.candidates.data_ptr(),
-            sampling.array,
+            R,
+            sampling.rows.ctypes.data,
+            sampling.by_row.ctypes.data,
             noise_keys.data_ptr(),
             codes.data_ptr(),
             log_likelihood.data_ptr(),
@@ -257,26 +259,38 @@ class _SlotTable:
 
 @dataclass(frozen=True)
 class _BatchSampling:
-    """Sampling options of a batch's candidates as C structures."""
+    """Sampling options of a batch's rows as C structures."""
 
     batch: Batch
-    candidates: Tensor
-    """[B] int32: the candidate of each row."""
-    array: Any
+    by_candidate: np.ndarray
+    """[C] of `CSampling`: the options of each candidate, without rows of its own."""
+    by_row: np.ndarray
+    """[R] of `CSampling`."""
+    rows: np.ndarray
+    """[B] int32: the row with caption that each row samples for."""
 
     @classmethod
-    def of(cls, batch: Batch, codebook_size: int) -> _BatchSampling:
-        C, blank_rows = len(batch.candidates), batch.blank_rows
-        array = (CSampling * C)()
-        for row, (sampling, candidate) in enumerate(zip(array, batch.candidates, strict=True)):
-            options = candidate.request.options
-            sampling.top_p = 1.0 if options.top_p is None else options.top_p
-            sampling.temperature = options.temperature
-            sampling.guidance_scale = options.guidance_scale
-            sampling.top_k = min(options.top_k or codebook_size, codebook_size)
-            sampling.blank_row = blank_rows.get(row, -1)
-        candidates = torch.from_numpy(np.concatenate([np.arange(C), batch.guided]))
-        return cls(batch, candidates.int(), array)
+    def of(cls, batch: Batch, codebook_size: int, last: _BatchSampling | None) -> _BatchSampling:
+        """last: that of the batch before, whose options hold where the candidates are the same."""
+        if last is not None and last.batch.candidates is batch.candidates:
+            by_candidate = last.by_candidate
+        else:
+            by_candidate = np.array(
+                [_numbers(each.request.options, codebook_size) for each in batch.candidates],
+                dtype=np.dtype(CSampling),
+            )
+        by_row = by_candidate[batch.row_candidates]
+        R = len(by_row)
+        by_row["blank_row"][batch.guided] = R + np.arange(len(batch.guided))
+        rows = np.concatenate([np.arange(R), batch.guided]).astype(np.int32)
+        return cls(batch, by_candidate, by_row, rows)
+
+
+def _numbers(options: SamplingOptions, codebook_size: int) -> tuple[float, ...]:
+    """Return the fields of `CSampling` in order, for a row without guidance."""
+    top_p = 1.0 if options.top_p is None else options.top_p
+    top_k = min(options.top_k or codebook_size, codebook_size)
+    return top_p, options.temperature, options.guidance_scale, top_k, -1
 
 
 def _delete(compiled: ctypes.CDLL, step: int, process: int) -> None:
