@@ -135,7 +135,12 @@ def _plan(options: argparse.Namespace) -> int:
 
             directory = job.channels[hyperparameters.TOKENIZER_MODEL].directory
             tokenizer = load_image_tokenizer(directory, settings.dvae.image_size).config
-        return plan_command.run_plan(job, settings, options, tokenizer)
+        clip = None
+        if "clip" in job.channels:
+            from training.job.pretrained.clip import find_clip, load_clip
+
+            clip = load_clip(*find_clip(job.channels["clip"].directory)).config
+        return plan_command.run_plan(job, settings, options, tokenizer, clip)
     except DalleError as error:
         print(error, file=sys.stderr)
         return process.code_of(error)

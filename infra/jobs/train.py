@@ -176,9 +176,9 @@ def run(options: argparse.Namespace) -> int:
         check_request(project, options, stage)
     training_run = read_run(options, project)
     artefact = options.artefact
-    jobs = []
+    jobs: list[str] = []
     for stage in options.stages:
-        job = start(project, training_run, stage, artefact)
+        job = start(project, training_run, stage, artefact, is_next=bool(jobs))
         jobs.append(job)
         is_last = stage == options.stages[-1]
         if not project.aws.dry_run and (options.wait or not is_last):
@@ -287,13 +287,14 @@ def check_settings(
 ) -> None:
     """Raise UserError for hyperparameters and variables that the jobs would refuse or not read.
 
-    models: the options `artefact` and `tokenizer_model`, which decide sizes of the others.
+    models: the options `artefact`, `clip` and `tokenizer_model`, which decide sizes of the others.
     """
     if models.artefact and models.tokenizer_model:
         raise PlanError(
             "--artefact and --tokenizer-model both bring an image tokenizer; leave one of them out"
         )
-    channels = [hyperparameters.TOKENIZER_MODEL] if models.tokenizer_model else []
+    names = ("artefact", "clip", hyperparameters.TOKENIZER_MODEL)
+    channels = [name for name in names if getattr(models, name)]
     if "stage" in given:
         raise PlanError("the stage is given by --stages, not by --set stage=…")
     limits.raise_all("hyperparameters", check_hyperparameters(given))
@@ -321,8 +322,18 @@ def holds_objects(project: Project, uri: str) -> bool:
     return bool(answer["KeyCount"])
 
 
-def start(project: Project, training_run: TrainingRun, stage: Stage, artefact: str | None) -> str:
-    """Start the stage's job unless it is running or completed; return its name."""
+def start(
+    project: Project,
+    training_run: TrainingRun,
+    stage: Stage,
+    artefact: str | None,
+    *,
+    is_next: bool = False,
+) -> str:
+    """Start the stage's job unless it is running or completed; return its name.
+
+    artefact: an address, or None. is_next: whether an earlier job of this chain makes it.
+    """
     for attempt in range(1, MAX_ATTEMPTS + 1):
         name = job_name(training_run, stage, attempt)
         found = project.find_ours("TrainingJob", name)
@@ -341,7 +352,8 @@ def start(project: Project, training_run: TrainingRun, stage: Stage, artefact: s
             f"{MAX_ATTEMPTS} attempts at {job_name(training_run, stage)} have failed; "
             f"`python -m infra status {name}` shows why, and --run gives another name"
         )
-    project.aws.call(training_request(training_run, stage, name, artefact))
+    request = training_request(training_run, stage, name, artefact, is_next=is_next)
+    project.aws.call(request)
     project.output.item(f"training job {name}", "made")
     return name
 

@@ -172,12 +172,17 @@ def training_request(
     stage: Stage,
     job: str,
     artefact: str | None = None,
+    *,
+    is_next: bool = False,
 ) -> Request:
-    """Return the request that starts one job. artefact: an earlier job's model.tar.gz, or None."""
+    """Return the request that starts one job. artefact: an earlier job's model.tar.gz, or None.
+
+    is_next: whether that job is of the same chain, and had the same channels.
+    """
     request: dict[str, Any] = {
         "TrainingJobName": job,
         "HyperParameters": {**run.hyperparameters, "stage": stage},
-        **definition(run, artefact),
+        **definition(run, artefact, is_next=is_next),
         # One folder for all attempts: a new one resumes from the last checkpoint.
         "CheckpointConfig": {
             "S3Uri": f"s3://{run.bucket}/checkpoints/{job_name(run, stage)}/",
@@ -193,12 +198,14 @@ def training_request(
     return Request("sagemaker", "CreateTrainingJob", **request)
 
 
-def definition(run: TrainingRun, artefact: str | None) -> dict[str, Any]:
+def definition(run: TrainingRun, artefact: str | None, *, is_next: bool = False) -> dict[str, Any]:
     """Return the part that a training job and the definition in a tuning job share."""
     channels = {**run.channels, **({"artefact": artefact} if artefact else {})}
+    # The first job of a chain has put them into the artefact.
     if artefact:
-        # The first job of a chain has put it into the artefact.
         channels.pop(TOKENIZER_MODEL, None)
+    if is_next:
+        channels.pop("clip", None)
     stopping = {"MaxRuntimeInSeconds": run.max_runtime_seconds}
     if run.spot:
         stopping["MaxWaitTimeInSeconds"] = run.max_wait_seconds or 2 * run.max_runtime_seconds

@@ -31,6 +31,8 @@ Codebook = Annotated[int, Field(ge=2, le=1_048_576)]
 BUDGETS = ("epochs", "max_steps", "max_minutes")
 SAVES_MEMORY = ("gradient_accumulation_steps", "activation_checkpointing")
 DEFAULT_EPOCHS = 20
+FINE_TUNING_RATES = {"learning_rate": 1e-5, "muon_learning_rate": 0.0}
+"""Of a trained CLIP; the rates for random weights would undo its training."""
 DEFAULT_MAX_BAD_SHARE = 0.05
 MAX_BATCH_SIZE = 65_536
 
@@ -101,9 +103,13 @@ class StageHyperparameters(FitHyperparameters):
     size: SizeName = "small"
     """Named model size that the fields below start from."""
 
+    not_of_config: ClassVar[frozenset[str]] = frozenset()
+    """Further fields that are none of the model's config."""
+
     def overrides(self) -> dict[str, Any]:
         """Return config field -> value of the model fields that were given."""
-        return self.model_dump(exclude_none=True, exclude={*StageHyperparameters.model_fields})
+        others = {*StageHyperparameters.model_fields, *self.not_of_config}
+        return self.model_dump(exclude_none=True, exclude=others)
 
 
 class DVAEHyperparameters(StageHyperparameters):
@@ -191,7 +197,12 @@ class ClipHyperparameters(StageHyperparameters):
 
     # Its loss compares all pairs of a batch; a micro-batch has only some of them.
     not_for_authors: ClassVar[frozenset[str]] = frozenset(SAVES_MEMORY)
+    not_of_config: ClassVar[frozenset[str]] = frozenset({"fine_tune"})
 
+    fine_tune: bool = False
+    """Train on from the CLIP that the channel clip or artefact brings, in place of a new one. Its
+    learning_rate is then 1e-5 and its muon_learning_rate 0, unless clip_learning_rate and
+    clip_muon_learning_rate are set."""
     embed_size: Width | None = None
     """Length of the vectors that images and captions are compared by."""
     patch_size: Annotated[int, Field(ge=1, le=64)] | None = None
@@ -271,6 +282,10 @@ class Hyperparameters(JobHyperparameters):
         """Return the settings of one stage."""
         settings: StageHyperparameters = getattr(self, stage)
         return settings
+
+    def trains_on(self, stage: str) -> bool:
+        """Return whether a stage begins with the weights that a channel brings."""
+        return stage == "clip" and self.clip.fine_tune
 
 
 STAGE_FIELDS: dict[StageName, type[StageHyperparameters]] = {

@@ -23,6 +23,7 @@ from training.config import deepspeed as deepspeed_settings
 from training.config.deepspeed import TRAINED_BY_DEEPSPEED
 from training.config.fields import (
     BUDGETS,
+    FINE_TUNING_RATES,
     STAGE_FIELDS,
     Hyperparameters,
     JobHyperparameters,
@@ -40,6 +41,10 @@ TOKENIZER_MODEL = "tokenizer_model"
 """Channel of a published image tokenizer, in place of the stage dvae."""
 LEGACY = "legacy"
 """Channel of a model of DALLE-pytorch: image tokenizer, transformer and tokenizer."""
+_OF_NEW_CLIPS = frozenset(
+    {"size", "embed_size", "patch_size"}
+    | {"vision_width", "vision_layers", "text_width", "text_heads", "text_layers"}
+)
 FOR_DEEPSPEED = frozenset(
     {"zero_stage", "offload_optimizer", "offload_parameters", "deepspeed_config"}
 )
@@ -96,6 +101,10 @@ def parse(raw: Mapping[str, str]) -> Hyperparameters:
                     if f"{target.stage}_{budget}" not in given:
                         settings.pop(budget, None)
             settings[target.name] = value
+    if stages["clip"].get("fine_tune"):
+        for name, rate in FINE_TUNING_RATES.items():
+            if f"clip_{name}" not in given:
+                stages["clip"][name] = rate
     problems += _double_budgets(stages)
     if not problems:
         parsed = Hyperparameters.model_validate({**job, **stages, "given": given_by_author})
@@ -148,12 +157,42 @@ def without_effect(
 
 
 def check_with_channels(hyperparameters: Hyperparameters, channels: Collection[str]) -> None:
-    """Raise HyperparameterError for settings of the stage dvae where a channel brings its model.
+    """Raise HyperparameterError for settings of a model that a channel brings, or should bring.
 
-    image_size may be set: published image tokenizers are convolutional.
+    With a published image tokenizer, image_size may be set: it is convolutional.
     """
-    if TOKENIZER_MODEL not in channels:
-        return
+    problems = _fine_tuning_problems(hyperparameters, channels)
+    if TOKENIZER_MODEL in channels:
+        problems += _tokenizer_problems(hyperparameters)
+    if problems:
+        raise HyperparameterError(_summary(problems))
+
+
+def _fine_tuning_problems(hyperparameters: Hyperparameters, channels: Collection[str]) -> list[str]:
+    trains_clip = hyperparameters.stage in ("all", "clip")
+    if not hyperparameters.clip.fine_tune:
+        if hyperparameters.stage == "clip" and "clip" in channels:
+            return [
+                "stage=clip trains a CLIP and the channel clip brings one; leave one of them out, "
+                "or set clip_fine_tune=true to train that one on"
+            ]
+        return []
+    if trains_clip and not {"artefact", "clip"} & {*channels}:
+        return [
+            "clip_fine_tune=true trains on from a CLIP, and neither the channel clip nor artefact "
+            "is there to bring one"
+        ]
+    return [
+        f"{name} is of a new CLIP, and clip_fine_tune=true trains on from one that is there; leave "
+        "one of them out"
+        for name in sorted(hyperparameters.given)
+        if trains_clip
+        and {target.stage for target in _TARGETS[name]} == {"clip"}
+        and _TARGETS[name][0].name in _OF_NEW_CLIPS
+    ]
+
+
+def _tokenizer_problems(hyperparameters: Hyperparameters) -> list[str]:
     problems = []
     if hyperparameters.stage == "dvae":
         problems.append(
@@ -167,8 +206,7 @@ def check_with_channels(hyperparameters: Hyperparameters, channels: Collection[s
         if {target.stage for target in _TARGETS[name]} == {"dvae"}
         and _TARGETS[name][0].name != "image_size"
     ]
-    if problems:
-        raise HyperparameterError(_summary(problems))
+    return problems
 
 
 def _is_for_muon(name: str, trained: Sequence[StageName]) -> bool:

@@ -89,6 +89,17 @@ def trained_on(
     return replace(config, **overrides)
 
 
+def fine_tuned_config(hyperparameters: Hyperparameters, clip: ClipConfig | None) -> ClipConfig:
+    """Return the config of a CLIP that is trained on. clip: of the one that a channel brings."""
+    if clip is None:
+        raise HyperparameterError(
+            "clip_fine_tune=true trains on from a CLIP, and no channel brings one: give one in the "
+            "channel clip, or an artefact that has one"
+        )
+    weight = hyperparameters.clip.likelihood_weight
+    return clip if weight is None else replace(clip, likelihood_weight=weight)
+
+
 @contextmanager
 def _named(stage: StageName) -> Iterator[None]:
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 from dalle.errors import CaptionTooLong, DataError
+from dalle.preprocess.clip_tokenizer import ClipTokenizer
 from dalle.preprocess.tokenizer import CaptionTokenizer
 from training.data.pairs import Dataset
 from training.data.skips import SkipReason, printable
@@ -44,9 +45,15 @@ def fit_captions(
     pairs.replace_captions(changed)
 
 
-def too_long(dataset: Dataset, index: int, error: CaptionTooLong) -> CaptionTooLong:
+def too_long(
+    dataset: Dataset, index: int, error: CaptionTooLong, tokenizer: CaptionTokenizer
+) -> CaptionTooLong:
     """Return the error of a pair's caption with the pair's name and the remedies."""
+    if isinstance(tokenizer, ClipTokenizer):
+        remedy = "the CLIP that is trained on reads no more; shorten"
+    else:
+        remedy = "raise text_length, shorten"
     return CaptionTooLong(
-        f"{dataset.channel}/{printable(dataset.name(index))}: {error}; raise text_length, shorten "
+        f"{dataset.channel}/{printable(dataset.name(index))}: {error}; {remedy} "
         "the caption, or set long_captions to cut or skip"
     )

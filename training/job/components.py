@@ -72,7 +72,7 @@ class Components:
             for sentence in unfinished(inputs.artefact, besides=names):
                 logger.warning("%s", sentence)
             for name in names:
-                if name in inputs.present and not self._is_trained_on(name):
+                if name in inputs.present and not inputs.trains_on(name):
                     logger.warning(
                         "the channel artefact brings a trained %s; stage=%s does not train it on: "
                         "a new one, from random weights, replaces it",
@@ -95,17 +95,10 @@ class Components:
                 _check_memory(name, inputs.config(name), device)
             except HyperparameterError as error:
                 problems.append(str(error))
-        if "clip" in names and "clip" in inputs.job.channels:
-            problems.append(
-                "stage=clip trains a CLIP and the channel clip brings one; leave one of them out"
-            )
         if problems:
             raise HyperparameterError("\n".join(problems))
         if set(names) - {"dvae"}:
             inputs.check_captions()
-
-    def _is_trained_on(self, name: StageName) -> bool:
-        return name == "transformer" and self._inputs.legacy_transformer() is not None
 
     def check_checkpoints(self, names: Sequence[StageName]) -> None:
         """Compare all checkpoints with the job, before a stage adds to its own.
@@ -132,7 +125,9 @@ class Components:
             f"{name}_config": asdict(inputs.config(name)),
         }
         if name != "dvae":
-            known["tokenizer"] = inputs.tokenizer().identity()
+            known["tokenizer"] = inputs.reader(name).identity()
+        if inputs.hyperparameters.trains_on(name):
+            known["trained_on_from"] = weights_hash(inputs.artefact.require("clip"))
         if name == "transformer" and inputs.artefact.dvae is not None:
             known["dvae_weights"] = weights_hash(inputs.artefact.dvae)
         return known
@@ -224,13 +219,14 @@ class Components:
         match inputs.config(name):
             case DVAEConfig() as config:
                 dvae = DiscreteVAE(config).to(device)
-                return DVAEStage(dvae, inputs.data(settings, with_captions=False))
+                return DVAEStage(dvae, inputs.data(settings))
             case TransformerConfig() as config:
                 trained = inputs.artefact.require("dvae", "the stage transformer")
                 model = Dalle(config).to(device)
                 model.checkpoints_activations = settings.activation_checkpointing
                 pairs = inputs.pairs_with_tokens(settings, trained)
-                return TransformerStage(model, trained, inputs.data(settings, train_pairs=pairs))
+                data = inputs.data(settings, tokenizer=inputs.tokenizer(), train_pairs=pairs)
+                return TransformerStage(model, trained, data)
             case LegacyTransformerConfig() as config:
                 begun = inputs.artefact.require("transformer", "the stage transformer")
                 trained = inputs.artefact.require("dvae", "the stage transformer")
@@ -238,9 +234,15 @@ class Components:
                 model.load_state_dict(begun.state_dict())
                 model.checkpoints_activations = settings.activation_checkpointing
                 pairs = inputs.pairs_with_tokens(settings, trained)
-                return TransformerStage(model, trained, inputs.data(settings, train_pairs=pairs))
+                data = inputs.data(settings, tokenizer=inputs.tokenizer(), train_pairs=pairs)
+                return TransformerStage(model, trained, data)
             case ClipConfig() as config:
-                return ClipStage(Clip(config).to(device), inputs.data(settings))
+                data = inputs.data(settings, tokenizer=inputs.reader("clip"))
+                if not inputs.trains_on("clip"):
+                    return ClipStage(Clip(config).to(device), data)
+                clip = inputs.artefact.require("clip").requires_grad_(True).to(device)
+                clip.config = config
+                return ClipStage(clip, data, trained_on_from=weights_hash(clip))
 
 
 def _check_memory(name: StageName, config: Config, device: torch.device) -> None:

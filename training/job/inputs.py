@@ -7,27 +7,30 @@ Knows channels, configs and batches; knows nothing of losses and checkpoints.
 from __future__ import annotations
 
 import logging
-import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
-from dalle import archive
-from dalle import artefact as artefacts
-from dalle.artefact import Artefact
-from dalle.errors import ArtefactError, CaptionTooLong
-from dalle.manifest import ImportedModel
+from dalle.errors import CaptionTooLong
 from dalle.models.configs import ImageTokenizerConfig
 from dalle.models.image_tokenizer import ImageTokenizer
 from dalle.models.legacy.transformer import LegacyTransformer
 from dalle.platform.environment import Job
+from dalle.preprocess.clip_tokenizer import ClipTokenizer
 from dalle.preprocess.tokenizer import CaptionTokenizer
 from dalle.types import StageName
 from training.config.fields import Hyperparameters, StageHyperparameters
-from training.config.hyperparameters import LEGACY, TOKENIZER_MODEL
-from training.config.models import Config, TextSizes, dvae_config, stage_config, trained_on
+from training.config.hyperparameters import LEGACY
+from training.config.models import (
+    Config,
+    TextSizes,
+    dvae_config,
+    fine_tuned_config,
+    stage_config,
+    trained_on,
+)
 from training.data.batching.batches import Batches
 from training.data.batching.preload import Preloaded
 from training.data.batching.token_cache import cache_tokens, tokens_fit
@@ -37,9 +40,7 @@ from training.data.pairs import Dataset
 from training.data.sharded import HostPart, on_all_ranks
 from training.data.sources.index import Pairs
 from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from training.job.legacy.channel import load_legacy
-from training.job.pretrained.clip import description, find_clip, load_clip
-from training.job.pretrained.image_tokenizer import load_image_tokenizer
+from training.job.channel_models import read_models
 from training.loop.budget import Budget
 from training.loop.stages import StageData, weights_hash
 from training.stopping import Stop, unless_stopped
@@ -68,7 +69,7 @@ class Inputs:
 
     def __post_init__(self) -> None:
         size = self.hyperparameters.dvae.image_size
-        self.artefact = _read_artefact(self.job, self.device, size)
+        self.artefact = read_models(self.job, self.device, size)
         self.present = frozenset(self.artefact.components())
         self.train = self._open("train")
         self.validation = (
@@ -100,9 +101,39 @@ class Inputs:
         assert how != "fail", "check_captions does that"
 
         def fit() -> None:
-            fit_captions(pairs, self._tokenizer_of(pairs, part), how, self.stop)
+            for tokenizer in self._readers(lambda: self._tokenizer_of(pairs, part)):
+                fit_captions(pairs, tokenizer, how, self.stop)
 
         on_all_ranks(self.ranks, fit)
+
+    def _readers(self, own: Callable[[], CaptionTokenizer]) -> Iterator[CaptionTokenizer]:
+        """Yield the tokenizers by which this job's stages read captions. own: the artefact's."""
+        stage = self.hyperparameters.stage
+        published = self._published_reader()
+        if published is None or stage != "clip":
+            yield own()
+        if published is not None and stage in ("all", "clip"):
+            yield published
+
+    def _published_reader(self) -> ClipTokenizer | None:
+        """Return the tokenizer of a published CLIP that is trained on; None without one."""
+        clip = self.artefact.clip
+        if not self.hyperparameters.clip.fine_tune or clip is None:
+            return None
+        if clip.config.tokenizer == "artefact":
+            return None
+        return ClipTokenizer(clip.config.text_length)
+
+    def trains_on(self, stage: StageName) -> bool:
+        """Return whether a stage begins with the weights that a channel brings."""
+        if stage == "transformer":
+            return self.legacy_transformer() is not None
+        return self.hyperparameters.trains_on(stage)
+
+    def reader(self, stage: StageName) -> CaptionTokenizer:
+        """Return the tokenizer by which the model of a stage reads captions."""
+        published = self._published_reader() if stage == "clip" else None
+        return published or self.tokenizer()
 
     def tokenizer(self) -> CaptionTokenizer:
         """Return the artefact's tokenizer, or train one on the training captions first."""
@@ -130,13 +161,13 @@ class Inputs:
 
     def check_captions(self) -> None:
         """Tokenize every caption once. Raises CaptionTooLong; Stopped."""
-        tokenizer = self.tokenizer()
-        for opened in filter(None, (self.train, self.validation)):
-            for index in unless_stopped(range(len(opened.pairs)), self.stop):
-                try:
-                    tokenizer.encode(opened.pairs.captions(index))
-                except CaptionTooLong as error:
-                    raise too_long(opened.pairs, index, error) from error
+        for tokenizer in self._readers(self.tokenizer):
+            for opened in filter(None, (self.train, self.validation)):
+                for index in unless_stopped(range(len(opened.pairs)), self.stop):
+                    try:
+                        tokenizer.encode(opened.pairs.captions(index))
+                    except CaptionTooLong as error:
+                        raise too_long(opened.pairs, index, error, tokenizer) from error
 
     def config(self, stage: StageName) -> Config:
         """Return the config of a stage's model. Raises HyperparameterError when it is invalid."""
@@ -144,6 +175,9 @@ class Inputs:
             return dvae_config(self.hyperparameters)
         if stage == "transformer" and (legacy := self.legacy_transformer()) is not None:
             return trained_on(legacy.config, self.hyperparameters)
+        if self.hyperparameters.trains_on(stage):
+            clip = self.artefact.clip
+            return fine_tuned_config(self.hyperparameters, None if clip is None else clip.config)
         tokenizer = self.tokenizer()
         text = TextSizes(tokenizer.vocab_size, tokenizer.text_length)
         return stage_config(stage, self.hyperparameters, text, self.dvae_config())
@@ -165,14 +199,14 @@ class Inputs:
         self,
         settings: StageHyperparameters,
         *,
-        with_captions: bool = True,
+        tokenizer: CaptionTokenizer | None = None,
         train_pairs: Dataset | None = None,
     ) -> StageData:
         """Return the batches of one stage.
 
-        train_pairs: with their image tokens, in place of the channel's pairs.
+        tokenizer: of the captions; None leaves them out. train_pairs: with their image tokens, in
+        place of the channel's pairs.
         """
-        tokenizer = self.tokenizer() if with_captions else None
         pairs = self.train.pairs if train_pairs is None else train_pairs
         batches = partial(
             Batches,
@@ -236,53 +270,3 @@ class Inputs:
         if part is not None:
             part.share_skips(encoded.skips, encoded.max_bad_share)
         return encoded
-
-
-def _read_artefact(job: Job, device: torch.device, image_size: int | None) -> Artefact:
-    """Return the components that the channels bring; none without the channels.
-
-    image_size: of a published image tokenizer, None for the size that it was trained on.
-    """
-    artefact = Artefact()
-    if "artefact" in job.channels:
-        with tempfile.TemporaryDirectory() as scratch:
-            directory = archive.locate(job.channels["artefact"].directory, Path(scratch))
-            artefact = artefacts.load(directory, device)
-    if LEGACY in job.channels:
-        if artefact.components() or TOKENIZER_MODEL in job.channels:
-            other = TOKENIZER_MODEL if TOKENIZER_MODEL in job.channels else "artefact"
-            raise ArtefactError(
-                f"the channels {other} and {LEGACY} both bring an image tokenizer; leave one out"
-            )
-        artefact = load_legacy(job.channels[LEGACY].directory)
-        for model in (artefact.require("dvae"), artefact.require("transformer")):
-            model.to(device)
-    if "clip" in job.channels:
-        if artefact.clip is not None:
-            raise ArtefactError("the channels artefact and clip both bring a CLIP; leave one out")
-        paths = find_clip(job.channels["clip"].directory)
-        artefact.clip = load_clip(*paths).to(device)
-        artefact.manifest.imported["clip"] = ImportedModel(
-            what=description(artefact.clip.config),
-            files={path.name: artefacts.sha256(path) for path in paths},
-        )
-    if TOKENIZER_MODEL in job.channels:
-        if artefact.dvae is not None or artefact.transformer is not None:
-            raise ArtefactError(
-                f"the channels artefact and {TOKENIZER_MODEL} both bring an image tokenizer, or a "
-                "transformer that knows another one's tokens; leave one of them out"
-            )
-        directory = job.channels[TOKENIZER_MODEL].directory
-        tokenizer = load_image_tokenizer(directory, image_size).to(device)
-        config = tokenizer.config
-        logger.info(
-            "image tokenizer of the channel %s: %s, images of %d pixels as %d x %d codes of %s",
-            TOKENIZER_MODEL,
-            config.kind,
-            config.image_size,
-            config.grid_size,
-            config.grid_size,
-            f"{config.codebook_size:,}",
-        )
-        artefact.dvae = tokenizer
-    return artefact

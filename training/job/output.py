@@ -70,6 +70,8 @@ class Output:
             },
         )
         artefact.manifest.stages.append(record)
+        if not inputs.trains_on(stage.name):
+            artefact.manifest.imported.pop(stage.name, None)
         if stage.name == "transformer":
             pairs = (inputs.validation or inputs.train).pairs
             number = min(EXAMPLE_CAPTIONS, len(pairs))

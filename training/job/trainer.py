@@ -90,7 +90,8 @@ class Trainer:
         """Return the channels and the stages to train, after all checks. Raises Stopped."""
         inputs = Inputs(self.job, self.hyperparameters, self.device, self.stop, self.ranks)
         components = Components(inputs)
-        names = stages_to_train(self.hyperparameters.stage, inputs.present)
+        kept = [each for each in inputs.present if not self.hyperparameters.trains_on(each)]
+        names = stages_to_train(self.hyperparameters.stage, kept)
         if self.ranks.is_first:
             unused = without_effect(self.hyperparameters, names, inputs.present, self.job.channels)
             for name, why in unused.items():

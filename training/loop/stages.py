@@ -174,7 +174,9 @@ class ClipStage:
 
     name: StageName = "clip"
 
-    def __init__(self, model: Clip, data: StageData) -> None:
+    def __init__(self, model: Clip, data: StageData, *, trained_on_from: str = "") -> None:
+        """trained_on_from: hash of the weights that the model has, empty for random ones."""
+        self._trained_on_from = trained_on_from
         self.model: Clip = model
         self.data = data
         self.batches = data.train
@@ -200,7 +202,10 @@ class ClipStage:
         return self.data.validation_means(measure)
 
     def identity(self) -> Mapping[str, Any]:
-        return self.batches.identity() | {"clip_config": asdict(self.model.config)}
+        identity = self.batches.identity() | {"clip_config": asdict(self.model.config)}
+        if self._trained_on_from:
+            identity["trained_on_from"] = self._trained_on_from
+        return identity
 
 
 def weights_hash(model: nn.Module) -> str:

@@ -68,8 +68,8 @@ def random_batch(config: Config, size: int, *, dvae: ImageTokenizerConfig | None
     else:
         image_size = config.image_size
     if isinstance(config, ClipConfig):
-        # The model has one token more than the tokenizer, and room for it.
-        shape = (size, config.text_length - 1)
+        # A model of ours has one token more than its tokenizer, and room for it.
+        shape = (size, config.text_length - (config.tokenizer == "artefact"))
         text_tokens = torch.randint(1, config.text_vocab_size - 1, shape)
     images = torch.rand(size, 3, image_size, image_size)
     return Batch(images, [""] * size, torch.arange(size), text_tokens)

@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from pydantic import TypeAdapter
+
 from dalle.artefact import CONFIG
 from dalle.errors import ArtefactError
 from dalle.manifest import MANIFEST
-from dalle.models.configs import ImageTokenizerConfig
+from dalle.models.configs import ClipConfig, ImageTokenizerConfig
 from dalle.models.tokenizers.configs import parse_config
 from dalle.platform.environment import Job
 from dalle.platform.json_file import read_json
@@ -23,7 +25,13 @@ from dalle.preprocess.tokenizer import CaptionTokenizer
 from dalle.types import STAGES, StageName
 from training.config.deepspeed import TRAINED_BY_DEEPSPEED
 from training.config.fields import MAX_BATCH_SIZE, Hyperparameters
-from training.config.models import TextSizes, dvae_config, stage_config
+from training.config.models import (
+    Config,
+    TextSizes,
+    dvae_config,
+    fine_tuned_config,
+    stage_config,
+)
 from training.memory.estimate import Memory, Setting, StageMemory
 
 HEADROOM = 0.08
@@ -106,12 +114,17 @@ def plan(
     hyperparameters: Hyperparameters,
     devices: Devices,
     tokenizer_model: ImageTokenizerConfig | None = None,
+    clip: ClipConfig | None = None,
 ) -> list[StagePlan]:
     """Plan every stage that the job trains. Raises HyperparameterError, ArtefactError.
 
-    tokenizer_model: config of the image tokenizer of that channel.
+    tokenizer_model, clip: configs of the models of these channels.
     """
     present, frozen, vocab_size = _read_artefact(job)
+    if clip is not None:
+        present = {*present, "clip"}
+    elif "clip" in present and hyperparameters.trains_on("clip"):
+        clip = _read_clip_config(job.channels["artefact"].directory)
     if tokenizer_model is not None:
         present, frozen = {*present, "dvae"}, tokenizer_model
     dvae = frozen or dvae_config(hyperparameters)
@@ -119,10 +132,14 @@ def plan(
         vocab_size or hyperparameters.tokenizer_vocab_size, hyperparameters.text_length
     )
     wanted = hyperparameters.stage
-    names = [name for name in STAGES if name not in present] if wanted == "all" else [wanted]
+    kept = {name for name in present if not hyperparameters.trains_on(name)}
+    names = [name for name in STAGES if name not in kept] if wanted == "all" else [wanted]
     plans = []
     for name in names:
-        config = stage_config(name, hyperparameters, text, dvae)
+        if hyperparameters.trains_on(name):
+            config: Config = fine_tuned_config(hyperparameters, clip)
+        else:
+            config = stage_config(name, hyperparameters, text, dvae)
         memory = StageMemory(name, config, dvae=dvae, device_type=devices.kind)
         plans.append(_plan_stage(memory, hyperparameters, devices))
     return plans
@@ -154,9 +171,8 @@ def _plan_stage(
         with_muon = replace(setting, has_muon=settings.muon_learning_rate > 0)
         alternatives = _alternatives(with_muon, memory.name)
         others = [row(other) for other in alternatives if other != setting]
-    return StagePlan(
-        memory.name, settings.size, memory.num_parameters, batch_size, row(setting), others
-    )
+    size = "of the CLIP" if hyperparameters.trains_on(memory.name) else settings.size
+    return StagePlan(memory.name, size, memory.num_parameters, batch_size, row(setting), others)
 
 
 def _alternatives(setting: Setting, stage: StageName) -> Iterator[Setting]:
@@ -201,6 +217,14 @@ def _read_artefact(job: Job) -> tuple[set[StageName], ImageTokenizerConfig | Non
     if tokenizer.is_file():
         vocab_size = CaptionTokenizer.load(tokenizer.parent).vocab_size
     return present, dvae, vocab_size
+
+
+def _read_clip_config(directory: Path) -> ClipConfig:
+    path = directory / "clip" / CONFIG
+    try:
+        return TypeAdapter(ClipConfig).validate_python(read_json(path))
+    except (OSError, ValueError) as error:
+        raise ArtefactError(f"{path} cannot be read: {error}") from error
 
 
 def _read_dvae_config(directory: Path) -> ImageTokenizerConfig:

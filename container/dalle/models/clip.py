@@ -16,8 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from dalle.errors import ArtefactError
@@ -72,6 +74,18 @@ class Clip(nn.Module):
         """What it reads of a picture that is to be classified."""
         return Square(self.config.image_size, self.config.square_method)
 
+    def train(self, mode: bool = True) -> Clip:
+        """Set training or evaluation mode; a ResNet keeps its statistics in both.
+
+        Those of a batch of ours would be worse than those of millions of images, and would differ
+        among devices.
+        """
+        super().train(mode)
+        for module in self.model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
     def muon_parameters(self) -> list[nn.Parameter]:
         """Return the matrices of both transformers; AdamW trains the other weights."""
         return [
@@ -90,13 +104,17 @@ class Clip(nn.Module):
     ) -> ClipLoss:
         """Return the symmetric cross-entropy over pairs (Radford et al. 2021, figure 3).
 
-        images: [B, 3, H, W] in [0, 1]. text_tokens: [B, T] of the artefact's tokenizer.
+        images: [B, 3, H, W] in [0, 1]. text_tokens: [B, T] of the artefact's tokenizer, or for a
+        published model of `ClipTokenizer`.
         image_numbers: [B], equal for pairs with the same image. Pairs with equal captions or the
         same image count as positives of each other. Each rank scores its images and captions
         against those of all ranks.
         """
         image_features = self.encode_image(images)
-        text_features = self.encode_text(text_tokens)
+        if self.config.tokenizer == "openai":
+            text_features = F.normalize(self.model.encode_text(text_tokens), dim=-1)
+        else:
+            text_features = self.encode_text(text_tokens)
         scale = self.model.logit_scale.clamp(max=_MAX_LOGIT_SCALE).exp()
         by_image = scale * image_features @ ranks.gather(text_features).T
         by_caption = scale * text_features @ ranks.gather(image_features).T
@@ -125,11 +143,15 @@ class Clip(nn.Module):
     def encode_generated(self, images: Tensor) -> Tensor:
         """The same for images that are to be written to files.
 
-        A published CLIP reads the 8 bits a colour that a file has.
+        A published CLIP reads what its own code would read of the files: 8 bits a colour, resized
+        by Pillow.
         """
-        if self.config.tokenizer == "openai":
-            images = (images.float().clamp(0, 1) * 255).round() / 255
-        return self.encode_image(images)
+        if self.config.tokenizer == "artefact":
+            return self.encode_image(images)
+        rounded = (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
+        pixels = rounded.permute(0, 2, 3, 1).cpu().numpy()
+        read = np.stack([self.square.of(Image.fromarray(each)) for each in pixels])
+        return self.encode_image(torch.from_numpy(read).permute(0, 3, 1, 2).to(images.device) / 255)
 
     def encode_text(self, text_tokens: Tensor) -> Tensor:
         """text_tokens [B, T] of the artefact's tokenizer, 0 = padding -> unit vectors [B, E]."""
@@ -187,10 +209,10 @@ def _adapt(model: Any, config: ClipConfig) -> None:
 
 
 def _resized_as_pillow(images: Tensor, size: int) -> Tensor:
-    """Square images [B, 3, H, H] in [0, 1] -> [B, 3, size, size], as Pillow resizes files.
+    """Square images [B, 3, H, H] in [0, 1] -> [B, 3, size, size], nearly as Pillow resizes files.
 
-    Pillow rounds to 8 bits after the rows and again after the columns. Without that, a probability
-    was up to 0.02 off.
+    For training, on the device of the images. Pillow rounds to 8 bits after the rows and again
+    after the columns.
     """
     pixels = (images.float() * 255).round().clamp(0, 255)
     for shape in ((pixels.shape[-2], size), (size, size)):

@@ -28,12 +28,16 @@ class Square:
 
         Returns a writable uint8 array [size, size, 3]. Raises `ImageError`.
         """
+        # CLIP resizes the whole picture; a part of a JPEG's resolution would give other pixels.
+        is_whole = self.method != "train" and count_pixels(data, what=what) <= MAX_PIXELS
+        image = decode_image(data, what=what, min_side=None if is_whole else self.size)
+        return self.of(image)
+
+    def of(self, image: Image.Image) -> Pixels:
+        """Resize an RGB image. Returns a writable uint8 array [size, size, 3]."""
         size = self.size
         if self.method == "train":
-            return to_square(decode_image(data, what=what, min_side=size), size)
-        # CLIP resizes the whole picture; a part of a JPEG's resolution would give other pixels.
-        is_giant = count_pixels(data, what=what) > MAX_PIXELS
-        image = decode_image(data, what=what, min_side=size if is_giant else None)
+            return to_square(image, size)
         if self.method == "squash":
             square = image.resize((size, size), Image.Resampling.BICUBIC)
         else:

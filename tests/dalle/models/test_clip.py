@@ -4,14 +4,17 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import clip
+import clip.model
 import pytest
 import torch
 import torch.nn.functional as F
 
-from dalle.errors import ArtefactError
+from dalle.errors import ArtefactError, CaptionTooLong
 from dalle.models.clip import Clip, ClipConfig, _openai_tokens
+from dalle.preprocess.clip_tokenizer import ClipTokenizer
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
@@ -141,6 +144,43 @@ def test_it_learns_which_caption_belongs_to_which_image(model):
         optimizer.step()
     assert loss.total.item() < 0.2 * first.total.item()
     assert loss.accuracy.item() == 1
+
+
+def test_captions_for_training_have_openais_ids_and_long_ones_are_refused():
+    tokenizer = ClipTokenizer(77)
+    assert (tokenizer.encode(CAPTIONS[:4]) == clip.tokenize(CAPTIONS[:4])).all()
+    longest = "word " * 75
+    assert (tokenizer.encode([longest]) == clip.tokenize([longest])).all()
+    with pytest.raises(CaptionTooLong, match="at most 75 tokens long, got 76"):
+        tokenizer.encode([longest + "word"])
+    assert tokenizer.encode([tokenizer.fitting(longest + "word")]).shape == (1, 77)
+
+
+def test_a_published_clip_has_the_loss_of_the_original():
+    torch.manual_seed(0)
+    original = clip.model.CLIP(16, 32, 1, 64, 16, 77, 49408, 64, 1, 1)
+    config = replace(
+        TINY, image_size=32, patch_size=16, text_vocab_size=49408, text_length=77, text_width=64
+    )
+    model = Clip(replace(config, text_heads=1, tokenizer="openai"))
+    model.model.load_state_dict(original.state_dict())
+    captions = ["a cat", "a dog", "three red stars"]
+    images = torch.rand(3, 3, 32, 32)
+    loss = model.loss(images, ClipTokenizer(77).encode(captions)).total
+    by_image, by_caption = original((images - MEAN) / STD, clip.tokenize(captions))
+    pairs = torch.arange(3)
+    expected = (F.cross_entropy(by_image, pairs) + F.cross_entropy(by_caption, pairs)) / 2
+    torch.testing.assert_close(loss, expected)
+
+
+def test_a_resnet_keeps_its_statistics_in_training():
+    config = replace(TINY, vision_layers=(1, 1, 1, 1), vision_width=8, patch_size=None)
+    model = Clip(replace(config, image_size=32)).train()
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    model.encode_image(torch.rand(2, 3, 32, 32)).sum().backward()
+    assert model.training
+    assert model.model.visual.bn1.weight.grad is not None
+    assert all((value == before[name]).all() for name, value in model.named_buffers())
 
 
 @torch.no_grad()

@@ -58,6 +58,21 @@ def test_a_published_image_tokenizer_goes_to_the_first_job_of_a_chain_alone(read
 
 
 @pytest.mark.slow
+def test_a_published_clip_goes_to_the_first_job_of_a_chain_alone(ready, infra):
+    """The jobs after it find it in the artefact, and one that trains it on does so there."""
+    words = ["--stages", "dvae,transformer,clip", "--clip", f"s3://{BUCKET}/data/pictures/"]
+    result = infra(*TRAIN, *words)
+    assert "set clip_fine_tune=true to train that one on" in result.err
+    result = infra(*TRAIN, *words, "--set", "clip_fine_tune=true")
+    assert result.code == 0, result.err
+    channels = [
+        {channel["ChannelName"] for channel in job["InputDataConfig"]} - {"train", "validation"}
+        for job in ready.bodies("CreateTrainingJob")
+    ]
+    assert channels == [{"clip"}, {"artefact"}, {"artefact"}]
+
+
+@pytest.mark.slow
 def test_spot_waits_longer_than_it_runs(ready, infra):
     infra(*TRAIN, "--spot", "--max-hours", 2)
     (job,) = ready.bodies("CreateTrainingJob")

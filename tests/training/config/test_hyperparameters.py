@@ -228,6 +228,7 @@ def test_the_budget_is_no_part_of_a_runs_identity():
 )
 def test_every_override_is_a_field_of_the_models_config(settings, config):
     overrides = settings.model_fields.keys() - StageHyperparameters.model_fields.keys()
+    overrides -= settings.not_of_config
     assert overrides <= {field.name for field in dataclasses.fields(config)}
 
 
@@ -260,6 +261,39 @@ def test_parsing_needs_no_torch():
 def test_thousands_of_hyperparameters_are_refused_at_once():
     with pytest.raises(HyperparameterError, match="at most 1000 hyperparameters, got 200,000"):
         parse({f"name {number}": "1" for number in range(200_000)})
+
+
+def test_fine_tuning_has_small_learning_rates_unless_clips_own_are_set():
+    raw = {"clip_fine_tune": "true", "learning_rate": "0.01", "muon_learning_rate": "0.1"}
+    settings = parse(raw)
+    assert (settings.clip.learning_rate, settings.clip.muon_learning_rate) == (1e-5, 0)
+    assert settings.transformer.learning_rate == 0.01
+    settings = parse(raw | {"clip_learning_rate": "0.002", "clip_muon_learning_rate": "0.003"})
+    assert (settings.clip.learning_rate, settings.clip.muon_learning_rate) == (0.002, 0.003)
+    assert "fine_tune" not in settings.clip.overrides()
+
+
+@pytest.mark.parametrize(
+    ("raw", "channels", "says"),
+    [
+        ({}, ["train"], None),
+        ({"stage": "clip"}, ["clip"], "stage=clip trains a CLIP and the channel clip brings one"),
+        ({"clip_fine_tune": "true"}, ["train"], "neither the channel clip nor artefact is there"),
+        ({"clip_fine_tune": "true"}, ["artefact"], None),
+        ({"clip_fine_tune": "true", "stage": "dvae"}, ["train"], None),
+        ({"clip_fine_tune": "true", "embed_size": "8"}, ["clip"], "embed_size is of a new CLIP"),
+        ({"fine_tune": "true", "clip_size": "tiny"}, ["clip"], "clip_size is of a new CLIP"),
+        ({"fine_tune": "true", "size": "tiny", "clip_epochs": "1"}, ["clip"], None),
+        ({"fine_tune": "true", "clip_likelihood_weight": "1"}, ["clip"], None),
+    ],
+)
+def test_fine_tuning_is_checked_with_the_channels(raw, channels, says):
+    settings = parse(raw)
+    if says is None:
+        check_with_channels(settings, channels)
+        return
+    with pytest.raises(HyperparameterError, match=says):
+        check_with_channels(settings, channels)
 
 
 def test_settings_of_the_stage_dvae_are_refused_where_a_channel_brings_its_model():

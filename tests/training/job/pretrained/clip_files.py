@@ -1,12 +1,12 @@
 """CLIPs in the files that people hold, and what `serve` makes of pictures with them."""
 
+import base64
 import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
 from clip.model import CLIP
@@ -15,8 +15,8 @@ from safetensors import safe_open
 from dalle.artefact import Artefact
 from dalle.models.clip import Clip
 from dalle.preprocess.images import encode_image
-from inference.engine.request import PreparedClassification
-from inference.engine.tasks import classify
+from inference.api.schema import ClassifyRequest
+from inference.engine.model_runner import ModelRunner
 from tests.training.job.pretrained.published.open_clip_weights import open_clip_weights
 
 PUBLISHED = Path(__file__).parent / "published"
@@ -85,16 +85,11 @@ def open_clip(name: str) -> OpenClip:
 
 def probabilities(model: Clip, captions: list[str], pictures: list[bytes]) -> torch.Tensor:
     """Return those of captions for picture files, [pictures, captions], as `serve` gives them."""
-    images = [np.float32(model.square.read(each, "x")) / np.float32(255) for each in pictures]
-    request = PreparedClassification(
-        arrival=0,
-        deadline=float("inf"),
-        images=[torch.from_numpy(each).permute(2, 0, 1)[None] for each in images],
-        classes=captions,
-        top=len(captions),
-    )
+    runner = ModelRunner(Artefact(clip=model), torch.device("cpu"))
+    images = [base64.b64encode(each).decode() for each in pictures]
+    request = ClassifyRequest(images=images, classes=captions, top=len(captions))
     found = torch.zeros(len(pictures), len(captions))
-    result = classify(Artefact(clip=model), request, torch.device("cpu"))
+    result = runner.run(runner.prepare(request))
     for row, (indices, _, values) in zip(found, result.predictions, strict=True):
         row[indices] = torch.tensor(values)
     return found

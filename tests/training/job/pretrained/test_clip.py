@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import clip
@@ -16,6 +17,8 @@ from dalle.errors import ArtefactError, ForeignFileError
 from dalle.models.clip import Clip, ClipConfig
 from dalle.models.uninitialised import without_memory
 from dalle.preprocess.tokenizer import CaptionTokenizer
+from inference.api.schema import GenerateRequest
+from inference.engine.model_runner import ModelRunner
 from inference.engine.scheduler import to_pixels
 from tests.training.job.pretrained.clip_files import (
     build_openai,
@@ -192,6 +195,24 @@ def test_generated_pictures_are_ranked_as_the_original_ranks_their_files(size, t
     cosines = loaded.encode_generated(images) @ loaded.encode_captions(WORDS, None).T
     got = (original.logit_scale.exp() * cosines).softmax(dim=-1)
     torch.testing.assert_close(got, logits.softmax(dim=-1), atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_candidates_have_the_scores_that_the_original_gives_their_files(tiny_models, tmp_path):
+    original = build_openai("vit")
+    save_state(original, tmp_path / "clip.pt")
+    artefact = replace(tiny_models, clip=load_clip(tmp_path / "clip.pt"))
+    runner = ModelRunner(artefact, torch.device("cpu"))
+    request = GenerateRequest(caption="a red square", num_candidates=3, num_images=3, seed=7)
+    result = runner.run(runner.prepare(request))
+    assert result.ranked_by == "clip"
+    transform = clip.clip._transform(64)
+    pictures = [transform(Image.fromarray(each.pixels)) for each in result.ranked]
+    images = F.normalize(original.encode_image(torch.stack(pictures)), dim=-1)
+    caption = F.normalize(original.encode_text(clip.tokenize("a red square")), dim=-1)
+    expected = (images @ caption.T)[:, 0].tolist()
+    assert [each.clip_score for each in result.ranked] == pytest.approx(expected, abs=1e-5)
+    assert expected == sorted(expected, reverse=True)
 
 
 @pytest.mark.parametrize("weight", ["ln_final.weight", "visual.class_embedding", "logit_scale"])

@@ -33,7 +33,7 @@ models, tokenizers, transforms = (
     importlib.import_module(f"open_clip.{name}") for name in ("model", "tokenizer", "transform")
 )
 
-CAPTIONS = ["a photo of a cat", "", "Café — 3 dogs’ &amp; 12 birds!  ", "日本語 😀", "word " * 200]
+CAPTIONS = ["a photo of a cat", "x", "Café — 3 dogs’ &amp; 12 birds!  ", "日本語 😀", "word " * 200]
 SIZES = ((60, 40), (50, 91), (32, 32), (120, 131))
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
 CONFIGS: dict[str, dict[str, Any]] = {
