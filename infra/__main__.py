@@ -89,6 +89,7 @@ COMMANDS: dict[str, Command] = {
             "deploy --mode serverless --memory-mb 6144",
             "deploy --mode realtime --instance-type ml.c7i.2xlarge --max-instances 4",
             "deploy --mode batch --captions captions.txt --out out/batch",
+            "deploy --mode realtime --min-instances 2 --rollout canary --step-percent 50",
         ),
     ),
     "invoke": Command(
@@ -99,6 +100,11 @@ COMMANDS: dict[str, Command] = {
             "invoke 'big filled orange star' --num-candidates 32 --num-images 4 --stream",
             "invoke 'big filled orange star' --openai",
         ),
+    ),
+    "monitor": Command(
+        "infra.endpoint.monitoring.command",
+        "alarms and a dashboard of an endpoint: latency, errors, queue, memory",
+        ("monitor", "monitor --endpoint stars --latency-seconds 20 --errors 5"),
     ),
     "teardown": Command(
         "infra.account.teardown",

@@ -14,6 +14,8 @@ from typing import Any
 from infra.aws.project import KIND_WORDS, PROJECT_TAG, Project, tag_value
 from infra.aws.request import DIGEST_CHARACTERS, Request, describe, newest_first
 from infra.endpoint import autoscaling
+from infra.endpoint.monitoring import alarms as monitoring
+from infra.endpoint.monitoring import dashboard
 from infra.jobs.progress import ENDPOINT_LOGS
 
 
@@ -150,16 +152,28 @@ def scaling(project: Project, endpoints: list[str], variant: str) -> list[dict[s
 
 
 def alarms(project: Project, endpoints: list[str]) -> list[str]:
-    """Return the names of the project's alarms that start the first instance of these endpoints."""
-    if not endpoints:
-        return []
-    names = [autoscaling.alarm_name(endpoint) for endpoint in endpoints]
-    request = Request("cloudwatch", "DescribeAlarms", AlarmNames=names)
-    return [
-        alarm["AlarmName"]
-        for alarm in project.aws.items(request, "MetricAlarms")
-        if tag_value(autoscaling.alarm_tags(project, alarm), PROJECT_TAG) == project.name
-    ]
+    """Return the names of the project's alarms on these endpoints."""
+    found = []
+    for endpoint in endpoints:
+        names = [autoscaling.alarm_name(endpoint)]
+        names += [monitoring.alarm_name(endpoint, kind) for kind in monitoring.KINDS]
+        request = Request("cloudwatch", "DescribeAlarms", AlarmNames=names)
+        found += [
+            alarm["AlarmName"]
+            for alarm in project.aws.items(request, "MetricAlarms")
+            if tag_value(autoscaling.alarm_tags(project, alarm), PROJECT_TAG) == project.name
+        ]
+    return found
+
+
+def dashboards(project: Project, endpoints: list[str]) -> list[str]:
+    """Return the names of the project's dashboards of these endpoints."""
+    found = []
+    for endpoint in endpoints:
+        there = project.aws.find(Request("cloudwatch", "GetDashboard", DashboardName=endpoint))
+        if there is not None and dashboard.is_ours(there["DashboardBody"], project.name):
+            found.append(endpoint)
+    return found
 
 
 def log_groups(project: Project, endpoints: list[str]) -> list[str]:

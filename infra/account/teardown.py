@@ -45,6 +45,7 @@ class Inventory:
     models: list[Resource]
     scaling: list[dict[str, str]]
     alarms: list[str]
+    dashboards: list[str]
     log_groups: list[str]
     stack: dict[str, Any] | None
     bucket: str | None
@@ -59,6 +60,7 @@ class Inventory:
             *((resource.kind.words, resource.name) for resource in named),
             *(("scaling", where["ResourceId"]) for where in self.scaling),
             *(("alarm", name) for name in self.alarms),
+            *(("dashboard", name) for name in self.dashboards),
             *(("log group", name) for name in self.log_groups),
         ]
 
@@ -131,6 +133,7 @@ def collect(project: Project) -> Inventory:
         models=list(inventory.resources(project, inventory.MODEL)),
         scaling=inventory.scaling(project, names, VARIANT),
         alarms=inventory.alarms(project, names),
+        dashboards=inventory.dashboards(project, names),
         log_groups=inventory.log_groups(project, names),
         stack=stack,
         bucket=outputs.get("Bucket"),
@@ -195,6 +198,11 @@ def end_hosting(project: Project, found: Inventory) -> None:
         aws.call(Request("cloudwatch", "DeleteAlarms", AlarmNames=found.alarms))
         for name in found.alarms:
             output.item(f"alarm {name}", "deleted")
+    if found.dashboards:
+        names = {"DashboardNames": found.dashboards}
+        aws.call(Request("cloudwatch", "DeleteDashboards", **names))
+        for name in found.dashboards:
+            output.item(f"dashboard {name}", "deleted")
     for resource in found.endpoints:
         if resource.status != "Deleting":
             aws.find(resource.end)

@@ -77,6 +77,7 @@ class Deployment:
     model_data: the s3 address of a model.tar.gz. image_bytes: unpacked, or None where unknown.
     min_instances, max_instances: bounds of the scaling.
     concurrent_per_instance: requests in progress that the scaling aims at.
+    success_topic, error_topic: ARNs of topics that are told of asynchronous replies and failures.
     """
 
     name: str
@@ -99,6 +100,8 @@ class Deployment:
     volume_gb: int | None = None
     environment: Mapping[str, str] | None = None
     isolate: bool = False
+    success_topic: str = ""
+    error_topic: str = ""
 
 
 def family(instance_type: str) -> str:

@@ -24,6 +24,7 @@ class StackOutputs:
     bucket, repository: names. role_arn: of the role that jobs and endpoints run as.
     read_bucket: another one that this role may read; empty for none.
     network, encryption: of jobs and endpoints. tags: on everything that is created.
+    topic: the ARN of the SNS topic of `bootstrap --mail`; empty for none.
     """
 
     bucket: str
@@ -33,10 +34,13 @@ class StackOutputs:
     network: Network = Network()
     encryption: Encryption = Encryption()
     tags: list[dict[str, str]] = field(default_factory=list)
+    topic: str = ""
 
 
 _BUCKET, _REPOSITORY, _ROLE = (placeholder(f"{key} of the stack") for key in OUTPUTS)
-PRESUMED_OUTPUTS = StackOutputs(_BUCKET, _REPOSITORY, _ROLE)
+PRESUMED_OUTPUTS = StackOutputs(
+    _BUCKET, _REPOSITORY, _ROLE, topic=placeholder("TopicArn of the stack")
+)
 """Stand-ins for what AWS would answer: with them a plan is checked before the first request."""
 
 
@@ -50,8 +54,14 @@ def stack_outputs(stack: Mapping[str, Any], tags: list[dict[str, str]]) -> Stack
         read_bucket=parameters.get(READ_BUCKET, ""),
         network=network.of_parameters(parameters),
         encryption=encryption.of_parameters(parameters),
-        tags=[*tags, *tag_list(own_tags(stack.get("Tags", [])))],
+        tags=all_tags(stack, tags),
+        topic=found.get("TopicArn", ""),
     )
+
+
+def all_tags(stack: Mapping[str, Any] | None, tags: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Return the project's tags, which are given, and those of the team, which the stack has."""
+    return [*tags, *tag_list(own_tags((stack or {}).get("Tags", [])))]
 
 
 def outputs_of(stack: Mapping[str, Any] | None) -> dict[str, str]:

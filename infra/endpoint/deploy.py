@@ -14,16 +14,17 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from dalle.errors import UserError
+from dalle.errors import PlanError, UserError
 from infra.aws import settings
 from infra.aws.limits import Deployment, check_deployment, raise_all
 from infra.aws.project import PRESUMED_IMAGE, Image, Project, add_project_arguments, open_project
 from infra.aws.request import Request, describe, newest_first, placeholder
 from infra.aws.stack import StackOutputs
 from infra.aws.storage import check_readable
-from infra.endpoint import autoscaling, batch
+from infra.endpoint import autoscaling, batch, rollout
 from infra.endpoint import options as endpoint_options
 from infra.endpoint.idle_cost import expected_idle_cost
+from infra.endpoint.options import PROJECTS_TOPIC
 from infra.endpoint.requests import VARIANT, config_request, model_request
 from infra.endpoint.update import put_endpoint
 
@@ -45,6 +46,7 @@ class Plan:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     endpoint_options.add_arguments(parser)
+    rollout.add_arguments(parser)
     settings.add_arguments(parser)
     add_project_arguments(parser)
 
@@ -66,7 +68,14 @@ def run(options: argparse.Namespace) -> int:
         return batch.run(project, plan.target, options.out)
     config_name = plan.target.parameters["EndpointConfigName"]
     project.ensure("EndpointConfig", config_name, plan.target)
-    state = put_endpoint(project, deployment.name, config_name, outputs.tags, wait=options.wait)
+    state = put_endpoint(
+        project,
+        deployment,
+        config_name,
+        outputs.tags,
+        rollout=rollout.read(options),
+        wait=options.wait,
+    )
     if options.wait or project.aws.dry_run:
         autoscaling.scale(project, deployment, VARIANT, outputs.tags)
     elif autoscaling.is_wanted(deployment):
@@ -100,6 +109,9 @@ def make_plan(
     deployment = endpoint_options.read(options, project.name, image, model_data)
     check_deployment(deployment)
     check_place(deployment, outputs)
+    check_topics(project, deployment, outputs)
+    update = rollout.read(options)
+    raise_all(f"update of {deployment.name}", list(update.problems(deployment)) if update else [])
     model = model_request(deployment, outputs)
     project.aws.check(model)
     name = str(model.parameters["ModelName"])
@@ -123,6 +135,18 @@ def check_place(deployment: Deployment, outputs: StackOutputs) -> None:
             "hosts are in subnets; take --mode async, which costs nothing when idle either"
         )
     raise_all(f"deployment {deployment.name} ({deployment.mode})", wrong)
+
+
+def check_topics(project: Project, deployment: Deployment, outputs: StackOutputs) -> None:
+    """Raise PlanError for topics of another mode, and for that of a stack that has none."""
+    given = (deployment.success_topic, deployment.error_topic)
+    if any(given) and deployment.mode != "async":
+        raise PlanError("--success-topic and --error-topic are for --mode async alone")
+    if PROJECTS_TOPIC in given and not (outputs.topic or project.aws.dry_run):
+        raise PlanError(
+            "the project has no topic yet: `python -m infra bootstrap --mail ADDRESS` makes one, "
+            "or name one by its ARN"
+        )
 
 
 def newest_model(project: Project) -> str:

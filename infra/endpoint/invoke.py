@@ -38,6 +38,8 @@ JSON_LINES = "application/jsonlines"
 STREAM_SECONDS = 500.0
 """A streamed reply may take 8 minutes."""
 POLL_SECONDS = 2.0
+MAX_PRESIGN_HOURS = 7 * 24
+"""By the signature, whose end is at most a week away."""
 LOCAL_PORT = 8080
 # Checks everything but the endpoint's limits, which are not known here.
 NO_LIMITS = Limits(max_candidates=1 << 30, max_images=1 << 30, max_request_bytes=1 << 40)
@@ -59,6 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--timeout", type=float, default=1800.0, help="seconds to wait for an async reply; 1800"
+    )
+    parser.add_argument(
+        "--presign-hours",
+        type=float,
+        metavar="HOURS",
+        help="do not wait: print addresses of the reply and of the failure that anybody may read "
+        "for so long (async)",
     )
     parser.add_argument(
         "--local",
@@ -85,6 +94,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     body = request_body(options)
+    hours = options.presign_hours
+    if hours is not None and not 0 < hours <= MAX_PRESIGN_HOURS:
+        raise PlanError(f"--presign-hours must be more than 0 and at most 168, got {hours:g}")
     if options.openai and options.stream:
         raise PlanError("--openai and --stream cannot be given together")
     if options.local:
@@ -104,6 +116,10 @@ def run(options: argparse.Namespace) -> int:
         if mode in ("async", "serverless"):
             raise PlanError(f"endpoint {name} is {mode}, and only a realtime one can stream")
         return invoke_stream(project, name, body, options.out)
+    if hours is not None:
+        if mode != "async" and not project.aws.dry_run:
+            raise PlanError(f"--presign-hours is for an async endpoint, and {name} is {mode}")
+        return presign(project, name, body, hours)
     if mode == "async":
         reply = invoke_async(project, project.stack_outputs(), name, body, options.timeout)
     else:
@@ -189,25 +205,11 @@ def invoke_async(
 ) -> bytes:
     """Return the reply of an asynchronous endpoint, which it leaves in the bucket.
 
-    A small request is sent with the call, a larger one by the bucket.
     Raises AwsError with the endpoint's error message, and when no reply came in time.
     """
-    if len(body) <= INLINE_BYTES:
-        request: dict[str, Any] = {"Body": body}
-    else:
-        key = f"async/{name}/requests/{digest(body.decode())}.json"
-        upload = {"Bucket": outputs.bucket, "Key": key, "Body": body, "ContentType": JSON}
-        project.aws.call(Request("s3", "PutObject", **upload))
-        request = {"InputLocation": f"s3://{outputs.bucket}/{key}"}
-    answer = project.aws.call(
-        invocation("InvokeEndpointAsync", name, Filename=_reply_name(), **request)
-    )
+    reply, failure = send_async(project, outputs, name, body)
     if project.aws.dry_run:
         return b""
-    project.output.line(
-        f"endpoint {name} has the request; without an instance it starts one, which takes minutes"
-    )
-    reply, failure = answer["OutputLocation"], answer.get("FailureLocation")
     ends = time.monotonic() + timeout
     while True:
         content = project.aws.read(*split_uri(reply))
@@ -223,6 +225,50 @@ def invoke_async(
                 f"`python -m infra logs {name}` shows the endpoint's log"
             )
         project.aws.pause(POLL_SECONDS)
+
+
+def presign(project: Project, name: str, body: bytes, hours: float) -> int:
+    """Send a request, print where its reply and failure will be, and do not wait for them.
+
+    Whoever has an address may read there until it ends. Raises as `invoke_async`.
+    """
+    reply, failure = send_async(project, project.stack_outputs(), name, body)
+    if project.aws.dry_run:
+        return project.output.finish()
+    seconds = round(hours * 3600)
+    found = {
+        kind: project.aws.presigned(*split_uri(uri), seconds)
+        for kind, uri in (("reply", reply), ("failure", failure))
+        if uri
+    }
+    for kind, address in found.items():
+        project.output.item(f"{kind}, for {hours:g} h", address)
+    return project.output.finish(endpoint=name, mode="async", **found)
+
+
+def send_async(
+    project: Project, outputs: StackOutputs, name: str, body: bytes
+) -> tuple[str, str | None]:
+    """Send a request, and return the addresses in S3 at which its reply or its failure will be.
+
+    A small request is sent with the call, a larger one by the bucket.
+    """
+    if len(body) <= INLINE_BYTES:
+        request: dict[str, Any] = {"Body": body}
+    else:
+        key = f"async/{name}/requests/{digest(body.decode())}.json"
+        upload = {"Bucket": outputs.bucket, "Key": key, "Body": body, "ContentType": JSON}
+        project.aws.call(Request("s3", "PutObject", **upload))
+        request = {"InputLocation": f"s3://{outputs.bucket}/{key}"}
+    answer = project.aws.call(
+        invocation("InvokeEndpointAsync", name, Filename=_reply_name(), **request)
+    )
+    if project.aws.dry_run:
+        return "", None
+    project.output.line(
+        f"endpoint {name} has the request; without an instance it starts one, which takes minutes"
+    )
+    return answer["OutputLocation"], answer.get("FailureLocation")
 
 
 def _reply_name() -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from dalle.errors import PlanError
 from infra.aws.limits import MODES, Deployment, Mode, default_ami, has_gpu
 from infra.aws.project import IMAGE_TAG, Image, add_pairs
+from infra.aws.team.names import topic_arn
 
 NAME_PATTERN = r"[a-zA-Z0-9]+(-+[a-zA-Z0-9]+)*"
 DEFAULT_INSTANCE: dict[Mode, str | None] = {
@@ -22,6 +23,7 @@ DEFAULT_CONCURRENT: dict[Mode, int] = {"realtime": 4, "async": 1, "serverless": 
 # platform cuts the request off.
 DEADLINES: dict[Mode, int] = {"realtime": 55, "serverless": 55, "async": 890, "batch": 590}
 REPLY_MB: dict[Mode, int] = {"realtime": 5, "serverless": 3, "async": 100, "batch": 90}
+PROJECTS_TOPIC = "project"
 DEFAULT_MEMORY_MB = 6144
 DEFAULT_CONCURRENCY = 5
 
@@ -67,9 +69,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     work = parser.add_argument_group("batch")
     work.add_argument("--captions", type=Path, help="a text file, one caption a line")
     work.add_argument("--out", type=Path, help="a folder for the images; default: out/batch")
+    told = parser.add_argument_group("async")
+    for option, what in (("--success-topic", "a reply"), ("--error-topic", "a failure")):
+        told.add_argument(
+            option,
+            type=topic,
+            default="",
+            metavar="ARN",
+            help=f"an SNS topic that is told of {what}; `{PROJECTS_TOPIC}`: that of "
+            "`bootstrap --mail`",
+        )
     parser.add_argument(
         "--invocation-seconds", type=int, help="for one request; default: 60, async and batch 900"
     )
+
+
+def topic(text: str) -> str:
+    """Return the ARN of a topic, or the word for the project's. For argparse."""
+    return text if text == PROJECTS_TOPIC else topic_arn(text)
 
 
 def check_given(options: argparse.Namespace) -> None:
@@ -140,4 +157,6 @@ def read(
         volume_gb=options.volume_gb,
         environment=environment,
         isolate=options.isolate,
+        success_topic=options.success_topic,
+        error_topic=options.error_topic,
     )

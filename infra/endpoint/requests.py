@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from infra.aws.limits import Deployment
-from infra.aws.request import Request, digest
+from infra.aws.request import Request, digest, placeholder
 from infra.aws.stack import StackOutputs
+from infra.endpoint.options import PROJECTS_TOPIC
 
 VARIANT = "main"
 
@@ -46,11 +47,25 @@ def config_request(deployment: Deployment, model_name: str, outputs: StackOutput
                 "S3OutputPath": f"{folder}/replies/",
                 "S3FailurePath": f"{folder}/failures/",
                 **keys.output_fields,
+                **notification(deployment, outputs.topic),
             },
         }
     name = f"{deployment.name}-{digest(request)}"
     operation = "CreateEndpointConfig"
     return Request("sagemaker", operation, EndpointConfigName=name, **request, Tags=outputs.tags)
+
+
+def notification(deployment: Deployment, topic: str) -> dict[str, Any]:
+    """Return the API's NotificationConfig with the topics that are told, or no field.
+
+    topic: of the project, which stands behind the word `project`.
+    """
+    topic = topic or placeholder("TopicArn of the stack")
+    given = {"SuccessTopic": deployment.success_topic, "ErrorTopic": deployment.error_topic}
+    told = {
+        key: topic if value == PROJECTS_TOPIC else value for key, value in given.items() if value
+    }
+    return {"NotificationConfig": told} if told else {}
 
 
 def variant(deployment: Deployment, model_name: str) -> dict[str, Any]:

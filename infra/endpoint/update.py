@@ -5,21 +5,31 @@ from __future__ import annotations
 from typing import Any
 
 from dalle.errors import AwsError
+from infra.aws.limits import Deployment
 from infra.aws.project import Project
 from infra.aws.request import Request, describe
+from infra.endpoint.monitoring import alarms
+from infra.endpoint.rollout import Rollout
 
 POLL_SECONDS = 15.0
 
 
 def put_endpoint(
-    project: Project, name: str, config_name: str, tags: list[dict[str, str]], *, wait: bool
+    project: Project,
+    deployment: Deployment,
+    config_name: str,
+    tags: list[dict[str, str]],
+    *,
+    rollout: Rollout | None,
+    wait: bool,
 ) -> str:
     """Create the endpoint, or change its configuration; return `made`, `updated`, `already there`.
 
-    Raises AwsError with the platform's reason when it does not come into service, and UserError
-    when the endpoint of that name is not the project's.
+    rollout: how it is changed; None for all at once, without alarms. Raises AwsError with the
+    platform's reason when it does not come into service, and UserError when the endpoint of that
+    name is not the project's.
     """
-    output = project.output
+    output, name = project.output, deployment.name
     request = describe("Endpoint", name)
     target = {"EndpointName": name, "EndpointConfigName": config_name}
     found = project.find_ours("Endpoint", name)
@@ -39,7 +49,9 @@ def put_endpoint(
         state = "already there"
     else:
         state = "updated"
-        project.aws.call(Request("sagemaker", "UpdateEndpoint", **target))
+        update(project, deployment, config_name, tags, rollout)
+    if project.aws.dry_run and rollout:
+        update(project, deployment, config_name, tags, rollout)  # what an endpoint that exists gets
     if not wait:
         output.item(f"endpoint {name}", f"{state}; not waited for")
         return state
@@ -56,6 +68,24 @@ def put_endpoint(
         )
     output.item(f"endpoint {name}", f"{state}, in service")
     return state
+
+
+def update(
+    project: Project,
+    deployment: Deployment,
+    config_name: str,
+    tags: list[dict[str, str]],
+    rollout: Rollout | None,
+) -> None:
+    """Start the change of an endpoint's configuration; with a rollout, its alarms come first."""
+    target: dict[str, Any] = {
+        "EndpointName": deployment.name,
+        "EndpointConfigName": config_name,
+    }
+    if rollout:
+        names = alarms.ensure_rollback(project, deployment.name, deployment.mode, tags)
+        target["DeploymentConfig"] = rollout.config(names)
+    project.aws.call(Request("sagemaker", "UpdateEndpoint", **target))
 
 
 def _rests(answer: dict[str, Any]) -> bool:

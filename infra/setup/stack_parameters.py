@@ -14,7 +14,7 @@ from infra.aws.client import Aws
 from infra.aws.limits import raise_all
 from infra.aws.stack import READ_BUCKET
 from infra.aws.team import encryption, network
-from infra.aws.team.names import bucket_name, repository_name, role_arn
+from infra.aws.team.names import bucket_name, mail_address, named, repository_name, role_arn
 
 NAMES = (
     READ_BUCKET,
@@ -28,6 +28,8 @@ NAMES = (
     "BucketKmsKey",
     "RepositoryKmsKey",
     "LogBucket",
+    "Mail",
+    "BudgetUsd",
 )
 AT_FIRST = {
     "ExistingBucket": "--bucket",
@@ -67,6 +69,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="receives the access log of the stack's bucket",
     )
+    told = parser.add_argument_group("who is told")
+    told.add_argument(
+        "--mail",
+        type=mail_address,
+        metavar="ADDRESS",
+        help="of alarms (`monitor`), of asynchronous failures and of the budget; AWS asks the "
+        "address first",
+    )
+    told.add_argument(
+        "--budget",
+        type=named("an amount of US dollars such as 200", r"\d+(\.\d\d)?"),
+        metavar="USD",
+        help="a month; with --mail, told at 80 % and when more than all is expected",
+    )
 
 
 def given(options: argparse.Namespace) -> dict[str, str]:
@@ -89,6 +105,8 @@ def given(options: argparse.Namespace) -> dict[str, str]:
         "BucketKmsKey": options.bucket_kms_key,
         "RepositoryKmsKey": options.repository_kms_key,
         "LogBucket": options.log_bucket,
+        "Mail": options.mail,
+        "BudgetUsd": options.budget,
     }
     for name, value in found.items():
         if name.endswith("KmsKey") and value and not encryption.is_key_arn(value):
@@ -126,6 +144,8 @@ def merged(kept: Mapping[str, str], new: Mapping[str, str], *, is_new: bool) -> 
         for name, option in (("BucketKmsKey", "--bucket-kms-key"), ("LogBucket", "--log-bucket")):
             if found[name]:
                 raise PlanError(f"{option} is for a bucket of the stack's, not with --bucket")
+    if found["BudgetUsd"] and not found["Mail"]:
+        raise PlanError("--budget needs --mail, the address that is told")
     if found["ExistingRepository"] and found["RepositoryKmsKey"]:
         raise PlanError("--repository-kms-key is for a repository of the stack's")
     return found

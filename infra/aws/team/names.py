@@ -31,3 +31,8 @@ training_plan_arn = named(
     "a training plan's ARN such as arn:aws:sagemaker:us-east-1:123456789012:training-plan/ours",
     r"arn:aws[a-z-]*:sagemaker:[a-z0-9-]+:\d{12}:training-plan/.+",
 )
+topic_arn = named(
+    "an SNS topic's ARN such as arn:aws:sns:us-east-1:123456789012:team",
+    r"arn:aws[a-z-]*:sns:[a-z0-9-]+:\d{12}:[\w.-]+",
+)
+mail_address = named("a mail address such as team@example.com", r"[^@\s]+@[^@\s]+\.[^@\s]+")

@@ -83,6 +83,19 @@ def test_the_bucket_keeps_versions_for_a_month_and_takes_a_key_of_the_team():
     ]
 
 
+def test_a_budget_counts_the_project_alone_and_tells_the_address(account, infra):
+    budget = template()["Budget"]["Properties"]
+    (tag,) = budget["Budget"]["CostFilters"]["TagKeyValue"]
+    assert tag == {"Join": ["", ["user:dalle:project$", {"Ref": "Project"}]]}
+    for told in budget["NotificationsWithSubscribers"]:
+        (subscriber,) = told["Subscribers"]
+        assert subscriber["Address"] == {"Ref": "Mail"}
+    assert infra("bootstrap", "--mail", "team@example.com", "--budget", "200").code == 0
+    assert parameters(account) == {"Mail": "team@example.com", "BudgetUsd": "200"}
+    (topic,) = account.client("sns").list_subscriptions()["Subscriptions"]
+    assert (topic["Protocol"], topic["Endpoint"]) == ("email", "team@example.com")
+
+
 def test_the_role_of_callers_has_their_policy():
     caller = template()["CallerRole"]["Properties"]
     assert caller["ManagedPolicyArns"] == [{"Ref": "CallerPolicy"}]
@@ -139,6 +152,7 @@ def test_the_role_of_the_stack_uses_a_bucket_that_exists(account, infra, role_po
             ["--kms-key", KEY.replace("us-east-1", "eu-west-1")],
             "is of eu-west-1, and the requests go to us-east-1",
         ),
+        (["--budget", "200"], "--budget needs --mail, the address that is told"),
         (["--bucket", "our", "--bucket-kms-key", KEY], "is for a bucket of the stack's"),
         (
             ["--repository", "our", "--repository-kms-key", KEY],
@@ -162,6 +176,8 @@ def test_what_does_not_go_together_is_refused_before_anything_is_made(account, i
         (["--kms-key", "key"], "a KMS key is named by its ARN"),
         (["--role", "sagemaker"], "123456789012:role/sagemaker was expected, got 'sagemaker'"),
         (["--bucket", "s3://our"], "such as our-pictures was expected, got 's3://our'"),
+        (["--mail", "team"], "a mail address such as team@example.com was expected"),
+        (["--budget", "much"], "an amount of US dollars such as 200 was expected"),
         (["--resource-tag", "aws:team=x"], "tags that begin with aws: or dalle: belong to others"),
         (["--resource-tag", "team"], "KEY=VALUE was expected, got 'team'"),
         (["--resource-tag", "team=a;b"], "a tag's value is at most 256 letters"),

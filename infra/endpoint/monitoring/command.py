@@ -1,0 +1,111 @@
+"""`monitor`: alarms and a dashboard of one endpoint.
+
+They are named after the endpoint. A second run changes what differs, and `teardown` deletes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from dalle.errors import PlanError, UserError
+from infra.aws.limits import Mode
+from infra.aws.project import Project, add_project_arguments, open_project
+from infra.aws.request import describe
+from infra.aws.stack import all_tags, outputs_of
+from infra.aws.team.names import topic_arn
+from infra.endpoint.invoke import mode_of
+from infra.endpoint.monitoring import alarms, dashboard
+from infra.endpoint.monitoring.alarms import Thresholds
+from infra.endpoint.options import endpoint_name
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    default = Thresholds()
+    parser.add_argument("--endpoint", metavar="NAME", help="default: named as the project")
+    parser.add_argument(
+        "--errors",
+        type=int,
+        default=default.errors,
+        help=f"5xx replies in a minute; default: {default.errors}",
+    )
+    parser.add_argument(
+        "--latency-seconds", type=float, help="the 95th percentile; default: 50, async 800"
+    )
+    parser.add_argument(
+        "--queue",
+        type=int,
+        default=default.queue,
+        help=f"requests that wait at an async endpoint; default: {default.queue}",
+    )
+    parser.add_argument(
+        "--memory-percent",
+        type=float,
+        default=default.memory_percent,
+        help=f"of a host's memory; default: {default.memory_percent:g}",
+    )
+    parser.add_argument(
+        "--topic",
+        type=topic_arn,
+        metavar="ARN",
+        help="an SNS topic that is told; default: that of `bootstrap --mail`, '' for none",
+    )
+    add_project_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    thresholds = read(options)
+    project = open_project(options)
+    name = endpoint_name(project.name, options.endpoint)
+    stack = project.stack()
+    topic = options.topic
+    if topic is None:
+        topic = outputs_of(stack).get("TopicArn", "")
+    mode = _mode(project, name)
+    tags = all_tags(stack, project.tags)
+    wanted = {
+        alarms.alarm_name(name, kind): alarms.alarm_request(
+            name, kind, mode, thresholds, tags, topic
+        )
+        for kind in alarms.kinds_of(mode)
+    }
+    for request in wanted.values():
+        project.aws.check(request)
+    alarms.ensure(project, wanted)
+    dashboard.ensure(project, name, mode)
+    if not topic:
+        project.output.line(
+            "nobody is told: `python -m infra bootstrap --mail ADDRESS`, or --topic ARN"
+        )
+    return project.output.finish(
+        endpoint=name, alarms=list(wanted), dashboard=name, topic=topic or None
+    )
+
+
+def read(options: argparse.Namespace) -> Thresholds:
+    """Return the thresholds. Raises PlanError for one that would ring always or never."""
+    given = Thresholds(
+        options.errors, options.latency_seconds, options.queue, options.memory_percent
+    )
+    for option, value in (
+        ("--errors", given.errors),
+        ("--latency-seconds", given.latency_seconds),
+        ("--queue", given.queue),
+    ):
+        if value is not None and value <= 0:
+            raise PlanError(f"{option} must be more than 0, got {value:g}")
+    if not 0 < given.memory_percent <= 100:
+        raise PlanError(f"--memory-percent must be 1 to 100, got {given.memory_percent:g}")
+    return given
+
+
+def _mode(project: Project, name: str) -> Mode:
+    """Return the mode of an endpoint of ours. Raises UserError when there is none."""
+    found = project.find_ours("Endpoint", name)
+    if found is None and project.aws.dry_run:
+        return "realtime"
+    if found is None:
+        raise UserError(
+            f"there is no endpoint {name}; `python -m infra status` lists them, and "
+            "`python -m infra deploy` creates one"
+        )
+    return mode_of(project.aws.call(describe("EndpointConfig", found["EndpointConfigName"])))
