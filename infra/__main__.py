@@ -116,6 +116,14 @@ COMMANDS: dict[str, Command] = {
         "show the dated price table, or refresh it from AWS",
         ("prices", "prices refresh --type ml.g5.xlarge --region eu-west-1 --out prices.json"),
     ),
+    "cost": Command(
+        "infra.compare.training",
+        "say what a training job costs on several instance types, on demand and spot",
+        (
+            "cost plan.json",
+            "cost plan.json --type ml.g5.xlarge --type ml.p5.4xlarge --html out/job.html",
+        ),
+    ),
     "benchmark": Command(
         "infra.benchmark.command",
         "measure latency and throughput of a server, the local image or an endpoint",

@@ -21,6 +21,7 @@ from infra.benchmark.machine import (
     container_versions,
     this_machine,
 )
+from infra.benchmark.revision import checkout_revision
 from infra.benchmark.run_file import Device, Hardware
 from infra.cost.prices import PriceTable
 from infra.docker import why_no_docker
@@ -86,7 +87,10 @@ def url_server(
         hardware = hardware.model_copy(update={named: processor})
     parts = urlsplit(url)
     address = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-    return Server("", "url", address, target, device, hardware, _versions(target))
+    versions = _versions(target)
+    if is_here and (revision := checkout_revision()):
+        versions["revision"] = revision  # a server on this machine is taken to be of this checkout
+    return Server("", "url", address, target, device, hardware, versions)
 
 
 @contextlib.contextmanager

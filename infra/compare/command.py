@@ -17,6 +17,7 @@ from typing import Any
 
 from dalle.errors import UserError
 from infra.aws.output import Output, aligned, write_file
+from infra.benchmark.revision import measured_revisions, outdated
 from infra.benchmark.run_file import Run, load_run
 from infra.compare.comparison import Comparison, Range, compare_runs
 from infra.compare.recommendation import quietness, recommendation
@@ -126,8 +127,11 @@ def _assumed(words: Sequence[str]) -> dict[str, float]:
 
 def render_text(comparison: Comparison) -> str:
     """Return the comparison for the terminal."""
+    first, *reasons = recommendation(comparison)
+    warnings = [f"WARNING: {each}" for each in outdated(comparison.runs)]
+    measured = [*measured_revisions(comparison.runs), *quietness(comparison)]
     parts = []
-    for line in [*recommendation(comparison), *quietness(comparison)]:
+    for line in [first, *warnings, *reasons, *measured]:
         parts.append(textwrap.fill(line, WIDTH, subsequent_indent="  "))
     parts += [_text_table(each) for each in tables(comparison)]
     return "\n\n".join(parts)
@@ -155,6 +159,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "region": comparison.region,
         "recommendation": recommendation(comparison),
         "quietness": quietness(comparison),
+        "outdated": outdated(comparison.runs),
         "options": [
             {
                 "name": option.name,

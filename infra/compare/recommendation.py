@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from infra.compare.comparison import Comparison, Range
 from infra.compare.serving_options import Option
+from infra.cost.prices import CONFIDENCE_NOTE
 
 QUIET_SHARE = 0.1  # of the processors' time; a larger use by others is reported as sharing
 
@@ -17,7 +18,7 @@ def recommendation(comparison: Comparison) -> list[str]:
         problems = "; ".join(f"{each.name}: {each.problem}" for each in comparison.options)
         return [f"No option answers while its caller waits ({problems}). Serve asynchronously."]
     at_once, any_time = comparison.ranges_at_once, comparison.ranges_any
-    lines = [f"While callers wait: {_take(at_once)}."]
+    lines = [f"While callers wait: {_take(at_once)}.", CONFIDENCE_NOTE]
     lines += [_reason(comparison, option) for option in _once(at_once)]
     if [each.option for each in any_time] != [each.option for each in at_once]:
         lines.append(f"Where callers may wait for minutes: {_take(any_time)}.")

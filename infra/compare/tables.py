@@ -11,10 +11,15 @@ from inference.bench.load import HTTP, STAGES
 from infra.compare.comparison import Comparison
 from infra.compare.recommendation import usd
 from infra.compare.serving_options import Option
-from infra.cost.prices import CONFIDENCE, Price
+from infra.cost.prices import CONFIDENCE_NOTE, Price
 
 NOT_MEASURED = "not measured"
 SMALLEST = "ml.t2.medium"
+ARTICLE_TITLE = "A blog article of 2021 says"
+ARTICLE_CLAIM = (
+    "that the smallest instance without a GPU costs 50 USD a month, and that one with a GPU costs "
+    "at least three times as much and is at least three times as fast."
+)
 
 
 @dataclass(frozen=True)
@@ -186,9 +191,10 @@ def stages(comparison: Comparison) -> Table:
 
 
 def article(comparison: Comparison) -> Table:
-    """The article's figures beside those of the price table and the runs."""
+    """An old article's figures beside those of the price table and the runs."""
     rows: list[Sequence[str]] = []
-    table = Table("The article's figures", "", ["figure", "#article", "#ours", "from"], rows)
+    columns = ["figure", "#the article", "#here", "from"]
+    table = Table(ARTICLE_TITLE, ARTICLE_CLAIM, columns, rows)
     try:
         smallest = comparison.table.hourly(SMALLEST, comparison.region)
     except PriceMissing as error:
@@ -236,8 +242,7 @@ def prices(comparison: Comparison) -> Table:
     """Every price that a figure depends on."""
     return _table(
         f"Prices in {comparison.region}",
-        "; ".join(f"{mark}: {meaning}" for mark, meaning in CONFIDENCE.items())
-        + f". The table was compiled on {comparison.table.gathered}.",
+        f"{CONFIDENCE_NOTE} The table was compiled on {comparison.table.gathered}.",
         [
             {
                 "item": each.item,

@@ -25,6 +25,11 @@ CONFIDENCE: dict[Confidence, str] = {
     "C": "third-party tables, or inferred",
     "low": "doubtful",
 }
+CONFIDENCE_NOTE = (
+    "Behind a price stand its date and a letter that says how far to trust it: "
+    + "; ".join(f"{letter}, {meaning}" for letter, meaning in CONFIDENCE.items())
+    + "."
+)
 
 
 class _Row(BaseModel):

@@ -4,6 +4,7 @@ As a notebook would use them, and cleared away afterwards. "Repair" marks what t
 gets wrong and these tests need, with the issue in aws/sagemaker-python-sdk where there is one.
 """
 
+import gc
 import os
 import shutil
 import socket
@@ -32,13 +33,14 @@ DIRECTORY = "com.docker.compose.project.working_dir"
 START_SECONDS = 480.0
 
 
-def train(channels, out, *, hyperparameters, instance_count=1):
+def train(channels, out, *, hyperparameters, instance_count=1, source_code=None):
     """Train in the mode LOCAL_CONTAINER; return model.tar.gz, in `out` beside output.tar.gz.
 
-    channels: name -> a directory of this machine or an s3:// address. Raises JobError with the
-    job's reason, PlatformError where the SDK reports success for hosts that failed.
+    channels: name -> a directory of this machine or an s3:// address. source_code: arguments of
+    SourceCode; None for none. Raises JobError with the job's reason, PlatformError where the SDK
+    reports success for hosts that failed.
     """
-    from sagemaker.core.training.configs import Compute, InputData
+    from sagemaker.core.training.configs import Compute, InputData, SourceCode
     from sagemaker.train.local import local_container
     from sagemaker.train.model_trainer import Mode, ModelTrainer
 
@@ -51,6 +53,7 @@ def train(channels, out, *, hyperparameters, instance_count=1):
         compute=Compute(instance_type="local_cpu", instance_count=instance_count),
         hyperparameters=hyperparameters,
         local_container_root=str(root),
+        source_code=SourceCode(**source_code) if source_code else None,
     )
     inputs = [
         InputData(channel_name=name, data_source=str(source)) for name, source in channels.items()
@@ -74,6 +77,10 @@ def train(channels, out, *, hyperparameters, instance_count=1):
         reasons = [path.read_text("utf-8") for path in root.glob("algo-*/output/failure")]
         raise JobError("\n".join(reasons) or f"the job failed: {error}") from error
     finally:
+        # Repair: the SDK leaves its folder of scripts and its pipes to the garbage collector.
+        if trainer._temp_code_dir is not None:
+            trainer._temp_code_dir.cleanup()
+        gc.collect()
         _remove_containers(root)
         _remove_tree(root)
     return out / "model.tar.gz"

@@ -132,6 +132,23 @@ def test_a_job_that_fails_says_why_and_leaves_nothing(pairs, tmp_path):
     assert sdk.containers(tmp_path) == []
 
 
+def test_the_command_train_of_a_source_code_trains_as_the_image_does(trained, pairs, tmp_path):
+    channels = {"train": pairs, "validation": pairs}
+    archive = sdk.train(channels, tmp_path, hyperparameters=STEPS, source_code={"command": "train"})
+    alone, there = stages_of(trained / "model.tar.gz"), stages_of(archive)
+    assert [stage["metrics"] for stage in there] == [stage["metrics"] for stage in alone]
+
+
+def test_requirements_of_a_source_code_are_refused_in_words(pairs, tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    for folder in (source, out):
+        folder.mkdir()
+    (source / "requirements.txt").write_text("numpy\n")
+    code = {"command": "train", "source_dir": str(source), "requirements": "requirements.txt"}
+    with pytest.raises(JobError, match=r"this image installs no packages \(`pip install -r req"):
+        sdk.train({"train": pairs}, out, hyperparameters=STEPS, source_code=code)
+
+
 def test_a_hosted_model_answers_and_refuses_as_on_an_endpoint(endpoint):
     picture = endpoint.invoke(b"red circle", "text/plain", "image/png")
     assert (picture.status, picture.headers["content-type"]) == (200, "image/png")

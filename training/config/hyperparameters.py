@@ -33,6 +33,8 @@ from training.config.fields import (
 MAX_HYPERPARAMETERS = 1_000  # the platform takes 100 of a job
 IGNORED_PREFIX = "sagemaker_"
 IGNORED_NAMES = frozenset({"_tuning_objective_metric"})
+SCRIPT = "sagemaker_program"
+"""By which the SDK's Estimator(entry_point=…) names a script of the user's."""
 
 TOKENIZER_NAMES = frozenset({"tokenizer_kind", "tokenizer_vocab_size", "text_length"})
 """Hyperparameters of a new tokenizer only."""
@@ -63,8 +65,9 @@ def parse(raw: Mapping[str, str]) -> Hyperparameters:
     """Parse the platform's name -> text into the job's hyperparameters.
 
     With engine=deepspeed, the keys of `deepspeed_config` set the hyperparameters that they decide.
-    The platform's names (`sagemaker_…`, `_tuning_objective_metric`) are ignored. Raises
-    HyperparameterError with one line for every unknown name, wrong value and wrong combination.
+    The platform's names (`sagemaker_…`, `_tuning_objective_metric`) are ignored, but for a script
+    that would not run. Raises HyperparameterError with one line for every unknown name, wrong value
+    and wrong combination.
     """
     given = {
         name: text
@@ -76,7 +79,7 @@ def parse(raw: Mapping[str, str]) -> Hyperparameters:
             f"a job has at most {MAX_HYPERPARAMETERS} hyperparameters, got {len(given):,}"
         )
     given_by_author = frozenset(given)
-    problems = _take_implied(given)
+    problems = [*_script(raw), *_take_implied(given)]
     job: dict[str, Any] = {}
     stages: dict[StageName, dict[str, Any]] = {stage: {} for stage in STAGE_FIELDS}
     # Plain names first, so that prefixed ones overwrite what they set.
@@ -112,6 +115,15 @@ def parse(raw: Mapping[str, str]) -> Hyperparameters:
     if problems:
         raise HyperparameterError(_summary(problems))
     return parsed
+
+
+def _script(raw: Mapping[str, str]) -> list[str]:
+    if not raw.get(SCRIPT):
+        return []
+    return [
+        f"{SCRIPT} is {raw[SCRIPT]}, and this image trains by its own `train`, so that the script "
+        "would not run; leave entry_point and source_dir out of the Estimator"
+    ]
 
 
 def _small_vocabulary(hyperparameters: JobHyperparameters) -> list[str]:

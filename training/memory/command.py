@@ -164,6 +164,8 @@ def _json(plans: Sequence[StagePlan], devices: Devices) -> str:
                     "size": each.size,
                     "num_parameters": each.num_parameters,
                     "batch_size": each.batch_size,
+                    "step_flops": each.step_flops,
+                    "budget": each.budget,
                     "job": row(each.job),
                     "others": [row(other) for other in each.others],
                     "advice": each.advice(),

@@ -156,6 +156,10 @@ class StageMemory:
             return self._with_torch(setting, part_size)
         return self._with_deepspeed(setting, part_size)
 
+    def operations(self, setting: Setting, part_size: int) -> float:
+        """Return the floating-point operations of the passes over so many pairs at once."""
+        return self._passes.operations(part_size, setting.formats)
+
     def largest_part(self, setting: Setting, device_bytes: int, *, at_most: int) -> int:
         """Return how many pairs one device can compute at once in so many bytes, 0 to `at_most`."""
         low, high = 0, at_most + 1

@@ -106,6 +106,11 @@ class StagePasses:
         traces = self._traced(formats)
         return round(sum(factor * passes.with_gradients(batch_size) for factor, passes in traces))
 
+    def operations(self, batch_size: int, formats: Formats) -> float:
+        """Return the floating-point operations of both passes over so many pairs."""
+        traces = self._traced(formats)
+        return sum(factor * passes.operations(batch_size) for factor, passes in traces)
+
     def _trace(self, formats: Formats) -> list[tuple[float, Passes]]:
         """Return traces, and the factor of each in their sum."""
 

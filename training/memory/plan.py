@@ -24,7 +24,7 @@ from dalle.platform.json_file import read_json
 from dalle.preprocess.tokenizer import CaptionTokenizer
 from dalle.types import STAGES, StageName
 from training.config.deepspeed import TRAINED_BY_DEEPSPEED
-from training.config.fields import MAX_BATCH_SIZE, Hyperparameters
+from training.config.fields import BUDGETS, DEFAULT_EPOCHS, MAX_BATCH_SIZE, Hyperparameters
 from training.config.models import (
     Config,
     TextSizes,
@@ -92,12 +92,18 @@ class Row:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """A stage as the job trains it, and other ways to train it, the fastest first."""
+    """A stage as the job trains it, and other ways to train it, the fastest first.
+
+    step_flops: floating-point operations of a step, on all devices together.
+    budget: `epochs`, `max_steps` or `max_minutes`, as the job has it.
+    """
 
     stage: StageName
     size: str
     num_parameters: int
     batch_size: int | Literal["auto"]
+    step_flops: float
+    budget: dict[str, float]
     job: Row
     others: list[Row]
 
@@ -172,7 +178,19 @@ def _plan_stage(
         alternatives = _alternatives(with_muon, memory.name)
         others = [row(other) for other in alternatives if other != setting]
     size = "of the CLIP" if hyperparameters.trains_on(memory.name) else settings.size
-    return StagePlan(memory.name, size, memory.num_parameters, batch_size, row(setting), others)
+    job = row(setting)
+    parts = setting.num_parts * devices.number
+    budget = {name: getattr(settings, name) for name in BUDGETS if getattr(settings, name)}
+    return StagePlan(
+        stage=memory.name,
+        size=size,
+        num_parameters=memory.num_parameters,
+        batch_size=batch_size,
+        step_flops=parts * memory.operations(setting, job.part_size),
+        budget=budget or {"epochs": DEFAULT_EPOCHS},
+        job=job,
+        others=others,
+    )
 
 
 def _alternatives(setting: Setting, stage: StageName) -> Iterator[Setting]:

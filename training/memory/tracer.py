@@ -1,4 +1,4 @@
-"""Memory of a training step's forward and backward pass, traced without computing them.
+"""Memory and arithmetic of a training step's passes, traced without computing them.
 
 The stage's loss and its gradient run on fake tensors, which have shapes but no values, and every
 storage that is allocated and freed is logged. So the figures follow a change to a model, and a
@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import flop_registry
 
 from dalle.models.quantiser import Quantiser
 from dalle.models.uninitialised import without_memory
@@ -41,11 +42,13 @@ class Passes:
         a batch; made of traces at as many batch sizes.
     log: n >= 0 when storage n is allocated, -n - 1 when it is freed.
     is_gradient: [storages], whether the storage is a weight's gradient in the end.
+    flops: [degree + 1], of the floating-point operations of matrix products and convolutions.
     """
 
     coefficients: NDArray[np.float64]
     log: NDArray[np.int64]
     is_gradient: NDArray[np.bool_]
+    flops: NDArray[np.float64]
 
     def activations(self, batch_size: int) -> int:
         """Return the most bytes held at once beside weights and gradients."""
@@ -54,6 +57,11 @@ class Passes:
     def with_gradients(self, batch_size: int) -> int:
         """Return the same with the gradients, which are allocated while activations are freed."""
         return self._peak(self._sizes(batch_size))
+
+    def operations(self, batch_size: int) -> float:
+        """Return the floating-point operations of both passes; a product and its sum are two."""
+        powers = float(batch_size) ** np.arange(len(self.flops))
+        return float(powers @ self.flops)
 
     def _sizes(self, batch_size: int) -> NDArray[np.float64]:
         powers = float(batch_size) ** np.arange(len(self.coefficients))
@@ -95,10 +103,12 @@ def trace_passes(
     assert all(log.entries == first.entries for log in logs), "a step depends on the batch size"
     powers = np.vander(np.asarray(batch_sizes, dtype=np.float64), increasing=True)
     sizes = np.asarray([log.sizes for log in logs], dtype=np.float64)
+    flops = np.asarray([log.flops for log in logs], dtype=np.float64)
     return Passes(
         coefficients=np.asarray(np.linalg.solve(powers, sizes), dtype=np.float64),
         log=np.asarray(first.entries, dtype=np.int64),
         is_gradient=np.isin(np.arange(len(first.sizes)), list(first.gradients)),
+        flops=np.asarray(np.linalg.solve(powers, flops), dtype=np.float64),
     )
 
 
@@ -107,6 +117,7 @@ class _Log:
     sizes: list[int]
     entries: list[int]
     gradients: set[int]
+    flops: int
 
 
 def _trace(
@@ -134,7 +145,7 @@ def _trace(
         gradients = {allocations.number(each.grad) for each in parameters if each.grad is not None}
         sizes, entries = list(allocations.sizes), _ordered(allocations.entries)
         del loss, reported
-    return _Log(sizes, entries, gradients)
+    return _Log(sizes, entries, gradients, allocations.flops)
 
 
 def _ordered(entries: Iterable[int]) -> list[int]:
@@ -147,7 +158,7 @@ def _ordered(entries: Iterable[int]) -> list[int]:
 
 
 class _Allocations(TorchDispatchMode):
-    """Logs storages, numbered from 0 in the order in which they are allocated."""
+    """Logs storages, numbered from 0 in the order in which they are allocated, and counts flops."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -158,12 +169,16 @@ class _Allocations(TorchDispatchMode):
         """Start a new log, without the storages that exist already."""
         self.sizes: list[int] = []
         self.entries: list[int] = []
+        self.flops = 0
         self._alive = {key: (-1, alive[1]) for key, alive in self._alive.items()}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if count := flop_registry.get(func._overloadpacket):
+            self.flops += count(*args, **kwargs, out_val=result)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self.number(leaf)

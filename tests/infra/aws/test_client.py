@@ -146,8 +146,8 @@ def test_a_wrong_request_is_refused_before_it_is_sent(account, connected, parame
     assert account.requests.total() == 0
 
 
-# The options that each command needs besides --dry-run. `prices`, `benchmark` and `compare` make
-# nothing at AWS and have no dry run.
+# The options that each command needs besides --dry-run. `prices`, `cost`, `benchmark` and `compare`
+# make nothing at AWS and have no dry run.
 DRY = {
     "bootstrap": [],
     "upload": ["FOLDER", "--name", "pictures"],
@@ -201,7 +201,7 @@ def test_a_dry_run_finds_a_wrong_request_too(account, infra):
 
 
 def test_every_command_that_makes_something_has_a_dry_run():
-    makes_nothing = {"prices", "benchmark", "compare"}
+    makes_nothing = {"prices", "cost", "benchmark", "compare"}
     needs_docker = {"push"}
     assert set(COMMANDS) == set(DRY) | makes_nothing | needs_docker
 

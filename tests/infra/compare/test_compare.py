@@ -9,11 +9,12 @@ import pytest
 
 from infra.__main__ import main
 from infra.benchmark.run_file import load_run, save_run
-from infra.compare.charts import plot_costs, plot_latencies
+from infra.compare.charts import plot_costs, plot_latencies, shown
 from infra.compare.page import render_page
 from infra.compare.recommendation import about, quietness, recommendation, usd
 from infra.compare.tables import article, tables
 from infra.cost.prices import load_prices
+from infra.cost.training import TrainingAssumptions, job_cost, load_plan
 from tests import REPOSITORY
 from tests.infra.measured_runs import CPU, GPU, a_run, compare, scenario
 
@@ -166,12 +167,45 @@ def test_every_assumption_and_every_price_used_is_printed(comparison):
         )
 
 
+def test_the_chart_of_costs_has_at_most_five_lines_and_the_cheapest_ways_among_them(comparison):
+    names = [each.name for each in shown(comparison)]
+    assert len(names) == min(5, len(comparison.options))
+    best = {each.option.name for each in comparison.ranges_at_once + comparison.ranges_any}
+    assert best <= set(names)
+
+
+def test_the_page_begins_with_one_sentence_then_the_chart_then_the_reasons(comparison):
+    page = render_page(comparison, title="T", date="2026-11-30")
+    parts = ('class="lead"', "<svg", "<nav", "Reasons</h2>", "how far to trust it", ", B)")
+    places = [page.index(part) for part in parts]
+    assert places == sorted(places), "letters of confidence are explained before the first of them"
+    lead = re.search(r'<p class="lead">(.*?)</p>', page)[1]
+    assert lead.count(". ") == 0
+    assert lead.endswith(".")
+
+
+def test_the_page_says_which_revision_was_measured_and_warns_of_an_old_one(monkeypatch):
+    run = a_run(versions={"revision": "0123456789abcdef"})
+    comparison = compare(("cpu", run, ["ml.m5.large"]))
+    page = render_page(comparison, title="T", date="2026-11-30")
+    assert "cpu: measured at revision 0123456789ab on 2026-11-22." in page
+    monkeypatch.setattr("infra.compare.page.outdated", lambda runs: ["Not the present code: x"])
+    page = render_page(comparison, title="T", date="2026-11-30")
+    assert '<p class="warning" role="note">Not the present code: x</p>' in page
+
+
+def test_the_article_is_named_by_what_it_claims(comparison):
+    page = render_page(comparison, title="T", date="2026-11-30")
+    assert "A blog article of 2021 says</h2>" in page
+    assert "the smallest instance without a GPU costs 50 USD a month" in page
+
+
 def test_the_lines_of_costs_stay_inside_the_chart_and_cheap_is_low(comparison):
     (axis,) = plot_costs(comparison).axes
     lines = {line.get_label(): line for line in axis.get_lines()}
-    assert {each.name for each in comparison.options} <= set(lines)
+    assert {each.name for each in shown(comparison)} <= set(lines)
     top = axis.get_ylim()[1]
-    for each in comparison.options:
+    for each in shown(comparison):
         assert np.max(lines[each.name].get_ydata()) <= top
     ends = {name: line.get_ydata()[-1] for name, line in lines.items()}
     assert ends["ml.m5.large, scaled to zero"] < ends["serverless"]
@@ -261,7 +295,9 @@ def test_what_cannot_be_compared_is_refused_by_name(files, capsys, monkeypatch, 
     assert says in capsys.readouterr().err
 
 
-REPORTS = sorted((REPOSITORY / "infra" / "reports").glob("*/*.json"))
+FOLDERS = sorted((REPOSITORY / "infra" / "reports").iterdir())
+PLAN = "plan.json"  # of a page of training
+REPORTS = [path for each in FOLDERS for path in sorted(each.glob("*.json")) if path.name != PLAN]
 
 
 @pytest.mark.parametrize("path", REPORTS, ids=lambda path: f"{path.parent.name}/{path.name}")
@@ -272,6 +308,16 @@ def test_the_runs_of_the_reports_in_the_repository_can_still_be_compared(path):
     assert comparison.options
 
 
+def test_the_plans_of_the_reports_in_the_repository_can_still_be_priced():
+    plans = [load_plan(each / PLAN) for each in FOLDERS if (each / PLAN).exists()]
+    assert plans
+    for plan in plans:
+        found = job_cost(
+            plan, "ml.g5.xlarge", load_prices(), TrainingAssumptions(), region="us-east-1"
+        )
+        assert found.on_demand_usd
+
+
 def test_there_is_a_report():
     assert REPORTS
     for path in REPORTS:
@@ -279,8 +325,10 @@ def test_there_is_a_report():
 
 
 def test_the_pages_in_the_repository_refer_to_its_style_sheet_and_hold_none():
-    for folder in {path.parent for path in REPORTS}:
-        text = (folder / "compare.html").read_text("utf-8")
+    pages = [path for folder in FOLDERS for path in folder.glob("*.html")]
+    assert len(pages) == len(FOLDERS)
+    for page in pages:
+        folder, text = page.parent, page.read_text("utf-8")
         (address,) = re.findall(r'<link rel="stylesheet" href="([^"]+)">', text)
         assert (folder / address).resolve() == REPOSITORY / "container/dalle/pages/page.css"
         assert ":root" not in text

@@ -121,6 +121,11 @@ def test_names_of_the_platform_are_ignored():
     assert settings == parse({})
 
 
+def test_a_script_of_the_sdk_that_would_not_run_is_refused():
+    with pytest.raises(HyperparameterError, match=r"sagemaker_program is .*my.py.* would not run"):
+        parse({"sagemaker_program": '"my.py"', "sagemaker_submit_directory": '"s3://b/c.tar.gz"'})
+
+
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [

@@ -46,6 +46,22 @@ def test_one_line_of_json_holds_the_same(plan):
     assert job["memory"]["device"] == sum(parts.values())
 
 
+def test_the_arithmetic_of_a_step_is_that_of_the_weights_for_every_token(plan):
+    raw = {"stage": "transformer", "size": "small", "image_size": 64, "batch_size": 16}
+    devices = ("--json", "--device-memory", "24g")
+    _, said = plan(*devices, **raw)
+    (found,) = json.loads(said.out)["stages"]
+    assert found["budget"] == {"epochs": 20}
+    tokens = 16 * (64 + (64 // 8) ** 2)  # of captions and pictures
+    # Two for a product and its sum, forward and twice backward: 6 a weight and token, and more for
+    # attention and for the image tokenizer, which encodes every picture.
+    assert 0.5 < found["step_flops"] / (6 * found["num_parameters"] * tokens) < 2
+    _, said = plan(*devices, "--devices-per-host", "2", **raw, max_steps=7)
+    (shared,) = json.loads(said.out)["stages"]
+    assert shared["step_flops"] == pytest.approx(found["step_flops"], rel=0.01)
+    assert shared["budget"] == {"max_steps": 7}
+
+
 def test_a_job_that_does_not_fit_is_told_what_to_set(plan):
     devices = ("--json", "--device-memory", "6g", "--devices-per-host", "8")
     wide = {"stage": "transformer", "transformer_width": 4096, **TINY}
