@@ -15,6 +15,8 @@ from infra.aws.team.tags import own_tags, tag_list
 OUTPUTS = ("Bucket", "Repository", "RoleArn")
 READ_BUCKET = "ReadBucket"
 """The stack's parameter that names another bucket."""
+EXISTING_ROLE = "ExistingRole"
+"""The stack's parameter that names a role in place of its own."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class StackOutputs:
     """Outputs of the project's stack.
 
     bucket, repository: names. role_arn: of the role that jobs and endpoints run as.
-    read_bucket: another one that this role may read; empty for none.
+    read_bucket: another one that this role may read; empty for none. owns_role: whether the role is
+    the stack's, so that its rights are known.
     network, encryption: of jobs and endpoints. tags: on everything that is created.
     topic: the ARN of the SNS topic of `bootstrap --mail`; empty for none.
     """
@@ -31,6 +34,7 @@ class StackOutputs:
     repository: str
     role_arn: str
     read_bucket: str = ""
+    owns_role: bool = True
     network: Network = Network()
     encryption: Encryption = Encryption()
     tags: list[dict[str, str]] = field(default_factory=list)
@@ -52,6 +56,7 @@ def stack_outputs(stack: Mapping[str, Any], tags: list[dict[str, str]]) -> Stack
         repository=found["Repository"],
         role_arn=found["RoleArn"],
         read_bucket=parameters.get(READ_BUCKET, ""),
+        owns_role=not parameters.get(EXISTING_ROLE),
         network=network.of_parameters(parameters),
         encryption=encryption.of_parameters(parameters),
         tags=all_tags(stack, tags),

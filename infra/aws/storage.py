@@ -17,7 +17,7 @@ def check_readable(project: Project, outputs: StackOutputs, uris: Iterable[str])
     """Raise UserError for an address whose bucket the project's jobs and endpoints cannot read.
 
     SageMaker reads buckets of its own region, and the project's role its own bucket and the one
-    that `bootstrap --read-bucket` named.
+    that `bootstrap --read-bucket` named. What a role of others may read is not known.
     """
     for bucket in dict.fromkeys(split_uri(uri)[0] for uri in uris):
         if bucket != outputs.bucket:
@@ -39,7 +39,8 @@ def _check_bucket(project: Project, outputs: StackOutputs, bucket: str) -> None:
             f"the bucket {bucket} is in {region}, and in {ours} SageMaker reads buckets of {ours} "
             f"alone; copy what is needed to s3://{outputs.bucket}/, or work in --region {region}"
         )
-    if not project.aws.dry_run and bucket != outputs.read_bucket:
+    is_known = outputs.owns_role and not project.aws.dry_run
+    if is_known and bucket != outputs.read_bucket:
         raise UserError(
             f"the role of project {project.name} may not read the bucket {bucket}; "
             f"`python -m infra bootstrap --read-bucket {bucket}` allows it"

@@ -57,6 +57,15 @@ def test_a_model_that_the_endpoint_could_not_read_is_refused_before_it_is_made(
     assert ready.requests["CreateModel"] == 0
 
 
+def test_what_a_role_of_others_may_read_is_not_judged(account, infra):
+    role = "arn:aws:iam::123456789012:role/theirs"
+    assert infra("bootstrap", "--role", role).code == 0
+    account.put_image()
+    account.put_object("data/pictures/train/0.txt")
+    account.client("s3").create_bucket(Bucket="theirs")
+    assert infra(*TRAIN, "--artefact", "s3://theirs/model.tar.gz").code == 0
+
+
 def test_the_bucket_that_the_role_may_read_is_read(ready, infra):
     ready.put_object("m/model.tar.gz", bucket="ours")
     assert infra(*TRAIN, "--artefact", "s3://ours/m/model.tar.gz").code == 0
