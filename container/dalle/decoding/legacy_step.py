@@ -1,6 +1,7 @@
 """The decoding step of DALLE-pytorch's transformers: the model's own code, one input a sequence.
 
-In float32 on any device. Each step copies the keys and values of the busy slots.
+In float32 on any device. A step copies the keys and values of the busy slots, unless they lie side
+by side.
 
 Letters: S slots, B busy slots (rows of a step), M codes, V codebook size, W width.
 """
@@ -11,7 +12,6 @@ from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from dalle.decoding.step import Step
@@ -27,22 +27,14 @@ class LegacyStep(Step):
 
     def __init__(self, model: LegacyTransformer, num_slots: int) -> None:
         self._model = model
-        self._device = model.text_position.device
         self._cache = model.new_cache(num_slots)
-        self._first_input = model.config.text_length + 1
 
     @property
     def num_bytes(self) -> int:
         return sum(each.nbytes for each in self._cache.tensors())
 
     def __call__(self, slots: np.ndarray, codes: Tensor, positions: np.ndarray) -> Tensor:
-        return self._model.step(
-            codes,
-            torch.from_numpy(positions.copy()).to(self._device),
-            self._cache,
-            torch.from_numpy(slots).to(self._device),
-            int(positions.max()) + self._first_input + 1,
-        )
+        return self._model.step(codes, positions, self._cache, slots)
 
     def code_logits(self, hidden: Tensor, m: int, codes: Tensor) -> Tensor:
         return self._model.code_logits(hidden, m, codes)

@@ -90,6 +90,8 @@ class Inputs:
     """None: the inputs are whole sequences from the beginning."""
     rows: Tensor | None = None
     """Sequences of the cache, [B]."""
+    block: slice | None = None
+    """The same where they lie side by side: their keys are then read where they are."""
     is_hidden: Tensor | None = None
     """Keys that are hidden, [B, L], or None."""
     _masks: dict[str, Tensor] = field(default_factory=dict)
@@ -130,7 +132,7 @@ class Inputs:
         found = []
         for table, new in ((self.cache.keys[layer], key), (self.cache.values[layer], value)):
             table[self.rows[:, None], :, self.numbers] = new.transpose(1, 2)
-            found.append(table[self.rows, :, : self.num_keys])
+            found.append(table[self.block or self.rows, :, : self.num_keys])
         return found[0], found[1]
 
     def shifted(self, x: Tensor, branch: int) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -99,15 +100,20 @@ class LegacyTransformer(Dalle):
         return hidden[:, -1]
 
     def step(
-        self, codes: Tensor, positions: Tensor, cache: LegacyCache, rows: Tensor, num_keys: int
+        self, codes: Tensor, positions: np.ndarray, cache: LegacyCache, rows: np.ndarray
     ) -> Tensor:
-        """Run the codes [B, 1] of the positions [B] of the cache's rows [B]: states [B, W].
-
-        num_keys: inputs up to the last of these positions, that one included.
-        """
-        embedded = self.code_embedding(codes) + self.image_position[positions][:, None]
-        numbers = (positions + self.config.text_length + 1)[:, None]
-        inputs = self._inputs(numbers, cache, rows, num_keys)
+        """Run the codes [B, 1] of the positions [B] of the cache's rows [B]: states [B, W]."""
+        device, first_image = codes.device, self.config.text_length + 1
+        places = torch.from_numpy(positions.copy()).to(device)
+        embedded = self.code_embedding(codes) + self.image_position[places][:, None]
+        inputs = self._inputs(
+            (places + first_image)[:, None],
+            cache,
+            torch.from_numpy(rows.copy()).to(device),
+            int(positions.max()) + first_image + 1,
+        )
+        if (np.diff(rows) == 1).all():
+            inputs.block = slice(int(rows[0]), int(rows[-1]) + 1)
         return self._through(embedded, inputs)[:, -1]
 
     def _inputs(
@@ -126,7 +132,7 @@ class LegacyTransformer(Dalle):
             self.angles,
             cache,
             rows,
-            is_hidden,
+            is_hidden=is_hidden,
         )
 
     def _visibilities(self) -> dict[str, Tensor]:
