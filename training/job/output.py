@@ -15,7 +15,6 @@ from training.job.inputs import Inputs
 from training.loop.interface import FitResult, Stage
 from training.report.job import build_report
 from training.report.page import write_report
-from training.stopping import Stopped
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +80,7 @@ class Output:
         self._save()
 
     def finish(self) -> None:
-        """Write the artefact if `keep` has not, and the report unless the job is stopped."""
+        """Write the artefact if `keep` has not, and the report."""
         inputs = self._inputs
         if not inputs.ranks.is_first:
             return
@@ -90,18 +89,14 @@ class Output:
             return
         if not self._is_saved:
             self._save()  # of the input channels alone
-        try:
-            report = build_report(
-                inputs.artefact,
-                inputs.job,
-                inputs.train,
-                inputs.validation,
-                seed=inputs.hyperparameters.seed,
-                stop=inputs.stop,
-            )
-        except Stopped:
-            logger.warning("stopped: the model is written, the report is not")
-            return
+        report = build_report(
+            inputs.artefact,
+            inputs.job,
+            inputs.train,
+            inputs.validation,
+            seed=inputs.hyperparameters.seed,
+            stop=inputs.stop,
+        )
         path = inputs.job.paths.output_data / "report.html"
         write_report(report, path)
         logger.info("wrote %s", path)

@@ -30,3 +30,8 @@ class Budget:
     def progress(self, step: int, seconds: float) -> float:
         """Return the spent share, in [0, 1]."""
         return min(1.0, self.done(step, seconds) / self.total)
+
+    def seconds_left(self, step: int, seconds: float) -> float:
+        """Estimate the seconds that are left, from the mean of all steps; `step` is at least 1."""
+        left = max(0.0, self.total - self.done(step, seconds))
+        return left if self.unit == "s" else left * seconds / step

@@ -187,7 +187,8 @@ class _Fit:
             "epoch": self.step / self.stage.batches.num_per_epoch,
         }
         if self.metrics is not None:
-            self.metrics.report(self.stage.name, self.step, seconds, values)
+            left = self.budget.seconds_left(self.step, seconds)
+            self.metrics.report(self.stage.name, self.step, seconds, values, seconds_left=left)
         self.pending.clear()
         self.reported_at = (self.step, seconds)
 

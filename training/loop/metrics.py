@@ -54,10 +54,18 @@ class Metrics:
         with self._disk_errors(self._tensorboard):
             self._writer.close()
 
-    def report(self, stage: str, step: int, seconds: float, values: Mapping[str, float]) -> None:
+    def report(
+        self,
+        stage: str,
+        step: int,
+        seconds: float,
+        values: Mapping[str, float],
+        *,
+        seconds_left: float | None = None,
+    ) -> None:
         """Report metric names -> values; the printed names begin with the stage's.
 
-        seconds: spent on this stage so far.
+        seconds: spent on this stage so far. seconds_left: an estimate, which is printed only.
         """
         record = {"stage": stage, "step": step, "seconds": round(seconds, 3)} | {
             name: value if math.isfinite(value) else None for name, value in values.items()
@@ -70,6 +78,8 @@ class Metrics:
                 self._writer.add_scalar(f"{stage}/{name}", value, step)
         if not self._output.isatty():
             printed = {f"{stage}_step": step} | {f"{stage}_{n}": v for n, v in values.items()}
+            if seconds_left is not None:
+                printed[f"{stage}_seconds_left"] = round(seconds_left)
             print(render_metrics(printed), file=self._output, flush=True)
 
     def records(self, stage: str) -> list[dict[str, Any]]:

@@ -5,9 +5,12 @@ Knows nothing of HTML: `training.report.page` lays out the report.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Any
+
+from torch import Tensor
 
 from dalle.artefact import Artefact
 from dalle.platform.environment import Job
@@ -16,12 +19,13 @@ from training.data.batching.preload import first_usable
 from training.data.open import OpenedChannel
 from training.report import samples
 from training.report.content import DatasetSummary, Report, read_curves
-from training.stopping import Stop
+from training.stopping import DelayedStop, Stop, Stopped
 
 SHOWN_PAIRS = 512  # for reconstructions, codebook usage and retrieval
 SHOWN_RECONSTRUCTIONS = 16
 CAPTIONS = 8
 CANDIDATES, IMAGES = 16, 4  # of each caption: generated, and shown
+STOPPED_SECONDS = 5.0  # for images and figures after a stop; the whole job has 20
 
 
 def build_report(
@@ -35,14 +39,13 @@ def build_report(
 ) -> Report:
     """Build the report on held-out pairs, or on training pairs where there are none.
 
-    Raises DataError when not one image can be decoded; Stopped.
+    After a stop the images and figures are left out, and named, that are not computed within
+    `STOPPED_SECONDS`. Raises DataError when not one image can be decoded.
     """
     shown = train if validation is None else validation
-    images, captions = first_usable(shown.pairs, SHOWN_PAIRS, stop)
     report = Report(
         title=f"Training job {job.job_name}",
         generated_at=datetime.now(UTC),
-        notes=[_which_pairs(shown, len(images), validation is not None), *unfinished(artefact)],
         stages=artefact.manifest.stages,
         curves=read_curves(job.paths.output_data / "metrics.jsonl"),
         ranked_by="log_likelihood" if artefact.clip is None else "clip",
@@ -53,26 +56,56 @@ def build_report(
         ],
         hyperparameters=job.hyperparameters,
     )
+    latest = DelayedStop(stop, STOPPED_SECONDS)
+    notes: list[str] = []
+    left_out = []
+    try:
+        images, captions = first_usable(shown.pairs, SHOWN_PAIRS, latest)
+    except Stopped:
+        left_out = ["images", "codebook usage", "retrieval"]
+    else:
+        notes.append(_which_pairs(shown, len(images), validation is not None))
+        for name, compute in _parts(artefact, images, captions, seed, latest).items():
+            try:
+                report = replace(report, **compute())
+            except Stopped:
+                left_out.append(name)
+    notes += unfinished(artefact)
+    if left_out:
+        notes.append(f"The job was stopped: this report lacks {', '.join(left_out)}.")
+    return replace(report, notes=notes)
+
+
+def _parts(
+    artefact: Artefact, images: Tensor, captions: Sequence[str], seed: int, stop: Stop
+) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Return name -> function that computes fields of the report, or raises Stopped."""
+    parts: dict[str, Callable[[], dict[str, Any]]] = {}
     dvae = artefact.dvae
     if dvae is not None:
-        codebooks = samples.codebook_usage(dvae, images, stop)
-        again = samples.reconstructions(dvae, images[:SHOWN_RECONSTRUCTIONS], stop)
-        report = replace(report, codebooks=codebooks, reconstructions=again)
+        parts["reconstructions"] = lambda: {
+            "reconstructions": samples.reconstructions(dvae, images[:SHOWN_RECONSTRUCTIONS], stop)
+        }
+        parts["codebook usage"] = lambda: {
+            "codebooks": samples.codebook_usage(dvae, images, stop),
+        }
     if dvae is not None and artefact.transformer is not None:
-        generated = samples.generate_best(
-            artefact,
-            captions[:CAPTIONS],
-            images[:CAPTIONS],
-            num_candidates=CANDIDATES,
-            num_images=IMAGES,
-            seed=seed,
-            stop=stop,
-        )
-        report = replace(report, generated=generated)
+        parts["generated images"] = lambda: {
+            "generated": samples.generate_best(
+                artefact,
+                captions[:CAPTIONS],
+                images[:CAPTIONS],
+                num_candidates=CANDIDATES,
+                num_images=IMAGES,
+                seed=seed,
+                stop=stop,
+            )
+        }
     if artefact.clip is not None:
-        retrieval = samples.retrieval(artefact, images, captions, stop)
-        report = replace(report, retrieval=retrieval)
-    return report
+        parts["retrieval"] = lambda: {
+            "retrieval": samples.retrieval(artefact, images, captions, stop)
+        }
+    return parts
 
 
 def unfinished(artefact: Artefact, besides: Collection[ComponentName] = ()) -> list[str]:

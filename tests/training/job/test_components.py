@@ -1,9 +1,11 @@
 """training.job: a job's inputs, components and output, opened from its channels."""
 
+import itertools
 import logging
 import shutil
 import threading
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ from training.data.skips import SkipReason
 from training.job.components import Components
 from training.job.inputs import Inputs
 from training.job.output import Output
-from training.stopping import Stopped
+from training.stopping import DelayedStop, Stopped
 
 TINY = {"size": "tiny", "image_size": "16", "batch_size": "4", "tokenizer_kind": "word"}
 
@@ -235,20 +237,50 @@ def test_a_stop_ends_the_opening(opt_ml, open_inputs, stop_at_a_warning):
     assert stop_at_a_warning.is_set()
 
 
-def test_after_a_stop_nothing_is_built_and_the_report_is_left_out(opt_ml, open_inputs, tiny_models):
+def stopped_with(opt_ml, open_inputs, artefact):
+    """Inputs of a job that is stopped before its stage `transformer`."""
     fill(opt_ml.add_channel("train"), 4)
-    artefacts.save(opt_ml.add_channel("artefact"), replace(tiny_models, transformer=None))
+    artefacts.save(opt_ml.add_channel("artefact"), artefact)
     stop = threading.Event()
     inputs = open_inputs(stop)
     Components(inputs).check(["transformer"])
     assert Components(inputs).build("transformer") is not None
     stop.set()
+    return inputs
+
+
+def test_after_a_stop_nothing_is_built_and_the_report_holds_what_takes_seconds(
+    opt_ml, open_inputs, tiny_models
+):
+    inputs = stopped_with(opt_ml, open_inputs, replace(tiny_models, transformer=None))
     assert [Components(inputs).build(name) for name in ("dvae", "transformer")] == [None, None]
     with pytest.raises(Stopped):
         Components(inputs).check(["transformer"])
     Output(inputs).finish()
     assert artefacts.load(opt_ml.root / "model").components() == ["dvae", "clip", "tokenizer"]
-    assert not (opt_ml.root / "output/data/report.html").exists()
+    page = (opt_ml.root / "output/data/report.html").read_text("utf-8")
+    assert "data:image" in page
+    assert "The job was stopped" not in page, "nothing is lacking"
+
+
+@pytest.mark.parametrize(
+    ("checks", "lacks"),
+    [(0, "images, codebook usage, retrieval"), (6, "generated images, retrieval")],
+)
+def test_a_report_names_what_a_stop_leaves_out(
+    opt_ml, open_inputs, tiny_models, monkeypatch, checks, lacks
+):
+    """checks: of whether the seconds after the stop are over, before they are."""
+    times = itertools.chain(itertools.repeat(0.0, 1 + checks), itertools.repeat(1e9))
+    monkeypatch.setattr(
+        "training.report.job.DelayedStop", partial(DelayedStop, clock=lambda: next(times))
+    )
+    inputs = stopped_with(opt_ml, open_inputs, tiny_models)
+    Output(inputs).finish()
+    assert artefacts.load(opt_ml.root / "model").transformer is not None
+    page = (opt_ml.root / "output/data/report.html").read_text("utf-8")
+    assert f"The job was stopped: this report lacks {lacks}." in page
+    assert ("data:image" in page) == (checks > 0)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from dalle.platform.metric_lines import (
     read_metrics,
     render_metrics,
 )
+from training.loop.budget import Budget
 from training.loop.metrics import Metrics, Progress
 
 
@@ -53,6 +54,20 @@ def test_every_number_printed_is_found_by_the_published_expressions(value):
         (definition,) = (d for d in METRIC_DEFINITIONS if d["Name"] == name)
         (found,) = re.findall(definition["Regex"], f"2026-11-22 INFO {line}")
         assert float(found) == pytest.approx(value, rel=1e-5)
+
+
+def test_the_time_left_is_printed_and_not_kept(metrics, output, tmp_path):
+    metrics.report("dvae", 5, 10.0, {"loss": 0.5}, seconds_left=61.4)
+    assert output.getvalue() == "dvae_step=5; dvae_loss=0.5; dvae_seconds_left=61;\n"
+    assert lines_of(tmp_path) == [{"stage": "dvae", "step": 5, "seconds": 10.0, "loss": 0.5}]
+
+
+@pytest.mark.parametrize(
+    ("budget", "left"),
+    [(Budget(20, "step"), 150.0), (Budget(60, "s"), 10.0), (Budget(5, "step"), 0.0)],
+)
+def test_the_time_left_follows_the_budget(budget, left):
+    assert budget.seconds_left(step=5, seconds=50.0) == left
 
 
 def test_a_definition_does_not_match_a_longer_name():
