@@ -22,6 +22,7 @@ make a servable artefact of it.
   FILE   a .pt of train_dalle.py, bare weights, kobiso's release, or a folder NAME-ds-cp of
          DeepSpeed's, ZeRO-3's shards included
 
+`inspect` also names ruDALL-E (Malevich, Emojich) and minDALL-E, which are not imported.
 Nothing that a file says is executed, and neither DALLE-pytorch nor DeepSpeed is needed.
 Exit code: 0 done, 2 a file is refused or the usage is wrong; then nothing is written.
 """

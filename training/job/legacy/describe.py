@@ -8,7 +8,8 @@ from typing import Any
 
 from training.job.legacy.importer import read_model
 from training.job.legacy.names import split_layers
-from training.job.legacy.saved_model import SavedModel
+from training.job.legacy.relatives import Relative
+from training.job.legacy.saved_model import RelativeError, SavedModel
 from training.job.legacy.sizes import Choices, NotToldError, Outline, outline, resolve
 from training.job.legacy.tokenizer import needed_tokenizer
 from training.job.legacy.vae import vae_kind
@@ -71,8 +72,11 @@ class Description:
 
 
 def describe(path: Path, choices: Choices) -> Description:
-    """Describe a file or folder. Raises ForeignFileError for one that holds no DALLE."""
-    saved = read_model(path)
+    """Describe a file or folder. Raises ForeignFileError for one that holds no such model."""
+    try:
+        saved = read_model(path)
+    except RelativeError as error:
+        return _described(path, error.relative)
     kind = _KINDS[saved.kind]
     try:
         found = outline(saved, choices)
@@ -99,6 +103,22 @@ def describe(path: Path, choices: Choices) -> Description:
     except (ValueError, LookupError) as error:
         return Description(**{**vars(told), "refused": _words(error)})
     return told
+
+
+def _described(path: Path, relative: Relative) -> Description:
+    """Describe another model of the family."""
+    return Description(
+        path.name,
+        relative.kind,
+        "it is of another package",
+        dict(relative.sizes),
+        list(relative.attention),
+        vae=relative.vae,
+        tokenizer=relative.tokenizer,
+        missing=list(relative.missing),
+        notes=list(relative.notes),
+        refused=f"it is not imported: {relative.why}",
+    )
 
 
 def _words(error: Exception) -> str:

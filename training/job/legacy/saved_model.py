@@ -17,6 +17,7 @@ from typing import Literal
 from torch import Tensor
 
 from dalle.errors import ForeignFileError
+from training.job.legacy.relatives import Relative, relative_in
 from training.job.pretrained.weights_file import Weights, read_weights
 
 Value = bool | int | float | str | None
@@ -25,6 +26,14 @@ SavedKind = Literal["train_dalle", "kobiso", "bare", "deepspeed"]
 
 KNOWN_BY = "image_emb."
 """What the name of some weight of every DALLE begins with."""
+
+
+class RelativeError(ForeignFileError):
+    """The file is of another model of the family, which is known and not imported."""
+
+    def __init__(self, name: str, relative: Relative) -> None:
+        super().__init__(f"{name}: it is {relative.kind}, which is not imported: {relative.why}")
+        self.relative = relative
 
 
 @dataclass(frozen=True)
@@ -57,10 +66,18 @@ class SavedModel:
 
 
 def read_saved_model(path: Path) -> SavedModel:
-    """Return what a file holds. Raises ForeignFileError for a file that is none of these."""
+    """Return what a file holds.
+
+    Raises ForeignFileError for a file that is none of these, and the RelativeError among them for a
+    model of the same family.
+    """
     weights = read_weights(path)
     try:
+        if relative := relative_in(weights):
+            raise RelativeError(path.name, relative)
         saved = saved_model_of(weights)
+    except LookupError as error:
+        raise ForeignFileError(f"{path.name}: there is no weight {error}") from error
     except ValueError as error:
         raise ForeignFileError(f"{path.name}: {error}") from error
     return saved
