@@ -117,6 +117,11 @@ class Variables(BaseModel):
     sagemaker_batch: str = Field(
         "", description="true in a batch transform job; set by the platform"
     )
+    sagemaker_batch_strategy: str = Field(
+        "",
+        description="MULTI_RECORD: a reply of several lines ends without a line break in a batch "
+        "transform job, which adds one with AssembleWith=Line; set by the platform",
+    )
     sagemaker_max_payload_in_mb: int = Field(
         0, ge=1, le=100, description="raises DALLE_MAX_REQUEST_MB in a batch transform job"
     )
@@ -124,7 +129,7 @@ class Variables(BaseModel):
 
 
 VARIABLES = {name.upper(): field for name, field in Variables.model_fields.items()}
-_BATCH, _BATCH_MB, _PORT = list(VARIABLES)[-3:]
+_BATCH, _STRATEGY, _BATCH_MB, _PORT = list(VARIABLES)[-4:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +137,7 @@ class Settings:
     """Settings of one server. `limits` bound requests; `Variables` describes the others.
 
     threads, chunk_size, parallel_positions: None to choose what is fastest or suits the device.
+    last_line_break: whether a reply of several lines ends with one.
     """
 
     limits: Limits
@@ -146,6 +152,7 @@ class Settings:
     drain_seconds: float
     playground: bool = False
     mark: bool = True
+    last_line_break: bool = True
     c2pa_files: tuple[Path, Path] | None = None
     """Paths of certificate and key that files are signed with."""
 
@@ -174,6 +181,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
     is_batch = given.get(_BATCH, "").lower() in ("true", "1")
     if not is_batch:
         given.pop(_BATCH_MB, None)
+        given.pop(_STRATEGY, None)
     try:
         read = Variables.model_validate(given)
     except ValidationError as error:
@@ -201,6 +209,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         drain_seconds=read.dalle_drain_seconds,
         playground=read.dalle_playground,
         mark=read.dalle_mark == "on",
+        last_line_break=read.sagemaker_batch_strategy != "MULTI_RECORD",
         c2pa_files=c2pa_files,
     )
 

@@ -156,6 +156,7 @@ def create_app(engine_core: EngineCore, settings: Settings) -> Flask:
             accept=accept,
             arrival=g.arrival,
             has_left=(lambda: False) if connection is None else connection.has_left,
+            last_line_break=settings.last_line_break,
         )
         places.take()
         try:

@@ -84,6 +84,7 @@ class Handler:
     engine: the loaded one, which prepares requests.
     arrival: when the request arrived, on `time.monotonic()`'s scale; deadlines count from there.
     has_left: whether the client has closed the connection.
+    last_line_break: whether the reply to a body of lines ends with one.
     """
 
     engine_core: EngineCore
@@ -94,6 +95,7 @@ class Handler:
     accept: Accept
     arrival: float
     has_left: Callable[[], bool]
+    last_line_break: bool = True
     _next_check: float = field(default=0.0, init=False)
     _num_refused: int = field(default=0, init=False)  # lines of a body of lines
 
@@ -195,7 +197,8 @@ class Handler:
                 line = self._start_line(text, wait=True)
                 yield self._finish_line(before)
                 before = line
-            yield self._finish_line(before)
+            last = self._finish_line(before)
+            yield last if self.last_line_break else last.removesuffix(b"\n")
         except Cancelled:
             return  # the client has gone
         finally:

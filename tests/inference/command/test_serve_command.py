@@ -359,6 +359,19 @@ def test_help_documents_every_variable():
         assert field.description in help_text
 
 
+@pytest.mark.parametrize(
+    ("variables", "has_break"),
+    [
+        ({}, True),
+        ({"SAGEMAKER_BATCH_STRATEGY": "MULTI_RECORD"}, True),
+        ({"SAGEMAKER_BATCH": "true", "SAGEMAKER_BATCH_STRATEGY": "SINGLE_RECORD"}, True),
+        ({"SAGEMAKER_BATCH": "true", "SAGEMAKER_BATCH_STRATEGY": "MULTI_RECORD"}, False),
+    ],
+)
+def test_a_batch_of_several_records_adds_the_last_line_break_itself(variables, has_break):
+    assert read_settings(variables).last_line_break is has_break
+
+
 def test_a_batch_job_has_its_own_deadline_and_payload():
     limits = read_settings({"SAGEMAKER_BATCH": "true", "SAGEMAKER_MAX_PAYLOAD_IN_MB": "40"}).limits
     assert (limits.deadline_seconds, limits.max_request_bytes) == (590, 40_000_000)

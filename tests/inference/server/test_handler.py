@@ -3,6 +3,7 @@
 import io
 import json
 import time
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -307,3 +308,15 @@ def test_deadlines_of_lines_count_from_the_arrival_of_their_body(engine_core):
     replies = [json.loads(each) for each in answer.body]
     codes = [reply.get("error", {}).get("code") for reply in replies]
     assert codes == ["deadline_exceeded", None, "deadline_exceeded"]
+
+
+@pytest.mark.parametrize(("has_break", "num_breaks"), [(True, 3), (False, 2)])
+def test_a_body_of_lines_is_answered_with_one_break_a_line_but_for_the_last_of_a_batch(
+    engine_core, has_break, num_breaks
+):
+    settings = replace(SETTINGS, last_line_break=has_break)
+    client = create_app(engine_core, settings).test_client()
+    lines = b'{"caption": "a"}\n{\n{"caption": "b"}\n'
+    reply = post(client, lines, Content_Type="application/jsonlines").data
+    assert reply.count(b"\n") == num_breaks
+    assert [*map(type, map(json.loads, reply.splitlines()))] == [dict] * 3

@@ -176,6 +176,76 @@ def test_a_dry_run_prints_requests_and_sends_none(account, infra, monkeypatch, t
         assert set(request) == {"service", "operation", "parameters"}
 
 
+PICTURES = ["--data", "pictures"]
+EVERY_WAY = {
+    "train": [
+        [
+            *PICTURES,
+            "--instance-count",
+            "2",
+            "--distribution",
+            "ShardedByS3Key",
+            "--input-mode",
+            "FastFile",
+        ],
+        [*PICTURES, "--artefact", "s3://b/model.tar.gz", "--clip", "s3://b/clip.pt", "--isolate"],
+        [
+            *PICTURES,
+            "--tokenizer-model",
+            "s3://b/vqgan/",
+            "--validation",
+            "s3://b/val",
+            "--env",
+            "A=b",
+        ],
+        [
+            *PICTURES,
+            "--keep-alive-minutes",
+            "5",
+            "--run",
+            "again",
+            "--set",
+            "size=tiny",
+            "--no-wait",
+        ],
+    ],
+    "tune": [[*PICTURES, "--int", "batch_size=8:16", "--choice", "size=tiny,small"]],
+    "deploy": [
+        ["--mode", "realtime", "--max-instances", "3"],
+        ["--mode", "realtime", "--instance-type", "ml.p5.4xlarge", "--name", "stars"],
+        ["--mode", "serverless", "--provisioned-concurrency", "2", "--no-wait"],
+        ["--instance-type", "ml.m5.large", "--min-instances", "1", "--volume-gb", "60"],
+        ["--mode", "batch", "--captions", "CAPTIONS", "--concurrent", "4"],
+    ],
+    "invoke": [["a star", "--stream"], ["a star", "--seed", "1", "--format", "webp"]],
+    "logs": [["dalle-job"]],
+    "status": [["dalle-job"]],
+    "bootstrap": [["--read-bucket", "pictures"]],
+    "teardown": [["--keep-storage"]],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        *DRY.items(),
+        *((name, way) for name, ways in EVERY_WAY.items() for way in ways),
+    ],
+)
+def test_botocores_validator_accepts_every_request_of_every_dry_run(
+    connected, infra, tmp_path, name, words
+):
+    (tmp_path / "0.txt").write_text("a star\n")
+    places = {"FOLDER": str(tmp_path), "CAPTIONS": str(tmp_path / "0.txt")}
+    given = [places.get(word, word) for word in words]
+    result = infra(name, *given, "--dry-run", "--json")
+    assert result.code == 0, result.err
+    assert result.json["requests"]
+    for each in result.json["requests"]:
+        connected.check(Request(each["service"], each["operation"], **each["parameters"]))
+
+
 def test_a_dry_run_names_what_only_aws_knows(account, infra):
     result = infra("deploy", "--mode", "async", "--dry-run", "--json")
     made = {request["operation"]: request["parameters"] for request in result.json["requests"]}
