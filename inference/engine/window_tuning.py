@@ -7,7 +7,6 @@ the precision, the processor and what else runs on it, so steps are timed. No im
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 
@@ -23,10 +22,10 @@ def measure_windows(
     seconds: float = SECONDS,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[int, float]:
-    """Return the median seconds of a step by its number of rows; nothing where it has no windows.
+    """Return the least seconds of a step by its number of rows; nothing where it has no windows.
 
-    Rounds of one step with each number of rows are timed for `seconds` or 15 times; the first round
-    is a warm-up and counts only where there is no other. The engine must be idle.
+    Rounds of one step with each number of rows are timed for `seconds` or 15 times. What else runs
+    on the processor lengthens some of them. The engine must be idle.
     """
     trials = engine.trials()
     times: dict[int, list[float]] = {rows: [] for rows in trials}
@@ -38,4 +37,4 @@ def measure_windows(
             times[rows].append(clock() - began)
         if clock() > ends:
             break
-    return {rows: statistics.median(each[1:] or each) for rows, each in times.items()}
+    return {rows: min(each) for rows, each in times.items()}

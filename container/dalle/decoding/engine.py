@@ -25,7 +25,7 @@ from torch import Tensor
 from dalle.decoding.sampling import SamplingOptions, image_noise_keys, require_evaluation_mode
 from dalle.decoding.select import MOST_ROWS, most_rows, new_step
 from dalle.decoding.step import Batch, CandidateTokens, DecodeRequest, Prefix, SlotState, Step
-from dalle.decoding.windows import WindowWidth, run_windows, sample_windows, trial
+from dalle.decoding.windows import WindowDecoder, WindowWidth
 from dalle.models.transformer import PADDING, Dalle
 from dalle.types import WIDEST_WINDOW
 
@@ -68,6 +68,7 @@ class DecodeEngine:
         self._batch: Batch | None = None
         like = model.text_position.detach()
         self._state = SlotState.new(model.config, num_slots, like, widest)
+        self._decoder = WindowDecoder(self._step, self._state) if widest > 1 else None
 
     @property
     def is_idle(self) -> bool:
@@ -147,8 +148,8 @@ class DecodeEngine:
         if not self._candidates:
             return finished
         batch = self._batch = self._batch or self._new_batch()
-        if self.windows.widest > 1:
-            self._sample_windows(batch)
+        if self._decoder is not None:
+            self._sample_windows(self._decoder, batch)
         else:
             self._step.advance(batch, self._state)
             batch.advance()
@@ -159,10 +160,10 @@ class DecodeEngine:
         candidates = list(self._candidates) if candidates is None else candidates
         return Batch(candidates, self.model.config.num_positions, self._device)
 
-    def _sample_windows(self, batch: Batch) -> None:
+    def _sample_windows(self, decoder: WindowDecoder, batch: Batch) -> None:
         """Sample the windows of a batch, and run the model on the next ones."""
-        exact = sample_windows(self._step, batch, self._state)
-        self.windows.record(batch.widths, exact)
+        exact = decoder.sample(batch)
+        self.windows.record([each.window for each in batch.candidates], exact)
         N = self.model.config.num_positions
         unfinished = [each for each in batch.candidates if each.position < N]
         if not unfinished:
@@ -173,7 +174,7 @@ class DecodeEngine:
         # The same list where nothing has finished, so that a step can tell.
         same = len(unfinished) == len(batch.candidates)
         self._batch = self._new_batch(batch.candidates if same else unfinished)
-        run_windows(self._step, self._batch, self._state)
+        decoder.run(self._batch)
 
     def trials(self) -> dict[int, Callable[[], None]]:
         """Return the work of steps of windows by their number of rows, to be timed.
@@ -183,12 +184,12 @@ class DecodeEngine:
         found = {}
         widest = min(self.windows.widest, self.model.config.num_positions - 1)
         rows = 1
-        while widest > 1 and rows <= (self._step.num_rows or MOST_ROWS):
+        while self._decoder is not None and rows <= (self._step.num_rows or MOST_ROWS):
             width = min(rows, widest)
             candidates = rows // width
             if candidates > self.max_candidates:
                 break
-            work = trial(self._step, self._state, candidates, width)
+            work = self._decoder.trial(candidates, width)
             found[candidates * width] = torch.inference_mode()(work)
             rows *= 2
         return found

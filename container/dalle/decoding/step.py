@@ -25,6 +25,9 @@ from dalle.decoding.sampling import SamplingOptions, sample_tokens
 from dalle.models.layers import KeyValueCache
 from dalle.models.transformer import TransformerConfig
 
+_NONE = np.zeros(0, np.int64)
+_NO_SLOT = (-1, -1)  # with the caption, and without it
+
 
 @dataclass(eq=False)
 class DecodeRequest:
@@ -161,6 +164,8 @@ class Batch:
     """[C]."""
     widths: np.ndarray
     """Each candidate's rows with caption, [C]."""
+    starts: np.ndarray
+    """Each candidate's first row, [C]."""
     row_candidates: np.ndarray
     """Index of the candidate of each row with caption, [R]."""
     numpy_rows: np.ndarray
@@ -169,6 +174,8 @@ class Batch:
     """Each row's position, [B]."""
     numpy_offsets: np.ndarray
     """Each row's place in its window, [B]."""
+    numpy_places: np.ndarray
+    """Slot and position of each row with caption as one index, slot · N + position, [R]."""
     guided: np.ndarray
     """Indices of the rows with guidance, in the order of their rows without caption, [B - R]."""
 
@@ -179,39 +186,35 @@ class Batch:
         self.candidates = candidates
         table = np.array(
             [
-                (
-                    each.slot,
-                    each.position,
-                    each.window,
-                    -1 if len(each.slots) == 1 else each.slots[1],
-                )
+                (*each.slots, *_NO_SLOT[len(each.slots) :], each.position, each.window)
                 for each in candidates
             ],
             dtype=np.int64,
         )
-        slots, positions, self.widths, guidance_slots = table.T
-        rows = self.row_candidates = np.repeat(np.arange(len(candidates)), self.widths)
-        offsets = np.arange(len(rows)) - np.repeat(self.starts, self.widths)
-        guided = self.guided = np.flatnonzero(guidance_slots[rows] >= 0)
-        self.numpy_rows = np.concatenate([slots[rows], guidance_slots[rows[guided]]])
-        self.numpy_offsets = np.concatenate([offsets, offsets[guided]])
-        positions = positions[rows] + offsets
-        self.numpy_positions = np.concatenate([positions, positions[guided]])
-        self._num_positions, self._device = num_positions, device
+        slots, guidance_slots, positions, self.widths = table.T
+        self.starts = self.widths.cumsum() - self.widths
+        rows = self.row_candidates = np.arange(len(candidates)).repeat(self.widths)
+        offsets = np.arange(len(rows)) - self.starts[rows]
+        slots, positions = slots[rows], positions[rows] + offsets
+        self.numpy_places = slots * num_positions + positions
+        if (guidance_slots < 0).all():
+            self.guided = _NONE
+            self.numpy_rows, self.numpy_positions, self.numpy_offsets = slots, positions, offsets
+        else:
+            guided = self.guided = np.flatnonzero(guidance_slots[rows] >= 0)
+            self.numpy_rows = np.concatenate([slots, guidance_slots[rows[guided]]])
+            self.numpy_positions = np.concatenate([positions, positions[guided]])
+            self.numpy_offsets = np.concatenate([offsets, offsets[guided]])
+        self._device = device
         self._places: Tensor | None = None
-
-    @property
-    def starts(self) -> np.ndarray:
-        """Each candidate's first row, [C]."""
-        starts: np.ndarray = np.cumsum(self.widths) - self.widths
-        return starts
 
     def advance(self) -> None:
         """Move every candidate to its next position; they have no windows."""
         for each in self.candidates:
             each.move(1)
         self.numpy_positions += 1
-        if self._places is not None:
+        self.numpy_places += 1
+        if self._places is not None and self._device.type != "cpu":  # else the same memory
             self._places += 1
 
     @cached_property
@@ -226,11 +229,9 @@ class Batch:
 
     @property
     def places(self) -> Tensor:
-        """Slot and position of each row with caption as one index, slot · N + position, [R]."""
+        """`numpy_places` on the device, [R]."""
         if self._places is None:
-            R = len(self.row_candidates)
-            numbers = self.numpy_rows[:R] * self._num_positions + self.numpy_positions[:R]
-            self._places = torch.from_numpy(numbers).to(self._device)
+            self._places = torch.from_numpy(self.numpy_places).to(self._device)
         return self._places
 
     @property

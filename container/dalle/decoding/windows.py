@@ -9,9 +9,8 @@ Forecasting Autoregressive Models" (ICML 2020); Song et al., "Accelerating Feedf
 via Parallel Nonlinear Equation Solving" (ICML 2021).
 
     WindowWidth      how wide the windows are
-    sample_windows   hidden states of the windows -> exact positions, and guesses
-    run_windows      guesses -> hidden states of the next windows
-    trial            the same work for no candidate, to be timed
+    WindowDecoder    sample: hidden states of the windows -> exact positions, and guesses
+                     run: guesses -> hidden states of the next windows
 
 A wider window has more rows, which take longer, and its further positions are exact less often. The
 seconds of a step by its rows are measured when a model is loaded, how often positions are exact is
@@ -24,7 +23,7 @@ N positions, M codes, G side of the grid.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
@@ -38,49 +37,83 @@ _PRIOR_COUNT = 2.0  # guesses that it weighs as much as
 _ROWS_AT_ONCE = (
     16  # where nothing is measured, a step of so many rows takes twice as long as of none
 )
+_STEPS_PER_CHOICE = (
+    8  # steps with the same width, since choosing one takes as long as a small layer
+)
+_HEAVIEST = 1e100  # weight of a step above which all counts are scaled down
 
 
 class WindowWidth:
     """Counts of right guesses, and the width that follows from them and from measured seconds.
 
     widest: K. fixed: the width where the rows have room for it; None: what promises most.
-    seconds: of a step by its number of rows, measured; empty: an assumption.
     """
 
     def __init__(self, widest: int, fixed: int | None = None) -> None:
         self.widest, self.fixed = widest, fixed
-        self.seconds: Mapping[int, float] = {}
-        # Guesses by their place in a window, and the right ones, given that those before were.
-        self._guesses, self._right = np.zeros(widest), np.zeros(widest)
+        self._seconds: Mapping[int, float] = {}
+        # Windows by the number of their guesses that were compared, and that were right. Later
+        # steps have greater weights, as if the counts of earlier ones shrank.
+        self._compared, self._right = [0.0] * (widest + 1), [0.0] * (widest + 1)
+        self._weight = 1.0
+        self._num_steps = 0
+        self._choices: dict[tuple[int, int | None], int] = {}
 
-    def record(self, widths: np.ndarray, exact: np.ndarray) -> None:
+    @property
+    def seconds(self) -> Mapping[int, float]:
+        """Measured seconds of a step by its number of rows; empty: an assumption is made."""
+        return self._seconds
+
+    @seconds.setter
+    def seconds(self, measured: Mapping[int, float]) -> None:
+        self._seconds = measured
+        self._choices.clear()
+
+    def record(self, widths: Iterable[int], exact: Iterable[int]) -> None:
         """Count a step's guesses. widths, exact: rows and exact positions by candidate, [C]."""
-        # A window's last position is nobody's guess.
-        right, guesses = exact - 1, np.minimum(exact, widths - 1)
-        for counts, places in ((self._right, right), (self._guesses, guesses)):
-            counts *= _MEMORY
-            by_number = np.bincount(places, minlength=self.widest + 1)
-            counts += len(exact) - np.cumsum(by_number)[: self.widest]
+        self._weight /= _MEMORY
+        for width, number in zip(widths, exact, strict=True):
+            # A window's last position is nobody's guess.
+            self._compared[min(number, width - 1)] += self._weight
+            self._right[number - 1] += self._weight
+        if self._weight > _HEAVIEST:
+            self._compared, self._right = (
+                [each / self._weight for each in counts] for counts in (self._compared, self._right)
+            )
+            self._weight = 1.0
+        self._num_steps += 1
+        if not self._num_steps % _STEPS_PER_CHOICE:
+            self._choices.clear()
 
     def choose(self, rows_each: int, most_rows: int | None = None) -> int:
         """Return the width for a step in which each position of the windows takes `rows_each` rows.
 
         most_rows: of the whole step.
         """
-        widest = self.widest if most_rows is None else min(self.widest, most_rows // rows_each)
         if self.fixed is not None:
-            widest = min(self.fixed, widest)
-        if self.fixed is not None or widest <= 1:
-            return max(1, widest)
-        widths = np.arange(1, widest + 1)
-        promised = self.expected()[:widest] / self._seconds_of(widths * rows_each)
+            widest = self.fixed if most_rows is None else min(self.fixed, most_rows // rows_each)
+            return max(1, min(self.widest, widest))
+        width = self._choices.get((rows_each, most_rows))
+        if width is None:
+            width = self._choices[rows_each, most_rows] = self._best(rows_each, most_rows)
+        return width
+
+    def _best(self, rows_each: int, most_rows: int | None) -> int:
+        widest = self.widest if most_rows is None else min(self.widest, most_rows // rows_each)
+        widths = np.arange(1, max(1, widest) + 1)
+        promised = self.expected()[: len(widths)] / self._seconds_of(widths * rows_each)
         return int(widths[promised.argmax()])
 
     def expected(self) -> np.ndarray:
         """Return the expected exact positions of a step by its width from 1 on, [K]."""
+        # Windows in which the guess at a place was compared, and in which it was right.
+        compared, right = (
+            (np.cumsum(counts[:0:-1])[::-1] / self._weight).tolist()
+            for counts in (self._compared, self._right)
+        )
         share, shares = _PRIOR, []
-        for right, guesses in zip(self._right.tolist(), self._guesses.tolist(), strict=True):
-            share = (right + _PRIOR_COUNT * share) / (guesses + _PRIOR_COUNT)
+        for number, of in zip(right, compared, strict=True):
+            share = (number + _PRIOR_COUNT * share) / (of + _PRIOR_COUNT)
             shares.append(share)
         return 1 + np.concatenate([[0.0], np.cumprod(shares[:-1]).cumsum()])
 
@@ -89,75 +122,122 @@ class WindowWidth:
         if not self.seconds:
             return 1 + rows / _ROWS_AT_ONCE
         known = sorted(self.seconds)
-        seconds: np.ndarray = np.interp(rows, known, [self.seconds[each] for each in known])
+        # More rows do not take less time: where they seem to, something else ran meanwhile.
+        measured = np.maximum.accumulate([self.seconds[each] for each in known])
+        seconds: np.ndarray = np.interp(rows, known, measured)
         # Beyond the most that were measured each row is taken to cost as much as the mean one.
         return seconds * np.maximum(1.0, rows / known[-1])
 
 
-def sample_windows(step: Step, batch: Batch, state: SlotState) -> np.ndarray:
-    """Sample every row of a batch, and move each candidate past its exact positions.
+class WindowDecoder:
+    """A step and the engine's state, for candidates that have windows."""
 
-    Returns how many those are, [C], 1 or more.
+    def __init__(self, step: Step, state: SlotState) -> None:
+        S, N, M = state.image_tokens.shape
+        self._step, self._state, self._num_positions = step, state, N
+        self._tokens = state.image_tokens.view(S * N, M).numpy()
+        self._noise_keys = state.noise_keys.view(S * N, M).numpy()
+        self._log_p = state.log_p.view(S * N).numpy()
+        # Of the last run: copied to the state only where other candidates follow.
+        self._ran: Batch | None = None
+        self._hidden = state.hidden[:0, 0]
+
+    def sample(self, batch: Batch) -> list[int]:
+        """Sample every row of a batch, and move each candidate past its exact positions.
+
+        Returns how many those are, [C], 1 or more.
+        """
+        hidden = self._hidden if batch is self._ran else self._gather(batch)
+        places = batch.numpy_places
+        noise_keys = torch.from_numpy(self._noise_keys[places])
+        sampled, log_p = self._step.sample(hidden, noise_keys, batch)
+        tokens = sampled.numpy()
+        differs = (self._tokens[places] != tokens).any(axis=1)
+        self._tokens[places] = tokens
+        self._log_p[places] = log_p.numpy()
+        exact = _lengths_exact(batch, differs)
+        for candidate, number in zip(batch.candidates, exact, strict=True):
+            candidate.guessed = max(candidate.guessed, candidate.position + candidate.window)
+            candidate.move(number)
+            if candidate.position == self._num_positions:
+                self._sum_log_p(candidate)
+        return exact
+
+    def run(self, batch: Batch) -> None:
+        """Run the model on the position before each row of a batch, which predicts the row's."""
+        for candidate in batch.candidates:
+            _guess(candidate, self._num_positions)
+        codes = self._tokens[batch.numpy_places - 1]
+        if len(batch.guided):
+            codes = np.concatenate([codes, codes[batch.guided]])
+        positions = batch.numpy_positions - 1
+        self._hidden = self._step(batch.numpy_rows, torch.from_numpy(codes), positions)
+        self._ran = batch
+
+    def trial(self, num_candidates: int, width: int) -> Callable[[], None]:
+        """Return the work of a step in the middle of an image, to be timed: of no candidate.
+
+        It writes to the first slots, which must be free. Raises ValueError for windows that do not
+        fit.
+        """
+        S, N, _ = self._state.image_tokens.shape
+        if num_candidates > S or width > min(self._state.hidden.shape[1], N - 1):
+            raise ValueError(f"no room for {num_candidates} windows of {width} positions")
+        request = DecodeRequest(0, SamplingOptions(), deque(), None, [])
+        position = 1 + (N - 1 - width) // 2
+        tokens = self._state.image_tokens
+        candidates = [
+            CandidateTokens(request, slot, (slot,), position, tokens[slot], width, N)
+            for slot in range(num_candidates)
+        ]
+
+        def work() -> None:
+            batch = Batch(candidates, N, tokens.device)
+            self.run(batch)
+            noise_keys = torch.from_numpy(self._noise_keys[batch.numpy_places])
+            self._step.sample(self._hidden, noise_keys, batch)
+
+        return work
+
+    def _gather(self, batch: Batch) -> torch.Tensor:
+        """Return the hidden states [B, W] of a batch of other candidates than the last run's."""
+        states = self._state.hidden.flatten(0, 1)
+        if self._ran is not None:
+            last = self._ran
+            stay = np.array([each in batch.candidates for each in last.candidates])[
+                last.row_candidates
+            ]
+            stay = np.flatnonzero(np.concatenate([stay, stay[last.guided]]))
+            rows = self._hidden_rows(last)[stay]
+            states.index_copy_(0, torch.from_numpy(rows), self._hidden[torch.from_numpy(stay)])
+            self._ran = None
+        return states.index_select(0, torch.from_numpy(self._hidden_rows(batch)))
+
+    def _hidden_rows(self, batch: Batch) -> np.ndarray:
+        """Return the index of each row's hidden state among [S · K], [B]."""
+        rows: np.ndarray = batch.numpy_rows * self._state.hidden.shape[1] + batch.numpy_offsets
+        return rows
+
+    def _sum_log_p(self, candidate: CandidateTokens) -> None:
+        """Sum the positions' log p one after the other, as they are added without windows."""
+        first = candidate.slot * self._num_positions
+        each = self._log_p[first + candidate.num_primed : first + self._num_positions]
+        self._state.log_likelihood[candidate.slot] = float(np.add.accumulate(each)[-1])
+
+
+def _lengths_exact(batch: Batch, differs: np.ndarray) -> list[int]:
+    """Return how many first positions of each window are exact, [C].
+
+    differs: whether what was sampled differs from the guess, [R]. It is changed.
     """
-    S, N, M = state.image_tokens.shape
-    tokens = state.image_tokens.view(S * N, M)
-    hidden = state.hidden.flatten(0, 1).index_select(0, _hidden_rows(batch, state))
-    noise_keys = state.noise_keys.view(S * N, M).index_select(0, batch.places)
-    sampled, log_p = step.sample(hidden, noise_keys, batch)
-    differs = (tokens.index_select(0, batch.places) != sampled).any(dim=1).numpy()
-    tokens.index_copy_(0, batch.places, sampled)
-    state.log_p.view(S * N).index_copy_(0, batch.places, log_p)
     # The last position of a window is no guess of another one: if it is reached, it is exact.
+    if len(batch.candidates) == 1:
+        differs[-1] = True
+        return [int(differs.argmax()) + 1]
     differs[batch.starts + batch.widths - 1] = True
-    offsets = batch.numpy_offsets[: len(differs)]
-    exact: np.ndarray = np.minimum.reduceat(np.where(differs, offsets, N), batch.starts) + 1
-    for candidate, number in zip(batch.candidates, exact.tolist(), strict=True):
-        candidate.guessed = max(candidate.guessed, candidate.position + candidate.window)
-        candidate.move(number)
-        if candidate.position == N:
-            _sum_log_p(candidate, state)
+    offsets = np.where(differs, batch.numpy_offsets[: len(differs)], len(differs))
+    exact: list[int] = (np.minimum.reduceat(offsets, batch.starts) + 1).tolist()
     return exact
-
-
-def run_windows(step: Step, batch: Batch, state: SlotState) -> None:
-    """Run the model on the position before each row of a batch, which predicts the row's."""
-    S, N, M = state.image_tokens.shape
-    for candidate in batch.candidates:
-        _guess(candidate, N)
-    tokens = state.image_tokens.view(S * N, M)
-    codes = batch.spread(tokens.index_select(0, batch.places - 1))
-    hidden = step(batch.numpy_rows, codes, batch.numpy_positions - 1)
-    state.hidden.flatten(0, 1).index_copy_(0, _hidden_rows(batch, state), hidden)
-
-
-def trial(step: Step, state: SlotState, num_candidates: int, width: int) -> Callable[[], None]:
-    """Return the work of a step of windows in the middle of an image, which changes no candidate.
-
-    It writes to the first slots, which must be free. Raises ValueError for windows that do not fit.
-    """
-    S, N, M = state.image_tokens.shape
-    if num_candidates > S or width > min(state.hidden.shape[1], N - 1):
-        raise ValueError(f"no room for {num_candidates} windows of {width} positions")
-    request = DecodeRequest(0, SamplingOptions(), deque(), None, [])
-    position = 1 + (N - 1 - width) // 2
-    candidates = [
-        CandidateTokens(request, slot, (slot,), position, state.image_tokens[slot], width, N)
-        for slot in range(num_candidates)
-    ]
-    batch = Batch(candidates, N, state.hidden.device)
-
-    def work() -> None:
-        run_windows(step, batch, state)
-        hidden = state.hidden.flatten(0, 1).index_select(0, _hidden_rows(batch, state))
-        noise_keys = state.noise_keys.view(S * N, M).index_select(0, batch.places)
-        step.sample(hidden, noise_keys, batch)
-
-    return work
-
-
-def _hidden_rows(batch: Batch, state: SlotState) -> torch.Tensor:
-    """Return the index of each row's hidden state among [S · K], [B]."""
-    return torch.from_numpy(batch.numpy_rows * state.hidden.shape[1] + batch.numpy_offsets)
 
 
 def _guess(candidate: CandidateTokens, num_positions: int) -> None:
@@ -176,9 +256,3 @@ def _guess(candidate: CandidateTokens, num_positions: int) -> None:
         else:
             tokens[begin:stop] = 0
     candidate.guessed = end
-
-
-def _sum_log_p(candidate: CandidateTokens, state: SlotState) -> None:
-    """Sum the positions' log p one after the other, as they are added without windows."""
-    each = state.log_p[candidate.slot].numpy()[candidate.num_primed :]
-    state.log_likelihood[candidate.slot] = float(np.add.accumulate(each)[-1])

@@ -13,7 +13,7 @@ def counted(right_share: float, widest: int = 32) -> WindowWidth:
     for _ in range(2000):
         right = generator.random(15) < right_share
         exact = 1 + int(right.cumprod().sum())
-        windows.record(np.array([16]), np.array([exact]))
+        windows.record([16], [exact])
     return windows
 
 
@@ -59,5 +59,18 @@ def test_a_width_has_room_in_the_rows_of_a_step():
 def test_old_counts_are_forgotten():
     windows = counted(0.95)
     for _ in range(300):
-        windows.record(np.array([16]), np.array([1]))
+        windows.record([16], [1])
     assert windows.expected()[-1] < 1.2
+
+
+def test_more_rows_are_not_taken_to_be_cheaper():
+    windows = counted(0.9)
+    windows.seconds = {1: 3.0, 2: 1.0, 4: 3.1, 64: 60.0}
+    assert windows.choose(1) == 4
+
+
+def test_counts_stay_finite_over_many_steps():
+    windows = WindowWidth(4)
+    for _ in range(10_000):
+        windows.record([4], [3])
+    assert windows.expected().tolist() == pytest.approx([1, 2, 3, 3], abs=0.1)
