@@ -169,7 +169,7 @@ class CpuStep(Step):
             codes.data_ptr(),
             log_likelihood.data_ptr(),
         )
-        if not bool(log_likelihood.isfinite().all()):
+        if not np.isfinite(log_likelihood.numpy()).all():
             raise FloatingPointError("a logit is NaN or infinite")
         return codes, log_likelihood
 
@@ -280,9 +280,11 @@ class _BatchSampling:
                 dtype=np.dtype(CSampling),
             )
         by_row = by_candidate[batch.row_candidates]
-        R = len(by_row)
-        by_row["blank_row"][batch.guided] = R + np.arange(len(batch.guided))
-        rows = np.concatenate([np.arange(R), batch.guided]).astype(np.int32)
+        R, G = len(by_row), len(batch.guided)
+        rows = np.arange(R, dtype=np.int32)
+        if G:
+            by_row["blank_row"][batch.guided] = R + np.arange(G)
+            rows = np.concatenate([rows, batch.guided], dtype=np.int32)
         return cls(batch, by_candidate, by_row, rows)
 
 
