@@ -71,6 +71,16 @@ COMMANDS: dict[str, Command] = {
             "tune --data rainbow --choice size=tiny,small --objective clip_validation_loss",
         ),
     ),
+    "register": Command(
+        "infra.registry.register",
+        "put a trained model into the Model Registry, with its metrics and a model card",
+        ("register", "register dalle-1a2b3c4d5e-all --approve"),
+    ),
+    "pipeline": Command(
+        "infra.registry.pipeline",
+        "make a pipeline that trains, evaluates, and registers a model that is good enough",
+        ("pipeline --data rainbow --require transformer_validation_loss=4.5 --start",),
+    ),
     "status": Command(
         "infra.account.status",
         "show the project's storage, jobs and endpoints, with their state and cost",

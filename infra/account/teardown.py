@@ -17,12 +17,13 @@ from dalle.errors import AwsError, UserError
 from infra.account import inventory
 from infra.account.inventory import RUNNING, Resource
 from infra.aws.output import count_words, size_words
-from infra.aws.project import Project, add_project_arguments, open_project
+from infra.aws.project import KIND_WORDS, Project, add_project_arguments, open_project
 from infra.aws.request import Request
 from infra.aws.stack import given_storage, outputs_of
 from infra.endpoint import autoscaling
 from infra.endpoint.idle_cost import IdleCost, idle_cost
 from infra.endpoint.requests import VARIANT
+from infra.registry import records
 from infra.setup import bootstrap, upload
 
 POLL_SECONDS = 5.0
@@ -34,6 +35,7 @@ class Inventory:
     """The resources to delete. bucket, repository: None when the stack has none.
 
     ended: jobs of which nothing is left but their records.
+    records: pipeline and group of registered models.
     given: bucket and repository that `bootstrap` was given, which stay.
     """
 
@@ -50,6 +52,7 @@ class Inventory:
     stack: dict[str, Any] | None
     bucket: str | None
     repository: str | None
+    records: list[str]
     given: dict[str, str]
 
     @property
@@ -84,7 +87,8 @@ def run(options: argparse.Namespace) -> int:
     ended = [] if options.keep_storage else found.ended
     if project.aws.dry_run:
         return output.finish()
-    if not found.hosting and not storage and not ended:
+    registered = [] if options.keep_storage else found.records
+    if not found.hosting and not storage and not ended and not registered:
         output.line(f"project {project.name} has nothing to delete")
         return output.finish(project=project.name, deleted=[], usd_per_month_stopped=0.0)
     costs = show(project, found, storage=storage)
@@ -94,6 +98,8 @@ def run(options: argparse.Namespace) -> int:
     end_hosting(project, found)
     if not options.keep_storage:
         deleted += delete_records(project, [*ended, *found.running], found.warm_pools)
+    records.delete(project, registered)
+    deleted += [[KIND_WORDS[kind], project.name] for kind in registered]
     if storage:
         empty(project, found.bucket)
         delete_images(project, found.repository)
@@ -138,6 +144,7 @@ def collect(project: Project) -> Inventory:
         stack=stack,
         bucket=outputs.get("Bucket"),
         repository=outputs.get("Repository"),
+        records=records.find(project),
         given=given,
     )
 
@@ -161,6 +168,8 @@ def show(project: Project, found: Inventory, *, storage: bool) -> dict[str, Idle
         number, num_bytes = inventory.stored(project, found.bucket)
         size = f"{count_words(number, 'object')}, {size_words(num_bytes)}: data, models, results"
         output.line(f"  {'bucket':<14} {found.bucket}  {size}")
+    for kind in found.records if storage else ():
+        output.line(f"  {KIND_WORDS[kind]:<14} {project.name}")
     if storage:
         parts = ["bucket"] * bool(found.bucket) + ["images"] * bool(found.repository)
         output.line(f"  {'stack':<14} {project.name}  {', '.join([*parts, 'role'])}")
@@ -293,6 +302,7 @@ def verify(project: Project, bucket: str | None, *, storage: bool) -> None:
     """
     left = collect(project)
     names = [f"{kind} {name}" for kind, name in left.hosting]
+    names += [f"{KIND_WORDS[kind]} {project.name}" for kind in left.records if storage]
     if storage and left.stack is not None:
         names.append(f"stack {project.name} ({left.stack['StackStatus']})")
     if bucket is not None and project.aws.find(Request("s3", "HeadBucket", Bucket=bucket)):

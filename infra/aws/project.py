@@ -34,6 +34,8 @@ KIND_WORDS = {
     "EndpointConfig": "configuration",
     "HyperParameterTuningJob": "tuning job",
     "Model": "model",
+    "ModelPackageGroup": "model group",
+    "Pipeline": "pipeline",
     "TrainingJob": "training job",
     "TransformJob": "transform job",
 }

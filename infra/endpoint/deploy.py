@@ -12,7 +12,9 @@ and a changed option or a newly pushed image creates new ones and updates the en
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from dalle.errors import PlanError, UserError
 from infra.aws import settings
@@ -60,7 +62,10 @@ def run(options: argparse.Namespace) -> int:
     image = project.image(outputs.repository, options.tag)
     if options.model:
         check_readable(project, outputs, [options.model])
-    model_data = options.model or newest_model(project)
+    if options.registered:
+        model_data, image = approved_model(project, image)
+    else:
+        model_data = options.model or model_of(newest_job(project))
     plan = make_plan(options, project, outputs, image, model_data)
     deployment, model_name = plan.deployment, plan.model_name
     project.ensure("Model", model_name, plan.model)
@@ -149,21 +154,68 @@ def check_topics(project: Project, deployment: Deployment, outputs: StackOutputs
         )
 
 
-def newest_model(project: Project) -> str:
-    """Return the model.tar.gz of the newest completed training job. Raises UserError."""
+def newest_job(project: Project) -> dict[str, Any]:
+    """Return the newest completed training job as it is described. Raises UserError."""
+    name = placeholder("newest completed training job")
+    presumed = {
+        "TrainingJobName": name,
+        "TrainingJobArn": placeholder("ARN of the job"),
+        "AlgorithmSpecification": {"TrainingImage": placeholder("address of the image")},
+        "ModelArtifacts": {"S3ModelArtifacts": PRESUMED_MODEL},
+    }
     jobs = project.aws.items(
         newest_first("TrainingJob", f"{project.name}-", StatusEquals="Completed"),
         "TrainingJobSummaries",
-        answer=[{"TrainingJobName": placeholder("newest completed training job")}],
+        answer=[{"TrainingJobName": name}],
     )
     for job in jobs:
         described = project.aws.call(
-            describe("TrainingJob", job["TrainingJobName"]),
-            answer={"ModelArtifacts": {"S3ModelArtifacts": PRESUMED_MODEL}},
+            describe("TrainingJob", job["TrainingJobName"]), answer=presumed
         )
         if project.aws.dry_run or project.owns(described["TrainingJobArn"]):
-            return str(described["ModelArtifacts"]["S3ModelArtifacts"])
+            return described
     raise UserError(
         f"project {project.name} has no completed training job; run `python -m infra train` "
         "first, or name a model by --model s3://…/model.tar.gz"
+    )
+
+
+def model_of(job: Mapping[str, Any]) -> str:
+    return str(job["ModelArtifacts"]["S3ModelArtifacts"])
+
+
+def approved_model(project: Project, image: Image) -> tuple[str, Image]:
+    """Return the newest approved model of the project's group, with the image it was trained by.
+
+    image: the repository's, whose size is known. Raises UserError without an approved model.
+    """
+    project.find_ours("ModelPackageGroup", project.name)
+    order = {"SortBy": "CreationTime", "SortOrder": "Descending"}
+    request = Request(
+        "sagemaker",
+        "ListModelPackages",
+        ModelPackageGroupName=project.name,
+        ModelApprovalStatus="Approved",
+        **order,
+    )
+    arn = placeholder("ARN of the newest approved model")
+    packages = project.aws.items(
+        request, "ModelPackageSummaryList", answer=[{"ModelPackageArn": arn}]
+    )
+    found = next(iter(packages), None)
+    if found is None:
+        raise UserError(
+            f"project {project.name} has no approved model; `python -m infra register --approve` "
+            "registers one, or approve one in SageMaker Studio"
+        )
+    name = {"ModelPackageName": found["ModelPackageArn"]}
+    presumed = {"Image": image.uri, "ModelDataUrl": PRESUMED_MODEL}
+    described = project.aws.call(
+        Request("sagemaker", "DescribeModelPackage", **name),
+        answer={"InferenceSpecification": {"Containers": [presumed]}},
+    )
+    container = described["InferenceSpecification"]["Containers"][0]
+    is_same = container["Image"] == image.uri
+    return str(container["ModelDataUrl"]), image if is_same else Image(
+        container["Image"], container["Image"].rpartition("@")[2], None, 0
     )

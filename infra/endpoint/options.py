@@ -36,6 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="URI", help="s3://…/model.tar.gz; default: of the newest completed job"
     )
+    parser.add_argument(
+        "--registered",
+        action="store_true",
+        help="the newest approved model of the Model Registry, with its image (`register`)",
+    )
     parser.add_argument("--tag", default=IMAGE_TAG, help=f"the image's tag; default: {IMAGE_TAG}")
     add_pairs(parser, "--env", "for the server (`serve --help` lists the names); repeatable")
     parser.add_argument("--isolate", action="store_true", help="give the container no network")
@@ -91,6 +96,8 @@ def topic(text: str) -> str:
 
 def check_given(options: argparse.Namespace) -> None:
     """Raise PlanError for options of another mode, a missing one, and a name that cannot be."""
+    if options.registered and options.model:
+        raise PlanError("--registered and --model both name a model; leave one of them out")
     if options.name and not re.fullmatch(NAME_PATTERN, options.name):
         raise PlanError(
             f"--name is letters and digits, with dashes between them, got {options.name!r}"

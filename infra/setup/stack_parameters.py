@@ -30,6 +30,7 @@ NAMES = (
     "LogBucket",
     "Mail",
     "BudgetUsd",
+    "Pipelines",
 )
 AT_FIRST = {
     "ExistingBucket": "--bucket",
@@ -69,6 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="receives the access log of the stack's bucket",
     )
+    parser.add_argument(
+        "--pipelines", choices=("yes", ""), help="a role for `pipeline`; '' takes it away"
+    )
     told = parser.add_argument_group("who is told")
     told.add_argument(
         "--mail",
@@ -107,6 +111,7 @@ def given(options: argparse.Namespace) -> dict[str, str]:
         "LogBucket": options.log_bucket,
         "Mail": options.mail,
         "BudgetUsd": options.budget,
+        "Pipelines": options.pipelines,
     }
     for name, value in found.items():
         if name.endswith("KmsKey") and value and not encryption.is_key_arn(value):

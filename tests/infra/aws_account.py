@@ -47,6 +47,8 @@ MANIFEST = {
 # `Account` or in a test; all are held against botocore's model.
 LACKING: dict[tuple[str, str], dict[str, Any]] = {
     ("sagemaker", "DeleteTrainingJob"): {"TrainingJobName": "dalle-x"},
+    ("sagemaker", "DeleteModelPackage"): {"ModelPackageName": "dalle"},
+    ("sagemaker", "DeleteModelPackageGroup"): {"ModelPackageGroupName": "dalle"},
     ("sagemaker", "StopHyperParameterTuningJob"): {"HyperParameterTuningJobName": "dalle-x"},
     ("sagemaker", "StopTrainingJob"): {"TrainingJobName": "dalle-x"},
     ("sagemaker", "StopTransformJob"): {"TransformJobName": "dalle-x"},

@@ -157,6 +157,9 @@ DRY = {
     "logs": [],
     "deploy": ["--mode", "async", "--instance-type", "ml.g5.xlarge"],
     "invoke": ["big filled orange star"],
+    "monitor": [],
+    "register": [],
+    "pipeline": ["--data", "pictures", "--require", "clip_validation_loss=2", "--start"],
     "teardown": [],
 }
 

@@ -1,0 +1,89 @@
+"""`register`: a trained model into the Model Registry, with its metrics and a model card.
+
+The group is named after the project. A job that is registered already is found by the description
+of its package. `deploy --registered` serves the newest approved one.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from dalle.errors import UserError
+from infra.aws import settings
+from infra.aws.project import Project, add_project_arguments, open_project
+from infra.aws.request import Request
+from infra.endpoint.deploy import newest_job
+from infra.jobs.progress import metric_history
+from infra.registry.card import trained
+from infra.registry.package import (
+    JSON,
+    description,
+    group_request,
+    metrics_body,
+    metrics_key,
+    package_request,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("job", nargs="?", help="a training job; default: the newest completed one")
+    parser.add_argument(
+        "--approve",
+        action="store_true",
+        help="for `deploy --registered` at once; default: it waits for approval",
+    )
+    settings.add_arguments(parser)
+    add_project_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    project = open_project(options)
+    outputs = settings.stack_outputs(project, options)
+    job = named_job(project, options.job) if options.job else newest_job(project)
+    group = project.name
+    metrics = {name: values[-1] for name, values in metric_history(project, _name(job)).items()}
+    model = trained(job, metrics)
+    request = package_request(model, group, outputs, approve=options.approve)
+    project.aws.check(request)
+    project.ensure("ModelPackageGroup", group, group_request(group, outputs.tags))
+    arn = find_package(project, group, model.job)
+    state = "already there"
+    if arn is None:
+        key = metrics_key(model.job)
+        upload = {"Bucket": outputs.bucket, "Key": key, "ContentType": JSON}
+        project.aws.call(Request("s3", "PutObject", **upload, Body=metrics_body(model)))
+        answer = project.aws.call(request, answer={"ModelPackageArn": "<ModelPackageArn>"})
+        arn, state = answer["ModelPackageArn"], "made"
+    project.output.item(f"model {arn.rpartition('model-package/')[2]}", state)
+    if not options.approve:
+        project.output.line("it is served by `deploy --registered` once it is approved")
+    return project.output.finish(
+        model_package=arn, state=state, job=model.job, metrics=dict(model.metrics)
+    )
+
+
+def named_job(project: Project, name: str) -> dict[str, Any]:
+    """Return a completed training job of ours. Raises UserError for any other."""
+    found = project.find_ours("TrainingJob", name)
+    if found is None:
+        raise UserError(f"there is no training job {name}; `python -m infra status` lists them")
+    if found["TrainingJobStatus"] != "Completed":
+        raise UserError(
+            f"training job {name} is {found['TrainingJobStatus']}, and only the model of a "
+            "completed one is registered"
+        )
+    return found
+
+
+def find_package(project: Project, group: str, job: str) -> str | None:
+    """Return the ARN of a job's package in a group; None when there is none."""
+    request = Request("sagemaker", "ListModelPackages", ModelPackageGroupName=group)
+    for found in project.aws.items(request, "ModelPackageSummaryList"):
+        if found.get("ModelPackageDescription") == description(job):
+            return str(found["ModelPackageArn"])
+    return None
+
+
+def _name(job: dict[str, Any]) -> str:
+    return str(job["TrainingJobName"])
