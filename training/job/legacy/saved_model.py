@@ -86,6 +86,8 @@ def read_saved_model(path: Path) -> SavedModel:
 def saved_model_of(weights: Weights) -> SavedModel:
     """Return the model of a file's content. Raises ValueError in words that follow its name."""
     names = frozenset(name.partition(".")[0] for name in (*weights.tensors, *weights.values))
+    if all(name.startswith("module.") for name in weights.tensors):  # of DataParallel
+        weights = Weights(weights.part("module."), weights.values)
     if any(name.startswith("dalle." + KNOWN_BY) for name in weights.tensors):
         args = hyperparameters_of(weights, "args")
         return SavedModel("kobiso", _checked(weights.part("dalle.")), args, names=names)

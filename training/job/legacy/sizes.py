@@ -161,6 +161,7 @@ def resolve(saved: SavedModel, choices: Choices) -> Resolved:
         divide_by_max=stable,
         padding_by_position=found.padding_by_position,
         hides_padding=hidden,
+        text_loss_weight=_text_loss_weight(saved),
     )
     return Resolved(
         config,
@@ -171,6 +172,14 @@ def resolve(saved: SavedModel, choices: Choices) -> Resolved:
         kinds,
         versions,
     )
+
+
+def _text_loss_weight(saved: SavedModel) -> float:
+    """Return the weight of the text's loss beside the image's; theirs was the image's, 7."""
+    weight = saved.hyperparameters.get("loss_img_weight")
+    if isinstance(weight, int | float) and 0.01 <= weight <= 100:
+        return 1 / weight
+    return 1 / 7
 
 
 def _versions(saved: SavedModel, layers: Layers, choices: Choices) -> VersionRange:

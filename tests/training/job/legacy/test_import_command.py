@@ -189,6 +189,12 @@ def test_a_file_that_is_cut_or_no_model_at_all_is_refused(tmp_path, capsys):
     assert "missing.pt" in refusal(tmp_path / "missing.pt", tmp_path, capsys)
 
 
+def test_weights_of_data_parallel_are_read_without_its_prefix(tmp_path, capsys):
+    content = {f"module.{name}": value for name, value in old("0.1.19-full").weights.items()}
+    options = ["--heads", "2", "--attn-types", "full"]
+    assert inspected(write(content, tmp_path), capsys, *options)["missing"][0].startswith("a tok")
+
+
 def test_weights_that_are_not_finite_or_empty_or_missing_are_refused_by_name(
     tmp_path, tokenizer, capsys
 ):
