@@ -77,6 +77,8 @@ class Deployment:
     model_data: the s3 address of a model.tar.gz. image_bytes: unpacked, or None where unknown.
     min_instances, max_instances: bounds of the scaling.
     concurrent_per_instance: requests in progress that the scaling aims at.
+    pool: types in the order in which they are tried, beginning with instance_type; empty for one.
+    reservation: the ARN of reserved capacity.
     success_topic, error_topic: ARNs of topics that are told of asynchronous replies and failures.
     """
 
@@ -100,6 +102,9 @@ class Deployment:
     volume_gb: int | None = None
     environment: Mapping[str, str] | None = None
     isolate: bool = False
+    pool: tuple[str, ...] = ()
+    provision_seconds: int | None = None
+    reservation: str = ""
     success_topic: str = ""
     error_topic: str = ""
 

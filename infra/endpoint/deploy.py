@@ -25,6 +25,7 @@ from infra.aws.stack import StackOutputs
 from infra.aws.storage import check_readable
 from infra.endpoint import autoscaling, batch, rollout
 from infra.endpoint import options as endpoint_options
+from infra.endpoint.fleet import pool
 from infra.endpoint.idle_cost import expected_idle_cost
 from infra.endpoint.options import PROJECTS_TOPIC
 from infra.endpoint.requests import VARIANT, config_request, model_request
@@ -139,6 +140,7 @@ def check_place(deployment: Deployment, outputs: StackOutputs) -> None:
             "a serverless endpoint cannot be in a network of the account, and this project's "
             "hosts are in subnets; take --mode async, which costs nothing when idle either"
         )
+    wrong += pool.problems(deployment)
     raise_all(f"deployment {deployment.name} ({deployment.mode})", wrong)
 
 

@@ -9,6 +9,7 @@ from infra.aws.limits import Deployment, Mode
 from infra.aws.project import Project
 from infra.aws.request import describe
 from infra.cost.prices import HOURS_PER_MONTH, load_prices
+from infra.endpoint.fleet.pool import first_type
 from infra.endpoint.invoke import mode_of
 
 
@@ -52,7 +53,7 @@ def idle_cost(project: Project, endpoint: str) -> IdleCost | None:
         if warm:
             return IdleCost(mode, "", 0, None, f"{warm} provisioned, without a known price")
         return IdleCost(mode, "", 0, 0.0, "paid by the second of work")
-    kind = config["ProductionVariants"][0]["InstanceType"]
+    kind = first_type(config["ProductionVariants"][0])
     count = found.get("ProductionVariants", [{}])[0].get("CurrentInstanceCount", 0)
     try:
         price = load_prices().hourly(kind, region)

@@ -10,6 +10,7 @@ from dalle.errors import PlanError
 from infra.aws.limits import MODES, Deployment, Mode, default_ami, has_gpu
 from infra.aws.project import IMAGE_TAG, Image, add_pairs
 from infra.aws.team.names import topic_arn
+from infra.endpoint.fleet import pool
 
 NAME_PATTERN = r"[a-zA-Z0-9]+(-+[a-zA-Z0-9]+)*"
 DEFAULT_INSTANCE: dict[Mode, str | None] = {
@@ -67,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     hosts.add_argument("--startup-seconds", type=int, default=600, help="default: 600")
     hosts.add_argument("--download-seconds", type=int, default=600, help="default: 600")
     hosts.add_argument("--volume-gb", type=int, help="default: the platform's")
+    pool.add_arguments(hosts)
     share = parser.add_argument_group("serverless")
     share.add_argument("--memory-mb", type=int, help=f"default: {DEFAULT_MEMORY_MB}")
     share.add_argument("--max-concurrency", type=int, help=f"default: {DEFAULT_CONCURRENCY}")
@@ -126,7 +128,8 @@ def read(
 ) -> Deployment:
     """Return the deployment that the options describe, with the mode's defaults."""
     mode: Mode = options.mode
-    kind = options.instance_type or DEFAULT_INSTANCE[mode]
+    types = pool.chosen(options)
+    kind = types[0] if types else DEFAULT_INSTANCE[mode]
     is_gpu = kind is not None and has_gpu(kind)
     seconds = options.invocation_seconds
     is_long = mode in ("async", "batch")
@@ -164,6 +167,9 @@ def read(
         volume_gb=options.volume_gb,
         environment=environment,
         isolate=options.isolate,
+        pool=types if len(types) > 1 else (),
+        provision_seconds=options.provision_seconds,
+        reservation=options.reservation,
         success_topic=options.success_topic,
         error_topic=options.error_topic,
     )

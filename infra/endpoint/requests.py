@@ -7,6 +7,7 @@ from typing import Any
 from infra.aws.limits import Deployment
 from infra.aws.request import Request, digest, placeholder
 from infra.aws.stack import StackOutputs
+from infra.endpoint.fleet import pool
 from infra.endpoint.options import PROJECTS_TOPIC
 
 VARIANT = "main"
@@ -80,7 +81,7 @@ def variant(deployment: Deployment, model_name: str) -> dict[str, Any]:
         given = {key: value for key, value in serverless.items() if value is not None}
         return {**found, "ServerlessConfig": given}
     found |= {
-        "InstanceType": deployment.instance_type,
+        **pool.variant_fields(deployment),
         # One at least, even with a minimum of 0: the scaling removes it without requests.
         "InitialInstanceCount": max(1, deployment.min_instances),
         "InitialVariantWeight": 1.0,

@@ -36,3 +36,7 @@ topic_arn = named(
     r"arn:aws[a-z-]*:sns:[a-z0-9-]+:\d{12}:[\w.-]+",
 )
 mail_address = named("a mail address such as team@example.com", r"[^@\s]+@[^@\s]+\.[^@\s]+")
+reservation_arn = named(
+    "the ARN of reserved capacity such as arn:aws:sagemaker:us-east-1:123456789012:training-plan/x",
+    r"arn:aws[a-z-]*:sagemaker:[a-z0-9-]+:\d{12}:[a-z0-9-]{1,14}/.+",
+)
