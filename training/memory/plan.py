@@ -15,7 +15,7 @@ from typing import Literal
 from pydantic import TypeAdapter
 
 from dalle.artefact import CONFIG
-from dalle.errors import ArtefactError
+from dalle.errors import ArtefactError, HyperparameterError
 from dalle.manifest import MANIFEST
 from dalle.models.configs import ClipConfig, ImageTokenizerConfig
 from dalle.models.tokenizers.configs import parse_config
@@ -143,6 +143,11 @@ def plan(
     plans = []
     for name in names:
         if hyperparameters.trains_on(name):
+            if clip is None and not present and "artefact" in job.channels:
+                raise HyperparameterError(
+                    "clip_fine_tune=true trains on from the CLIP in the channel artefact, which "
+                    "the plan reads of an unpacked artefact only; unpack model.tar.gz there"
+                )
             config: Config = fine_tuned_config(hyperparameters, clip)
         else:
             config = stage_config(name, hyperparameters, text, dvae)

@@ -125,13 +125,19 @@ def test_settings_that_do_not_fit_the_channel_are_refused_by_name(job, settings,
     assert run(tree, "--plan") == 1
 
 
-def test_without_a_clip_there_is_nothing_to_train_on(job, tiny_models):
+def test_without_a_clip_there_is_nothing_to_train_on(job, tiny_models, capsys):
     tree = job(has_clip=False, clip_fine_tune=True)
     assert run(tree) == 1
     assert "neither the channel clip nor artefact is there to bring one" in tree.failure
     artefacts.save(tree.add_channel("artefact"), replace(tiny_models, clip=None))
     assert run(tree) == 1
     assert "no channel brings one" in tree.failure
+    assert run(tree, "--plan") == 1
+    assert "no channel brings one" in capsys.readouterr().err
+    shutil.rmtree(tree.root / "input/data/artefact")
+    (tree.add_channel("artefact") / "model.tar.gz").touch()
+    assert run(tree, "--plan") == 1
+    assert "which the plan reads of an unpacked artefact only" in capsys.readouterr().err
 
 
 def test_the_plan_counts_the_published_clip_that_is_trained_on_and_none_that_is_kept(
