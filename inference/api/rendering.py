@@ -11,8 +11,9 @@ from __future__ import annotations
 import base64
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from pydantic import BaseModel
@@ -65,7 +66,8 @@ class Candidate:
     """One finished image.
 
     clip_score: cosine, None without a CLIP; merit: what it is ranked by, the greatest first;
-    pixels: uint8 [H, W, 3]; mark: None for a file that says nothing of its origin.
+    pixels: uint8 [H, W, 3]; mark: None for a file that says nothing of its origin; first: number of
+    the first finished candidate with the same image tokens, None where it is this one.
     """
 
     number: int
@@ -74,6 +76,16 @@ class Candidate:
     merit: float
     pixels: Pixels = field(repr=False)
     mark: Mark | None = field(default=None, repr=False)
+    first: int | None = None
+
+    @property
+    def group(self) -> int:
+        """Number that candidates with the same image tokens have in common."""
+        return self.number if self.first is None else self.first
+
+    def again(self, number: int) -> Candidate:
+        """Return another candidate with the same image tokens."""
+        return replace(self, number=number, first=self.group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +202,16 @@ def rank(candidates: Sequence[Candidate]) -> list[Candidate]:
     return sorted(candidates, key=lambda each: (-each.merit, each.number))
 
 
+def best(ranked: Sequence[Candidate], number: int, *, distinct: bool) -> list[Candidate]:
+    """Return the first candidates of a ranking; with distinct, those of different images."""
+    if not distinct:
+        return [*ranked[:number]]
+    firsts: dict[int, Candidate] = {}
+    for each in ranked:
+        firsts.setdefault(each.group, each)
+    return [*firsts.values()][:number]
+
+
 def check_reply_size(
     request: GenerateRequest,
     image_size: int,
@@ -233,8 +255,8 @@ def render_json(
 
 def render_images(result: GenerateResult, request: GenerateRequest) -> Iterator[RankedImage]:
     """Yield the best `num_images` candidates, each encoded when it is taken."""
-    best = result.ranked[: request.num_images]
-    for place, candidate in zip(_ranking(result), best, strict=False):
+    shown = best(result.ranked, request.num_images, distinct=request.distinct)
+    for place, candidate in zip(_ranking(result, shown), shown, strict=True):
         yield RankedImage(**dict(place), image=_base64(candidate, request.format))
 
 
@@ -247,14 +269,14 @@ def render_best(
 ) -> tuple[bytes, dict[str, str], Timings]:
     """Return the file of the best image, headers with its scores, and the timings."""
     began = time.monotonic()
-    best = result.ranked[0]
-    file = _file(best, format)
+    first = result.ranked[0]
+    file = _file(first, format)
     timings = stage_timings(result, queue_seconds, time.monotonic() - began)
     facts = {
         "seed": f"{result.seed}",
-        "candidate": f"{best.number}",
-        "clip_score": "" if best.clip_score is None else f"{best.clip_score:.6f}",
-        "log_likelihood": f"{best.log_likelihood:.6f}",
+        "candidate": f"{first.number}",
+        "clip_score": "" if first.clip_score is None else f"{first.clip_score:.6f}",
+        "log_likelihood": f"{first.log_likelihood:.6f}",
         "ranked_by": result.ranked_by,
         "num_candidates": f"{result.num_candidates}",
         "completed_candidates": f"{len(result.ranked)}",
@@ -291,18 +313,22 @@ def render_ranking(
 ) -> RankingLine:
     """Return the last line of a stream: the ranking, without images."""
     timings = stage_timings(result, queue_seconds, encode_seconds)
-    return RankingLine(ranking=_ranking(result), timings=timings, **_summary(result, warnings))
+    ranking = _ranking(result, result.ranked)
+    return RankingLine(ranking=ranking, timings=timings, **_summary(result, warnings))
 
 
-def _ranking(result: GenerateResult) -> list[RankedCandidate]:
+def _ranking(result: GenerateResult, shown: Sequence[Candidate]) -> list[RankedCandidate]:
+    """Return the places of some candidates of a result, best first, counted among them."""
+    copies = Counter(each.group for each in result.ranked)
     return [
         RankedCandidate(
             rank=rank_number,
             candidate=candidate.number,
             clip_score=candidate.clip_score,
             log_likelihood=candidate.log_likelihood,
+            copies=copies[candidate.group],
         )
-        for rank_number, candidate in enumerate(result.ranked, start=1)
+        for rank_number, candidate in enumerate(shown, start=1)
     ]
 
 

@@ -31,6 +31,11 @@ class RankedCandidate(Reply):
     log_likelihood: float = Field(
         description="Of the candidate's image tokens by the transformer, in nats, at most 0."
     )
+    copies: int = Field(
+        default=1,
+        description="Number of finished candidates with the same image tokens, with this one.",
+        ge=1,
+    )
 
 
 class RankedImage(RankedCandidate):
@@ -78,7 +83,9 @@ class Generated(Reply):
 class GenerateReply(Generated):
     """The best candidates, best first."""
 
-    images: list[RankedImage] = Field(description="num_images of them, or all that were finished.")
+    images: list[RankedImage] = Field(
+        description="num_images of them, or all different ones that were finished."
+    )
 
 
 class PreviewLine(Reply):

@@ -116,6 +116,12 @@ class GenerateRequest(_Request):
         "num_candidates and the server's limit; a stream sends all of them, an image reply the "
         "best one. Default 4, or num_candidates or the server's limit where that is lower.",
     )
+    distinct: bool = Field(
+        default=True,
+        description="Return different images only: of candidates with the same image tokens one is "
+        "returned, and its copies says how many there are, so that there may be fewer images than "
+        "num_images. false: each by itself. A stream sends every candidate.",
+    )
     temperature: float = Field(
         default=1.0,
         ge=0.0,

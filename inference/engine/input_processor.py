@@ -100,6 +100,7 @@ def _prepare_generation(
         ),
         preview_rows=request.preview_rows,
         num_images=request.num_images,
+        distinct=request.distinct,
     )
 
 

@@ -9,11 +9,12 @@ E embedding.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import queue
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dalle.errors import DalleError
-from inference.api.rendering import Candidate, GenerateResult, Mark, Preview, Result, rank
+from inference.api.rendering import Candidate, GenerateResult, Mark, Preview, Result, best, rank
 from inference.api.replies import RankedBy
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from dalle.decoding.step import CandidateTokens, DecodeRequest
 
 _NO_PIXELS = np.zeros((0, 0, 3), np.uint8)
+_MAX_RECENT = 64  # candidates of a request whose pixels serve equal ones
 _MAX_UNREAD = 64  # events of a request above which previews are dropped
 
 
@@ -179,6 +181,8 @@ class PreparedGeneration(EngineRequest):
     num_previewed: int | None = None
     """Candidates that have previews, from number 0; None: all."""
     num_images: int = 1
+    distinct: bool = False
+    """Whether the reply has different images only."""
     mark: Mark | None = None
     """What its files say of their origin."""
 
@@ -193,6 +197,10 @@ class PreparedGeneration(EngineRequest):
     sampled: deque[CandidateTokens] = field(default_factory=deque, init=False)
     """Candidates whose tokens are complete, and which are not decoded yet."""
     finished: list[Candidate] = field(default_factory=list, init=False)
+    groups: dict[bytes, int] = field(default_factory=dict, init=False)
+    """Number of the first finished candidate of the same image tokens, by their digest."""
+    recent: OrderedDict[int, Candidate] = field(default_factory=OrderedDict, init=False)
+    """The last ones of these with their pixels, by number."""
     rows_seen: dict[int, int] = field(default_factory=dict, init=False)
     """Whole rows of each candidate for which previews were made, as far as they were wanted."""
     decode_seconds: float = field(default=0.0, init=False)
@@ -246,11 +254,29 @@ class PreparedGeneration(EngineRequest):
         A reply contains no others, and a stream has sent them already. This bounds the memory
         whatever `num_candidates` is.
         """
-        kept = self.num_images
-        if len(self.finished) > kept:
-            ranked = rank(self.finished)
-            rest = [replace(each, pixels=_NO_PIXELS) for each in ranked[kept:]]
-            self.finished = [*ranked[:kept], *rest]
+        if len(self.finished) <= self.num_images:
+            return
+        ranked = rank(self.finished)
+        kept = {each.number for each in best(ranked, self.num_images, distinct=self.distinct)}
+        self.finished = [
+            each if each.number in kept else replace(each, pixels=_NO_PIXELS) for each in ranked
+        ]
+
+    def group_of(self, number: int, image_tokens: bytes) -> int:
+        """Return the number of the first finished candidate of the same image tokens.
+
+        number: of the candidate that has them and is finished now.
+        """
+        digest = hashlib.blake2b(image_tokens, digest_size=16).digest()
+        return self.groups.setdefault(digest, number)
+
+    def finish(self, candidate: Candidate) -> None:
+        """Keep a finished candidate, and pass it to the reader."""
+        self.finished.append(candidate)
+        self.put(candidate)
+        self.recent[candidate.group] = candidate
+        if len(self.recent) > _MAX_RECENT:
+            self.recent.popitem(last=False)
 
     def end(self, ranked_by: RankedBy) -> None:
         """Set the outcome: the finished candidates, or an error where there are none."""

@@ -226,14 +226,28 @@ class Scheduler:
             request.cost_seconds += seconds
 
     def _finish(self) -> None:
-        """Decode and score a few sampled candidates, in the order of sampling; pass them on."""
+        """Decode and score a few sampled candidates, in the order of sampling; pass them on.
+
+        Those with the same image tokens as one of their request are that image again.
+        """
         most = _FINISH_BATCH_GPU if self._device.type == "cuda" else _FINISH_BATCH
-        batch: list[tuple[PreparedGeneration, CandidateTokens]] = []
+        equal: dict[tuple[PreparedGeneration, int], list[CandidateTokens]] = {}
         for request in self._running:
-            while request.sampled and len(batch) < most and not request.is_cancelled:
-                batch.append((request, request.sampled.popleft()))
-        if not batch:
-            return
+            while request.sampled and len(equal) < most and not request.is_cancelled:
+                each = request.sampled.popleft()
+                group = request.group_of(each.number, each.image_tokens.cpu().numpy().tobytes())
+                if group in request.recent:
+                    request.finish(request.recent[group].again(each.number))
+                else:
+                    equal.setdefault((request, group), []).append(each)
+        if equal:
+            self._finish_new(equal)
+
+    def _finish_new(
+        self, equal: dict[tuple[PreparedGeneration, int], list[CandidateTokens]]
+    ) -> None:
+        """Decode, score and pass on candidates. equal: by request and group."""
+        batch = [(request, candidates[0]) for (request, _), candidates in equal.items()]
         began = time.monotonic()
         images = self._dvae.decode(torch.stack([each.image_tokens for _, each in batch]))
         pixels = to_pixels(images)
@@ -248,15 +262,16 @@ class Scheduler:
             merits = self._clip.merit(cosines, cosines.new_tensor(merits)).tolist()
         ranked = time.monotonic()
         self._latency.record_finishing(len(batch), ranked - began)
-        for (request, each), score, merit, image in zip(batch, scores, merits, pixels, strict=True):
+        for ((request, group), candidates), score, merit, image in zip(
+            equal.items(), scores, merits, pixels, strict=True
+        ):
             request.decode_seconds += (decoded - began) / len(batch)
             request.rank_seconds += (ranked - decoded) / len(batch)
             request.cost_seconds += (ranked - began) / len(batch)
-            candidate = Candidate(
-                each.number, each.log_likelihood, score, merit, image, request.mark
-            )
-            request.finished.append(candidate)
-            request.put(candidate)
+            log_p = candidates[0].log_likelihood
+            candidate = Candidate(group, log_p, score, merit, image, request.mark)
+            for each in candidates:
+                request.finish(candidate if each.number == group else candidate.again(each.number))
         for request in dict.fromkeys(request for request, _ in batch):
             request.release_pixels()
 

@@ -45,7 +45,7 @@ if TYPE_CHECKING:  # it imports torch
 
 EVENT_STREAM = "text/event-stream"
 
-_SCORES = ("rank", "candidate", "clip_score", "log_likelihood")
+_SCORES = ("rank", "candidate", "clip_score", "log_likelihood", "copies")
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,9 @@ class ImagesReply(Generated):
     """The best pictures, best first."""
 
     created: int = Field(description="Unix time in seconds.")
-    data: list[ImageData] = Field(description="n pictures, or all that were finished in time.")
+    data: list[ImageData] = Field(
+        description="n pictures, or all different ones that were finished in time."
+    )
     background: Literal["opaque"] = Field(default="opaque", description="opaque.")
     output_format: Format = Field(description="File format of the pictures.")
     size: str = Field(description="Width x height, as in 32x32.")

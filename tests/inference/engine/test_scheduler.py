@@ -11,7 +11,7 @@ import torch
 from dalle import artefact as artefacts
 from dalle.errors import DeviceError, PlatformError, UserError
 from dalle.types import PRECISIONS
-from inference.api.rendering import Candidate, GenerateResult, Preview
+from inference.api.rendering import Candidate, GenerateResult, Preview, render_json
 from inference.api.schema import CompleteRequest, GenerateRequest
 from inference.engine.engine_core import EngineCore, State
 from inference.engine.model_runner import ModelRunner
@@ -100,6 +100,31 @@ def test_windows_change_neither_images_nor_previews(window, artefact):
         assert len(previews) == 3 * 3
         assert outcomes[0].positions_per_step >= 1.0
     assert seen[0] == seen[1]
+
+
+def test_equal_candidates_are_decoded_once_and_counted(artefact, monkeypatch):
+    runner = ModelRunner(artefact, CPU, chunk_size=4)
+    decoded = []
+    decode = runner._artefact.dvae.decode
+
+    def noted(tokens):
+        decoded.append(len(tokens))
+        return decode(tokens)
+
+    monkeypatch.setattr(runner._artefact.dvae, "decode", noted)
+    for distinct in (True, False):
+        request = ask(0, num_candidates=6, temperature=0.0, distinct=distinct)
+        prepared = runner.prepare(request)
+        result = runner.run(prepared)
+        reply = render_json(result, request, queue_seconds=0.0)
+        assert [each.number for each in result.ranked] == [*range(6)]
+        assert len({each.pixels.tobytes() for each in result.ranked if each.pixels.size}) == 1
+        images = [(each.rank, each.candidate, each.copies) for each in reply.images]
+        assert images == ([(1, 0, 6)] if distinct else [(n + 1, n, 6) for n in range(6)])
+        sent = list(iter(partial(prepared.next_event, 0.0), None))
+        assert sorted(each.number for each in sent if isinstance(each, Candidate)) == [*range(6)]
+        assert all(each.pixels.size for each in sent if isinstance(each, Candidate))
+    assert decoded == [1, 1]
 
 
 def test_requests_share_each_step(artefact, monkeypatch):
