@@ -13,7 +13,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from dalle.errors import ChannelError, DalleError, JobError
+from dalle.errors import DalleError, JobError
 from dalle.platform.environment import (
     DEFAULT_ROOT,
     TRAIN_VARIABLES,
@@ -128,8 +128,11 @@ def _plan(options: argparse.Namespace) -> int:
         settings = hyperparameters.parse(job.hyperparameters)
         hyperparameters.check_with_channels(settings, job.channels)
         tokenizer = None
+        legacy = None
         if hyperparameters.LEGACY in job.channels:
-            raise ChannelError("--plan knows nothing of models in the channel legacy yet")
+            from training.job.legacy.channel import load_configs
+
+            legacy, tokenizer = load_configs(job.channels[hyperparameters.LEGACY].directory)
         if hyperparameters.TOKENIZER_MODEL in job.channels:
             from training.job.pretrained.image_tokenizer import load_image_tokenizer
 
@@ -140,7 +143,7 @@ def _plan(options: argparse.Namespace) -> int:
             from training.job.pretrained.clip import find_clip, load_clip
 
             clip = load_clip(*find_clip(job.channels["clip"].directory)).config
-        return plan_command.run_plan(job, settings, options, tokenizer, clip)
+        return plan_command.run_plan(job, settings, options, tokenizer, clip, legacy)
     except DalleError as error:
         print(error, file=sys.stderr)
         return process.code_of(error)

@@ -126,8 +126,9 @@ class Components:
         }
         if name != "dvae":
             known["tokenizer"] = inputs.reader(name).identity()
-        if inputs.hyperparameters.trains_on(name):
-            known["trained_on_from"] = weights_hash(inputs.artefact.require("clip"))
+        if inputs.trains_on(name):
+            begun: nn.Module = getattr(inputs.artefact, name)
+            known["trained_on_from"] = weights_hash(begun)
         if name == "transformer" and inputs.artefact.dvae is not None:
             known["dvae_weights"] = weights_hash(inputs.artefact.dvae)
         return known
@@ -235,7 +236,7 @@ class Components:
                 model.checkpoints_activations = settings.activation_checkpointing
                 pairs = inputs.pairs_with_tokens(settings, trained)
                 data = inputs.data(settings, tokenizer=inputs.tokenizer(), train_pairs=pairs)
-                return TransformerStage(model, trained, data)
+                return TransformerStage(model, trained, data, trained_on_from=weights_hash(begun))
             case ClipConfig() as config:
                 data = inputs.data(settings, tokenizer=inputs.reader("clip"))
                 if not inputs.trains_on("clip"):

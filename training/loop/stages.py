@@ -116,8 +116,17 @@ class TransformerStage:
 
     name: StageName = "transformer"
 
-    def __init__(self, model: Dalle, dvae: ImageTokenizer, data: StageData) -> None:
+    def __init__(
+        self,
+        model: Dalle,
+        dvae: ImageTokenizer,
+        data: StageData,
+        *,
+        trained_on_from: str = "",
+    ) -> None:
+        """trained_on_from: hash of the weights that the model has, empty for random ones."""
         self.model: Dalle = model
+        self._trained_on_from = trained_on_from
         self.dvae = dvae
         self.data = data
         self.batches = data.train
@@ -160,10 +169,13 @@ class TransformerStage:
         return self.data.validation_means(measure)
 
     def identity(self) -> Mapping[str, Any]:
-        return self.batches.identity() | {
+        identity = self.batches.identity() | {
             "transformer_config": asdict(self.model.config),
             "dvae_weights": weights_hash(self.dvae),
         }
+        if self._trained_on_from:
+            identity["trained_on_from"] = self._trained_on_from
+        return identity
 
 
 class ClipStage:

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from dalle.models.configs import ClipConfig, ImageTokenizerConfig
+from dalle.models.legacy.config import LegacyTransformerConfig
 from dalle.platform.environment import Job
 from training.config.fields import Hyperparameters
 
@@ -63,16 +64,17 @@ def run_plan(
     options: argparse.Namespace,
     tokenizer_model: ImageTokenizerConfig | None = None,
     clip: ClipConfig | None = None,
+    legacy: LegacyTransformerConfig | None = None,
 ) -> int:
     """Print the plan. Returns 0 when all stages fit or the device memory is unknown, else 1.
 
-    tokenizer_model, clip: configs of the models of these channels.
+    tokenizer_model, clip, legacy: as of `plan`.
     """
     # Imported here: torch takes seconds, which a wrong command need not wait for.
     from training.memory.plan import plan
 
     devices = _devices(job, options)
-    plans = plan(job, hyperparameters, devices, tokenizer_model, clip)
+    plans = plan(job, hyperparameters, devices, tokenizer_model, clip, legacy)
     print(_json(plans, devices) if options.json else _table(plans, devices))
     return 1 if any(each.job.fits is False for each in plans) else 0
 

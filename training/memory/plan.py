@@ -18,6 +18,7 @@ from dalle.artefact import CONFIG
 from dalle.errors import ArtefactError, HyperparameterError
 from dalle.manifest import MANIFEST
 from dalle.models.configs import ClipConfig, ImageTokenizerConfig
+from dalle.models.legacy.config import LegacyTransformerConfig
 from dalle.models.tokenizers.configs import parse_config
 from dalle.platform.environment import Job
 from dalle.platform.json_file import read_json
@@ -31,6 +32,7 @@ from training.config.models import (
     dvae_config,
     fine_tuned_config,
     stage_config,
+    trained_on,
 )
 from training.memory.estimate import Memory, Setting, StageMemory
 
@@ -121,10 +123,12 @@ def plan(
     devices: Devices,
     tokenizer_model: ImageTokenizerConfig | None = None,
     clip: ClipConfig | None = None,
+    legacy: LegacyTransformerConfig | None = None,
 ) -> list[StagePlan]:
     """Plan every stage that the job trains. Raises HyperparameterError, ArtefactError.
 
-    tokenizer_model, clip: configs of the models of these channels.
+    tokenizer_model, clip, legacy: configs of the models of these channels; with the latter,
+    tokenizer_model is that of its image tokenizer.
     """
     present, frozen, vocab_size = _read_artefact(job)
     if clip is not None:
@@ -137,18 +141,24 @@ def plan(
     text = TextSizes(
         vocab_size or hyperparameters.tokenizer_vocab_size, hyperparameters.text_length
     )
+    if legacy is not None:
+        present = {*present, "transformer"}
+        text = TextSizes(legacy.text_vocab_size, legacy.text_length)
     wanted = hyperparameters.stage
     kept = {name for name in present if not hyperparameters.trains_on(name)}
     names = [name for name in STAGES if name not in kept] if wanted == "all" else [wanted]
     plans = []
     for name in names:
-        if hyperparameters.trains_on(name):
+        config: Config
+        if name == "transformer" and legacy is not None:
+            config = trained_on(legacy, hyperparameters)
+        elif hyperparameters.trains_on(name):
             if clip is None and not present and "artefact" in job.channels:
                 raise HyperparameterError(
                     "clip_fine_tune=true trains on from the CLIP in the channel artefact, which "
                     "the plan reads of an unpacked artefact only; unpack model.tar.gz there"
                 )
-            config: Config = fine_tuned_config(hyperparameters, clip)
+            config = fine_tuned_config(hyperparameters, clip)
         else:
             config = stage_config(name, hyperparameters, text, dvae)
         memory = StageMemory(name, config, dvae=dvae, device_type=devices.kind)

@@ -87,6 +87,17 @@ def test_a_job_trains_on_from_the_weights_of_the_channel(opt_ml):
     assert "trained on" in (tree.root / "model/MODEL_CARD.md").read_text()
 
 
+def test_the_plan_knows_the_models_of_the_channel(opt_ml, capsys):
+    tree = job_with(opt_ml, OPTIONS, stage="transformer")
+    assert main(["--root", str(tree.root), "--plan", "--json"]) == 0
+    (stage,) = json.loads(capsys.readouterr().out)["stages"]
+    weights = old("0.8.3-reversible").weights
+    ours = {name for name in weights if not name.startswith(("vae.", "logits_mask"))}
+    axial = sum(weights[f"image_pos_emb.weights_{axis}"].numel() for axis in (0, 1))
+    number = sum(weights[name].numel() for name in ours) - axial + 64 * 32
+    assert (stage["stage"], stage["num_parameters"]) == ("transformer", number)
+
+
 @pytest.mark.parametrize(
     ("options", "settings", "code", "words"),
     [

@@ -16,6 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dalle.artefact import Artefact
 from dalle.errors import ForeignFileError
 from dalle.manifest import is_hidden
+from dalle.models.configs import ImageTokenizerConfig
+from dalle.models.legacy.config import LegacyTransformerConfig
+from dalle.models.legacy.transformer import LegacyTransformer
 from dalle.platform.json_file import read_json
 from training.job.legacy.importer import Beside, import_model
 from training.job.legacy.sizes import Choices
@@ -74,6 +77,14 @@ def load_legacy(directory: Path) -> Artefact:
     vae = directory / VAE
     beside = Beside(str(tokenizers[0]) if tokenizers else None, vae if vae.is_dir() else None)
     return import_model(models[0], _choices(directory / OPTIONS), beside)
+
+
+def load_configs(directory: Path) -> tuple[LegacyTransformerConfig, ImageTokenizerConfig]:
+    """Return the configs of a channel's transformer and image tokenizer. Raises as above."""
+    artefact = load_legacy(directory)
+    transformer = artefact.require("transformer")
+    assert isinstance(transformer, LegacyTransformer), "the importer builds no other"
+    return transformer.config, artefact.require("dvae").config
 
 
 def _choices(path: Path) -> Choices:
