@@ -15,7 +15,8 @@ from dalle.errors import UserError
 SECONDS_PER_DAY = 86_400.0
 
 
-def _assumed(value: float, unit: str, meaning: str) -> float:
+def assumed(value: float, unit: str, meaning: str) -> float:
+    """Return a dataclass's field with a default value, its unit and its meaning."""
     default: float = field(default=value, metadata={"unit": unit, "meaning": meaning})
     return default
 
@@ -24,38 +25,38 @@ def _assumed(value: float, unit: str, meaning: str) -> float:
 class Assumptions:
     """Every assumption, with its unit and meaning."""
 
-    hours_per_month: float = _assumed(730, "hours", "in a month, as in AWS's calculator")
-    peak_to_mean: float = _assumed(
+    hours_per_month: float = assumed(730, "hours", "in a month, as in AWS's calculator")
+    peak_to_mean: float = assumed(
         3, "times", "the day's mean rate in the busy hours: 3 is all requests within 8 hours, 1 is "
         "evenly day and night; within those hours they arrive at random"
     )  # fmt: skip
-    target_utilisation: float = _assumed(
+    target_utilisation: float = assumed(
         0.7, "share", "of an instance's measured throughput in use; the rest keeps queues short"
     )
-    volume_gb: float = _assumed(20, "GB", "of disk per instance, for image and model")
-    async_utilisation: float = _assumed(
+    volume_gb: float = assumed(20, "GB", "of disk per instance, for image and model")
+    async_utilisation: float = assumed(
         0.9, "share", "the same for asynchronous endpoints, whose queue may be long"
     )
-    async_cold_start_seconds: float = _assumed(
+    async_cold_start_seconds: float = assumed(
         360, "seconds", "from an alarm on an empty endpoint to its first reply, paid for; 5 to 6 "
         "minutes were reported for large models, ours was not measured"
     )  # fmt: skip
-    async_idle_tail_seconds: float = _assumed(
+    async_idle_tail_seconds: float = assumed(
         900, "seconds", "of an idle instance paid for before it is removed: a target-tracking "
         "policy waits for 15 minutes of low readings"
     )  # fmt: skip
-    serverless_memory_gb: float = _assumed(6, "GB", "of a serverless endpoint, the maximum")
-    serverless_cold_start_seconds: float = _assumed(
+    serverless_memory_gb: float = assumed(6, "GB", "of a serverless endpoint, the maximum")
+    serverless_cold_start_seconds: float = assumed(
         30, "seconds", "added to a request without a warm instance; not paid for, not measured"
     )
-    lambda_memory_gb: float = _assumed(10, "GB", "of a Lambda function, the maximum")
-    lambda_cold_start_seconds: float = _assumed(
+    lambda_memory_gb: float = assumed(10, "GB", "of a Lambda function, the maximum")
+    lambda_cold_start_seconds: float = assumed(
         30, "seconds", "added to a request without a warm instance; paid for, not measured"
     )
-    keep_warm_seconds: float = _assumed(
+    keep_warm_seconds: float = assumed(
         300, "seconds", "that serverless and Lambda keep an idle instance; AWS guarantees none"
     )
-    synchronous_limit_seconds: float = _assumed(
+    synchronous_limit_seconds: float = assumed(
         60, "seconds", "after which a real-time or serverless invocation fails"
     )
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dalle.errors import PriceMissing, UserError
+from infra.cost.assumptions import assumed
 from infra.cost.prices import Price, PriceTable
 
 HEADROOM = 0.08
@@ -43,29 +44,24 @@ GPUS: dict[str, Gpu] = {
 """Memory as the driver offers it; operations a second of NVIDIA's data sheets, without sparsity."""
 
 
-def _assumed(value: float, unit: str, meaning: str) -> float:
-    default: float = field(default=value, metadata={"unit": unit, "meaning": meaning})
-    return default
-
-
 @dataclass(frozen=True, kw_only=True)
 class TrainingAssumptions:
     """Values that are neither measured nor prices, each with its unit and meaning."""
 
-    utilisation: float = _assumed(
+    utilisation: float = assumed(
         0.3, "share", "of a GPU's operations by its data sheet that training reaches"
     )
-    step_milliseconds: float = _assumed(
+    step_milliseconds: float = assumed(
         20, "ms", "added to every step: launches of kernels, the optimizer, batches"
     )
-    start_minutes: float = _assumed(
+    start_minutes: float = assumed(
         5, "minutes", "of image and data that are copied before the first step, and paid for"
     )
-    spot_share: float = _assumed(
+    spot_share: float = assumed(
         0.4, "share", "of the on-demand price that spot capacity costs; AWS promises none, and "
         "says that up to 90 % are saved"
     )  # fmt: skip
-    spot_repeated: float = _assumed(
+    spot_repeated: float = assumed(
         0.05, "share", "of the time that interruptions repeat, from the last checkpoint on"
     )
 
@@ -167,7 +163,7 @@ def job_cost(
     plan: TrainingPlan,
     instance_type: str,
     table: PriceTable,
-    assumed: TrainingAssumptions,
+    assumptions: TrainingAssumptions,
     *,
     region: str,
     num_pairs: int | None = None,
@@ -186,13 +182,13 @@ def job_cost(
         if hours is None:
             hours = sum(
                 stage.seconds(
-                    _flops_per_second(stage, gpu, kind.gpus, assumed),
-                    assumed.step_milliseconds / 1000,
+                    _flops_per_second(stage, gpu, kind.gpus, assumptions),
+                    assumptions.step_milliseconds / 1000,
                     num_pairs,
                 )
                 for stage in plan.stages
             )
-            hours = hours / 3600 + assumed.start_minutes / 60
+            hours = hours / 3600 + assumptions.start_minutes / 60
     try:
         price = table.hourly(instance_type, region, "Training")
     except PriceMissing:
@@ -200,13 +196,13 @@ def job_cost(
     on_demand = spot = None
     if price is not None and hours is not None:
         on_demand = hours * price.usd
-        spot = on_demand * assumed.spot_share * (1 + assumed.spot_repeated)
+        spot = on_demand * assumptions.spot_share * (1 + assumptions.spot_repeated)
     gpus = f"{kind.gpus} x {kind.gpu}" if kind.gpus else "no GPU"
     return JobCost(instance_type, gpus, fits, hours, is_measured, price, on_demand, spot)
 
 
 def _flops_per_second(
-    stage: PlannedStage, gpu: Gpu, number: int, assumed: TrainingAssumptions
+    stage: PlannedStage, gpu: Gpu, number: int, assumptions: TrainingAssumptions
 ) -> float:
     peak = gpu.single_teraflops if stage.job.precision == "fp32" else gpu.half_teraflops
-    return number * peak * 1e12 * assumed.utilisation
+    return number * peak * 1e12 * assumptions.utilisation

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections import deque
 
-from dalle.errors import UserError
+from dalle.errors import PlanError, UserError
 from infra.aws.project import Project, add_project_arguments, open_project
 from infra.aws.request import describe, newest_first
 from infra.jobs.progress import ENDED, ENDPOINT_LOGS, TRAINING_LOGS, TRANSFORM_LOGS, Log
@@ -26,6 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.tail < 0:
+        raise PlanError(f"--tail must be 0 or more, got {options.tail}")
     project = open_project(options)
     name = options.name or newest_job(project)
     kind, group = kind_of(project, name)

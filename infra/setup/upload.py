@@ -50,10 +50,10 @@ def run(options: argparse.Namespace) -> int:
     name = options.name or folder.resolve().name
     if not re.fullmatch(NAME_PATTERN, name):
         raise PlanError(f"--name is letters, digits, dots, dashes and underscores, got {name!r}")
-    project = open_project(options)
-    bucket = project.stack_outputs().bucket
     prefix = f"data/{name}/"
     files = list(find_files(folder, prefix))
+    project = open_project(options)
+    bucket = project.stack_outputs().bucket
     there = listing(project, bucket, prefix)
     with ThreadPoolExecutor(1 if project.aws.dry_run else MAX_CONNECTIONS) as pool:
         sent = list(pool.map(lambda file: _send(project, bucket, file, there), files))

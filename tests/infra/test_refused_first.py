@@ -21,6 +21,10 @@ PLANS = [
     (["train", "--data", "x", "--attributes", "a,b", "--input-mode", "Pipe"], "in S3, got x"),
     (["tune", "--data", "x", "--float", "learning_rate=0.1:1", "--parallel", 9], "got 9"),
     (["tune", "--data", "x"], "nothing to search"),
+    (["upload", "/nowhere", "--name", "x"], "/nowhere is not a folder"),
+    (["logs", "--tail", -1], "--tail must be 0 or more, got -1"),
+    (["invoke", "a star", "--openai", "--stream"], "cannot be given together"),
+    (["invoke", "a star", "--temperature", 11], "temperature must be 0.0 to 10.0, got 11.0"),
 ]
 
 
