@@ -7,6 +7,7 @@ can import it on a laptop. Environment variables of the job are read here and no
 
 from __future__ import annotations
 
+import ast
 import difflib
 import json
 import os
@@ -28,6 +29,9 @@ PREFIX = "DALLE_"
 
 TRAIN_VARIABLES = ("DALLE_DEVICE",)
 """Variables with the prefix that `train` reads."""
+
+LONGEST_LIST = 2_500
+"""Characters of a hyperparameter's value, by the API's model."""
 
 SDK_CHANNELS = frozenset({"code", "recipe", "sm_drivers"})
 """Channels that the SageMaker SDK adds for its own use; they hold no training data."""
@@ -173,8 +177,8 @@ def read_job(root: Path = DEFAULT_ROOT, environment: Mapping[str, str] | None = 
 def parse_value(text: str) -> Any:
     """Return the value that a hyperparameter's text stands for.
 
-    That is JSON ("10", "true", "[1, 2]", "\\"abc\\""), Python's True, False or None, or else the
-    text unchanged.
+    That is JSON ("10", "true", "[1, 2]", "\\"abc\\""), Python's True, False, None or list (as the
+    SageMaker SDK v2 writes them: "['a', 'b']"), or else the text unchanged.
     """
     stripped = text.strip()
     python_words = {"True": True, "False": False, "None": None}
@@ -183,7 +187,18 @@ def parse_value(text: str) -> Any:
     try:
         return json.loads(stripped)
     except (ValueError, RecursionError):
-        return text
+        return _python_list(stripped) or text
+
+
+def _python_list(text: str) -> list[Any] | None:
+    """Return the list or tuple that Python writes so; None for any other text."""
+    if text[:1] not in ("[", "(") or len(text) > LONGEST_LIST:
+        return None
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None
+    return list(value) if isinstance(value, list | tuple) else None
 
 
 def _read_object(path: Path) -> dict[str, Any]:

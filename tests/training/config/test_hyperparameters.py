@@ -106,9 +106,18 @@ def test_a_truth_value_may_be_written_in_each_of_the_usual_ways(text, value):
 
 
 @pytest.mark.parametrize(
-    "text", ['["full", "axial_row"]', "full,axial_row", "full, axial_row", '"full,axial_row"']
+    "text",
+    [
+        '["full", "axial_row"]',
+        "full,axial_row",
+        "full, axial_row",
+        '"full,axial_row"',
+        "['full', 'axial_row']",  # by the SageMaker SDK v2, in local mode encoded once more
+        "('full', 'axial_row')",
+        json.dumps("['full', 'axial_row']"),
+    ],
 )
-def test_a_list_may_be_json_or_separated_by_commas(text):
+def test_a_list_may_be_json_or_python_or_separated_by_commas(text):
     assert parse({"attention_kinds": text}).transformer.attention_kinds == ("full", "axial_row")
 
 
