@@ -44,6 +44,8 @@ class DecodeRequest:
     """Candidates that may be in slots at the same time; None: as many as there is room for."""
     in_slots: int = 0
     """Candidates in slots now."""
+    leader: CandidateTokens | None = field(default=None, repr=False)
+    """With windows the candidate that has most positions, or was the first to have all."""
     num_sampled: int = 0
     """Positions that were sampled, of all its candidates."""
     num_steps: int = 0

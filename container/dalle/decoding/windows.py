@@ -17,7 +17,7 @@ seconds of a step by its rows are measured when a model is loaded, how often pos
 counted while images are decoded, and the width is the one that promises most positions a second.
 
 Works on a CPU. Letters: S slots, K widest window, B rows, R of them with caption, C candidates,
-N positions, M codes, G side of the grid.
+N positions, M codes.
 """
 
 from __future__ import annotations
@@ -159,6 +159,9 @@ class WindowDecoder:
         for candidate, number in zip(batch.candidates, exact, strict=True):
             candidate.guessed = max(candidate.guessed, candidate.position + candidate.window)
             candidate.move(number)
+            leader = candidate.request.leader
+            if leader is None or candidate.position > leader.position:
+                candidate.request.leader = candidate
             if candidate.position == self._num_positions:
                 self._sum_log_p(candidate)
         return exact
@@ -166,7 +169,7 @@ class WindowDecoder:
     def run(self, batch: Batch) -> None:
         """Run the model on the position before each row of a batch, which predicts the row's."""
         for candidate in batch.candidates:
-            _guess(candidate, self._num_positions)
+            _guess(candidate)
         codes = self._tokens[batch.numpy_places - 1]
         if len(batch.guided):
             codes = np.concatenate([codes, codes[batch.guided]])
@@ -240,19 +243,18 @@ def _lengths_exact(batch: Batch, differs: np.ndarray) -> list[int]:
     return exact
 
 
-def _guess(candidate: CandidateTokens, num_positions: int) -> None:
-    """Guess the tokens that the window needs and has none of: those of the row above."""
+def _guess(candidate: CandidateTokens) -> None:
+    """Guess the tokens that the window needs and has none of.
+
+    They are those of the furthest candidate of the same request where it has them, else those of
+    the last position that has some.
+    """
     first, end = candidate.guessed, candidate.position + candidate.window - 1
     if first >= end:
         return
-    grid_size = round(num_positions**0.5)
-    tokens = candidate.image_tokens.numpy()
-    for begin in range(first, end, grid_size):
-        stop = min(begin + grid_size, end)
-        if begin >= grid_size:
-            tokens[begin:stop] = tokens[begin - grid_size : stop - grid_size]
-        elif begin:
-            tokens[begin:stop] = tokens[begin - 1]
-        else:
-            tokens[begin:stop] = 0
+    leader, tokens = candidate.request.leader, candidate.image_tokens.numpy()
+    if leader is not None and leader is not candidate and leader.guessed >= end:
+        tokens[first:end] = leader.image_tokens.numpy()[first:end]
+    else:
+        tokens[first:end] = tokens[first - 1] if first else 0
     candidate.guessed = end

@@ -7,7 +7,7 @@ iteration; for images of tokens by Teng et al., "Speculative Jacobi Decoding" (I
 coupled noise "MC-SJD" (arXiv 2510.24211). Gumbel noise is fixed by seed, candidate and position,
 so that here the image itself is the same, and not its distribution alone.
 
-Letters: N positions, M codes per position, G side of the grid.
+Letters: N positions, M codes per position.
 """
 
 import torch
@@ -34,7 +34,7 @@ def sample_in_windows(
     """
     options = options or SamplingOptions()
     config = model.config
-    N, M, G = config.num_positions, config.num_codebooks, config.grid_size
+    N, M = config.num_positions, config.num_codebooks
     noise_keys = torch.from_numpy(image_noise_keys(seed, candidate, N * M)).view(N, M)
     tokens = torch.zeros(N, M, dtype=torch.int64)
     exact = 0  # positions that are known
@@ -44,8 +44,8 @@ def sample_in_windows(
     guessed, steps = exact, 0  # positions that are known or guessed
     while exact < N:
         end = min(exact + window, N)
-        for position in range(max(guessed, G), end):
-            tokens[position] = tokens[position - G]
+        for position in range(max(guessed, 1), end):
+            tokens[position] = tokens[position - 1]
         sampled = _sample(model, text_tokens, tokens, range(exact, end), noise_keys, options)
         right = (sampled == tokens[exact:end]).all(dim=1).tolist()
         tokens[exact:end] = sampled
