@@ -88,6 +88,18 @@ def test_scaled_images_give_the_model_the_same_pixels(bodies):
     assert request == plain.model_copy(update=same), "everything else is as it was"
 
 
+@pytest.mark.usefixtures("all_are_large")
+@pytest.mark.parametrize("method", ["clip", "squash"])
+def test_a_published_clip_reads_the_same_pixels_of_a_large_picture(bodies, method):
+    image, square = image_file(50, 70, "JPEG"), Square(24, method)
+    data = json.dumps({"images": [image], "classes": ["a", "b"]}).encode()
+    sizes = {"prime_size": 16, "clip_square": square}
+    request = bodies.read(data, BodyKind.JSON, limits=LIMITS, **sizes, check=never)
+    assert isinstance(request, ClassifyRequest)
+    small, given = (base64.b64decode(text) for text in (request.images[0], image))
+    assert (square.read(small, "x") == square.read(given, "x")).all()
+
+
 @pytest.mark.parametrize(
     ("megapixels", "num_children"), [(1, 0), (2, 1)], ids=["small image", "large image"]
 )

@@ -87,6 +87,8 @@ def read_open_clip_config(path: Path) -> OpenClipConfig:
     """Read the file. Raises ForeignFileError naming a setting that is wrong or not built here."""
     try:
         content = _section({"": read_json(path, _MAX_BYTES)}, "")
+        if "vision_cfg" in content:  # as the package has it, without a section around
+            content = {"model_cfg": content}
         model, preprocess = _section(content, "model_cfg"), content.get("preprocess_cfg") or {}
         sections = {
             "": model,

@@ -119,6 +119,17 @@ def test_settings_of_training_and_of_towers_that_are_not_there_are_left_alone(tm
     assert read_open_clip_config(path) == plain
 
 
+def test_a_config_as_the_package_has_it_is_read_too(tmp_path):
+    """open_clip/model_configs/NAME.json has no preprocessing: OpenAI's is the usual."""
+    path = open_clip("quick_gelu").put(tmp_path)[1]
+    model = json.loads(path.read_text())["model_cfg"]
+    path.write_text(json.dumps(model))
+    config = read_open_clip_config(path)
+    assert config.fields["activation"] == "quick_gelu"
+    assert not config.fields["squashes"]
+    assert config.sizes["vision_layers"] == 2
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
