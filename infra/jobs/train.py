@@ -43,6 +43,7 @@ from infra.jobs.training_job import (
 )
 from training.config import hyperparameters
 from training.config.models import TextSizes, dvae_config, stage_config
+from training.config.with_channels import check_with_channels
 
 MAX_ATTEMPTS = 20
 ENDED_BADLY = ("Failed", "Stopped")
@@ -305,7 +306,7 @@ def check_settings(
         raise UserError("; ".join(problems))
     for stage in stages:
         settings = hyperparameters.parse({**given, "stage": stage})
-        hyperparameters.check_with_channels(settings, channels)
+        check_with_channels(settings, channels)
         if stage == "dvae" or (stage == "all" and not (models.artefact or models.tokenizer_model)):
             dvae = dvae_config(settings)
             text = TextSizes(settings.tokenizer_vocab_size, settings.text_length)

@@ -43,10 +43,6 @@ TOKENIZER_MODEL = "tokenizer_model"
 """Channel of a published image tokenizer, in place of the stage dvae."""
 LEGACY = "legacy"
 """Channel of a model of DALLE-pytorch: image tokenizer, transformer and tokenizer."""
-_OF_NEW_CLIPS = frozenset(
-    {"size", "embed_size", "patch_size"}
-    | {"vision_width", "vision_layers", "text_width", "text_heads", "text_layers"}
-)
 FOR_DEEPSPEED = frozenset(
     {"zero_stage", "offload_optimizer", "offload_parameters", "deepspeed_config"}
 )
@@ -84,16 +80,16 @@ def parse(raw: Mapping[str, str]) -> Hyperparameters:
     stages: dict[StageName, dict[str, Any]] = {stage: {} for stage in STAGE_FIELDS}
     # Plain names first, so that prefixed ones overwrite what they set.
     for name in sorted(given, key=lambda name: (_is_prefixed(name), name)):
-        if name not in _TARGETS:
+        if name not in TARGETS:
             problems.append(_unknown(name))
             continue
         try:
-            value = _typed(given[name], _TARGETS[name][0].field)
+            value = _typed(given[name], TARGETS[name][0].field)
         except ValueError:
-            wanted = _describe(_TARGETS[name][0].field)
+            wanted = _describe(TARGETS[name][0].field)
             problems.append(f"{name} must be {wanted}, got {_shortened(given[name])!r}")
             continue
-        for target in _TARGETS[name]:
+        for target in TARGETS[name]:
             if target.stage is None:
                 job[target.name] = value
                 continue
@@ -113,7 +109,7 @@ def parse(raw: Mapping[str, str]) -> Hyperparameters:
         parsed = Hyperparameters.model_validate({**job, **stages, "given": given_by_author})
         problems = [*deepspeed_settings.refused_combinations(parsed), *_small_vocabulary(parsed)]
     if problems:
-        raise HyperparameterError(_summary(problems))
+        raise HyperparameterError(summary(problems))
     return parsed
 
 
@@ -149,9 +145,9 @@ def without_effect(
     """
     reasons: dict[str, str] = {}
     for name in sorted(hyperparameters.given):
-        if TOKENIZER_MODEL in channels and _TARGETS[name][0].name == "image_size":
+        if TOKENIZER_MODEL in channels and TARGETS[name][0].name == "image_size":
             continue
-        if not any(target.stage in (None, *trained) for target in _TARGETS[name]):
+        if not any(target.stage in (None, *trained) for target in TARGETS[name]):
             reasons[name] = f"this job trains {', '.join(trained)}"
         elif name in TOKENIZER_NAMES and "tokenizer" in present:
             reasons[name] = "the channel artefact brings a tokenizer"
@@ -168,69 +164,16 @@ def without_effect(
     return reasons
 
 
-def check_with_channels(hyperparameters: Hyperparameters, channels: Collection[str]) -> None:
-    """Raise HyperparameterError for settings of a model that a channel brings, or should bring.
-
-    With a published image tokenizer, image_size may be set: it is convolutional.
-    """
-    problems = _fine_tuning_problems(hyperparameters, channels)
-    if TOKENIZER_MODEL in channels:
-        problems += _tokenizer_problems(hyperparameters)
-    if problems:
-        raise HyperparameterError(_summary(problems))
-
-
-def _fine_tuning_problems(hyperparameters: Hyperparameters, channels: Collection[str]) -> list[str]:
-    trains_clip = hyperparameters.stage in ("all", "clip")
-    if not hyperparameters.clip.fine_tune:
-        if hyperparameters.stage == "clip" and "clip" in channels:
-            return [
-                "stage=clip trains a CLIP and the channel clip brings one; leave one of them out, "
-                "or set clip_fine_tune=true to train that one on"
-            ]
-        return []
-    if trains_clip and not {"artefact", "clip"} & {*channels}:
-        return [
-            "clip_fine_tune=true trains on from a CLIP, and neither the channel clip nor artefact "
-            "is there to bring one"
-        ]
-    return [
-        f"{name} is of a new CLIP, and clip_fine_tune=true trains on from one that is there; leave "
-        "one of them out"
-        for name in sorted(hyperparameters.given)
-        if trains_clip
-        and {target.stage for target in _TARGETS[name]} == {"clip"}
-        and _TARGETS[name][0].name in _OF_NEW_CLIPS
-    ]
-
-
-def _tokenizer_problems(hyperparameters: Hyperparameters) -> list[str]:
-    problems = []
-    if hyperparameters.stage == "dvae":
-        problems.append(
-            f"stage=dvae trains an image tokenizer and the channel {TOKENIZER_MODEL} brings one; "
-            "leave one of them out"
-        )
-    problems += [
-        f"{name} is of the stage dvae, which is not trained: the channel {TOKENIZER_MODEL} brings "
-        "an image tokenizer; leave one of them out"
-        for name in sorted(hyperparameters.given)
-        if {target.stage for target in _TARGETS[name]} == {"dvae"}
-        and _TARGETS[name][0].name != "image_size"
-    ]
-    return problems
-
-
 def _is_for_muon(name: str, trained: Sequence[StageName]) -> bool:
     """Return whether a name sets Muon's learning rate only of stages that DeepSpeed trains."""
-    stages = {target.stage for target in _TARGETS[name] if target.stage in trained}
-    return _TARGETS[name][0].name == "muon_learning_rate" and stages <= {*TRAINED_BY_DEEPSPEED}
+    stages = {target.stage for target in TARGETS[name] if target.stage in trained}
+    return TARGETS[name][0].name == "muon_learning_rate" and stages <= {*TRAINED_BY_DEEPSPEED}
 
 
 def render_table() -> str:
     """Render all hyperparameters as a Markdown table: name, value, default, meaning."""
     lines = ["| name | value | default | meaning |", "|---|---|---|---|"]
-    for name, targets in _TARGETS.items():
+    for name, targets in TARGETS.items():
         if _is_prefixed(name):
             continue
         field = targets[0].field
@@ -262,7 +205,8 @@ def _targets() -> dict[str, list[_Target]]:
     return plain | prefixed
 
 
-_TARGETS = _targets()
+TARGETS = _targets()
+"""Flat name -> the fields that it sets."""
 
 
 def _take_implied(given: dict[str, str]) -> list[str]:
@@ -274,7 +218,7 @@ def _take_implied(given: dict[str, str]) -> list[str]:
         return []
     text = given.get("deepspeed_config", "")
     try:
-        implied = deepspeed_settings.read_json(_typed(text, _TARGETS["deepspeed_config"][0].field))
+        implied = deepspeed_settings.read_json(_typed(text, TARGETS["deepspeed_config"][0].field))
     except HyperparameterError as error:
         return str(error).splitlines()
     except ValueError:
@@ -282,7 +226,7 @@ def _take_implied(given: dict[str, str]) -> list[str]:
     problems = []
     by_author = dict(given)
     for each in implied:
-        for target in _TARGETS[each.name]:
+        for target in TARGETS[each.name]:
             if target.stage not in (None, *TRAINED_BY_DEEPSPEED):
                 continue
             name = each.name if target.stage is None else f"{target.stage}_{each.name}"
@@ -305,7 +249,7 @@ def _are_equal(one: str, other: str, field: FieldInfo) -> bool:
 
 
 def _is_prefixed(name: str) -> bool:
-    return name in _TARGETS and _TARGETS[name][0].name != name
+    return name in TARGETS and TARGETS[name][0].name != name
 
 
 def _double_budgets(stages: Mapping[StageName, Mapping[str, Any]]) -> list[str]:
@@ -342,12 +286,12 @@ def _typed(text: str, field: FieldInfo) -> Any:
 
 def _unknown(name: str) -> str:
     stage, _, plain = name.partition("_")
-    if stage in STAGE_FIELDS and plain in _TARGETS:
-        owners = [target.stage for target in _TARGETS[plain] if target.stage is not None]
+    if stage in STAGE_FIELDS and plain in TARGETS:
+        owners = [target.stage for target in TARGETS[plain] if target.stage is not None]
         if owners:
             return f"{name} is unknown: {stage} has no {plain}, only {' and '.join(owners)}"
         return f"{name} is unknown: {plain} holds for the whole job, set it without the prefix"
-    nearest = difflib.get_close_matches(name, _TARGETS, n=1)
+    nearest = difflib.get_close_matches(name, TARGETS, n=1)
     if nearest:
         return f"{name} is unknown; did you mean {nearest[0]}?"
     return f"{name} is unknown; `train --list-hyperparameters` shows the known ones"
@@ -357,7 +301,8 @@ def _shortened(text: str) -> str:
     return text if len(text) <= 60 else text[:59] + "…"
 
 
-def _summary(problems: list[str]) -> str:
+def summary(problems: list[str]) -> str:
+    """Return the message of all problems of a job's hyperparameters."""
     if len(problems) == 1:
         return f"hyperparameter {problems[0]}"
     return "\n- ".join([f"{len(problems)} hyperparameters are wrong:", *problems])

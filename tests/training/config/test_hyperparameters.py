@@ -20,7 +20,6 @@ from training.config.fields import (
     TransformerHyperparameters,
 )
 from training.config.hyperparameters import (
-    check_with_channels,
     parse,
     render_table,
     without_effect,
@@ -285,42 +284,6 @@ def test_fine_tuning_has_small_learning_rates_unless_clips_own_are_set():
     settings = parse(raw | {"clip_learning_rate": "0.002", "clip_muon_learning_rate": "0.003"})
     assert (settings.clip.learning_rate, settings.clip.muon_learning_rate) == (0.002, 0.003)
     assert "fine_tune" not in settings.clip.overrides()
-
-
-@pytest.mark.parametrize(
-    ("raw", "channels", "says"),
-    [
-        ({}, ["train"], None),
-        ({"stage": "clip"}, ["clip"], "stage=clip trains a CLIP and the channel clip brings one"),
-        ({"clip_fine_tune": "true"}, ["train"], "neither the channel clip nor artefact is there"),
-        ({"clip_fine_tune": "true"}, ["artefact"], None),
-        ({"clip_fine_tune": "true", "stage": "dvae"}, ["train"], None),
-        ({"clip_fine_tune": "true", "embed_size": "8"}, ["clip"], "embed_size is of a new CLIP"),
-        ({"fine_tune": "true", "clip_size": "tiny"}, ["clip"], "clip_size is of a new CLIP"),
-        ({"fine_tune": "true", "size": "tiny", "clip_epochs": "1"}, ["clip"], None),
-        ({"fine_tune": "true", "clip_likelihood_weight": "1"}, ["clip"], None),
-    ],
-)
-def test_fine_tuning_is_checked_with_the_channels(raw, channels, says):
-    settings = parse(raw)
-    if says is None:
-        check_with_channels(settings, channels)
-        return
-    with pytest.raises(HyperparameterError, match=says):
-        check_with_channels(settings, channels)
-
-
-def test_settings_of_the_stage_dvae_are_refused_where_a_channel_brings_its_model():
-    raw = {"stage": "dvae", "num_blocks": "3", "dvae_epochs": "2", "width": "64", "epochs": "3"}
-    settings = parse(raw)
-    check_with_channels(settings, ["train", "artefact"])
-    with pytest.raises(HyperparameterError) as caught:
-        check_with_channels(settings, ["train", "tokenizer_model"])
-    first, *lines = str(caught.value).splitlines()
-    assert first == "3 hyperparameters are wrong:"
-    assert lines[0].startswith("- stage=dvae trains an image tokenizer and the channel tokenizer_")
-    assert [line.split()[1] for line in lines[1:]] == ["dvae_epochs", "num_blocks"]
-    check_with_channels(parse({"image_size": "64", "width": "64"}), ["tokenizer_model"])
 
 
 @pytest.mark.parametrize("name", ["image_size", "dvae_image_size"])
