@@ -35,7 +35,7 @@ def test_an_imported_model_is_served_with_the_greedy_tokens_of_the_old_package(t
     expected = old(NAME)
     dvae = artefacts.load(tmp_path / "model").require("dvae")
     pictures = (dvae.decode(expected.greedy[..., None]) * 255).permute(0, 2, 3, 1)
-    with running(tmp_path) as served:
+    with running(tmp_path, DALLE_CHUNK_SIZE="2") as served:
         served.ready()
         served.wait_for("the model has the graph of DALLE-pytorch")
         for ids, picture in zip(expected.text.tolist(), pictures, strict=True):
