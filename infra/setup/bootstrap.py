@@ -51,9 +51,12 @@ def run(options: argparse.Namespace) -> int:
     wait(project)
     outputs = project.stack_outputs()
     output.item(f"stack {project.name}", state)
-    output.item(f"bucket {outputs.bucket}", state)
-    output.item(f"repository {outputs.repository}", state)
-    output.item("role of jobs and endpoints", state)
+    for name, what in (
+        ("ExistingBucket", f"bucket {outputs.bucket}"),
+        ("ExistingRepository", f"repository {outputs.repository}"),
+        ("ExistingRole", "role of jobs and endpoints"),
+    ):
+        output.item(what, "given" if parameters[name] else state)
     output.item("role of the endpoint's callers", state)
     return output.finish(
         project=project.name,

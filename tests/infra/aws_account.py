@@ -127,6 +127,8 @@ class Account:
         self.refusals: dict[str, list[tuple[int, str, str]]] = {}
         self.handlers: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
             "DeleteTrainingJob": self._delete_training_job,
+            "DeleteModelPackage": lambda request: {},
+            "DeleteModelPackageGroup": self._delete_group,
             "UpdateEndpoint": self._update_endpoint,
         }
         self.sent: list[tuple[str, Any]] = []
@@ -300,6 +302,11 @@ class Account:
             return {}
         keys = [tag["Key"] for tag in sagemaker.list_tags(ResourceArn=arn)["Tags"]]
         sagemaker.delete_tags(ResourceArn=arn, TagKeys=keys)
+        return {}
+
+    def _delete_group(self, request: dict[str, Any]) -> dict[str, Any]:
+        gone = "Could not find the group"
+        self.refuse("DescribeModelPackageGroup", "ValidationException", gone, times=100)
         return {}
 
     # --- HTTP

@@ -27,7 +27,7 @@ OVERVIEW = "infra-commands"
 
 # Every command that speaks to AWS, in an order in which a project may live.
 LIFE = (
-    "bootstrap",
+    "bootstrap --pipelines yes --mail team@example.com",
     "push",
     "upload pictures",
     "train --data pictures --set size=tiny --set max_steps=20 --set log_every=10 "
@@ -35,9 +35,12 @@ LIFE = (
     "status dalle-JOB-all",
     "logs dalle-JOB-all --tail 1",
     "tune --data pictures --float learning_rate=0.0001:0.01:log --max-jobs 4 --no-wait",
+    "register dalle-JOB-all --approve",
+    "pipeline --data pictures --set size=tiny --require transformer_validation_loss=4.5",
     "deploy --mode async --instance-type ml.g4dn.xlarge",
     "deploy --mode async --instance-type ml.g4dn.xlarge",
     "invoke 'big filled orange star' --num-candidates 4 --num-images 2 --seed 7 --out star",
+    "monitor",
     "status",
     "teardown --yes",
 )

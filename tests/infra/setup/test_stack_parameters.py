@@ -1,5 +1,6 @@
 """What a team chooses once by `bootstrap`: network, keys, tags, and what exists already."""
 
+import re
 from typing import Any
 
 import pytest
@@ -133,6 +134,8 @@ def test_what_exists_already_is_used_and_not_made(account, infra):
     assert result.json["role_arn"] == ROLE
     assert account.client("s3").list_buckets()["Buckets"] == []
     assert account.client("ecr").describe_repositories()["repositories"] == []
+    said = infra("bootstrap").out
+    assert all(re.search(rf"{name} +given", said) for name in ("our-bucket", "images", "endpoints"))
     roles = [role["RoleName"] for role in account.client("iam").list_roles()["Roles"]]
     assert [name.startswith("dalle-CallerRole") for name in roles] == [True]
 
