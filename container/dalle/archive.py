@@ -12,6 +12,8 @@ from dalle.manifest import MANIFEST, deeper_manifest, is_hidden
 from dalle.platform.disk import disk_error, is_full
 from dalle.platform.tar import TAR_ERRORS, BoundedTarInfo
 
+OTHER_ARCHIVE = "output.tar.gz"
+"""The report of a job. The SageMaker SDK v2 serves both archives of a job in one directory."""
 MAX_ENTRIES = 1_000  # of a model.tar.gz; ours have about fifteen
 
 
@@ -27,7 +29,8 @@ def locate(channel: Path, scratch: Path) -> Path:
         names = sorted(path.name for path in channel.iterdir() if not is_hidden(path.name))
     except OSError as error:
         raise ArtefactError(f"{channel} cannot be read: {error.strerror}") from error
-    archives = [channel / name for name in names if name.endswith(".tar.gz")]
+    packed = [name for name in names if name.endswith(".tar.gz") and name != OTHER_ARCHIVE]
+    archives = [channel / name for name in packed]
     if len(archives) != 1:
         raise ArtefactError(
             f"{channel} must hold {MANIFEST} or exactly one model.tar.gz, found {names[:5]}"

@@ -51,8 +51,23 @@ def test_an_artefact_is_located_in_an_archive(name, root, artefact_copy, tmp_pat
     assert artefacts.load(found).components() == [*COMPONENTS]
 
 
+def test_the_report_of_the_job_may_lie_beside_its_model(artefact_copy, tmp_path):
+    channel = tmp_path / "channel"
+    pack(channel / "model.tar.gz", *((path, path.name) for path in artefact_copy.iterdir()))
+    (channel / "output.tar.gz").write_bytes(b"no archive")
+    found = archive.locate(channel, tmp_path / "scratch")
+    assert artefacts.load(found).components() == [*COMPONENTS]
+
+
 @pytest.mark.parametrize(
-    "names", [[], ["a.tar.gz", "b.tar.gz"], ["picture.png"], ["model.tar", "model.zip"]]
+    "names",
+    [
+        [],
+        ["a.tar.gz", "b.tar.gz"],
+        ["picture.png"],
+        ["model.tar", "model.zip"],
+        ["output.tar.gz"],
+    ],
 )
 def test_none_or_several_archives_are_refused_naming_the_files(names, tmp_path):
     channel = tmp_path / "channel"

@@ -129,6 +129,26 @@ def test_names_of_the_platform_are_ignored():
     assert settings == parse({})
 
 
+SDK_V2 = {
+    "size": "tiny",
+    "max_steps": "20",
+    "learning_rate": "0.001",
+    "qk_norm": "True",
+    "attention_kinds": "['full', 'axial_row']",
+    "licence": "CC BY",
+}
+"""As the Estimator of sagemaker 2.257 sends them."""
+
+
+def test_the_hyperparameters_of_the_sdk_v2_are_what_its_user_wrote():
+    settings = parse(SDK_V2)
+    assert (settings.transformer.size, settings.transformer.max_steps) == ("tiny", 20)
+    assert settings.transformer.learning_rate == 0.001
+    assert settings.transformer.qk_norm is True
+    assert settings.transformer.attention_kinds == ("full", "axial_row")
+    assert settings.licence == "CC BY"
+
+
 def test_a_script_of_the_sdk_that_would_not_run_is_refused():
     with pytest.raises(HyperparameterError, match=r"sagemaker_program is .*my.py.* would not run"):
         parse({"sagemaker_program": '"my.py"', "sagemaker_submit_directory": '"s3://b/c.tar.gz"'})
