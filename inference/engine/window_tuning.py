@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dalle.decoding.engine import DecodeEngine
 
 SECONDS = 0.5  # for all measurements
-_MAX_ROUNDS = 15
+_MIN_ROUNDS, _MAX_ROUNDS = 3, 15
 
 
 def measure_windows(
@@ -24,17 +24,17 @@ def measure_windows(
 ) -> dict[int, float]:
     """Return the least seconds of a step by its number of rows; nothing where it has no windows.
 
-    Rounds of one step with each number of rows are timed for `seconds` or 15 times. What else runs
-    on the processor lengthens some of them. The engine must be idle.
+    Rounds of one step with each number of rows are timed for `seconds`, 3 to 15 times. What else
+    runs on the processor lengthens some of them. The engine must be idle.
     """
     trials = engine.trials()
     times: dict[int, list[float]] = {rows: [] for rows in trials}
     ends = clock() + seconds
-    for _ in range(_MAX_ROUNDS + 1):
+    for rounds in range(1, _MAX_ROUNDS + 1):
         for rows, work in trials.items():
             began = clock()
             work()
             times[rows].append(clock() - began)
-        if clock() > ends:
+        if rounds >= _MIN_ROUNDS and clock() > ends:
             break
     return {rows: min(each) for rows, each in times.items()}

@@ -122,8 +122,8 @@ class WindowWidth:
         if not self.seconds:
             return 1 + rows / _ROWS_AT_ONCE
         known = sorted(self.seconds)
-        # More rows do not take less time: where they seem to, something else ran meanwhile.
-        measured = np.maximum.accumulate([self.seconds[each] for each in known])
+        # Fewer rows do not take more time: where they seem to, something else ran meanwhile.
+        measured = np.minimum.accumulate([self.seconds[each] for each in known[::-1]])[::-1]
         seconds: np.ndarray = np.interp(rows, known, measured)
         # Beyond the most that were measured each row is taken to cost as much as the mean one.
         return seconds * np.maximum(1.0, rows / known[-1])

@@ -63,10 +63,12 @@ def test_old_counts_are_forgotten():
     assert windows.expected()[-1] < 1.2
 
 
-def test_more_rows_are_not_taken_to_be_cheaper():
+def test_fewer_rows_are_not_taken_to_be_dearer():
     windows = counted(0.9)
-    windows.seconds = {1: 3.0, 2: 1.0, 4: 3.1, 64: 60.0}
+    windows.seconds = {1: 1.0, 2: 9.0, 4: 1.1, 64: 60.0}
     assert windows.choose(1) == 4
+    windows.seconds = {1: 9.0, 2: 9.0, 4: 9.0, 8: 1.1, 64: 60.0}
+    assert windows.choose(1) == 8
 
 
 def test_counts_stay_finite_over_many_steps():
