@@ -130,8 +130,8 @@ def stop_after(tree, stage, step):
 
     report = Metrics.report
 
-    def report_and_stop(self, name, number, seconds, values):
-        report(self, name, number, seconds, values)
+    def report_and_stop(self, name, number, seconds, values, **more):
+        report(self, name, number, seconds, values, **more)
         if name == stage and number == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
