@@ -83,6 +83,11 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="URI",
         help="a folder with the files of a published image tokenizer, in place of the stage dvae",
     )
+    parser.add_argument(
+        "--legacy",
+        metavar="URI",
+        help="a folder with a model of DALLE-pytorch and its tokenizer.json, to be trained on",
+    )
     parser.add_argument("--tag", default=IMAGE_TAG, help=f"the image's tag; default: {IMAGE_TAG}")
     parser.add_argument(
         "--run",
@@ -219,6 +224,7 @@ def _other_inputs(options: argparse.Namespace) -> dict[str, str]:
         "validation": options.validation,
         "clip": options.clip,
         hyperparameters.TOKENIZER_MODEL: options.tokenizer_model,
+        hyperparameters.LEGACY: options.legacy,
     }
     return {name: uri for name, uri in given.items() if uri}
 
@@ -288,13 +294,19 @@ def check_settings(
 ) -> None:
     """Raise UserError for hyperparameters and variables that the jobs would refuse or not read.
 
-    models: the options `artefact`, `clip` and `tokenizer_model`, which decide sizes of the others.
+    models: the options `artefact`, `clip`, `tokenizer_model` and `legacy`, which decide sizes of
+        the others.
     """
-    if models.artefact and models.tokenizer_model:
+    given_models = {
+        f"--{name.replace('_', '-')}": getattr(models, name)
+        for name in ("artefact", hyperparameters.TOKENIZER_MODEL, hyperparameters.LEGACY)
+    }
+    brought = [option for option, uri in given_models.items() if uri]
+    if len(brought) > 1:
         raise PlanError(
-            "--artefact and --tokenizer-model both bring an image tokenizer; leave one of them out"
+            f"{brought[0]} and {brought[1]} both bring an image tokenizer; leave one of them out"
         )
-    names = ("artefact", "clip", hyperparameters.TOKENIZER_MODEL)
+    names = ("artefact", "clip", hyperparameters.TOKENIZER_MODEL, hyperparameters.LEGACY)
     channels = [name for name in names if getattr(models, name)]
     if "stage" in given:
         raise PlanError("the stage is given by --stages, not by --set stage=…")
@@ -307,7 +319,7 @@ def check_settings(
     for stage in stages:
         settings = hyperparameters.parse({**given, "stage": stage})
         check_with_channels(settings, channels)
-        if stage == "dvae" or (stage == "all" and not (models.artefact or models.tokenizer_model)):
+        if stage == "dvae" or (stage == "all" and not brought):
             dvae = dvae_config(settings)
             text = TextSizes(settings.tokenizer_vocab_size, settings.text_length)
             stage_config("transformer", settings, text, dvae)

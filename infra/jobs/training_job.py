@@ -17,7 +17,7 @@ from infra.aws import limits
 from infra.aws.request import Request, digest
 from infra.aws.team.encryption import Encryption
 from infra.aws.team.network import Network
-from training.config.hyperparameters import TOKENIZER_MODEL
+from training.config.hyperparameters import LEGACY, TOKENIZER_MODEL
 
 InputMode = Literal["File", "FastFile", "Pipe"]
 Distribution = Literal["FullyReplicated", "ShardedByS3Key"]
@@ -203,7 +203,8 @@ def definition(run: TrainingRun, artefact: str | None, *, is_next: bool = False)
     channels = {**run.channels, **({"artefact": artefact} if artefact else {})}
     # The first job of a chain has put them into the artefact.
     if artefact:
-        channels.pop(TOKENIZER_MODEL, None)
+        for name in (TOKENIZER_MODEL, LEGACY):
+            channels.pop(name, None)
     if is_next:
         channels.pop("clip", None)
     stopping = {"MaxRuntimeInSeconds": run.max_runtime_seconds}

@@ -191,6 +191,7 @@ EVERY_WAY = {
             "--input-mode",
             "FastFile",
         ],
+        [*PICTURES, "--legacy", "s3://b/cub/", "--stages", "transformer"],
         [*PICTURES, "--artefact", "s3://b/model.tar.gz", "--clip", "s3://b/clip.pt", "--isolate"],
         [
             *PICTURES,

@@ -45,15 +45,17 @@ def test_a_chain_hands_the_artefact_on(ready, infra):
 
 
 @pytest.mark.slow
-def test_a_published_image_tokenizer_goes_to_the_first_job_of_a_chain_alone(ready, infra):
-    words = ["--stages", "transformer,clip", "--tokenizer-model", f"s3://{BUCKET}/data/pictures/"]
+@pytest.mark.parametrize("channel", ["tokenizer_model", "legacy"])
+def test_a_published_model_goes_to_the_first_job_of_a_chain_alone(channel, ready, infra):
+    option = f"--{channel.replace('_', '-')}"
+    words = ["--stages", "transformer,clip", option, f"s3://{BUCKET}/data/pictures/"]
     result = infra(*TRAIN, *words)
     assert result.code == 0, result.err
     first, second = (
         {channel["ChannelName"] for channel in job["InputDataConfig"]}
         for job in ready.bodies("CreateTrainingJob")
     )
-    assert first == {"train", "validation", "tokenizer_model"}
+    assert first == {"train", "validation", channel}
     assert second == {"train", "validation", "artefact"}
 
 
@@ -105,6 +107,7 @@ def test_a_warm_pool_volume_and_isolation(ready, infra):
         ),
         (["--tokenizer-model", "s3://a/b/", "--set", "num_blocks=2"], "num_blocks is of the stage"),
         (["--tokenizer-model", "s3://a/", "--artefact", "s3://b/m.tar.gz"], "both bring an image"),
+        (["--tokenizer-model", "s3://a/", "--legacy", "s3://b/"], "both bring an image"),
         (["--env", "DALLE_DEVIC=cpu"], "DALLE_DEVIC=cpu is unknown and has no effect"),
         (["--env", "DALLE_DEVICE=gpu"], "DALLE_DEVICE must be one of auto, cpu, cuda, got 'gpu'"),
     ],
