@@ -87,8 +87,8 @@ inline Bits mix(Bits x) {
 
 // Gumbel noise of the codes from `first` on, a function of the key and the code: `dalle.decoding.sampling.gumbel_noise`.
 inline Floats gumbel_noise(uint64_t key, int first) {
-  Bits codes;
-  for (int lane = 0; lane < kLanes; ++lane) codes[lane] = first + lane;
+  alignas(Bits) static constexpr uint32_t kLaneNumbers[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const Bits codes = *reinterpret_cast<const Bits*>(kLaneNumbers) + static_cast<uint32_t>(first);
   const Bits hashes = mix(mix(codes + static_cast<uint32_t>(key)) ^ static_cast<uint32_t>(key >> 32));
   const Floats one = all(1.0f), half = all(0.5f);
   const Floats uniforms = (__builtin_convertvector(hashes, Floats) + half) * all(0x1p-32f);
