@@ -1,14 +1,18 @@
 """inference.engine.window_tuning: seconds of steps by their rows, and the width that follows."""
 
+import re
 from itertools import count
 
+import pytest
 import torch
 
 from dalle import artefact as artefacts
 from dalle.decoding.cpu.torch_step import CpuTorchStep
 from dalle.decoding.engine import DecodeEngine
+from dalle.errors import UserError
 from inference.engine.model_runner import ModelRunner
 from inference.engine.window_tuning import measure_windows
+from inference.settings import read_settings
 
 
 def test_a_step_of_every_number_of_rows_is_timed(make_dalle):
@@ -35,3 +39,12 @@ def test_a_model_runner_measures_or_keeps_what_it_was_given(tiny_artefact):
     if runner._engine.windows.widest > 1:
         assert 1 in runner.measure_windows()
         assert runner._engine.windows.seconds
+
+
+@pytest.mark.parametrize("value", ["0", "33", "many", "1.5", "-1"])
+def test_a_number_of_positions_that_is_none_is_refused(value):
+    message = f"DALLE_PARALLEL_POSITIONS must be a whole number from 1 to 32, got '{value}'"
+    with pytest.raises(UserError, match=re.escape(message)):
+        read_settings({"DALLE_PARALLEL_POSITIONS": value})
+    assert read_settings({"DALLE_PARALLEL_POSITIONS": "32"}).parallel_positions == 32
+    assert read_settings({}).parallel_positions is None
