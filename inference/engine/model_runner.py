@@ -184,7 +184,12 @@ class ModelRunner:
 
         Returns the seconds of a step by its number of rows; nothing where there are no windows.
         """
-        if self._engine is None or self._engine.windows.widest == 1:
+        if self._engine is None:
+            return {}
+        if self._engine.window_refusal is not None:
+            reason = self._engine.window_refusal
+            logger.info("a step samples one position of a candidate, because %s", reason)
+        if self._engine.windows.widest == 1:
             return {}
         seconds = self._engine.windows.seconds = measure_windows(self._engine)
         times = ", ".join(f"{rows}: {1000 * each:.2f} ms" for rows, each in seconds.items())

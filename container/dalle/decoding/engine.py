@@ -81,6 +81,11 @@ class DecodeEngine:
         return self._step.num_bytes
 
     @property
+    def window_refusal(self) -> str | None:
+        """Reason why a step samples one position of each candidate; None where it may do more."""
+        return self._step.window_refusal
+
+    @property
     def busy_slots(self) -> int:
         """Number of slots that hold a sequence, B."""
         return self.num_slots - len(self._free)

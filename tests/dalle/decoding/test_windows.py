@@ -210,7 +210,8 @@ def test_torchs_products_that_round_by_their_rows_have_no_windows(model):
     step = CpuTorchStep(model, 1)
     assert step.window_refusal == "torch's fp32 products round by their number of rows"
     assert CpuTorchStep(model, 1, precision="int8").window_refusal is None
-    assert DecodeEngine(model, 1, step=step).windows.widest == 1
+    engine = DecodeEngine(model, 1, step=step)
+    assert (engine.windows.widest, engine.window_refusal) == (1, step.window_refusal)
 
 
 @pytest.mark.parametrize("step", STEPS)
