@@ -192,7 +192,7 @@ class DecodeEngine:
         while self._decoder is not None and rows <= (self._step.num_rows or MOST_ROWS):
             width = min(rows, widest)
             candidates = rows // width
-            if candidates > self.max_candidates:
+            if candidates > min(self.max_candidates, self.num_slots):
                 break
             work = self._decoder.trial(candidates, width)
             found[candidates * width] = torch.inference_mode()(work)

@@ -23,7 +23,7 @@ from dalle.models.legacy.transformer import LegacyTransformer
 class LegacyStep(Step):
     """A model's decoding step with the keys and values of all its slots."""
 
-    window_refusal = "it copies the keys and values of each row's slot once"
+    window_refusal = "a step of the old transformer has one row for each slot"
 
     def __init__(self, model: LegacyTransformer, num_slots: int) -> None:
         self._model = model

@@ -98,11 +98,14 @@ def sample_tokens(
 
     logits: [K, V]. noise_keys: [K] int64. blank: the logits [K, V] without the caption, which turn
     guidance on. Returns the tokens [K] int64 and their log p [K] in nats, the latter before
-    guidance, temperature and filters.
+    guidance, temperature and filters; NaN where a logit is NaN or infinite, `blank`'s included.
     """
     guided = logits if blank is None else blank + options.guidance_scale * (logits - blank)
     tokens = choose(guided, noise_keys, options)
-    return tokens, token_log_p(logits, tokens)
+    log_p = token_log_p(logits, tokens)
+    if blank is not None:
+        log_p = log_p.where(guided.isfinite().all(dim=-1), torch.nan)
+    return tokens, log_p
 
 
 def token_log_p(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -142,7 +142,9 @@ def _norm(norm: nn.Module) -> Function:
 def _activation(feed_forward: FeedForward) -> Function:
     def geglu(x: Tensor) -> Tensor:
         x, gate = x.chunk(2, dim=-1)
-        return F.gelu(gate).mul_(x)
+        # The gate of one row is contiguous and that of several is not, and torch rounds both
+        # otherwise.
+        return F.gelu(gate.contiguous()).mul_(x)
 
     match feed_forward.kind:
         case "gelu":

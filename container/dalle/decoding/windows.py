@@ -73,7 +73,7 @@ class WindowWidth:
         """Count a step's guesses. widths, exact: rows and exact positions by candidate, [C]."""
         self._weight /= _MEMORY
         for width, number in zip(widths, exact, strict=True):
-            # A window's last position is nobody's guess.
+            # No guess is compared at a window's last position.
             self._compared[min(number, width - 1)] += self._weight
             self._right[number - 1] += self._weight
         if self._weight > _HEAVIEST:

@@ -24,6 +24,7 @@ from dalle.decoding.step import Step
 from dalle.decoding.validate import measure_key_ranges, sample_reference
 from dalle.types import ATTENTION_KINDS
 from tests.dalle.decoding.compiled import BUILDS_HERE, runs_here
+from tests.dalle.decoding.test_engine import run
 
 TEXT = torch.tensor([[3, 1, 4, 0, 0]])
 OTHER_TEXT = torch.tensor([[2, 7, 1, 8, 2]])
@@ -281,7 +282,24 @@ def test_logits_that_are_nan_are_an_error(which, make_dalle):
     engine.submit(TEXT, candidates=[0], seed=0)
     model.code_heads[0].to_logits.bias[which] = torch.nan  # in memory shared with the step
     with pytest.raises(FloatingPointError, match="NaN or infinite"):
-        engine.step()
+        run(engine, [])
+
+
+@runs_here
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("step", [CpuStep, CpuTorchStep])
+def test_so_are_those_of_the_row_without_caption(step, value, make_dalle):
+    model = make_dalle()
+    engine = DecodeEngine(model, 4, step=step(model, 4))
+    engine.submit(TEXT, candidates=[0], seed=0, options=SamplingOptions(guidance_scale=2.0))
+    engine.submit(TEXT, candidates=[1], seed=0)
+    engine._admit()
+    engine._state.hidden[1] = value  # of the first candidate's row without caption
+    engine.step()
+    state = engine._state
+    log_p = state.log_likelihood if engine.windows.widest == 1 else state.log_p[:, 0]
+    assert log_p[0].isnan()
+    assert log_p[2].isfinite()
 
 
 class Loaded:
@@ -296,7 +314,8 @@ class Loaded:
 def same_layout(sizes):
     """Write the sizes of this version."""
     ours = (structures.CModel, structures.CLayer, structures.CHead, structures.CSampling)
-    numbers = [*map(ctypes.sizeof, ours), structures.LANES, structures.MOST_HEAD_WIDTH]
+    sizes_of = [*map(ctypes.sizeof, ours), structures.LANES, structures.MOST_HEAD_WIDTH]
+    numbers = [structures.INTERFACE, *sizes_of]
     sizes[: len(numbers)] = numbers
 
 

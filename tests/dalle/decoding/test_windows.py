@@ -9,7 +9,7 @@ from dalle.decoding.cpu.step import CpuStep
 from dalle.decoding.cpu.torch_step import CpuTorchStep
 from dalle.decoding.engine import DecodeEngine
 from dalle.decoding.sampling import SamplingOptions
-from dalle.types import ATTENTION_KINDS
+from dalle.types import ATTENTION_KINDS, FEED_FORWARD_KINDS
 from tests.dalle.decoding.compiled import runs_here
 from tests.dalle.decoding.reference import sample_image_tokens
 from tests.dalle.decoding.reference_parallel import sample_in_windows
@@ -135,7 +135,11 @@ def test_as_many_steps_are_needed_as_by_the_reference(step, make_dalle):
         (CpuTorchStep, "int8"),
     ],
 )
-def test_a_row_depends_neither_on_other_rows_nor_on_windows_bit_for_bit(step, precision, model):
+@pytest.mark.parametrize("feed_forward", FEED_FORWARD_KINDS)
+def test_a_row_depends_neither_on_other_rows_nor_on_windows_bit_for_bit(
+    feed_forward, step, precision, make_dalle
+):
+    model = make_dalle(attention_kinds=("axial_row", "full"), feed_forward=feed_forward)
     found = {}
     for window, num_slots in itertools.product((1, 3, N), (1, 6)):
         own = step(model, num_slots, precision=precision, num_rows=64)
@@ -149,6 +153,28 @@ def test_a_row_depends_neither_on_other_rows_nor_on_windows_bit_for_bit(step, pr
                 seen = each.image_tokens.tolist(), each.log_likelihood
                 assert found.setdefault(key, seen) == seen
     assert len(found) == 6
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_guess_that_is_thrown_away_fails_nothing(step, make_dalle):
+    model = make_dalle(num_codebooks=1)
+    own = build(step, model, 1, num_rows=64)
+    engine = DecodeEngine(model, 1, step=own, window=N)
+    sample, spoilt = own.sample, []
+
+    def without_the_last_guess(hidden, noise_keys, batch):
+        if len(hidden) > N // 2 and not spoilt:
+            spoilt.append(len(hidden))
+            hidden = hidden.clone()
+            hidden[-1] = torch.nan
+        return sample(hidden, noise_keys, batch)
+
+    own.sample = without_the_last_guess
+    engine.submit(TEXT, candidates=[0], seed=1)
+    (found,) = [each for _ in range(N) for each in engine.step()]
+    assert spoilt
+    expected = sample_image_tokens(model, TEXT, candidates=[0], seed=1)
+    assert (found.image_tokens == expected.image_tokens[0]).all()
 
 
 @pytest.mark.parametrize("step", STEPS)

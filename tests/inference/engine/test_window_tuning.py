@@ -19,8 +19,17 @@ def test_a_step_of_every_number_of_rows_is_timed(make_dalle):
     model = make_dalle()
     engine = DecodeEngine(model, 2, step=CpuTorchStep(model, 2, precision="int8", num_rows=64))
     ticks = count()
-    seconds = measure_windows(engine, seconds=10.0, clock=lambda: float(next(ticks)))
+    seconds = measure_windows(engine, seconds=20.0, clock=lambda: float(next(ticks)))
     assert seconds == {1: 1.0, 2: 1.0, 4: 1.0, 8: 1.0, 15: 1.0, 30: 1.0}
+    assert engine.is_idle
+
+
+def test_more_rows_than_there_is_time_for_are_left_out(make_dalle):
+    model = make_dalle()
+    engine = DecodeEngine(model, 2, step=CpuTorchStep(model, 2, precision="int8", num_rows=64))
+    ticks = count()
+    seconds = measure_windows(engine, seconds=5.0, clock=lambda: float(next(ticks)))
+    assert list(seconds) == [1, 2, 4]
     assert engine.is_idle
 
 

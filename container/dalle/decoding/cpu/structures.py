@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 BUILDS = ("_native_avx512", "_native_avx2")  # the best first
 LANES = 16
+INTERFACE = 2
+"""Number of the functions' arguments and of what they mean, as `kInterface` in the C++."""
 MOST_HEAD_WIDTH = 128
 _MOST_HALF = 65504.0  # greatest number of float16
 CODES: dict[Precision, int] = {"fp32": 0, "fp16": 1, "int8": 2}
@@ -236,7 +238,7 @@ def load(build: str) -> ctypes.CDLL | None:
 
 def _has_our_layout(loaded: ctypes.CDLL) -> bool:
     structures = (CModel, CLayer, CHead, CSampling)
-    ours = [*map(ctypes.sizeof, structures), LANES, MOST_HEAD_WIDTH]
+    ours = [INTERFACE, *map(ctypes.sizeof, structures), LANES, MOST_HEAD_WIDTH]
     theirs = (c_int32 * 64)()  # room for the sizes of another version
     if not (hasattr(loaded, "dalle_layout") and hasattr(loaded, "dalle_sample")):
         return False

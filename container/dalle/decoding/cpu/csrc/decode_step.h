@@ -61,6 +61,10 @@ class Step {
         predict<p>(part, hidden, m, codes_of, {logits_.row(0), logits_.stride});
         part.each(candidates, [&](int c) {
           guide(sampling[c], logits_.row(c), scratch.logits.data());
+          if (!all_finite(scratch.logits.data(), V)) {  // they have no order; log p tells it
+            log_likelihood[c] = NAN;
+            return;
+          }
           const int code = sample_code(sampling[c], noise_keys[c * M + m], V, scratch);
           codes[c * M + m] = code;
           log_likelihood[c] += log_probability(logits_.row(c), V, code);
@@ -279,8 +283,12 @@ int32_t is_done(Work work) {
 }  // namespace
 
 // Sizes on which this library and `dalle.decoding.cpu.structures` must agree.
+// To be raised with every change of a function's arguments or their meaning, in structures.py too.
+constexpr int32_t kInterface = 2;
+
 EXPORTED void dalle_layout(int32_t* sizes) {
-  const int32_t own[] = {sizeof(Model), sizeof(Layer), sizeof(Head), sizeof(Sampling), kPanel, kMostHeadWidth};
+  const int32_t own[] = {kInterface,    sizeof(Model), sizeof(Layer), sizeof(Head), sizeof(Sampling), kPanel,
+                         kMostHeadWidth};
   std::copy(std::begin(own), std::end(own), sizes);
 }
 

@@ -39,16 +39,24 @@ inline void weigh(const float* logits, int V, float temperature, float* weights)
   for (int i = 0; i < V; i += kLanes) store(weights + i, exponential((load(logits + i) - most) / all(temperature)));
 }
 
-// log p of a code by its logits [V]; NaN where a logit is NaN.
+// log p of a code by its logits [V], all finite.
 inline float log_probability(const float* logits, int V, int code) {
   const float most = greatest_of(logits, V);
-  bool is_nan = false;
   const float total = sum_of(V, [&](int i) {
     const Floats each = first_or_zero(V - i, load(logits + i));
-    is_nan |= has_nan(each);
     return first_or_zero(V - i, exponential(each - all(most)));
   });
-  return is_nan ? NAN : logits[code] - most - std::log(total);
+  return logits[code] - most - std::log(total);
+}
+
+// Whether no value [n] is NaN or infinite: x - x is 0, else NaN.
+inline bool all_finite(const float* x, int n) {
+  bool is_nan = false;
+  for (int i = 0; i < n; i += kLanes) {
+    const Floats each = first_or_zero(n - i, load(x + i));
+    is_nan |= has_nan(each - each);
+  }
+  return !is_nan;
 }
 
 // Set weights to 0 but for the k greatest logits; of equal logits the first ones stay.
