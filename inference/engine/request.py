@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from dalle.decoding.step import CandidateTokens, DecodeRequest
 
 _NO_PIXELS = np.zeros((0, 0, 3), np.uint8)
-_MAX_RECENT = 64  # candidates of a request whose pixels serve equal ones
+_MAX_RECENT = 8  # images of a request that serve equal candidates; more would need memory
 _MAX_UNREAD = 64  # events of a request above which previews are dropped
 
 
@@ -200,7 +200,7 @@ class PreparedGeneration(EngineRequest):
     groups: dict[bytes, int] = field(default_factory=dict, init=False)
     """Number of the first finished candidate of the same image tokens, by their digest."""
     recent: OrderedDict[int, Candidate] = field(default_factory=OrderedDict, init=False)
-    """The last ones of these with their pixels, by number."""
+    """Of each of the last few groups a candidate with its pixels, by the group's number."""
     rows_seen: dict[int, int] = field(default_factory=dict, init=False)
     """Whole rows of each candidate for which previews were made, as far as they were wanted."""
     decode_seconds: float = field(default=0.0, init=False)
@@ -249,10 +249,10 @@ class PreparedGeneration(EngineRequest):
         return self.is_cancelled or (self.decoding.is_over and not self.sampled)
 
     def release_pixels(self) -> None:
-        """Keep the pixels of the best `num_images` candidates only.
+        """Keep the pixels of the best `num_images` candidates only, and those in `recent`.
 
-        A reply contains no others, and a stream has sent them already. This bounds the memory
-        whatever `num_candidates` is.
+        A reply contains no others, and a stream has sent them already. With the limit of `recent`
+        this bounds the memory whatever `num_candidates` is.
         """
         if len(self.finished) <= self.num_images:
             return
@@ -275,11 +275,13 @@ class PreparedGeneration(EngineRequest):
         self.finished.append(candidate)
         self.put(candidate)
         self.recent[candidate.group] = candidate
+        self.recent.move_to_end(candidate.group)
         if len(self.recent) > _MAX_RECENT:
             self.recent.popitem(last=False)
 
     def end(self, ranked_by: RankedBy) -> None:
         """Set the outcome: the finished candidates, or an error where there are none."""
+        self.recent.clear()
         if self.is_cancelled or not self.finished:
             self.outcome = self.stop_error()
             return

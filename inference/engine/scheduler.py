@@ -232,7 +232,8 @@ class Scheduler:
         """
         most = _FINISH_BATCH_GPU if self._device.type == "cuda" else _FINISH_BATCH
         equal: dict[tuple[PreparedGeneration, int], list[CandidateTokens]] = {}
-        for request in self._running:
+        finishing = [each for each in self._running if each.sampled]
+        for request in finishing:
             while request.sampled and len(equal) < most and not request.is_cancelled:
                 each = request.sampled.popleft()
                 group = request.group_of(each.number, each.image_tokens.cpu().numpy().tobytes())
@@ -242,6 +243,8 @@ class Scheduler:
                     equal.setdefault((request, group), []).append(each)
         if equal:
             self._finish_new(equal)
+        for request in finishing:
+            request.release_pixels()
 
     def _finish_new(
         self, equal: dict[tuple[PreparedGeneration, int], list[CandidateTokens]]
@@ -272,8 +275,6 @@ class Scheduler:
             candidate = Candidate(group, log_p, score, merit, image, request.mark)
             for each in candidates:
                 request.finish(candidate if each.number == group else candidate.again(each.number))
-        for request in dict.fromkeys(request for request, _ in batch):
-            request.release_pixels()
 
     @property
     def _ranked_by(self) -> RankedBy:

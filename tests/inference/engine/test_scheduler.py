@@ -5,17 +5,19 @@ import time
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
 from dalle import artefact as artefacts
+from dalle.decoding.sampling import SamplingOptions
 from dalle.errors import DeviceError, PlatformError, UserError
 from dalle.types import PRECISIONS
 from inference.api.rendering import Candidate, GenerateResult, Preview, render_json
 from inference.api.schema import CompleteRequest, GenerateRequest
 from inference.engine.engine_core import EngineCore, State
 from inference.engine.model_runner import ModelRunner
-from inference.engine.request import Cancelled, DeadlineExceeded, Failed
+from inference.engine.request import Cancelled, DeadlineExceeded, Failed, PreparedGeneration
 from inference.engine.scheduler import LatencyModel
 from inference.settings import read_settings
 
@@ -125,6 +127,43 @@ def test_equal_candidates_are_decoded_once_and_counted(artefact, monkeypatch):
         assert sorted(each.number for each in sent if isinstance(each, Candidate)) == [*range(6)]
         assert all(each.pixels.size for each in sent if isinstance(each, Candidate))
     assert decoded == [1, 1]
+
+
+def test_the_pixels_of_copies_are_released_though_nothing_else_is_decoded(artefact):
+    runner = ModelRunner(artefact, CPU, chunk_size=4)
+    result = answer(runner, ask(0, num_candidates=6, num_images=1, temperature=0.0))
+    assert [each.pixels.size > 0 for each in result.ranked] == [True] + 5 * [False]
+
+
+def finishing(**fields: object) -> PreparedGeneration:
+    """A request whose candidates a test finishes."""
+    given = {"caption": "a", "text_tokens": torch.zeros(1, 1), "seed": 0, "num_candidates": 200}
+    return PreparedGeneration(**(given | fields), options=SamplingOptions())
+
+
+def candidate(number: int) -> Candidate:
+    return Candidate(number, -1.0, None, -float(number), np.zeros((1, 1, 3), np.uint8))
+
+
+def test_few_images_serve_equal_candidates_and_the_longest_unused_is_the_first_to_go():
+    request = finishing()
+    for number in range(8):
+        request.finish(candidate(number))
+    request.finish(request.recent[0].again(8))
+    request.finish(candidate(9))
+    assert list(request.recent) == [2, 3, 4, 5, 6, 7, 0, 9]
+    request.cancel()
+    request.end("log_likelihood")
+    assert not request.recent
+
+
+def test_of_200_different_candidates_the_best_and_a_few_recent_images_are_in_memory():
+    request = finishing(num_images=1, distinct=True)
+    for number in range(200):
+        request.finish(candidate(number))
+        request.release_pixels()
+        in_memory = [*request.finished, *request.recent.values()]
+        assert len({id(each.pixels) for each in in_memory if each.pixels.size}) <= 1 + 8
 
 
 def test_requests_share_each_step(artefact, monkeypatch):
