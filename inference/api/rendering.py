@@ -31,6 +31,7 @@ from inference.api.replies import (
     RankedBy,
     RankedCandidate,
     RankedImage,
+    RankedLine,
     RankingLine,
     Timings,
 )
@@ -313,7 +314,11 @@ def render_ranking(
 ) -> RankingLine:
     """Return the last line of a stream: the ranking, without images."""
     timings = stage_timings(result, queue_seconds, encode_seconds)
-    ranking = _ranking(result, result.ranked)
+    firsts: dict[int, int] = {}  # group -> number of its best candidate
+    ranking = []
+    for place, each in zip(_ranking(result, result.ranked), result.ranked, strict=True):
+        first = firsts.setdefault(each.group, each.number)
+        ranking.append(RankedLine(**dict(place), same_as=None if first == each.number else first))
     return RankingLine(ranking=ranking, timings=timings, **_summary(result, warnings))
 
 

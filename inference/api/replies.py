@@ -110,11 +110,21 @@ class CandidateLine(Reply):
     image: str = Field(description="Base64 file in the requested format.")
 
 
+class RankedLine(RankedCandidate):
+    """A candidate's place in a stream's ranking."""
+
+    same_as: int | None = Field(
+        default=None,
+        description="Number of the best candidate with the same image tokens; null for that one.",
+        ge=0,
+    )
+
+
 class RankingLine(Generated):
     """The last line of a streamed reply: all finished candidates in order."""
 
     event: Literal["ranking"] = Field(default="ranking", description="Kind of the line.")
-    ranking: list[RankedCandidate] = Field(description="Every finished candidate, best first.")
+    ranking: list[RankedLine] = Field(description="Every finished candidate, best first.")
 
 
 class Completion(Reply):

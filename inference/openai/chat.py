@@ -17,7 +17,7 @@ from dalle.errors import UserError
 from inference.api.parsing import read_object, validate
 from inference.api.schema import GenerateRequest, Limits
 from inference.openai.requests import MAX_JSON_BYTES, enough, parted, renamed
-from inference.openai.schema import PASSED_BY_CHATS, ChatRequest
+from inference.openai.schema import DEFAULTS, PASSED_BY_CHATS, ChatRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,7 @@ def read_chat(body: bytes, *, limits: Limits) -> ChatCall:
     chat = validate(ChatRequest, own, limits, also=PASSED_BY_CHATS)
     num_images = chat.n * chat.num_images
     request = {
+        **DEFAULTS,
         **enough(num_images, limits),
         **passed,
         "caption": _caption(chat.messages),

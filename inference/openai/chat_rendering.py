@@ -59,7 +59,7 @@ class ChatStream:
     def __init__(self, call: ChatCall, sizes: Sizes) -> None:
         self._call, self._sizes = call, sizes
         self._id, self._created = _new_id(), int(time.time())
-        # Of the other choices a deadline may leave no picture: each begins with its picture.
+        # A deadline or `distinct` may leave fewer choices: each other one begins with its picture.
         self.start = self._role(0)
 
     def preview(self, preview: Preview) -> bytes:

@@ -24,6 +24,7 @@ from inference.openai.replies import (
 )
 from inference.openai.requests import CHAT, EDITS, GENERATIONS, MODELS, ROUTES
 from inference.openai.schema import (
+    DEFAULTS,
     PASSED,
     PASSED_BY_CHATS,
     PASSED_BY_EDITS,
@@ -149,3 +150,6 @@ def _pass_fields(schemas: dict[str, Any], kind: type[BaseModel], names: tuple[st
     """Add the fields of `GenerateRequest` that a request of a kind may have besides its own."""
     of_generation = schemas[GenerateRequest.__name__]["properties"]
     schemas[kind.__name__]["properties"] |= {name: of_generation[name] for name in names}
+    for name, default in DEFAULTS.items():
+        passed = schemas[kind.__name__]["properties"][name]
+        schemas[kind.__name__]["properties"][name] = {**passed, "default": default}

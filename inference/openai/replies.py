@@ -50,7 +50,7 @@ class ImagesReply(Generated):
 
     created: int = Field(description="Unix time in seconds.")
     data: list[ImageData] = Field(
-        description="n pictures, or all different ones that were finished in time."
+        description="n pictures, or fewer at a deadline, or of alike ones with distinct."
     )
     background: Literal["opaque"] = Field(default="opaque", description="opaque.")
     output_format: Format = Field(description="File format of the pictures.")
@@ -82,6 +82,9 @@ class CompletedEvent(_ImageEvent):
     candidate: int = Field(description="The candidate's number, from 0.", ge=0)
     clip_score: float | None = Field(description="Cosine by CLIP, -1 to 1; null without a CLIP.")
     log_likelihood: float = Field(description="Of its image tokens, in nats, at most 0.")
+    copies: int = Field(
+        default=1, description="Number of finished candidates with the same image tokens.", ge=1
+    )
     seed: int = Field(description="The seed used.", ge=0)
     warnings: list[str] = Field(description="What the model could not read, as in a plain reply.")
 
@@ -173,7 +176,9 @@ class ChatCompletion(Generated):
     )
     created: int = Field(description="Unix time in seconds.")
     model: str = Field(description="The model of the server.")
-    choices: list[ChatChoice] = Field(description="n of them, or fewer at a deadline.")
+    choices: list[ChatChoice] = Field(
+        description="n of them, or fewer at a deadline, or of alike ones with distinct."
+    )
     usage: ChatUsage = Field(description="Numbers of tokens.")
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from dalle.errors import UserError
 from inference.api.parsing import JSON, body_kind, read_object, validate
 from inference.api.schema import GenerateRequest, Limits
-from inference.openai.schema import PASSED, ImagesRequest
+from inference.openai.schema import DEFAULTS, PASSED, ImagesRequest
 
 GENERATIONS = "/v1/images/generations"
 EDITS = "/v1/images/edits"
@@ -124,8 +124,8 @@ def images_call(
         "format": images.output_format,
         "preview_rows": preview_rows(images.partial_images, grid_size),
     }
-    request = validate(GenerateRequest, {**enough(images.n, limits), **passed, **own}, limits)
-    return Call(images, request)
+    fields = {**DEFAULTS, **enough(images.n, limits), **passed, **own}
+    return Call(images, validate(GenerateRequest, fields, limits))
 
 
 def enough(num_images: int, limits: Limits) -> dict[str, int]:

@@ -32,6 +32,8 @@ MAX_PARTIAL_IMAGES = 3
 _OWN = {"caption", "num_images", "format", "preview_rows"}
 PASSED = tuple(name for name in GenerateRequest.model_fields if name not in _OWN)
 """Fields of `GenerateRequest` that every request in OpenAI's form may have besides its own."""
+DEFAULTS: Mapping[str, Any] = {"distinct": False}
+"""Defaults of these that are OpenAI's: n pictures are n, however alike they are."""
 PASSED_BY_EDITS = tuple(name for name in PASSED if name not in ("prime_image", "prime_rows"))
 """The same of POST /v1/images/edits, where image and mask say what is kept."""
 PASSED_BY_CHATS = PASSED
@@ -100,7 +102,8 @@ class ImagesRequest(Fields):
         default=1,
         ge=1,
         description="Number of pictures in the reply: the best of num_candidates, best first. At "
-        "least 1, at most num_candidates (which is 16 or n unless given) and the server's limit.",
+        "least 1, at most num_candidates (which is 16 or n unless given) and the server's limit. "
+        "Fewer are returned at a deadline, and of alike ones with distinct.",
     )
     size: str = Field(
         default="auto",
@@ -202,7 +205,7 @@ class ChatRequest(Fields):
         default=1,
         ge=1,
         description="Number of choices, each with one picture: the best of num_candidates, best "
-        "first.",
+        "first. There are fewer at a deadline, and of alike pictures with distinct.",
     )
     num_images: int = Field(
         default=1,

@@ -296,11 +296,12 @@ def invoke_stream(project: Project, name: str, body: bytes, out: Path) -> int:
             ranking = event
     if ranking is None:
         raise AwsError(f"the stream of endpoint {name} ended without a ranking")
-    ranked = [
-        results.SavedImage(files[each.candidate], each.rank, each.clip_score, each.log_likelihood)
+    shown = [
+        results.SavedImage.of(each, files[each.candidate])
         for each in ranking.ranking
+        if each.same_as is None or not fields.distinct
     ]
-    results.show(project.output, ranked[: fields.num_images])
+    results.show(project.output, shown[: fields.num_images])
     results.show_warnings(project.output, ranking.warnings)
     return project.output.finish(
         endpoint=name,

@@ -49,8 +49,7 @@ def invoke_openai(project: Project, name: str, fields: Mapping[str, Any], out: P
     for part in (each for choice in reply.choices for each in choice.message.content):
         file = out / f"rank-{part.rank}.{fields.get('format', 'png')}"
         state = results.write(file, _picture(part.image_url.url))
-        scores = (part.rank, part.clip_score, part.log_likelihood)
-        images.append(results.SavedImage(str(file), *scores, state))
+        images.append(results.SavedImage.of(part, str(file), state))
     results.show(project.output, images)
     project.output.line(
         f"seed {reply.seed}, {reply.completed_candidates} of {reply.num_candidates} candidates, "

@@ -12,19 +12,30 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from dalle.errors import AwsError
-from inference.api.replies import GenerateReply
+from inference.api.replies import GenerateReply, RankedCandidate
 from infra.aws.output import Output, write_file
 
 
 @dataclass(frozen=True)
 class SavedImage:
-    """One image file. state: `written`, or `unchanged` when it had the same content before."""
+    """One image file.
+
+    state: `written`, or `unchanged` when it had the same content before. copies: number of finished
+    candidates with the same image tokens.
+    """
 
     file: str
     rank: int
     clip_score: float | None
     log_likelihood: float
     state: str = ""
+    copies: int = 1
+
+    @classmethod
+    def of(cls, ranked: RankedCandidate, file: str, state: str = "") -> SavedImage:
+        """Return the file of a candidate."""
+        scores = (ranked.rank, ranked.clip_score, ranked.log_likelihood)
+        return cls(file, *scores, state, ranked.copies)
 
 
 def read_reply(body: bytes) -> GenerateReply:
@@ -56,7 +67,7 @@ def save_images(
     for each in reply.images:
         path = out / f"{prefix}rank-{each.rank}.{format_}"
         state = write(path, decode(each.image))
-        saved.append(SavedImage(str(path), each.rank, each.clip_score, each.log_likelihood, state))
+        saved.append(SavedImage.of(each, str(path), state))
     return saved
 
 
@@ -83,12 +94,13 @@ def show(output: Output, images: Sequence[SavedImage]) -> None:
             str(each.rank),
             "-" if each.clip_score is None else f"{each.clip_score:.3f}",
             f"{each.log_likelihood:.2f}",
+            str(each.copies),
             each.file,
             each.state,
         )
         for each in images
     ]
-    output.table(("rank", "CLIP score", "log likelihood", "file", ""), rows)
+    output.table(("rank", "CLIP score", "log likelihood", "copies", "file", ""), rows)
 
 
 def show_warnings(output: Output, warnings: Sequence[str]) -> None:

@@ -1,5 +1,7 @@
 """The OpenAPI document: every field described, the server's limits, no dangling reference."""
 
+import pytest
+
 from inference.api.schema import Limits
 from inference.openai import openapi
 
@@ -48,6 +50,13 @@ def test_the_images_request_has_its_own_fields_and_those_that_pass_through():
     assert schema["properties"]["n"]["maximum"] == 4
     assert not {"caption", "num_images", "format", "preview_rows"} & set(schema["properties"])
     assert schema["required"] == ["prompt"]
+
+
+@pytest.mark.parametrize("kind", ["ImagesRequest", "EditRequest", "ChatRequest"])
+def test_alike_pictures_are_returned_by_default_in_openais_form_alone(kind):
+    schemas = openapi.document(LIMITS)["components"]["schemas"]
+    assert schemas[kind]["properties"]["distinct"]["default"] is False
+    assert schemas["GenerateRequest"]["properties"]["distinct"]["default"] is True
 
 
 def test_server_sent_events_are_documented_as_events_with_json_as_their_data():

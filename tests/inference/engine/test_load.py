@@ -147,6 +147,10 @@ def test_the_record_of_a_request_has_its_stages_and_what_remains_is_http():
     assert record.reply_bytes > 100
 
 
+def test_as_many_images_are_asked_for_as_are_priced_however_alike_they_are():
+    assert json.loads(WORKLOAD.request(0))["distinct"] is False
+
+
 def test_a_refused_request_is_sent_again_and_its_wait_counts():
     seen = Counter()
 

@@ -53,6 +53,13 @@ def test_each_of_n_choices_has_a_picture(client):
     assert [each["index"] for each in choices] == [0, 1]
 
 
+def test_n_choices_are_n_however_alike_their_pictures_are(client):
+    asked = {"messages": [user("alike")], "n": 4, "num_candidates": 6}
+    for fields, indices in (({}, [0, 1, 2, 3]), ({"distinct": True}, [0])):
+        choices = post(client, ROUTE, asked | fields).json["choices"]
+        assert [each["index"] for each in choices] == indices
+
+
 def test_num_images_are_in_the_content_of_one_choice(client):
     (choice,) = post(client, ROUTE, ASKED | {"num_images": 2, "num_candidates": 3}).json["choices"]
     parts = choice["message"]["content"]

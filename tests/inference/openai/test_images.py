@@ -39,6 +39,16 @@ def test_the_best_n_candidates_come_first(client, engine, with_grid):
     assert (request.caption, request.num_images, request.guidance_scale) == ("a", 2, 2)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_n_pictures_are_n_however_alike_they_are_unless_distinct_ones_are_asked_for(client, stream):
+    for fields, numbers in (({}, [0, 1, 2, 3]), ({"distinct": True}, [0])):
+        body = {"prompt": "alike", "n": 4, "num_candidates": 6, "stream": stream, **fields}
+        reply = post(client, ROUTE, body)
+        pictures = [data for _, data in events(reply.data)] if stream else reply.json["data"]
+        assert [each["candidate"] for each in pictures] == numbers
+        assert {each["copies"] for each in pictures} == {6}
+
+
 def test_a_silent_request_gets_the_best_of_the_default_number_of_candidates(client, engine):
     reply = post(client, ROUTE, {"prompt": "a"}).json
     assert [each["candidate"] for each in reply["data"]] == [7]

@@ -113,7 +113,9 @@ class Engine(OneAtATime):
             if request.caption == "breaks" and number == 1:
                 raise ZeroDivisionError("secret detail")
             pixels = np.full((8, 8, 3), number, np.uint8)
-            finished.append(Candidate(number, -float(number), number / 10, float(number), pixels))
+            new = Candidate(number, -float(number), number / 10, float(number), pixels)
+            alike = request.caption == "alike" and number > 0
+            finished.append(finished[0].again(number) if alike else new)
             work.put(finished[-1])
         if work.is_cancelled:
             self.cancelled.set()

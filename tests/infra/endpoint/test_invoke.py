@@ -220,6 +220,20 @@ def test_a_local_endpoint_needs_no_account(account, infra, serve_url, monkeypatc
     assert account.requests.total() == 0
 
 
+def test_a_stream_shows_different_images_as_the_reply_does_and_counts_their_copies(
+    account, infra, serve_url, tmp_path
+):
+    with RuntimeFacade({"dalle": int(serve_url.rpartition(":")[2])}) as facade:
+        words = [*ASK, "--temperature", 0, "--local", "--port", facade.url.rpartition(":")[2]]
+        for more, first in ([], "rank-1.png"), (["--stream"], "candidate-0.png"):
+            result = infra(*words, *more, "--out", tmp_path)
+            assert result.code == 0, result.err
+            table = [line.split() for line in result.out.splitlines() if line[0].isdigit()]
+            ((rank, _, _, copies, file, *_),) = table
+            assert (rank, copies, file) == ("1", "3", str(tmp_path / first))
+    assert len(list(tmp_path.glob("candidate-*.png"))) == 3
+
+
 @pytest.mark.parametrize(
     ("chunks", "lines"),
     [
