@@ -62,6 +62,7 @@ class Workload(BaseModel):
         fields = self.model_dump(exclude={"captions"})
         fields["caption"] = self.captions[number % len(self.captions)]
         fields["seed"] = self.seed + number
+        fields["distinct"] = False  # all are returned: their number is what is priced
         return fields
 
     def describe(self) -> str:

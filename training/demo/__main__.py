@@ -115,7 +115,12 @@ class Demo(RainbowRun):
 
     def requests(self) -> list[dict[str, object]]:
         """Return the requests for `serve`."""
-        settings = {"num_candidates": NUM_CANDIDATES, "num_images": NUM_IMAGES, "seed": SEED}
+        settings = {
+            "num_candidates": NUM_CANDIDATES,
+            "num_images": NUM_IMAGES,
+            "distinct": False,  # as many for each caption, so that the contact sheet is full
+            "seed": SEED,
+        }
         return [{"caption": caption, **settings} for caption in self.captions]
 
     def request_images(self, _is_continued: bool) -> None:

@@ -244,6 +244,11 @@ def test_what_is_asked_for_was_held_out_and_is_always_the_same(tmp_path):
     assert captions == Demo(tmp_path / "other", {}).captions
 
 
+def test_as_many_pictures_are_asked_for_of_each_caption_as_the_contact_sheet_has_rows(tmp_path):
+    for request in Demo(tmp_path, {}).requests():
+        assert (request["num_images"], request["distinct"]) == (4, False)
+
+
 def test_every_caption_of_the_rainbow_has_all_attributes(tmp_path, monkeypatch):
     few = rainbow.samples()[:20]
     monkeypatch.setattr(rainbow, "samples", lambda: few)
