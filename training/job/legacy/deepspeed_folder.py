@@ -11,9 +11,8 @@ DeepSpeed itself is not needed.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,9 +20,13 @@ from torch import Tensor
 
 from dalle.errors import ForeignFileError
 from training.job.legacy.saved_model import KNOWN_BY, SavedModel, settings_of
+from training.job.pretrained.unpickler import num_values_of
 from training.job.pretrained.weights_file import Weights, read_weights
 
 _FLAT = "optimizer_state_dict.fp32_flat_groups."
+# One number, or one of each group of weights.
+_COUNT = re.compile(r"optimizer_state_dict\.partition_count(\.\d+)?")
+_MINDALLE = "stage2_last.ckpt"
 
 
 def read_deepspeed_folder(folder: Path) -> SavedModel:
@@ -61,6 +64,10 @@ def _newest_step(folder: Path) -> Path:
         if not named:
             raise ForeignFileError(f"{folder.name}: latest names {name!r}, which is not there")
         return named[0]
+    if not steps and (folder / _MINDALLE).is_file():
+        raise ForeignFileError(
+            f"{folder.name} is a folder of minDALL-E's: give the file {_MINDALLE} in it"
+        )
     if not steps:
         raise ForeignFileError(
             f"{folder.name} has no global_step*: it is no folder of a DeepSpeed checkpoint"
@@ -90,22 +97,30 @@ def _consolidated(content: Weights, state: Mapping[str, Tensor], step: Path) -> 
     """
     shapes = _shapes(content)
     paths = sorted(step.glob("*optim_states.pt"), key=_rank_of)
-    shards = [_flat(path) for path in paths]
-    if not shards or not shapes:
+    if not paths or not shapes:
         raise ValueError(
             "its weights are empty, as under ZeRO-3, and the shards *optim_states.pt of all ranks "
             f"are not beside them in {step.name}"
         )
+    shards = _shards(paths)
     whole = {name: value for name, value in state.items() if value.numel()}
     offset = 0
     for name, shape in shapes.items():
-        num_values = math.prod(shape)
+        try:
+            num_values = num_values_of(shape)
+        except ForeignFileError as error:
+            raise ValueError(f"param_shapes, the weight {name}: {error}") from None
         part = -(-num_values // len(shards))
         if any(offset + part > len(shard) for shard in shards):
             raise ValueError(f"the shards end before the weight {name}: some ranks are missing")
         parts = [shard[offset : offset + part] for shard in shards]
         whole[name] = torch.cat(parts)[:num_values].reshape(shape)
         offset += part
+    if any(bool(shard[offset:].any()) for shard in shards):
+        raise ValueError(
+            f"the shards go on after the last weight of param_shapes: {offset:,} values of each "
+            "are read, and the rest is no padding"
+        )
     for name, value in state.items():
         if name not in whole and not name.startswith("vae."):
             raise ValueError(f"the weight {name} is in no shard")
@@ -113,9 +128,30 @@ def _consolidated(content: Weights, state: Mapping[str, Tensor], step: Path) -> 
     return whole
 
 
-def _flat(path: Path) -> Tensor:
-    """Return a rank's flat weights. Raises ValueError where it has none."""
-    groups = [value for name, value in read_weights(path).tensors.items() if name.startswith(_FLAT)]
+def _shards(paths: Sequence[Path]) -> list[Tensor]:
+    """Return the flat weights of all ranks. Raises ValueError for others than all of one save."""
+    ranks = [_rank_of(path) for path in paths]
+    if ranks != [*range(len(paths))]:
+        raise ValueError(
+            f"the ranks of the shards *optim_states.pt must be 0, 1, 2, …, found {ranks[:20]}"
+        )
+    return [_flat(path, len(paths)) for path in paths]
+
+
+def _flat(path: Path, num_ranks: int) -> Tensor:
+    """Return a rank's flat weights. Raises ValueError where it has none, or is of other ranks."""
+    content = read_weights(path)
+    counts = [
+        value
+        for name, value in content.values.items()
+        if _COUNT.fullmatch(name) and isinstance(value, int)
+    ]
+    if max(counts, default=0) != num_ranks:
+        raise ValueError(
+            f"{path.name} has the partition_count {counts[:5] or 'of none'}, and there are "
+            f"{num_ranks} shards *optim_states.pt: they must be all of one save, and no others"
+        )
+    groups = [value for name, value in content.tensors.items() if name.startswith(_FLAT)]
     if not groups:
         raise ValueError(f"{path.name} has no fp32_flat_groups, the shares of ZeRO-3")
     return torch.cat([group.flatten() for group in groups])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,12 @@ class Beside:
 
 def read_model(path: Path) -> SavedModel:
     """Return what a file, or a folder of DeepSpeed's, holds. Raises ForeignFileError."""
-    if path.is_dir():
+    try:
+        is_folder = stat.S_ISDIR(path.stat().st_mode)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ForeignFileError(f"{path.name:.80} cannot be read: {reason}") from error
+    if is_folder:
         return read_deepspeed_folder(path)
     return read_saved_model(path)
 
@@ -48,8 +54,10 @@ def import_model(path: Path, choices: Choices, beside: Beside) -> Artefact:
         config = resolved.config
         tokenizer = load_tokenizer(beside.tokenizer, config, is_kobiso=saved.kind == "kobiso")
         dvae = load_vae(saved, config, resolved.versions, beside.vae)
-    except LookupError as error:
+    except KeyError as error:
         raise ForeignFileError(f"{path.name}: there is no weight {error}") from error
+    except IndexError as error:
+        raise ForeignFileError(f"{path.name}: a weight has too few dimensions: {error}") from error
     except ValueError as error:
         raise ForeignFileError(f"{path.name}: {error}") from error
     artefact = Artefact(dvae=dvae, transformer=transformer, tokenizer=tokenizer)

@@ -302,18 +302,30 @@ def _axial(weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
         names = [f"image_pos_emb.weights{joint}{axis}" for axis in (0, 1)]
         if all(name in weights for name in names):
             rows, columns = (weights[name] for name in names)
-            if rows.ndim != 4 or columns.ndim != 4:
-                raise ValueError("image_pos_emb has weights of another shape")
+            fits = rows.ndim == columns.ndim == 4 and rows.shape[-1] == columns.shape[-1]
+            if not fits or rows.shape[::2] != (1, 1) or columns.shape[:2] != (1, 1):
+                raise ValueError(
+                    f"{names[0]} and {names[1]} must have the shapes [1, rows, 1, width] and "
+                    f"[1, 1, columns, width], got {[*rows.shape]} and {[*columns.shape]}"
+                )
             return rows, columns
     return None
 
 
-def image_positions(weights: Mapping[str, Tensor], num_positions: int) -> Tensor | None:
-    """Return the embeddings of the image's positions, [N, W]; None where it has none."""
+def image_positions(weights: Mapping[str, Tensor], num_positions: int, width: int) -> Tensor | None:
+    """Return the embeddings of the image's positions, [N, W]; None where it has none.
+
+    num_positions, width: of a config, whose bounds they keep: the sum has their product of values.
+    """
     axial = _axial(weights)
     if axial is None:
         return None
-    return (axial[0] + axial[1]).flatten(0, 2)[:num_positions]
+    rows, columns = axial
+    if rows.shape[-1] != width:
+        raise ValueError(f"image_pos_emb has a width of {rows.shape[-1]}, and the model of {width}")
+    columns = columns[:, :, :num_positions]
+    num_rows = -(-num_positions // max(1, columns.shape[2]))
+    return (rows[:, :num_rows] + columns).flatten(0, 2)[:num_positions]
 
 
 def _heads(saved: SavedModel, layers: Layers, choices: Choices) -> tuple[int, int]:
@@ -370,9 +382,9 @@ def _their_kinds(saved: SavedModel, layers: Layers, choices: Choices) -> tuple[s
 
 def _refuse_looking_ahead(saved: SavedModel, kinds: Sequence[str], found: Outline) -> None:
     """Raise ValueError where a layer sees tokens that are not sampled yet."""
-    positions = image_positions(saved.weights, 1 << 40)
+    positions = _axial(saved.weights)
     versions = found.versions
-    if positions is not None and len(positions) != found.grid_size**2:
+    if positions and positions[0].shape[1] * positions[1].shape[2] != found.grid_size**2:
         versions = versions.narrowed(last="0.1.25")
     is_axial = any(kind.startswith("axial") for kind in kinds)
     for kinds_of, fixed, is_there in (

@@ -56,6 +56,11 @@ def load_tokenizer(
         raise ForeignFileError(
             f"the tokenizer {name} has {size:,} entries, and the model needs {needed}"
         )
+    if (greatest := max(tokenizer.get_vocab().values(), default=0)) >= vocabulary:
+        raise ForeignFileError(
+            f"the tokenizer {name} has the id {greatest:,}, and the model's ids end at "
+            f"{vocabulary - 1:,}; it needs {needed}"
+        )
     return CaptionTokenizer(tokenizer, config.text_length, cleans_as_clip=name == CLIP)
 
 

@@ -69,6 +69,10 @@ def _load_files(path: Path, image_size: int | None = None) -> ImageTokenizer:
         return load_image_tokenizer(path, image_size)
     if not path.is_file():
         raise ForeignFileError(f"{path} is neither a file nor a folder")
+    if path.suffix in (".yaml", ".yml"):
+        raise ForeignFileError(
+            f"{path} has no weights: name the file of weights beside it, or the folder of both"
+        )
     with tempfile.TemporaryDirectory(prefix="vae-") as scratch:
         for each in (path, path.with_suffix(".yaml")):
             if each.exists():

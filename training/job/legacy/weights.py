@@ -37,7 +37,9 @@ def convert(saved: SavedModel, resolved: Resolved) -> dict[str, Tensor]:
             weights.get("text_pos_emb.weight"), config.text_length + 1, config.width
         ),
         "image_position": _or_zeros(
-            image_positions(weights, config.num_positions), config.num_positions, config.width
+            image_positions(weights, config.num_positions, config.width),
+            config.num_positions,
+            config.width,
         ),
         "to_text_logits.weight": head[:num_words],
         "to_text_logits.bias": bias[:num_words],

@@ -17,7 +17,8 @@ from torch import Tensor
 from dalle.errors import ForeignFileError
 from dalle.manifest import is_hidden
 from dalle.models.clip import Clip, ClipConfig
-from dalle.models.uninitialised import without_random_values
+from dalle.models.uninitialised import without_memory, without_random_values
+from training.job.pretrained.fill import require_weights
 from training.job.pretrained.open_clip import FILE_NAME, OpenClipConfig, read_open_clip_config
 from training.job.pretrained.weights_file import (
     WEIGHTS_SUFFIXES,
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 OPENAI_VOCABULARY = 49_408
 """Text tokens of OpenAI's byte-pair encoding."""
+_LONGEST_CAPTION = 1_024
+"""Text tokens; published models have 77 to 256, and the mask of attention has their square."""
 _NUMBERS = frozenset({"input_resolution", "context_length", "vocab_size"})
 """What OpenAI's archives hold beside the weights."""
 _NEEDED = frozenset({"text_projection", "logit_scale", "token_embedding.weight"})
@@ -126,13 +129,20 @@ def _unwrapped(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
 def _build(state: Mapping[str, Tensor], settings: OpenClipConfig | None) -> Clip:
     sizes = _sizes(state)
     if settings is not None:
-        settings.check(sizes)
-    config = ClipConfig(**sizes | dict(settings.fields if settings else {}), tokenizer="openai")
+        sizes |= settings.fields_of(sizes)
+    config = ClipConfig(**sizes, tokenizer="openai")
     if config.text_vocab_size != OPENAI_VOCABULARY:
         raise ValueError(
             f"its text tower has {config.text_vocab_size:,} text tokens, and OpenAI's byte-pair "
             f"encoding has {OPENAI_VOCABULARY:,}"
         )
+    if config.text_length > _LONGEST_CAPTION:
+        raise ValueError(
+            f"its captions have {config.text_length:,} text tokens, more than {_LONGEST_CAPTION:,}"
+        )
+    with without_memory():
+        expected = Clip(config).model.state_dict()
+    require_weights(expected, state)
     with without_random_values():
         model = Clip(config)
     model.model.load_state_dict(state)

@@ -22,6 +22,18 @@ def fill_model(build: Callable[[], Model], state: Mapping[str, Tensor]) -> Model
     with without_memory():
         model = build()
     expected = model.state_dict()
+    require_weights(expected, state)
+    masks = {name: state[name] for name, each in expected.items() if each.dtype == torch.bool}
+    numbers = {name: value for name, value in state.items() if name not in masks}
+    model.load_state_dict({**to_float32(numbers), **masks}, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def require_weights(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError naming a weight that is missing, unknown, of another shape, or no number.
+
+    expected: of the model, which may be without memory. Masks of the model must be truth values.
+    """
     for name in sorted(expected.keys() ^ state.keys()):
         raise ValueError(f"it {'lacks' if name in expected else 'has an unknown'} weight {name}")
     for name, weight in expected.items():
@@ -30,7 +42,8 @@ def fill_model(build: Callable[[], Model], state: Mapping[str, Tensor]) -> Model
                 f"the weight {name} has the shape {[*state[name].shape]}, and its sizes need "
                 f"{[*weight.shape]}"
             )
-    masks = {name: value for name, value in state.items() if value.dtype == torch.bool}
-    numbers = {name: value for name, value in state.items() if name not in masks}
-    model.load_state_dict({**to_float32(numbers), **masks}, assign=True)
-    return model.eval().requires_grad_(False)
+        if (state[name].dtype == torch.bool) != (weight.dtype == torch.bool):
+            wanted = "torch.bool" if weight.dtype == torch.bool else "numbers"
+            raise ValueError(
+                f"the weight {name} has the type {state[name].dtype}, and must have {wanted}"
+            )

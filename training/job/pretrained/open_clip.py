@@ -34,6 +34,9 @@ _SIZES = {
     },
 }
 """Section -> its key -> field of `ClipConfig`; the weights have them too."""
+_SIDES = ("image_size", "patch_size")
+"""May be a height and a width."""
+_HEAD_WIDTH = 64
 _READ = {
     "": {"quick_gelu", "vision_cfg", "text_cfg"},
     "vision_cfg": {"head_width", "mlp_ratio"},
@@ -72,15 +75,34 @@ class OpenClipConfig:
 
     fields: Mapping[str, Any]
     sizes: Mapping[str, Any]
+    head_width: int
+    """Channels of an attention head of the image tower."""
 
-    def check(self, found: Mapping[str, Any]) -> None:
-        """Raise ValueError where the sizes of the weights, by field, are others."""
+    def fields_of(self, found: Mapping[str, Any]) -> dict[str, Any]:
+        """Return fields of `ClipConfig` for weights with these sizes, by field.
+
+        Raises ValueError where the sizes of the file are others.
+        """
         for name, size in self.sizes.items():
             if found[name] != size:
                 raise ValueError(
                     f"{FILE_NAME} says that {name} is {size!r}, and the weights have "
                     f"{found[name]!r}: it is of another model"
                 )
+        if found["patch_size"] is None:
+            if self.head_width != _HEAD_WIDTH:
+                raise ValueError(
+                    f"{FILE_NAME} has vision_cfg.head_width={self.head_width}, which is not built "
+                    f"here for a ResNet; it must be {_HEAD_WIDTH}"
+                )
+            return dict(self.fields)
+        width = found["vision_width"]
+        if width % self.head_width:
+            raise ValueError(
+                f"{FILE_NAME} has vision_cfg.width={width}, which is no multiple of "
+                f"head_width={self.head_width}"
+            )
+        return {**self.fields, "vision_heads": width // self.head_width}
 
 
 def read_open_clip_config(path: Path) -> OpenClipConfig:
@@ -99,9 +121,11 @@ def read_open_clip_config(path: Path) -> OpenClipConfig:
         sizes: dict[str, Any] = {}
         for name, section in sections.items():
             _refuse_others(name, section)
-            fields = _SIZES.get(name, {})
-            sizes |= {field: _size(section[key]) for key, field in fields.items() if key in section}
-        return OpenClipConfig(_fields(sections), sizes)
+            for key, field in _SIZES.get(name, {}).items():
+                if key in section:
+                    sizes[field] = _size(section[key], key, f"{name}.{key}" if name else key)
+        head_width = sections["vision_cfg"].get("head_width", _HEAD_WIDTH)
+        return OpenClipConfig(_fields(sections), sizes, _whole(head_width, "vision_cfg.head_width"))
     except OSError as error:
         raise ForeignFileError(f"{path.name} cannot be read: {error.strerror}") from error
     except ValueError as error:
@@ -130,31 +154,30 @@ def _refuse_others(name: str, section: Mapping[str, Any]) -> None:
 
 
 def _fields(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    vision, preprocess = sections["vision_cfg"], sections["preprocess_cfg"]
+    preprocess = sections["preprocess_cfg"]
+    is_quick = sections[""].get("quick_gelu", False)
+    if not isinstance(is_quick, bool):
+        raise ValueError(f"must have true or false as quick_gelu, got {is_quick!r:.80}")
     fields: dict[str, Any] = {
-        "activation": "quick_gelu" if sections[""].get("quick_gelu") else "gelu",
+        "activation": "quick_gelu" if is_quick else "gelu",
         "text_heads": _whole(sections["text_cfg"].get("heads", 8), "text_cfg.heads"),
         "squashes": preprocess.get("resize_mode") == "squash",
     }
-    if not isinstance(vision.get("layers"), list):
-        head_width = _whole(vision.get("head_width", 64), "vision_cfg.head_width")
-        width = _whole(vision.get("width", 768), "vision_cfg.width")
-        if width % head_width:
-            raise ValueError(
-                f"has vision_cfg.width={width}, which is no multiple of head_width={head_width}"
-            )
-        fields["vision_heads"] = width // head_width
     for key in ("mean", "std"):
         if preprocess.get(key) is not None:
             fields[f"image_{key}"] = _colour(preprocess[key], f"preprocess_cfg.{key}")
     return fields
 
 
-def _size(value: object) -> object:
+def _size(value: object, key: str, name: str) -> object:
     """Return a size as `ClipConfig` has it: the side of a square, the layers of a ResNet."""
-    if isinstance(value, list):
-        return value[0] if len({*map(str, value)}) == 1 and len(value) == 2 else tuple(value)
-    return value
+    if value is None and key == "patch_size":  # of a ResNet
+        return None
+    if not isinstance(value, list):
+        return _whole(value, name)
+    numbers = tuple(_whole(each, name) for each in value)
+    is_square = key in _SIDES and len(numbers) == 2 and numbers[0] == numbers[1]
+    return numbers[0] if is_square else numbers
 
 
 def _whole(value: object, name: str) -> int:
@@ -166,7 +189,8 @@ def _whole(value: object, name: str) -> int:
 def _colour(value: object, name: str) -> tuple[float, ...]:
     values: list[Any] = value if isinstance(value, list) else [value] * 3
     if len(values) != 3 or not all(
-        isinstance(each, int | float) and math.isfinite(each) for each in values
+        isinstance(each, int | float) and not isinstance(each, bool) and math.isfinite(each)
+        for each in values
     ):
         raise ValueError(f"must have three numbers as {name}, got {value!r:.80}")
     return tuple(float(each) for each in values)

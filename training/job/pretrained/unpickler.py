@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -42,6 +42,7 @@ _STORAGE_TYPES = {
     "ShortStorage": torch.int16,
 }
 
+_MAX_DIMS, _MAX_SIZE = 64, 1 << 63  # torch's own
 _MODULE_PARTS = ("_parameters", "_buffers", "_modules")
 
 
@@ -71,11 +72,28 @@ class Dropped(StandIn):
         """The state is dropped."""
 
 
+def num_values_of(shape: Sequence[int]) -> int:
+    """Return the product of a shape. Raises ForeignFileError for what is no shape of a tensor."""
+    if len(shape) > _MAX_DIMS or not all(
+        isinstance(size, int) and 0 <= size < _MAX_SIZE for size in shape
+    ):
+        shown = ", ".join(
+            str(size) if isinstance(size, int) and abs(size) < _MAX_SIZE else "…"
+            for size in shape[:4]
+        )
+        more = ", …" if len(shape) > 4 else ""
+        raise ForeignFileError(
+            f"a tensor has the shape [{shown}{more}], and must have at most {_MAX_DIMS} "
+            "dimensions, each from 0 to 2^63 - 1"
+        )
+    return math.prod(shape)
+
+
 def _rebuild_tensor(
     storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object
 ) -> Tensor:
     """Do what torch._utils._rebuild_tensor_v2 does, without gradients and hooks."""
-    if math.prod(size) > len(storage):
+    if num_values_of(size) > len(storage):
         raise ForeignFileError(
             f"a tensor of shape {tuple(size)} is larger than its storage of {len(storage)} values"
         )

@@ -1,5 +1,6 @@
 """The forms in which people hold these models: every one is read as the same model."""
 
+import shutil
 import sys
 from collections import OrderedDict
 from types import ModuleType
@@ -21,7 +22,7 @@ from tests.training.job.pretrained.published.files import expected, put, weights
 from tests.training.job.pretrained.published.seeded_weights import seeded_weights
 from training.job.legacy.describe import describe
 from training.job.legacy.importer import Beside, import_model
-from training.job.legacy.sizes import Choices
+from training.job.legacy.sizes import Choices, image_positions
 
 NAME = "0.8.3-four"
 PLAIN = Choices()
@@ -112,6 +113,51 @@ def test_positions_of_a_later_axial_package_have_other_names(tmp_path, weights, 
     assert_same(write(content, tmp_path), weights, beside)
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "says"),
+    [
+        ((1, 8, 2, 32), (1, 1, 8, 32), r"must have the shapes \[1, rows, 1, width\]"),
+        ((1, 8, 1, 31), (1, 1, 8, 32), r"must have the shapes \[1, rows, 1, width\]"),
+        ((1, 8, 1, 31), (1, 1, 8, 31), "a width of 31, and the model of 32"),
+        ((), (1, 1, 8, 32), r"must have the shapes \[1, rows, 1, width\]"),
+    ],
+)
+def test_axial_positions_of_another_shape_are_refused(rows, columns, says, tmp_path, beside):
+    content = old(NAME).file()
+    content["weights"]["image_pos_emb.weights_0"] = torch.zeros(rows)
+    content["weights"]["image_pos_emb.weights_1"] = torch.zeros(columns)
+    with pytest.raises(ForeignFileError, match=says):
+        import_model(write(content, tmp_path), PLAIN, beside)
+
+
+def test_axial_positions_are_summed_only_where_the_image_has_some():
+    """Of sides of 100,000 the sum would have ten billion values."""
+    rows, columns = torch.zeros(1, 100_000, 1, 1), torch.zeros(1, 1, 100_000, 1)
+    rows[0, 1], columns[0, 0, 2] = 5.0, 7.0
+    weights = {"image_pos_emb.weights_0": rows, "image_pos_emb.weights_1": columns}
+    found = image_positions(weights, 100_001, 1)
+    assert found is not None
+    assert found[:, 0].nonzero().flatten().tolist() == [2, 100_000]
+
+
+def test_axial_positions_of_a_side_beyond_all_models_are_refused_before_they_are_summed(
+    tmp_path, beside
+):
+    content = old(NAME).file()
+    del content["weights"]["logits_mask"]
+    content["weights"]["image_pos_emb.weights_0"] = torch.zeros(1, 10_000, 1, 32)
+    content["weights"]["image_pos_emb.weights_1"] = torch.zeros(1, 1, 10_000, 32)
+    with pytest.raises(ForeignFileError, match="grid_size must be from 1 to 1,024"):
+        import_model(write(content, tmp_path), PLAIN, beside)
+
+
+def test_a_weight_of_truth_values_is_refused_by_its_name(tmp_path, beside):
+    content = old(NAME).file()
+    content["weights"]["text_emb.weight"] = torch.ones(30, 32, dtype=torch.bool)
+    with pytest.raises(ForeignFileError, match=r"text_embedding\.weight has the type torch\.bool"):
+        import_model(write(content, tmp_path), PLAIN, beside)
+
+
 # --- kobiso's release
 
 
@@ -159,6 +205,16 @@ def test_a_file_of_train_dalle_adds_no_marks_whatever_the_tokenizer_file_says(tm
     path = write(old(NAME).file(), tmp_path)
     found = import_model(path, PLAIN, Beside(str(tmp_path / "t.json"))).require("tokenizer")
     assert found.encode(["w3 w4 w5"]).tolist() == [[3, 4, 5, *[0] * 13]]
+
+
+def test_a_tokenizer_with_an_id_beyond_the_models_rows_is_refused(tmp_path):
+    ids = {f"w{number}": number for number in range(29)} | {"last": 30}
+    Tokenizer(models.WordLevel(ids, "w0")).save(str(tmp_path / "t.json"))
+    path = write(old(NAME).file(), tmp_path)
+    with pytest.raises(
+        ForeignFileError, match=r"t\.json has the id 30, and the model's ids end at"
+    ):
+        import_model(path, PLAIN, Beside(str(tmp_path / "t.json")))
 
 
 def test_the_byte_pairs_of_clip_have_their_own_ids_as_in_simple_tokenizer(tmp_path):
@@ -234,6 +290,13 @@ def test_without_a_vae_in_the_file_its_files_are_asked_for_and_taken(tmp_path, b
     assert import_model(path, PLAIN, beside_file).require("dvae").config.image_size == 32
 
 
+def test_a_yaml_in_place_of_a_vaes_weights_is_refused_with_what_to_name(tmp_path, beside):
+    (tmp_path / "v.yaml").write_text("model: {}")
+    path = write(with_vae({}, 24), tmp_path)
+    with pytest.raises(ForeignFileError, match=r"v\.yaml has no weights: name the file of weights"):
+        import_model(path, PLAIN, Beside(beside.tokenizer, tmp_path / "v.yaml"))
+
+
 def test_a_vae_of_other_sizes_is_refused_with_both(tmp_path, beside):
     content = with_vae({}, 24)
     state = content["weights"]
@@ -282,11 +345,15 @@ def test_a_folder_of_deepspeeds_is_read_with_its_auxiliary_file(tmp_path, weight
     assert found.kind == "DeepSpeed folder of train_dalle.py"
 
 
-def zero_3(step, num_ranks, state):
-    """Write each rank's share of the weights, as ZeRO-3 does; the VAE is frozen and whole."""
+def zero_3(step, num_ranks, state, param_shapes=None):
+    """Write each rank's share of the weights, as ZeRO-3 does; the VAE is frozen and whole.
+
+    param_shapes: in place of some weights' own.
+    """
     trained = {name: each for name, each in state.items() if not name.startswith("vae.")}
     buffers = {"logits_mask": trained.pop("logits_mask")}
     shapes = OrderedDict((name, each.shape) for name, each in trained.items())
+    shapes |= param_shapes or {}
     shares: list[list[torch.Tensor]] = [[] for _ in range(num_ranks)]
     for value in trained.values():
         size = -(-value.numel() // num_ranks)
@@ -312,6 +379,44 @@ def test_the_shards_of_zero_3_are_put_together(tmp_path, weights, beside):
     step = deepspeed_folder(tmp_path / "dalle-ds-cp", NAME)
     zero_3(step, 3, old(NAME).weights)
     assert_same(tmp_path / "dalle-ds-cp", weights, beside)
+
+
+def test_shards_of_other_ranks_or_with_more_than_the_weights_are_refused(tmp_path, beside):
+    folder = tmp_path / "dalle-ds-cp"
+    step = deepspeed_folder(folder, NAME)
+    zero_3(step, 2, old(NAME).weights)
+    first, second = sorted(step.glob("*optim_states.pt"))
+    third = step / "zero_pp_rank_2_mp_rank_00_optim_states.pt"
+    shutil.copy(second, third)
+    with pytest.raises(ForeignFileError, match=r"partition_count \[2\], and there are 3 shards"):
+        import_model(folder, PLAIN, beside)
+    second.unlink()
+    with pytest.raises(ForeignFileError, match=r"must be 0, 1, 2, …, found \[0, 2\]"):
+        import_model(folder, PLAIN, beside)
+    third.rename(second)
+    flat = torch.load(second)["optimizer_state_dict"]["fp32_flat_groups"]
+    optimizer = {"partition_count": [2, 2], "fp32_flat_groups": [*flat, torch.zeros(5)]}
+    torch.save({"optimizer_state_dict": optimizer}, second)
+    import_model(folder, PLAIN, beside)
+    optimizer["fp32_flat_groups"][-1][4] = 1
+    torch.save({"optimizer_state_dict": optimizer}, second)
+    with pytest.raises(ForeignFileError, match="the shards go on after the last weight"):
+        import_model(folder, PLAIN, beside)
+
+
+@pytest.mark.parametrize("shape", [(-1, 4), (0, 2**70)])
+def test_a_shape_of_zero_3_that_is_none_is_refused_by_its_weight(shape, tmp_path, beside):
+    folder = tmp_path / "dalle-ds-cp"
+    shapes = {"text_emb.weight": shape}
+    zero_3(deepspeed_folder(folder, NAME), 1, old(NAME).weights, shapes)
+    with pytest.raises(ForeignFileError, match=r"param_shapes, the weight text_emb\.weight"):
+        import_model(folder, PLAIN, beside)
+
+
+def test_a_folder_of_mindalle_is_told_which_of_its_files_to_give(tmp_path, beside):
+    (tmp_path / "stage2_last.ckpt").write_bytes(b"")
+    with pytest.raises(ForeignFileError, match=r"of minDALL-E's: give the file stage2_last\.ckpt"):
+        import_model(tmp_path, PLAIN, beside)
 
 
 def test_a_folder_without_its_shards_or_of_missing_steps_is_refused(tmp_path, beside):

@@ -189,6 +189,12 @@ def test_a_file_that_is_cut_or_no_model_at_all_is_refused(tmp_path, capsys):
     assert "missing.pt" in refusal(tmp_path / "missing.pt", tmp_path, capsys)
 
 
+@pytest.mark.parametrize("name", ["n" * 300, "a\0b"])
+def test_a_name_that_no_file_can_have_is_refused(name, capsys):
+    assert legacy.main(["inspect", name]) == 2
+    assert f"{name:.80} cannot be read: " in capsys.readouterr().err
+
+
 def test_weights_of_data_parallel_are_read_without_its_prefix(tmp_path, capsys):
     content = {f"module.{name}": value for name, value in old("0.1.19-full").weights.items()}
     options = ["--heads", "2", "--attn-types", "full"]

@@ -121,6 +121,35 @@ def test_a_weight_beyond_float32_is_refused_by_name(tmp_path):
         load_clip(tmp_path / "clip.pt")
 
 
+def small(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """A vision transformer's weights where widths are 1 or 64, and some of other shapes."""
+    model = CLIP(1, 1, 1, 64, 1, 77, 49408, 1, 1, 1)
+    state = dict(model.state_dict())
+    return state | {name.replace("__", "."): torch.zeros(shape) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "says"),
+    [
+        ({"positional_embedding": (12_000, 1)}, "its captions have 12,000 text tokens, more than"),
+        (
+            {"visual__conv1__weight": (16_384, 3, 1, 1), "text_projection": (1, 16_384)},
+            r"the weight visual\.\S+ has the shape \[.*\], and its sizes need \[.*16384",
+        ),
+    ],
+)
+def test_a_small_file_of_a_large_model_is_refused_before_the_model_has_memory(
+    shapes, says, tmp_path, monkeypatch
+):
+    def fails() -> None:
+        raise AssertionError("the model was built")
+
+    monkeypatch.setattr("training.job.pretrained.clip.without_random_values", fails)
+    torch.save(small(**shapes), tmp_path / "clip.pt")
+    with pytest.raises(ForeignFileError, match=says):
+        load_clip(tmp_path / "clip.pt")
+
+
 def lacking(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     return {name: value for name, value in state.items() if not name.startswith(prefix)}
 

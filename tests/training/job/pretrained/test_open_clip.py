@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from dalle.errors import ForeignFileError
-from tests.training.job.pretrained.clip_files import open_clip, probabilities
+from tests.training.job.pretrained.clip_files import (
+    build_openai,
+    open_clip,
+    probabilities,
+    save_state,
+)
 from training.job.pretrained.clip import load_clip
 from training.job.pretrained.open_clip import read_open_clip_config
 
@@ -87,6 +92,10 @@ def changed(config, section, **values):
         ("vision", {"pool_type": "avg"}, "pool_type='avg', which .*; it must be 'tok'"),
         ("vision", {"head_width": 48}, "width=64, which is no multiple of head_width=48"),
         ("vision", {"head_width": "80"}, "a whole number from 1 as vision_cfg.head_width"),
+        ("vision", {"layers": [2, 2]}, r"says that vision_layers is \(2, 2\)"),
+        ("vision", {"layers": True}, "a whole number from 1 as vision_cfg.layers, got True"),
+        ("model", {"quick_gelu": "no"}, "true or false as quick_gelu, got 'no'"),
+        ("preprocess", {"std": True}, "three numbers as preprocess_cfg.std, got True"),
         ("vision", {"layers": 12}, "says that vision_layers is 12, and the weights have 2"),
         ("vision", {"image_size": [32, 64]}, r"says that image_size is \(32, 64\)"),
         ("text", {"hf_model_name": "roberta"}, "has text_cfg.hf_model_name='roberta'"),
@@ -106,6 +115,24 @@ def test_settings_that_are_not_built_here_are_refused_by_name(section, values, s
     paths[1].write_text(json.dumps(changed(expected.config, section, **values)))
     with pytest.raises(ForeignFileError, match=says):
         load_clip(*paths)
+
+
+def test_a_resnet_with_heads_of_another_width_than_openais_is_refused(tmp_path):
+    """The weights tell that it is a ResNet, and the width of its heads changes its result."""
+    path = tmp_path / "open_clip_model.pt"
+    save_state(build_openai("resnet"), path)
+    config = open_clip("gelu").config
+    for width, says in ((32, r"head_width=32, which is not built here for a ResNet"), (64, None)):
+        vision = {"layers": [1, 2, 1, 1], "width": 8, "image_size": 64, "head_width": width}
+        text = {"width": 64, "heads": 1, "layers": 2}
+        settings = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}
+        file = tmp_path / "open_clip_config.json"
+        file.write_text(json.dumps(config | {"model_cfg": settings}))
+        if says is None:
+            assert load_clip(path, file).config.vision_heads is None
+            continue
+        with pytest.raises(ForeignFileError, match=says):
+            load_clip(path, file)
 
 
 def test_settings_of_training_and_of_towers_that_are_not_there_are_left_alone(tmp_path):

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from dalle.errors import ArtefactError, ForeignFileError
+from training.job.pretrained.unpickler import num_values_of
 from training.job.pretrained.weights_file import MAX_DEPTH, read_tensors
 
 
@@ -222,7 +223,8 @@ DEEP_KEY = b"}" + b")" + b"\x85" * 100_000 + b"N" + b"s"
         (tensor(4, (1 << 40,), (0,)), [bytes(16)], r"shape \(1099511627776,\) is larger"),
         (tensor(4, (2, 2), (4, 1)), [bytes(16)], "neither an archive"),
         (tensor(4, (4,), (1,), offset=2), [bytes(16)], "neither an archive"),
-        (tensor(4, (-4,), (1,)), [bytes(16)], "neither an archive"),
+        (tensor(4, (-4,), (1,)), [bytes(16)], r"has the shape \[-4\], and must have at most 64"),
+        (tensor(4, (1,) * 65, (1,) * 65), [bytes(16)], r"the shape \[1, 1, 1, 1, …\]"),
         (tensor(1 << 40, (4,), (1,)), [bytes(16)], "data/0 has 16 bytes, not 1099511627776"),
         (tensor(4, (4,), (1,)), [], "neither an archive"),
         (tensor(4, (4,), (1,), key=b"../b"), [bytes(16)], "neither an archive"),
@@ -257,6 +259,15 @@ def test_mappings_that_would_be_visited_a_billion_times_are_refused_soon(tmp_pat
     torch.save({"k" * 2000: 1}, tmp_path / "a.pt")
     with pytest.raises(ArtefactError, match="one whose name has more than 1,000 characters"):
         read_tensors(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    "shape", [(2**63,), (0, 2**70), (-1, 4), (1,) * 65, (2.0,), (1 << 100_000,) * 50]
+)
+def test_a_shape_that_torch_cannot_have_is_refused_before_its_sizes_are_multiplied(shape):
+    with pytest.raises(ForeignFileError, match="must have at most 64 dimensions") as caught:
+        num_values_of(shape)
+    assert len(str(caught.value)) < 300
 
 
 def test_the_state_of_a_tensor_is_not_set(tmp_path):
