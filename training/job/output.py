@@ -31,18 +31,20 @@ class Output:
 
     def __init__(self, inputs: Inputs, names: Collection[StageName] = ()) -> None:
         """names: the stages to train. Raises ArtefactError when the artefact could never replace
-        the one in the model directory, for want of components; PlatformError."""
+        the one in the model directory, for want of components, or as it has the published model
+        that one of them was trained on from; PlatformError."""
         self._inputs = inputs
         self._is_saved = False
         self._earlier = Manifest()
         if inputs.ranks.is_first:
             self._earlier = _read_earlier(inputs.job.paths.model)
-            left_out = self._earlier.components() - {*inputs.artefact.components(), *names}
+            left_out = {*self._lost()} - {*names}
             if left_out - {"tokenizer"}:
                 raise ArtefactError(
                     f"{inputs.job.paths.model} holds an earlier model with "
-                    f"{', '.join(sorted(left_out))}, which this job neither trains nor finds in "
-                    "the channel artefact, and would lose; move it away, or give it in that channel"
+                    f"{', '.join(sorted(left_out))}, which this job neither trains nor finds, as "
+                    "far trained, in its channels, and would lose; move it away, or give it as the "
+                    "channel artefact"
                 )
         manifest = inputs.artefact.manifest
         manifest.licence = inputs.hyperparameters.licence or manifest.licence
@@ -117,14 +119,17 @@ class Output:
         self._is_saved, self._earlier = True, Manifest()
 
     def _lost(self) -> list[str]:
-        """Return the earlier model's components that the artefact lacks or has less finished."""
+        """Return the earlier model's components that the artefact lacks or has less finished.
+
+        One without a record is as it was published, less than one that a job trained.
+        """
         artefact, earlier = self._inputs.artefact, self._earlier
-        finished = {n for n, each in earlier.newest_records().items() if each.is_finished}
-        unfinished = {
-            n for n, each in artefact.manifest.newest_records().items() if not each.is_finished
-        }
-        kept = {*artefact.components()} - (finished & unfinished)
+        kept = {*artefact.components()} - (_finished(earlier) - _finished(artefact.manifest))
         return [name for name in COMPONENTS if name in earlier.components() - kept]
+
+
+def _finished(manifest: Manifest) -> set[str]:
+    return {name for name, each in manifest.newest_records().items() if each.is_finished}
 
 
 def _read_earlier(directory: Path) -> Manifest:

@@ -1,5 +1,7 @@
 """training.job: a finished job started again keeps its model until a better one is whole."""
 
+import json
+import shutil
 import threading
 
 import numpy as np
@@ -105,4 +107,20 @@ def test_a_job_that_would_lose_components_of_an_earlier_model_is_refused(run, fi
     before = finished()
     with pytest.raises(ArtefactError, match="an earlier model with dvae, transformer, which this"):
         run(stage="clip")
+    assert finished() == before
+
+
+def test_a_job_that_would_put_an_untrained_model_in_place_of_a_trained_one_is_refused(
+    run, finished, opt_ml
+):
+    """The channel brings a published model without a record, as `legacy` does."""
+    before = finished()
+    channel = opt_ml.add_channel("artefact")
+    shutil.copytree(opt_ml.root / "model", channel, dirs_exist_ok=True)
+    path = channel / "manifest.json"
+    manifest = json.loads(path.read_text())
+    kept = [each for each in manifest["stages"] if each["stage"] != "transformer"]
+    path.write_text(json.dumps(manifest | {"stages": kept}))
+    with pytest.raises(ArtefactError, match="an earlier model with transformer, .* as the channel"):
+        run(stage="clip", clip_max_steps="4")
     assert finished() == before
