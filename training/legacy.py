@@ -10,8 +10,8 @@ from pathlib import Path
 
 from dalle import artefact as artefacts
 from dalle.errors import DalleError, ForeignFileError
-from training.job.legacy.describe import describe
-from training.job.legacy.importer import Beside, import_model
+from training.job.legacy.describe import describe, describe_saved
+from training.job.legacy.importer import Beside, import_saved, read_model
 from training.job.legacy.sizes import THEIR_KINDS, Choices
 from training.job.legacy.versions import parse_version
 
@@ -56,9 +56,13 @@ def _import(options: argparse.Namespace, choices: Choices) -> int:
     out: Path = options.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ForeignFileError(f"--out {out} is there already; name a folder that is not")
-    artefact = import_model(options.file, choices, Beside(options.tokenizer, options.vae))
+    saved = read_model(options.file)
+    beside = Beside(options.tokenizer, options.vae)
+    artefact = import_saved(saved, options.file, choices, beside)
     artefact.manifest.licence = options.licence
     artefacts.save(out, artefact)
+    for note in describe_saved(options.file.name, saved, choices).notes:
+        print(f"note: {note}")
     print(f"wrote {', '.join(artefact.components())} to {out}")
     return 0
 
@@ -105,7 +109,10 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
             help="version that trained the model, where FILE does not tell",
         )
         command.add_argument(
-            "--heads", type=int, metavar="NUMBER", help="attention heads, where FILE does not tell"
+            "--heads",
+            type=_positive,
+            metavar="NUMBER",
+            help="attention heads, where FILE does not tell",
         )
         command.add_argument(
             "--stable",
@@ -122,6 +129,16 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _kinds(text: str) -> tuple[str, ...]:
     return tuple(each.strip() for each in text.split(","))
+
+
+def _positive(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"it must be a whole number from 1, got {text!r}")
+    return number
 
 
 def _version(text: str) -> str:

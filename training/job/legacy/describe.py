@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,17 @@ from training.job.legacy.importer import read_model
 from training.job.legacy.names import split_layers
 from training.job.legacy.relatives import Relative
 from training.job.legacy.saved_model import RelativeError, SavedModel
-from training.job.legacy.sizes import Choices, NotToldError, Outline, outline, resolve
-from training.job.legacy.tokenizer import needed_tokenizer
-from training.job.legacy.vae import vae_kind
+from training.job.legacy.sizes import (
+    Choices,
+    NotToldError,
+    Outline,
+    Wrapping,
+    outline,
+    resolve,
+    wrapping_of,
+)
+from training.job.legacy.tokenizer import CLIP_VOCABULARY, ends_captions, needed_tokenizer
+from training.job.legacy.vae import is_normalised, vae_kind
 
 _KINDS = {
     "train_dalle": "checkpoint of train_dalle.py",
@@ -39,7 +48,8 @@ class Description:
     sizes: dict[str, int] = field(default_factory=dict)
     attention: list[str] | None = None
     """The package's name of each layer's attention; None where the file does not tell."""
-    behaviours: list[str] = field(default_factory=list)
+    behaviours: list[str] | None = None
+    """None where they are not known."""
     vae: str = "unknown"
     tokenizer: str = "unknown"
     missing: list[str] = field(default_factory=list)
@@ -60,7 +70,7 @@ class Description:
             ("DALLE-pytorch", self.versions),
             *((name.replace("_", " "), f"{value:,}") for name, value in self.sizes.items()),
             ("attention", "not told" if self.attention is None else ", ".join(self.attention)),
-            ("also", ", ".join(self.behaviours) or "nothing"),
+            ("also", _listed(self.behaviours)),
             ("VAE", self.vae),
             ("tokenizer", self.tokenizer),
             *(("missing", each) for each in self.missing),
@@ -71,37 +81,53 @@ class Description:
         return "\n".join(f"{name:<16}  {value}" for name, value in rows)
 
 
+def _listed(behaviours: list[str] | None) -> str:
+    return "unknown" if behaviours is None else ", ".join(behaviours) or "nothing"
+
+
 def describe(path: Path, choices: Choices) -> Description:
     """Describe a file or folder. Raises ForeignFileError for one that holds no such model."""
     try:
-        saved = read_model(path)
+        return describe_saved(path.name, read_model(path), choices)
     except RelativeError as error:
         return _described(path, error.relative)
+
+
+def describe_saved(name: str, saved: SavedModel, choices: Choices) -> Description:
+    """Describe what a file or folder of a name holds."""
     kind = _KINDS[saved.kind]
     try:
         found = outline(saved, choices)
     except NotToldError as error:
-        return Description(path.name, kind, missing=[str(error)])
+        behaviours = _of_wrapping(wrapping_of(saved, split_layers(saved.weights)))
+        return Description(name, kind, behaviours=behaviours or None, missing=[str(error)])
     except (ValueError, LookupError) as error:
-        return Description(path.name, kind, refused=_words(error))
+        return Description(name, kind, refused=_words(error))
     told = Description(
-        path.name,
+        name,
         kind,
         str(found.versions),
         _sizes(found),
         None if found.their_kinds is None else list(found.their_kinds),
-        _behaviours(saved, choices),
+        _behaviours(saved, found, choices),
         _PRETRAINED[vae_kind(saved)],
         needed_tokenizer(found.text_vocab_size, is_kobiso=saved.kind == "kobiso"),
         _missing(saved, found),
-        _notes(saved, found),
+        _notes(saved, found, choices),
     )
-    try:
-        resolve(saved, choices)
-    except NotToldError as error:
-        told.missing.append(str(error))
-    except (ValueError, LookupError) as error:
-        return Description(**{**vars(told), "refused": _words(error)})
+    checks: list[Callable[[], object]] = [
+        lambda: resolve(saved, choices),
+        lambda: is_normalised(saved, found.versions),
+    ]
+    if found.text_vocab_size == CLIP_VOCABULARY:
+        checks.append(lambda: ends_captions(found.versions))
+    for check in checks:
+        try:
+            check()
+        except NotToldError as error:
+            told.missing.append(str(error))
+        except (ValueError, LookupError) as error:
+            return Description(**{**vars(told), "refused": _words(error)})
     return told
 
 
@@ -138,23 +164,32 @@ def _sizes(found: Outline) -> dict[str, int]:
     }
 
 
-def _behaviours(saved: SavedModel, choices: Choices) -> list[str]:
-    try:
-        config = resolve(saved, choices).config
-    except (ValueError, LookupError):
-        layers = split_layers(saved.weights)
-        return ["reversible"] if layers.is_reversible else []
+def _behaviours(saved: SavedModel, found: Outline, choices: Choices) -> list[str]:
+    stable = saved.hyperparameters.get("stable") is True or choices.is_stable is True
+    hidden = not found.padding_by_position and choices.hides_padding is not False
+    return [
+        *_of_wrapping(found.wrapping),
+        *(
+            words
+            for words, is_there in (
+                ("stable", stable),
+                ("a padding id for each position", found.padding_by_position),
+                ("padding hidden from attention", hidden),
+            )
+            if is_there
+        ),
+    ]
+
+
+def _of_wrapping(wrapping: Wrapping) -> list[str]:
     return [
         words
         for words, is_there in (
-            ("reversible", config.reversible),
-            ("token shift", config.token_shift),
-            ("rotary positions", bool(config.rotary_width)),
-            ("sandwich norm", config.sandwich_norm),
-            ("stable", config.divide_by_max),
-            ("a padding id for each position", config.padding_by_position),
-            ("padding hidden from attention", config.hides_padding),
-            (f"{config.norm} norm", config.norm != "layer"),
+            ("reversible", wrapping.reversible),
+            ("token shift", wrapping.token_shift),
+            ("rotary positions", bool(wrapping.rotary_width)),
+            ("sandwich norm", wrapping.sandwich_norm),
+            (f"{wrapping.norm} norm", wrapping.norm != "layer"),
         )
         if is_there
     ]
@@ -162,7 +197,7 @@ def _behaviours(saved: SavedModel, choices: Choices) -> list[str]:
 
 def _missing(saved: SavedModel, found: Outline) -> list[str]:
     missing = []
-    if found.text_vocab_size != 49408:
+    if found.text_vocab_size != CLIP_VOCABULARY:
         is_kobiso = saved.kind == "kobiso"
         missing.append(needed_tokenizer(found.text_vocab_size, is_kobiso=is_kobiso))
     if vae_kind(saved) is None:
@@ -172,11 +207,17 @@ def _missing(saved: SavedModel, found: Outline) -> list[str]:
     return missing
 
 
-def _notes(saved: SavedModel, found: Outline) -> list[str]:
+def _notes(saved: SavedModel, found: Outline, choices: Choices) -> list[str]:
     notes = []
+    if not found.heads_are_told:
+        notes.append(
+            f"the file does not tell its attention heads: taken are {found.num_heads} of "
+            f"{found.head_width} channels, the package's default; --heads says another number"
+        )
     if saved.kind == "kobiso" or (found.their_kinds and "sparse" in found.their_kinds):
         notes.append("DeepSpeed is not needed, whatever the model's page says")
-    if "stable" not in saved.hyperparameters and not found.versions.is_before("0.12.1"):
+    told = "stable" in saved.hyperparameters or choices.is_stable is not None
+    if not told and not found.versions.is_before("0.12.1"):
         notes.append("the file does not tell whether it was trained with --stable")
     if not found.padding_by_position:
         notes.append(

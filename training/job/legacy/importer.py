@@ -46,13 +46,19 @@ def import_model(path: Path, choices: Choices, beside: Beside) -> Artefact:
 
     Raises ForeignFileError naming the file at fault and what would be right.
     """
-    saved = read_model(path)
+    return import_saved(read_model(path), path, choices, beside)
+
+
+def import_saved(saved: SavedModel, path: Path, choices: Choices, beside: Beside) -> Artefact:
+    """Return the artefact of what a file holds, as `import_model` does. path: the file."""
     try:
         resolved = resolve(saved, choices)
         state = convert(saved, resolved)
         transformer = fill_model(lambda: LegacyTransformer(resolved.config), state)
         config = resolved.config
-        tokenizer = load_tokenizer(beside.tokenizer, config, is_kobiso=saved.kind == "kobiso")
+        tokenizer = load_tokenizer(
+            beside.tokenizer, config, resolved.versions, is_kobiso=saved.kind == "kobiso"
+        )
         dvae = load_vae(saved, config, resolved.versions, beside.vae)
     except KeyError as error:
         raise ForeignFileError(f"{path.name}: there is no weight {error}") from error

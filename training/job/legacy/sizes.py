@@ -15,7 +15,7 @@ from torch import Tensor
 from dalle.models.legacy.config import LegacyAttentionKind, LegacyNormKind, LegacyTransformerConfig
 from training.job.legacy.names import Layers, split_layers
 from training.job.legacy.saved_model import SavedModel
-from training.job.legacy.versions import FIRST, VersionRange
+from training.job.legacy.versions import FIRST, VersionRange, axial_positions, versions_of
 from training.job.pretrained.weights_file import shape_of
 
 THEIR_KINDS = ("full", "axial_row", "axial_col", "conv_like", "sparse")
@@ -56,6 +56,18 @@ class Resolved:
 
 
 @dataclass(frozen=True)
+class Wrapping:
+    """What is around attention and feed-forward, the same in all layers."""
+
+    norm: LegacyNormKind
+    sandwich_norm: bool
+    token_shift: bool
+    rotary_width: int
+    """Channels of a head that positions turn; 0 for none."""
+    reversible: bool
+
+
+@dataclass(frozen=True)
 class Outline:
     """What shapes alone tell; `their_kinds` is None where a file's attention is not known."""
 
@@ -64,6 +76,8 @@ class Outline:
     width: int
     num_heads: int
     head_width: int
+    heads_are_told: bool
+    """False where they are those that the package takes by default."""
     num_words: int
     """Rows for text: the vocabulary, and padding by position where there is some."""
     text_vocab_size: int
@@ -71,7 +85,7 @@ class Outline:
     text_length: int
     grid_size: int
     codebook_size: int
-    norm: LegacyNormKind
+    wrapping: Wrapping
     head: str
     head_norm: str
     shares_embeddings: bool
@@ -83,7 +97,7 @@ def outline(saved: SavedModel, choices: Choices) -> Outline:
     """Return what a file's weights and hyperparameters tell. Raises ValueError or LookupError."""
     weights = saved.weights
     layers = split_layers(weights)
-    versions = _versions(saved, layers, choices)
+    versions = versions_of(saved, layers, choices.version)
     head, head_norm = _head(weights)
     total, width = shape_of(weights, f"{head}.weight", 2)
     shares = "image_emb.linear.weight" in weights
@@ -91,24 +105,32 @@ def outline(saved: SavedModel, choices: Choices) -> Outline:
     num_words = total - codebook_size
     text_length = _text_length(saved)
     vocabulary, by_position = _vocabulary(saved, num_words, text_length, versions)
+    # What the owner says must fit; a file's own version stands.
+    narrowed = versions.narrowed if choices.version is None or saved.version else versions.within
     if by_position:
-        versions = versions.narrowed("0.9.0")
+        versions = narrowed("0.9.0")
     elif saved.hyperparameters:
-        versions = versions.narrowed(FIRST, "0.8.3")
-    heads, head_width = _heads(saved, layers, choices)
+        versions = narrowed(FIRST, "0.8.3")
+    if by_position and choices.hides_padding:
+        raise ValueError(
+            "its weights have a padding id for each position, which attention sees, and "
+            "--hidden-padding says that it was hidden; leave the option out"
+        )
+    heads, head_width, is_told = _heads(saved, layers, choices)
     return Outline(
         layers=layers,
         num_layers=len(layers.branches),
         width=width,
         num_heads=heads,
         head_width=head_width,
+        heads_are_told=is_told,
         num_words=num_words,
         text_vocab_size=vocabulary,
         padding_by_position=by_position,
         text_length=text_length,
         grid_size=_grid_size(saved, text_length),
         codebook_size=codebook_size,
-        norm=_norm(layers),
+        wrapping=wrapping_of(saved, layers),
         head=head,
         head_norm=head_norm,
         shares_embeddings=shares,
@@ -131,17 +153,17 @@ def resolve(saved: SavedModel, choices: Choices) -> Resolved:
             f"than the {found.num_layers} layers repeats"
         )
     kinds, versions = found.their_kinds, found.versions
-    _refuse_looking_ahead(saved, kinds, found)
-    attention, feed_forward = found.layers.branches[0]
-    rotary = saved.weights.get("transformer.pos_emb")
+    _refuse_looking_ahead(kinds, versions)
+    _, feed_forward = found.layers.branches[0]
     hidden = not found.padding_by_position
     if choices.hides_padding is not None and not found.padding_by_position:
         hidden = choices.hides_padding
-    stable = choices.is_stable
-    if stable is None:
-        stable = saved.hyperparameters.get("stable") is True
-    # PreNorm, and LayerScale from 0.8.0 on, wrap every feed-forward; token shift wraps it further.
-    plain = 2 if "scale" in feed_forward.weights else 1
+    told = saved.hyperparameters.get("stable")
+    if isinstance(told, bool) and choices.is_stable not in (None, told):
+        raise ValueError(
+            f"the file says stable={told}, and --{'no-' * told}stable says otherwise; leave the "
+            "option out"
+        )
     config = LegacyTransformerConfig(
         text_vocab_size=found.text_vocab_size,
         text_length=found.text_length,
@@ -153,12 +175,12 @@ def resolve(saved: SavedModel, choices: Choices) -> Resolved:
         head_width=found.head_width,
         attention_kinds=tuple(_our_kind(kind, versions) for kind in kinds),
         feed_forward_ratio=shape_of(feed_forward.weights, "contract.weight", 2)[1] // found.width,
-        norm=found.norm,
-        sandwich_norm="norm_out.weight" in attention.weights,
-        token_shift=feed_forward.num_wrappers > plain,
-        rotary_width=0 if rotary is None else rotary.shape[-1],
-        reversible=found.layers.is_reversible,
-        divide_by_max=stable,
+        norm=found.wrapping.norm,
+        sandwich_norm=found.wrapping.sandwich_norm,
+        token_shift=found.wrapping.token_shift,
+        rotary_width=found.wrapping.rotary_width,
+        reversible=found.wrapping.reversible,
+        divide_by_max=told is True or choices.is_stable is True,
         padding_by_position=found.padding_by_position,
         hides_padding=hidden,
         text_loss_weight=_text_loss_weight(saved),
@@ -182,52 +204,22 @@ def _text_loss_weight(saved: SavedModel) -> float:
     return 1 / 7
 
 
-def _versions(saved: SavedModel, layers: Layers, choices: Choices) -> VersionRange:
-    """Narrow the versions by what only some of them write."""
-    if choices.version is None and saved.version is not None:
-        return VersionRange(saved.version, saved.version)
-    versions = VersionRange()
+def wrapping_of(saved: SavedModel, layers: Layers) -> Wrapping:
+    """Return what is around the branches, by names and shapes alone."""
     attention, feed_forward = layers.branches[0]
-    if saved.kind == "kobiso":
-        versions = versions.narrowed("0.7.2", "0.7.2")
-    is_told = choices.version is not None or choices.attention_kinds is not None
-    if not is_told and "attn_types" in saved.hyperparameters:
-        versions = versions.narrowed("0.3.5")  # train_dalle.py has the flag from then on
-    if "epoch" in saved.names:
-        versions = versions.narrowed("0.12.0")
-    if "scale" in attention.weights:
-        versions = versions.narrowed("0.8.0")
-    else:
-        versions = versions.narrowed(last="0.7.3")
-    norm = _norm(layers)
-    if norm == "length":
-        versions = versions.narrowed("0.5.0", "0.5.1")
-    elif norm == "rms":
-        versions = versions.narrowed("0.6.0", "0.6.0")
-    if "logits_mask" in saved.weights:
-        versions = versions.narrowed(last="0.9.6")
-    if "to_logits.2.weight" in saved.weights:
-        versions = versions.narrowed("0.12.1", "0.12.5")
-    if "transformer.pos_emb" in saved.weights or feed_forward.num_wrappers > 2:
-        versions = versions.narrowed("1.0.0")
-    if "norm_out.weight" in attention.weights:
-        versions = versions.narrowed("1.1.0")
-    if saved.vae_class is not None:
-        versions = versions.narrowed("1.1.6")
-    if attention.num_wrappers > feed_forward.num_wrappers:
-        versions = versions.narrowed("1.4.0")
-    if "image_emb.linear.weight" in saved.weights:
-        versions = versions.narrowed("1.2.0")
-    if choices.version is not None:
-        return versions.within(choices.version, choices.version)
-    return versions
-
-
-def _norm(layers: Layers) -> LegacyNormKind:
-    weights = layers.branches[0][0].weights
-    if "norm.gain" not in weights:
-        return "layer"
-    return "length" if weights["norm.gain"].numel() == 1 else "rms"
+    rotary = saved.weights.get("transformer.pos_emb")
+    norm: LegacyNormKind = "layer"
+    if "norm.gain" in attention.weights:
+        norm = "length" if attention.weights["norm.gain"].numel() == 1 else "rms"
+    # PreNorm, and LayerScale from 0.8.0 on, wrap every feed-forward; token shift wraps it further.
+    plain = 2 if "scale" in feed_forward.weights else 1
+    return Wrapping(
+        norm=norm,
+        sandwich_norm="norm_out.weight" in attention.weights,
+        token_shift=feed_forward.num_wrappers > plain,
+        rotary_width=0 if rotary is None or not rotary.ndim else rotary.shape[-1],
+        reversible=layers.is_reversible,
+    )
 
 
 def _head(weights: Mapping[str, Tensor]) -> tuple[str, str]:
@@ -285,7 +277,7 @@ def _grid_size(saved: SavedModel, text_length: int) -> int:
     weights = saved.weights
     if "logits_mask" in weights:
         num_positions = shape_of(weights, "logits_mask", 3)[1] - text_length
-    elif (positions := _axial(weights)) is not None:
+    elif (positions := axial_positions(weights)) is not None:
         num_positions = positions[0].shape[1] * positions[1].shape[2]
     else:
         rows = weights["transformer.pos_emb"].shape[-2] - text_length
@@ -297,27 +289,12 @@ def _grid_size(saved: SavedModel, text_length: int) -> int:
     return side
 
 
-def _axial(weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
-    for joint in "_.":
-        names = [f"image_pos_emb.weights{joint}{axis}" for axis in (0, 1)]
-        if all(name in weights for name in names):
-            rows, columns = (weights[name] for name in names)
-            fits = rows.ndim == columns.ndim == 4 and rows.shape[-1] == columns.shape[-1]
-            if not fits or rows.shape[::2] != (1, 1) or columns.shape[:2] != (1, 1):
-                raise ValueError(
-                    f"{names[0]} and {names[1]} must have the shapes [1, rows, 1, width] and "
-                    f"[1, 1, columns, width], got {[*rows.shape]} and {[*columns.shape]}"
-                )
-            return rows, columns
-    return None
-
-
 def image_positions(weights: Mapping[str, Tensor], num_positions: int, width: int) -> Tensor | None:
     """Return the embeddings of the image's positions, [N, W]; None where it has none.
 
     num_positions, width: of a config, whose bounds they keep: the sum has their product of values.
     """
-    axial = _axial(weights)
+    axial = axial_positions(weights)
     if axial is None:
         return None
     rows, columns = axial
@@ -328,44 +305,65 @@ def image_positions(weights: Mapping[str, Tensor], num_positions: int, width: in
     return (rows[:, :num_rows] + columns).flatten(0, 2)[:num_positions]
 
 
-def _heads(saved: SavedModel, layers: Layers, choices: Choices) -> tuple[int, int]:
-    """Return the number of heads and the channels of each."""
+def _heads(saved: SavedModel, layers: Layers, choices: Choices) -> tuple[int, int, bool]:
+    """Return the number of heads, the channels of each, and whether anything tells them."""
     inner = shape_of(layers.branches[0][0].weights, "to_qkv.weight", 2)[0] // 3
-    heads, width = choices.num_heads or saved.number("heads"), saved.number("dim_head")
-    rotary = saved.weights.get("transformer.pos_emb")
-    if width is None and heads is not None:
-        width = inner // heads
-    if width is None and rotary is not None and rotary.shape[-1] == 30:
-        width = 32
-    if width is None and inner % _DEFAULT_HEAD_WIDTH:
+    told, width = saved.number("heads"), saved.number("dim_head")
+    if told is None and width is not None:
+        told = inner // width
+    if choices.num_heads is not None and told not in (None, choices.num_heads):
+        raise ValueError(
+            f"the file says {told} heads, and --heads is {choices.num_heads}; leave the option out"
+        )
+    heads = told or choices.num_heads
+    # Rotary positions turn up to a sixfold of channels, nearly all of a head's.
+    turned = wrapping_of(saved, layers).rotary_width
+    widths = range(turned, turned + 6) if turned else (_DEFAULT_HEAD_WIDTH,)
+    possible = [each for each in widths if inner % each == 0]
+    if heads is not None:
+        width = width or inner // heads
+        if heads * width != inner:
+            raise ValueError(
+                f"its attention has {inner} channels, which are not {heads} heads of {width}"
+            )
+        if told is None and turned and width not in possible:
+            raise ValueError(
+                f"its rotary positions are of heads of {' or '.join(map(str, possible)) or 'other'}"
+                f" channels, and --heads {heads} makes them {width} of its {inner}"
+            )
+        return heads, width, True
+    if turned and len(possible) == 1:
+        return inner // possible[0], possible[0], True
+    if _DEFAULT_HEAD_WIDTH not in possible:
         raise NotToldError(
             f"the file does not tell how many heads its {inner} channels of attention are: say it "
             "by --heads"
         )
-    width = width or _DEFAULT_HEAD_WIDTH
-    if inner % width or (heads is not None and heads * width != inner):
-        raise ValueError(
-            f"its attention has {inner} channels, which are not {heads or 'some'} heads of {width}"
-        )
-    return inner // width, width
+    return inner // _DEFAULT_HEAD_WIDTH, _DEFAULT_HEAD_WIDTH, False
 
 
 def _their_kinds(saved: SavedModel, layers: Layers, choices: Choices) -> tuple[str, ...] | None:
     """Return the package's attention kind of each layer; None where it is not known."""
     num_layers = len(layers.branches)
-    told: Sequence[object] | None = choices.attention_kinds
-    if told is None:
-        value = saved.hyperparameters.get("attn_types")
-        if isinstance(value, str):
-            told = tuple(each.strip() for each in value.split(","))
-        elif isinstance(value, tuple):
-            told = value
-        elif saved.hyperparameters:
-            told = ("full",)  # what the class does where it is not told
+    told: Sequence[object] | None = None
+    value = saved.hyperparameters.get("attn_types")
+    if isinstance(value, str):
+        told = tuple(each.strip() for each in value.split(","))
+    elif isinstance(value, tuple):
+        told = value
+    chosen = choices.attention_kinds
+    if told and chosen and _repeated(told, num_layers) != _repeated(chosen, num_layers):
+        raise ValueError(
+            f"the file says attn_types {','.join(map(str, told))[:200]}, and --attn-types is "
+            f"{','.join(chosen)[:200]}; leave the option out"
+        )
+    told = told or chosen
+    if told is None and saved.hyperparameters:
+        told = ("full",)  # what the class does where it is not told
     is_sparse = ["layout" in attention.weights for attention, _ in layers.branches]
     if told is None:
         return ("sparse",) * num_layers if all(is_sparse) else None
-    kinds = tuple(str(told[layer % len(told)]) for layer in range(num_layers)) if told else ()
+    kinds = _repeated(told, num_layers)
     for layer, kind in enumerate(kinds):
         if kind == "mlp":
             raise ValueError("attn_types has mlp, a gMLP, which is not supported")
@@ -380,12 +378,13 @@ def _their_kinds(saved: SavedModel, layers: Layers, choices: Choices) -> tuple[s
     return kinds
 
 
-def _refuse_looking_ahead(saved: SavedModel, kinds: Sequence[str], found: Outline) -> None:
+def _repeated(kinds: Sequence[object], num_layers: int) -> tuple[str, ...]:
+    """Return the kind of each layer; none for an empty list."""
+    return tuple(str(kinds[layer % len(kinds)]) for layer in range(num_layers)) if kinds else ()
+
+
+def _refuse_looking_ahead(kinds: Sequence[str], versions: VersionRange) -> None:
     """Raise ValueError where a layer sees tokens that are not sampled yet."""
-    positions = _axial(saved.weights)
-    versions = found.versions
-    if positions and positions[0].shape[1] * positions[1].shape[2] != found.grid_size**2:
-        versions = versions.narrowed(last="0.1.25")
     is_axial = any(kind.startswith("axial") for kind in kinds)
     for kinds_of, fixed, is_there in (
         ("axial", "0.2.8", is_axial),
@@ -410,5 +409,12 @@ def _our_kind(kind: str, versions: VersionRange) -> LegacyAttentionKind:
     match kind:
         case "full" | "axial_row" | "axial_col" | "sparse":
             return kind
-    # A file of 1.5.0 or later has its version in it.
-    return "conv_centred" if versions.may_be_before("1.5.0") else "conv_up_left"
+    if versions.is_before("1.5.0"):
+        return "conv_centred"
+    if not versions.may_be_before("1.5.0"):
+        return "conv_up_left"
+    raise NotToldError(
+        "the file does not tell whether its conv_like attention is that of DALLE-pytorch 1.5.0 and "
+        "later, which sees other tokens than before: say the version that trained it by "
+        "--dalle-pytorch-version"
+    )

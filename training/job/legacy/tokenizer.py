@@ -11,17 +11,18 @@ from dalle.errors import ForeignFileError
 from dalle.models.legacy.config import LegacyTransformerConfig
 from dalle.platform.json_file import read_json
 from dalle.preprocess.tokenizer import MAX_FILE_BYTES, CaptionTokenizer, clip_tokenizer
-from training.job.legacy.sizes import KNOWN_VOCABULARIES
+from training.job.legacy.sizes import KNOWN_VOCABULARIES, NotToldError
+from training.job.legacy.versions import VersionRange
 
 CLIP = "clip"
 """In place of a file: the byte pairs of OpenAI's CLIP, DALLE-pytorch's SimpleTokenizer."""
-_CLIP_VOCABULARY = 49408
+CLIP_VOCABULARY = 49408
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
 def needed_tokenizer(vocabulary: int, *, is_kobiso: bool = False) -> str:
     """Describe the tokenizer that a model needs."""
-    if vocabulary == _CLIP_VOCABULARY:
+    if vocabulary == CLIP_VOCABULARY:
         return "the byte pairs of OpenAI's CLIP (--tokenizer clip)"
     known = KNOWN_VOCABULARIES.get(vocabulary)
     few = "at most " if is_kobiso else ""
@@ -31,16 +32,35 @@ def needed_tokenizer(vocabulary: int, *, is_kobiso: bool = False) -> str:
     )
 
 
+def ends_captions(versions: VersionRange) -> bool:
+    """Return whether SimpleTokenizer ended captions by a mark, as it did from 0.8.1 to 0.9.0 only.
+
+    Raises NotToldError where the versions leave it open.
+    """
+    told = versions.is_within("0.8.1", "0.9.0")
+    if told is None:
+        raise NotToldError(
+            f"the file does not tell whether its captions end with {_END}, as those of the byte "
+            "pairs of OpenAI's CLIP do in DALLE-pytorch 0.8.1 to 0.9.0: say the version that "
+            "trained it by --dalle-pytorch-version"
+        )
+    return told
+
+
 def load_tokenizer(
-    source: str | None, config: LegacyTransformerConfig, *, is_kobiso: bool
+    source: str | None,
+    config: LegacyTransformerConfig,
+    versions: VersionRange,
+    *,
+    is_kobiso: bool,
 ) -> CaptionTokenizer:
     """Return the tokenizer of a model. source: a path, or `clip`; None: clip where it fits.
 
     is_kobiso: captions are framed by its two marks, and the file may have fewer entries than the
-    model. Raises ForeignFileError for a file that is none, or of another size.
+    model. Raises ForeignFileError for a file that is none, or of another size; NotToldError.
     """
     vocabulary, needed = config.text_vocab_size, needed_tokenizer(config.text_vocab_size)
-    if source is None and vocabulary != _CLIP_VOCABULARY:
+    if source is None and vocabulary != CLIP_VOCABULARY:
         raise ForeignFileError(
             f"the tokenizer is in no file of DALLE-pytorch's, and the model needs {needed}"
         )
@@ -60,6 +80,10 @@ def load_tokenizer(
         raise ForeignFileError(
             f"the tokenizer {name} has the id {greatest:,}, and the model's ids end at "
             f"{vocabulary - 1:,}; it needs {needed}"
+        )
+    if name == CLIP and ends_captions(versions):
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"$A {_END}", special_tokens=[(_END, tokenizer.token_to_id(_END))]
         )
     return CaptionTokenizer(tokenizer, config.text_length, cleans_as_clip=name == CLIP)
 

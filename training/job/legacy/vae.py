@@ -16,6 +16,7 @@ from dalle.models.image_tokenizer import ImageTokenizer
 from dalle.models.legacy.config import LegacyTransformerConfig
 from dalle.models.tokenizers.configs import DallePytorchConfig, VQGANConfig
 from training.job.legacy.saved_model import SavedModel
+from training.job.legacy.sizes import NotToldError
 from training.job.legacy.versions import VersionRange
 from training.job.legacy.weights import vae_weights
 from training.job.pretrained import dalle_pytorch, openai_dvae
@@ -37,6 +38,20 @@ def vae_kind(saved: SavedModel) -> VAEKind | None:
         if any(name.startswith(start) and value.numel() for name, value in saved.weights.items()):
             return kind  # type: ignore[return-value]
     return None
+
+
+def is_normalised(saved: SavedModel, versions: VersionRange) -> bool:
+    """Return whether the DiscreteVAE in a file normalises images, as it does from 0.2.5 on.
+
+    Raises NotToldError where the versions leave it open.
+    """
+    is_open = versions.may_be_before("0.2.5") and not versions.is_before("0.2.5")
+    if is_open and vae_kind(saved) == "DiscreteVAE":
+        raise NotToldError(
+            "the file does not tell whether its VAE is that of DALLE-pytorch 0.2.5 and later, "
+            "which normalises images: say the version that trained it by --dalle-pytorch-version"
+        )
+    return not versions.is_before("0.2.5")
 
 
 def load_vae(
@@ -92,7 +107,7 @@ def _of_weights(
     image_size = config.grid_size
     if kind == "DiscreteVAE":
         vae = _discrete_vae_config(weights, config.grid_size)
-        return fill_tokenizer(replace(vae, is_normalised=not versions.is_before("0.2.5")), weights)
+        return fill_tokenizer(replace(vae, is_normalised=is_normalised(saved, versions)), weights)
     if kind == "OpenAIDiscreteVAE":
         encoder, decoder = (Weights(Weights(weights).part(f"{half}.")) for half in ("enc", "dec"))
         return fill_tokenizer(*openai_dvae.convert(encoder, decoder, 8 * image_size))

@@ -31,7 +31,8 @@ MAX_PICKLE_BYTES = 16 << 20
 MAX_DEPTH = 64
 MAX_ENTRIES = 200_000  # a checkpoint with its optimiser's state has some 10,000
 MAX_NAME_LENGTH = 1_000
-MAX_SHARING = 4  # bytes of all tensors, for each byte of the file; tied weights stand twice
+MAX_SHARING = 4  # bytes of the parts of storages that differ, for each byte of the file
+MAX_COPIES = 128  # bytes of all tensors, likewise: shared layers stand once for each layer
 
 # torch before 1.6 wrote five pickles in a row, then the storages. The first two are these numbers.
 _OLD_MAGIC, _OLD_VERSION = 0x1950A86A20F9469CFC6C, 1001
@@ -101,11 +102,16 @@ def read_weights(path: Path) -> Weights:
         raise ForeignFileError(f"{path.name} cannot be read: {error.strerror}") from error
     except ForeignFileError as error:
         raise ForeignFileError(f"{path.name} cannot be read as weights: {error}") from error
+    size = path.stat().st_size
     num_bytes = sum(tensor.nbytes for tensor in weights.tensors.values())
-    if num_bytes > MAX_SHARING * path.stat().st_size:
+    # The same part of a storage under several names is one weight that is shared.
+    parts = {
+        (each.data_ptr(), each.dtype, each.shape, each.stride()): each.nbytes
+        for each in weights.tensors.values()
+    }
+    if num_bytes > MAX_COPIES * size or sum(parts.values()) > MAX_SHARING * size:
         raise ForeignFileError(
-            f"{path.name}: {num_bytes} bytes of tensors share the storages of "
-            f"{path.stat().st_size} bytes"
+            f"{path.name}: {num_bytes} bytes of tensors share the storages of {size} bytes"
         )
     for name, tensor in weights.tensors.items():
         # torch computes nothing with the latter, and drops half of the former.

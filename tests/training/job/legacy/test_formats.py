@@ -217,18 +217,48 @@ def test_a_tokenizer_with_an_id_beyond_the_models_rows_is_refused(tmp_path):
         import_model(path, PLAIN, Beside(str(tmp_path / "t.json")))
 
 
-def test_the_byte_pairs_of_clip_have_their_own_ids_as_in_simple_tokenizer(tmp_path):
-    content = old(NAME).file()
+def with_clip_vocabulary(name):
+    """A file whose text has the byte pairs of OpenAI's CLIP."""
+    content = old(name).file()
     content["hparams"] = content["hparams"] | {"num_text_tokens": 49408}
     state = content["weights"]
-    state["text_emb.weight"] = torch.zeros(49408, 32)
-    state["to_logits.1.weight"] = torch.zeros(49408 + 24, 32)
-    state["to_logits.1.bias"] = torch.zeros(49408 + 24)
+    padding = 16 if len(state["text_emb.weight"]) > 30 else 0
+    state["text_emb.weight"] = torch.zeros(49408 + padding, 32)
+    state["to_logits.1.weight"] = torch.zeros(49408 + padding + 24, 32)
+    state["to_logits.1.bias"] = torch.zeros(49408 + padding + 24)
     state["logits_mask"] = torch.zeros(1, 80, 1, dtype=torch.bool)
+    return content
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "end"),
+    [
+        ("0.7.1-four", None, []),
+        ("0.8.3-four", "0.8.0", []),
+        ("0.8.3-four", "0.8.1", [49407]),
+        ("0.8.3-four", "0.8.3", [49407]),
+        ("0.9.0-four", "0.9.0", [49407]),
+        ("0.9.0-four", "0.9.1", []),
+    ],
+)
+def test_the_byte_pairs_of_clip_have_their_own_ids_as_in_simple_tokenizer(
+    name, version, end, tmp_path
+):
     caption = "A Red  bird&amp; its nest!"
-    artefact = import_model(write(content, tmp_path), PLAIN, Beside())
-    ids = openai_tokenizer().encode(caption)
-    assert artefact.require("tokenizer").encode([caption])[0, : len(ids)].tolist() == ids
+    path = write(with_clip_vocabulary(name), tmp_path)
+    artefact = import_model(path, Choices(version=version), Beside())
+    ids = [*openai_tokenizer().encode(caption), *end]
+    tokenizer = artefact.require("tokenizer")
+    tokens = tokenizer.encode([caption])
+    assert tokens[0, : len(ids) + 1].tolist() == [*ids, 0]
+    assert tokenizer.decode(tokens)[0].startswith("a red bird")
+
+
+def test_the_version_is_asked_for_where_it_decides_the_mark_that_ends_captions(tmp_path):
+    path = write(with_clip_vocabulary(NAME), tmp_path)
+    assert any("<|endoftext|>" in each for each in describe(path, PLAIN).missing)
+    with pytest.raises(ForeignFileError, match="0.8.1 to 0.9.0: .* --dalle-pytorch-version"):
+        import_model(path, PLAIN, Beside())
 
 
 # --- VAEs

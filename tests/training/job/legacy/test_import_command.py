@@ -234,3 +234,130 @@ def test_a_folder_that_has_files_is_not_written_to(tmp_path, tokenizer, capsys):
     assert legacy.main(arguments) == 2
     assert "is there already" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--dalle-pytorch-version", "1.4.2"], ["version 1.6.6", "is 1.4.2"]),
+        (["--attn-types", "full"], ["full,axial_row,axial_col,conv_like", "--attn-types is full"]),
+        (["--stable"], ["stable=False", "--stable"]),
+        (["--heads", "4"], ["2 heads", "--heads is 4"]),
+        (["--hidden-padding"], ["a padding id for each position", "--hidden-padding"]),
+    ],
+)
+def test_an_option_that_contradicts_the_file_is_refused_with_both(
+    options, words, tmp_path, tokenizer, capsys
+):
+    content = old("1.6.6-plain").file()
+    content["hparams"] = content["hparams"] | {"stable": False}
+    path = write(content, tmp_path)
+    said = refusal(path, tmp_path, capsys, "--tokenizer", str(tokenizer), *options)
+    assert all(each in said for each in words), said
+    assert inspected(path, capsys, *options)["refused"] in said
+
+
+def test_options_that_say_what_the_file_says_are_taken(capsys):
+    options = ["--dalle-pytorch-version", "1.6.6", "--heads", "2", "--no-hidden-padding"]
+    kinds = ["--attn-types", "full,axial_row,axial_col,conv_like"]
+    assert inspected(ORIGINAL, capsys, *options, *kinds)["refused"] is None
+
+
+@pytest.mark.parametrize("number", ["0", "-2", "two"])
+def test_heads_are_a_whole_number_from_1(number, capsys):
+    with pytest.raises(SystemExit):
+        legacy.main(["inspect", str(ORIGINAL), "--heads", number])
+    assert "a whole number from 1" in capsys.readouterr().err
+
+
+def test_rotary_positions_tell_the_heads(tmp_path, capsys):
+    content = old("1.6.6-head-width").file()  # 3 heads of 24 channels
+    for name in ("heads", "dim_head"):
+        del content["hparams"][name]
+    path = write(content, tmp_path)
+    sizes = inspected(path, capsys)["sizes"]
+    assert (sizes["heads"], sizes["head_width"]) == (3, 24)
+    said = inspected(path, capsys, "--heads", "9")["refused"]
+    assert "rotary positions are of heads of 24 channels, and --heads 9 makes them 8" in said
+
+
+def with_wide_heads(name):
+    """Bare weights whose attention has 64 channels, which may be one head or several."""
+    weights = {}
+    for each, value in old(name).weights.items():
+        if each.endswith("to_qkv.weight"):
+            value = torch.ones(192, 32)
+        elif each.endswith("to_out.0.weight"):
+            value = torch.ones(32, 64)
+        weights[each] = value
+    return weights
+
+
+def test_heads_that_nothing_tells_are_the_default_and_both_commands_say_so(
+    tmp_path, tokenizer, capsys
+):
+    path = write(with_wide_heads("0.8.3-four"), tmp_path)
+    options = ["--attn-types", "full", "--dalle-pytorch-version", "0.8.3"]
+    found = inspected(path, capsys, *options)
+    (note,) = [each for each in found["notes"] if "--heads" in each]
+    assert "taken are 1 of 64 channels" in note
+    out = ["--tokenizer", str(tokenizer), "--out", str(tmp_path / "artefact")]
+    assert legacy.main(["import", str(path), *options, *out]) == 0
+    assert [f"note: {each}" for each in found["notes"]] == capsys.readouterr().out.splitlines()[:-1]
+    asked = inspected(path, capsys, *options, "--heads", "4")
+    assert asked["sizes"]["head_width"] == 16
+    assert not any("--heads" in each for each in asked["notes"])
+
+
+@pytest.mark.parametrize(("name", "version"), [("1.4.2-plain", "1.4.2"), ("1.6.6-plain", "1.6.6")])
+def test_the_window_of_conv_like_is_asked_for_where_the_version_is_open(
+    name, version, tmp_path, tokenizer, capsys
+):
+    kinds = old(name).settings["attn_types"]
+    path = write(old(name).weights, tmp_path)
+    options = ["--attn-types", ",".join(kinds), "--heads", "2"]
+    said = refusal(path, tmp_path, capsys, "--tokenizer", str(tokenizer), *options)
+    assert "conv_like" in said
+    assert "--dalle-pytorch-version" in said
+    told = inspected(path, capsys, *options, "--dalle-pytorch-version", version)
+    assert (told["versions"], told["refused"]) == (version, None)
+
+
+def test_positions_of_pixels_show_versions_whose_vae_does_not_normalise(
+    tmp_path, tokenizer, capsys
+):
+    path = write(old("0.1.19-full").file(), tmp_path)
+    options = ["--attn-types", "full", "--heads", "2"]
+    assert inspected(path, capsys, *options)["versions"] == "0.1.19 to 0.1.25"
+    out = tmp_path / "artefact"
+    more = ["--tokenizer", str(tokenizer), "--out", str(out)]
+    assert legacy.main(["import", str(path), *options, *more]) == 0
+    assert not artefacts.load(out).require("dvae").config.is_normalised
+
+
+def test_the_version_is_asked_for_where_it_decides_what_the_vae_does(tmp_path, tokenizer, capsys):
+    path = write(old("0.7.1-no-mask").weights, tmp_path)
+    options = ["--attn-types", "full", "--heads", "2"]
+    said = refusal(path, tmp_path, capsys, "--tokenizer", str(tokenizer), *options)
+    assert "normalises images" in said
+    assert said.strip().endswith("--dalle-pytorch-version")
+    (missing,) = [each for each in inspected(path, capsys, *options)["missing"] if "VAE" in each]
+    assert missing in said
+
+
+def test_behaviours_are_found_where_the_rest_is_not_told(tmp_path, capsys):
+    path = write(old("0.8.3-reversible").weights, tmp_path)
+    found = inspected(path, capsys, "--heads", "2", "--dalle-pytorch-version", "0.8.3")
+    assert found["attention"] is None
+    assert found["behaviours"] == ["reversible", "padding hidden from attention"]
+    path = write(old("1.6.6-reversible").weights, tmp_path)
+    found = inspected(path, capsys)
+    assert "text_seq_len" in found["missing"][0]
+    expected = ["reversible", "token shift", "rotary positions", "sandwich norm"]
+    assert found["behaviours"] == expected
+
+
+def test_behaviours_that_are_not_known_are_not_called_nothing(tmp_path, capsys):
+    path = write(old("0.1.19-full").file(), tmp_path)
+    assert legacy.main(["inspect", str(path)]) == 0
+    assert "also              unknown" in capsys.readouterr().out.splitlines()

@@ -284,6 +284,22 @@ def test_tensors_that_share_a_storage_thousands_of_times_are_refused(tmp_path):
         read_tensors(tmp_path / "a.pt")
 
 
+def test_a_weight_may_be_that_of_many_layers(tmp_path):
+    shared = torch.arange(100_000.0)
+    torch.save({f"layer.{number}": shared for number in range(64)}, tmp_path / "a.pt")
+    tensors = read_tensors(tmp_path / "a.pt")
+    assert len(tensors) == 64
+    assert all(torch.equal(each, shared) for each in tensors.values())
+
+
+def test_overlapping_parts_of_a_storage_are_each_counted(tmp_path):
+    storage = torch.zeros(100_000)
+    parts = {str(number): storage[number:] for number in range(64)}
+    torch.save(parts, tmp_path / "a.pt")
+    with pytest.raises(ArtefactError, match="bytes of tensors share the storages"):
+        read_tensors(tmp_path / "a.pt")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_weight_that_is_not_finite_is_named(tmp_path, value):
     torch.save({"fine": torch.ones(2), "b.bad": torch.tensor([0.0, value])}, tmp_path / "a.pt")
