@@ -8,6 +8,7 @@ import torch
 
 from dalle import artefact as artefacts
 from dalle.models.legacy.transformer import LegacyTransformer
+from dalle.models.tokenizers.dalle_pytorch import DallePytorchVAE
 from tests.training.job.legacy.imported import WORDS, write_tokenizer
 from tests.training.job.legacy.published.files import HERE, old
 from training import legacy
@@ -332,7 +333,9 @@ def test_positions_of_pixels_show_versions_whose_vae_does_not_normalise(
     out = tmp_path / "artefact"
     more = ["--tokenizer", str(tokenizer), "--out", str(out)]
     assert legacy.main(["import", str(path), *options, *more]) == 0
-    assert not artefacts.load(out).require("dvae").config.is_normalised
+    vae = artefacts.load(out).require("dvae")
+    assert isinstance(vae, DallePytorchVAE)
+    assert not vae.config.is_normalised
 
 
 def test_the_version_is_asked_for_where_it_decides_what_the_vae_does(tmp_path, tokenizer, capsys):
