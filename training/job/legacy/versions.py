@@ -87,7 +87,7 @@ def versions_of(saved: SavedModel, layers: Layers, told: str | None) -> VersionR
         if is_there:
             versions = versions.narrowed(first, last)
     if told is not None:
-        return versions.within(told, told)
+        return VersionRange(told, told).within(versions.first, versions.last)
     if "attn_types" in saved.hyperparameters:
         versions = versions.narrowed("0.3.5")  # train_dalle.py has the flag from then on
     if saved.hyperparameters:

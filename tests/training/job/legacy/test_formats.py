@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
 from dalle.errors import ForeignFileError
+from dalle.models.legacy.transformer import LegacyTransformer
 from dalle.models.tokenizers.dalle_pytorch import DallePytorchVAE
 from dalle.models.tokenizers.openai import OpenAIDVAE
 from dalle.models.tokenizers.vqgan import VQGAN
@@ -373,6 +374,20 @@ def test_a_folder_of_deepspeeds_is_read_with_its_auxiliary_file(tmp_path, weight
     assert_same(tmp_path / "dalle-ds-cp", weights, beside)
     found = describe(tmp_path / "dalle-ds-cp", PLAIN)
     assert found.kind == "DeepSpeed folder of train_dalle.py"
+
+
+def test_a_folder_without_its_auxiliary_file_asks_for_what_that_would_tell(tmp_path, beside):
+    step = deepspeed_folder(tmp_path / "dalle-ds-cp", "1.6.6-plain")
+    (tmp_path / "dalle-ds-cp/auxiliary.pt").unlink()
+    content = {"module": OrderedDict(old("1.6.6-plain").weights), "global_steps": 3}
+    torch.save(content, step / "mp_rank_00_model_states.pt")
+    kinds = tuple(old("1.6.6-plain").settings["attn_types"])
+    missing = describe(tmp_path / "dalle-ds-cp", Choices(kinds, num_heads=2)).missing
+    assert any("conv_like" in each for each in missing)
+    told = Choices(kinds, "1.6.6", num_heads=2)
+    found = import_model(tmp_path / "dalle-ds-cp", told, beside).require("transformer")
+    assert isinstance(found, LegacyTransformer)
+    assert found.config.attention_kinds[-1] == "conv_up_left"
 
 
 def zero_3(step, num_ranks, state, param_shapes=None):

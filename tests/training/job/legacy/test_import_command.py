@@ -258,6 +258,26 @@ def test_an_option_that_contradicts_the_file_is_refused_with_both(
     assert inspected(path, capsys, *options)["refused"] in said
 
 
+@pytest.mark.parametrize(
+    ("name", "version", "words"),
+    [
+        (
+            "0.1.19-full",
+            "0.2.8",
+            "version 0.2.8 of DALLE-pytorch, and weights of version 0.1.19 to",
+        ),
+        ("0.8.3-four", "0.9.1", "version 0.9.1 of DALLE-pytorch, and weights of version 0.1.19 to"),
+        ("0.9.0-four", "0.8.3", "version 0.8.3 of DALLE-pytorch, and weights of version 0.9.0 to"),
+    ],
+)
+def test_a_version_that_the_weights_contradict_is_refused_with_theirs(
+    name, version, words, tmp_path, capsys
+):
+    path = write(old(name).file(), tmp_path)
+    options = ["--heads", "2", "--dalle-pytorch-version", version]
+    assert words in inspected(path, capsys, *options)["refused"]
+
+
 def test_options_that_say_what_the_file_says_are_taken(capsys):
     options = ["--dalle-pytorch-version", "1.6.6", "--heads", "2", "--no-hidden-padding"]
     kinds = ["--attn-types", "full,axial_row,axial_col,conv_like"]
