@@ -13,6 +13,7 @@ from infra.aws.request import describe
 from infra.aws.stack import OUTPUTS, given_storage, outputs_of
 from infra.endpoint.idle_cost import IdleCost, idle_cost
 from infra.jobs import progress
+from infra.registry import records
 
 GIVEN = "given to `bootstrap`, and not counted: others may use it too"
 NEWEST = 10
@@ -41,6 +42,9 @@ def run(options: argparse.Namespace) -> int:
         found |= _repository(project, repository, is_given="Repository" in given)
     found["endpoints"] = _endpoints(project)
     found["jobs"] = _jobs(project)
+    found["pipeline_runs"] = [records.run_id(arn) for arn in records.running(project)]
+    for run_id in found["pipeline_runs"]:
+        project.output.item(f"pipeline run {run_id}", "in progress")
     return project.output.finish(**found)
 
 

@@ -34,12 +34,14 @@ IMAGES_TOGETHER = 100
 class Inventory:
     """The resources to delete. bucket, repository: None when the stack has none.
 
+    runs: ARNs of the pipeline's runs that have not ended.
     ended: jobs of which nothing is left but their records.
     records: pipeline and group of registered models.
     given: bucket and repository that `bootstrap` was given, which stay.
     """
 
     running: list[Resource]
+    runs: list[str]
     ended: list[Resource]
     warm_pools: list[Resource]
     endpoints: list[Resource]
@@ -61,6 +63,7 @@ class Inventory:
         named = [*self.running, *self.warm_pools, *self.endpoints, *self.configs, *self.models]
         return [
             *((resource.kind.words, resource.name) for resource in named),
+            *(("pipeline run", records.run_id(arn)) for arn in self.runs),
             *(("scaling", where["ResourceId"]) for where in self.scaling),
             *(("alarm", name) for name in self.alarms),
             *(("dashboard", name) for name in self.dashboards),
@@ -132,6 +135,7 @@ def collect(project: Project) -> Inventory:
     outputs = {key: name for key, name in outputs_of(stack).items() if key not in given}
     return Inventory(
         running=inventory.running_jobs(project),
+        runs=records.running(project),
         ended=inventory.ended_jobs(project),
         warm_pools=inventory.warm_pools(project),
         endpoints=endpoints,
@@ -196,6 +200,7 @@ def end_hosting(project: Project, found: Inventory) -> None:
         if resource.status != "Stopping":
             aws.find(resource.end)
         output.item(resource.label, "stopping")
+    records.stop(project, found.runs)
     for resource in found.warm_pools:
         ended = {**resource.identity, "ResourceConfig": {"KeepAlivePeriodInSeconds": 0}}
         aws.find(Request("sagemaker", "UpdateTrainingJob", **ended))
@@ -224,6 +229,9 @@ def end_hosting(project: Project, found: Inventory) -> None:
         what = f"the end of {resource.label}"
         aws.until(what, partial(_has_ended, project, resource), every_seconds=POLL_SECONDS)
         output.item(resource.label, "stopped")
+    if found.runs:
+        what = f"the end of the runs of pipeline {project.name}"
+        aws.until(what, lambda: not records.running(project), every_seconds=POLL_SECONDS)
     for name in found.log_groups:
         aws.find(Request("logs", "DeleteLogGroup", logGroupName=name))
         output.item(f"log group {name}", "deleted")

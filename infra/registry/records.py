@@ -1,4 +1,4 @@
-"""The project's pipeline and registered models, found and deleted by `teardown`."""
+"""The project's pipeline, its runs and registered models, found and deleted by `teardown`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from infra.aws.project import KIND_WORDS, Project
 from infra.aws.request import Request, describe
 
 PIPELINE, GROUP = "Pipeline", "ModelPackageGroup"
+RUNNING = ("Executing", "Stopping")
 
 
 def find(project: Project) -> list[str]:
@@ -18,6 +19,34 @@ def find(project: Project) -> list[str]:
         if there is not None and project.owns(there[f"{kind}Arn"]):
             found.append(kind)
     return found
+
+
+def running(project: Project) -> list[str]:
+    """Return the ARNs of the pipeline's runs that have not ended: their jobs cost money.
+
+    The platform names these jobs, so that they are not found among those of the project.
+    """
+    there = project.aws.find(describe(PIPELINE, project.name))
+    if there is None or not project.owns(there["PipelineArn"]):
+        return []
+    listed = Request("sagemaker", "ListPipelineExecutions", PipelineName=project.name)
+    return [
+        found["PipelineExecutionArn"]
+        for found in project.aws.items(listed, "PipelineExecutionSummaries")
+        if found["PipelineExecutionStatus"] in RUNNING
+    ]
+
+
+def stop(project: Project, runs: list[str]) -> None:
+    """Stop runs of the pipeline, and with each the job that it waits for."""
+    for arn in runs:
+        request = {"PipelineExecutionArn": arn, "ClientRequestToken": secrets.token_hex(16)}
+        project.aws.find(Request("sagemaker", "StopPipelineExecution", **request))
+        project.output.item(f"pipeline run {run_id(arn)}", "stopping")
+
+
+def run_id(arn: str) -> str:
+    return arn.rpartition("/")[2]
 
 
 def delete(project: Project, kinds: list[str]) -> None:
