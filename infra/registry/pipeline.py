@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,6 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     required = read_required(options.require)
+    if options.role and not options.pipeline_role:
+        raise PlanError(
+            f"--role {options.role} needs --pipeline-role: the stack's role of pipelines may give "
+            "jobs the stack's role alone; `python -m infra bootstrap --role ARN` changes that one"
+        )
     check_settings(dict(options.set), [STAGE], dict(options.env), options)
     project = open_project(options)
     planned = planned_run(options, project)
@@ -83,6 +89,8 @@ def read_required(pairs: list[tuple[str, str]]) -> dict[str, float]:
             found[name] = float(text)
         except ValueError as error:
             raise PlanError(f"--require {name} needs a number, got {text!r}") from error
+        if not math.isfinite(found[name]):
+            raise PlanError(f"--require {name} needs a finite number, got {text!r}")
     return found
 
 

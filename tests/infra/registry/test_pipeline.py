@@ -149,9 +149,62 @@ def test_teardown_deletes_the_pipeline_and_the_registered_models(ready, infra):
     assert ready.client("sagemaker").list_pipelines()["PipelineSummaries"] == []
 
 
+@pytest.fixture
+def a_run(ready, infra):
+    """The ARN of a run that goes on until it is stopped."""
+    assert infra(*WORDS, "--start").code == 0
+    sagemaker = ready.client("sagemaker")
+    (found,) = sagemaker.list_pipeline_executions(PipelineName="dalle")[
+        "PipelineExecutionSummaries"
+    ]
+    arn = found["PipelineExecutionArn"]
+    states = ["Executing"]
+    ready.handlers["ListPipelineExecutions"] = lambda request: {
+        "PipelineExecutionSummaries": [
+            {"PipelineExecutionArn": arn, "PipelineExecutionStatus": states[-1]}
+        ]
+    }
+
+    def stop(request):
+        assert request["PipelineExecutionArn"] == arn
+        states.append("Stopped")
+        return {"PipelineExecutionArn": arn}
+
+    ready.handlers["StopPipelineExecution"] = stop
+    return arn
+
+
+@pytest.mark.parametrize("words", [[], ["--keep-storage"]])
+def test_teardown_stops_a_run_of_the_pipeline(ready, infra, a_run, words):
+    run_id = a_run.rpartition("/")[2]
+    assert re.search(rf"pipeline run {run_id} +in progress", infra("status").out)
+    result = infra("teardown", "--yes", *words)
+    assert result.code == 0, result.err
+    assert f"pipeline run {run_id}" in result.out
+    assert ready.requests["StopPipelineExecution"] == 1
+    assert ready.requests["DeletePipeline"] == (0 if words else 1)
+    assert run_id not in infra("status").out
+
+
+def test_runs_of_another_owners_pipeline_go_on(account, infra):
+    infra("bootstrap")
+    account.client("sagemaker").create_pipeline(
+        PipelineName="dalle",
+        PipelineDefinition="{}",
+        ClientRequestToken="x" * 32,
+        RoleArn=ROLE,
+        Tags=[{"Key": "team", "Value": "vision"}],
+    )
+    assert infra("teardown", "--yes").code == 0
+    assert not account.requests["ListPipelineExecutions"]
+    assert not account.requests["StopPipelineExecution"]
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        ([*WORDS, "--role", ROLE], f"--role {ROLE} needs --pipeline-role"),
+        ([*WORDS, "--require", "clip_validation_loss=nan"], "needs a finite number, got 'nan'"),
         (WORDS[:3], "--require is missing, such as --require transformer_validation_loss=4.5"),
         ([*WORDS, "--require", "clip_loss=2"], "takes a validation loss, one of"),
         ([*WORDS, "--require", "clip_validation_loss=low"], "needs a number, got 'low'"),
