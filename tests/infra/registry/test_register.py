@@ -71,6 +71,34 @@ def test_a_second_run_registers_nothing(trained, infra):
     assert account.requests["CreateModelPackage"] == 1
 
 
+def test_a_model_that_waits_is_approved_by_a_second_run(trained, infra):
+    account, job = trained
+    infra("register", job)
+    result = infra("register", job, "--approve")
+    assert result.code == 0, result.err
+    assert "approved" in result.out
+    (found,) = packages(account)
+    assert found["ModelApprovalStatus"] == "Approved"
+    assert "already there" in infra("register", job, "--approve").out
+
+
+@pytest.mark.parametrize("option", ["--role", "--subnets", "--kms-key", "--output-kms-key"])
+def test_what_a_registered_model_does_not_have_is_no_option(account, infra, option):
+    result = infra("register", option, "x")
+    assert result.code == 2
+    assert option in result.err
+
+
+def test_a_group_has_the_tags_of_the_team(trained, infra):
+    account, _ = trained
+    infra("register", "--resource-tag", "team=vision")
+    (group,) = account.bodies("CreateModelPackageGroup")
+    assert {tag["Key"]: tag["Value"] for tag in group["Tags"]} == {
+        "dalle:project": "dalle",
+        "team": "vision",
+    }
+
+
 def test_only_an_approved_model_is_served(trained, infra):
     account, job = trained
     deploy = ["deploy", "--mode", "async", "--instance-type", "ml.m5.large", "--registered"]
