@@ -12,8 +12,9 @@ def role_policy(account):
 
     def read(role: str = "Role") -> dict[str, Any]:
         iam = account.client("iam")
-        if role == "CallerPolicy":
-            (policy,) = iam.list_policies(Scope="Local")["Policies"]
+        if role.startswith("Caller"):
+            policies = iam.list_policies(Scope="Local")["Policies"]
+            (policy,) = (each for each in policies if f"-{role}-" in each["PolicyName"])
             version = iam.get_policy_version(PolicyArn=policy["Arn"], VersionId="v1")
             statements = version["PolicyVersion"]["Document"]["Statement"]
             return {statement["Sid"]: statement for statement in statements}

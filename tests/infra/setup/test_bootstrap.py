@@ -46,8 +46,14 @@ def test_callers_may_invoke_the_projects_endpoints_and_nothing_else(account, inf
             [endpoint, f"{endpoint}--*"],
         ),
         "CallWithBearerTokens": ("sagemaker:CallWithBearerToken", "*"),
-        "SendAsynchronousRequests": ("s3:PutObject", f"{bucket}/async/*/requests/*"),
-        "ReadAsynchronousReplies": ("s3:GetObject", f"{bucket}/async/*"),
+        "SendAsynchronousRequests": (
+            "s3:PutObject",
+            [f"{bucket}/async/dalle/requests/*", f"{bucket}/async/dalle--*/requests/*"],
+        ),
+        "ReadAsynchronousReplies": (
+            "s3:GetObject",
+            [f"{bucket}/async/dalle/*", f"{bucket}/async/dalle--*"],
+        ),
     }
 
 

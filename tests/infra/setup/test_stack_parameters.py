@@ -105,6 +105,31 @@ def test_the_role_of_callers_has_their_policy():
     assert "Policies" not in caller
 
 
+def test_callers_read_the_projects_replies_with_its_keys_and_no_others(account, infra, role_policy):
+    infra("bootstrap", "--bucket", "shared", "--output-kms-key", KEY)
+    found = role_policy("CallerPolicy")
+    assert found["ReadAsynchronousReplies"]["Resource"] == [
+        "arn:aws:s3:::shared/async/dalle/*",
+        "arn:aws:s3:::shared/async/dalle--*",
+    ]
+    assert found["SendAsynchronousRequests"]["Resource"] == [
+        "arn:aws:s3:::shared/async/dalle/requests/*",
+        "arn:aws:s3:::shared/async/dalle--*/requests/*",
+    ]
+    use = role_policy("CallerKeyPolicy")["UseTheKeysByTheBucket"]
+    assert set(use["Action"]) == {"kms:Decrypt", "kms:GenerateDataKey"}
+    # moto keeps in a list what AWS::NoValue takes out, as None.
+    assert [arn for arn in use["Resource"] if arn] == [KEY]
+    assert use["Condition"] == {"StringEquals": {"kms:ViaService": "s3.us-east-1.amazonaws.com"}}
+
+
+def test_the_role_reads_the_alarms_that_take_an_update_back(account, infra, role_policy):
+    infra("bootstrap")
+    found = role_policy()["ReadTheAlarmsOfAnUpdate"]
+    assert found["Action"] == "cloudwatch:DescribeAlarms"
+    assert found["Resource"] == f"arn:aws:cloudwatch:us-east-1:{NUMBER}:alarm:*"
+
+
 def test_every_tag_of_an_image_but_latest_stays_on_its_image(account, infra):
     infra("bootstrap")
     (found,) = account.client("ecr").describe_repositories()["repositories"]
