@@ -68,6 +68,7 @@ OTHER_CHIPS = {"inf1", "inf2", "trn1", "trn1n", "trn2", "dl1"}
 NO_BATCH = {"t2", "p4d", "p4de", "p5", "p5e", "p5en", "g7", "g7e"}
 # Families with built-in disks; a requested volume is ignored or refused.
 OWN_DISKS = {"g4dn", "g5", "g6", "g6e", "g7", "g7e", "p3dn", "p4d", "p4de", "p5", "p5e", "p5en"}
+OWN_DISKS |= {"p6-b200", "p6-b300"}
 
 
 @dataclass(frozen=True)

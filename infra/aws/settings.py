@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
+from dalle.errors import UserError
 from infra.aws.limits import raise_all
 from infra.aws.project import Project
 from infra.aws.stack import PRESUMED_OUTPUTS, StackOutputs
@@ -37,7 +38,16 @@ def stack_outputs(project: Project, options: argparse.Namespace) -> StackOutputs
 
     Raises PlanError for what does not go together, and UserError before `bootstrap`.
     """
-    return _with_options(project, project.stack_outputs(), options)
+    outputs = project.stack_outputs()
+    found = _with_options(project, outputs, options)
+    is_known = outputs.owns_role and not options.role and not project.aws.dry_run
+    if is_known and found.network.subnets and not outputs.network.subnets:
+        raise UserError(
+            f"the role of project {project.name} may not connect hosts to subnets "
+            f"{', '.join(found.network.subnets)}; `python -m infra bootstrap --subnets … "
+            "--security-groups …` allows it, or give a --role that may"
+        )
+    return found
 
 
 def _with_options(

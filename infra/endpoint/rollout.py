@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from dalle.errors import PlanError
 from infra.aws.limits import Deployment
 
 Kind = Literal["all-at-once", "canary", "linear", "rolling"]
@@ -24,6 +25,12 @@ WAIT_SECONDS = range(3600 + 1)
 MAX_ALARMS = 10
 OWN_ALARMS = 2
 """Errors and latency, which `deploy --rollout` makes itself."""
+_OPTIONS = {
+    "step_percent": "--step-percent",
+    "wait_seconds": "--step-seconds",
+    "keep_seconds": "--keep-old-seconds",
+    "alarms": "--rollback-alarm",
+}
 IN_STEPS = 2
 """Instances that an update in steps needs: half of them is the largest step."""
 
@@ -98,15 +105,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="move to the new hosts so, and back when errors or latency ring an alarm; "
         "default: all at once, without alarms",
     )
+    group.add_argument("--step-percent", type=int, help="of the instances in a step; default: 10")
+    group.add_argument("--step-seconds", type=int, help="between steps; default: 300")
     group.add_argument(
-        "--step-percent", type=int, default=10, help="of the instances in a step; default: 10"
-    )
-    group.add_argument("--step-seconds", type=int, default=300, help="between steps; default: 300")
-    group.add_argument(
-        "--keep-old-seconds",
-        type=int,
-        default=300,
-        help="the old hosts after the last step; default: 300",
+        "--keep-old-seconds", type=int, help="the old hosts after the last step; default: 300"
     )
     group.add_argument(
         "--rollback-alarm",
@@ -118,13 +120,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read(options: argparse.Namespace) -> Rollout | None:
-    """Return the rollout that the options describe; None for an update without one."""
+    """Return the rollout that the options describe; None for an update without one.
+
+    Raises PlanError for options of a rollout without one.
+    """
+    parts = {
+        "step_percent": options.step_percent,
+        "wait_seconds": options.step_seconds,
+        "keep_seconds": options.keep_old_seconds,
+        "alarms": tuple(options.rollback_alarm) or None,
+    }
+    given = {name: value for name, value in parts.items() if value is not None}
     if options.rollout is None:
+        if given:
+            names = ", ".join(_OPTIONS[name] for name in given)
+            raise PlanError(f"{names}: for an update with --rollout, which is missing")
         return None
-    return Rollout(
-        kind=options.rollout,
-        step_percent=options.step_percent,
-        wait_seconds=options.step_seconds,
-        keep_seconds=options.keep_old_seconds,
-        alarms=tuple(options.rollback_alarm),
-    )
+    return Rollout(kind=options.rollout, **given)

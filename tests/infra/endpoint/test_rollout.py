@@ -129,6 +129,8 @@ def test_a_dry_run_shows_how_an_endpoint_that_exists_is_moved(infra, account, ki
             "--rollback-alarm is given at most 8 times, got 9",
         ),
         (["--error-topic", TOPIC], "are for --mode async alone"),
+        (["--rollback-alarm", "ours"], "--rollback-alarm: for an update with --rollout, which is"),
+        (["--step-percent", 20, "--keep-old-seconds", 0], "--step-percent, --keep-old-seconds: "),
     ],
 )
 def test_an_update_that_the_platform_refuses_is_refused_before_any_request(

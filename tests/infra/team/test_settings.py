@@ -136,8 +136,21 @@ def test_the_key_of_the_stack_is_left_out_for_a_disk_that_encrypts_itself(team, 
     assert job["OutputDataConfig"]["KmsKeyId"] == KEY
 
 
+def test_a_network_that_the_role_of_the_stack_cannot_reach_is_refused(account, infra):
+    infra("bootstrap")
+    account.put_image()
+    account.put_object("data/pictures/train/0.txt")
+    result = infra(*TRAIN, *NETWORK)
+    assert result.code == 1
+    assert "the role of project dalle may not connect hosts to subnets subnet-0" in result.err
+    assert not account.requests["CreateTrainingJob"]
+    result = infra(*TRAIN, *NETWORK, "--role", ROLE)
+    assert result.code == 0, result.err
+
+
 def test_types_with_built_in_disks_are_known():
     types = ["ml.g5.xlarge", "ml.g4dn.xlarge", "ml.p5.48xlarge", "ml.m5d.large", "ml.c6id.xlarge"]
+    types += ["ml.p6-b200.48xlarge", "ml.p6-b300.48xlarge"]
     assert all(map(has_own_disk, types))
     assert not any(map(has_own_disk, ["ml.m5.large", "ml.c7i.large", "ml.r5.large"]))
 
