@@ -22,9 +22,11 @@ make a servable artefact of it.
   FILE   a .pt of train_dalle.py, bare weights, kobiso's release, or a folder NAME-ds-cp of
          DeepSpeed's, ZeRO-3's shards included
 
-`inspect` also names ruDALL-E (Malevich, Emojich) and minDALL-E, which are not imported.
+`inspect` also names ruDALL-E (Malevich, Emojich) and minDALL-E, which are not imported: it says
+why, and that is exit code 0.
 Nothing that a file says is executed, and neither DALLE-pytorch nor DeepSpeed is needed.
-Exit code: 0 done, 2 a file is refused or the usage is wrong; then nothing is written.
+Exit code: 0 done, 1 a fault of the disk, 2 a file is refused or the usage is wrong; after 1 and 2
+nothing is written.
 """
 
 
@@ -54,8 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _import(options: argparse.Namespace, choices: Choices) -> int:
     out: Path = options.out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ForeignFileError(f"--out {out} is there already; name a folder that is not")
+    _check_out(out)
     saved = read_model(options.file)
     beside = Beside(options.tokenizer, options.vae)
     artefact = import_saved(saved, options.file, choices, beside)
@@ -65,6 +66,28 @@ def _import(options: argparse.Namespace, choices: Choices) -> int:
         print(f"note: {note}")
     print(f"wrote {', '.join(artefact.components())} to {out}")
     return 0
+
+
+def _check_out(out: Path) -> None:
+    """Raise ForeignFileError for a folder that is not empty, or cannot be made."""
+    try:
+        there = next(each for each in (out, *out.absolute().parents) if _is_there(each))
+        if there == out and (not out.is_dir() or any(out.iterdir())):
+            raise ForeignFileError(f"--out {out} is there already; name a folder that is not")
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ForeignFileError(f"--out {str(out)[:80]} cannot be written: {reason}") from error
+    if not there.is_dir():
+        raise ForeignFileError(f"--out {out} lies below {there}, which is no folder")
+
+
+def _is_there(path: Path) -> bool:
+    """Return whether a name is taken, also by a link to nothing. Raises OSError or ValueError."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -94,7 +117,7 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--licence", default="", metavar="TEXT", help="licence of the model, for its card"
     )
     for command in (inspect, importing):
-        command.add_argument("file", type=Path, metavar="FILE")
+        command.add_argument("file", type=_file, metavar="FILE")
         command.add_argument(
             "--attn-types",
             type=_kinds,
@@ -125,6 +148,12 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
             help="up to 0.8.3: whether padding was hidden from attention (default: it was)",
         )
     return parser.parse_args(arguments)
+
+
+def _file(text: str) -> Path:
+    """Return a path that has a name, for what is said of it: `.` has none."""
+    path = Path(text)
+    return path if path.name not in ("", "..") else path.resolve()
 
 
 def _kinds(text: str) -> tuple[str, ...]:

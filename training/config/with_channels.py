@@ -1,4 +1,6 @@
-"""Hyperparameters that do not fit the models which a job's channels bring, or should bring.
+"""Hyperparameters beside the models which a job's channels bring, or should bring.
+
+The stages that are left to train, and settings that do not fit.
 
 No torch.
 """
@@ -7,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from dalle.errors import HyperparameterError
+from dalle.errors import ArtefactError, HyperparameterError
+from dalle.types import STAGES, ComponentName, StageName
 from training.config.fields import Hyperparameters
 from training.config.hyperparameters import TARGETS, TOKENIZER_MODEL, summary
 
@@ -69,3 +72,32 @@ def _tokenizer_problems(hyperparameters: Hyperparameters) -> list[str]:
         and TARGETS[name][0].name != "image_size"
     ]
     return problems
+
+
+def stages_to_train(wanted: str, present: Collection[ComponentName]) -> list[StageName]:
+    """Return the stages in order; `all` are those not present. Raises ArtefactError."""
+    if "transformer" in present and "dvae" not in present:
+        raise ArtefactError(
+            "the artefact has a transformer without the dvae whose tokens it was trained on; "
+            "give the channel `artefact` a model that has both, or neither"
+        )
+    if wanted == "all":
+        missing = [name for name in STAGES if name not in present]
+        if not missing:
+            raise ArtefactError(
+                "stage=all trains what the artefact lacks, but it has dvae, transformer and clip; "
+                "set stage to the one to train anew"
+            )
+        return missing
+    (name,) = (name for name in STAGES if name == wanted)
+    if name == "transformer" and "dvae" not in present:
+        raise ArtefactError(
+            "stage=transformer needs a trained dvae; give one in the channel `artefact`, "
+            "or set stage=all"
+        )
+    if name == "dvae" and "transformer" in present:
+        raise ArtefactError(
+            "stage=dvae would leave the artefact's transformer without the tokens it was trained "
+            "on; leave out the channel `artefact`"
+        )
+    return [name]

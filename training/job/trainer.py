@@ -7,18 +7,19 @@ Knows the order of the stages and where their checkpoints go; knows nothing of m
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
 
-from dalle.errors import ArtefactError, DeviceError, HyperparameterError, JobError
+from dalle.errors import DeviceError, HyperparameterError, JobError
 from dalle.platform.environment import Job
-from dalle.types import STAGES, ComponentName, StageName
+from dalle.types import StageName
 from training.config.fields import Hyperparameters
 from training.config.hyperparameters import without_effect
+from training.config.with_channels import stages_to_train
 from training.data.sharded import on_all_ranks
 from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from training.engine.select import check_engine, select_engine
@@ -158,32 +159,3 @@ def require_equal_everywhere(identity: Mapping[str, Any], ranks: ProcessGroup) -
             "same hyperparameters, and whole channels (S3DataDistributionType FullyReplicated) or "
             "parts that the job says to be parts (ShardedByS3Key)"
         )
-
-
-def stages_to_train(wanted: str, present: Collection[ComponentName]) -> list[StageName]:
-    """Return the stages in order; `all` are those not present. Raises ArtefactError."""
-    if "transformer" in present and "dvae" not in present:
-        raise ArtefactError(
-            "the artefact has a transformer without the dvae whose tokens it was trained on; "
-            "give the channel `artefact` a model that has both, or neither"
-        )
-    if wanted == "all":
-        missing = [name for name in STAGES if name not in present]
-        if not missing:
-            raise ArtefactError(
-                "stage=all trains what the artefact lacks, but it has dvae, transformer and clip; "
-                "set stage to the one to train anew"
-            )
-        return missing
-    (name,) = (name for name in STAGES if name == wanted)
-    if name == "transformer" and "dvae" not in present:
-        raise ArtefactError(
-            "stage=transformer needs a trained dvae; give one in the channel `artefact`, "
-            "or set stage=all"
-        )
-    if name == "dvae" and "transformer" in present:
-        raise ArtefactError(
-            "stage=dvae would leave the artefact's transformer without the tokens it was trained "
-            "on; leave out the channel `artefact`"
-        )
-    return [name]

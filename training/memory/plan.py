@@ -34,6 +34,7 @@ from training.config.models import (
     stage_config,
     trained_on,
 )
+from training.config.with_channels import stages_to_train
 from training.memory.estimate import Memory, Setting, StageMemory
 
 HEADROOM = 0.08
@@ -146,7 +147,10 @@ def plan(
         text = TextSizes(legacy.text_vocab_size, legacy.text_length)
     wanted = hyperparameters.stage
     kept = {name for name in present if not hyperparameters.trains_on(name)}
-    names = [name for name in STAGES if name not in kept] if wanted == "all" else [wanted]
+    if "transformer" in present:
+        names = stages_to_train(wanted, kept)
+    else:  # a plan needs no channels: the dvae of stage=transformer may come later
+        names = [name for name in STAGES if name not in kept] if wanted == "all" else [wanted]
     plans = []
     for name in names:
         config: Config
@@ -192,7 +196,11 @@ def _plan_stage(
         with_muon = replace(setting, has_muon=settings.muon_learning_rate > 0)
         alternatives = _alternatives(with_muon, memory.name)
         others = [row(other) for other in alternatives if other != setting]
-    size = "of the CLIP" if hyperparameters.trains_on(memory.name) else settings.size
+    size: str = settings.size
+    if hyperparameters.trains_on(memory.name):
+        size = "of the CLIP"
+    elif isinstance(memory.config, LegacyTransformerConfig):
+        size = "of the model of DALLE-pytorch"
     job = row(setting)
     parts = setting.num_parts * devices.number
     budget = {name: getattr(settings, name) for name in BUDGETS if getattr(settings, name)}

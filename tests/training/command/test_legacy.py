@@ -98,6 +98,18 @@ def test_the_plan_knows_the_models_of_the_channel(opt_ml, capsys):
     assert (stage["stage"], stage["num_parameters"]) == ("transformer", number)
 
 
+def test_the_plan_has_no_size_for_a_model_whose_size_is_fixed(opt_ml, capsys):
+    tree = job_with(opt_ml, OPTIONS, stage="transformer")
+    assert main(["--root", str(tree.root), "--plan"]) == 0
+    assert "transformer, size of the model of DALLE-pytorch: " in capsys.readouterr().out
+
+
+def test_a_stage_that_the_job_would_refuse_is_not_planned(opt_ml, capsys):
+    tree = job_with(opt_ml, OPTIONS, stage="dvae")
+    assert main(["--root", str(tree.root), "--plan"]) != 0
+    assert "would leave the artefact's transformer without" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "settings", "code", "words"),
     [

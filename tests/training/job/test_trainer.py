@@ -11,6 +11,7 @@ from dalle.errors import ArtefactError, DeviceError, HyperparameterError
 from dalle.platform.environment import read_job
 from dalle.platform.outputs import prepare_outputs
 from training.config.hyperparameters import parse
+from training.config.with_channels import stages_to_train
 from training.job import trainer
 from training.stopping import Stopped
 
@@ -114,7 +115,7 @@ def run(opt_ml, monkeypatch):
     ],
 )
 def test_a_job_trains_what_is_asked_for_in_order(stage, present, expected):
-    assert trainer.stages_to_train(stage, present) == expected
+    assert stages_to_train(stage, present) == expected
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,7 @@ def test_a_job_trains_what_is_asked_for_in_order(stage, present, expected):
 )
 def test_a_stage_that_cannot_be_trained_is_refused(stage, present, says):
     with pytest.raises(ArtefactError, match=says):
-        trainer.stages_to_train(stage, present)
+        stages_to_train(stage, present)
 
 
 def test_each_stage_is_built_trained_and_kept_before_the_next(run, opt_ml):

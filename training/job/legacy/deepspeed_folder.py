@@ -19,7 +19,13 @@ import torch
 from torch import Tensor
 
 from dalle.errors import ForeignFileError
-from training.job.legacy.saved_model import KNOWN_BY, SavedModel, settings_of
+from training.job.legacy.saved_model import (
+    KNOWN_BY,
+    SavedModel,
+    require_finite,
+    settings_of,
+    unwrapped,
+)
 from training.job.pretrained.unpickler import num_values_of
 from training.job.pretrained.weights_file import Weights, read_weights
 
@@ -40,14 +46,15 @@ def read_deepspeed_folder(folder: Path) -> SavedModel:
             f"{folder.name}: {step.name} has the parts of several mp_rank; only whole layers are "
             "supported"
         )
-    content = read_weights(states[0])
+    content = read_weights(states[0], require_finite=False)
     auxiliary = folder / "auxiliary.pt"
-    settings = read_weights(auxiliary) if auxiliary.is_file() else content
+    settings = read_weights(auxiliary, require_finite=False) if auxiliary.is_file() else content
     try:
         state = _module(content)
         if any(value.numel() == 0 for value in state.values()):
             state = _consolidated(content, state, step)
         names = frozenset(name.partition(".")[0] for name in settings.values)
+        require_finite(state)
         return settings_of(settings, state, "deepspeed", names)
     except ValueError as error:
         raise ForeignFileError(f"{folder.name}: {error}") from error
@@ -81,9 +88,7 @@ def _rank_of(path: Path) -> int:
 
 
 def _module(content: Weights) -> dict[str, Tensor]:
-    state = content.part("module.")
-    if state and all(name.startswith("module.") for name in state):
-        state = Weights(state).part("module.")
+    state = unwrapped(content.part("module."))
     if not any(name.startswith(KNOWN_BY) for name in state):
         raise ValueError("its module holds no DALLE of DALLE-pytorch")
     return state
@@ -140,7 +145,7 @@ def _shards(paths: Sequence[Path]) -> list[Tensor]:
 
 def _flat(path: Path, num_ranks: int) -> Tensor:
     """Return a rank's flat weights. Raises ValueError where it has none, or is of other ranks."""
-    content = read_weights(path)
+    content = read_weights(path, require_finite=False)
     counts = [
         value
         for name, value in content.values.items()

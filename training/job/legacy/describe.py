@@ -22,6 +22,7 @@ from training.job.legacy.sizes import (
 )
 from training.job.legacy.tokenizer import CLIP_VOCABULARY, ends_captions, needed_tokenizer
 from training.job.legacy.vae import is_normalised, vae_kind
+from training.job.pretrained.weights_file import missing_words
 
 _KINDS = {
     "train_dalle": "checkpoint of train_dalle.py",
@@ -148,7 +149,7 @@ def _described(path: Path, relative: Relative) -> Description:
 
 
 def _words(error: Exception) -> str:
-    return f"there is no weight {error}" if isinstance(error, LookupError) else str(error)
+    return missing_words(error) if isinstance(error, LookupError) else str(error)
 
 
 def _sizes(found: Outline) -> dict[str, int]:

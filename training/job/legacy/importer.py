@@ -17,6 +17,7 @@ from training.job.legacy.tokenizer import load_tokenizer
 from training.job.legacy.vae import load_vae
 from training.job.legacy.weights import convert
 from training.job.pretrained.fill import fill_model
+from training.job.pretrained.weights_file import missing_words
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,8 @@ def import_saved(saved: SavedModel, path: Path, choices: Choices, beside: Beside
             beside.tokenizer, config, resolved.versions, is_kobiso=saved.kind == "kobiso"
         )
         dvae = load_vae(saved, config, resolved.versions, beside.vae)
-    except KeyError as error:
-        raise ForeignFileError(f"{path.name}: there is no weight {error}") from error
-    except IndexError as error:
-        raise ForeignFileError(f"{path.name}: a weight has too few dimensions: {error}") from error
+    except LookupError as error:
+        raise ForeignFileError(f"{path.name}: {missing_words(error)}") from error
     except ValueError as error:
         raise ForeignFileError(f"{path.name}: {error}") from error
     artefact = Artefact(dvae=dvae, transformer=transformer, tokenizer=tokenizer)

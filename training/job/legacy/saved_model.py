@@ -16,9 +16,10 @@ from typing import Literal
 
 from torch import Tensor
 
+from dalle.artefact import not_finite
 from dalle.errors import ForeignFileError
 from training.job.legacy.relatives import Relative, relative_in
-from training.job.pretrained.weights_file import Weights, read_weights
+from training.job.pretrained.weights_file import Weights, missing_words, read_weights
 
 Value = bool | int | float | str | None
 Hyperparameter = Value | tuple[Value, ...]
@@ -26,6 +27,10 @@ SavedKind = Literal["train_dalle", "kobiso", "bare", "deepspeed"]
 
 KNOWN_BY = "image_emb."
 """What the name of some weight of every DALLE begins with."""
+
+
+_NOT_READ = ("vae.model.loss.", "vae.model.colorize")
+"""Weights of a VQGAN's training."""
 
 
 class RelativeError(ForeignFileError):
@@ -71,13 +76,14 @@ def read_saved_model(path: Path) -> SavedModel:
     Raises ForeignFileError for a file that is none of these, and the RelativeError among them for a
     model of the same family.
     """
-    weights = read_weights(path)
+    weights = read_weights(path, require_finite=False)
     try:
         if relative := relative_in(weights):
             raise RelativeError(path.name, relative)
         saved = saved_model_of(weights)
+        require_finite(saved.weights)
     except LookupError as error:
-        raise ForeignFileError(f"{path.name}: there is no weight {error}") from error
+        raise ForeignFileError(f"{path.name}: {missing_words(error)}") from error
     except ValueError as error:
         raise ForeignFileError(f"{path.name}: {error}") from error
     return saved
@@ -86,13 +92,13 @@ def read_saved_model(path: Path) -> SavedModel:
 def saved_model_of(weights: Weights) -> SavedModel:
     """Return the model of a file's content. Raises ValueError in words that follow its name."""
     names = frozenset(name.partition(".")[0] for name in (*weights.tensors, *weights.values))
-    if all(name.startswith("module.") for name in weights.tensors):  # of DataParallel
-        weights = Weights(weights.part("module."), weights.values)
+    weights = Weights(unwrapped(weights.tensors), weights.values)
     if any(name.startswith("dalle." + KNOWN_BY) for name in weights.tensors):
         args = hyperparameters_of(weights, "args")
         return SavedModel("kobiso", _checked(weights.part("dalle.")), args, names=names)
-    if any(name.startswith("weights." + KNOWN_BY) for name in weights.tensors):
-        return settings_of(weights, _checked(weights.part("weights.")), "train_dalle", names)
+    state = unwrapped(weights.part("weights."))
+    if any(name.startswith(KNOWN_BY) for name in state):
+        return settings_of(weights, _checked(state), "train_dalle", names)
     if any(name.startswith(KNOWN_BY) for name in weights.tensors):
         return SavedModel("bare", _checked(weights.tensors), names=names)
     if "weights" in weights.values and "hparams" in names:
@@ -106,6 +112,20 @@ def saved_model_of(weights: Weights) -> SavedModel:
     )
 
 
+def unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights without the prefix that DataParallel and DeepSpeed put before every name."""
+    if all(name.startswith("module.") for name in state):
+        return {name.removeprefix("module."): value for name, value in state.items()}
+    return dict(state)
+
+
+def require_finite(state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for a weight that is NaN or infinite, but for those that nobody reads."""
+    read = {name: each for name, each in state.items() if not name.startswith(_NOT_READ)}
+    if name := not_finite(read):
+        raise ValueError(f"the weight {name} has values that are not finite")
+
+
 def settings_of(
     weights: Weights, state: Mapping[str, Tensor], kind: SavedKind, names: frozenset[str]
 ) -> SavedModel:
@@ -116,10 +136,19 @@ def settings_of(
         state,
         hyperparameters_of(weights, "hparams"),
         hyperparameters_of(weights, "vae_params") or None,
-        version if isinstance(version, str) else None,
+        _release_of(version) if isinstance(version, str) else None,
         vae_class if isinstance(vae_class, str) else None,
         names,
     )
+
+
+def _release_of(text: str) -> str:
+    """Return the numbers of a version of a package: of 1.6.6.post1 or 1.6.6+local they are 1.6.6.
+
+    A text that is no version is returned as it is.
+    """
+    match = re.fullmatch(r"(\d{1,4}(?:\.\d{1,4}){1,3})\.?[a-z+-].*", text)
+    return match[1] if match else text
 
 
 def hyperparameters_of(weights: Weights, where: str) -> dict[str, Hyperparameter]:

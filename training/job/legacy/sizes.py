@@ -207,7 +207,7 @@ def _text_loss_weight(saved: SavedModel) -> float:
 def wrapping_of(saved: SavedModel, layers: Layers) -> Wrapping:
     """Return what is around the branches, by names and shapes alone."""
     attention, feed_forward = layers.branches[0]
-    rotary = saved.weights.get("transformer.pos_emb")
+    rotary = _rotary(saved.weights)
     norm: LegacyNormKind = "layer"
     if "norm.gain" in attention.weights:
         norm = "length" if attention.weights["norm.gain"].numel() == 1 else "rms"
@@ -217,7 +217,7 @@ def wrapping_of(saved: SavedModel, layers: Layers) -> Wrapping:
         norm=norm,
         sandwich_norm="norm_out.weight" in attention.weights,
         token_shift=feed_forward.num_wrappers > plain,
-        rotary_width=0 if rotary is None or not rotary.ndim else rotary.shape[-1],
+        rotary_width=0 if rotary is None else rotary.shape[-1],
         reversible=layers.is_reversible,
     )
 
@@ -280,13 +280,26 @@ def _grid_size(saved: SavedModel, text_length: int) -> int:
     elif (positions := axial_positions(weights)) is not None:
         num_positions = positions[0].shape[1] * positions[1].shape[2]
     else:
-        rows = weights["transformer.pos_emb"].shape[-2] - text_length
+        if (rotary := _rotary(weights)) is None:
+            raise KeyError("transformer.pos_emb")
+        rows = rotary.shape[-2] - text_length
         # Up to 1.1.1 the last input, which is never there, has no angles.
         num_positions = rows if math.isqrt(max(rows, 0)) ** 2 == rows else rows - 1
     side = math.isqrt(max(num_positions, 0))
     if side < 1 or side * side != num_positions:
         raise ValueError(f"its image has {num_positions} positions, which are no square")
     return side
+
+
+def _rotary(weights: Mapping[str, Tensor]) -> Tensor | None:
+    """Return the angles of rotary positions, [..., L, channels]; None where it has none."""
+    angles = weights.get("transformer.pos_emb")
+    if angles is not None and angles.ndim < 2:
+        raise ValueError(
+            f"the weight transformer.pos_emb has the shape {[*angles.shape]}, and must have at "
+            "least two dimensions"
+        )
+    return angles
 
 
 def image_positions(weights: Mapping[str, Tensor], num_positions: int, width: int) -> Tensor | None:

@@ -124,7 +124,7 @@ def _discrete_vae_config(weights: Mapping[str, Tensor], grid_size: int) -> Dalle
     halvings = {
         name
         for name, value in weights.items()
-        if re.fullmatch(r"encoder\.\d+\.0\.weight", name) and value.shape[-1] == 4
+        if re.fullmatch(r"encoder\.\d+\.0\.weight", name) and value.shape[-1:] == (4,)
     }
     blocks = {name for name in weights if re.fullmatch(r"encoder\.\d+\.net\.0\.weight", name)}
     codebook_size, code_width = shape_of(weights, "codebook.weight", 2)

@@ -25,6 +25,11 @@ def convert(saved: SavedModel, resolved: Resolved) -> dict[str, Tensor]:
         if not _USED.fullmatch(name):
             raise ValueError(f"the weight {name} is unknown")
     head, bias = weights[f"{resolved.head}.weight"], weights[f"{resolved.head}.bias"]
+    if bias.shape != head.shape[:1]:
+        raise ValueError(
+            f"the weight {resolved.head}.bias has the shape {[*bias.shape]}, and must have "
+            f"{[len(head)]}"
+        )
     num_words = len(head) - config.codebook_size
     if resolved.shares_embeddings:
         text, image = head[:num_words], head[num_words:]

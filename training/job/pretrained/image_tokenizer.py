@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from dalle.artefact import not_finite
 from dalle.errors import ForeignFileError
 from dalle.manifest import is_hidden
 from dalle.models.configs import ImageTokenizerConfig
@@ -19,7 +20,7 @@ from dalle.models.image_tokenizer import ImageTokenizer
 from dalle.models.tokenizers.build import build_tokenizer
 from training.job.pretrained import dalle_pytorch, llamagen, openai_dvae, taming
 from training.job.pretrained.fill import fill_model
-from training.job.pretrained.weights_file import WEIGHTS_SUFFIXES, read_weights
+from training.job.pretrained.weights_file import WEIGHTS_SUFFIXES, missing_words, read_weights
 
 _PICKLED = ("decoder.pkl", "encoder.pkl")
 _WEIGHTS = (*WEIGHTS_SUFFIXES, ".ckpt", ".pkl")
@@ -57,16 +58,21 @@ def load_image_tokenizer(directory: Path, image_size: int | None) -> ImageTokeni
     paths = [directory / name for name in weights]
     try:
         config, state = _convert(paths, [directory / name for name in yamls], image_size)
+        if name := not_finite(state):
+            raise ForeignFileError(
+                f"{' and '.join(weights)}: the weight {name} has values that are not finite"
+            )
         return fill_tokenizer(config, state)
     except LookupError as error:
-        raise ForeignFileError(f"{' and '.join(weights)}: there is no weight {error}") from error
+        raise ForeignFileError(f"{' and '.join(weights)}: {missing_words(error)}") from error
     except ValueError as error:
         raise ForeignFileError(f"{' and '.join(weights + yamls)}: {error}") from error
 
 
 def _convert(paths: list[Path], yamls: list[Path], image_size: int | None) -> Converted:
     """Return the config and weights of the files. Raises ValueError in words that follow them."""
-    content = [read_weights(path) for path in paths]
+    # What is converted is checked then: files of training also hold the state of an optimiser.
+    content = [read_weights(path, require_finite=False) for path in paths]
     if len(content) == 2:
         decoder, encoder = content
         return openai_dvae.convert(encoder, decoder, image_size)

@@ -88,9 +88,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return read_weights(path).tensors
 
 
-def read_weights(path: Path) -> Weights:
+def missing_words(error: LookupError) -> str:
+    """Return what a weight that is not there, or has too few dimensions, is to be refused with."""
+    if isinstance(error, KeyError):
+        return f"there is no weight {error}"
+    return f"a weight has too few dimensions: {error}"
+
+
+def read_weights(path: Path, *, require_finite: bool = True) -> Weights:
     """Return the tensors and plain values of a file, in the types of the file.
 
+    require_finite: of every tensor. Without it, whoever converts a part of them checks that part.
     Raises `ForeignFileError` when the file is damaged, is none of these formats, asks for code to
     run, or has weights that are NaN or infinite, complex, or floating numbers of one byte.
     """
@@ -121,7 +129,7 @@ def read_weights(path: Path) -> Weights:
                 f"{path.name}: the weight {name} has the type {tensor.dtype}, and must have "
                 f"float16, bfloat16, float32 or float64"
             )
-    if infinite := not_finite(weights.tensors):
+    if require_finite and (infinite := not_finite(weights.tensors)):
         raise ForeignFileError(f"{path.name}: the weight {infinite} has values that are not finite")
     return weights
 

@@ -1,5 +1,6 @@
 """The forms in which people hold these models: every one is read as the same model."""
 
+import math
 import shutil
 import sys
 from collections import OrderedDict
@@ -293,7 +294,9 @@ def test_openais_dvae_comes_out_of_the_models_own_file(tmp_path, beside):
 @pytest.mark.parametrize("name", ["vqgan", "gumbel"])
 def test_tamings_vqgan_comes_out_of_the_models_own_file(name, tmp_path, beside):
     state = {f"vae.model.{each}": value for each, value in weights_of(name).items()}
-    state["vae.model.loss.perceptual_loss.lin0.model.1.weight"] = torch.zeros(1, 64, 1, 1)
+    state["vae.model.loss.perceptual_loss.lin0.model.1.weight"] = torch.full(
+        (1, 64, 1, 1), math.nan
+    )
     path = write(with_vae(state, 24, vae_class_name="VQGanVAE"), tmp_path)
     assert describe(path, PLAIN).vae == "VQGAN of taming-transformers, in the file"
     vae = import_model(path, PLAIN, beside).require("dvae")

@@ -221,6 +221,47 @@ def test_weights_that_are_not_finite_or_empty_or_missing_are_refused_by_name(
         assert words in refusal(path, tmp_path, capsys, "--tokenizer", str(tokenizer))
 
 
+def test_the_state_of_an_optimiser_may_be_not_finite(tmp_path, tokenizer):
+    content = old("1.6.6-plain").file()
+    content["opt_state"] = {"state": {0: {"exp_avg": torch.full((2,), torch.nan)}}}
+    path, out = write(content, tmp_path), tmp_path / "out"
+    arguments = ["import", str(path), "--tokenizer", str(tokenizer), "--out", str(out)]
+    assert legacy.main(arguments) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("transformer.pos_emb", "the weight transformer.pos_emb has the shape []"),
+        ("to_logits.1.bias", "the weight to_logits.1.bias has the shape []"),
+        ("text_emb.weight", "the weight text_embedding.weight has the shape []"),
+        ("vae.encoder.0.0.weight", "the weight encoder.0.0.weight must have 4 dimensions"),
+    ],
+)
+def test_a_weight_without_dimensions_is_refused_by_its_name(
+    name, says, tmp_path, tokenizer, capsys
+):
+    content = old("1.6.6-plain").file()
+    content["weights"][name] = torch.tensor(1.0)
+    path = write(content, tmp_path)
+    assert says in refusal(path, tmp_path, capsys, "--tokenizer", str(tokenizer))
+
+
+def test_a_folder_that_is_named_by_a_dot_is_said_by_its_name(tmp_path, capsys, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    assert legacy.main(["inspect", "."]) == 2
+    assert capsys.readouterr().err.startswith("mine has no global_step*")
+
+
+def test_weights_of_data_parallel_and_a_version_with_a_suffix_are_read(tmp_path, capsys):
+    content = old("1.6.6-plain").file()
+    content["weights"] = {f"module.{name}": each for name, each in content["weights"].items()}
+    content["version"] = "1.6.6.post1"
+    found = inspected(write(content, tmp_path), capsys)
+    assert (found["versions"], found["refused"]) == ("1.6.6", None)
+
+
 def test_an_unknown_weight_is_refused_not_left_out(tmp_path, tokenizer, capsys):
     content = old("1.6.6-plain").file()
     content["weights"]["transformer.memory.weight"] = torch.ones(3)
@@ -235,6 +276,23 @@ def test_a_folder_that_has_files_is_not_written_to(tmp_path, tokenizer, capsys):
     assert legacy.main(arguments) == 2
     assert "is there already" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_model_is_read(tmp_path, capsys):
+    (tmp_path / "file").write_text("keep")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for out, says in (
+        (tmp_path / "file" / "a" / "b", "file, which is no folder"),
+        (tmp_path / "link", "link is there already"),
+        (tmp_path / "link" / "a", "link, which is no folder"),
+        (tmp_path / ("n" * 300), "cannot be written: "),
+        ("a\0b", "cannot be written: "),
+    ):
+        assert legacy.main(["import", "missing.pt", "--out", str(out)]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("--out ")
+        assert says in said
+    assert not (tmp_path / "nowhere").exists()
 
 
 @pytest.mark.parametrize(

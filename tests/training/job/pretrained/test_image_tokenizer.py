@@ -197,6 +197,9 @@ def test_a_weight_that_is_not_finite_is_refused(name, value, tmp_path):
     weights[first] = torch.full_like(weights[first], value)
     save(content, path)
     refused(tmp_path, rf"{path.name}: the weight .* has values that are not finite")
+    weights[first] = torch.zeros_like(weights[first])
+    save(content | {"optimizer_states": [torch.tensor([value])]}, path)
+    load_image_tokenizer(tmp_path, None)
 
 
 @pytest.mark.parametrize("name", ["vae", "vq_8"])
