@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,7 +73,8 @@ def run(options: argparse.Namespace) -> int:
     plan = load_plan(options.plan)
     assumed = _assumptions(_numbers(options.assume, "--assume"))
     prices = load_prices(options.prices)
-    hours = _numbers(options.hours, "--hours")
+    types = list(dict.fromkeys(options.type or DEFAULT_TYPES))
+    hours = _measured(_numbers(options.hours, "--hours"), types)
     costs = [
         job_cost(
             plan,
@@ -83,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
             num_pairs=options.pairs,
             measured_hours=hours,
         )
-        for name in dict.fromkeys(options.type or DEFAULT_TYPES)
+        for name in types
     ]
     lines = [sentence(costs), *reasons(plan, costs, assumed)]
     tables = [cost_table(costs, options.region), stage_table(plan), assumption_table(assumed)]
@@ -108,6 +110,17 @@ def _numbers(pairs: Sequence[tuple[str, str]], option: str) -> dict[str, float]:
         return {name: float(text) for name, text in pairs}
     except ValueError as error:
         raise UserError(f"{option} must be NAME=NUMBER: {error}", field=option) from None
+
+
+def _measured(hours: dict[str, float], types: Sequence[str]) -> dict[str, float]:
+    for name, value in hours.items():
+        if name not in types:
+            raise UserError(
+                f"--hours is of {name}, and the types are {', '.join(types)}; name it by --type too"
+            )
+        if not (math.isfinite(value) and value > 0):
+            raise UserError(f"--hours of {name} must be more than 0, got {value:g}")
+    return hours
 
 
 def _assumptions(changes: dict[str, float]) -> TrainingAssumptions:
@@ -139,9 +152,9 @@ def reasons(
     lines = [
         CONFIDENCE_NOTE,
         f"The work is that of the plan: {', '.join(flops)}. Its time is estimated at "
-        f"{assumed.utilisation:.0%} of what a GPU can do by its data sheet, and no job was "
-        "measured for it. A small model waits for kernel launches and data, and takes longer; "
-        "--hours TYPE=HOURS puts a measured time in place.",
+        f"{assumed.utilisation:.0%} of what a GPU can do by its data sheet, and "
+        f"{_measurements(costs)}. A small model waits for kernel launches and data, and takes "
+        "longer; --hours TYPE=HOURS puts a measured time in place.",
         "Spot capacity may be interrupted: the job continues from its last checkpoint. Its price "
         "is an assumption; the platform reports what was billed, and `train` prints what it saved.",
     ]
@@ -159,6 +172,11 @@ def reasons(
         if each.hours is None:
             lines.append(f"{each.instance_type}: nothing tells its speed; give --hours.")
     return lines
+
+
+def _measurements(costs: Sequence[JobCost]) -> str:
+    measured = [each.instance_type for each in costs if each.is_measured]
+    return f"measured on {', '.join(measured)}" if measured else "no job was measured for it"
 
 
 def _hours(cost: JobCost) -> str:
@@ -245,6 +263,7 @@ def _page(
             stylesheet=options.stylesheet,
             date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
             stages=plan.stages,
+            is_measured=any(each.is_measured for each in costs),
             lead=lines[0],
             remarks=lines[1:],
             chart=render_svg(figure, UNIT) if known else "",

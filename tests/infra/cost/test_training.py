@@ -121,6 +121,13 @@ def test_a_type_without_a_price_is_listed_as_price_unknown(plan_file, capsys):
     assert "ml.g6e.xlarge: price unknown; python -m infra prices refresh" in capsys.readouterr().out
 
 
+def test_a_measured_type_is_not_said_to_be_estimated(plan_file, capsys):
+    assert main(["cost", str(plan_file), "--hours", "ml.g5.xlarge=0.1"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "measured on ml.g5.xlarge" in said
+    assert "no job was measured" not in said
+
+
 @pytest.mark.slow
 def test_the_page_begins_with_the_sentence_and_the_chart(plan_file, tmp_path, capsys):
     page = tmp_path / "page.html"
@@ -138,6 +145,9 @@ def test_the_page_begins_with_the_sentence_and_the_chart(plan_file, tmp_path, ca
         (["--assume", "utilisation=2"], "utilisation must be above 0, at most 1, got 2.0"),
         (["--assume", "start_minutes=-1"], "start_minutes must be 0 or more"),
         (["--hours", "ml.g5.xlarge=long"], "--hours must be NAME=NUMBER"),
+        (["--hours", "ml.g5.xlarge=nan"], "--hours of ml.g5.xlarge must be more than 0, got nan"),
+        (["--hours", "ml.g5.xlarge=-3"], "--hours of ml.g5.xlarge must be more than 0, got -3"),
+        (["--hours", "ml.g5.2xlarge=3"], "--hours is of ml.g5.2xlarge, and the types are ml.g4dn"),
         (["--type", "ml.none.large"], "nothing is known of the instance type ml.none.large"),
     ],
 )
