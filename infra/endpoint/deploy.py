@@ -18,7 +18,7 @@ from typing import Any
 
 from dalle.errors import PlanError, UserError
 from infra.aws import settings
-from infra.aws.limits import Deployment, check_deployment, raise_all
+from infra.aws.limits import Deployment, check_deployment, has_own_disk, raise_all
 from infra.aws.project import PRESUMED_IMAGE, Image, Project, add_project_arguments, open_project
 from infra.aws.request import Request, describe, newest_first, placeholder
 from infra.aws.stack import StackOutputs
@@ -141,6 +141,12 @@ def check_place(deployment: Deployment, outputs: StackOutputs) -> None:
             "hosts are in subnets; take --mode async, which costs nothing when idle either"
         )
     wrong += pool.problems(deployment)
+    if outputs.encryption.volume and len(set(map(has_own_disk, deployment.pool))) > 1:
+        wrong.append(
+            f"of {', '.join(deployment.pool)} some have a built-in disk, which takes no key of "
+            f"KMS, and the disks of the others have {outputs.encryption.volume}; an endpoint has "
+            "one key for all: take types of one sort"
+        )
     raise_all(f"deployment {deployment.name} ({deployment.mode})", wrong)
 
 
@@ -159,12 +165,7 @@ def check_topics(project: Project, deployment: Deployment, outputs: StackOutputs
 def newest_job(project: Project) -> dict[str, Any]:
     """Return the newest completed training job as it is described. Raises UserError."""
     name = placeholder("newest completed training job")
-    presumed = {
-        "TrainingJobName": name,
-        "TrainingJobArn": placeholder("ARN of the job"),
-        "AlgorithmSpecification": {"TrainingImage": placeholder("address of the image")},
-        "ModelArtifacts": {"S3ModelArtifacts": PRESUMED_MODEL},
-    }
+    presumed = presumed_job(name)
     jobs = project.aws.items(
         newest_first("TrainingJob", f"{project.name}-", StatusEquals="Completed"),
         "TrainingJobSummaries",
@@ -180,6 +181,17 @@ def newest_job(project: Project) -> dict[str, Any]:
         f"project {project.name} has no completed training job; run `python -m infra train` "
         "first, or name a model by --model s3://…/model.tar.gz"
     )
+
+
+def presumed_job(name: str) -> dict[str, Any]:
+    """Return a stand-in for a completed job, as a dry run has it."""
+    return {
+        "TrainingJobName": name,
+        "TrainingJobArn": placeholder("ARN of the job"),
+        "TrainingJobStatus": "Completed",
+        "AlgorithmSpecification": {"TrainingImage": placeholder("address of the image")},
+        "ModelArtifacts": {"S3ModelArtifacts": PRESUMED_MODEL},
+    }
 
 
 def model_of(job: Mapping[str, Any]) -> str:

@@ -100,6 +100,10 @@ def check_given(options: argparse.Namespace) -> None:
     """Raise PlanError for options of another mode, a missing one, and a name that cannot be."""
     if options.registered and options.model:
         raise PlanError("--registered and --model both name a model; leave one of them out")
+    if options.registered and options.tag != IMAGE_TAG:
+        raise PlanError(
+            f"--registered serves the image that trained its model: leave --tag {options.tag} out"
+        )
     if options.name and not re.fullmatch(NAME_PATTERN, options.name):
         raise PlanError(
             f"--name is letters and digits, with dashes between them, got {options.name!r}"

@@ -15,7 +15,7 @@ from infra.aws.project import Project, add_project_arguments, open_project
 from infra.aws.request import Request
 from infra.aws.stack import StackOutputs
 from infra.aws.team import tags
-from infra.endpoint.deploy import newest_job
+from infra.endpoint.deploy import newest_job, presumed_job
 from infra.jobs.progress import metric_history
 from infra.registry.card import trained
 from infra.registry.package import (
@@ -74,6 +74,8 @@ def run(options: argparse.Namespace) -> int:
 def named_job(project: Project, name: str) -> dict[str, Any]:
     """Return a completed training job of ours. Raises UserError for any other."""
     found = project.find_ours("TrainingJob", name)
+    if project.aws.dry_run:
+        return presumed_job(name)
     if found is None:
         raise UserError(f"there is no training job {name}; `python -m infra status` lists them")
     if found["TrainingJobStatus"] != "Completed":

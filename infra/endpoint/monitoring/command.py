@@ -34,7 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--queue",
         type=int,
-        default=default.queue,
         help=f"requests that wait at an async endpoint; default: {default.queue}",
     )
     parser.add_argument(
@@ -61,6 +60,8 @@ def run(options: argparse.Namespace) -> int:
     if topic is None:
         topic = outputs_of(stack).get("TopicArn", "")
     mode = _mode(project, name)
+    if options.queue is not None and mode != "async":
+        raise PlanError(f"--queue is for an async endpoint, and {name} is {mode}")
     tags = all_tags(stack, project.tags)
     wanted = {
         alarms.alarm_name(name, kind): alarms.alarm_request(
@@ -84,7 +85,10 @@ def run(options: argparse.Namespace) -> int:
 def read(options: argparse.Namespace) -> Thresholds:
     """Return the thresholds. Raises PlanError for one that would ring always or never."""
     given = Thresholds(
-        options.errors, options.latency_seconds, options.queue, options.memory_percent
+        options.errors,
+        options.latency_seconds,
+        Thresholds().queue if options.queue is None else options.queue,
+        options.memory_percent,
     )
     for option, value in (
         ("--errors", given.errors),
@@ -102,7 +106,7 @@ def _mode(project: Project, name: str) -> Mode:
     """Return the mode of an endpoint of ours. Raises UserError when there is none."""
     found = project.find_ours("Endpoint", name)
     if found is None and project.aws.dry_run:
-        return "realtime"
+        return "async"  # as `deploy` makes one by itself; it has every alarm
     if found is None:
         raise UserError(
             f"there is no endpoint {name}; `python -m infra status` lists them, and "

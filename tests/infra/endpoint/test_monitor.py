@@ -119,6 +119,14 @@ def test_a_threshold_that_rings_always_or_never_is_refused(account, infra, words
     assert account.requests.total() == 0
 
 
+def test_a_queue_of_an_endpoint_without_one_is_refused(served, infra):
+    account = served(*REALTIME)
+    result = infra("monitor", "--queue", 7)
+    assert result.code == 1
+    assert "--queue is for an async endpoint, and dalle is realtime" in result.err
+    assert "dalle-errors" not in alarms(account)
+
+
 def test_an_endpoint_that_is_not_there_is_named(account, infra):
     infra("bootstrap")
     result = infra("monitor", "--endpoint", "stars")
@@ -129,7 +137,7 @@ def test_an_endpoint_that_is_not_there_is_named(account, infra):
 def test_a_dry_run_shows_alarms_and_dashboard(account, infra):
     result = infra("monitor", "--dry-run", "--json")
     operations = [request["operation"] for request in result.json["requests"]]
-    assert operations.count("PutMetricAlarm") == 3
+    assert operations.count("PutMetricAlarm") == 4
     assert "PutDashboard" in operations
 
 

@@ -116,6 +116,13 @@ def test_an_endpoint_may_have_reserved_capacity_alone(variant):
             ],
             "an endpoint has at most 5 types of instances, got 6",
         ),
+        (
+            [
+                *["--instance-type", "ml.c5.large", "--fallback-types", "ml.c5d.large"],
+                *["--volume-kms-key", "1234abcd-12ab-34cd-56ef-1234567890ab"],
+            ],
+            "of ml.c5.large, ml.c5d.large some have a built-in disk, which takes no key of KMS",
+        ),
         ([*POOL, "--provision-seconds", 100], "--provision-seconds must be 300 to 3600, got 100"),
         ([*POOL, "--cheapest-of", "compare.json"], "--cheapest-of chooses the types"),
         (["--cheapest-of", "nowhere.json"], "cannot read nowhere.json"),

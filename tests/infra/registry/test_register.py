@@ -132,6 +132,15 @@ def test_a_job_that_has_not_completed_is_refused(trained, infra):
     assert f"training job {job} is Stopped, and only the model of a completed one" in result.err
 
 
+def test_a_dry_run_shows_how_a_job_is_registered(account, infra, monkeypatch):
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    result = infra("register", "dalle-1-all", "--dry-run", "--json")
+    assert result.code == 0, result.err
+    sent = {request["operation"]: request["parameters"] for request in result.json["requests"]}
+    assert sent["CreateModelPackage"]["ModelPackageDescription"] == "Training job dalle-1-all"
+    assert account.requests.total() == 0
+
+
 def test_a_job_that_is_not_there_is_named(account, infra):
     infra("bootstrap")
     result = infra("register", "dalle-none")
@@ -150,10 +159,17 @@ def test_a_group_of_others_is_left_alone(trained, infra):
     assert not account.requests["CreateModelPackage"]
 
 
-def test_model_and_registered_name_two_models(account, infra):
-    result = infra("deploy", "--registered", "--model", "s3://b/model.tar.gz")
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--model", "s3://b/model.tar.gz"], "--registered and --model both name a model"),
+        (["--tag", "trial"], "the image that trained its model: leave --tag trial out"),
+    ],
+)
+def test_registered_names_model_and_image(account, infra, words, says):
+    result = infra("deploy", "--registered", *words)
     assert result.code == 1
-    assert "--registered and --model both name a model" in result.err
+    assert says in result.err
     assert account.requests.total() == 0
 
 
