@@ -42,9 +42,10 @@ def run(options: argparse.Namespace) -> int:
         found |= _repository(project, repository, is_given="Repository" in given)
     found["endpoints"] = _endpoints(project)
     found["jobs"] = _jobs(project)
-    found["pipeline_runs"] = [records.run_id(arn) for arn in records.running(project)]
-    for run_id in found["pipeline_runs"]:
-        project.output.item(f"pipeline run {run_id}", "in progress")
+    runs = records.running(project)
+    found["pipeline_runs"] = [records.run_id(arn) for arn in runs]
+    for arn, status in runs.items():
+        project.output.item(f"pipeline run {records.run_id(arn)}", status)
     return project.output.finish(**found)
 
 

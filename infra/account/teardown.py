@@ -34,14 +34,14 @@ IMAGES_TOGETHER = 100
 class Inventory:
     """The resources to delete. bucket, repository: None when the stack has none.
 
-    runs: ARNs of the pipeline's runs that have not ended.
+    runs: ARN -> status of the pipeline's runs that have not ended.
     ended: jobs of which nothing is left but their records.
     records: pipeline and group of registered models.
     given: bucket and repository that `bootstrap` was given, which stay.
     """
 
     running: list[Resource]
-    runs: list[str]
+    runs: dict[str, str]
     ended: list[Resource]
     warm_pools: list[Resource]
     endpoints: list[Resource]

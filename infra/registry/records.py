@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 
 from infra.aws.project import KIND_WORDS, Project
 from infra.aws.request import Request, describe
@@ -21,27 +22,28 @@ def find(project: Project) -> list[str]:
     return found
 
 
-def running(project: Project) -> list[str]:
-    """Return the ARNs of the pipeline's runs that have not ended: their jobs cost money.
+def running(project: Project) -> dict[str, str]:
+    """Return ARN -> status of the pipeline's runs that have not ended: their jobs cost money.
 
     The platform names these jobs, so that they are not found among those of the project.
     """
     there = project.aws.find(describe(PIPELINE, project.name))
     if there is None or not project.owns(there["PipelineArn"]):
-        return []
+        return {}
     listed = Request("sagemaker", "ListPipelineExecutions", PipelineName=project.name)
-    return [
-        found["PipelineExecutionArn"]
+    return {
+        found["PipelineExecutionArn"]: found["PipelineExecutionStatus"]
         for found in project.aws.items(listed, "PipelineExecutionSummaries")
         if found["PipelineExecutionStatus"] in RUNNING
-    ]
+    }
 
 
-def stop(project: Project, runs: list[str]) -> None:
+def stop(project: Project, runs: Mapping[str, str]) -> None:
     """Stop runs of the pipeline, and with each the job that it waits for."""
-    for arn in runs:
+    for arn, status in runs.items():
         request = {"PipelineExecutionArn": arn, "ClientRequestToken": secrets.token_hex(16)}
-        project.aws.find(Request("sagemaker", "StopPipelineExecution", **request))
+        if status != "Stopping":
+            project.aws.find(Request("sagemaker", "StopPipelineExecution", **request))
         project.output.item(f"pipeline run {run_id(arn)}", "stopping")
 
 

@@ -177,7 +177,7 @@ def a_run(ready, infra):
 @pytest.mark.parametrize("words", [[], ["--keep-storage"]])
 def test_teardown_stops_a_run_of_the_pipeline(ready, infra, a_run, words):
     run_id = a_run.rpartition("/")[2]
-    assert re.search(rf"pipeline run {run_id} +in progress", infra("status").out)
+    assert re.search(rf"pipeline run {run_id} +Executing", infra("status").out)
     result = infra("teardown", "--yes", *words)
     assert result.code == 0, result.err
     assert f"pipeline run {run_id}" in result.out
