@@ -168,18 +168,22 @@ class DecodeEngine:
     def _sample_windows(self, decoder: WindowDecoder, batch: Batch) -> None:
         """Sample the windows of a batch, and run the model on the next ones."""
         exact = decoder.sample(batch)
-        self.windows.record([each.window for each in batch.candidates], exact)
+        if batch.has_windows:
+            self.windows.record([each.window for each in batch.candidates], exact)
         N = self.model.config.num_positions
         unfinished = [each for each in batch.candidates if each.position < N]
         if not unfinished:
             return
         width = self._choose_width(unfinished)
-        for each in unfinished:
-            each.window = min(width, N - each.position)
         # The same list where nothing has finished, so that a step can tell.
         same = len(unfinished) == len(batch.candidates)
-        self._batch = self._new_batch(batch.candidates if same else unfinished)
-        decoder.run(self._batch)
+        if same and width == 1 and not batch.has_windows:
+            batch.follow()
+        else:
+            for each in unfinished:
+                each.window = min(width, N - each.position)
+            batch = self._batch = self._new_batch(batch.candidates if same else unfinished)
+        decoder.run(batch)
 
     def trials(self) -> dict[int, Callable[[], None]]:
         """Return the work of steps of windows by their number of rows, to be timed.

@@ -214,6 +214,15 @@ class Batch:
         """Move every candidate to its next position; they have no windows."""
         for each in self.candidates:
             each.move(1)
+        self.follow()
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether a candidate has rows of several positions."""
+        return len(self.row_candidates) > len(self.candidates)
+
+    def follow(self) -> None:
+        """Move the rows to the candidates' next position, to which they were moved."""
         self.numpy_positions += 1
         self.numpy_places += 1
         if self._places is not None and self._device.type != "cpu":  # else the same memory

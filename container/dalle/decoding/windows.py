@@ -152,10 +152,11 @@ class WindowDecoder:
         noise_keys = torch.from_numpy(self._noise_keys[places])
         sampled, log_p = self._step.sample(hidden, noise_keys, batch)
         tokens = sampled.numpy()
-        differs = (self._tokens[places] != tokens).any(axis=1)
+        exact = [1] * len(batch.candidates)
+        if batch.has_windows:
+            exact = _lengths_exact(batch, (self._tokens[places] != tokens).any(axis=1))
         self._tokens[places] = tokens
         self._log_p[places] = log_p.numpy()
-        exact = _lengths_exact(batch, differs)
         for candidate, number in zip(batch.candidates, exact, strict=True):
             candidate.guessed = max(candidate.guessed, candidate.position + candidate.window)
             candidate.move(number)
