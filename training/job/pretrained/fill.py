@@ -30,9 +30,9 @@ def fill_model(build: Callable[[], Model], state: Mapping[str, Tensor]) -> Model
 
 
 def require_weights(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Raise ValueError naming a weight that is missing, unknown, of another shape, or no number.
+    """Raise ValueError naming a weight that is missing, unknown, of another shape, or no mask.
 
-    expected: of the model, which may be without memory. Masks of the model must be truth values.
+    expected: of the model, which may be without memory. Its masks must be truth values.
     """
     for name in sorted(expected.keys() ^ state.keys()):
         raise ValueError(f"it {'lacks' if name in expected else 'has an unknown'} weight {name}")
@@ -42,8 +42,7 @@ def require_weights(expected: Mapping[str, Tensor], state: Mapping[str, Tensor])
                 f"the weight {name} has the shape {[*state[name].shape]}, and its sizes need "
                 f"{[*weight.shape]}"
             )
-        if (state[name].dtype == torch.bool) != (weight.dtype == torch.bool):
-            wanted = "torch.bool" if weight.dtype == torch.bool else "numbers"
+        if weight.dtype == torch.bool and state[name].dtype != torch.bool:
             raise ValueError(
-                f"the weight {name} has the type {state[name].dtype}, and must have {wanted}"
+                f"the weight {name} has the type {state[name].dtype}, and must have torch.bool"
             )

@@ -76,10 +76,16 @@ def shape_of(state: Mapping[str, Tensor], name: str, num_dims: int) -> tuple[int
 
 
 def to_float32(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies in float32. Raises ValueError naming a weight with values beyond its range."""
+    """Return copies in float32.
+
+    Raises ValueError naming a weight of truth values, or with values beyond its range.
+    """
+    for name, value in state.items():
+        if value.dtype == torch.bool:
+            raise ValueError(f"the weight {name} has the type torch.bool, and must have numbers")
     copies = {name: value.to(torch.float32, copy=True) for name, value in state.items()}
-    if name := not_finite(copies):
-        raise ValueError(f"the weight {name} has values that float32 cannot hold")
+    if infinite := not_finite(copies):
+        raise ValueError(f"the weight {infinite} has values that float32 cannot hold")
     return copies
 
 

@@ -112,12 +112,15 @@ def test_openais_weights_refuse_the_artefacts_tokens(tmp_path):
     assert features.shape == (1, 24)
 
 
-def test_a_weight_beyond_float32_is_refused_by_name(tmp_path):
+def test_a_weight_beyond_float32_or_of_truth_values_is_refused_by_name(tmp_path):
     state = build_openai("resnet").state_dict()
     state["ln_final.weight"] = state["ln_final.weight"].double() * 1e300
     torch.save(state, tmp_path / "clip.pt")
     says = r"^clip\.pt: the weight ln_final\.weight has values that float32 cannot hold$"
     with pytest.raises(ForeignFileError, match=says):
+        load_clip(tmp_path / "clip.pt")
+    torch.save(state | {"ln_final.weight": torch.ones(64, dtype=torch.bool)}, tmp_path / "clip.pt")
+    with pytest.raises(ForeignFileError, match=r"ln_final\.weight has the type torch\.bool"):
         load_clip(tmp_path / "clip.pt")
 
 
