@@ -233,7 +233,9 @@ class Aws:
             client = self._boto().client(
                 "s3",
                 region_name=self.region,
-                config=Config(signature_version="s3v4"),  # objects under a KMS key need it
+                # Objects under a KMS key need this signature. The bucket's name stands before
+                # its region, since an address without a region redirects, which breaks it.
+                config=Config(signature_version="s3v4", s3={"addressing_style": "virtual"}),
                 endpoint_url=self._local_url,
             )
             object_ = {"Bucket": bucket, "Key": key}

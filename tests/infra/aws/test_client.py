@@ -323,3 +323,11 @@ def test_without_credentials_there_is_no_bearer_token(monkeypatch, tmp_path):
         monkeypatch.setenv(name, str(tmp_path / "none"))
     with pytest.raises(AccessError, match="no AWS credentials were found"):
         Aws(Output(), region="eu-west-1").bearer_token(300)
+
+
+def test_an_address_for_others_names_the_region_of_its_bucket(monkeypatch):
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    address = Aws(Output(), region="eu-west-1").presigned("our-bucket", "async/1.json", 60)
+    assert address.startswith("https://our-bucket.s3.eu-west-1.amazonaws.com/async/1.json?")
