@@ -97,6 +97,9 @@ def run(options: argparse.Namespace) -> int:
     hours = options.presign_hours
     if hours is not None and not 0 < hours <= MAX_PRESIGN_HOURS:
         raise PlanError(f"--presign-hours must be more than 0 and at most 168, got {hours:g}")
+    for option in ("openai", "stream", "local"):
+        if hours is not None and getattr(options, option):
+            raise PlanError(f"--presign-hours is for an async endpoint: leave --{option} out")
     if options.openai and options.stream:
         raise PlanError("--openai and --stream cannot be given together")
     if options.local:

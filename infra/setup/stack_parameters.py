@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     told.add_argument(
         "--budget",
-        type=named("an amount of US dollars such as 200", r"\d+(\.\d\d)?"),
+        type=named("an amount of US dollars such as 200", r"(?=.*[1-9])\d+(\.\d\d)?"),
         metavar="USD",
         help="a month; with --mail, told at 80 % and when more than all is expected",
     )

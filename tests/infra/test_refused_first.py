@@ -24,6 +24,7 @@ PLANS = [
     (["upload", "/nowhere", "--name", "x"], "/nowhere is not a folder"),
     (["logs", "--tail", -1], "--tail must be 0 or more, got -1"),
     (["invoke", "a star", "--openai", "--stream"], "cannot be given together"),
+    (["invoke", "a star", "--presign-hours", 2, "--stream"], "async endpoint: leave --stream out"),
     (["invoke", "a star", "--temperature", 11], "temperature must be 0.0 to 10.0, got 11.0"),
 ]
 

@@ -6,6 +6,7 @@ They are named after the endpoint. A second run changes what differs, and `teard
 from __future__ import annotations
 
 import argparse
+import math
 
 from dalle.errors import PlanError, UserError
 from infra.aws.limits import Mode
@@ -95,7 +96,7 @@ def read(options: argparse.Namespace) -> Thresholds:
         ("--latency-seconds", given.latency_seconds),
         ("--queue", given.queue),
     ):
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < math.inf:
             raise PlanError(f"{option} must be more than 0, got {value:g}")
     if not 0 < given.memory_percent <= 100:
         raise PlanError(f"--memory-percent must be 1 to 100, got {given.memory_percent:g}")

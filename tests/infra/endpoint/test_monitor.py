@@ -109,6 +109,7 @@ def test_a_dashboard_of_others_is_neither_changed_nor_deleted(served, infra):
     [
         (["--errors", 0], "--errors must be more than 0, got 0"),
         (["--latency-seconds", -1], "--latency-seconds must be more than 0, got -1"),
+        (["--latency-seconds", "nan"], "--latency-seconds must be more than 0, got nan"),
         (["--memory-percent", 101], "--memory-percent must be 1 to 100, got 101"),
     ],
 )

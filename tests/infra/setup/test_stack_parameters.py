@@ -207,6 +207,7 @@ def test_what_does_not_go_together_is_refused_before_anything_is_made(account, i
         (["--role", "sagemaker"], "123456789012:role/sagemaker was expected, got 'sagemaker'"),
         (["--bucket", "s3://our"], "such as our-pictures was expected, got 's3://our'"),
         (["--mail", "team"], "a mail address such as team@example.com was expected"),
+        (["--budget", "0.00"], "an amount of US dollars such as 200 was expected, got '0.00'"),
         (["--budget", "much"], "an amount of US dollars such as 200 was expected"),
         (["--resource-tag", "aws:team=x"], "tags that begin with aws: or dalle: belong to others"),
         (["--resource-tag", "team"], "KEY=VALUE was expected, got 'team'"),
