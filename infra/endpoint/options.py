@@ -108,6 +108,14 @@ def check_given(options: argparse.Namespace) -> None:
         raise PlanError(
             f"--name is letters and digits, with dashes between them, got {options.name!r}"
         )
+    if options.concurrent is not None and options.concurrent < 1:
+        raise PlanError(f"--concurrent must be 1 or more, got {options.concurrent}")
+    for name in ("min_instances", "max_instances", "concurrent"):
+        if options.mode == "serverless" and getattr(options, name) is not None:
+            raise PlanError(
+                f"--{name.replace('_', '-')} is for instances, and a serverless endpoint has none; "
+                "--max-concurrency is its limit"
+            )
     if options.mode == "batch" and options.captions is None:
         raise PlanError("--mode batch needs --captions, a text file with one caption a line")
     if options.mode != "batch":

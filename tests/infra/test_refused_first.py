@@ -8,6 +8,8 @@ PLANS = [
     (["deploy", "--mode", "serverless", "--max-concurrency", 201], "must be 1 to 200, got 201"),
     (["deploy", "--mode", "realtime", "--min-instances", 0], "keeps at least 1 instance"),
     (["deploy", "--mode", "realtime", "--instance-type", "ml.t3.medium"], "does not offer"),
+    (["deploy", "--mode", "serverless", "--min-instances", 3], "a serverless endpoint has none"),
+    (["deploy", "--mode", "realtime", "--concurrent", -1], "must be 1 or more, got -1"),
     (["deploy", "--mode", "async", "--invocation-seconds", 3601], "1 to 3600 s"),
     (["deploy", "--mode", "async", "--instance-type", "ml.p3.2xlarge"], "has Volta GPUs"),
     (["deploy", "--model", "model.tar.gz"], "is given by its s3:// address"),
