@@ -154,7 +154,7 @@ def render_svg(figure: Figure, title: str) -> str:
         count=1,
     )
     svg = re.sub(r'"[^"]*"', lambda found: re.sub(LONG, _short, found[0]), svg)  # not of texts
-    svg = re.sub(r"\s+", " ", svg)
+    svg = re.sub(r"\s+", " ", svg).strip()
     for colour, name in _THEME.items():
         svg = svg.replace(colour, f"var(--{name})")
     return svg

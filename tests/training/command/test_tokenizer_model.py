@@ -105,7 +105,7 @@ class Calls:
         ),
         ("vae", lambda folder: put("vq_8", folder), {}, "it has vae.pt, vq_8.pt"),
         ("vqgan", other_yaml, {}, "quantize.embedding.weight has the shape [24, 8]"),
-        ("vae", nan_weight, {}, "weights.codebook.weight has values that are not finite"),
+        ("vae", nan_weight, {}, "the weight codebook.weight has values that are not finite"),
         ("vqgan", lambda folder: None, {"image_size": 30}, "image_size must be a multiple of 4"),
         ("openai", lambda folder: save(Calls(), folder / "encoder.pkl"), {}, "it names "),
         ("vq_8", truncated, {}, "vq_8.pt cannot be read as weights"),
