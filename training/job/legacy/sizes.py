@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dalle.models.legacy.config import LegacyAttentionKind, LegacyNormKind, LegacyTransformerConfig
+from dalle.types import ATTENTION_KINDS
 from training.job.legacy.names import Layers, split_layers
 from training.job.legacy.saved_model import SavedModel
 from training.job.legacy.versions import FIRST, VersionRange, axial_positions, versions_of
 from training.job.pretrained.weights_file import shape_of
 
-THEIR_KINDS = ("full", "axial_row", "axial_col", "conv_like", "sparse")
+THEIR_KINDS = (*ATTENTION_KINDS, "sparse")
 _DEFAULT_HEAD_WIDTH = 64  # of the class, in all versions
 # Vocabularies of the tokenizers that the package offers.
 KNOWN_VOCABULARIES = {49408: "clip", 7800: "kobiso's CUB200", 15000: "COCO", 21128: "Chinese BERT"}
