@@ -170,6 +170,8 @@ class DecodeEngine:
         exact = decoder.sample(batch)
         if batch.has_windows:
             self.windows.record([each.window for each in batch.candidates], exact)
+        else:
+            self.windows.record([], [])
         N = self.model.config.num_positions
         unfinished = [each for each in batch.candidates if each.position < N]
         if not unfinished:

@@ -34,12 +34,9 @@ from dalle.decoding.step import Batch, CandidateTokens, DecodeRequest, SlotState
 _MEMORY = 0.97  # weight of all earlier steps when a step is counted
 _PRIOR = 0.6  # assumed share of right guesses, where nothing has been counted
 _PRIOR_COUNT = 2.0  # guesses that it weighs as much as
-_ROWS_AT_ONCE = (
-    16  # where nothing is measured, a step of so many rows takes twice as long as of none
-)
-_STEPS_PER_CHOICE = (
-    8  # steps with the same width, since choosing one takes as long as a small layer
-)
+# Where nothing is measured, a step of so many rows takes twice as long as of none.
+_ROWS_AT_ONCE = 16
+_STEPS_PER_CHOICE = 8  # with the same width, since choosing one takes as long as a small layer
 _HEAVIEST = 1e100  # weight of a step above which all counts are scaled down
 
 
@@ -70,7 +67,11 @@ class WindowWidth:
         self._choices.clear()
 
     def record(self, widths: Iterable[int], exact: Iterable[int]) -> None:
-        """Count a step's guesses. widths, exact: rows and exact positions by candidate, [C]."""
+        """Count a step's guesses. widths, exact: rows and exact positions by candidate, [C].
+
+        Without candidates the earlier counts fade all the same, so that after many steps of one
+        position windows are tried again.
+        """
         self._weight /= _MEMORY
         for width, number in zip(widths, exact, strict=True):
             # No guess is compared at a window's last position.

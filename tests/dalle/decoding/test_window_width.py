@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 
+from dalle.decoding.cpu.torch_step import CpuTorchStep
+from dalle.decoding.engine import DecodeEngine
 from dalle.decoding.windows import WindowWidth
+from tests.dalle.decoding.test_engine import TEXT
 
 
 def counted(right_share: float, widest: int = 32) -> WindowWidth:
@@ -76,3 +79,25 @@ def test_counts_stay_finite_over_many_steps():
     for _ in range(10_000):
         windows.record([4], [3])
     assert windows.expected().tolist() == pytest.approx([1, 2, 3, 3], abs=0.1)
+
+
+def test_after_many_steps_of_one_position_windows_are_tried_again():
+    windows = counted(0.0)
+    windows.seconds = {1: 1.0, 8: 2.0, 64: 10.0}
+    assert windows.choose(1) == 1
+    for _ in range(300):
+        windows.record([], [])
+    assert windows.choose(1) > 1
+
+
+def test_steps_of_one_position_count_in_the_engine_too(make_dalle, monkeypatch):
+    model = make_dalle()
+    step = CpuTorchStep(model, 2, precision="int8", num_rows=64)
+    engine = DecodeEngine(model, 2, step=step)
+    engine.windows.seconds = {1: 1.0, 64: 1e6}
+    recorded: list[int] = []
+    monkeypatch.setattr(engine.windows, "record", lambda widths, _: recorded.append(len(widths)))
+    engine.submit(TEXT, candidates=range(2), seed=0)
+    while not engine.is_idle:
+        engine.step()
+    assert recorded == [0] * model.config.num_positions

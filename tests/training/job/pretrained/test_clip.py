@@ -20,6 +20,7 @@ from dalle.preprocess.tokenizer import CaptionTokenizer
 from inference.api.schema import GenerateRequest
 from inference.engine.model_runner import ModelRunner
 from inference.engine.scheduler import to_pixels
+from tests.dalle.models.test_clip import CAPTIONS, MEAN, STD
 from tests.training.job.pretrained.clip_files import (
     build_openai,
     open_clip,
@@ -28,15 +29,6 @@ from tests.training.job.pretrained.clip_files import (
 )
 from training.job.pretrained.clip import _sizes, find_clip, load_clip
 
-MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
-STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
-CAPTIONS = [
-    "a photo of a cat",
-    "",
-    "Café — 3 dogs’ &amp; 12 birds!  ",
-    "日本語 😀",
-    "word " * 200,
-]
 WORDS = ["a cat", "a dog", "a red star on white", "nothing at all"]
 SIZES = {
     # image size, patch, layers and width of the image encoder; embedding, text width and heads
