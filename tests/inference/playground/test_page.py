@@ -51,6 +51,20 @@ def archive(page: Any) -> dict[str, bytes]:
         return {name: files.read(name) for name in files.namelist()}
 
 
+def assert_same_pictures(files: dict[str, bytes], expected: dict[str, bytes]) -> None:
+    """The same bytes of the same names in the same order, and the same facts.
+
+    The last bits of a score depend on how many pictures CLIP read at once, which depends on time.
+    """
+    facts, pictures = json.loads(files["pictures.json"]), {**files, "pictures.json": b""}
+    wanted, originals = json.loads(expected["pictures.json"]), {**expected, "pictures.json": b""}
+    assert list(pictures) == list(originals)
+    assert pictures == originals
+    for one, other in zip(facts["pictures"], wanted["pictures"], strict=True):
+        assert one.pop("clip_score") == pytest.approx(other.pop("clip_score"), abs=1e-5)
+    assert facts == wanted
+
+
 def metric(served: Any, name: str) -> float:
     found = re.search(rf"^{name} (\S+)$", served.get("/metrics").text, re.MULTILINE)
     assert found is not None
@@ -102,10 +116,10 @@ def test_a_link_gives_identical_pictures(new_page):
     assert "seed=" in fragment
     page.reload()
     page.wait_for_selector("#grid.ranked")
-    assert archive(page) == files
+    assert_same_pictures(archive(page), files)
     other = new_page(fragment)
     other.wait_for_selector("#grid.ranked")
-    assert archive(other) == files
+    assert_same_pictures(archive(other), files)
 
 
 def test_a_link_to_pictures_that_continue_another_gives_them_again(new_page):
@@ -117,7 +131,7 @@ def test_a_link_to_pictures_that_continue_another_gives_them_again(new_page):
     files, fragment = archive(page), page.evaluate("location.hash")
     other = new_page(fragment)
     other.wait_for_selector("#grid.ranked")
-    assert archive(other) == files
+    assert_same_pictures(archive(other), files)
     assert json.loads(files["pictures.json"])["prime"]["rows"] == 2
 
 
