@@ -88,6 +88,7 @@ def document(limits: Limits) -> dict[str, Any]:
     for kind, names in kinds.items():
         _pass_fields(schemas, kind, names)
         schemas[kind.__name__]["properties"]["n"]["maximum"] = limits.max_images
+        _allow_null(schemas[kind.__name__])
     whole["paths"] |= {
         GENERATIONS: _post(
             "images_generations",
@@ -153,3 +154,15 @@ def _pass_fields(schemas: dict[str, Any], kind: type[BaseModel], names: tuple[st
     for name, default in DEFAULTS.items():
         passed = schemas[kind.__name__]["properties"][name]
         schemas[kind.__name__]["properties"][name] = {**passed, "default": default}
+
+
+def _allow_null(schema: dict[str, Any]) -> None:
+    """Let every field of a request that may be missing be null, which is its default."""
+    annotations = ("title", "description", "default")
+    for name, field in schema["properties"].items():
+        kinds = field.get("anyOf", [])
+        kind = {key: value for key, value in field.items() if key not in annotations}
+        if name in schema.get("required", ()) or not kind or {"type": "null"} in kinds:
+            continue
+        outside = {key: field[key] for key in annotations if key in field}
+        schema["properties"][name] = {**outside, "anyOf": [*(kinds or [kind]), {"type": "null"}]}

@@ -47,7 +47,7 @@ def test_every_reference_in_the_openapi_document_leads_somewhere():
 def test_the_images_request_has_its_own_fields_and_those_that_pass_through():
     schema = openapi.document(LIMITS)["components"]["schemas"]["ImagesRequest"]
     assert {"prompt", "n", "guidance_scale", "num_candidates"} <= set(schema["properties"])
-    assert schema["properties"]["n"]["maximum"] == 4
+    assert schema["properties"]["n"]["anyOf"][0]["maximum"] == 4
     assert not {"caption", "num_images", "format", "preview_rows"} & set(schema["properties"])
     assert schema["required"] == ["prompt"]
 
@@ -57,6 +57,18 @@ def test_alike_pictures_are_returned_by_default_in_openais_form_alone(kind):
     schemas = openapi.document(LIMITS)["components"]["schemas"]
     assert schemas[kind]["properties"]["distinct"]["default"] is False
     assert schemas["GenerateRequest"]["properties"]["distinct"]["default"] is True
+
+
+@pytest.mark.parametrize("kind", ["ImagesRequest", "EditRequest", "ChatRequest"])
+def test_null_is_allowed_for_every_field_in_openais_form_that_may_be_missing(kind):
+    schema = openapi.document(LIMITS)["components"]["schemas"][kind]
+    anything = {"title", "description", "default"}
+    without_null = {
+        name
+        for name, field in schema["properties"].items()
+        if {"type": "null"} not in field.get("anyOf", []) and not field.keys() <= anything
+    }
+    assert without_null == set(schema["required"])
 
 
 def test_server_sent_events_are_documented_as_events_with_json_as_their_data():
