@@ -2,6 +2,7 @@
 
     python -m inference.bench --size base          random weights, which have no effect on speed
     python -m inference.bench --model DIR          an artefact's sizes
+    python -m inference.bench --model DIR --windows 1,auto   several positions a step, see .windows
 
 For each precision and number of candidates: a decoding step at four depths of the image, in turn
 with the others and with a probe of the memory's speed; tokens and images per second; memory. With
@@ -43,6 +44,7 @@ from dalle.preprocess.tokenizer import CaptionTokenizer
 from inference.bench import steps as bench_steps
 from inference.bench.requests import CAPTION, measure_requests
 from inference.bench.steps import Memory, Timings
+from inference.bench.windows import measure, parse_windows
 from inference.engine.scheduler import to_pixels
 from inference.engine.thread_tuning import choices, fastest, measure_steps
 
@@ -106,7 +108,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--rounds",
         type=bench_steps.at_least_one,
         default=8,
-        help="steps at each depth, after one that warms up; at least 1",
+        help="steps at each depth, or requests with --windows, after one that warms up; at least 1",
+    )
+    parser.add_argument(
+        "--windows",
+        type=parse_windows,
+        help="positions of a candidate that a step samples, like 1,auto: measure whole requests "
+        "with each, and nothing else",
     )
     parser.add_argument(
         "--probe-mb",
@@ -127,12 +135,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     precisions = given.precision.split(",") if given.precision else [fitting[0], fitting[-1]]
     if unknown := set(precisions) - set(fitting):
         parser.error(f"--precision must be of {fitting} on {device}, got {sorted(unknown)}")
+    if given.windows and device.type != "cpu":
+        parser.error(f"--windows needs --device cpu, got {device}: a GPU's step has no windows")
     tried = {} if given.threads or device.type != "cpu" else _choose_threads(model)
+    batches = [int(each) for each in given.candidates.split(",")]
+    if given.windows:
+        machine = bench_steps.describe_machine(device)
+        print("  ".join(f"{name} {value}" for name, value in machine.items()), flush=True)
+        requests = measure(artefact, model, precisions, batches, given.windows, rounds=given.rounds)
+        print(json.dumps(machine | {"windows": requests}))
+        return
     result = run(
         artefact,
         model,
         precisions,
-        [int(each) for each in given.candidates.split(",")],
+        batches,
         rounds=given.rounds,
         probe_bytes=given.probe_mb << 20,
         own_kernels=not given.torch_kernels,

@@ -70,6 +70,28 @@ def test_an_artefact_is_measured_as_it_is(tiny_artefact, capsys):
     assert figures["threads_ms"] == {}
 
 
+def test_windows_are_compared_by_whole_requests_of_equal_tokens(tiny_artefact, capsys):
+    arguments = ["--model", str(tiny_artefact), "--windows", "1,3,auto", "--candidates", "1,2"]
+    bench.main([*arguments, "--precision", "fp32,int8", "--threads", "1", "--rounds", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    figures = json.loads(lines[-1])["windows"]
+    assert [(each["precision"], each["candidates"], each["window"]) for each in figures] == [
+        (precision, candidates, window)
+        for precision in ("fp32", "int8")
+        for candidates in (1, 2)
+        for window in (1, 3, None)
+    ]
+    assert len(lines) == 1 + len(figures) + 1
+    for each in figures:
+        low, high = each["ratio_quartiles"]
+        assert each["request_ms"] > 0
+        assert low <= each["ratio"] <= high
+        if each["window"] == 1:
+            assert (each["ratio"], each["positions_per_step"]) == (1.0, 1.0)
+        if each["outside_step"] is not None:
+            assert 0 < each["outside_step"] < 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -80,6 +102,7 @@ def test_an_artefact_is_measured_as_it_is(tiny_artefact, capsys):
         ),
         (["--size", "huge"], "invalid choice: 'huge'"),
         (["--rounds", "0"], "argument --rounds: must be at least 1, got 0"),
+        (["--windows", "1,0"], "must be numbers of at least 1, or auto, like 1,8,auto; got '1,0'"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(arguments, says, capsys):
