@@ -63,8 +63,8 @@ picture: setup  ## take the README's picture of the page again, with the model o
 	.venv/bin/python -m tests.inference.playground.picture --root $(ROOT) --out inference/playground.png
 
 docs: setup  ## write the generated parts of the README.md files again
-	.venv/bin/python tests/repository/test_readme.py
-	.venv/bin/python tests/repository/test_readme_infra.py
+	PYTHONPATH="$(CURDIR)" .venv/bin/python tests/repository/test_readme.py
+	PYTHONPATH="$(CURDIR)" .venv/bin/python tests/repository/test_readme_infra.py
 
 tree:  ## what every file is, by its own first line
 	@grep -rnm1 --include='*.py' '"""' container training inference infra | sed -E 's/^([^:]*):[0-9]+:"""/\1\t/; s/"""$$//' | sort | expand -t 36
