@@ -27,7 +27,7 @@ from dalle.platform.threads import spin_briefly
 from dalle.platform.user import name_user
 from training.config import hyperparameters
 from training.config.fields import Hyperparameters
-from training.config.with_channels import check_with_channels
+from training.config.with_channels import with_channels
 from training.distributed.topology import RENDEZVOUS_PORT, Place, Timeouts
 from training.job import channels, process
 from training.memory import command as plan_command
@@ -126,8 +126,7 @@ def _plan(options: argparse.Namespace) -> int:
     """Print the memory plan; reads the hyperparameters and what channels of models bring."""
     try:
         job = read_job(options.root)
-        settings = hyperparameters.parse(job.hyperparameters)
-        check_with_channels(settings, job.channels)
+        settings = with_channels(hyperparameters.parse(job.hyperparameters), job.channels)
         tokenizer = None
         legacy = None
         if hyperparameters.LEGACY in job.channels:
@@ -156,8 +155,7 @@ def _checked(root: Path) -> tuple[Job, Hyperparameters]:
     problems: list[JobError] = []
     settings = None
     try:
-        settings = hyperparameters.parse(job.hyperparameters)
-        check_with_channels(settings, job.channels)
+        settings = with_channels(hyperparameters.parse(job.hyperparameters), job.channels)
     except JobError as error:
         problems.append(error)
     try:

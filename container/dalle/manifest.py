@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from dalle.errors import ArtefactError
 from dalle.platform.json_file import read_json
@@ -40,6 +40,9 @@ class StageRecord(BaseModel):
     """Of the last validation; empty without held-out pairs."""
     dataset_fingerprint: str
     dataset_counts: dict[str, int]
+    trained_on_from: str = ""
+    """sha256 of the weights that it began with, which a channel brought; empty for random ones. The
+    record before it of this stage, if there is one, is theirs."""
 
 
 class ImportedModel(BaseModel):
@@ -51,6 +54,48 @@ class ImportedModel(BaseModel):
     """Its kind, and how it differs from the models beside it."""
     files: dict[str, str]
     """Name of each file that it came from -> sha256."""
+
+
+class SamplingSettings(BaseModel):
+    """How images are sampled for a request that does not say."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    temperature: float = Field(default=1.0, ge=0, le=10)
+    top_k: int | None = Field(default=None, ge=1)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    guidance_scale: float = Field(default=1.0, ge=0, le=100)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value:g}" for name, value in self if value is not None)
+
+
+class TriedSampling(BaseModel):
+    """Settings that were tried on held-out captions, and what they gave."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    settings: SamplingSettings
+    own_caption: float
+    """Share of the images, 0 to 1, that CLIP finds nearest to their own of the captions."""
+    nats: float
+    """Of the held-out images' codes, each in the mean, by a mixture of settings and model."""
+    spread: float
+    """1 - cosine by CLIP of two images of one caption, in the mean."""
+
+
+class ChosenSampling(BaseModel):
+    """The settings that were chosen for a model after its training, and how."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    settings: SamplingSettings
+    num_captions: int
+    """Held-out captions, with two images each."""
+    own_caption_of_real: float
+    """As `TriedSampling.own_caption`, of the real images."""
+    tried: list[TriedSampling]
+    """The first are those of a model without a choice: temperature 1, no filter, no guidance."""
 
 
 class Manifest(BaseModel):
@@ -69,6 +114,8 @@ class Manifest(BaseModel):
     captions: list[str] = []
     """A few captions of the transformer's data, held-out ones if there are any. `serve` compares
     number formats by the images of these captions."""
+    sampling: ChosenSampling | None = None
+    """How `serve` samples for a silent request; None as ever, at temperature 1."""
     files: dict[str, str] = {}
     """Path within the artefact -> sha256."""
 
@@ -84,6 +131,20 @@ class Manifest(BaseModel):
     def components(self) -> set[str]:
         """Return the names of the components that the artefact has."""
         return {name.partition("/")[0] for name in self.files}
+
+    @property
+    def sampling_settings(self) -> SamplingSettings:
+        """How images are sampled where nobody says."""
+        return SamplingSettings() if self.sampling is None else self.sampling.settings
+
+    def lineage(self, stage: StageName) -> list[StageRecord]:
+        """Return the records of a component, newest first; each was trained on from the next."""
+        lineage = []
+        for record in reversed([each for each in self.stages if each.stage == stage]):
+            lineage.append(record)
+            if not record.trained_on_from:
+                break
+        return lineage
 
     def newest_records(self) -> dict[StageName, StageRecord]:
         """Return the last record of each stage that was trained."""

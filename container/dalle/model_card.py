@@ -8,7 +8,7 @@ The Markdown has the YAML front matter that model hubs read.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
@@ -22,14 +22,8 @@ if TYPE_CHECKING:
 
 MODEL_CARD = "MODEL_CARD.md"
 
-SAMPLING_DEFAULTS: Mapping[str, Any] = {
-    "num_candidates": 16,
-    "temperature": 1.0,
-    "top_k": None,
-    "top_p": None,
-    "guidance_scale": 1.0,
-}
-"""Of a request that names none of them."""
+NUM_CANDIDATES = 16
+"""Of a request that does not say."""
 
 _WORDS: Mapping[StageName, str] = {
     "dvae": "discrete VAE: image to image tokens and back",
@@ -95,6 +89,8 @@ class ComponentCard(BaseModel):
     pairs: dict[str, int] = {}
     """Number of pairs by channel."""
     dataset_fingerprint: str = ""
+    trained_on_from: list[str] = []
+    """The trainings that came before, the newest first, in words."""
 
 
 class ModelCard(BaseModel):
@@ -114,6 +110,9 @@ class ModelCard(BaseModel):
     guidance: bool
     """Whether captions were dropped in training, which a guidance_scale above 1 needs."""
     sampling_defaults: dict[str, Any]
+    """Of a request that names none of them."""
+    sampling_captions: int | None = None
+    """Held-out captions that they were chosen on; None where they are those of every model."""
     components: list[ComponentCard]
 
 
@@ -121,7 +120,7 @@ def describe(manifest: Manifest, models: Mapping[StageName, nn.Module]) -> Model
     """Return the card of an artefact with this manifest and these models."""
     records = manifest.newest_records()
     components = [
-        _component(name, model, records.get(name), manifest.imported.get(name))
+        _component(name, model, manifest.lineage(name), manifest.imported.get(name))
         for name, model in models.items()
     ]
     sizes = {each.name: each.sizes for each in components}
@@ -135,14 +134,22 @@ def describe(manifest: Manifest, models: Mapping[StageName, nn.Module]) -> Model
         image_size=sizes["dvae"]["image_size"] if generates else None,
         grid_size=sizes["transformer"]["grid_size"] if generates else None,
         guidance=bool(record and record.hyperparameters.get("caption_dropout")),
-        sampling_defaults=dict(SAMPLING_DEFAULTS),
+        sampling_defaults={
+            "num_candidates": NUM_CANDIDATES,
+            **manifest.sampling_settings.model_dump(),
+        },
+        sampling_captions=None if manifest.sampling is None else manifest.sampling.num_captions,
         components=components,
     )
 
 
 def _component(
-    name: StageName, model: nn.Module, record: StageRecord | None, imported: ImportedModel | None
+    name: StageName,
+    model: nn.Module,
+    lineage: Sequence[StageRecord],
+    imported: ImportedModel | None,
 ) -> ComponentCard:
+    record = lineage[0] if lineage else None
     config = model.config
     values = {each: getattr(config, each, None) for each in _SIZES}
     sizes = {each: value for each, value in values.items() if isinstance(value, int)}
@@ -165,6 +172,10 @@ def _component(
         "metrics": record.metrics,
         "pairs": record.dataset_counts,
         "dataset_fingerprint": record.dataset_fingerprint,
+        "trained_on_from": [
+            f"job {each.job_name}, {each.steps:,} steps until {each.finished_at}"
+            for each in lineage[1:]
+        ],
     }
     return card.model_copy(update=trained)
 
@@ -256,6 +267,7 @@ def _models(card: ModelCard) -> Iterator[str]:
             training = f"{each.steps:,} steps, {each.minutes:g} minutes, until {each.finished_at}"
             if not each.is_finished:
                 training += ", stopped before its end"
+            training += "".join(f"; trained on from {before}" for before in each.trained_on_from)
         yield f"| {each.description} | {each.parameters:,} | {sizes} | {training} |"
 
 
@@ -279,6 +291,9 @@ def _sampling(card: ModelCard) -> Iterator[str]:
     for name, value in card.sampling_defaults.items():
         yield f"| {name} | {'off' if value is None else f'{value:g}'} |"
     yield ""
+    if card.sampling_captions is not None:
+        yield f"Chosen on {card.sampling_captions} held-out captions. A request's own values win."
+        yield ""
     if card.guidance:
         yield "Captions were dropped in training, so a guidance_scale above 1 may help."
     else:

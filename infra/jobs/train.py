@@ -43,7 +43,7 @@ from infra.jobs.training_job import (
 )
 from training.config import hyperparameters
 from training.config.models import TextSizes, dvae_config, stage_config
-from training.config.with_channels import check_with_channels
+from training.config.with_channels import with_channels
 
 MAX_ATTEMPTS = 20
 ENDED_BADLY = ("Failed", "Stopped")
@@ -317,8 +317,7 @@ def check_settings(
     if problems:
         raise UserError("; ".join(problems))
     for stage in stages:
-        settings = hyperparameters.parse({**given, "stage": stage})
-        check_with_channels(settings, channels)
+        settings = with_channels(hyperparameters.parse({**given, "stage": stage}), channels)
         if stage == "dvae" or (stage == "all" and not brought):
             dvae = dvae_config(settings)
             text = TextSizes(settings.tokenizer_vocab_size, settings.text_length)

@@ -6,8 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from dalle.manifest import Manifest, StageRecord
-from dalle.model_card import SAMPLING_DEFAULTS, describe, render
+from dalle.manifest import (
+    ChosenSampling,
+    Manifest,
+    SamplingSettings,
+    StageRecord,
+    TriedSampling,
+)
+from dalle.model_card import describe, render
 from inference.api.schema import GenerateRequest
 from tests.dalle.models.tiny_tokenizers import tiny_tokenizer
 
@@ -120,5 +126,31 @@ def test_parts_of_a_model_are_not_offered_as_text_to_image(tiny_models):
 
 
 def test_the_sampling_defaults_are_those_of_a_request():
-    defaults = {name: GenerateRequest.model_fields[name].default for name in SAMPLING_DEFAULTS}
-    assert defaults == SAMPLING_DEFAULTS
+    defaults = describe(Manifest(), {}).sampling_defaults
+    assert {"num_candidates", "temperature", "top_k", "top_p", "guidance_scale"} == {*defaults}
+    assert {name: GenerateRequest.model_fields[name].default for name in defaults} == defaults
+
+
+def test_chosen_sampling_settings_are_the_defaults_and_say_on_how_many_captions():
+    settings = SamplingSettings(temperature=0.7, guidance_scale=1.5)
+    tried = TriedSampling(settings=settings, own_caption=0.8, nats=1.0, spread=0.1)
+    sampling = ChosenSampling(
+        settings=settings, num_captions=96, own_caption_of_real=0.9, tried=[tried]
+    )
+    card = describe(Manifest(sampling=sampling), {})
+    assert card.sampling_defaults == {"num_candidates": 16, **settings.model_dump()}
+    text = render(card)
+    assert "| temperature | 0.7 |" in text
+    assert "Chosen on 96 held-out captions. A request's own values win." in text
+
+
+def test_the_trainings_that_came_before_are_told_as_far_as_one_goes_on_from_the_other():
+    first, second, third = (
+        RECORD.model_copy(update={"job_name": name, "trained_on_from": begun})
+        for name, begun in (("much", "0" * 64), ("fifty", "1" * 64), ("six", "2" * 64))
+    )
+    new = RECORD.model_copy(update={"job_name": "new"})
+    manifest = Manifest(stages=[first, new, second, third])
+    assert [each.job_name for each in manifest.lineage("transformer")] == ["six", "fifty", "new"]
+    (component,) = describe(manifest, {"transformer": tiny_tokenizer("openai")}).components
+    assert [each.split(",")[0] for each in component.trained_on_from] == ["job fifty", "job new"]

@@ -5,6 +5,7 @@ None. `training.config.hyperparameters` parses text into these models and render
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -31,8 +32,12 @@ Codebook = Annotated[int, Field(ge=2, le=1_048_576)]
 BUDGETS = ("epochs", "max_steps", "max_minutes")
 SAVES_MEMORY = ("gradient_accumulation_steps", "activation_checkpointing")
 DEFAULT_EPOCHS = 20
-FINE_TUNING_RATES = {"learning_rate": 1e-5, "muon_learning_rate": 0.0}
-"""Of a trained CLIP; the rates for random weights would undo its training."""
+TrainedOn = Literal["transformer", "clip"]
+TRAINING_ON: Mapping[TrainedOn, Mapping[str, float]] = {
+    "transformer": {"learning_rate": 3e-4, "muon_learning_rate": 0.002},
+    "clip": {"learning_rate": 1e-5, "muon_learning_rate": 0.0},
+}
+"""Defaults of trained weights; the rates for random ones would undo their training."""
 DEFAULT_MAX_BAD_SHARE = 0.05
 MAX_BATCH_SIZE = 65_536
 
@@ -200,9 +205,7 @@ class ClipHyperparameters(StageHyperparameters):
     not_of_config: ClassVar[frozenset[str]] = frozenset({"fine_tune"})
 
     fine_tune: bool = False
-    """Train on from the CLIP that the channel clip or artefact brings, in place of a new one. Its
-    learning_rate is then 1e-5 and its muon_learning_rate 0, unless clip_learning_rate and
-    clip_muon_learning_rate are set."""
+    """The same as train_on=clip."""
     embed_size: Width | None = None
     """Length of the vectors that images and captions are compared by."""
     patch_size: Annotated[int, Field(ge=1, le=64)] | None = None
@@ -227,6 +230,10 @@ class JobHyperparameters(_Fields):
 
     stage: Literal["all", StageName] = "all"
     """What to train; all: what the artefact channel lacks, in that order."""
+    train_on: tuple[TrainedOn, ...] = ()
+    """Stages that train on from the model that a channel brings, with its sizes and its tokenizer,
+    in place of a new one. Their learning rates are then lower, unless they are set: of the
+    transformer learning_rate 3e-4 and muon_learning_rate 0.002, of CLIP 1e-5 and 0."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Start of all random numbers."""
     engine: EngineName = "torch"
@@ -285,7 +292,7 @@ class Hyperparameters(JobHyperparameters):
 
     def trains_on(self, stage: str) -> bool:
         """Return whether a stage begins with the weights that a channel brings."""
-        return stage == "clip" and self.clip.fine_tune
+        return stage in self.train_on
 
 
 STAGE_FIELDS: dict[StageName, type[StageHyperparameters]] = {

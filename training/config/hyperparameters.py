@@ -23,11 +23,12 @@ from training.config import deepspeed as deepspeed_settings
 from training.config.deepspeed import TRAINED_BY_DEEPSPEED
 from training.config.fields import (
     BUDGETS,
-    FINE_TUNING_RATES,
     STAGE_FIELDS,
+    TRAINING_ON,
     Hyperparameters,
     JobHyperparameters,
     StageHyperparameters,
+    TrainedOn,
 )
 
 MAX_HYPERPARAMETERS = 1_000  # the platform takes 100 of a job
@@ -100,17 +101,45 @@ def parse(raw: Mapping[str, str]) -> Hyperparameters:
                     if f"{target.stage}_{budget}" not in given:
                         settings.pop(budget, None)
             settings[target.name] = value
-    if stages["clip"].get("fine_tune"):
-        for name, rate in FINE_TUNING_RATES.items():
-            if f"clip_{name}" not in given:
-                stages["clip"][name] = rate
     problems += _double_budgets(stages)
+    problems += _take_fine_tune(job, stages["clip"])
     if not problems:
         parsed = Hyperparameters.model_validate({**job, **stages, "given": given_by_author})
+        parsed = training_on(parsed, parsed.train_on)
         problems = [*deepspeed_settings.refused_combinations(parsed), *_small_vocabulary(parsed)]
     if problems:
         raise HyperparameterError(summary(problems))
     return parsed
+
+
+def _take_fine_tune(job: dict[str, Any], clip: dict[str, Any]) -> list[str]:
+    """Make clip_fine_tune and `train_on` say the same; return a problem where they differ."""
+    named = "clip" in job.get("train_on", ())
+    if named and clip.get("fine_tune") is False:
+        return ["clip_fine_tune is false and train_on names clip; leave one of them out"]
+    if clip.get("fine_tune") and not named:
+        job["train_on"] = (*job.get("train_on", ()), "clip")
+    if named:
+        clip["fine_tune"] = True
+    return []
+
+
+def training_on(hyperparameters: Hyperparameters, stages: Collection[TrainedOn]) -> Hyperparameters:
+    """Return the hyperparameters of a job whose given stages begin with trained weights.
+
+    Their learning rates are those of `TRAINING_ON`. Of CLIP the author's own count where they
+    are CLIP's alone: those of all stages are meant for the other models, of another size.
+    """
+    update: dict[str, Any] = {"train_on": tuple(each for each in TRAINING_ON if each in stages)}
+    for stage in update["train_on"]:
+        settings, given = hyperparameters.of(stage), hyperparameters.given
+        rates = {
+            name: rate
+            for name, rate in TRAINING_ON[stage].items()
+            if f"{stage}_{name}" not in given and (stage == "clip" or name not in given)
+        }
+        update[stage] = settings.model_copy(update=rates)
+    return hyperparameters.model_copy(update=update)
 
 
 def _script(raw: Mapping[str, str]) -> list[str]:
@@ -146,6 +175,9 @@ def without_effect(
     reasons: dict[str, str] = {}
     for name in sorted(hyperparameters.given):
         if TOKENIZER_MODEL in channels and TARGETS[name][0].name == "image_size":
+            continue
+        if name == "train_on" and not {*hyperparameters.train_on} & {*trained}:
+            reasons[name] = f"this job trains {', '.join(trained)}"
             continue
         if not any(target.stage in (None, *trained) for target in TARGETS[name]):
             reasons[name] = f"this job trains {', '.join(trained)}"
@@ -353,4 +385,4 @@ def _default_words(target: _Target) -> str:
             target.stage is not None and target.name not in StageHyperparameters.model_fields
         )
         return "of the size" if overrides else "—"
-    return f"`{default}`" if default != "" else "—"
+    return f"`{default}`" if default not in ("", ()) else "—"

@@ -73,31 +73,31 @@ def stage_config(
         return TransformerConfig(**TRANSFORMER_SIZES[settings.size] | settings.overrides() | known)
 
 
-def trained_on(
-    config: LegacyTransformerConfig, hyperparameters: Hyperparameters
-) -> LegacyTransformerConfig:
-    """Return the config of a published transformer that is trained on.
+def trained_on_config(
+    stage: StageName, hyperparameters: Hyperparameters, config: Config | None
+) -> Config:
+    """Return the config of a model that is trained on. config: of the one that a channel brings.
 
-    Raises HyperparameterError for a hyperparameter that only a new transformer can have.
+    Raises HyperparameterError where none does, and for a hyperparameter that only a new
+    transformer can have.
     """
-    overrides = hyperparameters.transformer.overrides()
-    if wrong := sorted(overrides.keys() - _OF_TRAINING):
-        raise HyperparameterError(
-            f"transformer: {', '.join(wrong)} can be set of a new transformer only, and the "
-            "channel legacy brings one; leave it out"
-        )
-    return replace(config, **overrides)
-
-
-def fine_tuned_config(hyperparameters: Hyperparameters, clip: ClipConfig | None) -> ClipConfig:
-    """Return the config of a CLIP that is trained on. clip: of the one that a channel brings."""
-    if clip is None:
-        raise HyperparameterError(
-            "clip_fine_tune=true trains on from a CLIP, and no channel brings one: give one in the "
-            "channel clip, or an artefact that has one"
-        )
-    weight = hyperparameters.clip.likelihood_weight
-    return clip if weight is None else replace(clip, likelihood_weight=weight)
+    overrides = hyperparameters.of(stage).overrides()
+    match config:
+        case TransformerConfig() | LegacyTransformerConfig():
+            if wrong := sorted(overrides.keys() - _OF_TRAINING):
+                raise HyperparameterError(
+                    f"transformer: {', '.join(wrong)} can be set of a new transformer only, and "
+                    "this job trains on from one that a channel brings; leave it out"
+                )
+            return replace(config, **overrides)
+        case ClipConfig():
+            weight = hyperparameters.clip.likelihood_weight
+            return config if weight is None else replace(config, likelihood_weight=weight)
+    channels = "the channel clip" if stage == "clip" else "the channel legacy"
+    raise HyperparameterError(
+        f"train_on={stage} trains on from a {stage}, and no channel brings one: give one in "
+        f"{channels}, or an artefact that has one"
+    )
 
 
 @contextmanager

@@ -7,53 +7,78 @@ No torch.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from dalle.errors import ArtefactError, HyperparameterError
 from dalle.types import STAGES, ComponentName, StageName
-from training.config.fields import Hyperparameters
-from training.config.hyperparameters import TARGETS, TOKENIZER_MODEL, summary
-
-_OF_NEW_CLIPS = frozenset(
-    {"size", "embed_size", "patch_size"}
-    | {"vision_width", "vision_layers", "text_width", "text_heads", "text_layers"}
+from training.config.fields import Hyperparameters, TrainedOn
+from training.config.hyperparameters import (
+    LEGACY,
+    TARGETS,
+    TOKENIZER_MODEL,
+    summary,
+    training_on,
 )
-"""Fields of a CLIP with random weights."""
+
+_WORDS: Mapping[TrainedOn, str] = {"transformer": "transformer", "clip": "CLIP"}
+_BROUGHT_BY: Mapping[TrainedOn, tuple[str, ...]] = {
+    "transformer": (LEGACY, "artefact"),
+    "clip": ("clip", "artefact"),
+}
+"""Stage -> the channels that may bring its model."""
+_OF_NEW_MODELS: Mapping[TrainedOn, frozenset[str]] = {
+    "transformer": frozenset({"size"}),  # other sizes are refused beside the model's config
+    "clip": frozenset(
+        {"size", "embed_size", "patch_size"}
+        | {"vision_width", "vision_layers", "text_width", "text_heads", "text_layers"}
+    ),
+}
+"""Fields of a model with random weights."""
 
 
-def check_with_channels(hyperparameters: Hyperparameters, channels: Collection[str]) -> None:
-    """Raise HyperparameterError for settings of a model that a channel brings, or should bring.
+def with_channels(hyperparameters: Hyperparameters, channels: Collection[str]) -> Hyperparameters:
+    """Return the hyperparameters of a job that has these channels.
 
-    With a published image tokenizer, image_size may be set: it is convolutional.
+    stage=transformer trains on from the model of the channel `legacy`. Raises HyperparameterError
+    for settings of a model that a channel brings, or should bring. With a published image
+    tokenizer, image_size may be set: it is convolutional.
     """
-    problems = _fine_tuning_problems(hyperparameters, channels)
+    if LEGACY in channels and hyperparameters.stage == "transformer":
+        stages = {"transformer", *hyperparameters.train_on}
+        hyperparameters = training_on(hyperparameters, stages)
+    problems = []
+    if (
+        hyperparameters.stage == "clip"
+        and "clip" in channels
+        and not hyperparameters.trains_on("clip")
+    ):
+        problems.append(
+            "stage=clip trains a CLIP and the channel clip brings one; leave one of them out, "
+            "or set train_on=clip to train that one on"
+        )
+    for stage in hyperparameters.train_on:
+        problems += _training_on_problems(hyperparameters, stage, channels)
     if TOKENIZER_MODEL in channels:
         problems += _tokenizer_problems(hyperparameters)
     if problems:
         raise HyperparameterError(summary(problems))
+    return hyperparameters
 
 
-def _fine_tuning_problems(hyperparameters: Hyperparameters, channels: Collection[str]) -> list[str]:
-    trains_clip = hyperparameters.stage in ("all", "clip")
-    if not hyperparameters.clip.fine_tune:
-        if hyperparameters.stage == "clip" and "clip" in channels:
-            return [
-                "stage=clip trains a CLIP and the channel clip brings one; leave one of them out, "
-                "or set clip_fine_tune=true to train that one on"
-            ]
+def _training_on_problems(
+    hyperparameters: Hyperparameters, stage: TrainedOn, channels: Collection[str]
+) -> list[str]:
+    if hyperparameters.stage not in ("all", stage):
         return []
-    if trains_clip and not {"artefact", "clip"} & {*channels}:
-        return [
-            "clip_fine_tune=true trains on from a CLIP, and neither the channel clip nor artefact "
-            "is there to bring one"
-        ]
+    what = f"train_on={stage} trains on from a {_WORDS[stage]}"
+    if not {*_BROUGHT_BY[stage]} & {*channels}:
+        wanted = " nor ".join(_BROUGHT_BY[stage])
+        return [f"{what}, and neither the channel {wanted} is there to bring one"]
     return [
-        f"{name} is of a new CLIP, and clip_fine_tune=true trains on from one that is there; leave "
-        "one of them out"
+        f"{name} is of a new {_WORDS[stage]}, and {what} that is there; leave one of them out"
         for name in sorted(hyperparameters.given)
-        if trains_clip
-        and {target.stage for target in TARGETS[name]} == {"clip"}
-        and TARGETS[name][0].name in _OF_NEW_CLIPS
+        if {target.stage for target in TARGETS[name]} == {stage}
+        and TARGETS[name][0].name in _OF_NEW_MODELS[stage]
     ]
 
 
@@ -86,7 +111,7 @@ def stages_to_train(wanted: str, present: Collection[ComponentName]) -> list[Sta
         if not missing:
             raise ArtefactError(
                 "stage=all trains what the artefact lacks, but it has dvae, transformer and clip; "
-                "set stage to the one to train anew"
+                "set train_on=transformer,clip to train those on, or stage to the one to train anew"
             )
         return missing
     (name,) = (name for name in STAGES if name == wanted)

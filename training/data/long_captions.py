@@ -46,11 +46,20 @@ def fit_captions(
 
 
 def too_long(
-    dataset: Dataset, index: int, error: CaptionTooLong, tokenizer: CaptionTokenizer
+    dataset: Dataset,
+    index: int,
+    error: CaptionTooLong,
+    tokenizer: CaptionTokenizer,
+    is_kept: bool = False,
 ) -> CaptionTooLong:
-    """Return the error of a pair's caption with the pair's name and the remedies."""
+    """Return the error of a pair's caption with the pair's name and the remedies.
+
+    is_kept: whether the tokenizer is an earlier model's, whose text length stays.
+    """
     if isinstance(tokenizer, ClipTokenizer):
         remedy = "the CLIP that is trained on reads no more; shorten"
+    elif is_kept:
+        remedy = "the model of the channel reads no more; shorten"
     else:
         remedy = "raise text_length, shorten"
     return CaptionTooLong(

@@ -17,6 +17,7 @@ from torch import nn
 from dalle.errors import CheckpointError, HyperparameterError
 from dalle.models.clip import Clip, ClipConfig
 from dalle.models.dvae import DiscreteVAE, DVAEConfig
+from dalle.models.legacy.build import build_transformer
 from dalle.models.legacy.config import LegacyTransformerConfig
 from dalle.models.legacy.transformer import LegacyTransformer
 from dalle.models.transformer import Dalle, TransformerConfig
@@ -75,9 +76,10 @@ class Components:
                 if name in inputs.present and not inputs.trains_on(name):
                     logger.warning(
                         "the channel artefact brings a trained %s; stage=%s does not train it on: "
-                        "a new one, from random weights, replaces it",
+                        "a new one, from random weights, replaces it%s",
                         name,
                         name,
+                        "" if name == "dvae" else f". train_on={name} would train it on",
                     )
             if any(is_emulated(each.precision, inputs.device) for each in settings.values()):
                 logger.warning(
@@ -85,6 +87,10 @@ class Components:
                     "for it (avx512_bf16 or amx_bf16)"
                 )
         problems: list[str] = []
+        try:
+            inputs.check_image_size()
+        except HyperparameterError as error:
+            problems.append(str(error))
         for name in names:
             try:
                 check_precision(settings[name], inputs.device)
@@ -221,22 +227,17 @@ class Components:
             case DVAEConfig() as config:
                 dvae = DiscreteVAE(config).to(device)
                 return DVAEStage(dvae, inputs.data(settings))
-            case TransformerConfig() as config:
+            case TransformerConfig() | LegacyTransformerConfig() as config:
                 trained = inputs.artefact.require("dvae", "the stage transformer")
-                model = Dalle(config).to(device)
+                model, begun = build_transformer(config).to(device), ""
+                if inputs.trains_on("transformer"):
+                    before = inputs.artefact.require("transformer", "train_on=transformer")
+                    model.load_state_dict(before.state_dict())
+                    begun = weights_hash(before)
                 model.checkpoints_activations = settings.activation_checkpointing
                 pairs = inputs.pairs_with_tokens(settings, trained)
                 data = inputs.data(settings, tokenizer=inputs.tokenizer(), train_pairs=pairs)
-                return TransformerStage(model, trained, data)
-            case LegacyTransformerConfig() as config:
-                begun = inputs.artefact.require("transformer", "the stage transformer")
-                trained = inputs.artefact.require("dvae", "the stage transformer")
-                model = LegacyTransformer(config).to(device)
-                model.load_state_dict(begun.state_dict())
-                model.checkpoints_activations = settings.activation_checkpointing
-                pairs = inputs.pairs_with_tokens(settings, trained)
-                data = inputs.data(settings, tokenizer=inputs.tokenizer(), train_pairs=pairs)
-                return TransformerStage(model, trained, data, trained_on_from=weights_hash(begun))
+                return TransformerStage(model, trained, data, trained_on_from=begun)
             case ClipConfig() as config:
                 data = inputs.data(settings, tokenizer=inputs.reader("clip"))
                 if not inputs.trains_on("clip"):

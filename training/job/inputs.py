@@ -13,23 +13,20 @@ from functools import partial
 
 import torch
 
-from dalle.errors import CaptionTooLong
+from dalle.errors import CaptionTooLong, HyperparameterError
 from dalle.models.configs import ImageTokenizerConfig
 from dalle.models.image_tokenizer import ImageTokenizer
-from dalle.models.legacy.transformer import LegacyTransformer
 from dalle.platform.environment import Job
 from dalle.preprocess.clip_tokenizer import ClipTokenizer
 from dalle.preprocess.tokenizer import CaptionTokenizer
 from dalle.types import StageName
 from training.config.fields import Hyperparameters, StageHyperparameters
-from training.config.hyperparameters import LEGACY
 from training.config.models import (
     Config,
     TextSizes,
     dvae_config,
-    fine_tuned_config,
     stage_config,
-    trained_on,
+    trained_on_config,
 )
 from training.data.batching.batches import Batches
 from training.data.batching.preload import Preloaded
@@ -39,6 +36,7 @@ from training.data.open import OpenedChannel, open_data, totals_of
 from training.data.pairs import Dataset
 from training.data.sharded import HostPart, on_all_ranks
 from training.data.sources.index import Pairs
+from training.data.unknown_words import check_words
 from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from training.job.channel_models import read_models
 from training.loop.budget import Budget
@@ -118,7 +116,7 @@ class Inputs:
     def _published_reader(self) -> ClipTokenizer | None:
         """Return the tokenizer of a published CLIP that is trained on; None without one."""
         clip = self.artefact.clip
-        if not self.hyperparameters.clip.fine_tune or clip is None:
+        if not self.trains_on("clip") or clip is None:
             return None
         if clip.config.tokenizer == "artefact":
             return None
@@ -126,8 +124,6 @@ class Inputs:
 
     def trains_on(self, stage: StageName) -> bool:
         """Return whether a stage begins with the weights that a channel brings."""
-        if stage == "transformer":
-            return self.legacy_transformer() is not None
         return self.hyperparameters.trains_on(stage)
 
     def reader(self, stage: StageName) -> CaptionTokenizer:
@@ -160,34 +156,42 @@ class Inputs:
         return self.artefact.tokenizer
 
     def check_captions(self) -> None:
-        """Tokenize every caption once. Raises CaptionTooLong; Stopped."""
+        """Tokenize every caption once. Raises CaptionTooLong, DataError; Stopped."""
         for tokenizer in self._readers(self.tokenizer):
             for opened in filter(None, (self.train, self.validation)):
                 for index in unless_stopped(range(len(opened.pairs)), self.stop):
                     try:
                         tokenizer.encode(opened.pairs.captions(index))
                     except CaptionTooLong as error:
-                        raise too_long(opened.pairs, index, error, tokenizer) from error
+                        kept = "tokenizer" in self.present
+                        raise too_long(opened.pairs, index, error, tokenizer, kept) from error
+        if self.trains_on("transformer"):
+            share = self.hyperparameters.max_bad_share
+            check_words(self.train.pairs, self.tokenizer(), share, self.stop)
+
+    def check_image_size(self) -> None:
+        """Raise HyperparameterError for an image size that is not of the model to train on."""
+        wanted, dvae = self.hyperparameters.dvae.image_size, self.artefact.dvae
+        if not self.hyperparameters.train_on or wanted is None or dvae is None:
+            return
+        if wanted != dvae.config.image_size:
+            raise HyperparameterError(
+                f"image_size is {wanted}, and train_on keeps the image tokenizer of the channel, "
+                f"for images of {dvae.config.image_size} pixels; leave image_size out, and images "
+                "of every size are scaled to it"
+            )
 
     def config(self, stage: StageName) -> Config:
         """Return the config of a stage's model. Raises HyperparameterError when it is invalid."""
         if stage == "dvae":
             return dvae_config(self.hyperparameters)
-        if stage == "transformer" and (legacy := self.legacy_transformer()) is not None:
-            return trained_on(legacy.config, self.hyperparameters)
-        if self.hyperparameters.trains_on(stage):
-            clip = self.artefact.clip
-            return fine_tuned_config(self.hyperparameters, None if clip is None else clip.config)
+        if self.trains_on(stage):
+            brought = getattr(self.artefact, stage)
+            config = None if brought is None else brought.config
+            return trained_on_config(stage, self.hyperparameters, config)
         tokenizer = self.tokenizer()
         text = TextSizes(tokenizer.vocab_size, tokenizer.text_length)
         return stage_config(stage, self.hyperparameters, text, self.dvae_config())
-
-    def legacy_transformer(self) -> LegacyTransformer | None:
-        """Return the transformer of the channel `legacy`, which this job trains on, if any."""
-        transformer = self.artefact.transformer
-        if LEGACY in self.job.channels and isinstance(transformer, LegacyTransformer):
-            return transformer
-        return None
 
     def dvae_config(self) -> ImageTokenizerConfig:
         """Return the config of the artefact's image tokenizer, or of the dVAE to be trained."""

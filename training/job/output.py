@@ -69,6 +69,7 @@ class Output:
                 for each in (inputs.train, inputs.validation)
                 if each is not None
             },
+            trained_on_from=stage.identity().get("trained_on_from", ""),
         )
         artefact.manifest.stages.append(record)
         if not inputs.trains_on(stage.name):

@@ -7,10 +7,10 @@ training.memory.estimate; training.memory.command prints the plan.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
@@ -18,6 +18,7 @@ from dalle.artefact import CONFIG
 from dalle.errors import ArtefactError, HyperparameterError
 from dalle.manifest import MANIFEST
 from dalle.models.configs import ClipConfig, ImageTokenizerConfig
+from dalle.models.legacy.build import parse_transformer_config
 from dalle.models.legacy.config import LegacyTransformerConfig
 from dalle.models.tokenizers.configs import parse_config
 from dalle.platform.environment import Job
@@ -30,13 +31,18 @@ from training.config.models import (
     Config,
     TextSizes,
     dvae_config,
-    fine_tuned_config,
     stage_config,
-    trained_on,
+    trained_on_config,
 )
 from training.config.with_channels import stages_to_train
 from training.memory.estimate import Memory, Setting, StageMemory
 
+_PARSERS: Mapping[StageName, Callable[[Any], Any]] = {
+    "dvae": parse_config,
+    "transformer": parse_transformer_config,
+    "clip": TypeAdapter(ClipConfig).validate_python,
+}
+"""Stage -> how its model's config is read from JSON."""
 HEADROOM = 0.08
 """Share of a device's memory that is not planned with: the allocator cannot use it."""
 
@@ -134,14 +140,16 @@ def plan(
     present, frozen, vocab_size = _read_artefact(job)
     if clip is not None:
         present = {*present, "clip"}
-    elif "clip" in present and hyperparameters.trains_on("clip"):
-        clip = _read_clip_config(job.channels["artefact"].directory)
     if tokenizer_model is not None:
         present, frozen = {*present, "dvae"}, tokenizer_model
     dvae = frozen or dvae_config(hyperparameters)
     text = TextSizes(
         vocab_size or hyperparameters.tokenizer_vocab_size, hyperparameters.text_length
     )
+    brought: dict[StageName, Config | None] = {"transformer": legacy, "clip": clip}
+    for stage in present:
+        if hyperparameters.trains_on(stage) and brought.get(stage) is None:
+            brought[stage] = _read_config(job.channels["artefact"].directory, stage)
     if legacy is not None:
         present = {*present, "transformer"}
         text = TextSizes(legacy.text_vocab_size, legacy.text_length)
@@ -154,15 +162,13 @@ def plan(
     plans = []
     for name in names:
         config: Config
-        if name == "transformer" and legacy is not None:
-            config = trained_on(legacy, hyperparameters)
-        elif hyperparameters.trains_on(name):
-            if clip is None and not present and "artefact" in job.channels:
+        if hyperparameters.trains_on(name):
+            if brought[name] is None and not present and "artefact" in job.channels:
                 raise HyperparameterError(
-                    "clip_fine_tune=true trains on from the CLIP in the channel artefact, which "
+                    f"train_on={name} trains on from the {name} in the channel artefact, which "
                     "the plan reads of an unpacked artefact only; unpack model.tar.gz there"
                 )
-            config = fine_tuned_config(hyperparameters, clip)
+            config = trained_on_config(name, hyperparameters, brought[name])
         else:
             config = stage_config(name, hyperparameters, text, dvae)
         memory = StageMemory(name, config, dvae=dvae, device_type=devices.kind)
@@ -197,10 +203,10 @@ def _plan_stage(
         alternatives = _alternatives(with_muon, memory.name)
         others = [row(other) for other in alternatives if other != setting]
     size: str = settings.size
-    if hyperparameters.trains_on(memory.name):
-        size = "of the CLIP"
-    elif isinstance(memory.config, LegacyTransformerConfig):
+    if isinstance(memory.config, LegacyTransformerConfig):
         size = "of the model of DALLE-pytorch"
+    elif hyperparameters.trains_on(memory.name):
+        size = "of the CLIP" if memory.name == "clip" else f"of the {memory.name}"
     job = row(setting)
     parts = setting.num_parts * devices.number
     budget = {name: getattr(settings, name) for name in BUDGETS if getattr(settings, name)}
@@ -252,7 +258,7 @@ def _read_artefact(job: Job) -> tuple[set[StageName], ImageTokenizerConfig | Non
     if not (directory / MANIFEST).is_file():
         return set(), None, None
     present = {name for name in STAGES if (directory / name / CONFIG).is_file()}
-    dvae = _read_dvae_config(directory) if "dvae" in present else None
+    dvae = _read_config(directory, "dvae") if "dvae" in present else None
     tokenizer = directory / "tokenizer" / "tokenizer.json"
     vocab_size = None
     if tokenizer.is_file():
@@ -260,17 +266,10 @@ def _read_artefact(job: Job) -> tuple[set[StageName], ImageTokenizerConfig | Non
     return present, dvae, vocab_size
 
 
-def _read_clip_config(directory: Path) -> ClipConfig:
-    path = directory / "clip" / CONFIG
+def _read_config(directory: Path, stage: StageName) -> Any:
+    """Return the config of a component of an unpacked artefact."""
+    path = directory / stage / CONFIG
     try:
-        return TypeAdapter(ClipConfig).validate_python(read_json(path))
-    except (OSError, ValueError) as error:
-        raise ArtefactError(f"{path} cannot be read: {error}") from error
-
-
-def _read_dvae_config(directory: Path) -> ImageTokenizerConfig:
-    path = directory / "dvae" / CONFIG
-    try:
-        return parse_config(read_json(path))
+        return _PARSERS[stage](read_json(path))
     except (OSError, ValueError) as error:
         raise ArtefactError(f"{path} cannot be read: {error}") from error

@@ -66,16 +66,18 @@ def generate_candidates(
     """Generate candidates of many captions together; yield each caption's, in the captions' order.
 
     candidates: for each caption the numbers of its candidates, at least one. `serve` gives the same
-    image for the same caption, seed and number. CLIP scores the images where the artefact has one.
-    Raises ArtefactError when a component is missing, CaptionTooLong, and Stopped.
+    image for the same caption, seed and number. options: None for the model's own. CLIP scores the
+    images where the artefact has one. Raises ArtefactError when a component is missing,
+    CaptionTooLong, and Stopped.
     """
     what = "generating images"
     dvae, transformer = artefact.require("dvae", what), artefact.require("transformer", what)
     text_tokens = artefact.require("tokenizer", what).encode(captions).to(_device(transformer))
     embeddings = None if artefact.clip is None else _embed_captions(artefact, captions, stop)
-    assert options is None or options.guidance_scale == 1.0, "two slots a candidate"
-    together = min(_most_together(transformer), sum(map(len, candidates)))
-    engine = _new_engine(transformer, together)
+    options = options or SamplingOptions(**dict(artefact.manifest.sampling_settings))
+    slots_each = 1 if options.guidance_scale == 1.0 else 2
+    together = min(_most_together(transformer, slots_each), sum(map(len, candidates)))
+    engine = _new_engine(transformer, slots_each * together)
     rows: dict[object, int] = {}  # request -> its caption's row
     finished: list[dict[int, tuple[Tensor, ...]]] = [{} for _ in captions]
     num_open, yielded = 0, 0
@@ -217,11 +219,11 @@ def _new_engine(transformer: Dalle, num_slots: int) -> DecodeEngine:
     return DecodeEngine(transformer, num_slots, step=step)
 
 
-def _most_together(transformer: Dalle) -> int:
+def _most_together(transformer: Dalle, slots_each: int) -> int:
     """How many candidates the engine may hold so that their keys and values fit."""
     config = transformer.config
     slot_bytes = 2 * 4 * config.num_layers * config.length * config.width
-    return max(1, min(MAX_TOGETHER, MAX_CACHE_BYTES // slot_bytes))
+    return max(1, min(MAX_TOGETHER, MAX_CACHE_BYTES // slot_bytes) // slots_each)
 
 
 def _decode_and_score(

@@ -120,6 +120,15 @@ def choose(logits: Tensor, noise_keys: Tensor, options: SamplingOptions) -> Tens
     """
     if options.temperature < LEAST_TEMPERATURE:
         return logits.argmax(dim=-1)
+    scaled = filtered(logits, options)
+    return (scaled + gumbel_noise(noise_keys, logits.shape[-1])).argmax(dim=-1)
+
+
+def filtered(logits: Tensor, options: SamplingOptions) -> Tensor:
+    """Return the logits [K, V] that tokens are sampled from: -inf for those that are left out.
+
+    temperature above 0. guidance_scale is not read.
+    """
     # From the greatest, so that a temperature close to 0 overflows to -inf, never to NaN.
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / options.temperature
     if options.top_k is not None and options.top_k < logits.shape[-1]:
@@ -132,7 +141,7 @@ def choose(logits: Tensor, noise_keys: Tensor, options: SamplingOptions) -> Tens
         # A token stays while the sum before it has not reached top_p: the first always does.
         dropped = ordered.cumsum(dim=-1) - ordered >= options.top_p
         scaled = scaled.masked_fill(dropped.gather(1, order.argsort(dim=-1)), -torch.inf)
-    return (scaled + gumbel_noise(noise_keys, logits.shape[-1])).argmax(dim=-1)
+    return scaled
 
 
 def gumbel_noise(noise_keys: Tensor, size: int) -> Tensor:

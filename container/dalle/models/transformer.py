@@ -8,6 +8,7 @@ V codebook size, W width, n inputs of one call, P primed positions.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -186,6 +187,12 @@ class Dalle(nn.Module):
         """Return log p(image tokens | caption) in nats, [B], summed over positions and codes."""
         _, image_hidden = self._hidden(text_tokens, image_tokens[:, :-1])
         return self._log_probabilities(image_hidden, image_tokens).sum(dim=(1, 2))
+
+    def image_logits(self, text_tokens: Tensor, image_tokens: Tensor) -> Iterator[Tensor]:
+        """Yield the logits [B, N, V] of code 0, 1, … of every position, given all before it."""
+        _, image_hidden = self._hidden(text_tokens, image_tokens[:, :-1])
+        for m in range(self.config.num_codebooks):
+            yield self.code_logits(image_hidden, m, image_tokens)
 
     def text_logits(self, text_tokens: Tensor) -> Tensor:
         """text_tokens [B, n <= T] -> logits [B, n, text_vocab_size] of each given those before."""

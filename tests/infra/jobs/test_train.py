@@ -64,7 +64,7 @@ def test_a_published_clip_goes_to_the_first_job_of_a_chain_alone(ready, infra):
     """The jobs after it find it in the artefact, and one that trains it on does so there."""
     words = ["--stages", "dvae,transformer,clip", "--clip", f"s3://{BUCKET}/data/pictures/"]
     result = infra(*TRAIN, *words)
-    assert "set clip_fine_tune=true to train that one on" in result.err
+    assert "set train_on=clip to train that one on" in result.err
     result = infra(*TRAIN, *words, "--set", "clip_fine_tune=true")
     assert result.code == 0, result.err
     channels = [

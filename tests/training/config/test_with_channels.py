@@ -4,7 +4,7 @@ import pytest
 
 from dalle.errors import HyperparameterError
 from training.config.hyperparameters import parse
-from training.config.with_channels import check_with_channels
+from training.config.with_channels import with_channels
 
 
 @pytest.mark.parametrize(
@@ -24,20 +24,20 @@ from training.config.with_channels import check_with_channels
 def test_fine_tuning_is_checked_with_the_channels(raw, channels, says):
     settings = parse(raw)
     if says is None:
-        check_with_channels(settings, channels)
+        with_channels(settings, channels)
         return
     with pytest.raises(HyperparameterError, match=says):
-        check_with_channels(settings, channels)
+        with_channels(settings, channels)
 
 
 def test_settings_of_the_stage_dvae_are_refused_where_a_channel_brings_its_model():
     raw = {"stage": "dvae", "num_blocks": "3", "dvae_epochs": "2", "width": "64", "epochs": "3"}
     settings = parse(raw)
-    check_with_channels(settings, ["train", "artefact"])
+    with_channels(settings, ["train", "artefact"])
     with pytest.raises(HyperparameterError) as caught:
-        check_with_channels(settings, ["train", "tokenizer_model"])
+        with_channels(settings, ["train", "tokenizer_model"])
     first, *lines = str(caught.value).splitlines()
     assert first == "3 hyperparameters are wrong:"
     assert lines[0].startswith("- stage=dvae trains an image tokenizer and the channel tokenizer_")
     assert [line.split()[1] for line in lines[1:]] == ["dvae_epochs", "num_blocks"]
-    check_with_channels(parse({"image_size": "64", "width": "64"}), ["tokenizer_model"])
+    with_channels(parse({"image_size": "64", "width": "64"}), ["tokenizer_model"])
