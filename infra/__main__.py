@@ -103,7 +103,7 @@ COMMANDS: dict[str, Command] = {
         ),
     ),
     "invoke": Command(
-        "infra.endpoint.invoke",
+        "infra.endpoint.calls.command",
         "send a caption to an endpoint, and write the images that come back as files",
         (
             "invoke 'big filled orange star' --out out/star",

@@ -73,6 +73,7 @@ class Resource:
 
 ENDPOINT = ResourceKind("Endpoint", "Endpoints", "Delete")
 CONFIG = ResourceKind("EndpointConfig", "EndpointConfigs", "Delete")
+COMPONENT = ResourceKind("InferenceComponent", "InferenceComponents", "Delete")
 MODEL = ResourceKind("Model", "Models", "Delete")
 TRAINING = ResourceKind("TrainingJob", "TrainingJobSummaries", "Stop")
 TRANSFORM = ResourceKind("TransformJob", "TransformJobSummaries", "Stop")
@@ -145,18 +146,27 @@ def endpoint_names(endpoints: list[Resource], configs: list[Resource]) -> list[s
     return sorted({endpoint.name for endpoint in endpoints} | of_configs)
 
 
-def scaling(project: Project, endpoints: list[str], variant: str) -> list[dict[str, str]]:
-    """Return the scalable targets of these endpoints, as parameters of a request."""
+def scaling(
+    project: Project, endpoints: list[str], components: list[str], variant: str
+) -> list[dict[str, str]]:
+    """Return the scalable targets of these, as parameters of a request."""
     places = [autoscaling.scalable_target(endpoint, variant) for endpoint in endpoints]
+    places += [autoscaling.scalable_copies(component) for component in components]
     return [where for where in places if autoscaling.bounds_of(project, where) is not None]
 
 
-def alarms(project: Project, endpoints: list[str]) -> list[str]:
-    """Return the names of the project's alarms on these endpoints."""
+def alarms(project: Project, endpoints: list[str], components: list[str]) -> list[str]:
+    """Return the names of the project's alarms on these endpoints and components."""
+    groups = [
+        [
+            autoscaling.alarm_name(endpoint),
+            *(monitoring.alarm_name(endpoint, kind) for kind in monitoring.KINDS),
+        ]
+        for endpoint in endpoints
+    ]
+    groups += [[autoscaling.copies_alarm_name(component)] for component in components]
     found = []
-    for endpoint in endpoints:
-        names = [autoscaling.alarm_name(endpoint)]
-        names += [monitoring.alarm_name(endpoint, kind) for kind in monitoring.KINDS]
+    for names in groups:
         request = Request("cloudwatch", "DescribeAlarms", AlarmNames=names)
         found += [
             alarm["AlarmName"]

@@ -11,6 +11,7 @@ from infra.aws.output import count_words, size_words
 from infra.aws.project import Project, add_project_arguments, open_project
 from infra.aws.request import describe
 from infra.aws.stack import OUTPUTS, given_storage, outputs_of
+from infra.endpoint import components
 from infra.endpoint.idle_cost import IdleCost, idle_cost
 from infra.jobs import progress
 from infra.registry import records
@@ -41,6 +42,7 @@ def run(options: argparse.Namespace) -> int:
         found |= _bucket(project, bucket, is_given="Bucket" in given)
         found |= _repository(project, repository, is_given="Repository" in given)
     found["endpoints"] = _endpoints(project)
+    found["components"] = _components(project)
     found["jobs"] = _jobs(project)
     runs = records.running(project)
     found["pipeline_runs"] = [records.run_id(arn) for arn in runs]
@@ -124,6 +126,16 @@ def _endpoints(project: Project) -> list[dict[str, Any]]:
         )
         project.output.item("  costs", cost.description)
         found.append({"name": resource.name, "status": resource.status, **_cost(cost)})
+    return found
+
+
+def _components(project: Project) -> list[dict[str, str]]:
+    """Print the models that share hosts, with their copies."""
+    found = []
+    for resource in inventory.resources(project, inventory.COMPONENT):
+        copies = components.copies_in_words(project, resource.name)
+        project.output.item(resource.label, f"{resource.status}, {copies}")
+        found.append({"name": resource.name, "status": resource.status, "copies": copies})
     return found
 
 

@@ -44,6 +44,7 @@ class Inventory:
     runs: dict[str, str]
     ended: list[Resource]
     warm_pools: list[Resource]
+    components: list[Resource]
     endpoints: list[Resource]
     configs: list[Resource]
     models: list[Resource]
@@ -60,7 +61,8 @@ class Inventory:
     @property
     def hosting(self) -> list[tuple[str, str]]:
         """Kind and name of every resource but bucket, repository, role and records of jobs."""
-        named = [*self.running, *self.warm_pools, *self.endpoints, *self.configs, *self.models]
+        named = [*self.running, *self.warm_pools, *self.components, *self.endpoints]
+        named += [*self.configs, *self.models]
         return [
             *((resource.kind.words, resource.name) for resource in named),
             *(("pipeline run", records.run_id(arn)) for arn in self.runs),
@@ -131,6 +133,8 @@ def collect(project: Project) -> Inventory:
     endpoints = list(inventory.resources(project, inventory.ENDPOINT))
     configs = list(inventory.resources(project, inventory.CONFIG))
     names = inventory.endpoint_names(endpoints, configs)
+    components = list(inventory.resources(project, inventory.COMPONENT))
+    parts = [component.name for component in components]
     given = given_storage(stack)
     outputs = {key: name for key, name in outputs_of(stack).items() if key not in given}
     return Inventory(
@@ -138,11 +142,12 @@ def collect(project: Project) -> Inventory:
         runs=records.running(project),
         ended=inventory.ended_jobs(project),
         warm_pools=inventory.warm_pools(project),
+        components=components,
         endpoints=endpoints,
         configs=configs,
         models=list(inventory.resources(project, inventory.MODEL)),
-        scaling=inventory.scaling(project, names, VARIANT),
-        alarms=inventory.alarms(project, names),
+        scaling=inventory.scaling(project, names, parts, VARIANT),
+        alarms=inventory.alarms(project, names, parts),
         dashboards=inventory.dashboards(project, names),
         log_groups=inventory.log_groups(project, names),
         stack=stack,
@@ -217,13 +222,8 @@ def end_hosting(project: Project, found: Inventory) -> None:
         aws.call(Request("cloudwatch", "DeleteDashboards", **names))
         for name in found.dashboards:
             output.item(f"dashboard {name}", "deleted")
-    for resource in found.endpoints:
-        if resource.status != "Deleting":
-            aws.find(resource.end)
-    for resource in found.endpoints:
-        what = f"the end of {resource.label}"
-        aws.until_gone(what, resource.description, every_seconds=POLL_SECONDS)
-        output.item(resource.label, "deleted")
+    for some in (found.components, found.endpoints):  # an endpoint ends without components alone
+        _delete(project, some)
     # A stopping job may still write into the bucket that is emptied next.
     for resource in found.running:
         what = f"the end of {resource.label}"
@@ -238,6 +238,17 @@ def end_hosting(project: Project, found: Inventory) -> None:
     for resource in [*found.models, *found.configs]:
         aws.find(resource.end)
         output.item(resource.label, "deleted")
+
+
+def _delete(project: Project, some: list[Resource]) -> None:
+    """Delete resources whose deletion takes minutes, at once, and wait for the end of each."""
+    for resource in some:
+        if resource.status != "Deleting":
+            project.aws.find(resource.end)
+    for resource in some:
+        what = f"the end of {resource.label}"
+        project.aws.until_gone(what, resource.description, every_seconds=POLL_SECONDS)
+        project.output.item(resource.label, "deleted")
 
 
 def delete_records(project: Project, jobs: list[Resource], warm: list[Resource]) -> list[list[str]]:

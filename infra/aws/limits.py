@@ -7,14 +7,10 @@ Every error names the limit and its number. Sources: AWS's documentation and the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Sequence
 
 from dalle.errors import PlanError
-
-Mode = Literal["realtime", "async", "serverless", "batch"]
-MODES: tuple[Mode, ...] = ("realtime", "async", "serverless", "batch")
+from infra.aws.deployment import Deployment, Mode
 
 MEGABYTE = 1_000_000
 GIBIBYTE = 1 << 30
@@ -69,45 +65,6 @@ NO_BATCH = {"t2", "p4d", "p4de", "p5", "p5e", "p5en", "g7", "g7e"}
 # Families with built-in disks; a requested volume is ignored or refused.
 OWN_DISKS = {"g4dn", "g5", "g6", "g6e", "g7", "g7e", "p3dn", "p4d", "p4de", "p5", "p5e", "p5en"}
 OWN_DISKS |= {"p6-b200", "p6-b300"}
-
-
-@dataclass(frozen=True)
-class Deployment:
-    """How one model is to be served. A field that the mode does not use is None.
-
-    model_data: the s3 address of a model.tar.gz. image_bytes: unpacked, or None where unknown.
-    min_instances, max_instances: bounds of the scaling.
-    concurrent_per_instance: requests in progress that the scaling aims at.
-    pool: types in the order in which they are tried, beginning with instance_type; empty for one.
-    reservation: the ARN of reserved capacity.
-    success_topic, error_topic: ARNs of topics that are told of asynchronous replies and failures.
-    """
-
-    name: str
-    mode: Mode
-    image_uri: str
-    model_data: str
-    image_bytes: int | None = None
-    compressed_bytes: int = 0
-    instance_type: str | None = None
-    min_instances: int = 1
-    max_instances: int = 1
-    concurrent_per_instance: int = 4
-    memory_mb: int | None = None
-    max_concurrency: int | None = None
-    provisioned_concurrency: int | None = None
-    ami: str | None = None
-    startup_seconds: int = 600
-    download_seconds: int = 600
-    invocation_seconds: int | None = None
-    volume_gb: int | None = None
-    environment: Mapping[str, str] | None = None
-    isolate: bool = False
-    pool: tuple[str, ...] = ()
-    provision_seconds: int | None = None
-    reservation: str = ""
-    success_topic: str = ""
-    error_topic: str = ""
 
 
 def family(instance_type: str) -> str:
@@ -274,10 +231,11 @@ def _numbers(deployment: Deployment) -> Iterator[str]:
             f"--max-instances must be at least 1 and --min-instances, which is "
             f"{deployment.min_instances}, got {deployment.max_instances}"
         )
-    if deployment.mode == "realtime" and deployment.min_instances < 1:
+    is_shared = deployment.copies is not None
+    if deployment.mode == "realtime" and deployment.min_instances < (0 if is_shared else 1):
         yield (
-            "a real-time endpoint keeps at least 1 instance; --mode async and --mode serverless "
-            "cost nothing when idle"
+            "a real-time endpoint keeps at least 1 instance; one of models named by --component, "
+            "--mode async and --mode serverless cost nothing when idle"
         )
     if deployment.mode == "async":
         yield from _outside("--concurrent", deployment.concurrent_per_instance, CONCURRENT)

@@ -11,7 +11,7 @@ import argparse
 import fnmatch
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,6 +33,7 @@ KIND_WORDS = {
     "Endpoint": "endpoint",
     "EndpointConfig": "configuration",
     "HyperParameterTuningJob": "tuning job",
+    "InferenceComponent": "component",
     "Model": "model",
     "ModelPackageGroup": "model group",
     "Pipeline": "pipeline",
@@ -174,25 +175,37 @@ class Project:
             "--project or --name"
         )
 
-    def find_ours(self, kind: str, name: str) -> dict[str, Any] | None:
+    def find_ours(
+        self, kind: str, name: str, wanted: Sequence[dict[str, str]] = ()
+    ) -> dict[str, Any] | None:
         """Return a SageMaker resource as it is described; None where there is none of that name.
 
-        kind: one of KIND_WORDS. Raises UserError when it is not the project's.
+        kind: one of KIND_WORDS. wanted: tags that it is given if it lacks them; others stay, which
+        somebody else may have given. Raises UserError when it is not the project's.
         """
         found = self.aws.find(describe(kind, name))
-        if found is not None:
-            self.check_owner(f"{KIND_WORDS[kind]} {name}", self._tags_of(found[f"{kind}Arn"]))
+        if found is None:
+            return None
+        arn = found[f"{kind}Arn"]
+        tags = self._tags_of(arn)
+        self.check_owner(f"{KIND_WORDS[kind]} {name}", tags)
+        new = [tag for tag in wanted if tag_value(tags, tag["Key"]) != tag["Value"]]
+        if new:
+            self.aws.call(Request("sagemaker", "AddTags", ResourceArn=arn, Tags=new))
         return found
 
     def ensure(self, kind: str, name: str, *make: Request) -> None:
         """Create a SageMaker resource unless the project has it, and print which.
 
+        One that exists is given the tags of the last request that it lacks.
+
         kind: one of KIND_WORDS. Raises UserError when there is one that is not the project's.
         """
-        is_there = self.find_ours(kind, name) is not None
-        for request in () if is_there else make:
+        found = self.find_ours(kind, name, make[-1].parameters.get("Tags", []))
+        for request in make if found is None else ():
             self.aws.call(request)
-        self.output.item(f"{KIND_WORDS[kind]} {name}", "already there" if is_there else "made")
+        state = "made" if found is None else "already there"
+        self.output.item(f"{KIND_WORDS[kind]} {name}", state)
 
     def _tags_of(self, arn: str) -> list[Mapping[str, str]]:
         return list(self.aws.items(Request("sagemaker", "ListTags", ResourceArn=arn), "Tags"))

@@ -61,6 +61,15 @@ def has_placeholder(value: str) -> bool:
     return _PLACEHOLDER.search(value) is not None
 
 
+def includes(there: Any, wanted: Any) -> bool:
+    """Return whether a description by AWS has the wanted values; AWS adds further fields."""
+    if isinstance(wanted, Mapping):
+        return isinstance(there, Mapping) and all(
+            key in there and includes(there[key], value) for key, value in wanted.items()
+        )
+    return bool(there == wanted)
+
+
 def digest(value: Any) -> str:
     """Return ten hexadecimal characters that are equal for equal JSON values."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)

@@ -25,7 +25,7 @@ from infra.benchmark.revision import checkout_revision
 from infra.benchmark.run_file import Device, Hardware
 from infra.cost.prices import PriceTable
 from infra.docker import why_no_docker
-from infra.endpoint.invoke import invoke_sync
+from infra.endpoint.calls.direct import invoke_sync
 from infra.local.serving import Serving, unpacked
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")

@@ -13,13 +13,14 @@ from typing import Any
 
 from dalle.errors import AwsError, PlanError
 from inference.bench.workload import read_captions
-from infra.aws.limits import BATCH_AMI, BATCH_PAYLOAD_MB, Deployment, check_payload, has_gpu
+from infra.aws.deployment import Deployment
+from infra.aws.limits import BATCH_AMI, BATCH_PAYLOAD_MB, check_payload, has_gpu
 from infra.aws.output import Output
 from infra.aws.project import Project
 from infra.aws.request import Request, describe, digest
 from infra.aws.stack import StackOutputs
-from infra.endpoint import results
-from infra.endpoint.invoke import JSON_LINES
+from infra.endpoint.calls import results
+from infra.endpoint.calls.streamed import JSON_LINES
 
 DEFAULT_OUT = Path("out/batch")
 PAYLOAD_MB = 6

@@ -18,14 +18,15 @@ from typing import Any
 
 from dalle.errors import PlanError, UserError
 from infra.aws import settings
-from infra.aws.limits import Deployment, check_deployment, has_own_disk, raise_all
+from infra.aws.deployment import Deployment
+from infra.aws.limits import check_deployment, has_own_disk, raise_all
 from infra.aws.project import PRESUMED_IMAGE, Image, Project, add_project_arguments, open_project
 from infra.aws.request import Request, describe, newest_first, placeholder
 from infra.aws.stack import StackOutputs
 from infra.aws.storage import check_readable
-from infra.endpoint import autoscaling, batch, rollout
+from infra.endpoint import autoscaling, batch, components, rollout
 from infra.endpoint import options as endpoint_options
-from infra.endpoint.fleet import pool
+from infra.endpoint.fleet import copies, pool
 from infra.endpoint.idle_cost import expected_idle_cost
 from infra.endpoint.options import PROJECTS_TOPIC
 from infra.endpoint.requests import VARIANT, config_request, model_request
@@ -36,11 +37,15 @@ PRESUMED_MODEL = "s3://<Bucket>/<model>.tar.gz"
 
 @dataclass(frozen=True)
 class Plan:
-    """What `deploy` creates. target: an endpoint's configuration, or a batch."""
+    """What `deploy` creates. target: an endpoint's configuration, or a batch.
+
+    component: the model's place on hosts that it shares; None where it has its own.
+    """
 
     deployment: Deployment
     model: Request
     target: Request | batch.Batch
+    component: Request | None = None
 
     @property
     def model_name(self) -> str:
@@ -58,9 +63,13 @@ def run(options: argparse.Namespace) -> int:
     endpoint_options.check_given(options)
     project = open_project(options)
     presumed = settings.presumed_outputs(project, options)
-    make_plan(options, project, presumed, PRESUMED_IMAGE, options.model or PRESUMED_MODEL)
+    model_data = options.model or PRESUMED_MODEL
+    first = make_plan(options, project, presumed, PRESUMED_IMAGE, model_data)
     outputs = settings.stack_outputs(project, options)
     image = project.image(outputs.repository, options.tag)
+    config_name = ""
+    if first.component:
+        options, config_name = components.on_present_hosts(project, options, first.deployment)
     if options.model:
         check_readable(project, outputs, [options.model])
     if options.registered:
@@ -72,8 +81,9 @@ def run(options: argparse.Namespace) -> int:
     project.ensure("Model", model_name, plan.model)
     if isinstance(plan.target, batch.Batch):
         return batch.run(project, plan.target, options.out)
-    config_name = plan.target.parameters["EndpointConfigName"]
-    project.ensure("EndpointConfig", config_name, plan.target)
+    if not config_name:
+        config_name = plan.target.parameters["EndpointConfigName"]
+        project.ensure("EndpointConfig", config_name, plan.target)
     state = put_endpoint(
         project,
         deployment,
@@ -82,13 +92,21 @@ def run(options: argparse.Namespace) -> int:
         rollout=rollout.read(options),
         wait=options.wait,
     )
+    if deployment.copies:
+        scaling = autoscaling.of_copies(deployment.copies, deployment.concurrent_per_instance)
+    else:
+        scaling = autoscaling.of_instances(deployment, VARIANT)
     if options.wait or project.aws.dry_run:
-        autoscaling.scale(project, deployment, VARIANT, outputs.tags)
-    elif autoscaling.is_wanted(deployment):
-        project.output.line("run the same command again once it is in service, to scale it")
+        if plan.component:
+            components.put_component(project, plan.component)
+        autoscaling.scale(project, scaling, outputs.tags)
+    elif plan.component or scaling.is_wanted:
+        rest = "to put the model on it" if plan.component else "to scale it"
+        project.output.line(f"run the same command again once it is in service, {rest}")
     if not project.aws.dry_run:
         project.output.item("costs", expected_idle_cost(deployment, project.aws.region))
     suffix = f" --endpoint {deployment.name}" if options.name else ""
+    suffix += f" --component {deployment.copies.name}" if deployment.copies else ""
     project.output.line(f"\ntry it: python -m infra invoke 'a caption'{suffix}")
     return project.output.finish(
         endpoint=deployment.name,
@@ -96,6 +114,7 @@ def run(options: argparse.Namespace) -> int:
         state=state,
         model=model_name,
         configuration=config_name,
+        component=deployment.copies.name if deployment.copies else None,
         model_data=deployment.model_data,
         image=deployment.image_uri,
     )
@@ -127,7 +146,12 @@ def make_plan(
         return Plan(deployment, model, job)
     config = config_request(deployment, name, outputs)
     project.aws.check(config)
-    return Plan(deployment, model, config)
+    if deployment.copies is None:
+        return Plan(deployment, model, config)
+    shared = deployment, deployment.copies
+    component = components.component_request(*shared, name, outputs.tags)
+    project.aws.check(component)
+    return Plan(deployment, model, config, component)
 
 
 def check_place(deployment: Deployment, outputs: StackOutputs) -> None:
@@ -141,6 +165,7 @@ def check_place(deployment: Deployment, outputs: StackOutputs) -> None:
             "hosts are in subnets; take --mode async, which costs nothing when idle either"
         )
     wrong += pool.problems(deployment)
+    wrong += copies.problems(deployment)
     if outputs.encryption.volume and len(set(map(has_own_disk, deployment.pool))) > 1:
         wrong.append(
             f"of {', '.join(deployment.pool)} some have a built-in disk, which takes no key of "

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dalle.errors import PriceMissing
-from infra.aws.limits import Deployment, Mode
+from infra.aws.deployment import Deployment, Mode
 from infra.aws.project import Project
 from infra.aws.request import describe
 from infra.cost.prices import HOURS_PER_MONTH, load_prices
-from infra.endpoint.fleet.pool import first_type
-from infra.endpoint.invoke import mode_of
+from infra.endpoint.described import mode_of
+from infra.endpoint.fleet.pool import types_of
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def idle_cost(project: Project, endpoint: str) -> IdleCost | None:
         if warm:
             return IdleCost(mode, "", 0, None, f"{warm} provisioned, without a known price")
         return IdleCost(mode, "", 0, 0.0, "paid by the second of work")
-    kind = first_type(config["ProductionVariants"][0])
+    kind = types_of(config["ProductionVariants"][0])[0]
     count = found.get("ProductionVariants", [{}])[0].get("CurrentInstanceCount", 0)
     try:
         price = load_prices().hourly(kind, region)

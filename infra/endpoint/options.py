@@ -7,10 +7,11 @@ import re
 from pathlib import Path
 
 from dalle.errors import PlanError
-from infra.aws.limits import MODES, Deployment, Mode, default_ami, has_gpu
+from infra.aws.deployment import MODES, Deployment, Mode
+from infra.aws.limits import default_ami, has_gpu
 from infra.aws.project import IMAGE_TAG, Image, add_pairs
 from infra.aws.team.names import topic_arn
-from infra.endpoint.fleet import pool
+from infra.endpoint.fleet import copies, pool
 
 NAME_PATTERN = r"[a-zA-Z0-9]+(-+[a-zA-Z0-9]+)*"
 DEFAULT_INSTANCE: dict[Mode, str | None] = {
@@ -54,7 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"default: {DEFAULT_INSTANCE['async']}, for realtime {DEFAULT_INSTANCE['realtime']}",
     )
     hosts.add_argument(
-        "--min-instances", type=int, help="default: 1, and 0 for async, which then costs nothing"
+        "--min-instances",
+        type=int,
+        help="default: 1, and 0 for async and with --component, which then cost nothing",
     )
     hosts.add_argument("--max-instances", type=int, help="default: 1, or --min-instances")
     hosts.add_argument(
@@ -69,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     hosts.add_argument("--download-seconds", type=int, default=600, help="default: 600")
     hosts.add_argument("--volume-gb", type=int, help="default: the platform's")
     pool.add_arguments(hosts)
+    copies.add_arguments(parser)
     share = parser.add_argument_group("serverless")
     share.add_argument("--memory-mb", type=int, help=f"default: {DEFAULT_MEMORY_MB}")
     share.add_argument("--max-concurrency", type=int, help=f"default: {DEFAULT_CONCURRENCY}")
@@ -155,11 +159,12 @@ def read(
     if options.min_instances is not None:
         least = options.min_instances
     else:
-        least = 0 if mode == "async" else 1
+        least = 0 if mode == "async" or options.component is not None else 1
     serverless = mode == "serverless"
     memory, most = options.memory_mb, options.max_concurrency
+    name = endpoint_name(project_name, options.name)
     return Deployment(
-        name=endpoint_name(project_name, options.name),
+        name=name,
         mode=mode,
         image_uri=image.uri,
         model_data=model_data,
@@ -184,4 +189,5 @@ def read(
         reservation=options.reservation,
         success_topic=options.success_topic,
         error_topic=options.error_topic,
+        copies=copies.read(options, name, kind, least),
     )

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from infra.aws.limits import Deployment
+from infra.aws.deployment import Deployment
 from infra.aws.request import Request, digest, placeholder
 from infra.aws.stack import StackOutputs
-from infra.endpoint.fleet import pool
+from infra.endpoint.fleet import copies, pool
 from infra.endpoint.options import PROJECTS_TOPIC
 
 VARIANT = "main"
 
 
 def model_request(deployment: Deployment, outputs: StackOutputs) -> Request:
-    """Return the request that creates the model: image, weights, environment, role, network."""
+    """Return the request that creates the model: image, weights, environment, role, network.
+
+    The network of a model that shares hosts is that of their configuration.
+    """
     request: dict[str, Any] = {
         "PrimaryContainer": {
             "Image": deployment.image_uri,
@@ -23,10 +26,8 @@ def model_request(deployment: Deployment, outputs: StackOutputs) -> Request:
         },
         "ExecutionRoleArn": outputs.role_arn,
     }
-    if deployment.isolate:
-        request["EnableNetworkIsolation"] = True
-    if outputs.network.vpc_config:
-        request["VpcConfig"] = outputs.network.vpc_config
+    if deployment.copies is None:
+        request |= _network(deployment, outputs)
     name = f"{deployment.name}-{digest(request)}"
     return Request("sagemaker", "CreateModel", ModelName=name, **request, Tags=outputs.tags)
 
@@ -38,6 +39,8 @@ def config_request(deployment: Deployment, model_name: str, outputs: StackOutput
         "ProductionVariants": [variant(deployment, model_name)],
         **keys.volume_fields("KmsKeyId", deployment.instance_type),
     }
+    if deployment.copies:
+        request |= {"ExecutionRoleArn": outputs.role_arn, **_network(deployment, outputs)}
     if deployment.mode == "async":
         folder = f"s3://{outputs.bucket}/async/{deployment.name}"
         request["AsyncInferenceConfig"] = {
@@ -56,6 +59,15 @@ def config_request(deployment: Deployment, model_name: str, outputs: StackOutput
     return Request("sagemaker", operation, EndpointConfigName=name, **request, Tags=outputs.tags)
 
 
+def _network(deployment: Deployment, outputs: StackOutputs) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if deployment.isolate:
+        found["EnableNetworkIsolation"] = True
+    if outputs.network.vpc_config:
+        found["VpcConfig"] = outputs.network.vpc_config
+    return found
+
+
 def notification(deployment: Deployment, topic: str) -> dict[str, Any]:
     """Return the API's NotificationConfig with the topics that are told, or no field.
 
@@ -70,8 +82,13 @@ def notification(deployment: Deployment, topic: str) -> dict[str, Any]:
 
 
 def variant(deployment: Deployment, model_name: str) -> dict[str, Any]:
-    """Return the one production variant: instances of a type, or a serverless configuration."""
+    """Return the one production variant: instances of a type, or a serverless configuration.
+
+    It names no model where several share it: each of them names the variant.
+    """
     found: dict[str, Any] = {"VariantName": VARIANT, "ModelName": model_name}
+    if deployment.copies:
+        found = {"VariantName": VARIANT, **copies.variant_fields(deployment)}
     if deployment.mode == "serverless":
         serverless = {
             "MemorySizeInMB": deployment.memory_mb,
@@ -85,8 +102,7 @@ def variant(deployment: Deployment, model_name: str) -> dict[str, Any]:
         # One at least, even with a minimum of 0: the scaling removes it without requests.
         "InitialInstanceCount": max(1, deployment.min_instances),
         "InitialVariantWeight": 1.0,
-        "ModelDataDownloadTimeoutInSeconds": deployment.download_seconds,
-        "ContainerStartupHealthCheckTimeoutInSeconds": deployment.startup_seconds,
+        **({} if deployment.copies else start_limits(deployment)),
     }
     if deployment.mode == "realtime":
         # Requests are long and differ in length: the next goes where the fewest are in progress.
@@ -96,3 +112,11 @@ def variant(deployment: Deployment, model_name: str) -> dict[str, Any]:
     if deployment.ami is not None:
         found["InferenceAmiVersion"] = deployment.ami
     return found
+
+
+def start_limits(deployment: Deployment) -> dict[str, int]:
+    """Return the seconds that the start of a model may take: of a variant, or of a component."""
+    return {
+        "ModelDataDownloadTimeoutInSeconds": deployment.download_seconds,
+        "ContainerStartupHealthCheckTimeoutInSeconds": deployment.startup_seconds,
+    }

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from dalle.errors import PlanError
-from infra.aws.limits import Deployment
+from infra.aws.deployment import Deployment
 
 Kind = Literal["all-at-once", "canary", "linear", "rolling"]
 STEP_PERCENT: dict[str, range] = {
@@ -75,6 +75,9 @@ class Rollout:
         """Yield why the platform would not update this deployment so."""
         if deployment.mode not in ("realtime", "async"):
             yield f"--rollout is for --mode realtime and async, not for {deployment.mode}"
+            return
+        if deployment.copies:
+            yield "--rollout is for an endpoint of one model: leave it or --component out"
             return
         allowed = STEP_PERCENT.get(self.kind)
         if allowed and self.step_percent not in allowed:

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -27,6 +28,8 @@ from urllib.parse import parse_qs, urlsplit
 import boto3
 import requests
 from botocore.exceptions import ClientError
+
+from tests.infra.aws_components import InferenceComponents, RefusedError
 
 START_SECONDS = 60
 NUMBER = "123456789012"
@@ -47,6 +50,14 @@ MANIFEST = {
 # `Account` or in a test; all are held against botocore's model.
 LACKING: dict[tuple[str, str], dict[str, Any]] = {
     ("sagemaker", "DeleteTrainingJob"): {"TrainingJobName": "dalle-x"},
+    ("sagemaker", "CreateInferenceComponent"): {
+        "InferenceComponentName": "dalle--a",
+        "EndpointName": "dalle",
+    },
+    ("sagemaker", "DeleteInferenceComponent"): {"InferenceComponentName": "dalle--a"},
+    ("sagemaker", "DescribeInferenceComponent"): {"InferenceComponentName": "dalle--a"},
+    ("sagemaker", "ListInferenceComponents"): {},
+    ("sagemaker", "UpdateInferenceComponent"): {"InferenceComponentName": "dalle--a"},
     ("sagemaker", "DeleteModelPackage"): {"ModelPackageName": "dalle"},
     ("sagemaker", "DeleteModelPackageGroup"): {"ModelPackageGroupName": "dalle"},
     ("sagemaker", "StopHyperParameterTuningJob"): {"HyperParameterTuningJobName": "dalle-x"},
@@ -131,6 +142,8 @@ class Account:
             "DeleteModelPackageGroup": self._delete_group,
             "UpdateEndpoint": self._update_endpoint,
         }
+        self.components = InferenceComponents(self.client)
+        self.handlers |= self.components.handlers
         self.sent: list[tuple[str, Any]] = []
         self.runtime: Callable[[str, dict[str, str], bytes], Answer] | None = None
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
@@ -332,9 +345,13 @@ class Account:
         if self.runtime is not None and path.startswith("/endpoints/"):
             return self.runtime(path, headers, body)
         if operation in self.handlers:
-            answer = self.handlers[operation](json.loads(body))
+            try:
+                answer = self.handlers[operation](json.loads(body))
+            except RefusedError as refusal:
+                code, message = refusal.args
+                return 400, *error(code, message, is_json)
             kind = [("Content-Type", "application/x-amz-json-1.1")]
-            return 200, kind, json.dumps(answer).encode()
+            return 200, kind, json.dumps(answer, default=_seconds).encode()
         return self._to_moto(method, path, body, headers)
 
 
@@ -371,6 +388,10 @@ def error(code: str, message: str, is_json: bool) -> tuple[list[tuple[str, str]]
     body = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>"
     wrapped = f"<ErrorResponse>{body}<RequestId>1</RequestId></ErrorResponse>"
     return [("Content-Type", "text/xml")], wrapped.encode()
+
+
+def _seconds(value: datetime) -> float:
+    return value.timestamp()
 
 
 class _Handler(BaseHTTPRequestHandler):

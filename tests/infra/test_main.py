@@ -85,7 +85,7 @@ def test_it_starts_without_torch_and_help_without_boto3():
         "import sys; from infra.__main__ import main; main(['--help'])\n"
         "heavy = {'torch', 'boto3', 'sagemaker'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
-        "import infra.account.teardown, infra.endpoint.deploy, infra.endpoint.invoke\n"
+        "import infra.account.teardown, infra.endpoint.deploy, infra.endpoint.calls.command\n"
         "import infra.jobs.train, infra.jobs.tune\n"
         "heavy = {'torch', 'sagemaker'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"

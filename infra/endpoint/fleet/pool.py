@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from dalle.errors import PlanError, UserError
-from infra.aws.limits import Deployment, check_instance_type, default_ami, has_gpu, has_own_disk
+from infra.aws.deployment import Deployment
+from infra.aws.limits import check_instance_type, default_ami, has_gpu, has_own_disk
 from infra.aws.team.names import reservation_arn
 
 MAX_TYPES = 5
@@ -136,10 +137,10 @@ def variant_fields(deployment: Deployment) -> dict[str, Any]:
     return found
 
 
-def first_type(variant: dict[str, Any]) -> str:
-    """Return the type that a production variant takes first, as SageMaker describes it."""
+def types_of(variant: dict[str, Any]) -> list[str]:
+    """Return the types of a production variant in their order, as SageMaker describes it."""
     pools = sorted(variant.get("InstancePools", []), key=lambda pool: int(pool["Priority"]))
-    return str(pools[0]["InstanceType"] if pools else variant["InstanceType"])
+    return [str(pool["InstanceType"]) for pool in pools] or [str(variant["InstanceType"])]
 
 
 def _software(instance_type: str) -> tuple[bool, str | None]:

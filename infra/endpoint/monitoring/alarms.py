@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from infra.aws.limits import Mode
+from infra.aws.deployment import Mode
 from infra.aws.project import Project
 from infra.aws.request import Request
 from infra.endpoint import autoscaling

@@ -9,12 +9,12 @@ import argparse
 import math
 
 from dalle.errors import PlanError, UserError
-from infra.aws.limits import Mode
+from infra.aws.deployment import Mode
 from infra.aws.project import Project, add_project_arguments, open_project
 from infra.aws.request import describe
 from infra.aws.stack import all_tags, outputs_of
 from infra.aws.team.names import topic_arn
-from infra.endpoint.invoke import mode_of
+from infra.endpoint.described import mode_of
 from infra.endpoint.monitoring import alarms, dashboard
 from infra.endpoint.monitoring.alarms import Thresholds
 from infra.endpoint.options import endpoint_name

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from dalle.errors import UserError
-from infra.aws.limits import Mode
+from infra.aws.deployment import Mode
 from infra.aws.project import PROJECT_TAG, Project
 from infra.aws.request import Request
 from infra.endpoint.monitoring.alarms import HOSTS, INVOCATIONS

@@ -7,7 +7,8 @@ import pytest
 
 from dalle.errors import PlanError
 from infra.aws import limits
-from infra.aws.limits import Deployment, check_deployment, check_payload
+from infra.aws.deployment import Deployment
+from infra.aws.limits import check_deployment, check_payload
 
 REALTIME = Deployment(
     name="dalle",

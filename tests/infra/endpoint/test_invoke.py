@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from infra.endpoint import invoke
+from infra.endpoint.calls import streamed
 from infra.local.endpoint import RuntimeFacade
 from tests.infra.aws_account import BUCKET
 
@@ -243,7 +243,7 @@ def test_a_stream_shows_different_images_as_the_reply_does_and_counts_their_copi
     ],
 )
 def test_lines_are_put_together_from_parts_that_are_cut_anywhere(chunks, lines):
-    assert list(invoke.lines(iter(chunks))) == lines
+    assert list(streamed.lines(iter(chunks))) == lines
 
 
 # --- batches

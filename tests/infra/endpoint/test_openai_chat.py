@@ -10,7 +10,7 @@ import pytest
 from dalle.errors import AwsError
 from infra.aws.client import Aws
 from infra.aws.output import Output
-from infra.endpoint.openai_chat import _post
+from infra.endpoint.calls.openai_chat import _post
 
 
 @contextmanager

@@ -43,7 +43,11 @@ def test_callers_may_invoke_the_projects_endpoints_and_nothing_else(account, inf
     assert {name: (each["Action"], each["Resource"]) for name, each in statements.items()} == {
         "InvokeTheEndpoints": (
             [invoke, f"{invoke}Async", f"{invoke}WithResponseStream"],
-            [endpoint, f"{endpoint}--*"],
+            [
+                endpoint,
+                f"{endpoint}--*",
+                f"{endpoint}--*".replace(":endpoint/", ":inference-component/"),
+            ],
         ),
         "CallWithBearerTokens": ("sagemaker:CallWithBearerToken", "*"),
         "SendAsynchronousRequests": (

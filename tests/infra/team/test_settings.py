@@ -229,3 +229,21 @@ def test_a_tag_that_stays_on_its_image_is_refused_before_the_push(account, infra
         push.check_tag(repository, "trial", there)
     push.check_tag(repository, "latest", there)
     push.check_tag(repository, "new", None)
+
+
+@pytest.mark.slow
+def test_tags_that_are_given_later_reach_what_exists_and_take_none_away(team, infra):
+    sagemaker = team.client("sagemaker")
+    assert infra(*ASYNC).code == 0
+    arn = sagemaker.describe_endpoint(EndpointName="dalle")["EndpointArn"]
+    sagemaker.add_tags(ResourceArn=arn, Tags=[{"Key": "audit", "Value": "passed"}])
+    assert infra(*ASYNC).code == 0
+    assert not team.requests["AddTags"]
+    later = ["--resource-tag", "cost-center=42", "--resource-tag", "team=audio"]
+    result = infra(*ASYNC, *later)
+    assert result.code == 0, result.err
+    assert not team.requests["UpdateEndpoint"]
+    assert len(team.bodies("AddTags")) == 3  # of model, configuration and endpoint
+    found = {tag["Key"]: tag["Value"] for tag in sagemaker.list_tags(ResourceArn=arn)["Tags"]}
+    wanted = {"dalle:project": "dalle", "cost-center": "42", "team": "audio", "audit": "passed"}
+    assert found == wanted

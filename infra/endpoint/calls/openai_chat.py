@@ -24,7 +24,7 @@ from inference.openai.replies import ChatCompletion
 from infra.aws.client import READ_SECONDS, Aws
 from infra.aws.project import Project
 from infra.aws.request import Request
-from infra.endpoint import results
+from infra.endpoint.calls import results
 
 TOKEN_SECONDS = 300  # until it expires; it is made for one request
 _NAMES = {"format": "output_format"}  # of a chat, where an invocation has another
@@ -37,9 +37,15 @@ def chat_body(fields: Mapping[str, Any]) -> bytes:
     return json.dumps({"model": "", "messages": messages, **settings}, ensure_ascii=False).encode()
 
 
-def invoke_openai(project: Project, name: str, fields: Mapping[str, Any], out: Path) -> int:
-    """Write the pictures of a chat's reply, and return the exit code. Raises AwsError."""
-    path = f"/endpoints/{name}/openai/v1/chat/completions"
+def invoke_openai(
+    project: Project, name: str, component: str, fields: Mapping[str, Any], out: Path
+) -> int:
+    """Write the pictures of a chat's reply, and return the exit code. Raises AwsError.
+
+    component: one of the endpoint's models; empty where it has one.
+    """
+    model = f"/inference-components/{component}" if component else ""
+    path = f"/endpoints/{name}{model}/openai/v1/chat/completions"
     body = chat_body(fields)
     if project.aws.dry_run:
         project.output.request(Request("sagemaker-runtime", f"POST {path}", Body=body))
