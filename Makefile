@@ -8,6 +8,8 @@ COMPILE := $(UV) pip compile --quiet --no-annotate --no-emit-index-url --custom-
 UPGRADE ?=
 # A worker a processor; a file's tests stay together, since they share what is made once for the file.
 PARALLEL := --numprocesses auto --dist loadfile --no-loadscope-reorder
+# A command in an environment that uv makes from a lock and keeps in its cache, for what does not agree with .venv.
+ALONE := $(UV) run --no-project --isolated --python .venv/bin/python --with-requirements
 PYTEST := .venv/bin/python -m pytest $(PARALLEL)
 # Further words for pytest: make test ARGS="-k schema"
 ARGS ?=
@@ -19,7 +21,7 @@ PORT ?= 8080
 ROOT ?= $(patsubst %/model,%,$(firstword $(wildcard out/demo/ml/model $(OUT)/model) out/demo/ml/model))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check lint format test test-any-user soak soak-training soak-serving fuzz demo play picture docs tree bench-peers bench-rainbow bench-training image test-image local-train local-serve local-endpoint lock clean
+.PHONY: help setup check check-template lint format test test-any-user soak soak-training soak-serving fuzz demo play picture docs tree bench-peers bench-rainbow bench-training image test-image local-train local-serve local-endpoint lock clean
 
 help:  ## list these targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' Makefile | expand -t 13
@@ -31,6 +33,10 @@ check: lint  ## lint, and the tests that take less than a third of a second each
 
 lint: setup  ## ruff, the formatter, spelling, imports and types; changes nothing
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/codespell && .venv/bin/lint-imports --no-logo && .venv/bin/mypy
+
+check-template: setup  ## cfn-lint and checkov over the stack's template; what they may find is explained in it
+	.venv/bin/cfn-lint --non-zero-exit-code informational infra/setup/template.yaml
+	$(ALONE) requirements/checkov.txt checkov --quiet --compact --skip-download --framework cloudformation --file infra/setup/template.yaml
 
 format: setup  ## mend what ruff can mend, and lay out the code
 	.venv/bin/ruff check --fix . && .venv/bin/ruff format .
@@ -81,7 +87,7 @@ bench-training: setup  ## measure training steps beside DALLE-pytorch 1.6.6, the
 image:  ## build the Docker image; BASE_IMAGE=NAME starts from another base
 	container/build.sh $(IMAGE)
 
-test-image: setup image  ## test the image itself by docker run; container/with_docker.sh provides an engine
+test-image: setup image check-template  ## test the image itself by docker run; container/with_docker.sh provides an engine
 	DALLE_IMAGE=$(IMAGE) DALLE_REQUIRE_DOCKER=1 .venv/bin/python -m pytest -m docker $(ARGS)
 
 local-train:  ## train the image on DATA=DIR as SageMaker does; ARGS="--set size=tiny --memory 4g"
@@ -99,6 +105,7 @@ lock: $(UV)  ## compile requirements/*.txt again (newest versions: make lock UPG
 	$(COMPILE) --generate-hashes --python-platform x86_64-manylinux_2_28 --extra train --extra serve -c requirements/versions.txt pyproject.toml -o requirements/image.txt
 	$(COMPILE) --generate-hashes --universal --extra infra -c requirements/versions.txt pyproject.toml -o requirements/infra.txt
 	$(COMPILE) --generate-hashes --universal requirements/uv.in -o requirements/uv.txt
+	$(COMPILE) $(UPGRADE) --generate-hashes --universal requirements/checkov.in -o requirements/checkov.txt
 
 clean:  ## remove .venv, out/ and every cache
 	rm -rf .venv out build *.egg-info container/dalle/decoding/cpu/*.so .mypy_cache .pytest_cache .ruff_cache && find . -name __pycache__ -prune -exec rm -rf {} +
