@@ -265,6 +265,7 @@ def _page(
             stages=plan.stages,
             is_measured=any(each.is_measured for each in costs),
             lead=lines[0],
+            warnings=[],
             remarks=lines[1:],
             chart=render_svg(figure, UNIT) if known else "",
             tables=tables,
