@@ -10,10 +10,10 @@ from pathlib import Path
 
 from dalle import artefact as artefacts
 from dalle.errors import DalleError, ForeignFileError
+from training.job.legacy.config.choices import THEIR_KINDS, Choices
+from training.job.legacy.config.versions import parse_version
 from training.job.legacy.describe import describe, describe_saved
 from training.job.legacy.importer import Beside, import_saved, read_model
-from training.job.legacy.sizes import THEIR_KINDS, Choices
-from training.job.legacy.versions import parse_version
 
 HELP = """\
 Models that DALLE-pytorch (lucidrains) trained, versions 0.1.19 to 1.6.6: say what a file is, or

@@ -71,9 +71,11 @@ OPTIONS = {
 }
 
 
-def test_a_job_trains_on_from_the_weights_of_the_channel(opt_ml):
+def test_a_job_trains_on_from_the_weights_of_the_channel(opt_ml, caplog):
+    caplog.set_level("INFO")
     tree = job_with(opt_ml, OPTIONS, stage="transformer", caption_dropout=0.1)
     assert main(["--root", str(tree.root)]) == 0, tree.failure
+    assert "dalle.pt: no file tells whether padding was hidden" in caplog.text
     artefact = artefacts.load(tree.root / "model")
     assert artefact.components() == ["dvae", "transformer", "tokenizer"]
     model = artefact.require("transformer")

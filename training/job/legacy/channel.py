@@ -8,6 +8,7 @@ legacy.json                             what the file does not tell: {"attn_type
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -20,10 +21,13 @@ from dalle.models.configs import ImageTokenizerConfig
 from dalle.models.legacy.config import LegacyTransformerConfig
 from dalle.models.legacy.transformer import LegacyTransformer
 from dalle.platform.json_file import read_json
-from training.job.legacy.importer import Beside, import_model
-from training.job.legacy.sizes import Choices
-from training.job.legacy.versions import parse_version
+from training.job.legacy.config.choices import Choices
+from training.job.legacy.config.versions import parse_version
+from training.job.legacy.describe import describe_saved
+from training.job.legacy.importer import Beside, import_saved, read_model
 from training.job.pretrained.weights_file import WEIGHTS_SUFFIXES
+
+logger = logging.getLogger(__name__)
 
 OPTIONS, VAE = "legacy.json", "vae"
 
@@ -56,7 +60,10 @@ class _Options(BaseModel):
 
 
 def load_legacy(directory: Path) -> Artefact:
-    """Return the artefact of a channel's model, on the CPU. Raises ForeignFileError."""
+    """Return the artefact of a channel's model, on the CPU, and log the notes of `inspect`.
+
+    Raises ForeignFileError.
+    """
     try:
         entries = sorted(each for each in directory.iterdir() if not is_hidden(each.name))
     except OSError as error:
@@ -76,7 +83,12 @@ def load_legacy(directory: Path) -> Artefact:
         )
     vae = directory / VAE
     beside = Beside(str(tokenizers[0]) if tokenizers else None, vae if vae.is_dir() else None)
-    return import_model(models[0], _choices(directory / OPTIONS), beside)
+    path, choices = models[0], _choices(directory / OPTIONS)
+    saved = read_model(path)
+    artefact = import_saved(saved, path, choices, beside)
+    for note in describe_saved(path.name, saved, choices).notes:
+        logger.info("%s: %s", path.name, note)
+    return artefact
 
 
 def load_configs(directory: Path) -> tuple[LegacyTransformerConfig, ImageTokenizerConfig]:

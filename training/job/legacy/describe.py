@@ -7,21 +7,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from training.job.legacy.config.choices import Choices, NotToldError
+from training.job.legacy.config.resolve import Outline, outline, resolve
+from training.job.legacy.config.wrapping import Wrapping, wrapping_of
 from training.job.legacy.importer import read_model
-from training.job.legacy.names import split_layers
-from training.job.legacy.relatives import Relative
-from training.job.legacy.saved_model import RelativeError, SavedModel
-from training.job.legacy.sizes import (
-    Choices,
-    NotToldError,
-    Outline,
-    Wrapping,
-    outline,
-    resolve,
-    wrapping_of,
-)
+from training.job.legacy.saved.names import split_layers
+from training.job.legacy.saved.relatives import Relative
+from training.job.legacy.saved.saved_model import RelativeError, SavedModel
 from training.job.legacy.tokenizer import CLIP_VOCABULARY, ends_captions, needed_tokenizer
-from training.job.legacy.vae import is_normalised, vae_kind
+from training.job.legacy.vae import is_normalised, not_finite_in_vae, vae_kind
 from training.job.pretrained.weights_file import missing_words
 
 _KINDS = {
@@ -201,10 +195,11 @@ def _missing(saved: SavedModel, found: Outline) -> list[str]:
     if found.text_vocab_size != CLIP_VOCABULARY:
         is_kobiso = saved.kind == "kobiso"
         missing.append(needed_tokenizer(found.text_vocab_size, is_kobiso=is_kobiso))
+    wanted = f"the VAE with {found.codebook_size:,} codes that it was trained on (--vae FOLDER)"
     if vae_kind(saved) is None:
-        missing.append(
-            f"the VAE with {found.codebook_size:,} codes that it was trained on (--vae FOLDER)"
-        )
+        missing.append(wanted)
+    elif name := not_finite_in_vae(saved):
+        missing.append(f"{wanted}: in the file, {name} has values that are not finite")
     return missing
 
 

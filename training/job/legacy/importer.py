@@ -10,9 +10,10 @@ from dalle.artefact import Artefact, sha256
 from dalle.errors import ForeignFileError
 from dalle.manifest import ImportedModel
 from dalle.models.legacy.transformer import LegacyTransformer
-from training.job.legacy.deepspeed_folder import read_deepspeed_folder
-from training.job.legacy.saved_model import SavedModel, read_saved_model
-from training.job.legacy.sizes import Choices, resolve
+from training.job.legacy.config.choices import Choices
+from training.job.legacy.config.resolve import resolve
+from training.job.legacy.saved.deepspeed_folder import read_deepspeed_folder
+from training.job.legacy.saved.saved_model import SavedModel, read_saved_model
 from training.job.legacy.tokenizer import load_tokenizer
 from training.job.legacy.vae import load_vae
 from training.job.legacy.weights import convert

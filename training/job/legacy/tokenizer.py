@@ -11,8 +11,9 @@ from dalle.errors import ForeignFileError
 from dalle.models.legacy.config import LegacyTransformerConfig
 from dalle.platform.json_file import read_json
 from dalle.preprocess.tokenizer import MAX_FILE_BYTES, CaptionTokenizer, clip_tokenizer
-from training.job.legacy.sizes import KNOWN_VOCABULARIES, NotToldError
-from training.job.legacy.versions import VersionRange
+from training.job.legacy.config.choices import NotToldError
+from training.job.legacy.config.sizes import KNOWN_VOCABULARIES
+from training.job.legacy.config.versions import VersionRange
 
 CLIP = "clip"
 """In place of a file: the byte pairs of OpenAI's CLIP, DALLE-pytorch's SimpleTokenizer."""

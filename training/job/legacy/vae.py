@@ -11,13 +11,14 @@ from typing import Literal
 
 from torch import Tensor
 
+from dalle.artefact import not_finite
 from dalle.errors import ForeignFileError
 from dalle.models.image_tokenizer import ImageTokenizer
 from dalle.models.legacy.config import LegacyTransformerConfig
 from dalle.models.tokenizers.configs import DallePytorchConfig, VQGANConfig
-from training.job.legacy.saved_model import SavedModel
-from training.job.legacy.sizes import NotToldError
-from training.job.legacy.versions import VersionRange
+from training.job.legacy.config.choices import NotToldError
+from training.job.legacy.config.versions import VersionRange
+from training.job.legacy.saved.saved_model import SavedModel
 from training.job.legacy.weights import vae_weights
 from training.job.pretrained import dalle_pytorch, openai_dvae
 from training.job.pretrained.image_tokenizer import fill_tokenizer, load_image_tokenizer
@@ -38,6 +39,18 @@ def vae_kind(saved: SavedModel) -> VAEKind | None:
         if any(name.startswith(start) and value.numel() for name, value in saved.weights.items()):
             return kind  # type: ignore[return-value]
     return None
+
+
+def not_finite_in_vae(saved: SavedModel) -> str | None:
+    """Return a weight of the VAE in a file that is NaN or infinite, None where all are finite."""
+    unused = tuple(f"vae.model.{each}" for each in _NOT_COMPUTED_WITH)
+    return not_finite(
+        {
+            name: each
+            for name, each in saved.weights.items()
+            if name.startswith("vae.") and not name.startswith(unused)
+        }
+    )
 
 
 def is_normalised(saved: SavedModel, versions: VersionRange) -> bool:
@@ -103,6 +116,10 @@ def _of_weights(
         raise ValueError(
             "it has no weights of a VAE: give the VAE's files by --vae, a folder as for the "
             "channel tokenizer_model"
+        )
+    if name := not_finite_in_vae(saved):
+        raise ValueError(
+            f"the weight {name} has values that are not finite; give the VAE's files by --vae"
         )
     image_size = config.grid_size
     if kind == "DiscreteVAE":

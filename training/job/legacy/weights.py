@@ -8,9 +8,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from training.job.legacy.names import Branch
-from training.job.legacy.saved_model import SavedModel
-from training.job.legacy.sizes import Resolved, image_positions
+from training.job.legacy.config.positions import image_positions
+from training.job.legacy.config.resolve import Resolved
+from training.job.legacy.saved.names import Branch
+from training.job.legacy.saved.saved_model import SavedModel
 
 _USED = re.compile(
     r"(transformer\.(layers|pos_emb)|text_emb|image_emb|text_pos_emb|image_pos_emb|to_logits"

@@ -71,8 +71,7 @@ def load_image_tokenizer(directory: Path, image_size: int | None) -> ImageTokeni
 
 def _convert(paths: list[Path], yamls: list[Path], image_size: int | None) -> Converted:
     """Return the config and weights of the files. Raises ValueError in words that follow them."""
-    # What is converted is checked then: files of training also hold the state of an optimiser.
-    content = [read_weights(path, require_finite=False) for path in paths]
+    content = [read_weights(path) for path in paths]
     if len(content) == 2:
         decoder, encoder = content
         return openai_dvae.convert(encoder, decoder, image_size)

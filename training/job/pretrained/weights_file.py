@@ -78,13 +78,17 @@ def shape_of(state: Mapping[str, Tensor], name: str, num_dims: int) -> tuple[int
 def to_float32(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return copies in float32.
 
-    Raises ValueError naming a weight of truth values, or with values beyond its range.
+    Raises ValueError naming a weight of truth values, one that is NaN or infinite, or one with
+    values beyond the range.
     """
     for name, value in state.items():
         if value.dtype == torch.bool:
             raise ValueError(f"the weight {name} has the type torch.bool, and must have numbers")
+    if infinite := not_finite(state):
+        raise ValueError(f"the weight {infinite} has values that are not finite")
     copies = {name: value.to(torch.float32, copy=True) for name, value in state.items()}
-    if infinite := not_finite(copies):
+    wide = {name: copies[name] for name, each in state.items() if each.dtype == torch.float64}
+    if infinite := not_finite(wide):
         raise ValueError(f"the weight {infinite} has values that float32 cannot hold")
     return copies
 
@@ -101,12 +105,12 @@ def missing_words(error: LookupError) -> str:
     return f"a weight has too few dimensions: {error}"
 
 
-def read_weights(path: Path, *, require_finite: bool = True) -> Weights:
+def read_weights(path: Path) -> Weights:
     """Return the tensors and plain values of a file, in the types of the file.
 
-    require_finite: of every tensor. Without it, whoever converts a part of them checks that part.
-    Raises `ForeignFileError` when the file is damaged, is none of these formats, asks for code to
-    run, or has weights that are NaN or infinite, complex, or floating numbers of one byte.
+    Whether they are finite is checked of those that are used: files of training also hold the
+    state of an optimiser. Raises `ForeignFileError` when the file is damaged, is none of these
+    formats, asks for code to run, or has weights that are complex, or floating numbers of one byte.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
@@ -135,8 +139,6 @@ def read_weights(path: Path, *, require_finite: bool = True) -> Weights:
                 f"{path.name}: the weight {name} has the type {tensor.dtype}, and must have "
                 f"float16, bfloat16, float32 or float64"
             )
-    if require_finite and (infinite := not_finite(weights.tensors)):
-        raise ForeignFileError(f"{path.name}: the weight {infinite} has values that are not finite")
     return weights
 
 

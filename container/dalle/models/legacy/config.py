@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal, get_args
 
-from dalle.models.configs import Bounded
+from dalle.models.config_fields import BOUNDS, SequenceFields
 
 KIND = "dalle_pytorch"
 """The `kind` in transformer/config.json; the transformer that is trained here has none."""
@@ -25,20 +25,24 @@ SPARSE_BLOCK = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class LegacyTransformerConfig(Bounded):
-    """Fields that rebuild a `LegacyTransformer`; the last group acts in training only."""
+class LegacyTransformerConfig(SequenceFields):
+    """Fields that rebuild a `LegacyTransformer`.
+
+    text_vocab_size is without the ids of padding by position.
+    """
 
     kind: ClassVar[str] = KIND
     num_codebooks: ClassVar[int] = 1
+    # Published models have grids of up to 64 and captions of up to 1,024. A file with two short
+    # tables of positions can claim any grid, whose own table and masks have its side to the second
+    # and to the fourth power.
+    bounds: ClassVar[Mapping[str, tuple[float, float]]] = {
+        **BOUNDS,
+        "grid_size": (1, 128),
+        "text_length": (1, 4_096),
+        "head_width": (1, 4_096),
+    }
 
-    text_vocab_size: int
-    """Number of text token ids, padding (0) included, without those of padding by position."""
-    text_length: int
-    """T: text tokens per caption, padded."""
-    grid_size: int
-    """Side of the image-token grid; N = grid_size²."""
-    codebook_size: int
-    """V of the image tokenizer."""
     width: int
     """W: channels of the residual stream."""
     num_layers: int
@@ -68,21 +72,8 @@ class LegacyTransformerConfig(Bounded):
     hides_padding: bool = False
     """Keys of padding are hidden: from every query in full layers, from the image's in others."""
 
-    text_loss_weight: float = 1 / 7
-    """Weight of the text tokens' loss beside the image tokens'."""
-    dropout: float = 0.0
-    """Share of channels dropped from the embeddings and from each branch."""
-    caption_dropout: float = 0.0
-    """Share of captions replaced by padding, so that guidance has an unconditional pass."""
-    word_dropout: float = 0.0
-    """Share of single text tokens that are replaced by padding."""
-    token_noise: float = 0.0
-    """Share of input positions with random codes, so that sampling errors do less harm."""
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.head_width <= 4096:
-            raise ValueError(f"head_width must be from 1 to 4,096, got {self.head_width}")
         kinds = self.attention_kinds
         if not kinds or set(kinds) - set(LEGACY_ATTENTION_KINDS):
             raise ValueError(f"attention_kinds must be of {LEGACY_ATTENTION_KINDS}, got {kinds}")
@@ -95,16 +86,6 @@ class LegacyTransformerConfig(Bounded):
             )
         if self.token_shift and self.width % 4:
             raise ValueError(f"width must be a multiple of 4 with token_shift, got {self.width}")
-
-    @cached_property
-    def num_positions(self) -> int:
-        """N = grid_size²"""
-        return self.grid_size * self.grid_size
-
-    @cached_property
-    def length(self) -> int:
-        """L: inputs of a whole sequence: BOS, the text and all image positions but the last."""
-        return self.text_length + self.num_positions
 
     @cached_property
     def num_sparse_blocks(self) -> int:

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import Any, ClassVar
 
 from pydantic import TypeAdapter
 
-from dalle.models.configs import Bounded, DVAEConfig, ImageTokenizerConfig
+from dalle.models.config_fields import TokenGrid
+from dalle.models.configs import DVAEConfig, ImageTokenizerConfig
 from dalle.types import VQGAN_QUANTISERS, ImageTokenizerKind, VQGANQuantiserKind
 
 KIND = "kind"
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Published(Bounded):
-    """Base: a square grid of one code per position."""
+class _Published(TokenGrid):
+    """Base: one code per position."""
 
     num_codebooks: ClassVar[int] = 1
 
@@ -36,21 +36,6 @@ class _Published(Bounded):
                 f"image_size must be a multiple of {self.stride}, the pixels per code of this "
                 f"image tokenizer, got {self.image_size}"
             )
-
-    @property
-    def stride(self) -> int:
-        """Pixels between two positions of the token grid."""
-        raise NotImplementedError
-
-    @cached_property
-    def grid_size(self) -> int:
-        """Side of the token grid."""
-        return self.image_size // self.stride
-
-    @cached_property
-    def num_positions(self) -> int:
-        """N: positions of the token grid."""
-        return self.grid_size**2
 
 
 @dataclass(frozen=True, kw_only=True)

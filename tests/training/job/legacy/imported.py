@@ -7,8 +7,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dalle.artefact import Artefact
 from tests.training.job.legacy.published.files import Old, old
+from training.job.legacy.config.choices import Choices
 from training.job.legacy.importer import Beside, import_model
-from training.job.legacy.sizes import Choices
 
 WORDS = [f"w{number}" for number in range(30)]
 

@@ -22,9 +22,11 @@ from tests.training.job.legacy.imported import import_old, write_tokenizer
 from tests.training.job.legacy.published.files import TEXT, VAE, old
 from tests.training.job.pretrained.published.files import expected, put, weights_of
 from tests.training.job.pretrained.published.seeded_weights import seeded_weights
+from training.engine.devices import peak_bytes
+from training.job.legacy.config.choices import Choices
+from training.job.legacy.config.positions import image_positions
 from training.job.legacy.describe import describe
 from training.job.legacy.importer import Beside, import_model
-from training.job.legacy.sizes import Choices, image_positions
 
 NAME = "0.8.3-four"
 PLAIN = Choices()
@@ -149,8 +151,23 @@ def test_axial_positions_of_a_side_beyond_all_models_are_refused_before_they_are
     del content["weights"]["logits_mask"]
     content["weights"]["image_pos_emb.weights_0"] = torch.zeros(1, 10_000, 1, 32)
     content["weights"]["image_pos_emb.weights_1"] = torch.zeros(1, 1, 10_000, 32)
-    with pytest.raises(ForeignFileError, match="grid_size must be from 1 to 1,024"):
+    with pytest.raises(ForeignFileError, match="grid_size must be from 1 to 128, got 10000"):
         import_model(write(content, tmp_path), PLAIN, beside)
+
+
+def test_a_grid_that_short_tables_claim_is_refused_before_memory_is_taken(tmp_path, beside):
+    """Two tables of 1,024 rows have 256 kB, and their sum has 128 MB."""
+    content = old(NAME).file()
+    del content["weights"]["logits_mask"]
+    for name, shape in ("weights_0", (1, 1024, 1, 32)), ("weights_1", (1, 1, 1024, 32)):
+        content["weights"][f"image_pos_emb.{name}"] = torch.zeros(shape)
+    path = write(content, tmp_path)
+
+    def refused():
+        with pytest.raises(ForeignFileError, match="grid_size must be from 1 to 128, got 1024"):
+            import_model(path, PLAIN, beside)
+
+    assert peak_bytes(refused, torch.device("cpu")) < 2 * path.stat().st_size
 
 
 def test_a_weight_of_truth_values_is_refused_by_its_name(tmp_path, beside):

@@ -11,6 +11,7 @@ from dalle.models.legacy.transformer import LegacyTransformer
 from dalle.models.tokenizers.dalle_pytorch import DallePytorchVAE
 from tests.training.job.legacy.imported import WORDS, write_tokenizer
 from tests.training.job.legacy.published.files import HERE, old
+from tests.training.job.pretrained.published.files import put
 from training import legacy
 
 ORIGINAL = HERE / "1.6.6-plain.pt"
@@ -219,6 +220,20 @@ def test_weights_that_are_not_finite_or_empty_or_missing_are_refused_by_name(
             content["weights"][name] = value
         path = write(content, tmp_path)
         assert words in refusal(path, tmp_path, capsys, "--tokenizer", str(tokenizer))
+
+
+def test_only_weights_that_are_used_must_be_finite(tmp_path, tokenizer, capsys):
+    content = old("1.6.6-plain").file()
+    content["weights"]["vae.codebook.weight"] = torch.full((24, 6), torch.nan)
+    path, folder = write(content, tmp_path), tmp_path / "vae"
+    folder.mkdir()
+    put("vae", folder)
+    options = ["--tokenizer", str(tokenizer)]
+    said = refusal(path, tmp_path, capsys, *options)
+    assert "the weight vae.codebook.weight has values that are not finite" in said
+    assert "vae.codebook.weight has values" in inspected(path, capsys)["missing"][1]
+    out = ["--vae", str(folder), "--out", str(tmp_path / "out")]
+    assert legacy.main(["import", str(path), *options, *out]) == 0
 
 
 def test_the_state_of_an_optimiser_may_be_not_finite(tmp_path, tokenizer):

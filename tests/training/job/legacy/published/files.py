@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from tests.training.job.legacy.published.seeded_weights import seeded_weights
-from training.job.legacy.versions import parse_version
+from training.job.legacy.config.versions import parse_version
 
 HERE = Path(__file__).parent
 NAMES = sorted(path.stem for path in HERE.glob("*.safetensors"))

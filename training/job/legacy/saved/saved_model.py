@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dalle.artefact import not_finite
 from dalle.errors import ForeignFileError
-from training.job.legacy.relatives import Relative, relative_in
+from training.job.legacy.saved.relatives import Relative, relative_in
 from training.job.pretrained.weights_file import Weights, missing_words, read_weights
 
 Value = bool | int | float | str | None
@@ -27,10 +27,6 @@ SavedKind = Literal["train_dalle", "kobiso", "bare", "deepspeed"]
 
 KNOWN_BY = "image_emb."
 """What the name of some weight of every DALLE begins with."""
-
-
-_NOT_READ = ("vae.model.loss.", "vae.model.colorize")
-"""Weights of a VQGAN's training."""
 
 
 class RelativeError(ForeignFileError):
@@ -76,7 +72,7 @@ def read_saved_model(path: Path) -> SavedModel:
     Raises ForeignFileError for a file that is none of these, and the RelativeError among them for a
     model of the same family.
     """
-    weights = read_weights(path, require_finite=False)
+    weights = read_weights(path)
     try:
         if relative := relative_in(weights):
             raise RelativeError(path.name, relative)
@@ -120,9 +116,8 @@ def unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def require_finite(state: Mapping[str, Tensor]) -> None:
-    """Raise ValueError for a weight that is NaN or infinite, but for those that nobody reads."""
-    read = {name: each for name, each in state.items() if not name.startswith(_NOT_READ)}
-    if name := not_finite(read):
+    """Raise ValueError for a weight of the transformer that is NaN or infinite."""
+    if name := not_finite({name: each for name, each in state.items() if name[:4] != "vae."}):
         raise ValueError(f"the weight {name} has values that are not finite")
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dalle.errors import ForeignFileError
-from training.job.legacy.saved_model import (
+from training.job.legacy.saved.saved_model import (
     KNOWN_BY,
     SavedModel,
     require_finite,
@@ -46,9 +46,9 @@ def read_deepspeed_folder(folder: Path) -> SavedModel:
             f"{folder.name}: {step.name} has the parts of several mp_rank; only whole layers are "
             "supported"
         )
-    content = read_weights(states[0], require_finite=False)
+    content = read_weights(states[0])
     auxiliary = folder / "auxiliary.pt"
-    settings = read_weights(auxiliary, require_finite=False) if auxiliary.is_file() else content
+    settings = read_weights(auxiliary) if auxiliary.is_file() else content
     try:
         state = _module(content)
         if any(value.numel() == 0 for value in state.values()):
@@ -145,7 +145,7 @@ def _shards(paths: Sequence[Path]) -> list[Tensor]:
 
 def _flat(path: Path, num_ranks: int) -> Tensor:
     """Return a rank's flat weights. Raises ValueError where it has none, or is of other ranks."""
-    content = read_weights(path, require_finite=False)
+    content = read_weights(path)
     counts = [
         value
         for name, value in content.values.items()

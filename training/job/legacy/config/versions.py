@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from training.job.legacy.names import Layers
-from training.job.legacy.saved_model import SavedModel
+from training.job.legacy.config.positions import axial_positions
+from training.job.legacy.saved.names import Layers
+from training.job.legacy.saved.saved_model import SavedModel
 from training.job.pretrained.weights_file import shape_of
 
 FIRST, LAST = "0.1.19", "1.6.6"
@@ -129,22 +130,3 @@ def _has_positions_of_pixels(weights: Mapping[str, Tensor]) -> bool:
     text_length = shape_of(weights, "text_pos_emb.weight", 2)[0] - 1
     num_codes = shape_of(weights, "logits_mask", 3)[1] - text_length
     return rows.shape[1] * columns.shape[2] != num_codes
-
-
-def axial_positions(weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
-    """Return the embeddings of the image's rows [1, R, 1, W] and columns [1, 1, C, W].
-
-    None where it has none. Raises ValueError for another shape.
-    """
-    for joint in "_.":
-        names = [f"image_pos_emb.weights{joint}{axis}" for axis in (0, 1)]
-        if all(name in weights for name in names):
-            rows, columns = (weights[name] for name in names)
-            fits = rows.ndim == columns.ndim == 4 and rows.shape[-1] == columns.shape[-1]
-            if not fits or rows.shape[::2] != (1, 1) or columns.shape[:2] != (1, 1):
-                raise ValueError(
-                    f"{names[0]} and {names[1]} must have the shapes [1, rows, 1, width] and "
-                    f"[1, 1, columns, width], got {[*rows.shape]} and {[*columns.shape]}"
-                )
-            return rows, columns
-    return None
