@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from inference.server.worker import connection
 from inference.settings import read_settings
 from tests.inference.raw_http import PING, Reply, connect, has_ended, header
 from tests.inference.served import PATIENCE, Served, running, serve
@@ -18,7 +19,9 @@ from tests.inference.served import PATIENCE, Served, running, serve
 pytestmark = pytest.mark.slow
 
 CAPTION = json.dumps({"caption": "a red square", "num_candidates": 2, "seed": 7}).encode()
+VARIABLES = {"DALLE_MAX_REQUEST_MB": "1", "DALLE_CHUNK_SIZE": "1", "DALLE_QUEUE_SIZE": "1"}
 FEW_DESCRIPTORS = 64
+UNREAD_BYTES = 16_000_000  # more than the system keeps of a connection for a client that reads none
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +31,15 @@ def root(tiny_artefact: Path, tmp_path_factory) -> Path:
     return root
 
 
+def serve_with_patient_writes(words: list[str]) -> int:
+    connection._SEND_SECONDS = 10 * PATIENCE
+    return serve(words)
+
+
 @pytest.fixture(scope="module")
 def served(root) -> Iterator[Served]:
-    with running(root, DALLE_MAX_REQUEST_MB="1", DALLE_CHUNK_SIZE="1") as served:
+    """A server of whose threads each waits longer for its client than a test for a reply."""
+    with running(root, work=serve_with_patient_writes, **VARIABLES) as served:
         yield served.ready()
 
 
@@ -49,8 +58,8 @@ def narrow(root) -> Iterator[Served]:
 
 @pytest.fixture
 def client(served) -> Iterator[socket.socket]:
-    with connect(served) as connection:
-        yield connection
+    with connect(served) as client:
+        yield client
 
 
 def chunked(body: bytes, *, size: int, end: bytes = b"0\r\n\r\n") -> bytes:
@@ -67,7 +76,7 @@ def whole_replies(client: socket.socket) -> bytes:
 
 
 def test_bodies_that_trickle_leave_their_places_to_requests_that_have_arrived(served):
-    places = read_settings({}).max_invocations
+    places = read_settings(VARIABLES).max_invocations
     with ExitStack() as stack:
         crowd = [stack.enter_context(connect(served)) for _ in range(3 * places)]
         for number, client in enumerate(crowd):
@@ -142,14 +151,17 @@ def test_requests_that_are_sent_together_are_all_answered_in_order(client, reque
 
 def test_clients_that_never_read_their_replies_take_no_thread(served):
     request = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 500
+    size = len(served.get("/openapi.json").content)
     with ExitStack() as stack:
-        for _ in range(read_settings({}).http_threads + 8):
+        for _ in range(read_settings(VARIABLES).http_threads + 8):
             client = stack.enter_context(connect(served))
             client.setblocking(False)
             with suppress(BlockingIOError):
                 while client.send(request):
                     pass
-        assert served.get("/ping").status_code == 200
+        # Requests take turns, so each client's replies have filled its connection after these.
+        for _ in range(UNREAD_BYTES // size):
+            assert served.get("/ping").status_code == 200
         assert served.ask().status_code == 200
 
 
