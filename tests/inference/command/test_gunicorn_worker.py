@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from inference.server.worker import gunicorn_worker
 from inference.settings import read_settings
 from tests.inference.raw_http import PING, Reply, connect, has_ended, header, open_sockets
-from tests.inference.served import Served, running
+from tests.inference.served import PATIENCE, Served, running, serve
 
 pytestmark = pytest.mark.slow
 
@@ -25,15 +26,28 @@ def root(tiny_artefact: Path, tmp_path_factory) -> Path:
     return root
 
 
+def serve_patiently(words: list[str]) -> int:
+    vars(gunicorn_worker).update(_HEADER_SECONDS=10 * PATIENCE, _PAUSE_SECONDS=10 * PATIENCE)
+    return serve(words)
+
+
 @pytest.fixture(scope="module")
 def served(root) -> Iterator[Served]:
-    with running(root, DALLE_MAX_REQUEST_MB="1") as served:
+    """A server that waits for its clients longer than a test does for it."""
+    with running(root, work=serve_patiently, DALLE_MAX_REQUEST_MB="1") as served:
         yield served.ready()
+
+
+def serve_impatiently(words: list[str]) -> int:
+    vars(gunicorn_worker).update(_HEADER_SECONDS=1.0, _LINGER_SECONDS=1.0)
+    return serve(words)
 
 
 @pytest.fixture(scope="module")
 def impatient(root) -> Iterator[Served]:
-    with running(root, DALLE_BODY_SECONDS="1") as served:
+    """A server that waits for a second for each thing."""
+    variables = {"DALLE_BODY_SECONDS": "1", "DALLE_MAX_REQUEST_MB": "1"}
+    with running(root, work=serve_impatiently, **variables) as served:
         yield served.ready()
 
 
@@ -146,9 +160,9 @@ def test_a_header_may_come_in_pieces(client):
     assert Reply(client).status == 200
 
 
-def test_a_header_that_does_not_come_in_time_ends_its_connection(served):
+def test_a_header_that_does_not_come_in_time_ends_its_connection(impatient):
     with ExitStack() as stack:
-        clients = [stack.enter_context(connect(served)) for _ in range(2)]
+        clients = [stack.enter_context(connect(impatient)) for _ in range(2)]
         for client, sent in zip(clients, (b"GET /ping HTTP/1.1\r\nHost", b"\r\n\r"), strict=True):
             client.sendall(sent)
         assert all(has_ended(client) for client in clients)
@@ -180,12 +194,12 @@ def test_requests_are_answered_beside_many_bodies_that_are_never_sent_whole(serv
             assert Reply(client).json["error"]["code"] == "malformed_body"
 
 
-def test_a_client_that_never_closes_its_half_is_closed(served):
-    before = open_sockets(served)
+def test_a_client_that_never_closes_its_half_is_closed(impatient):
+    before = open_sockets(impatient)
     with ExitStack() as stack:
         for _ in range(16):
-            client = stack.enter_context(connect(served))
+            client = stack.enter_context(connect(impatient))
             client.sendall(header(2_000_000))
             assert Reply(client).status == 413
-        while open_sockets(served) > before:
+        while open_sockets(impatient) > before:
             pass

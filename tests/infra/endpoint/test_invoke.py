@@ -64,7 +64,9 @@ def test_a_stream_writes_every_candidate_and_ends_with_the_ranking(endpoint, inf
     plain = infra(*ASK, "--out", tmp_path / "plain", "--json").json
     best = result.json["ranking"][0]["file"]
     assert (tmp_path / "plain/rank-1.png").read_bytes() == (tmp_path / best).read_bytes()
-    assert plain["images"][0]["clip_score"] == result.json["ranking"][0]["clip_score"]
+    # Its last bits depend on how many pictures CLIP read at once, which depends on time.
+    score = result.json["ranking"][0]["clip_score"]
+    assert plain["images"][0]["clip_score"] == pytest.approx(score, abs=1e-5)
 
 
 @pytest.mark.slow

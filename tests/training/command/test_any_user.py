@@ -27,9 +27,9 @@ fi
 cd /
 run="$as_user env -i PATH=/usr/bin:/bin PYTHONPATH=$PATHS OMP_NUM_THREADS=1 $VENV"
 $run -m training --root "$ROOT"
-timeout -s TERM 60 $run -m inference --root "$ROOT" --port 0 &
+timeout -s TERM 250 $run -m inference --root "$ROOT" --port 0 &
 server=$!
-for second in $(seq 50); do sleep 1; grep -q ": ready$" "$LOG" && break; done
+for second in $(seq 240); do sleep 1; grep -q ": ready$" "$LOG" && break; done
 kill -TERM $server; wait $server || true
 """
 

@@ -151,11 +151,11 @@ def started(tree, until):
 
 
 def end(process):
-    """Its exit status: 20 s are promised, and the platform would wait for 120 s."""
+    """Its exit status: 20 s are promised where nothing else runs, and the platform waits 120 s."""
     reader = threading.Thread(target=process.output.read)  # a full pipe would stop it
     reader.start()
     try:
-        return process.wait(timeout=20)
+        return process.wait(timeout=120)
     finally:
         process.kill()
         reader.join()
