@@ -10,7 +10,8 @@ UPGRADE ?=
 PARALLEL := --numprocesses auto --dist loadfile --no-loadscope-reorder
 # A command in an environment that uv makes from a lock and keeps in its cache, for what does not agree with .venv.
 ALONE := $(UV) run --no-project --isolated --python .venv/bin/python --with-requirements
-PYTEST := .venv/bin/python -m pytest $(PARALLEL)
+# With bytecode, or each of the many processes of the tests compiles all code again.
+PYTEST := env -u PYTHONDONTWRITEBYTECODE .venv/bin/python -m pytest $(PARALLEL)
 # Further words for pytest: make test ARGS="-k schema"
 ARGS ?=
 # The image's name, and where local-train leaves what SageMaker would have under /opt/ml.
