@@ -22,7 +22,7 @@ PORT ?= 8080
 ROOT ?= $(patsubst %/model,%,$(firstword $(wildcard out/demo/ml/model $(OUT)/model) out/demo/ml/model))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check check-template lint format test test-any-user soak soak-training soak-serving fuzz demo play picture docs tree bench-peers bench-rainbow bench-training image test-image local-train local-serve local-endpoint lock clean
+.PHONY: help setup check check-template lint format test test-any-user soak soak-training soak-serving fuzz demo play picture docs tree bench-peers bench-rainbow bench-training bench-costs image test-image local-train local-serve local-endpoint lock clean
 
 help:  ## list these targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' Makefile | expand -t 13
@@ -69,9 +69,10 @@ play: setup  ## serve a model of `make demo` or `make local-train` with a page t
 picture: setup  ## take the README's picture of the page again, with the model of `make play`
 	.venv/bin/python -m tests.inference.playground.picture --root $(ROOT) --out inference/playground.png
 
-docs: setup  ## write the generated parts of the README.md files again
+docs: setup  ## write the generated parts of the README.md files again, and the pages of costs
 	PYTHONPATH="$(CURDIR)" .venv/bin/python tests/repository/test_readme.py
 	PYTHONPATH="$(CURDIR)" .venv/bin/python tests/repository/test_readme_infra.py
+	.venv/bin/python -m infra.compare.report render $(dir $(wildcard infra/reports/*/compare.html))
 
 tree:  ## what every file is, by its own first line
 	@grep -rnm1 --include='*.py' '"""' container training inference infra | sed -E 's/^([^:]*):[0-9]+:"""/\1\t/; s/"""$$//' | sort | expand -t 36
@@ -84,6 +85,9 @@ bench-rainbow: setup  ## train and score the rainbow recipe from nothing, three 
 
 bench-training: setup  ## measure training steps beside DALLE-pytorch 1.6.6, the loader and the start
 	.venv/bin/python -m training.bench $(ARGS)
+
+bench-costs: setup  ## measure `serve` of ROOT's model on two cores, and on a GPU where there is one: infra/reports/DATE_rainbow; 3 minutes
+	.venv/bin/python -m infra.compare.report measure --root $(ROOT) $(ARGS)
 
 image:  ## build the Docker image; BASE_IMAGE=NAME starts from another base
 	container/build.sh $(IMAGE)

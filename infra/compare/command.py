@@ -17,10 +17,10 @@ from typing import Any
 
 from dalle.errors import UserError
 from infra.aws.output import Output, aligned, write_file
-from infra.benchmark.revision import measured_revisions, outdated
+from infra.benchmark.revision import outdated
 from infra.benchmark.run_file import Run, load_run
 from infra.compare.comparison import Comparison, Range, compare_runs
-from infra.compare.recommendation import quietness, recommendation
+from infra.compare.recommendation import about_runs, quietness, recommendation
 from infra.compare.tables import Table, article, tables
 from infra.cost.assumptions import Assumptions
 from infra.cost.command import add_table_argument
@@ -129,9 +129,8 @@ def render_text(comparison: Comparison) -> str:
     """Return the comparison for the terminal."""
     first, *reasons = recommendation(comparison)
     warnings = [f"WARNING: {each}" for each in outdated(comparison.runs)]
-    measured = [*measured_revisions(comparison.runs), *quietness(comparison)]
     parts = []
-    for line in [first, *warnings, *reasons, *measured]:
+    for line in [first, *warnings, *reasons, *about_runs(comparison)]:
         parts.append(textwrap.fill(line, WIDTH, subsequent_indent="  "))
     parts += [_text_table(each) for each in tables(comparison)]
     return "\n\n".join(parts)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dalle.pages.environment import page_environment
-from infra.benchmark.revision import measured_revisions, outdated
+from infra.benchmark.revision import outdated
 from infra.compare import tables
 from infra.compare.charts import plot_costs, plot_latencies, render_svg
 from infra.compare.comparison import Comparison
-from infra.compare.recommendation import quietness, recommendation
+from infra.compare.recommendation import about_runs, recommendation
 
 LONG = 40  # characters; longer cells wrap
 
@@ -21,7 +21,6 @@ def render_page(comparison: Comparison, *, title: str, date: str, stylesheet: st
     runs = comparison.runs.values()
     hardware = {run.hardware.gpu or run.hardware.processor or run.target: None for run in runs}
     first, *reasons = recommendation(comparison)
-    measured = measured_revisions(comparison.runs)
     limit = comparison.assumptions.synchronous_limit_seconds
     return (
         page_environment("infra.compare")
@@ -34,7 +33,7 @@ def render_page(comparison: Comparison, *, title: str, date: str, stylesheet: st
             comparison=comparison,
             lead=first,
             warnings=outdated(comparison.runs),
-            remarks=[*reasons, *measured, *quietness(comparison)],
+            remarks=[*reasons, *about_runs(comparison)],
             chart=render_svg(plot_costs(comparison), "Cost against requests a day"),
             latencies=render_svg(plot_latencies(comparison.runs, limit), "How long requests take"),
             tables=tables,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from infra.benchmark.revision import measured_revisions
 from infra.compare.comparison import Comparison, Range
 from infra.compare.serving_options import Option
 from infra.cost.prices import CONFIDENCE_NOTE
@@ -18,10 +19,10 @@ def recommendation(comparison: Comparison) -> list[str]:
         problems = "; ".join(f"{each.name}: {each.problem}" for each in comparison.options)
         return [f"No option answers while its caller waits ({problems}). Serve asynchronously."]
     at_once, any_time = comparison.ranges_at_once, comparison.ranges_any
-    lines = [f"While callers wait: {_take(at_once)}.", CONFIDENCE_NOTE]
+    lines = [f"While callers wait, {_take(at_once)}.", CONFIDENCE_NOTE]
     lines += [_reason(comparison, option) for option in _once(at_once)]
     if [each.option for each in any_time] != [each.option for each in at_once]:
-        lines.append(f"Where callers may wait for minutes: {_take(any_time)}.")
+        lines.append(f"Where callers may wait for minutes, {_take(any_time)}.")
         waking = [option for option in _once(any_time) if not option.answers_at_once]
         lines += [_reason(comparison, option) for option in waking[:1]]
     left_out: dict[str, list[str]] = {}
@@ -46,7 +47,17 @@ def _once(ranges: Sequence[Range]) -> list[Option]:
 
 
 def _take(ranges: Sequence[Range]) -> str:
-    return "; ".join(f"{each.option.name} {_span(each)}" for each in ranges)
+    """Return the cheapest options, each with its price and the volumes at which it is that."""
+    first, *others = (f"{_priced(each)} {{}}{_span(each)}" for each in ranges)
+    words = [first.format("is cheapest "), *(other.format("") for other in others)]
+    return ", and ".join(words)
+
+
+def _priced(part: Range) -> str:
+    option = part.option
+    if option.kind in ("serverless", "lambda"):
+        return f"{option.name} ({usd(option.busy.usd_per_1000_images)} for 1,000 images)"
+    return f"{option.name} ({usd(option.usd(max(1.0, part.low)))} a month)"
 
 
 def _span(part: Range) -> str:
@@ -123,6 +134,15 @@ def quietness(comparison: Comparison) -> list[str]:
                 "load on the server's machine is not known."
             )
     return lines
+
+
+def about_runs(comparison: Comparison) -> list[str]:
+    """Return a line for each run: which revision it measured, and what else the machine did."""
+    found: dict[str, list[str]] = {}
+    for line in [*measured_revisions(comparison.runs), *quietness(comparison)]:
+        name, _, rest = line.partition(": ")
+        found.setdefault(name, []).append(rest.removesuffix("."))
+    return [f"{name}: {'; '.join(rests)}." for name, rests in found.items()]
 
 
 def usd(amount: float) -> str:

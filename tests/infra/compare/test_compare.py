@@ -252,7 +252,7 @@ def test_the_command_prints_the_tables_and_writes_page_and_json(files, capsys):
     words = [f"{files}/cpu.json=ml.m5.large,serverless", "--html", str(page), "--out", str(out)]
     assert main(["compare", *words, "--requests-per-day", "50"]) == 0
     result = capsys.readouterr().out
-    assert "While callers wait: serverless up to" in result
+    assert "While callers wait, serverless ($" in result
     for title in ("USD A MONTH", "LATENCY IN SECONDS", "PRICES IN US-EAST-1", "ASSUMPTIONS"):
         assert title in result
     assert "50 a day" in result
