@@ -37,7 +37,11 @@ class StageRecord(BaseModel):
     """Of all threads of the training process; without processes that only load images."""
     hyperparameters: dict[str, Any]
     metrics: dict[str, float]
-    """Of the last validation; empty without held-out pairs."""
+    """Of the last validation of these weights; empty without held-out pairs."""
+    kept_step: int | None = None
+    """Step whose weights these are: that of the best validation; None for the last one."""
+    notes: list[str] = []
+    """Sentences on how the training went, such as that it overfitted."""
     dataset_fingerprint: str
     dataset_counts: dict[str, int]
     trained_on_from: str = ""

@@ -83,6 +83,9 @@ class FitHyperparameters(_Fields):
     """Largest norm of all gradients together; 0 for none."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of the weights' running average, which is saved; 0 off."""
+    keep: Literal["best", "last"] = "best"
+    """The weights that go into the artefact: those with the lowest validation loss, of the
+    transformer the image tokens', or the last ones. Without validation pairs the last."""
 
     @property
     def pairs_per_step(self) -> int:
@@ -94,9 +97,10 @@ class FitHyperparameters(_Fields):
         """Return the values that decide the numbers of a run.
 
         Without the budget, so that a finished run can be prolonged, and without the settings that
-        save memory, which only change rounding and may differ on other machines.
+        save memory, which only change rounding and may differ on other machines. `keep` chooses
+        among weights and changes none.
         """
-        return self.model_dump(mode="json", exclude={*BUDGETS, *SAVES_MEMORY})
+        return self.model_dump(mode="json", exclude={*BUDGETS, *SAVES_MEMORY, "keep"})
 
 
 class StageHyperparameters(FitHyperparameters):

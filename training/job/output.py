@@ -12,6 +12,7 @@ from dalle.errors import ArtefactError
 from dalle.manifest import Manifest, StageRecord, read_manifest
 from dalle.types import COMPONENTS, StageName
 from training.job.inputs import Inputs
+from training.job.overfitting import overfitting
 from training.loop.interface import FitResult, Stage
 from training.report.job import build_report
 from training.report.page import write_report
@@ -53,6 +54,7 @@ class Output:
         """Add a stage's trained model, frozen, and its record to the artefact, and write it."""
         inputs, artefact = self._inputs, self._inputs.artefact
         setattr(artefact, stage.name, stage.model.eval().requires_grad_(False))
+        notes = self._notes(stage, result)
         record = StageRecord(
             stage=stage.name,
             job_name=inputs.job.job_name,
@@ -63,6 +65,8 @@ class Output:
             cpu_seconds=result.cpu_seconds,
             hyperparameters=inputs.hyperparameters.of(stage.name).model_dump(mode="json"),
             metrics=result.validation,
+            kept_step=result.kept_step if result.kept_step < result.step else None,
+            notes=notes,
             dataset_fingerprint=inputs.train.totals.fingerprint,
             dataset_counts={
                 each.pairs.channel: each.totals.num_pairs
@@ -81,6 +85,13 @@ class Output:
                 pairs.captions(index * len(pairs) // number)[0] for index in range(number)
             ]
         self._save()
+
+    def _notes(self, stage: Stage, result: FitResult) -> list[str]:
+        """Return sentences on how a stage's training went, and log them as warnings."""
+        sentence = overfitting(stage.name, result, self._inputs.config(stage.name))
+        if sentence and self._inputs.ranks.is_first:
+            logger.warning("%s", sentence)
+        return [sentence] if sentence else []
 
     def finish(self) -> None:
         """Write the artefact if `keep` has not, and the report."""

@@ -122,6 +122,8 @@ class Trainer:
         )
         end = "finished" if result.is_finished else "stopped"
         logger.info("%s %s after %d steps, %.0f s", name, end, result.step, result.seconds)
+        if result.kept_step < result.step:
+            logger.info("%s: the weights of step %d, the best validation", name, result.kept_step)
         return result
 
 

@@ -64,7 +64,7 @@ class Checkpoints:
             ),
             replacing(path, is_durable=True) as temporary,
         ):
-            _write(temporary, content)
+            write_content(temporary, content)
         for old in self._complete()[self.kept :]:
             old.unlink(missing_ok=True)
         return path
@@ -80,7 +80,7 @@ class Checkpoints:
             logger.warning("removing %s, which was never finished", leftover)
             leftover.unlink(missing_ok=True)
         for path in self._complete():
-            with _reading(path):
+            with reading(path):
                 content = _read(path)
                 if content is None:
                     path.rename(path.with_name(path.name + DAMAGED))
@@ -96,6 +96,10 @@ class Checkpoints:
                 f"only {', '.join(damaged)}; delete the directory to start anew"
             )
         return None
+
+    def steps(self) -> list[int]:
+        """Return the steps of the finished checkpoints, newest first."""
+        return [int(path.name[5:-3]) for path in self._complete()]
 
     def _complete(self) -> list[Path]:
         """Return the finished checkpoints, newest first."""
@@ -151,7 +155,7 @@ def stored_run(directory: Path) -> StoredRun | None:
     Raises CheckpointError for one of another format, PlatformError for trouble with the disk.
     """
     for path in Checkpoints(directory, identity={})._complete():
-        with _reading(path):
+        with reading(path):
             content = _read(path, with_tensors=False)
         if content is not None:
             state = content["state"]
@@ -194,7 +198,7 @@ class _RememberingFile:
         self.file.flush()
 
 
-def _write(path: Path, content: Mapping[str, Any]) -> None:
+def write_content(path: Path, content: Mapping[str, Any]) -> None:
     """Write by torch.save. Raises OSError, not the errors that torch makes of it."""
     target = _RememberingFile(path)
     try:
@@ -206,15 +210,16 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
         raise
 
 
-def _reading(path: Path) -> AbstractContextManager[None]:
+def reading(path: Path) -> AbstractContextManager[None]:
+    """Raise our errors for OSError while a checkpoint is read."""
     return disk_errors(f"read the checkpoint {path}", if_full="give the job a larger volume")
 
 
-def _read(path: Path, *, with_tensors: bool = True) -> dict[str, Any] | None:
-    """Return a checkpoint's content; None for a damaged file.
+def read_content(path: Path, *, with_tensors: bool = True) -> dict[str, Any] | None:
+    """Return what `write_content` wrote; None for a damaged file, with a warning.
 
-    with_tensors: False leaves the tensors' bytes on the disk. Raises CheckpointError for one of
-    another format; OSError, MemoryError.
+    with_tensors: False leaves the tensors' bytes on the disk until they are used. Raises OSError,
+    MemoryError.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=not with_tensors)
@@ -225,7 +230,19 @@ def _read(path: Path, *, with_tensors: bool = True) -> dict[str, Any] | None:
             raise MemoryError(f"not enough memory to read {path}") from error
         logger.warning("skipping the damaged checkpoint %s: %s", path, str(error).split("\n")[0])
         return None
-    if not isinstance(content, dict) or not {"format", "identity", "state"} <= content.keys():
+    return content if isinstance(content, dict) else {}
+
+
+def _read(path: Path, *, with_tensors: bool = True) -> dict[str, Any] | None:
+    """Return a checkpoint's content; None for a damaged file.
+
+    with_tensors: as of `read_content`. Raises CheckpointError for one of another format; OSError,
+    MemoryError.
+    """
+    content = read_content(path, with_tensors=with_tensors)
+    if content is None:
+        return None
+    if not {"format", "identity", "state"} <= content.keys():
         logger.warning("skipping %s, which is not a checkpoint of `train`", path)
         return None
     if content["format"] != FORMAT:

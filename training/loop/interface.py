@@ -58,16 +58,44 @@ class Stage(Trainable, Protocol):
 
 
 @dataclass(frozen=True)
+class Validation:
+    """Numbers of `Stage.validate` after a step, which is part of an epoch."""
+
+    step: int
+    epoch: float
+    numbers: dict[str, float]
+
+    def loss(self, stage: StageName) -> float:
+        """Return the number that decides which weights of a stage are best: the lowest.
+
+        The transformer's captions are learned by heart long before its images, and what it is
+        for is the images.
+        """
+        loss = self.numbers["validation_loss"]
+        return self.numbers.get("validation_image_loss", loss) if stage == "transformer" else loss
+
+
+@dataclass(frozen=True)
 class FitResult:
     """End of a stage's training.
 
     step, seconds, cpu_seconds: in all, those before an interruption included; the times are of
     this process. is_finished: the budget is spent and the last validation done; False after a
-    stop. validation: the last numbers of `validate`.
+    stop. kept_step: the one whose weights the model has. best, newest: of all validations, None
+    without any.
     """
 
     step: int
     seconds: float
     cpu_seconds: float
     is_finished: bool
-    validation: dict[str, float]
+    kept_step: int
+    best: Validation | None = None
+    newest: Validation | None = None
+
+    @property
+    def validation(self) -> dict[str, float]:
+        """The last validation's numbers of the weights that the model has, or had before."""
+        is_best = self.best is not None and self.best.step == self.kept_step
+        chosen = self.best if is_best else self.newest
+        return {} if chosen is None else chosen.numbers

@@ -9,10 +9,11 @@ models, images or captions.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -21,10 +22,11 @@ from torch import Tensor
 from training.config.fields import Hyperparameters
 from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from training.engine.interface import Engine
+from training.loop.best_weights import BestWeights
 from training.loop.budget import Budget
 from training.loop.checkpoints import Checkpoints, seed_everything
 from training.loop.divergence import DivergenceCheck
-from training.loop.interface import FitResult, Stage
+from training.loop.interface import FitResult, Stage, Validation
 from training.loop.metrics import Metrics, Progress
 from training.stopping import Stop, Stopped
 
@@ -45,7 +47,8 @@ def fit(
     """Train a stage's model until its budget is spent or any rank is stopped.
 
     Resumes from the first rank's newest checkpoint. metrics: None on the ranks that report nothing.
-    Afterwards the model has the weights to be saved: the averaged ones when ema_decay is set.
+    Afterwards the model has the weights to be saved: the averaged ones when ema_decay is set, and
+    those of the best validation where a later one was worse, with keep=best.
     Raises DivergenceError naming the step, CheckpointError when the checkpoints are another
     run's, DiskFullError.
     """
@@ -67,7 +70,8 @@ class _Fit:
     seconds_before: float = 0.0
     cpu_seconds_before: float = 0.0
     saved_step: int = 0
-    validation: dict[str, float] = field(default_factory=dict)
+    best: Validation | None = None
+    newest: Validation | None = None
     # A stop interrupted a validation: a resumed run begins with it.
     owes_validation: bool = False
     # Scalars of the steps since the last report, still on the device.
@@ -81,6 +85,7 @@ class _Fit:
         self.settings = self.hyperparameters.of(self.stage.name)
         self.divergence = DivergenceCheck(self.stage.name, self.settings)
         self.budget = Budget.of(self.settings, self.stage.batches.num_per_epoch)
+        self.best_weights = BestWeights(self.checkpoints.directory)
         self.is_on_cpu = self.engine.device.type == "cpu"
         self.started = self.saved_at = self.clock()
         self.cpu_started = time.process_time()
@@ -133,10 +138,18 @@ class _Fit:
                 bar.show(self.budget.done(self.step, self.seconds), self.reported)
         self._save()
         self.engine.finish()
+        kept_step = self._take_best()
         self.divergence.check_weights(self.step, self.stage.model.state_dict())
         self.stage.model.eval()
-        is_finished = progress >= 1 and not self.owes_validation
-        return FitResult(self.step, self.seconds, self.cpu_seconds, is_finished, self.validation)
+        return FitResult(
+            self.step,
+            self.seconds,
+            self.cpu_seconds,
+            is_finished=progress >= 1 and not self.owes_validation,
+            kept_step=kept_step,
+            best=self.best,
+            newest=self.newest,
+        )
 
     def _train_one_step(self, progress: float) -> float:
         """Train one step and return the schedule's share of the full learning rate."""
@@ -206,12 +219,48 @@ class _Fit:
         with torch.no_grad(), self.engine.whole_model():
             model.eval()
             try:
-                self.validation = dict(self.stage.validate())
+                numbers = dict(self.stage.validate())
             except Stopped:
-                self.owes_validation = True
+                numbers, self.owes_validation = {}, True
+            if numbers:
+                epoch = self.step / self.stage.batches.num_per_epoch
+                self.newest = Validation(self.step, epoch, numbers)
+                self._keep_if_best(self.newest)
         model.train()
-        if self.metrics is not None and self.validation and not self.owes_validation:
-            self.metrics.report(self.stage.name, self.step, self.seconds, self.validation)
+        # The other ranks wait here, as in `_save`.
+        self.ranks.any(False)
+        if self.metrics is not None and numbers:
+            self.metrics.report(self.stage.name, self.step, self.seconds, numbers)
+
+    def _keep_if_best(self, validation: Validation) -> None:
+        """Remember a validation that is better than all before it, and write its weights."""
+        loss = validation.loss(self.stage.name)
+        before = math.inf if self.best is None else self.best.loss(self.stage.name)
+        if not loss < before:  # nor where it is NaN
+            return
+        self.best = validation
+        if self.ranks.is_first and self.settings.keep == "best":
+            self.best_weights.save(self.step, self.stage.model.state_dict())
+            self.best_weights.keep_for(self.checkpoints.steps())
+
+    def _take_best(self) -> int:
+        """Give the model the weights of the best validation where a later one was worse.
+
+        Steps after the newest validation count as its own: nothing speaks against them. Returns
+        the step of the model's weights.
+        """
+        step = self.step
+        if self.ranks.is_first and self.settings.keep == "best" and self.best is not None:
+            weights = None
+            if self.newest is not None and self.best.step < self.newest.step:
+                weights = self.best_weights.load(self.best.step)
+            if weights is not None:
+                step = self.best.step
+                self.stage.model.load_state_dict(weights)
+        step = int(self.ranks.share(step))
+        if step < self.step:
+            self.ranks.copy_first(self.stage.model.state_dict().values())
+        return step
 
     def _save(self) -> None:
         """Write a checkpoint on the first rank, unless the newest one is of this step."""
@@ -238,13 +287,15 @@ class _Fit:
             # The order of the data is a function of these and the step.
             "data": {"seed": self.hyperparameters.seed, "epoch": self.step // num_per_epoch},
             "engine": engine_state,
-            "validation": self.validation,
+            "best": None if self.best is None else asdict(self.best),
+            "newest": None if self.newest is None else asdict(self.newest),
             "owes_validation": self.owes_validation,
             "pending": self.pending,
             "reported_at": list(self.reported_at),
             "records": [] if self.metrics is None else self.metrics.records(self.stage.name),
         }
         self.checkpoints.save(self.step, state)
+        self.best_weights.keep_for(self.checkpoints.steps())
 
     def _resume(self) -> None:
         """Load the first rank's newest checkpoint, if there is one, on every rank.
@@ -252,6 +303,8 @@ class _Fit:
         Another host's directory may hold an older one, or none.
         """
         state = self.checkpoints.load_newest() if self.ranks.is_first else None
+        if self.ranks.is_first:
+            self.best_weights.remove_after(0 if state is None else state["step"])
         self.engine.begin(None if state is None else state.pop("engine"))
         state = self.ranks.share(state)
         if state is None:
@@ -260,7 +313,11 @@ class _Fit:
         self.step = self.saved_step = state["step"]
         self.seconds_before = state["seconds"]
         self.cpu_seconds_before = state["cpu_seconds"]
-        self.validation = state["validation"]
+        self.best, self.newest = (
+            None if each is None else Validation(**each)
+            for each in (state.get("best"), state.get("newest"))
+        )
+        self._require_best_weights()
         self.owes_validation = state["owes_validation"]
         self.pending = [
             {name: value.to(device) for name, value in scalars.items()}
@@ -270,6 +327,20 @@ class _Fit:
         if self.metrics is not None:
             self.metrics.restore(self.stage.name, state["records"])
         logger.info("%s continues at step %d", self.stage.name, self.step)
+
+    def _require_best_weights(self) -> None:
+        """Forget the best validation where its weights are gone, or an earlier run kept none."""
+        best = self.best
+        if best is None or self.settings.keep != "best" or not self.ranks.is_first:
+            return
+        if self.best_weights.load(best.step) is None:
+            logger.warning(
+                "%s: the weights of the best validation, at step %d, cannot be read; the best of "
+                "the validations from here on are kept",
+                self.stage.name,
+                best.step,
+            )
+            self.best = None
 
 
 def _means(scalars: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

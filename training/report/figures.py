@@ -46,10 +46,14 @@ _THEME = {
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart: a title and one or two named curves on common axes."""
+    """One chart: a title and one or two named curves on common axes.
+
+    kept_step: the one whose weights were kept, where it is not the last; a line marks it.
+    """
 
     title: str
     curves: Mapping[str, Curve]
+    kept_step: int | None = None
 
 
 def plot_curves(panels: Sequence[Panel]) -> str:
@@ -68,6 +72,8 @@ def plot_curves(panels: Sequence[Panel]) -> str:
             values[~np.isfinite(values)] = np.nan
             _plot_curve(axis, steps, values, colour, name)
             finite += values[np.isfinite(values)].tolist()
+        if panel.kept_step is not None:
+            axis.axvline(panel.kept_step, color=_MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
         spans_much = finite and 0 < LOG_FROM_RATIO * min(finite) < max(finite)
         if spans_much and panel.title.endswith("loss"):
             _make_logarithmic(axis)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from dalle.artefact import Artefact
+from dalle.manifest import StageRecord
 from dalle.platform.environment import Job
 from dalle.types import ComponentName
 from training.data.batching.preload import first_usable
@@ -71,6 +72,7 @@ def build_report(
             except Stopped:
                 left_out.append(name)
     notes += unfinished(artefact)
+    notes += [f"{note}." for each in _records(artefact) for note in each.notes]
     if left_out:
         notes.append(f"The job was stopped: this report lacks {', '.join(left_out)}.")
     return replace(report, notes=notes)
@@ -120,6 +122,12 @@ def unfinished(artefact: Artefact, besides: Collection[ComponentName] = ()) -> l
         for name, record in artefact.manifest.newest_records().items()
         if name in artefact.components() and name not in besides and not record.is_finished
     ]
+
+
+def _records(artefact: Artefact) -> list[StageRecord]:
+    """Return the records of the components that the artefact has."""
+    newest = artefact.manifest.newest_records()
+    return [record for name, record in newest.items() if name in artefact.components()]
 
 
 def _which_pairs(shown: OpenedChannel, num_pairs: int, is_held_out: bool) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Mapping
 from datetime import UTC
 from functools import partial
 from pathlib import Path
@@ -58,17 +57,18 @@ def render_report(report: Report) -> str:
         report=report,
         generated_at=f"{report.generated_at.astimezone(UTC):%Y-%m-%d %H:%M} UTC",
         is_judged=any(row.is_right is not None for row in report.generated),
-        charts={stage: plot_curves(panels) for stage, panels in _panels(report.curves).items()},
+        charts={stage: plot_curves(panels) for stage, panels in _panels(report).items()},
         usage_chart=plot_usage(usage) if usage else "",
         contact_sheet=contact_sheet,
         zip=partial(zip, strict=True),
     )
 
 
-def _panels(curves: Mapping[str, Curve]) -> dict[str, list[Panel]]:
+def _panels(report: Report) -> dict[str, list[Panel]]:
     """Stage -> its charts: losses first; a metric and its validation share one."""
+    kept_steps: dict[str, int | None] = {each.stage: each.kept_step for each in report.stages}
     grouped: dict[str, dict[str, dict[str, Curve]]] = {}
-    for key, curve in curves.items():
+    for key, curve in report.curves.items():
         stage, _, metric = key.rpartition("/")
         name, kind = metric.removeprefix("train_"), "training"
         if metric.startswith("validation_"):
@@ -77,7 +77,11 @@ def _panels(curves: Mapping[str, Curve]) -> dict[str, list[Panel]]:
             grouped.setdefault(stage, {}).setdefault(name, {})[kind] = curve
     return {
         stage: [
-            Panel(name.replace("_", " "), dict(sorted(metrics[name].items())))
+            Panel(
+                name.replace("_", " "),
+                dict(sorted(metrics[name].items())),
+                kept_step=kept_steps.get(stage),
+            )
             for name in sorted(metrics, key=lambda name: (name != "loss", "loss" not in name, name))
         ]
         for stage, metrics in grouped.items()

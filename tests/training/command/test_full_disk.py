@@ -19,7 +19,7 @@ def sizes(tmp_path_factory):
     """The bytes of a checkpoint and of a report of the small job."""
     tree = job_tree(tmp_path_factory.mktemp("sizes") / "ml", **SMALL, max_steps=1)
     run([tree], work=train_with_charts)
-    (checkpoint,) = tree.root.glob("checkpoints/dvae/*.pt")
+    (checkpoint,) = tree.root.glob("checkpoints/dvae/step-*.pt")
     return checkpoint.stat().st_size, (tree.root / "output/data/report.html").stat().st_size
 
 

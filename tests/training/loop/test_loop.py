@@ -1,80 +1,14 @@
 """training.loop.loop: one loop for every model, the same whether it was interrupted or not."""
 
-import io
 import json
 import math
 import threading
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from dalle.errors import CheckpointError, DivergenceError
-from training.config.hyperparameters import parse
-from training.engine.torch_engine import TorchEngine
-from training.loop.checkpoints import Checkpoints
-from training.loop.loop import fit
-from training.loop.metrics import Metrics
-
-CPU = torch.device("cpu")
-
-
-class TinyModel(nn.Module):
-    """Dropout makes its loss depend on the random state."""
-
-    def __init__(self):
-        super().__init__()
-        self.hidden = nn.Linear(6, 8)
-        self.dropout = nn.Dropout(0.3)
-        self.head = nn.Linear(8, 1)
-
-    def forward(self, x):
-        return self.head(self.dropout(self.hidden(x).relu()))
-
-    def muon_parameters(self):
-        return [self.hidden.weight]
-
-
-class TinyBatches:
-    num_per_epoch = 5
-
-    def batch(self, step):
-        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
-        return x, x.sum(1, keepdim=True)
-
-
-class TinyStage:
-    name = "dvae"
-
-    def __init__(self, fingerprint="abc"):
-        torch.manual_seed(11)
-        self.model = TinyModel()
-        self.batches = TinyBatches()
-        self.fingerprint = fingerprint
-        self.losses = {}
-        self.progress = []
-        self.validations = 0
-        self.after_step = lambda step: None
-
-    def loss(self, batch, progress):
-        x, y = batch
-        loss = F.mse_loss(self.model(x), y)
-        self.losses[len(self.progress)] = loss.item()
-        self.progress.append(progress)
-        self.after_step(len(self.progress))
-        return loss, {"squared": loss.detach() ** 2}
-
-    def validate(self):
-        assert not self.model.training
-        assert not torch.is_grad_enabled()
-        torch.rand(7)  # must not disturb training
-        self.validations += 1
-        self.validated = [p.clone() for p in self.model.parameters()]
-        return {"validation_loss": sum(p.square().sum().item() for p in self.validated)}
-
-    def identity(self):
-        return {"data": self.fingerprint}
+from tests.training.loop.tiny_stage import TinyBatches, TinyStage, are_equal, stopping_at, weights
 
 
 class Clock:
@@ -87,49 +21,9 @@ class Clock:
         return self.now
 
 
-@pytest.fixture
-def run(tmp_path):
-    """A function that fits a TinyStage; everything is kept between calls, as on one disk."""
-
-    def run(stage, raw, *, stop=None, clock=None, place="a"):
-        raw = {"log_every": "3", "warmup_steps": "2", "num_validations": "2", **raw}
-        settings = parse(raw)
-        root = tmp_path / place
-        with Metrics(root / "metrics.jsonl", root / "tb", output=io.StringIO()) as metrics:
-            return fit(
-                stage,
-                settings,
-                engine=TorchEngine(stage, settings.dvae, CPU),
-                checkpoints=Checkpoints(
-                    root / "checkpoints",
-                    identity={**settings.dvae.identity(), **stage.identity()},
-                ),
-                metrics=metrics,
-                stop=stop or threading.Event(),
-                **({"clock": clock} if clock else {}),
-            )
-
-    return run
-
-
 def read_reports(tmp_path, place="a"):
     text = (tmp_path / place / "metrics.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines()]
-
-
-def stopping_at(stage, step):
-    """An event that is set while `step` is under way."""
-    stop = threading.Event()
-    stage.after_step = lambda now: stop.set() if now == step else None
-    return stop
-
-
-def weights(stage):
-    return [parameter.detach() for parameter in stage.model.parameters()]
-
-
-def are_equal(ones, others):
-    return all(torch.equal(a, b) for a, b in zip(ones, others, strict=True))
 
 
 @pytest.mark.slow
@@ -245,7 +139,7 @@ def test_checkpoints_are_written_by_the_minute(run, tmp_path):
 
     def pass_a_minute(step):
         clock.now += 60
-        saved.append(sorted(p.name for p in (tmp_path / "a/checkpoints").glob("*")))
+        saved.append(sorted(p.name for p in (tmp_path / "a/checkpoints").glob("step-*")))
 
     stage.after_step = pass_a_minute
     run(stage, {"max_steps": "6", "checkpoint_minutes": "2"}, clock=clock)
@@ -292,12 +186,12 @@ def test_a_gradient_that_is_not_finite_ends_the_run_and_nothing_is_saved(
     stage.loss = loss
     with pytest.raises(DivergenceError, match=says):
         run(stage, {"max_steps": "5", "gradient_clipping": clipping, "ema_decay": ema_decay})
-    assert not (tmp_path / "a/checkpoints").exists()
+    assert not list((tmp_path / "a/checkpoints").glob("step-*"))
 
 
 def test_weights_that_are_not_finite_are_not_handed_on(run, tmp_path):
     run(TinyStage(), {"max_steps": "4"})
-    (path,) = (tmp_path / "a/checkpoints").iterdir()
+    (path,) = (tmp_path / "a/checkpoints").glob("step-*")
     content = torch.load(path, weights_only=True)
     content["state"]["engine"]["model"]["head.bias"].fill_(math.nan)
     torch.save(content, path)
