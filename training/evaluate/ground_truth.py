@@ -22,9 +22,9 @@ from dalle.errors import DataError
 from training.data.batching.preload import preload_if_small, to_chw
 from training.data.pairs import Dataset, image_or_skip
 from training.data.sources.channel import open_channel
+from training.report.nearest import nearest
 
 TRAIN, VALIDATION, ATTRIBUTES = "train", "validation", "attributes.json"
-CHUNK_BYTES = 64 << 20  # of images as float64 at once
 
 Attributes = Mapping[str, Mapping[str, str]]  # caption -> attribute -> word
 
@@ -104,22 +104,7 @@ class GroundTruth:
 
         images: uint8 [Q, 3, S, S]. Returns [Q] int64. One pass over all classes.
         """
-        size = max(1, CHUNK_BYTES // (8 * 3 * self.image_size**2))
-        best_distance = torch.full((len(images),), torch.inf, dtype=torch.float64)
-        best_class = torch.full((len(images),), -1)
-        for first in range(0, len(self), size):
-            # In float64 these sums of whole numbers are exact: equal images are found equal.
-            rows = self.images(range(first, min(first + size, len(self)))).flatten(1).double()
-            half_norms = rows.square().sum(dim=1) / 2
-            for start in range(0, len(images), size):
-                queries = images[start : start + size].flatten(1).double()
-                # |q - p|² / 2 without |q|², which changes no order.
-                distance, row = (half_norms - queries @ rows.T).min(dim=1)
-                here = slice(start, start + size)
-                nearer = distance < best_distance[here]
-                best_class[here] = torch.where(nearer, row + first, best_class[here])
-                best_distance[here] = torch.where(nearer, distance, best_distance[here])
-        return best_class
+        return nearest(images, len(self), self.images)[0]
 
 
 def read_ground_truth(directory: Path, image_size: int) -> GroundTruth:

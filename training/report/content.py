@@ -58,6 +58,8 @@ class Generated:
     """One caption's images, uint8 [H, W, 3], best first, with the score of each.
 
     actual: the caption's real image, if there is one.
+    nearest, nearest_caption: the training picture that is nearest to the best image, and its
+        caption, if known.
     is_right: whether each image counts as the caption's own (see caption accuracy), if known.
     """
 
@@ -66,6 +68,8 @@ class Generated:
     scores: Sequence[float]
     actual: Pixels | None = None
     is_right: Sequence[bool] | None = None
+    nearest: Pixels | None = None
+    nearest_caption: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +78,19 @@ class Retrieval:
 
     top1: float
     num_pairs: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memorisation:
+    """How often a caption's generated image is rather the training picture of another one.
+
+    share: 0 to 1, of num_captions images, one each, that are nearer to such a picture than to
+    their own real one. num_pictures: training pictures that were compared.
+    """
+
+    share: float
+    num_captions: int
+    num_pictures: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +171,7 @@ class Report:
     ranked_by: str = "clip"
     accuracy: Sequence[CaptionAccuracy] = ()
     retrieval: Retrieval | None = None
+    memorisation: Memorisation | None = None
     datasets: Sequence[DatasetSummary] = ()
     hyperparameters: Mapping[str, object] = field(default_factory=dict)
 

@@ -18,14 +18,17 @@ from dalle.platform.environment import Job
 from dalle.types import ComponentName
 from training.data.batching.preload import first_usable
 from training.data.open import OpenedChannel
+from training.data.pairs import Dataset
 from training.report import samples
 from training.report.content import DatasetSummary, Report, read_curves
+from training.report.nearest import TrainingPictures
 from training.stopping import DelayedStop, Stop, Stopped
 
 SHOWN_PAIRS = 512  # for reconstructions, codebook usage and retrieval
 SHOWN_RECONSTRUCTIONS = 16
 CAPTIONS = 8
 CANDIDATES, IMAGES = 16, 4  # of each caption: generated, and shown
+MEMORISATION_CAPTIONS = 64  # one image each
 STOPPED_SECONDS = 5.0  # for images and figures after a stop; the whole job has 20
 
 
@@ -63,10 +66,11 @@ def build_report(
     try:
         images, captions = first_usable(shown.pairs, SHOWN_PAIRS, latest)
     except Stopped:
-        left_out = ["images", "codebook usage", "retrieval"]
+        left_out = ["images", "codebook usage", "retrieval", "memorisation"]
     else:
         notes.append(_which_pairs(shown, len(images), validation is not None))
-        for name, compute in _parts(artefact, images, captions, seed, latest).items():
+        parts = _parts(artefact, train.pairs, images, captions, seed, latest)
+        for name, compute in parts.items():
             try:
                 report = replace(report, **compute())
             except Stopped:
@@ -79,7 +83,12 @@ def build_report(
 
 
 def _parts(
-    artefact: Artefact, images: Tensor, captions: Sequence[str], seed: int, stop: Stop
+    artefact: Artefact,
+    train: Dataset,
+    images: Tensor,
+    captions: Sequence[str],
+    seed: int,
+    stop: Stop,
 ) -> dict[str, Callable[[], dict[str, Any]]]:
     """Return name -> function that computes fields of the report, or raises Stopped."""
     parts: dict[str, Callable[[], dict[str, Any]]] = {}
@@ -99,6 +108,17 @@ def _parts(
                 images[:CAPTIONS],
                 num_candidates=CANDIDATES,
                 num_images=IMAGES,
+                seed=seed,
+                training=TrainingPictures(train, stop),
+                stop=stop,
+            )
+        }
+        parts["memorisation"] = lambda: {
+            "memorisation": samples.memorisation(
+                artefact,
+                captions[:MEMORISATION_CAPTIONS],
+                images[:MEMORISATION_CAPTIONS],
+                TrainingPictures(train, stop),
                 seed=seed,
                 stop=stop,
             )

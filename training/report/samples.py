@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,14 @@ from dalle.models.image_tokenizer import ImageTokenizer
 from dalle.models.transformer import Dalle
 from dalle.preprocess.images import Pixels
 from training.data.batching.preload import float_chunks, images_per_chunk
-from training.report.content import CodebookUsage, Generated, Reconstructions, Retrieval
+from training.report.content import (
+    CodebookUsage,
+    Generated,
+    Memorisation,
+    Reconstructions,
+    Retrieval,
+)
+from training.report.nearest import TrainingPictures
 from training.stopping import NEVER, Stop, Stopped, unless_stopped
 
 MAX_TOGETHER = 256  # candidates in the engine at once
@@ -115,11 +123,13 @@ def generate_best(
     num_candidates: int,
     num_images: int,
     seed: int,
+    training: TrainingPictures | None = None,
     stop: Stop = NEVER,
 ) -> list[Generated]:
     """Generate `num_candidates` images for each caption; return the best `num_images`, best first.
 
-    actuals: uint8 [C, 3, S, S], the captions' real images. CLIP ranks (see `Clip.merit`), or
+    actuals: uint8 [C, 3, S, S], the captions' real images. training: pictures of which the nearest
+    is shown beside the best image. CLIP ranks (see `Clip.merit`), or
     without one the transformer's log-likelihood. Raises what `generate_candidates` does.
     """
     numbers = [range(num_candidates)] * len(captions)
@@ -130,9 +140,45 @@ def generate_best(
             images=[to_pixels(each.images[best]) for best in each.best(num_images)],
             scores=each.scores[each.best(num_images)].tolist(),
             actual=None if actuals is None else to_pixels(actuals[row]),
+            **_nearest(each.images[each.best(1)], training, stop),
         )
         for row, each in enumerate(candidates)
     ]
+
+
+def _nearest(image: Tensor, training: TrainingPictures | None, stop: Stop) -> dict[str, Any]:
+    """Return the fields of `Generated` on the training picture nearest to image [1, 3, S, S]."""
+    if training is None:
+        return {}
+    number = int(training.nearest(image, stop)[0])
+    return {
+        "nearest": to_pixels(training.images[number]),
+        "nearest_caption": training.captions(number)[0],
+    }
+
+
+def memorisation(
+    artefact: Artefact,
+    captions: Sequence[str],
+    actuals: Tensor,
+    training: TrainingPictures,
+    *,
+    seed: int,
+    stop: Stop = NEVER,
+) -> Memorisation:
+    """Sample one image for each caption and count those that are rather memorised.
+
+    actuals: uint8 [C, 3, S, S], the captions' real images; at least one. Raises what
+    `generate_candidates` does.
+    """
+    numbers = [[0]] * len(captions)
+    candidates = generate_candidates(artefact, captions, numbers, seed=seed, stop=stop)
+    images = torch.cat([each.images for each in candidates])
+    return Memorisation(
+        share=training.memorised_share(images, actuals, captions, stop),
+        num_captions=len(captions),
+        num_pictures=len(training),
+    )
 
 
 def reconstruct(dvae: ImageTokenizer, images: Tensor, stop: Stop = NEVER) -> Tensor:

@@ -21,6 +21,7 @@ from training.report.content import (
     CodebookUsage,
     DatasetSummary,
     Generated,
+    Memorisation,
     Reconstructions,
     Report,
     Retrieval,
@@ -86,6 +87,7 @@ def full_report(**changes):
             )
         ],
         "retrieval": Retrieval(top1=0.934, num_pairs=6451),
+        "memorisation": Memorisation(share=0.047, num_captions=64, num_pictures=2765),
         "datasets": [
             DatasetSummary(
                 channel="train",
@@ -162,6 +164,7 @@ def test_every_section_says_its_numbers():
         "2,770 captions; 2 skipped",
         "truncated or damaged image 2 a/17.png, b/91.png",
         "among 6,451; chance is 0.0002",
+        "Memorised 0.047 of 64 images, one a caption: nearer to another caption's training picture",
         "batch_size 64",
     ):
         assert text in re.sub(r"\s+", " ", page.text)
@@ -172,6 +175,35 @@ def test_pictures_are_embedded_exactly():
     first_pixels = [decode_image(data, what="img").getpixel((4, 4))[0] for data in page.images]
     assert first_pixels == [3, 1, 2, 10, 20]
     assert decode_image(page.images[3], what="img").getpixel((4, 13)) == (11, 11, 11)
+
+
+def test_the_nearest_training_picture_stands_between_the_real_one_and_the_generated_ones():
+    row = Generated(
+        caption="a",
+        images=[picture(1)],
+        scores=[0.5],
+        actual=picture(3),
+        nearest=picture(7),
+        nearest_caption="another",
+    )
+    html = render_report(full_report(generated=[row], reconstructions=None))
+    page = Page(html)
+    first_pixels = [decode_image(data, what="img").getpixel((4, 4))[0] for data in page.images]
+    assert first_pixels == [3, 7, 1]
+    assert 'alt="nearest training picture: another"' in html
+    assert "the second is the training picture that is nearest" in page.text
+
+
+def test_the_step_whose_weights_were_kept_is_told_and_marked():
+    (last,) = full_report().stages
+    kept = last.model_copy(update={"kept_step": 50})
+    page = Page(render_report(full_report(stages=[kept])))
+    assert "3,000, kept 50 2 min 25 s" in page.text
+    assert "The dashed line is the step whose weights were kept" in page.text
+    assert "dashed line is the step" not in Page(render_report(full_report())).text
+    curves = {"validation": [(0, 1.0), (50, 0.1)]}
+    marked, plain = (plot_curves([Panel("loss", curves, step)]) for step in (50, None))
+    assert marked.count("stroke-dasharray") == plain.count("stroke-dasharray") + 1
 
 
 def test_small_pictures_are_shown_as_squares_by_whole_factors():

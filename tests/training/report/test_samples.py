@@ -5,14 +5,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 from dalle.artefact import Artefact
 from dalle.errors import ArtefactError, CaptionTooLong
 from dalle.models.clip import Clip
+from training.data.batching.preload import Preloaded
+from training.data.sources.channel import open_channel
+from training.report.nearest import TrainingPictures
 from training.report.samples import (
     codebook_usage,
     generate_best,
     generate_candidates,
+    memorisation,
     reconstruct,
     reconstructions,
     retrieval,
@@ -164,3 +169,45 @@ def test_retrieval_needs_a_clip(tiny_models, images):
 def test_a_caption_that_is_too_long_is_named(tiny_models):
     with pytest.raises(CaptionTooLong, match="at most 8 tokens long"):
         list(generate_candidates(tiny_models, ["red " * 9], [[0]], seed=0))
+
+
+def training_pictures(tmp_path, pixels, captions):
+    for number, (image, caption) in enumerate(zip(pixels, captions, strict=True)):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(caption)
+    channel = open_channel(tmp_path, image_size=16, channel="train")
+    return channel, TrainingPictures(Preloaded(channel))
+
+
+def test_an_image_counts_as_memorised_where_another_captions_picture_is_nearer_than_its_own(
+    tmp_path, images
+):
+    channel, pictures = training_pictures(tmp_path, images[:3], CAPTIONS)
+    asked = ["small blue circle", "big filled red star", "a new caption", "a new caption"]
+    generated = images[[0, 0, 0, 3]]
+    real = torch.stack([images[4], images[4], images[4], images[3]])
+    # The picture of another caption twice; the caption's own; and the real picture itself.
+    assert pictures.memorised_share(generated, real, asked) == 2 / 4
+    assert TrainingPictures(channel).memorised_share(generated, real, asked) == 2 / 4
+    numbers, distances = pictures.nearest(images[:3])
+    assert (numbers.tolist(), distances.tolist()) == ([0, 1, 2], [0.0, 0.0, 0.0])
+
+
+def test_the_nearest_training_picture_stands_beside_the_real_one(tiny_models, tmp_path, images):
+    _, pictures = training_pictures(tmp_path, images[:3], CAPTIONS)
+    (row,) = generate_best(
+        tiny_models,
+        CAPTIONS[:1],
+        images[:1],
+        num_candidates=2,
+        num_images=1,
+        seed=1,
+        training=pictures,
+    )
+    best = torch.from_numpy(row.images[0]).permute(2, 0, 1)[None]
+    number = int(pictures.nearest(best)[0])
+    assert (row.nearest == images[number].permute(1, 2, 0).numpy()).all()
+    assert row.nearest_caption == CAPTIONS[number]
+    found = memorisation(tiny_models, CAPTIONS, images[:3], pictures, seed=1)
+    assert (found.num_captions, found.num_pictures) == (3, 3)
+    assert 0 <= found.share <= 1
