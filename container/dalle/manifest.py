@@ -120,6 +120,8 @@ class Manifest(BaseModel):
     number formats by the images of these captions."""
     sampling: ChosenSampling | None = None
     """How `serve` samples for a silent request; None as ever, at temperature 1."""
+    chosen: list[str] = []
+    """Sentences on what size=auto chose in the newest job that had it, and why."""
     files: dict[str, str] = {}
     """Path within the artefact -> sha256."""
 

@@ -42,6 +42,7 @@ DEFAULT_MAX_BAD_SHARE = 0.05
 MAX_BATCH_SIZE = 65_536
 
 EngineName = Literal["torch", "deepspeed"]
+AutoSizeName = Literal[SizeName, "auto"]
 
 
 class _Fields(BaseModel):
@@ -59,7 +60,9 @@ class FitHyperparameters(_Fields):
     max_steps: Positive | None = None
     """Budget of each stage in steps, instead of epochs."""
     max_minutes: Annotated[float, Field(gt=0, le=40_320)] | None = None
-    """Budget of each stage in minutes, instead of epochs; those before an interruption count."""
+    """Budget in minutes, instead of epochs; those before an interruption count. With size=auto it
+    is the whole job's and shared among its stages; otherwise, and with a stage's name before it,
+    each stage's."""
     batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH_SIZE)] | Literal["auto"] = 64
     """Pairs in one step, on all devices together; auto: as many as fit a GPU, or as are still worth
     it on a CPU."""
@@ -109,11 +112,21 @@ class StageHyperparameters(FitHyperparameters):
     not_for_authors: ClassVar[frozenset[str]] = frozenset()
     """Fields with a single value in this stage, which are not hyperparameters of it."""
 
-    size: SizeName = "small"
-    """Named model size that the fields below start from."""
+    size: AutoSizeName = "auto"
+    """Named model size that the fields below start from; auto: chosen by the pictures, by this
+    device's speed and by max_minutes, and small without max_minutes."""
 
     not_of_config: ClassVar[frozenset[str]] = frozenset()
     """Further fields that are none of the model's config."""
+
+    @property
+    def base_size(self) -> SizeName:
+        """The named size that the fields start from; what `auto` chooses are changes to it."""
+        return "small" if self.size == "auto" else self.size
+
+    def identity(self) -> dict[str, Any]:
+        # By the size that the fields start from, which earlier versions had as the default.
+        return super().identity() | {"size": self.base_size}
 
     def overrides(self) -> dict[str, Any]:
         """Return config field -> value of the model fields that were given."""
@@ -288,11 +301,18 @@ class Hyperparameters(JobHyperparameters):
     transformer: TransformerHyperparameters = TransformerHyperparameters()
     clip: ClipHyperparameters = ClipHyperparameters()
     given: frozenset[str] = frozenset()
+    job_minutes: float | None = None
+    """Minutes of the whole job, for size=auto to share among its stages; None where each stage has
+    a budget of its own."""
 
     def of(self, stage: StageName) -> StageHyperparameters:
         """Return the settings of one stage."""
         settings: StageHyperparameters = getattr(self, stage)
         return settings
+
+    def auto_stages(self) -> list[StageName]:
+        """Return the stages whose sizes are to be chosen, in order."""
+        return [stage for stage in STAGE_FIELDS if self.of(stage).size == "auto"]
 
     def trains_on(self, stage: str) -> bool:
         """Return whether a stage begins with the weights that a channel brings."""

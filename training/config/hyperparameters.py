@@ -106,6 +106,7 @@ def parse(raw: Mapping[str, str]) -> Hyperparameters:
     if not problems:
         parsed = Hyperparameters.model_validate({**job, **stages, "given": given_by_author})
         parsed = training_on(parsed, parsed.train_on)
+        parsed = parsed.model_copy(update={"job_minutes": _job_minutes(given, parsed)})
         problems = [*deepspeed_settings.refused_combinations(parsed), *_small_vocabulary(parsed)]
     if problems:
         raise HyperparameterError(summary(problems))
@@ -140,6 +141,15 @@ def training_on(hyperparameters: Hyperparameters, stages: Collection[TrainedOn])
         }
         update[stage] = settings.model_copy(update=rates)
     return hyperparameters.model_copy(update=update)
+
+
+def _job_minutes(given: Mapping[str, str], parsed: Hyperparameters) -> float | None:
+    """Return the plain max_minutes where it is the whole job's, see `size=auto`."""
+    field = TARGETS["size"][0].field
+    is_auto = "size" not in given or _typed(given["size"], field) == "auto"
+    if "max_minutes" not in given or not is_auto or not parsed.auto_stages():
+        return None
+    return float(_typed(given["max_minutes"], TARGETS["max_minutes"][0].field))
 
 
 def _script(raw: Mapping[str, str]) -> list[str]:

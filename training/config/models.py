@@ -41,7 +41,7 @@ def dvae_config(hyperparameters: Hyperparameters) -> DVAEConfig:
     """Return the dVAE's config. Raises HyperparameterError when it is invalid; so do the others."""
     settings = hyperparameters.dvae
     with _named("dvae"):
-        return DVAEConfig(**DVAE_SIZES[settings.size] | settings.overrides())
+        return DVAEConfig(**DVAE_SIZES[settings.base_size] | settings.overrides())
 
 
 def stage_config(
@@ -62,7 +62,7 @@ def stage_config(
                 "text_vocab_size": text.vocab_size + 1,
                 "text_length": text.text_length + 1,
             }
-            return ClipConfig(**CLIP_SIZES[settings.size] | settings.overrides() | known)
+            return ClipConfig(**CLIP_SIZES[settings.base_size] | settings.overrides() | known)
         known = {
             "text_vocab_size": text.vocab_size,
             "text_length": text.text_length,
@@ -70,7 +70,9 @@ def stage_config(
             "codebook_size": dvae.codebook_size,
             "num_codebooks": dvae.num_codebooks,
         }
-        return TransformerConfig(**TRANSFORMER_SIZES[settings.size] | settings.overrides() | known)
+        return TransformerConfig(
+            **TRANSFORMER_SIZES[settings.base_size] | settings.overrides() | known
+        )
 
 
 def trained_on_config(

@@ -210,6 +210,16 @@ class Components:
             stop=inputs.stop,
         )
 
+    def share_minutes(self, names: Sequence[StageName]) -> Hyperparameters:
+        """Return the settings with the minutes of the next stage; names: it and those after it."""
+        inputs = self._inputs
+        inputs.hyperparameters = inputs.auto_size.share_minutes(inputs.hyperparameters, names)
+        return inputs.hyperparameters
+
+    def log_end(self) -> None:
+        """Log the time that the job took of the minutes it was given, if it shared them out."""
+        self._inputs.auto_size.log_end()
+
     def build(self, name: StageName) -> Stage | None:
         """Return a stage with its untrained model and its data; None after a stop."""
         try:

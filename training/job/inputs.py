@@ -28,9 +28,11 @@ from training.config.models import (
     stage_config,
     trained_on_config,
 )
+from training.config.with_channels import stages_to_train
 from training.data.batching.batches import Batches
 from training.data.batching.preload import Preloaded
 from training.data.batching.token_cache import cache_tokens, tokens_fit
+from training.data.held_out import TRAIN
 from training.data.long_captions import fit_captions, too_long
 from training.data.open import OpenedChannel, open_data, totals_of
 from training.data.pairs import Dataset
@@ -38,6 +40,7 @@ from training.data.sharded import HostPart, on_all_ranks
 from training.data.sources.index import Pairs
 from training.data.unknown_words import check_words
 from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from training.job.auto_size import AutoSize
 from training.job.channel_models import read_models
 from training.loop.budget import Budget
 from training.loop.stages import StageData, weights_hash
@@ -69,6 +72,7 @@ class Inputs:
         size = self.hyperparameters.dvae.image_size
         self.artefact = read_models(self.job, self.device, size)
         self.present = frozenset(self.artefact.components())
+        self.auto_size = self._auto_size()
         self.train = self._open("train")
         self.validation = (
             self._open("validation", VALIDATION_PAIRS)
@@ -86,8 +90,26 @@ class Inputs:
             num_hosts=len(self.job.hosts) if self.ranks.size > 1 else 1,
             stop=self.stop,
             most=most,
-            prepare=self._fit_captions if self._cuts_or_skips() else None,
+            prepare=self._prepare,
         )
+
+    def _auto_size(self) -> AutoSize:
+        settings = self.hyperparameters
+        names: list[StageName] = []
+        if settings.job_minutes is not None:
+            kept = [name for name in self.present if not settings.trains_on(name)]
+            names = stages_to_train(settings.stage, kept)
+        return AutoSize(
+            self.job, settings, names, self.artefact, self.device, self.ranks, self.stop
+        )
+
+    def _prepare(self, pairs: Pairs, part: HostPart | None) -> None:
+        """Choose sizes by the training pairs, and fit captions to the text length."""
+        if pairs.channel == TRAIN:
+            self.hyperparameters = self.auto_size.settle(pairs, part)
+            pairs.image_size = self.dvae_config().image_size
+        if self._cuts_or_skips():
+            self._fit_captions(pairs, part)
 
     def _cuts_or_skips(self) -> bool:
         settings = self.hyperparameters

@@ -82,15 +82,18 @@ class Trainer:
                 stage = None if ranks.any(self.stop.is_set()) else components.build(name)
                 if ranks.any(stage is None) or stage is None:
                     break
+                self.hyperparameters = components.share_minutes(names[names.index(name) :])
                 with closing(stage.batches):
                     result = self._train(stage, metrics)
                 output.keep(stage, result)
         output.finish()
+        components.log_end()
 
     def _open(self) -> tuple[Inputs, Components, list[StageName]]:
         """Return the channels and the stages to train, after all checks. Raises Stopped."""
         inputs = Inputs(self.job, self.hyperparameters, self.device, self.stop, self.ranks)
         components = Components(inputs)
+        self.hyperparameters = inputs.hyperparameters  # with what size=auto has chosen
         kept = [each for each in inputs.present if not self.hyperparameters.trains_on(each)]
         names = stages_to_train(self.hyperparameters.stage, kept)
         if self.ranks.is_first:

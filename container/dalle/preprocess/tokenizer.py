@@ -147,6 +147,10 @@ class CaptionTokenizer:
             text_tokens[row, :count] = torch.tensor(ids, dtype=torch.int64)
         return text_tokens
 
+    def count_tokens(self, captions: Sequence[str]) -> list[int]:
+        """Return the number of text tokens of each caption, however many they are."""
+        return [len(ids) for ids in self._ids(captions)]
+
     def fitting(self, caption: str) -> str:
         """Return the longest beginning of a caption that fits into the text length."""
         (ids,) = self._ids([caption])
