@@ -182,9 +182,9 @@ def _compiled_calls_recorded() -> Iterator[None]:
     """Record calls of the compiled step as operators, which the profiler would miss."""
     call = CpuStep._call
 
-    def recorded(self: CpuStep, function: Callable[..., int], num_rows: int, *others: Any) -> None:
+    def recorded(self: CpuStep, *arguments: Any, **options: Any) -> None:
         with torch.autograd.profiler.record_function("compiled step"):
-            call(self, function, num_rows, *others)
+            call(self, *arguments, **options)
 
     CpuStep._call = recorded  # type: ignore[method-assign]
     try:

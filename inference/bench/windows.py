@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -27,6 +27,7 @@ from dalle.decoding.validate import measure_key_ranges, sample_reference
 from dalle.models.transformer import Dalle
 from dalle.types import Precision
 from inference.bench.workload import DEFAULT_CAPTIONS
+from inference.engine.scheduler import STEP_SECONDS
 from inference.engine.window_tuning import measure_windows
 
 Window = int | None
@@ -155,7 +156,7 @@ def _request(engine: DecodeEngine, text_tokens: Tensor, candidates: int, seed: i
     request = engine.submit(text_tokens, candidates=range(candidates), seed=seed)
     finished = []
     while not engine.is_idle:
-        finished += engine.step()
+        finished += engine.step(STEP_SECONDS)
     seconds = time.perf_counter() - began
     tokens = {each.number: each.image_tokens.tolist() for each in finished}
     return _Request(tokens, seconds, request.positions_per_step)
@@ -201,9 +202,9 @@ def _compiled_calls_timed(seconds: list[float]) -> Iterator[None]:
     """Append the seconds of each call of the compiled step, of every engine."""
     call = CpuStep._call
 
-    def timed(self: CpuStep, function: Callable[..., int], num_rows: int, *others: Any) -> None:
+    def timed(self: CpuStep, *arguments: Any, **options: Any) -> None:
         began = time.perf_counter()
-        call(self, function, num_rows, *others)
+        call(self, *arguments, **options)
         seconds.append(time.perf_counter() - began)
 
     CpuStep._call = timed  # type: ignore[method-assign]

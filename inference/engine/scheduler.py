@@ -25,6 +25,10 @@ from inference.api.rendering import Candidate, Preview
 from inference.api.replies import RankedBy
 from inference.engine.request import EngineRequest, PreparedGeneration
 
+STEP_SECONDS = 0.01
+"""Seconds of the further steps of one call, where the engine has them. Nothing else is begun,
+cancelled or finished meanwhile; a preview is, after each step."""
+
 _FINISH_BATCH = 4  # on a CPU: candidates decoded between two steps; all others wait meanwhile
 _FINISH_BATCH_GPU = 32
 _MIN_SHARING = 4  # requests that are begun even when earlier ones could use every slot
@@ -115,7 +119,8 @@ class Scheduler:
         by_request = {request.decoding: request for request in self._running}
         before = self._num_sampled()
         began = time.monotonic()
-        sampled = self._engine.step()
+        has_previews = any(request.preview_rows is not None for request in self._running)
+        sampled = self._engine.step(0.0 if has_previews else STEP_SECONDS)
         if self._synchronize is not None:
             # A limit on how far the host is ahead: a request is then stopped in time.
             self._steps_ahead = 0 if sampled else (self._steps_ahead + 1) % _MAX_STEPS_AHEAD

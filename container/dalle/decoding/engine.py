@@ -68,7 +68,10 @@ class DecodeEngine:
         self._batch: Batch | None = None
         like = model.text_position.detach()
         self._state = SlotState.new(model.config, num_slots, like, widest)
-        self._decoder = WindowDecoder(self._step, self._state) if widest > 1 else None
+        self._windows = self._step.windows(self._state) if widest > 1 else None
+        self._decoder = None
+        if widest > 1 and self._windows is None:
+            self._decoder = WindowDecoder(self._step, self._state)
 
     @property
     def is_idle(self) -> bool:
@@ -126,7 +129,9 @@ class DecodeEngine:
         prefixes = []
         # With every position primed there is nothing to sample.
         if prime_tokens is None or len(prime_tokens) < N:
-            prefixes = [self._prefill(caption, prime_tokens) for caption in captions]
+            prefixes = [
+                self._step.prefill(self.model, caption, prime_tokens) for caption in captions
+            ]
         request = DecodeRequest(seed, options, waiting, prime_tokens, prefixes)
         self._requests.append(request)
         return request
@@ -147,18 +152,28 @@ class DecodeEngine:
         self._candidates, self._requests, self._batch = [], [], None
 
     @torch.inference_mode()
-    def step(self) -> list[CandidateTokens]:
-        """Fill free slots, sample positions of every candidate, return the finished ones."""
+    def step(self, seconds: float = 0.0) -> list[CandidateTokens]:
+        """Fill free slots, sample positions of every candidate, return the finished ones.
+
+        seconds: where a step samples windows in calls of its own, more of them follow at once until
+        a candidate has finished or that time has passed.
+        """
         finished = self._admit()
         if not self._candidates:
             return finished
+        N = self.model.config.num_positions
+        if self._windows is not None:
+            candidates = self._candidates
+            width = self._choose_width(candidates)
+            self.windows.record_counts(self._windows.decode(candidates, width, seconds))
+            done = [each for each in candidates if each.position == N]
+            return finished + [self._finish(each) for each in done]
         batch = self._batch = self._batch or self._new_batch()
         if self._decoder is not None:
             self._sample_windows(self._decoder, batch)
         else:
             self._step.advance(batch, self._state)
             batch.advance()
-        N = self.model.config.num_positions
         return finished + [self._finish(each) for each in batch.candidates if each.position == N]
 
     def _new_batch(self, candidates: list[CandidateTokens] | None = None) -> Batch:
@@ -195,12 +210,13 @@ class DecodeEngine:
         found = {}
         widest = min(self.windows.widest, self.model.config.num_positions - 1)
         rows = 1
-        while self._decoder is not None and rows <= (self._step.num_rows or MOST_ROWS):
+        windows = self._windows or self._decoder
+        while windows is not None and rows <= (self._step.num_rows or MOST_ROWS):
             width = min(rows, widest)
             candidates = rows // width
             if candidates > min(self.max_candidates, self.num_slots):
                 break
-            work = self._decoder.trial(candidates, width)
+            work = windows.trial(candidates, width)
             found[candidates * width] = torch.inference_mode()(work)
             rows *= 2
         return found
@@ -224,12 +240,6 @@ class DecodeEngine:
             for each in self._candidates
             if each.request is request
         ]
-
-    def _prefill(self, text_tokens: Tensor, prime_tokens: Tensor | None) -> Prefix:
-        cache = self.model.new_cache(1)
-        prime = None if prime_tokens is None else prime_tokens[None]
-        hidden = self.model.prefill(text_tokens, prime, cache)
-        return Prefix(self._step.pack(cache), hidden[0])
 
     def _admit(self) -> list[CandidateTokens]:
         """Give free slots to waiting candidates, first of the request with the fewest in slots.

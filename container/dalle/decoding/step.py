@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dalle.decoding.sampling import SamplingOptions, sample_tokens
 from dalle.models.layers import KeyValueCache
-from dalle.models.transformer import TransformerConfig
+from dalle.models.transformer import Dalle, TransformerConfig
 
 _NONE = np.zeros(0, np.int64)
 _NO_SLOT = (-1, -1)  # with the caption, and without it
@@ -103,11 +103,11 @@ class CandidateTokens:
     """log p of the sampled tokens in nats, set when they are complete: before temperature, filters
     and guidance, and without the primed positions."""
 
-    def move(self, positions: int) -> None:
-        """Count positions that a step has sampled."""
+    def move(self, positions: int, steps: int = 1) -> None:
+        """Count positions that steps have sampled."""
         self.position += positions
         self.request.num_sampled += positions
-        self.request.num_steps += 1
+        self.request.num_steps += steps
 
     @property
     def slot(self) -> int:
@@ -133,9 +133,10 @@ class SlotState:
     image_tokens: Tensor
     """[S, N, M] int64."""
     log_likelihood: Tensor
-    """[S]: log p of the tokens sampled so far, in nats; with windows of those of a whole image."""
+    """[S]: log p of the tokens sampled so far, in nats; by `WindowDecoder` of those of a whole
+    image."""
     log_p: Tensor
-    """[S, N]: log p of each position's tokens, in nats; set with windows only."""
+    """[S, N]: log p of each position's tokens, in nats; set by `WindowDecoder` only."""
     noise_keys: Tensor
     """[S, N, M] int64: keys of the noise that chooses the tokens."""
 
@@ -312,6 +313,32 @@ class Batch:
         ]
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class WindowCounts:
+    """What steps have found of the windows that they sampled."""
+
+    compared: np.ndarray
+    """Windows by the number of their guesses that were compared, [K + 1]."""
+    right: np.ndarray
+    """Windows by the number of their guesses that were right, [K + 1]."""
+    steps: int
+
+
+class StepWindows(Protocol):
+    """The windows of an engine's candidates, by a step that samples and guesses them itself."""
+
+    def decode(
+        self, candidates: Sequence[CandidateTokens], width: int, seconds: float
+    ) -> WindowCounts:
+        """Sample the candidates' windows, and run the model on the next ones of at most `width`.
+
+        Once, and again until a candidate has all positions or `seconds` have passed.
+        """
+
+    def trial(self, num_candidates: int, width: int) -> Callable[[], None]:
+        """As `WindowDecoder.trial` of `dalle.decoding.windows`."""
+
+
 class Step(ABC):
     """A model's decoding step with the keys and values of all its slots.
 
@@ -354,6 +381,17 @@ class Step(ABC):
     @abstractmethod
     def load(self, slots: Tensor, packed: Sequence[Any]) -> None:
         """Write the same prefix to each of the slots [B]."""
+
+    def prefill(self, model: Dalle, text_tokens: Tensor, prime_tokens: Tensor | None) -> Prefix:
+        """Run the model on a caption [1, T] and codes [P, M] of the first P positions."""
+        cache = model.new_cache(1)
+        prime = None if prime_tokens is None else prime_tokens[None]
+        hidden = model.prefill(text_tokens, prime, cache)
+        return Prefix(self.pack(cache), hidden[0])
+
+    def windows(self, state: SlotState) -> StepWindows | None:
+        """Return what samples windows in calls of its own; None: `dalle.decoding.windows` does."""
+        return None
 
     def sample(self, hidden: Tensor, noise_keys: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Sample the codes [R, M] and their log p [R]: as `Batch.sample`."""

@@ -29,7 +29,14 @@ import numpy as np
 import torch
 
 from dalle.decoding.sampling import SamplingOptions
-from dalle.decoding.step import Batch, CandidateTokens, DecodeRequest, SlotState, Step
+from dalle.decoding.step import (
+    Batch,
+    CandidateTokens,
+    DecodeRequest,
+    SlotState,
+    Step,
+    WindowCounts,
+)
 
 _MEMORY = 0.97  # weight of all earlier steps when a step is counted
 _PRIOR = 0.6  # assumed share of right guesses, where nothing has been counted
@@ -53,7 +60,7 @@ class WindowWidth:
         # steps have greater weights, as if the counts of earlier ones shrank.
         self._compared, self._right = [0.0] * (widest + 1), [0.0] * (widest + 1)
         self._weight = 1.0
-        self._num_steps = 0
+        self._steps_to_choice = _STEPS_PER_CHOICE
         self._choices: dict[tuple[int, int | None], int] = {}
 
     @property
@@ -77,13 +84,25 @@ class WindowWidth:
             # No guess is compared at a window's last position.
             self._compared[min(number, width - 1)] += self._weight
             self._right[number - 1] += self._weight
+        self._count_steps(1)
+
+    def record_counts(self, counts: WindowCounts) -> None:
+        """Count the guesses of several steps."""
+        self._weight /= _MEMORY**counts.steps
+        for own, found in ((self._compared, counts.compared), (self._right, counts.right)):
+            for number in found.nonzero()[0].tolist():
+                own[number] += self._weight * float(found[number])
+        self._count_steps(counts.steps)
+
+    def _count_steps(self, steps: int) -> None:
         if self._weight > _HEAVIEST:
             self._compared, self._right = (
                 [each / self._weight for each in counts] for counts in (self._compared, self._right)
             )
             self._weight = 1.0
-        self._num_steps += 1
-        if not self._num_steps % _STEPS_PER_CHOICE:
+        self._steps_to_choice -= steps
+        if self._steps_to_choice <= 0:
+            self._steps_to_choice = _STEPS_PER_CHOICE
             self._choices.clear()
 
     def choose(self, rows_each: int, most_rows: int | None = None) -> int:

@@ -212,10 +212,14 @@ class Dalle(nn.Module):
 
         Returns the hidden state [B, W] that predicts position P.
         """
+        return self._run(self.prefix_inputs(text_tokens, prime_tokens), cache)[:, -1]
+
+    def prefix_inputs(self, text_tokens: Tensor, prime_tokens: Tensor | None) -> Tensor:
+        """Return the inputs [B, T + 1 + P, W] of captions [B, T] and primed codes [B, P, M]."""
         inputs = self._embed_text(text_tokens)
         if prime_tokens is not None:
             inputs = torch.cat([inputs, self._embed_image(prime_tokens, 0)], dim=1)
-        return self._run(inputs, cache)[:, -1]
+        return inputs
 
     def code_logits(self, hidden: Tensor, m: int, codes: Tensor) -> Tensor:
         """Return the logits [., V] of code m of the position that hidden [., W] predicts.

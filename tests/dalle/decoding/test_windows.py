@@ -1,12 +1,14 @@
 """Parallel decoding samples the tokens that sampling position by position gives."""
 
 import itertools
+import math
 
 import pytest
 import torch
 
 from dalle.decoding.cpu.step import CpuStep
 from dalle.decoding.cpu.torch_step import CpuTorchStep
+from dalle.decoding.cpu.windows import CompiledWindows
 from dalle.decoding.engine import DecodeEngine
 from dalle.decoding.sampling import SamplingOptions
 from dalle.types import ATTENTION_KINDS, FEED_FORWARD_KINDS
@@ -141,14 +143,16 @@ def test_a_row_depends_neither_on_other_rows_nor_on_windows_bit_for_bit(
 ):
     model = make_dalle(attention_kinds=("axial_row", "full"), feed_forward=feed_forward)
     found = {}
-    for window, num_slots in itertools.product((1, 3, N), (1, 6)):
+    for (window, seconds), num_slots in itertools.product(
+        ((1, 0.0), (3, 0.0), (N, 0.0), (4, math.inf)), (1, 6)
+    ):
         own = step(model, num_slots, precision=precision, num_rows=64)
         assert own.window_refusal is None
         engine = DecodeEngine(model, num_slots, step=own, window=window)
         for text, seed in ((TEXT, 1), (OTHER_TEXT, 2)):
             engine.submit(text, candidates=range(3), seed=seed)
         while not engine.is_idle:
-            for each in engine.step():
+            for each in engine.step(seconds):
                 key = each.request.seed, each.number
                 seen = each.image_tokens.tolist(), each.log_likelihood
                 assert found.setdefault(key, seen) == seen
@@ -171,7 +175,14 @@ def test_a_guess_that_is_thrown_away_fails_nothing(step, make_dalle):
 
     own.sample = without_the_last_guess
     engine.submit(TEXT, candidates=[0], seed=1)
-    (found,) = [each for _ in range(N) for each in engine.step()]
+    finished = []
+    for _ in range(N):
+        finished += engine.step()
+        for each in engine._candidates:
+            if step is CpuStep and each.window > N // 2 and not spoilt:  # it samples by itself
+                spoilt.append(each.window)
+                engine._state.hidden[each.slot, each.window - 1] = torch.nan
+    (found,) = finished
     assert spoilt
     expected = sample_image_tokens(model, TEXT, candidates=[0], seed=1)
     assert (found.image_tokens == expected.image_tokens[0]).all()
@@ -191,11 +202,33 @@ def test_rows_never_exceed_those_that_a_step_has_room_for(step, model, monkeypat
         most.append(len(hidden))
         return sample(self, hidden, noise_keys, batch)
 
+    def noted_decode(self, candidates, width, seconds):
+        most.append(sum(each.window * len(each.slots) for each in candidates))
+        return decode(self, candidates, width, seconds)
+
+    decode = CompiledWindows.decode
     monkeypatch.setattr(type(own), "__call__", noted_call)
     monkeypatch.setattr(type(own), "sample", noted_sample)
+    monkeypatch.setattr(CompiledWindows, "decode", noted_decode)
     engine = DecodeEngine(model, 6, step=own, window=8)
     assert_as_sampled(model, run(engine, every=1))
     assert max(most) <= 8
+
+
+@runs_here
+def test_steps_of_one_call_end_when_a_candidate_has_finished(model):
+    engine = DecodeEngine(model, 3, step=CpuStep(model, 3, num_rows=12), window=4)
+    request = engine.submit(TEXT, candidates=range(5), seed=7)
+    finished, calls = [], 0
+    while not engine.is_idle:
+        finished.append(engine.step(math.inf))
+        calls += 1
+        assert finished[-1], "a call ended before a candidate had finished"
+    assert sum(map(len, finished)) == 5
+    assert request.num_steps > calls, "no call had several steps"
+    expected = sample_image_tokens(model, TEXT, candidates=range(5), seed=7).image_tokens
+    by_number = sorted(itertools.chain(*finished), key=lambda each: each.number)
+    assert (torch.stack([each.image_tokens for each in by_number]) == expected).all()
 
 
 @pytest.mark.parametrize("step", STEPS)

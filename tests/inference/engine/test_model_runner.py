@@ -175,7 +175,8 @@ def test_a_deadline_leaves_the_candidates_that_were_finished(artefact):
         assert (candidate.pixels == whole[number].pixels).all()
 
 
-def test_a_deadline_before_the_first_candidate_is_an_error(runner):
+def test_a_deadline_before_the_first_candidate_is_an_error(runner, monkeypatch):
+    monkeypatch.setattr("inference.engine.scheduler.STEP_SECONDS", 0.0)  # a step for each reading
     prepared = runner.prepare(ask(), deadline=10.0)
     prepared.clock = Clock()
     with pytest.raises(DeadlineExceeded, match="deadline_seconds"):

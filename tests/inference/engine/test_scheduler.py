@@ -380,7 +380,11 @@ def test_a_failed_step_ends_the_requests_in_it_and_no_later_one(artefact, engine
     assert isinstance(last_event(submit(engine_core, runner, ask(2))), GenerateResult)
 
 
-def test_a_full_device_is_an_error_with_a_remedy_for_all_requests_that_run(runner, artefact):
+def test_a_full_device_is_an_error_with_a_remedy_for_all_requests_that_run(
+    runner, artefact, monkeypatch
+):
+    monkeypatch.setattr("inference.engine.scheduler.STEP_SECONDS", 0.0)  # both are begun
+
     def fail(module, arguments):
         handle.remove()
         raise torch.OutOfMemoryError("no memory")
@@ -406,10 +410,10 @@ def test_the_host_waits_for_a_device_that_is_behind(artefact, monkeypatch):
     waits: list[int] = []  # steps before each
     steps = 0
 
-    def step():
+    def step(seconds):
         nonlocal steps
         steps += 1
-        return sample()
+        return sample(seconds)
 
     scheduler, engine = runner._scheduler, runner._engine
     sample = engine.step

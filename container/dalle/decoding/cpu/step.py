@@ -33,13 +33,16 @@ from dalle.decoding.cpu.structures import (
     CSeen,
     Structures,
     library,
+    sampling_numbers,
 )
+from dalle.decoding.cpu.windows import CompiledWindows
 from dalle.decoding.model_parts import blocks_of, heads_of, input_tables
-from dalle.decoding.sampling import SamplingOptions
-from dalle.decoding.step import Batch, Step
+from dalle.decoding.step import Batch, Prefix, SlotState, Step
 from dalle.models.layers import KeyValueCache
 from dalle.models.transformer import Dalle
 from dalle.types import AttentionKind, Precision
+
+_MOST_PREFILLED = 32  # inputs of a caption; of more, torch's products are faster
 
 
 def why_not(model: Dalle, precision: Precision) -> str | None:
@@ -89,12 +92,25 @@ class CpuStep(Step):
         self.num_rows = self._most_rows = num_rows or num_slots
         structures = Structures(precision, compiled.dalle_support())
         self._sampling: _BatchSampling | None = None
-        shape = (num_slots, config.num_heads, config.length)
+        self._spare_slot = num_slots  # of the caption that is being read
+        shape = (num_slots + 1, config.num_heads, config.length)
         # Keys, then values, of each layer.
         self._tables = [
             [_SlotTable(shape, config.head_width, precision == "int8") for _ in range(2)]
             for _ in model.blocks
         ]
+        self._process = os.getpid()
+        self._kept: list[Any] = []  # memory that the library reads
+        self._step = self._new_step(model, structures, self._most_rows)
+        # A caption is read in fp32 in every precision, as by the model itself.
+        self._prefill_step = self._step
+        if precision != "fp32":
+            exact = Structures("fp32", compiled.dalle_support())
+            self._prefill_step = self._new_step(model, exact, _MOST_PREFILLED)
+
+    def _new_step(self, model: Dalle, structures: Structures, num_rows: int) -> int:
+        """Return a step of the library over the tables of all slots."""
+        config = self._config
         seen: dict[AttentionKind, CSeen] = {}
         layers = []
         for layer, block in enumerate(blocks_of(model)):
@@ -105,12 +121,10 @@ class CpuStep(Step):
             layers.append(structures.layer(block, tables, seen[attention_kind]))
         heads = [structures.head(head) for head in heads_of(model)]
         code_inputs, position_inputs = input_tables(model)
-        self._kept = structures.kept
-        self._layers = (CLayer * len(layers))(*layers)
-        self._heads = (CHead * len(heads))(*heads)
-        self._model = CModel(
-            layers=self._layers,
-            heads=self._heads,
+        c_layers, c_heads = (CLayer * len(layers))(*layers), (CHead * len(heads))(*heads)
+        c_model = CModel(
+            layers=c_layers,
+            heads=c_heads,
             code_inputs=structures.pointer(code_inputs),
             position_inputs=structures.pointer(position_inputs),
             width=config.width,
@@ -123,16 +137,41 @@ class CpuStep(Step):
             inner_width=config.feed_forward_ratio * config.width,
             precision=structures.precision,
         )
-        self._step: int | None = compiled.dalle_new_step(ctypes.byref(self._model), self._most_rows)
-        if not self._step:
-            raise MemoryError(f"no memory for a compiled step of {num_slots} slots")
+        self._kept += [structures.kept, c_layers, c_heads]
+        step: int | None = self._library.dalle_new_step(ctypes.byref(c_model), num_rows)
+        if not step:
+            raise MemoryError(f"no memory for a compiled step of {num_rows} rows")
         # Not at the end of the process: another thread may be in a step, and all end with it.
-        self._process = os.getpid()
-        weakref.finalize(self, _delete, compiled, self._step, self._process).atexit = False
+        weakref.finalize(self, _delete, self._library, step, self._process).atexit = False
+        return step
 
     @property
     def num_bytes(self) -> int:
         return sum(each.num_bytes for layer in self._tables for each in layer)
+
+    def windows(self, state: SlotState) -> CompiledWindows:
+        def call(num_rows: int, *others: Any) -> None:
+            self._call(self._library.dalle_decode, num_rows, *others)
+
+        return CompiledWindows(call, state, self._config.codebook_size)
+
+    def prefill(self, model: Dalle, text_tokens: Tensor, prime_tokens: Tensor | None) -> Prefix:
+        prime = None if prime_tokens is None else prime_tokens[None]
+        inputs = model.prefix_inputs(text_tokens, prime)[0].contiguous()
+        n = len(inputs)
+        if n > min(_MOST_PREFILLED, self._most_rows):
+            return super().prefill(model, text_tokens, prime_tokens)
+        hidden = torch.empty(self._config.width)
+        self._call(
+            self._library.dalle_prefill,
+            n,
+            self._spare_slot,
+            0,
+            inputs.data_ptr(),
+            hidden.data_ptr(),
+            step=self._prefill_step,
+        )
+        return Prefix(self._save(n), hidden)
 
     def __call__(self, slots: np.ndarray, codes: Tensor, positions: np.ndarray) -> Tensor:
         B = len(slots)
@@ -186,37 +225,44 @@ class CpuStep(Step):
         )
         return logits
 
-    def pack(self, prefix: KeyValueCache) -> list[list[_Packed]]:
-        """Keys and values of each layer, as its tables store them."""
-        return [
-            [
-                table.encode(each[0, :, : prefix.filled])
-                for table, each in zip(tables, keys_and_values, strict=True)
-            ]
-            for tables, *keys_and_values in zip(
-                self._tables, prefix.keys, prefix.values, strict=True
-            )
-        ]
+    def pack(self, prefix: KeyValueCache) -> tuple[int, Tensor]:
+        """Number of inputs, and the bytes of their keys and values in all layers."""
+        for tables, *keys_and_values in zip(self._tables, prefix.keys, prefix.values, strict=True):
+            for table, each in zip(tables, keys_and_values, strict=True):
+                table.write(self._spare_slot, each[0, :, : prefix.filled])
+        return self._save(prefix.filled)
 
-    def load(self, slots: Tensor, packed: Sequence[Sequence[_Packed]]) -> None:
-        for tables, parts in zip(self._tables, packed, strict=True):
-            for table, part in zip(tables, parts, strict=True):
-                table.load(slots, part)
+    def _save(self, n: int) -> tuple[int, Tensor]:
+        """Return the first n inputs of the spare slot, as `pack`."""
+        size = self._library.dalle_prefix_size(self._step, n)
+        packed = torch.empty(size, dtype=torch.uint8)
+        self._library.dalle_save_prefix(self._step, self._spare_slot, n, packed.data_ptr())
+        return n, packed
 
-    def _call(self, function: Callable[..., int], num_rows: int, *others: Any) -> None:
-        """Call a function of the library: all time outside Python, which benchmarks measure."""
+    def load(self, slots: Tensor, packed: Sequence[Any]) -> None:
+        n, numbers = packed
+        for slot in slots.tolist():
+            self._library.dalle_load_prefix(self._step, slot, n, numbers.data_ptr())
+
+    def _call(
+        self,
+        function: Callable[..., int],
+        num_rows: int,
+        *others: Any,
+        step: int | None = None,
+    ) -> None:
+        """Call a function of the library: all time outside Python, which benchmarks measure.
+
+        step: one of its steps; None: that of this precision.
+        """
         if num_rows > self._most_rows:
             raise ValueError(f"{num_rows} rows, but the step has room for {self._most_rows}")
         if os.getpid() != self._process:
             raise RuntimeError("a compiled step cannot be used in a forked process")
-        if not function(self._step, torch.get_num_threads(), num_rows, *others):
+        if not function(step or self._step, torch.get_num_threads(), num_rows, *others):
             raise RuntimeError(
                 f"cannot start {torch.get_num_threads()} threads for a compiled step"
             )
-
-
-_Packed = tuple[Tensor, Tensor | None]
-"""The first n rows of a slot [H, n, D'], and for bytes their ranges [H, n, 2]."""
 
 
 class _SlotTable:
@@ -237,22 +283,15 @@ class _SlotTable:
         """Memory of rows and ranges."""
         return self.rows.nbytes + (0 if self.ranges is None else self.ranges.nbytes)
 
-    def encode(self, x: Tensor) -> _Packed:
-        """Convert keys or values [H, n, D] to rows and ranges."""
-        if self.ranges is None:
-            return F.pad(x, (0, self._padding)), None
-        least, greatest = x.aminmax(dim=-1, keepdim=True)
-        scale = ((greatest - least) / 255).clamp(min=1e-20)
-        rows = ((x - least) / scale).round_().to(torch.uint8)
-        return F.pad(rows, (0, self._padding)), torch.cat([scale, least], dim=-1)
-
-    def load(self, slots: Tensor, packed: _Packed) -> None:
-        """Write the same rows to each of the slots [B]."""
-        rows, ranges = packed
-        n = rows.shape[1]
-        self.rows[slots, :, :n] = rows
-        if self.ranges is not None and ranges is not None:
-            self.ranges[slots, :, :n] = ranges
+    def write(self, slot: int, x: Tensor) -> None:
+        """Write keys or values [H, n, D] to a slot's first inputs."""
+        n = x.shape[1]
+        if self.ranges is not None:
+            least, greatest = x.aminmax(dim=-1, keepdim=True)
+            scale = ((greatest - least) / 255).clamp(min=1e-20)
+            x = ((x - least) / scale).round_()
+            self.ranges[slot, :, :n] = torch.cat([scale, least], dim=-1)
+        self.rows[slot, :, :n] = F.pad(x, (0, self._padding))
 
 
 @dataclass(frozen=True)
@@ -274,7 +313,10 @@ class _BatchSampling:
             by_candidate = last.by_candidate
         else:
             by_candidate = np.array(
-                [_numbers(each.request.options, codebook_size) for each in batch.candidates],
+                [
+                    sampling_numbers(each.request.options, codebook_size)
+                    for each in batch.candidates
+                ],
                 dtype=np.dtype(CSampling),
             )
         by_row = by_candidate[batch.row_candidates]
@@ -284,13 +326,6 @@ class _BatchSampling:
             by_row["blank_row"][batch.guided] = R + np.arange(G)
             rows = np.concatenate([rows, batch.guided], dtype=np.int32)
         return cls(batch, by_candidate, by_row, rows)
-
-
-def _numbers(options: SamplingOptions, codebook_size: int) -> tuple[float, ...]:
-    """Return the fields of `CSampling` in order, for a row without guidance."""
-    top_p = 1.0 if options.top_p is None else options.top_p
-    top_k = min(options.top_k or codebook_size, codebook_size)
-    return top_p, options.temperature, options.guidance_scale, top_k, -1
 
 
 def _delete(compiled: ctypes.CDLL, step: int, process: int) -> None:

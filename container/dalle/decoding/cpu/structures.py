@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle.decoding.model_parts import BlockParts, byte_scales, earlier_table, inputs_seen
+from dalle.decoding.sampling import SamplingOptions
 from dalle.models.layers import FeedForward
 from dalle.models.transformer import CodeHead, Dalle
 from dalle.types import AttentionKind, FeedForwardKind, Precision
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 BUILDS = ("_native_avx512", "_native_avx2")  # the best first
 LANES = 16
-INTERFACE = 2
+INTERFACE = 3
 """Number of the functions' arguments and of what they mean, as `kInterface` in the C++."""
 MOST_HEAD_WIDTH = 128
 _MOST_HALF = 65504.0  # greatest number of float16
@@ -100,6 +101,28 @@ class CModel(Structure):
         *_fields(c_int32, "width num_layers num_heads length text_length num_codebooks"),
         *_fields(c_int32, "codebook_size inner_width precision"),
     )
+
+
+class CCandidate(Structure):
+    _fields_ = (
+        ("sampling", CSampling),
+        *_fields(c_int64, "slot blank_slot position window guessed leader"),
+    )
+
+
+class CLeader(Structure):
+    _fields_ = (("tokens", c_void_p), *_fields(c_int64, "position guessed candidate"))
+
+
+class CState(Structure):
+    _fields_ = (
+        *_fields(c_void_p, "hidden tokens noise_keys log_likelihood"),
+        *_fields(c_int64, "widest num_positions"),
+    )
+
+
+class CCounts(Structure):
+    _fields_ = (*_fields(c_void_p, "compared right"), ("steps", c_int64))
 
 
 class Structures:
@@ -190,6 +213,13 @@ class Structures:
         )
 
 
+def sampling_numbers(options: SamplingOptions, codebook_size: int) -> tuple[float, ...]:
+    """Return the fields of `CSampling` in order, for a row without guidance."""
+    top_p = 1.0 if options.top_p is None else options.top_p
+    top_k = min(options.top_k or codebook_size, codebook_size)
+    return top_p, options.temperature, options.guidance_scale, top_k, -1
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """Load the compiled code for this processor, which setuptools puts beside this file.
@@ -230,14 +260,36 @@ def load(build: str) -> ctypes.CDLL | None:
     loaded.dalle_step.argtypes = (*own, c_void_p, c_void_p, c_void_p, c_void_p)
     loaded.dalle_code_logits.argtypes = (*own, c_void_p, c_int32, c_void_p, c_int64, c_void_p)
     loaded.dalle_sample.argtypes = (*own, c_void_p, c_int32, *[c_void_p] * 5)
+    loaded.dalle_prefill.argtypes = (*own, c_int64, c_int32, c_void_p, c_void_p)
+    loaded.dalle_decode.argtypes = (
+        *own,
+        POINTER(CState),
+        c_void_p,
+        c_int32,
+        c_void_p,
+        c_int64,
+        c_int64,
+        POINTER(CCounts),
+    )
     loaded.dalle_delete_step.restype = None
-    for function in (loaded.dalle_step, loaded.dalle_code_logits, loaded.dalle_sample):
+    loaded.dalle_prefix_size.argtypes = (c_void_p, c_int32)
+    loaded.dalle_prefix_size.restype = c_int64
+    for copy in (loaded.dalle_save_prefix, loaded.dalle_load_prefix):
+        copy.argtypes = (c_void_p, c_int64, c_int32, c_void_p)
+        copy.restype = None
+    for function in (
+        loaded.dalle_step,
+        loaded.dalle_code_logits,
+        loaded.dalle_sample,
+        loaded.dalle_prefill,
+        loaded.dalle_decode,
+    ):
         function.restype = c_int32  # 0 for a failure
     return loaded
 
 
 def _has_our_layout(loaded: ctypes.CDLL) -> bool:
-    structures = (CModel, CLayer, CHead, CSampling)
+    structures = (CModel, CLayer, CHead, CSampling, CCandidate, CState, CLeader)
     ours = [INTERFACE, *map(ctypes.sizeof, structures), LANES, MOST_HEAD_WIDTH]
     theirs = (c_int32 * 64)()  # room for the sizes of another version
     if not (hasattr(loaded, "dalle_layout") and hasattr(loaded, "dalle_sample")):

@@ -7,7 +7,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "lanes.h"
+#include "lanes/lanes.h"
 
 constexpr int kMostHeadWidth = 128;
 

@@ -13,7 +13,7 @@ extern "C" __attribute__((visibility("default"))) int32_t dalle_support() {
 
 #if defined(__x86_64__) && defined(__linux__)
 #pragma GCC target("avx2,fma,f16c")
-#include "lanes_avx2.h"
+#include "lanes/avx2.h"
 
-#include "decode_step.h"
+#include "exports.h"
 #endif

@@ -19,7 +19,7 @@ extern "C" __attribute__((visibility("default"))) int32_t dalle_support() {
 #if defined(__x86_64__) && defined(__linux__)
 // Without VNNI, so that the same code runs on processors that lack it.
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
-#include "lanes_avx512.h"
+#include "lanes/avx512.h"
 
-#include "decode_step.h"
+#include "exports.h"
 #endif

@@ -9,7 +9,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "lanes.h"
+#include "lanes/lanes.h"
 
 // kSmallByte: weights of magnitude 63 at most, for processors without VNNI.
 enum Precision : int32_t { kFloat = 0, kHalf = 1, kByte = 2, kSmallByte = 3 };

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "lanes.h"
+#include "lanes/lanes.h"
 
 enum Activation : int32_t { kGelu = 0, kGeglu = 1, kRelu2 = 2 };
 

@@ -7,7 +7,7 @@
 #include <numeric>
 #include <vector>
 
-#include "lanes.h"
+#include "lanes/lanes.h"
 
 // Sampling options of a candidate.
 struct Sampling {

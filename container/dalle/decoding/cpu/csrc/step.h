@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <exception>
 #include <iterator>
 #include <map>
@@ -41,31 +42,43 @@ class Step {
         most_scores_(model.length + kPanel) {}
 
   void run(int threads, int rows, const int64_t* slots, const int64_t* codes, const int64_t* positions, float* hidden) {
-    together(threads, rows, [&]<Precision p>(const Part& part) { step<p>(part, slots, codes, positions, hidden); });
+    run(threads, rows, slots, codes, positions, [&](int b) { return hidden + static_cast<int64_t>(b) * model_.width; });
   }
 
-  void code_logits(int threads, int rows, const float* hidden, int m, const int64_t* codes, int64_t codes_stride,
-                   float* logits) {
+  // hidden_of(b): where row b's hidden state [W] is written.
+  template <class HiddenOf>
+  void run(int threads, int rows, const int64_t* slots, const int64_t* codes, const int64_t* positions,
+           HiddenOf hidden_of) {
+    const int W = model_.width;
     together(threads, rows, [&]<Precision p>(const Part& part) {
-      predict<p>(part, hidden, m, [&](int b) { return codes + b * codes_stride; }, {logits, model_.codebook_size});
+      part.each_row([&](int b) {
+        std::copy_n(model_.position_inputs + positions[b] * W, W, x_.row(b));
+        embed(codes + b * model_.num_codebooks, model_.num_codebooks, model_.code_inputs, x_.row(b));
+      });
+      layers<p>(
+          part, [&](int b) { return slots[b]; },
+          [&](int b) { return static_cast<int>(positions[b]) + model_.text_length + 1; },
+          [&](int b) { std::copy_n(x_.row(b), W, hidden_of(b)); });
     });
   }
 
-  void sample(int threads, int rows, const float* hidden, int candidates, const int32_t* candidate_of_row,
-              const Sampling* sampling, const uint64_t* noise_keys, int64_t* codes, float* log_likelihood) {
+  // hidden_of(b): row b's hidden state [W]. keys_of(c): the noise keys [M] of row c of those with caption.
+  template <class HiddenOf, class KeysOf>
+  void sample(int threads, int rows, HiddenOf hidden_of, int candidates, const int32_t* candidate_of_row,
+              const Sampling* sampling, KeysOf keys_of, int64_t* codes, float* log_likelihood) {
     const int M = model_.num_codebooks, V = model_.codebook_size;
     together(threads, rows, [&]<Precision p>(const Part& part) {
       SamplingScratch& scratch = sampling_scratch_[part.member];
       for (int m = 0; m < M; ++m) {
         const auto codes_of = [&](int b) { return codes + candidate_of_row[b] * M; };
-        predict<p>(part, hidden, m, codes_of, {logits_.row(0), logits_.stride});
+        predict<p>(part, hidden_of, m, codes_of, {logits_.row(0), logits_.stride});
         part.each(candidates, [&](int c) {
           guide(sampling[c], logits_.row(c), scratch.logits.data());
           if (!all_finite(scratch.logits.data(), V)) {  // they have no order; log p tells it
             log_likelihood[c] = NAN;
             return;
           }
-          const int code = sample_code(sampling[c], noise_keys[c * M + m], V, scratch);
+          const int code = sample_code(sampling[c], keys_of(c)[m], V, scratch);
           codes[c * M + m] = code;
           log_likelihood[c] += log_probability(logits_.row(c), V, code);
         });
@@ -73,6 +86,59 @@ class Step {
       }
     });
   }
+
+  // Run the model on the inputs [rows, W] of a slot from `first` on: the hidden state [W] of the last one.
+  void prefill(int threads, int rows, int64_t slot, int first, const float* inputs, float* hidden) {
+    const int W = model_.width;
+    together(threads, rows, [&]<Precision p>(const Part& part) {
+      part.each_row([&](int b) { std::copy_n(inputs + static_cast<int64_t>(b) * W, W, x_.row(b)); });
+      layers<p>(
+          part, [&](int) { return slot; }, [&](int b) { return first + b; },
+          [&](int b) {
+            if (b == rows - 1) std::copy_n(x_.row(b), W, hidden);
+          });
+    });
+  }
+
+  void code_logits(int threads, int rows, const float* hidden, int m, const int64_t* codes, int64_t codes_stride,
+                   float* logits) {
+    together(threads, rows, [&]<Precision p>(const Part& part) {
+      predict<p>(
+          part, [&](int b) { return hidden + static_cast<int64_t>(b) * model_.width; }, m,
+          [&](int b) { return codes + b * codes_stride; }, {logits, model_.codebook_size});
+    });
+  }
+
+  void sample(int threads, int rows, const float* hidden, int candidates, const int32_t* candidate_of_row,
+              const Sampling* sampling, const uint64_t* noise_keys, int64_t* codes, float* log_likelihood) {
+    sample(
+        threads, rows, [&](int b) { return hidden + static_cast<int64_t>(b) * model_.width; }, candidates,
+        candidate_of_row, sampling, [&](int c) { return noise_keys + static_cast<int64_t>(c) * model_.num_codebooks; },
+        codes, log_likelihood);
+  }
+
+  // Bytes of the keys and values of a slot's first inputs.
+  int64_t prefix_size(int inputs) const {
+    int64_t size = 0;
+    each_part(0, inputs, [&](void*, int64_t bytes) { size += bytes; });
+    return size;
+  }
+
+  // Copy the keys and values of a slot's first inputs to or from one piece of memory.
+  void save_prefix(int64_t slot, int inputs, uint8_t* to) const {
+    each_part(slot, inputs, [&](const void* part, int64_t bytes) {
+      std::memcpy(to, part, bytes);
+      to += bytes;
+    });
+  }
+  void load_prefix(int64_t slot, int inputs, const uint8_t* from) const {
+    each_part(slot, inputs, [&](void* part, int64_t bytes) {
+      std::memcpy(part, from, bytes);
+      from += bytes;
+    });
+  }
+
+  const Model& model() const { return model_; }
 
  private:
   // One thread's share of the work.
@@ -105,6 +171,21 @@ class Step {
         case kSmallByte: return work.template operator()<kSmallByte>(part);
       }
     });
+  }
+
+  // Call work(address, bytes) for each part of the keys and values of a slot's first inputs.
+  template <class Work>
+  void each_part(int64_t slot, int inputs, Work work) const {
+    const int64_t row = (head_width() + kPanel - 1) / kPanel * kPanel;
+    for (int l = 0; l < model_.num_layers; ++l) {
+      for (const Table& table : {model_.layers[l].keys, model_.layers[l].values}) {
+        const int64_t bytes = row * (table.ranges ? sizeof(uint8_t) : sizeof(float));
+        for (int h = 0; h < model_.num_heads; ++h) {
+          work(static_cast<uint8_t*>(table.rows) + first_row(slot, h) * bytes, inputs * bytes);
+          if (table.ranges) work(table.ranges + 2 * first_row(slot, h), inputs * 2 * sizeof(float));
+        }
+      }
+    }
   }
 
   Rows inputs() { return {inputs_.row(0), bytes_.data(), scales_.data(), inputs_.stride}; }
@@ -140,15 +221,12 @@ class Step {
     product<p>(part, network.contract, {branch_.row(0), branch_.stride});
   }
 
-  template <Precision p>
-  void step(const Part& part, const int64_t* slots, const int64_t* codes, const int64_t* positions, float* hidden) {
+  // All layers, in x_. slot_of(b), input_of(b): the slot of row b and its place in the sequence. done(b) is called when
+  // the row has passed them all.
+  template <Precision p, class SlotOf, class InputOf, class Done>
+  void layers(const Part& part, SlotOf slot_of, InputOf input_of, Done done) {
     const int W = model_.width;
-    part.each_row([&](int b) {
-      float* x = x_.row(b);
-      std::copy_n(model_.position_inputs + positions[b] * W, W, x);
-      embed(codes + b * model_.num_codebooks, model_.num_codebooks, model_.code_inputs, x);
-      normalise_row<p>(model_.layers[0].norm, b);
-    });
+    part.each_row([&](int b) { normalise_row<p>(model_.layers[0].norm, b); });
     for (int l = 0; l < model_.num_layers; ++l) {
       const Layer& layer = model_.layers[l];
       product<p>(part, layer.qkv, {qkv_.row(0), qkv_.stride});
@@ -156,7 +234,7 @@ class Step {
       const auto each_head = [&](auto work) {
         part.each(model_.num_heads * part.rows, [&](int unit) {
           const int b = unit % part.rows;
-          work(b, unit / part.rows, slots[b], static_cast<int>(positions[b]) + model_.text_length + 1);
+          work(b, unit / part.rows, slot_of(b), input_of(b));
         });
       };
       each_head([&](int b, int h, int64_t slot, int i) { remember_head(layer, b, h, slot, i); });
@@ -177,19 +255,19 @@ class Step {
         if (l + 1 < model_.num_layers) {
           normalise_row<p>(model_.layers[l + 1].norm, b);
         } else {
-          std::copy_n(x_.row(b), W, hidden + static_cast<int64_t>(b) * W);
+          done(b);
         }
       });
     }
   }
 
   // Compute the logits of code m. codes_of(b): the codes before m of the position that row b predicts.
-  template <Precision p, class Codes>
-  void predict(const Part& part, const float* hidden, int m, Codes codes_of, Outputs logits) {
+  template <Precision p, class HiddenOf, class Codes>
+  void predict(const Part& part, HiddenOf hidden_of, int m, Codes codes_of, Outputs logits) {
     const int W = model_.width;
     const Head& head = model_.heads[m];
     part.each_row([&](int b) {
-      std::copy_n(hidden + static_cast<int64_t>(b) * W, W, x_.row(b));
+      std::copy_n(hidden_of(b), W, x_.row(b));
       embed(codes_of(b), m, head.earlier, x_.row(b));
       normalise_row<p>(m ? head.mix.norm : head.norm, b);
     });
@@ -264,62 +342,3 @@ class Step {
 };
 
 }  // namespace
-
-#define EXPORTED extern "C" __attribute__((visibility("default")))
-
-namespace {
-
-// Run work: 1 when it is done, 0 where memory or a thread was missing. No exception leaves this library.
-template <class Work>
-int32_t is_done(Work work) {
-  try {
-    work();
-    return 1;
-  } catch (const std::exception&) {
-    return 0;
-  }
-}
-
-}  // namespace
-
-// Sizes on which this library and `dalle.decoding.cpu.structures` must agree.
-// To be raised with every change of a function's arguments or their meaning, in structures.py too.
-constexpr int32_t kInterface = 2;
-
-EXPORTED void dalle_layout(int32_t* sizes) {
-  const int32_t own[] = {kInterface,    sizeof(Model), sizeof(Layer), sizeof(Head), sizeof(Sampling), kPanel,
-                         kMostHeadWidth};
-  std::copy(std::begin(own), std::end(own), sizes);
-}
-
-// The memory that the model points to must outlive the step. Null where there is no memory for the step.
-EXPORTED void* dalle_new_step(const Model* model, int32_t most_rows) {
-  Step* step = nullptr;
-  is_done([&] { step = new Step(*model, most_rows); });
-  return step;
-}
-
-EXPORTED void dalle_delete_step(void* step) { delete static_cast<Step*>(step); }
-
-// Run the model on the codes [B, M] of the slots' [B] positions [B]: hidden [B, W].
-EXPORTED int32_t dalle_step(void* step, int32_t threads, int32_t rows, const int64_t* slots, const int64_t* codes,
-                            const int64_t* positions, float* hidden) {
-  return is_done([&] { static_cast<Step*>(step)->run(threads, rows, slots, codes, positions, hidden); });
-}
-
-// Logits [B, V] of code m of the position that hidden [B, W] predicts, from the m codes before it in each row.
-EXPORTED int32_t dalle_code_logits(void* step, int32_t threads, int32_t rows, const float* hidden, int32_t m,
-                                   const int64_t* codes, int64_t codes_stride, float* logits) {
-  return is_done([&] { static_cast<Step*>(step)->code_logits(threads, rows, hidden, m, codes, codes_stride, logits); });
-}
-
-// Sample the codes [candidates, M] of the position that hidden [B, W] predicts, and add their log p [candidates]. The
-// first rows are those with caption, in the order of the candidates.
-EXPORTED int32_t dalle_sample(void* step, int32_t threads, int32_t rows, const float* hidden, int32_t candidates,
-                              const int32_t* candidate_of_row, const Sampling* sampling, const uint64_t* noise_keys,
-                              int64_t* codes, float* log_likelihood) {
-  return is_done([&] {
-    static_cast<Step*>(step)->sample(threads, rows, hidden, candidates, candidate_of_row, sampling, noise_keys, codes,
-                                     log_likelihood);
-  });
-}

@@ -1,4 +1,4 @@
-// Eight numbers of 32 bits in a register of AVX2. Every function means the same as that of lanes_avx512.h.
+// Eight numbers of 32 bits in a register of AVX2. Every function means the same as that of avx512.h.
 #pragma once
 
 #include <immintrin.h>

@@ -1,4 +1,4 @@
-// Functions of a register of floats, in terms of those of lanes_avx2.h or lanes_avx512.h, one of which is included first:
+// Functions of a register of floats, in terms of those of avx2.h or avx512.h, one of which is included first:
 // the same code for each of them. (G++ 12 does not define __AVX512F__ after the pragma.)
 #pragma once
 
