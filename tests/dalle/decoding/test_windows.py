@@ -6,9 +6,8 @@ import math
 import pytest
 import torch
 
-from dalle.decoding.cpu.step import CpuStep
+from dalle.decoding.cpu.step import CompiledWindows, CpuStep
 from dalle.decoding.cpu.torch_step import CpuTorchStep
-from dalle.decoding.cpu.windows import CompiledWindows
 from dalle.decoding.engine import DecodeEngine
 from dalle.decoding.sampling import SamplingOptions
 from dalle.types import ATTENTION_KINDS, FEED_FORWARD_KINDS

@@ -13,35 +13,48 @@ from __future__ import annotations
 import ctypes
 import os
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dalle.decoding.cpu.structures import (
     CODES,
-    LANES,
     MOST_HEAD_WIDTH,
+    CCandidate,
+    CCounts,
     CHead,
     CLayer,
+    CLeader,
     CModel,
     CSampling,
     CSeen,
+    CState,
     Structures,
     library,
-    sampling_numbers,
 )
-from dalle.decoding.cpu.windows import CompiledWindows
+from dalle.decoding.cpu.tables import SlotTable
 from dalle.decoding.model_parts import blocks_of, heads_of, input_tables
-from dalle.decoding.step import Batch, Prefix, SlotState, Step
+from dalle.decoding.sampling import SamplingOptions
+from dalle.decoding.step import (
+    Batch,
+    CandidateTokens,
+    DecodeRequest,
+    Prefix,
+    SlotState,
+    Step,
+    WindowCounts,
+)
 from dalle.models.layers import KeyValueCache
 from dalle.models.transformer import Dalle
 from dalle.types import AttentionKind, Precision
 
+_MOST_SECONDS = 3600.0  # which the library's clock can add
+_CANDIDATE, _LEADER = np.dtype(CCandidate), np.dtype(CLeader)
 _MOST_PREFILLED = 32  # inputs of a caption; of more, torch's products are faster
 
 
@@ -96,7 +109,7 @@ class CpuStep(Step):
         shape = (num_slots + 1, config.num_heads, config.length)
         # Keys, then values, of each layer.
         self._tables = [
-            [_SlotTable(shape, config.head_width, precision == "int8") for _ in range(2)]
+            [SlotTable(shape, config.head_width, precision == "int8") for _ in range(2)]
             for _ in model.blocks
         ]
         self._process = os.getpid()
@@ -265,33 +278,111 @@ class CpuStep(Step):
             )
 
 
-class _SlotTable:
-    """Keys or values of a layer for all slots, as floats, or as bytes over the range of each row.
+class CompiledWindows:
+    """The windows of one engine's candidates, several steps of them in one call.
 
-    rows: [S, H, L, D']. ranges: for bytes [S, H, L, 2], the scale and the least value of a row.
+    The same as `dalle.decoding.windows.WindowDecoder`, whose steps of a small model would take
+    longer in Python than in the model.
     """
 
-    def __init__(self, shape: tuple[int, int, int], head_width: int, as_bytes: bool) -> None:
-        """Allocate zeros. shape: S, H, L."""
-        self._padding = -head_width % LANES
-        kind = torch.uint8 if as_bytes else torch.float32
-        self.rows = torch.zeros(*shape, head_width + self._padding, dtype=kind)
-        self.ranges = torch.zeros(*shape, 2) if as_bytes else None
+    def __init__(self, call: Callable[..., None], state: SlotState, codebook_size: int) -> None:
+        self._call, self._state, self._codebook_size = call, state, codebook_size
+        _, self._widest, _ = state.hidden.shape
+        _, self._num_positions, _ = state.image_tokens.shape
+        self._c_state = CState(
+            hidden=state.hidden.data_ptr(),
+            tokens=state.image_tokens.data_ptr(),
+            noise_keys=state.noise_keys.data_ptr(),
+            log_likelihood=state.log_likelihood.data_ptr(),
+            widest=self._widest,
+            num_positions=self._num_positions,
+        )
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory of rows and ranges."""
-        return self.rows.nbytes + (0 if self.ranges is None else self.ranges.nbytes)
+    def decode(
+        self, candidates: Sequence[CandidateTokens], width: int, seconds: float
+    ) -> WindowCounts:
+        """Sample the candidates' windows, and run the model on the next ones of at most `width`.
 
-    def write(self, slot: int, x: Tensor) -> None:
-        """Write keys or values [H, n, D] to a slot's first inputs."""
-        n = x.shape[1]
-        if self.ranges is not None:
-            least, greatest = x.aminmax(dim=-1, keepdim=True)
-            scale = ((greatest - least) / 255).clamp(min=1e-20)
-            x = ((x - least) / scale).round_()
-            self.ranges[slot, :, :n] = torch.cat([scale, least], dim=-1)
-        self.rows[slot, :, :n] = F.pad(x, (0, self._padding))
+        Once, and again until a candidate has all positions or `seconds` have passed.
+        """
+        requests = list({id(each.request): each.request for each in candidates}.values())
+        places = {id(each): place for place, each in enumerate(requests)}
+        table = np.array(
+            [
+                (
+                    _sampling_numbers(each.request.options, self._codebook_size),
+                    each.slot,
+                    -1 if each.guidance_slot is None else each.guidance_slot,
+                    each.position,
+                    each.window,
+                    each.guessed,
+                    places[id(each.request)],
+                )
+                for each in candidates
+            ],
+            dtype=_CANDIDATE,
+        )
+        at = {id(each): place for place, each in enumerate(candidates)}
+        leaders = np.array([_leader(each.leader, at) for each in requests], dtype=_LEADER)
+        compared, right = np.zeros((2, self._widest + 1), np.int64)
+        counts = CCounts(compared=compared.ctypes.data, right=right.ctypes.data)
+        rows_each = 1 + (table["blank_slot"] >= 0)
+        following = (self._num_positions - table["position"]).clip(max=width)
+        rows = max((rows_each * each).sum() for each in (table["window"], following))
+        self._run(int(rows), table, leaders, width, seconds, counts)
+        for each, position, window, guessed in zip(
+            candidates,
+            *(table[name].tolist() for name in ("position", "window", "guessed")),
+            strict=True,
+        ):
+            each.move(position - each.position, counts.steps)
+            each.window, each.guessed = window, guessed
+        for request, place in zip(requests, leaders["candidate"].tolist(), strict=True):
+            if place >= 0:
+                request.leader = candidates[place]
+        return WindowCounts(compared, right, counts.steps)
+
+    def _run(
+        self,
+        rows: int,
+        candidates: np.ndarray,
+        leaders: np.ndarray,
+        width: int,
+        seconds: float,
+        counts: CCounts,
+    ) -> None:
+        """Call `dalle_decode` on arrays of its structures, which it changes. rows: of a step."""
+        self._call(
+            rows,
+            ctypes.byref(self._c_state),
+            candidates.ctypes.data,
+            len(candidates),
+            leaders.ctypes.data,
+            width,
+            round(1e9 * min(seconds, _MOST_SECONDS)),
+            ctypes.byref(counts),
+        )
+
+    def trial(self, num_candidates: int, width: int) -> Callable[[], None]:
+        """As `WindowDecoder.trial`."""
+        request = DecodeRequest(0, SamplingOptions(), deque(), None, [])
+        options = _sampling_numbers(request.options, self._codebook_size)
+        position = 1 + (self._num_positions - 1 - width) // 2
+        first = np.array(
+            [(options, slot, -1, position, width, position, 0) for slot in range(num_candidates)],
+            dtype=_CANDIDATE,
+        )
+        leaders = np.array([_leader(None, {})], dtype=_LEADER)
+        tokens = self._state.image_tokens[:num_candidates]
+        found = np.zeros((2, self._widest + 1), np.int64)
+        counts = CCounts(compared=found[0].ctypes.data, right=found[1].ctypes.data)
+
+        def work() -> None:
+            assert len(found) == 2  # it is what the counts' memory belongs to
+            tokens.zero_()  # or what the last call has sampled would be right guesses
+            self._run(num_candidates * width, first.copy(), leaders.copy(), width, 0.0, counts)
+
+        return work
 
 
 @dataclass(frozen=True)
@@ -314,7 +405,7 @@ class _BatchSampling:
         else:
             by_candidate = np.array(
                 [
-                    sampling_numbers(each.request.options, codebook_size)
+                    _sampling_numbers(each.request.options, codebook_size)
                     for each in batch.candidates
                 ],
                 dtype=np.dtype(CSampling),
@@ -326,6 +417,21 @@ class _BatchSampling:
             by_row["blank_row"][batch.guided] = R + np.arange(G)
             rows = np.concatenate([rows, batch.guided], dtype=np.int32)
         return cls(batch, by_candidate, by_row, rows)
+
+
+def _sampling_numbers(options: SamplingOptions, codebook_size: int) -> tuple[float, ...]:
+    """Return the fields of `CSampling` in order, for a row without guidance."""
+    top_p = 1.0 if options.top_p is None else options.top_p
+    top_k = min(options.top_k or codebook_size, codebook_size)
+    return top_p, options.temperature, options.guidance_scale, top_k, -1
+
+
+def _leader(leader: CandidateTokens | None, places: dict[int, int]) -> tuple[int, int, int, int]:
+    """Return the fields of `CLeader`. places: of the candidates by identity."""
+    if leader is None:
+        return 0, 0, 0, -1
+    place = places.get(id(leader), -1)
+    return leader.image_tokens.data_ptr(), leader.position, leader.guessed, place
 
 
 def _delete(compiled: ctypes.CDLL, step: int, process: int) -> None:

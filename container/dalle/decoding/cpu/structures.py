@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle.decoding.model_parts import BlockParts, byte_scales, earlier_table, inputs_seen
-from dalle.decoding.sampling import SamplingOptions
 from dalle.models.layers import FeedForward
 from dalle.models.transformer import CodeHead, Dalle
 from dalle.types import AttentionKind, FeedForwardKind, Precision
@@ -211,13 +210,6 @@ class Structures:
             counts=self.pointer(torch.from_numpy(counts.astype(np.int32))),
             most=inputs.shape[1],
         )
-
-
-def sampling_numbers(options: SamplingOptions, codebook_size: int) -> tuple[float, ...]:
-    """Return the fields of `CSampling` in order, for a row without guidance."""
-    top_p = 1.0 if options.top_p is None else options.top_p
-    top_k = min(options.top_k or codebook_size, codebook_size)
-    return top_p, options.temperature, options.guidance_scale, top_k, -1
 
 
 @cache
