@@ -22,7 +22,7 @@ PORT ?= 8080
 ROOT ?= $(patsubst %/model,%,$(firstword $(wildcard out/demo/ml/model $(OUT)/model) out/demo/ml/model))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check check-template lint format test test-any-user soak soak-training soak-serving fuzz demo play picture docs tree bench-peers bench-rainbow bench-training bench-costs image test-image local-train local-serve local-endpoint lock clean
+.PHONY: help setup check check-template check-sdk2 lint format test test-any-user soak soak-training soak-serving fuzz demo play picture docs tree bench-peers bench-rainbow bench-training bench-costs image test-image local-train local-serve local-endpoint lock clean
 
 help:  ## list these targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' Makefile | expand -t 13
@@ -38,6 +38,9 @@ lint: setup  ## ruff, the formatter, spelling, imports and types; changes nothin
 check-template: setup  ## cfn-lint and checkov over the stack's template; what they may find is explained in it
 	.venv/bin/cfn-lint --non-zero-exit-code informational infra/setup/template.yaml
 	$(ALONE) requirements/checkov.txt checkov --quiet --compact --skip-download --framework cloudformation --file infra/setup/template.yaml
+
+check-sdk2: setup  ## the SageMaker SDK v2 trains, serves and transforms, in a simulated account
+	.venv/bin/python -m pytest -m docker tests/infra/sdk $(ARGS)
 
 format: setup  ## mend what ruff can mend, and lay out the code
 	.venv/bin/ruff check --fix . && .venv/bin/ruff format .
@@ -111,6 +114,7 @@ lock: $(UV)  ## compile requirements/*.txt again (newest versions: make lock UPG
 	$(COMPILE) --generate-hashes --universal --extra infra -c requirements/versions.txt pyproject.toml -o requirements/infra.txt
 	$(COMPILE) --generate-hashes --universal requirements/uv.in -o requirements/uv.txt
 	$(COMPILE) $(UPGRADE) --generate-hashes --universal requirements/checkov.in -o requirements/checkov.txt
+	$(COMPILE) $(UPGRADE) --generate-hashes --universal requirements/sdk2.in -o requirements/sdk2.txt
 
 clean:  ## remove .venv, out/ and every cache
 	rm -rf .venv out build *.egg-info container/dalle/decoding/cpu/*.so .mypy_cache .pytest_cache .ruff_cache && find . -name __pycache__ -prune -exec rm -rf {} +
