@@ -116,6 +116,10 @@ class StageHyperparameters(FitHyperparameters):
     """Named model size that the fields below start from; auto: chosen by the pictures, by this
     device's speed and by max_minutes, and small without max_minutes."""
 
+    augment: Literal["auto", "none"] = "auto"
+    """From the sixth epoch on, mirror half of the pictures, where captions and pictures of a data
+    set of at most 5,000 pairs allow it; none: never."""
+
     not_of_config: ClassVar[frozenset[str]] = frozenset()
     """Further fields that are none of the model's config."""
 
@@ -138,7 +142,10 @@ class DVAEHyperparameters(StageHyperparameters):
     """The stage `dvae`."""
 
     # Its codebook is updated in each forward pass, so that micro-batches would change it.
-    not_for_authors: ClassVar[frozenset[str]] = frozenset({"muon_learning_rate", *SAVES_MEMORY})
+    not_for_authors: ClassVar[frozenset[str]] = frozenset(
+        {"muon_learning_rate", "augment", *SAVES_MEMORY}
+    )
+    augment: Literal["none"] = "none"
     muon_learning_rate: float = Field(default=0.0, ge=0, le=0)  # AdamW has all of its weights
 
     image_size: Annotated[int, Field(ge=8, le=1024)] | None = None

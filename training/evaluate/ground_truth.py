@@ -19,10 +19,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dalle.errors import DataError
+from training.data.batching.nearest import nearest
 from training.data.batching.preload import preload_if_small, to_chw
 from training.data.pairs import Dataset, image_or_skip
 from training.data.sources.channel import open_channel
-from training.report.nearest import nearest
 
 TRAIN, VALIDATION, ATTRIBUTES = "train", "validation", "attributes.json"
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
+from torch import Tensor
 
 from dalle.errors import CaptionTooLong, HyperparameterError
 from dalle.models.configs import ImageTokenizerConfig
@@ -30,7 +31,9 @@ from training.config.models import (
 )
 from training.config.with_channels import stages_to_train
 from training.data.batching.batches import Batches
+from training.data.batching.mirrored import mirrorable
 from training.data.batching.preload import Preloaded
+from training.data.batching.sampler import UNMIRRORED_EPOCHS
 from training.data.batching.token_cache import cache_tokens, tokens_fit
 from training.data.held_out import TRAIN
 from training.data.long_captions import fit_captions, too_long
@@ -248,6 +251,7 @@ class Inputs:
             world_size=self.ranks.size,
             part=self.train.part,
             totals=totals_of(pairs, self.train.part),
+            mirrorable=self._mirrorable if settings.augment == "auto" else None,
         )
         validation = None
         if self.validation is not None:
@@ -262,6 +266,21 @@ class Inputs:
             self.ranks,
             is_validation_parted=self.validation is not None and self.validation.part is not None,
         )
+
+    @cached_property
+    def _mirrorable(self) -> Tensor | None:
+        """Which training pictures may be mirrored; None where none may, or they are many."""
+        if not isinstance(self.train.pairs, Preloaded):
+            return None
+        allowed = mirrorable(self.train.pairs, self.stop)
+        if self.ranks.is_first:
+            logger.info(
+                "augment=auto: from epoch %d on, %d of %d pictures are mirrored half of the time",
+                UNMIRRORED_EPOCHS + 1,
+                int(allowed.sum()),
+                len(allowed),
+            )
+        return allowed if allowed.any() else None
 
     def pairs_with_tokens(self, settings: StageHyperparameters, dvae: ImageTokenizer) -> Dataset:
         """Return the training pairs, with cached image tokens if the run sees every image twice.

@@ -131,9 +131,13 @@ class TransformerStage:
         self.data = data
         self.batches = data.train
         self._table: Tensor | None = None
+        self._mirrored_table: Tensor | None = None
         if isinstance(data.train.dataset, Preloaded):
             # The dVAE is frozen: images in memory are encoded once, not in every epoch.
-            self._table = _encode_all(dvae, data.train.dataset, data)
+            self._table = _encode_all(dvae, data.train.dataset.images, data)
+            if data.train.mirrorable is not None:
+                mirrored = data.train.dataset.images.flip(-1)
+                self._mirrored_table = _encode_all(dvae, mirrored, data)
         elif isinstance(data.train.dataset, TokenCache):
             self._table = data.train.dataset.tokens
 
@@ -143,6 +147,9 @@ class TransformerStage:
         assert batch.text_tokens is not None
         if self._table is not None:
             rows = self._table[indices.to(self._table.device)]
+            if self._mirrored_table is not None and batch.mirrored is not None:
+                turned = self._mirrored_table[indices.to(self._mirrored_table.device)]
+                rows = torch.where(batch.mirrored.to(rows.device)[:, None, None], turned, rows)
             image_tokens = rows.to(self.data.device).long()
         else:
             # Rounded by autocast, some images would have other tokens than in fp32.
@@ -240,9 +247,9 @@ def _image_numbers_of(dataset: Preloaded) -> Tensor:
     return torch.tensor([int.from_bytes(digest, signed=True) for digest in digests])
 
 
-def _encode_all(dvae: ImageTokenizer, dataset: Preloaded, data: StageData) -> Tensor:
-    """Return the image tokens of every pair, [pairs, N, M] int32."""
+def _encode_all(dvae: ImageTokenizer, pictures: Tensor, data: StageData) -> Tensor:
+    """Return the image tokens of every picture uint8 [pairs, 3, H, W]: [pairs, N, M] int32."""
     chunks = [
-        dvae.encode(images).int() for images in float_chunks(dataset.images, data.device, data.stop)
+        dvae.encode(images).int() for images in float_chunks(pictures, data.device, data.stop)
     ]
     return torch.cat(chunks)

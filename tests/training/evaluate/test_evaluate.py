@@ -117,7 +117,7 @@ def test_nearest_is_exact_where_single_precision_is_not(tmp_path):
 def test_pictures_are_compared_in_chunks_to_the_same_end(truth, monkeypatch):
     queries = images(*range(0, 256, 5))
     whole = truth.nearest(queries)
-    monkeypatch.setattr("training.report.nearest.CHUNK_BYTES", 2 * 8 * 3 * SIZE**2)
+    monkeypatch.setattr("training.data.batching.nearest.CHUNK_BYTES", 2 * 8 * 3 * SIZE**2)
     assert torch.equal(truth.nearest(queries), whole)
 
 

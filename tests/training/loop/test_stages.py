@@ -9,7 +9,8 @@ from dalle.preprocess.images import encode_image
 from dalle.preprocess.tokenizer import CaptionTokenizer
 from training import rainbow
 from training.data.batching.batches import Batches
-from training.data.batching.preload import preload_if_small
+from training.data.batching.preload import Preloaded, preload_if_small
+from training.data.batching.sampler import UNMIRRORED_EPOCHS
 from training.data.pairs import Subset
 from training.data.sources.channel import open_channel
 from training.loop.stages import ClipStage, DVAEStage, StageData, TransformerStage
@@ -169,3 +170,18 @@ def test_a_checkpoint_is_another_runs_when_pairs_tokens_or_models_differ(pairs, 
     ):
         assert changed[0] != usual[0]
         assert changed[1] != usual[1]
+
+
+def test_a_mirrored_picture_has_the_tokens_of_the_mirrored_picture(pairs, tiny_models):
+    preloaded = Preloaded(pairs)
+    train = batches(preloaded, tiny_models, mirrorable=torch.ones(5, dtype=torch.bool))
+    stage = build("transformer", tiny_models, StageData(train, None, CPU))
+    batch = next(
+        batch
+        for batch in map(train.batch, range(UNMIRRORED_EPOCHS, 20))
+        if 0 < int(batch.mirrored.sum()) < 5
+    )
+    tokens = tiny_models.dvae.encode(batch.images)
+    assert not torch.equal(tokens, stage.dvae.encode(preloaded.images[batch.indices] / 255))
+    expected = tiny_models.transformer.loss(batch.text_tokens, tokens).total
+    assert stage.loss(batch, 0.0)[0] == pytest.approx(float(expected), rel=1e-6)

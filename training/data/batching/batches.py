@@ -42,6 +42,7 @@ class Batch:
     indices: [B] int64, the pairs' numbers in `Batches.dataset`.
     text_tokens: [B, T] int64, None when no tokenizer was given.
     step_text_tokens: [P * B, T], of a micro-batch: those of the whole batch.
+    mirrored: bool [B], the pictures that are mirrored in this epoch; None where none ever is.
     """
 
     images: Tensor
@@ -49,6 +50,7 @@ class Batch:
     indices: Tensor
     text_tokens: Tensor | None
     step_text_tokens: Tensor | None = None
+    mirrored: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with its tensors on a device."""
@@ -77,6 +79,7 @@ class Batch:
                 self.indices[start : start + size],
                 None if self.text_tokens is None else self.text_tokens[start : start + size],
                 self.text_tokens,
+                None if self.mirrored is None else self.mirrored[start : start + size],
             )
             for start in range(0, number * size, size)
         ]
@@ -104,6 +107,7 @@ class Batches(AbstractContextManager["Batches"]):
         num_workers: int | None = None,
         part: HostPart | None = None,
         totals: Totals | None = None,
+        mirrorable: Tensor | None = None,
         stop: Stop = NEVER,
     ) -> None:
         """See `Sampler` for batch_size, shuffle, last, rank and world_size, all of all hosts.
@@ -113,6 +117,8 @@ class Batches(AbstractContextManager["Batches"]):
         num_workers: processes that decode images; None chooses (see `loader_settings`).
         part: which host's part of a channel the data set is, if it is one; `totals` are then those
             of all parts.
+        mirrorable: bool, one for each pair of a `Preloaded` data set: pictures that are mirrored in
+            half of the epochs after the first ones, chosen by seed, epoch and pair.
         Raises what the tokenizer raises; Stopped.
         """
         self.dataset = dataset
@@ -139,6 +145,8 @@ class Batches(AbstractContextManager["Batches"]):
         self._loader = None
         if not isinstance(dataset, Preloaded | TokenCache):
             self._loader = ImageLoader(dataset, self.sampler, num_workers)
+        self.mirrorable = mirrorable
+        self._are_mirrored = lru_cache(maxsize=1)(self.sampler.are_mirrored)
         self._tokenizer = tokenizer
         self._text_tokens = None if tokenizer is None else _encode_all(dataset, tokenizer, stop)
         self._permutation = lru_cache(maxsize=1)(self.sampler.permutation)
@@ -160,9 +168,18 @@ class Batches(AbstractContextManager["Batches"]):
                 images = self.dataset.images[torch.from_numpy(indices)]
             else:
                 images = torch.empty((len(indices), 3, 0, 0), dtype=torch.uint8)
+        mirrored = None
+        if self.mirrorable is not None:
+            chosen = torch.from_numpy(self._are_mirrored(epoch)[indices])
+            mirrored = self.mirrorable[torch.from_numpy(indices)] & chosen
+            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
         captions, text_tokens = self._texts(indices, self._caption_numbers(epoch))
         return Batch(
-            images.to(torch.float32).div_(255), captions, torch.from_numpy(indices), text_tokens
+            images.to(torch.float32).div_(255),
+            captions,
+            torch.from_numpy(indices),
+            text_tokens,
+            mirrored=mirrored,
         )
 
     def identity(self) -> dict[str, Any]:

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Last = Literal["drop", "keep"]
-_ORDER, _CAPTION, _GROUPS, _STARTS = 0, 1, 2, 3  # separate streams of one seed
+_ORDER, _CAPTION, _GROUPS, _STARTS, _MIRROR = 0, 1, 2, 3, 4  # separate streams of one seed
+UNMIRRORED_EPOCHS = 5  # pictures that have hardly been repeated need no variants
 LANES = 16  # groups that are read side by side
 
 
@@ -103,6 +104,16 @@ class Sampler:
     def caption_numbers(self, epoch: int) -> NDArray[np.uint64]:
         """Return a random number for each pair, [M]: modulo its captions, the one of this epoch."""
         return self._random(epoch, _CAPTION)
+
+    def are_mirrored(self, epoch: int) -> NDArray[np.bool_]:
+        """Return for each pair, [M], whether its picture is mirrored in an epoch.
+
+        Half of them are, from epoch `UNMIRRORED_EPOCHS` on.
+        """
+        if epoch < UNMIRRORED_EPOCHS:
+            return np.zeros(self.num_pairs, dtype=np.bool_)
+        mirrored: NDArray[np.bool_] = self._random(epoch, _MIRROR) >> np.uint64(63) == 1
+        return mirrored
 
     def indices(self, step: int, permutation: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the pairs [B] of this rank in a step, given its epoch's permutation."""
