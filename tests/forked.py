@@ -5,6 +5,7 @@ the whole session imports what `train` and `serve` need, and never does more tha
 forks.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -82,6 +83,7 @@ class Forked:
 
 
 def _begin(work, arguments, log, environment, folder):
+    gc.freeze()  # a collection would look at all that torch has imported
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

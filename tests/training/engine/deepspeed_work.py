@@ -26,7 +26,7 @@ CONFIG = TransformerConfig(
     num_heads=3,
     layer_scale=0.5,
 )
-NUM_PAIRS, NUM_STEPS = 8, 6
+NUM_PAIRS, NUM_STEPS = 8, 4
 COMMON = {
     "batch_size": str(NUM_PAIRS),
     "learning_rate": "0.01",

@@ -12,6 +12,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from dalle import artefact
 from dalle.platform.environment import read_job
 from dalle.platform.outputs import prepare_outputs
+from tests.forked import CONTEXT
 from tests.training.job import hung_heartbeat
 from tests.training.two_hosts import (
     ENDLESS,
@@ -23,6 +24,7 @@ from tests.training.two_hosts import (
 )
 from training.__main__ import main
 from training.config.hyperparameters import parse
+from training.job import launch
 from training.job.launch import run_on_devices
 
 pytestmark = pytest.mark.slow
@@ -31,6 +33,19 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
     monkeypatch.setenv("DALLE_DEVICE", "cpu")
+
+
+class ForkedDevices:
+    """What `launch` uses of multiprocessing's contexts, with devices that need not import torch."""
+
+    def Process(self, *, target, args, name):  # noqa: N802 - as multiprocessing calls it
+        given = (dict(os.environ), target, args)
+        return CONTEXT.Process(target=work_with, args=given, name=name)
+
+
+def work_with(environment, work, arguments):
+    os.environ.update(environment)
+    work(*arguments)
 
 
 def run(tree, stop=None, timeouts=LONG_TIMEOUTS):
@@ -64,7 +79,8 @@ def test_a_stop_reaches_processes_that_are_still_starting(tmp_path):
     assert not (tree.root / "output/failure").exists()
 
 
-def test_a_killed_process_ends_the_host_and_is_named(tmp_path):
+def test_a_killed_process_ends_the_host_and_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch.multiprocessing, "get_context", lambda _: ForkedDevices())
     tree = job_tree(tmp_path / "job", **ENDLESS)
     codes = []
     thread = threading.Thread(target=lambda: codes.append(run(tree, timeouts=SHORT_TIMEOUTS)))
