@@ -147,6 +147,7 @@ def import_side_effects(module: str, source: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_no_module_reads_the_environment_or_configures_anything_when_imported():
     found = [
         line

@@ -152,6 +152,7 @@ def test_captions_must_be_one_or_one_a_candidate(model):
         sample(model, text_tokens=torch.cat([TEXT, OTHER_TEXT]))
 
 
+@pytest.mark.slow
 def test_candidates_and_seeds_differ(model):
     # Seeds that share their 32-bit words with another's candidates, too.
     seeds = [0, 1, 7, 2**32, 2**32 + 1, 2**53 - 1]

@@ -56,6 +56,7 @@ def calm(model):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("kind", ATTENTION_KINDS)
 def test_the_reference_reaches_the_image_that_one_position_after_the_other_gives(
@@ -87,6 +88,7 @@ def test_so_it_does_for_primed_images_of_several_codes(primed, num_codebooks, ma
         assert (tokens == expected.image_tokens[0]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("window", WINDOWS)
 def test_the_engine_samples_as_the_reference_with_windows(window, step, model):
@@ -129,6 +131,7 @@ def test_as_many_steps_are_needed_as_by_the_reference(step, make_dalle):
         assert request.positions_per_step == N / steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "precision"),
     [

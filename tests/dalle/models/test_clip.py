@@ -133,6 +133,7 @@ def test_the_temperature_stays_within_openais_bound(model):
     assert float(model.loss(*pairs).total) == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_it_learns_which_caption_belongs_to_which_image(model):
     images, text_tokens = random_pairs()
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)

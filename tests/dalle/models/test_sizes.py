@@ -29,6 +29,7 @@ def config_of(size: str) -> TransformerConfig:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", NAMES)
 def test_every_size_can_be_built(size):
     dvae_config, config = DVAEConfig(**sizes.DVAE_SIZES[size]), config_of(size)

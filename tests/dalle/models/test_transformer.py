@@ -154,6 +154,7 @@ def test_training_does_not_modify_its_batch(make_dalle):
     assert all((a == b).all() for a, b in zip(pairs, copies, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [

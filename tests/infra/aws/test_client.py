@@ -30,6 +30,7 @@ def test_a_throttled_request_is_sent_again_until_it_passes(account, connected):
     assert account.requests["ListModels"] == 3
 
 
+@pytest.mark.slow
 def test_throttling_without_end_says_what_to_do(account, connected, monkeypatch):
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
     account.refuse("ListModels", "ThrottlingException", "Rate exceeded", times=5)

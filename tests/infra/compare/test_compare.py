@@ -174,6 +174,7 @@ def test_the_chart_of_costs_has_at_most_five_lines_and_the_cheapest_ways_among_t
     assert best <= set(names)
 
 
+@pytest.mark.slow
 def test_the_page_begins_with_one_sentence_then_the_chart_then_the_reasons(comparison):
     page = render_page(comparison, title="T", date="2026-11-30")
     parts = ('class="lead"', "<svg", "<nav", "Reasons</h2>", "how far to trust it", ", B)")
@@ -184,6 +185,7 @@ def test_the_page_begins_with_one_sentence_then_the_chart_then_the_reasons(compa
     assert lead.endswith(".")
 
 
+@pytest.mark.slow
 def test_the_page_says_which_revision_was_measured_and_warns_of_an_old_one(monkeypatch):
     run = a_run(versions={"revision": "0123456789abcdef"})
     comparison = compare(("cpu", run, ["ml.m5.large"]))
@@ -194,6 +196,7 @@ def test_the_page_says_which_revision_was_measured_and_warns_of_an_old_one(monke
     assert '<p class="warning" role="note">Not the present code: x</p>' in page
 
 
+@pytest.mark.slow
 def test_the_article_is_named_by_what_it_claims(comparison):
     page = render_page(comparison, title="T", date="2026-11-30")
     assert "A blog article of 2021 says</h2>" in page

@@ -211,6 +211,7 @@ def test_a_payload_larger_than_the_endpoint_takes_is_refused_by_number(endpoint,
     assert "a request to a serverless endpoint has at most 4,000,000 bytes, got 5,333" in result.err
 
 
+@pytest.mark.slow
 def test_a_local_endpoint_needs_no_account(account, infra, serve_url, monkeypatch, tmp_path):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
         monkeypatch.delenv(name)

@@ -98,6 +98,7 @@ def test_folders_of_other_names_are_the_channels_that_they_mean(ready, infra):
     assert f"{base}/test/ is left out" in result.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("keys", "says"),
     [

@@ -26,6 +26,7 @@ def test_a_job_whose_model_is_gone_is_run_again(ready, infra):
     assert "Completed, but its model is gone; another attempt" in result.err
 
 
+@pytest.mark.slow
 def test_new_data_and_another_artefact_are_another_run(ready, infra):
     model = f"s3://{BUCKET}/models/old/output/model.tar.gz"
     ready.put_object("models/old/output/model.tar.gz")

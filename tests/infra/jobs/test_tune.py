@@ -55,6 +55,7 @@ def test_a_search_has_ranges_an_objective_and_the_metrics(ready, infra):
     assert "CheckpointConfig" not in definition, "all jobs would write into one folder"
 
 
+@pytest.mark.slow
 def test_a_second_search_of_the_same_finds_the_first(ready, infra):
     infra(*TUNE)
     assert "already there" in infra(*TUNE).out

@@ -115,6 +115,7 @@ def test_conditions_parameters_and_kinds_are_those_of_the_sdk(ready, infra):
     assert {step["Type"] for step in steps} <= set(kinds)
 
 
+@pytest.mark.slow
 def test_a_second_run_changes_nothing_and_another_limit_changes_it(ready, infra):
     infra(*WORDS)
     assert "already there" in infra(*WORDS).out
@@ -131,6 +132,7 @@ def test_the_definition_may_be_written_to_a_file(ready, infra, tmp_path):
     assert json.loads((tmp_path / "pipeline.json").read_text()) == definition(ready)
 
 
+@pytest.mark.slow
 def test_a_pipeline_runs_as_the_role_of_the_stack_or_another(ready, infra):
     infra(*WORDS)
     infra(*WORDS, "--pipeline-role", ROLE)
@@ -140,6 +142,7 @@ def test_a_pipeline_runs_as_the_role_of_the_stack_or_another(ready, infra):
     assert changed["RoleArn"] == ROLE
 
 
+@pytest.mark.slow
 def test_teardown_deletes_the_pipeline_and_the_registered_models(ready, infra):
     infra(*WORDS)
     result = infra("teardown", "--yes")
@@ -174,6 +177,7 @@ def a_run(ready, infra):
     return arn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [[], ["--keep-storage"]])
 def test_teardown_stops_a_run_of_the_pipeline(ready, infra, a_run, words):
     run_id = a_run.rpartition("/")[2]
@@ -186,6 +190,7 @@ def test_teardown_stops_a_run_of_the_pipeline(ready, infra, a_run, words):
     assert run_id not in infra("status").out
 
 
+@pytest.mark.slow
 def test_runs_of_another_owners_pipeline_go_on(account, infra):
     infra("bootstrap")
     account.client("sagemaker").create_pipeline(
@@ -218,6 +223,7 @@ def test_what_no_pipeline_can_do_is_refused_before_any_request(account, infra, w
     assert account.requests.total() == 0
 
 
+@pytest.mark.slow
 def test_data_without_held_out_pairs_are_refused(account, infra):
     infra("bootstrap", "--pipelines", "yes")
     account.put_image()

@@ -42,6 +42,7 @@ def packages(account):
     ]
 
 
+@pytest.mark.slow
 def test_a_model_is_registered_with_its_metrics_and_waits_for_approval(trained, infra):
     account, job = trained
     result = infra("register")
@@ -63,6 +64,7 @@ def test_a_model_is_registered_with_its_metrics_and_waits_for_approval(trained, 
     assert details["training_datasets"] == [f"s3://{BUCKET}/data/pictures/train/"]
 
 
+@pytest.mark.slow
 def test_a_second_run_registers_nothing(trained, infra):
     account, job = trained
     infra("register", job)
@@ -71,6 +73,7 @@ def test_a_second_run_registers_nothing(trained, infra):
     assert account.requests["CreateModelPackage"] == 1
 
 
+@pytest.mark.slow
 def test_a_model_that_waits_is_approved_by_a_second_run(trained, infra):
     account, job = trained
     infra("register", job)
@@ -89,6 +92,7 @@ def test_what_a_registered_model_does_not_have_is_no_option(account, infra, opti
     assert option in result.err
 
 
+@pytest.mark.slow
 def test_a_group_has_the_tags_of_the_team(trained, infra):
     account, _ = trained
     infra("register", "--resource-tag", "team=vision")
@@ -99,6 +103,7 @@ def test_a_group_has_the_tags_of_the_team(trained, infra):
     }
 
 
+@pytest.mark.slow
 def test_only_an_approved_model_is_served(trained, infra):
     account, job = trained
     deploy = ["deploy", "--mode", "async", "--instance-type", "ml.m5.large", "--registered"]
@@ -148,6 +153,7 @@ def test_a_job_that_is_not_there_is_named(account, infra):
     assert "there is no training job dalle-none" in result.err
 
 
+@pytest.mark.slow
 def test_a_group_of_others_is_left_alone(trained, infra):
     account, _ = trained
     account.client("sagemaker").create_model_package_group(

@@ -202,6 +202,7 @@ def test_a_serverless_endpoint_of_a_project_in_a_network_is_refused(team, infra)
     assert not team.requests["CreateModel"]
 
 
+@pytest.mark.slow
 def test_a_bucket_and_a_repository_that_were_given_outlive_the_project(account, infra):
     account.client("s3").create_bucket(Bucket="our-bucket")
     account.client("ecr").create_repository(repositoryName="ours")

@@ -249,6 +249,7 @@ def stopped_with(opt_ml, open_inputs, artefact):
     return inputs
 
 
+@pytest.mark.slow
 def test_after_a_stop_nothing_is_built_and_the_report_holds_what_takes_seconds(
     opt_ml, open_inputs, tiny_models
 ):
@@ -263,6 +264,7 @@ def test_after_a_stop_nothing_is_built_and_the_report_holds_what_takes_seconds(
     assert "The job was stopped" not in page, "nothing is lacking"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("checks", "lacks"),
     [(0, "images, codebook usage, retrieval"), (6, "generated images, retrieval")],

@@ -106,6 +106,7 @@ def test_no_more_than_the_free_memory_holds_is_tried(find):
     assert 16 <= scarce < find(free=1 << 30, num_pairs=10**6, rates=ALWAYS_FASTER)
 
 
+@pytest.mark.slow
 def test_too_little_memory_for_one_pair_is_an_error_before_training(find):
     with pytest.raises(DeviceError, match="not even one pair of stage dvae fits cpu"):
         find(free=1 << 10)

@@ -249,6 +249,7 @@ def test_a_pickle_that_lies_is_refused(tmp_path, pickled, storages, says):
         read_tensors(path)
 
 
+@pytest.mark.slow
 def test_mappings_that_would_be_visited_a_billion_times_are_refused_soon(tmp_path):
     shared: dict[str, object] = {}
     for _ in range(40):
