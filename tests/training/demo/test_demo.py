@@ -28,6 +28,7 @@ from training.demo.steps import (
     serving_code,
     training_code,
 )
+from training.report import page
 
 
 class Kitchen:
@@ -284,9 +285,11 @@ def test_a_failed_serve_is_told_with_the_end_of_its_log(tmp_path):
 
 
 def demo(words):
-    """Main function of a fork: the demo on one in sixteen of the captions."""
+    """Main function of a fork: the demo on one in sixteen of the captions, and without charts in
+    its report, which take 4 seconds; that of `train` has them."""
     few = rainbow.samples()[::16]
-    with patch.object(rainbow, "samples", lambda: few):
+    charts = dict.fromkeys(("plot_curves", "plot_usage"), lambda _: "")
+    with patch.object(rainbow, "samples", lambda: few), patch.multiple(page, **charts):
         return main(words)
 
 
@@ -326,7 +329,7 @@ def test_the_whole_way_in_miniature_interrupted_finished_and_reused(tmp_path, mo
     assert status == 0, printed
     assert "writing the images: 9,216 captions, 30 % of them to train on: reused" in printed
     assert f"--root {out / 'ml'}" in printed
-    page = (out / "report.html").read_text("utf-8")
+    report = (out / "report.html").read_text("utf-8")
     for heading in (
         "Generated images",
         "Caption accuracy",
@@ -336,7 +339,7 @@ def test_the_whole_way_in_miniature_interrupted_finished_and_reused(tmp_path, mo
         "Training",
         "Data",
     ):
-        assert f">{heading}</h2>" in page
+        assert f">{heading}</h2>" in report
     replies = json.loads((out / "generated" / "replies.json").read_text("utf-8"))
     few = rainbow.samples()[::16]
     monkeypatch.setattr(rainbow, "samples", lambda: few)
