@@ -26,6 +26,7 @@ def spelt_out(source: str) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_no_other_module_spells_a_list_of_names_out():
     sources = {
         path.relative_to(REPOSITORY).as_posix(): path.read_text("utf-8")

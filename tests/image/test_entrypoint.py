@@ -64,6 +64,7 @@ def test_another_command_is_refused_naming_the_two():
     assert "must be one of train, serve, got 'bash'" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["train", "serve"])
 def test_versions_and_host_are_logged_before_the_commands_help(command):
     done = start(command, "--help", DALLE_GIT_REVISION="abc")

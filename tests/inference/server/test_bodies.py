@@ -100,6 +100,7 @@ def test_a_published_clip_reads_the_same_pixels_of_a_large_picture(bodies, metho
     assert (square.read(small, "x") == square.read(given, "x")).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("megapixels", "num_children"), [(1, 0), (2, 1)], ids=["small image", "large image"]
 )
@@ -116,6 +117,7 @@ def test_a_small_body_is_read_here_unless_its_images_are_large_when_decoded(
     reader.close()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("all_are_large")
 @pytest.mark.parametrize(
     "body",
@@ -169,6 +171,7 @@ def test_plain_text_has_its_limit_too(bodies):
     assert read(bodies, b"a star", BodyKind.TEXT).caption == "a star"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("all_are_large")
 def test_a_child_that_has_died_is_replaced():
     reader = BodyReader()
@@ -207,6 +210,7 @@ def test_more_requests_than_children_get_their_own_replies(bodies):
     assert len(children(bodies)) <= NUM_PROCESSES
 
 
+@pytest.mark.slow
 def test_a_request_waits_for_one_image_of_each_other_and_not_for_all_of_them(bodies):
     """Children are taken in turn, image by image: whoever came first does not keep them."""
     order: list[str] = []
@@ -245,6 +249,7 @@ class GivenUp(Exception):  # noqa: N818 - as Cancelled
     """What `check` raises in these tests."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["in a child", "in the queue"])
 def test_a_request_is_given_up_wherever_it_is(where):
     """Stopped children, as hung ones: those that wait for them leave, and others get new ones."""
@@ -288,6 +293,7 @@ def test_a_child_that_hangs_is_replaced_after_a_time(monkeypatch, tmp_path):
     reader.close()
 
 
+@pytest.mark.slow
 def test_a_child_that_was_stopped_is_replaced_at_once():
     """Its request is answered all the same, as that of a child that has died."""
     reader = BodyReader()
@@ -302,6 +308,7 @@ def test_a_child_that_was_stopped_is_replaced_at_once():
     reader.close()
 
 
+@pytest.mark.slow
 def test_a_child_whose_parent_ends_ends_without_a_word(capfd):
     order = {"task": "scale", "field": "x", "size": 4, "method": "train", "lengths": [3]}
     whole = json.dumps(order).encode() + b"\nabc"  # its reply is never read
@@ -332,6 +339,7 @@ def test_the_deadline_is_told_as_soon_as_it_is_known():
     reader.close()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("all_are_large")
 def test_a_child_whose_memory_is_over_says_so_and_lives_on():
     reader = BodyReader(memory_bytes=64 << 20)
