@@ -288,8 +288,8 @@ def demo(words):
     """Main function of a fork: the demo on one in sixteen of the captions, and without charts in
     its report, which take 4 seconds; that of `train` has them."""
     few = rainbow.samples()[::16]
-    charts = dict.fromkeys(("plot_curves", "plot_usage"), lambda _: "")
-    with patch.object(rainbow, "samples", lambda: few), patch.multiple(page, **charts):
+    without_charts = patch.multiple(page, plot_curves=lambda _: "", plot_usage=lambda _: "")
+    with patch.object(rainbow, "samples", lambda: few), without_charts:
         return main(words)
 
 

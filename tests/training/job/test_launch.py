@@ -24,7 +24,6 @@ from tests.training.two_hosts import (
 )
 from training.__main__ import main
 from training.config.hyperparameters import parse
-from training.job import launch
 from training.job.launch import run_on_devices
 
 pytestmark = pytest.mark.slow
@@ -80,7 +79,7 @@ def test_a_stop_reaches_processes_that_are_still_starting(tmp_path):
 
 
 def test_a_killed_process_ends_the_host_and_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(launch.multiprocessing, "get_context", lambda _: ForkedDevices())
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: ForkedDevices())
     tree = job_tree(tmp_path / "job", **ENDLESS)
     codes = []
     thread = threading.Thread(target=lambda: codes.append(run(tree, timeouts=SHORT_TIMEOUTS)))
