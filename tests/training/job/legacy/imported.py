@@ -1,8 +1,13 @@
 """Old models as files and as artefacts, by the importer."""
 
+import base64
+import io
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dalle.artefact import Artefact
@@ -28,6 +33,20 @@ def choices_of(model: Old) -> Choices:
     if model.version == "0.2.8":
         return Choices(version="0.2.8")
     return Choices(hides_padding=None if model.mask else False)
+
+
+def greedy_pictures(model: Old, artefact: Artefact) -> list[tuple[str, np.ndarray]]:
+    """Return the fixture's captions, and pictures [32, 32, 3] of its greedy tokens, up to 255."""
+    dvae = artefact.require("dvae")
+    pictures = (dvae.decode(model.greedy[..., None]) * 255).permute(0, 2, 3, 1).numpy()
+    captions = [" ".join(WORDS[number] for number in ids if number) for ids in model.text.tolist()]
+    return list(zip(captions, pictures, strict=True))
+
+
+def pixels_of(reply: Any) -> np.ndarray:
+    """Return the only image of a JSON reply of `serve`, [32, 32, 3] in 0 to 255."""
+    (image,) = reply["images"]
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(image["image"]))), dtype=np.float32)
 
 
 def import_old(name: str, folder: Path) -> Artefact:
