@@ -117,6 +117,18 @@ def test_positions_of_a_later_axial_package_have_other_names(tmp_path, weights, 
     assert_same(write(content, tmp_path), weights, beside)
 
 
+@pytest.mark.parametrize("name", ["1.0.3-rotary", "1.6.6-all", "1.6.6-shared-embedding"])
+def test_bare_weights_tell_the_caption_by_its_angles_and_shared_codes_by_the_vae(
+    name, tmp_path, beside
+):
+    model = old(name)
+    expected = import_old(name, tmp_path).require("transformer").config
+    kinds = tuple(model.settings["attn_types"])
+    told = Choices(kinds, model.version, 2, model.settings["stable"])
+    found = import_model(write(model.weights, tmp_path, "bare.pt"), told, beside)
+    assert found.require("transformer").config == expected
+
+
 @pytest.mark.parametrize(
     ("rows", "columns", "says"),
     [

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from training.job.legacy.config.choices import NotToldError
 from training.job.legacy.saved.saved_model import SavedModel
 from training.job.pretrained.weights_file import shape_of
+
+_FAR = 8192  # where the package puts the image for the text's angles; before 1.0.3 they were 0
 
 
 def text_length_of(saved: SavedModel) -> int:
@@ -17,9 +20,22 @@ def text_length_of(saved: SavedModel) -> int:
     if "text_pos_emb.weight" in saved.weights:
         return shape_of(saved.weights, "text_pos_emb.weight", 2)[0] - 1
     told = saved.number("text_seq_len")
+    if told is None and (angles := rotary_angles(saved.weights)) is not None and angles.numel():
+        # The first angle of a text token is its number, of the start mark 0.
+        first = angles.reshape(-1, angles.shape[-1])[:, 0]
+        told = _length_of_count(first)
     if told is None:
         raise NotToldError("the file does not tell text_seq_len, and rotary positions hide it")
     return told
+
+
+def _length_of_count(first: Tensor) -> int | None:
+    """Return how far the numbers 0, 1, 2, … go; None unless all others are those of an image."""
+    counted = torch.arange(len(first), dtype=first.dtype)
+    num_text = int((first == counted).long().cumprod(0).sum())
+    others = first[num_text:]
+    is_image = len(others) and bool((others == _FAR).all() or not others.any())
+    return num_text - 1 if num_text > 1 and is_image else None
 
 
 def grid_size_of(saved: SavedModel, text_length: int) -> int:

@@ -27,13 +27,28 @@ def last_layer(weights: Mapping[str, Tensor]) -> tuple[str, str]:
     raise ValueError("it has no linear layer to_logits")
 
 
+_CODEBOOKS = (
+    *("vae.codebook.weight", "vae.model.quantize.embedding.weight"),
+    *("vae.model.quantize.embed.weight", "vae.enc.blocks.output.conv.w"),
+)
+"""Weights of VAEs with a row for each code."""
+
+
 def codebook_size_of(saved: SavedModel, total: int, shares: bool) -> int:
+    """Return the number of image codes. Raises NotToldError.
+
+    total: rows of the last layer. shares: whether the embeddings are parts of it.
+    """
     if not shares:
         return shape_of(saved.weights, "image_emb.weight", 2)[0]
     words, text = saved.number("num_text_tokens"), saved.number("text_seq_len")
-    if words is None or text is None or words + text >= total:
-        raise NotToldError("the file shares its embeddings and does not tell num_text_tokens")
-    return total - words - text
+    if words is not None and text is not None and words + text < total:
+        return total - words - text
+    for name in _CODEBOOKS:
+        value = saved.weights.get(name)
+        if value is not None and value.ndim and 0 < len(value) < total:
+            return len(value)
+    raise NotToldError("the file shares its embeddings and does not tell num_text_tokens")
 
 
 def vocabulary_of(
