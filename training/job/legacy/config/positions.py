@@ -22,7 +22,7 @@ def text_length_of(saved: SavedModel) -> int:
     told = saved.number("text_seq_len")
     if told is None and (angles := rotary_angles(saved.weights)) is not None and angles.numel():
         # The first angle of a text token is its number, of the start mark 0.
-        first = angles.reshape(-1, angles.shape[-1])[:, 0]
+        first = angles.reshape(-1, angles.shape[-1])[:, 0].float()
         told = _length_of_count(first)
     if told is None:
         raise NotToldError("the file does not tell text_seq_len, and rotary positions hide it")
@@ -31,7 +31,7 @@ def text_length_of(saved: SavedModel) -> int:
 
 def _length_of_count(first: Tensor) -> int | None:
     """Return how far the numbers 0, 1, 2, … go; None unless all others are those of an image."""
-    counted = torch.arange(len(first), dtype=first.dtype)
+    counted = torch.arange(len(first))
     num_text = int((first == counted).long().cumprod(0).sum())
     others = first[num_text:]
     is_image = len(others) and bool((others == _FAR).all() or not others.any())
