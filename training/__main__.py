@@ -39,7 +39,7 @@ DEFAULT_TIMEOUTS = Timeouts()
 HELP = """\
 Train the models of a SageMaker training job, or of a directory that is laid out like one:
 
-  ROOT/input/config/hyperparameters.json   {"stage": "all", "max_minutes": "10", ...}; optional
+  ROOT/input/config/hyperparameters.json   {"max_minutes": "60", ...}; optional
   ROOT/input/data/train/                   image-text pairs: name.png + name.txt
   ROOT/input/data/validation/              likewise; optional
   ROOT/input/data/artefact/                an earlier job's model, to be completed; optional
@@ -53,7 +53,8 @@ A job trains on every CUDA device of its host, or on the CPU; on several hosts, 
 on each, with ROOT/input/config/resourceconfig.json naming them, and the first one writes.
 
 `train --plan` prints what each device would hold in memory, for this job and for other engines,
-ZeRO stages and savings, and what fits. It needs no pairs and writes nothing.
+ZeRO stages and savings, and what fits. It writes nothing, and reads pairs only with max_minutes and
+size=auto, for which it says what would be chosen, and the time of each size of pictures.
 
 Environment: DALLE_DEVICE=auto|cpu|cuda, SM_CHANNEL_TRAIN=DIR (and likewise for other channels).
 SIGTERM (or Ctrl-C) saves a checkpoint and the model, and ends with 0.

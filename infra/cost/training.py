@@ -18,30 +18,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dalle.errors import PriceMissing, UserError
 from infra.cost.assumptions import assumed
 from infra.cost.prices import Price, PriceTable
+from training.memory import instances
+from training.memory.instances import GPUS, Gpu
 
 HEADROOM = 0.08
 """Share of a GPU's memory that `train --plan` leaves free."""
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU by its data sheet. teraflops: of dense products in 16 bits, and in fp32."""
-
-    memory_gib: float
-    half_teraflops: float
-    single_teraflops: float
-
-
-GPUS: dict[str, Gpu] = {
-    "NVIDIA T4": Gpu(15, 65, 8.1),
-    "NVIDIA A10G": Gpu(22, 70, 35),
-    "NVIDIA L4": Gpu(22, 121, 30.3),
-    "NVIDIA L40S": Gpu(44, 362, 91.6),
-    "NVIDIA A100": Gpu(39, 312, 19.5),
-    "NVIDIA H100": Gpu(79, 989, 67),
-    "NVIDIA B200": Gpu(178, 2250, 80),
-}
-"""Memory as the driver offers it; operations a second of NVIDIA's data sheets, without sparsity."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,21 +30,25 @@ class TrainingAssumptions:
     """Values that are neither measured nor prices, each with its unit and meaning."""
 
     utilisation: float = assumed(
-        0.3, "share", "of a GPU's operations by its data sheet that training reaches"
-    )
+        instances.UTILISATION, "share", "of a GPU's operations by its data sheet that training "
+        "reaches"
+    )  # fmt: skip
     step_milliseconds: float = assumed(
-        20, "ms", "added to every step: launches of kernels, the optimizer, batches"
-    )
+        instances.STEP_MILLISECONDS, "ms", "added to every step: launches of kernels, the "
+        "optimizer, batches"
+    )  # fmt: skip
     start_minutes: float = assumed(
-        5, "minutes", "of image and data that are copied before the first step, and paid for"
-    )
+        instances.START_MINUTES, "minutes", "of image and data that are copied before the first "
+        "step, and paid for"
+    )  # fmt: skip
     spot_share: float = assumed(
-        0.4, "share", "of the on-demand price that spot capacity costs; AWS promises none, and "
-        "says that up to 90 % are saved"
+        instances.SPOT_SHARE, "share", "of the on-demand price that spot capacity costs; AWS "
+        "promises none, and says that up to 90 % are saved"
     )  # fmt: skip
     spot_repeated: float = assumed(
-        0.05, "share", "of the time that interruptions repeat, from the last checkpoint on"
-    )
+        instances.SPOT_REPEATED, "share", "of the time that interruptions repeat, from the last "
+        "checkpoint on"
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         for name in ("utilisation", "spot_share"):

@@ -28,9 +28,13 @@ from training.loop.checkpoints import Checkpoints, seed_everything
 from training.loop.divergence import DivergenceCheck
 from training.loop.interface import FitResult, Stage, Validation
 from training.loop.metrics import Metrics, Progress
+from training.loop.words import duration
 from training.stopping import Stop, Stopped
 
 logger = logging.getLogger(__name__)
+
+SAID_EVERY = 60.0
+"""Seconds between two lines of progress in words, where no terminal shows a bar."""
 
 
 def fit(
@@ -87,7 +91,7 @@ class _Fit:
         self.budget = Budget.of(self.settings, self.stage.batches.num_per_epoch)
         self.best_weights = BestWeights(self.checkpoints.directory)
         self.is_on_cpu = self.engine.device.type == "cpu"
-        self.started = self.saved_at = self.clock()
+        self.started = self.saved_at = self.said_at = self.clock()
         self.cpu_started = time.process_time()
 
     @property
@@ -136,6 +140,8 @@ class _Fit:
                 if is_saving:
                     self._save()
                 bar.show(self.budget.done(self.step, self.seconds), self.reported)
+                if not bar.is_on_terminal:
+                    self._say_progress()
         self._save()
         self.engine.finish()
         kept_step = self._take_best()
@@ -204,6 +210,20 @@ class _Fit:
             self.metrics.report(self.stage.name, self.step, seconds, values, seconds_left=left)
         self.pending.clear()
         self.reported_at = (self.step, seconds)
+
+    def _say_progress(self) -> None:
+        """Log how far the stage is, and the time that is left, once a minute."""
+        if not self.ranks.is_first or self.clock() - self.said_at < SAID_EVERY:
+            return
+        self.said_at = self.clock()
+        logger.info(
+            "%s: %.0f %% done after %s and %s steps; about %s left of this stage",
+            self.stage.name,
+            100 * self.progress,
+            duration(self.seconds),
+            f"{self.step:,}",
+            duration(self.budget.seconds_left(self.step, self.seconds)),
+        )
 
     def _validation_is_due(self, before: float, now: float) -> bool:
         """Return whether a validation is due: num_validations over the budget, one at its end."""

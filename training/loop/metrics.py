@@ -143,6 +143,11 @@ class Progress:
         )
         self._total = math.ceil(total)
 
+    @property
+    def is_on_terminal(self) -> bool:
+        """Whether there is a bar to be seen."""
+        return not self._bar.disable
+
     def show(self, done: float, values: Mapping[str, float] | None = None) -> None:
         """Move the bar to `done` of the total and show the latest values."""
         if values:

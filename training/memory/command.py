@@ -7,18 +7,23 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dalle.models.configs import ClipConfig, ImageTokenizerConfig
 from dalle.models.legacy.config import LegacyTransformerConfig
 from dalle.platform.environment import Job
+from dalle.types import STAGES
 from training.config.fields import Hyperparameters
+from training.memory.instances import PRICES, hourly_prices
 
 if TYPE_CHECKING:
     from training.memory.plan import Devices, Row, StagePlan
+    from training.memory.sizing.choose import Given
+    from training.memory.sizing.plan import SizingPlan
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-_NAMES = ("hosts", "devices_per_host", "device_memory", "json")
+_NAMES = ("hosts", "devices_per_host", "device_memory", "prices", "json")
 
 
 def add_plan_options(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +43,12 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
         type=parse_bytes,
         metavar="SIZE",
         help="memory of a GPU, such as 24g (default: this machine's GPU or free memory)",
+    )
+    group.add_argument(
+        "--prices",
+        type=Path,
+        metavar="FILE",
+        help="infra's price table, for dollars beside times (default: a checkout's own)",
     )
     group.add_argument("--json", action="store_true", help="one line of JSON, sizes in bytes")
 
@@ -72,11 +83,44 @@ def run_plan(
     """
     # Imported here: torch takes seconds, which a wrong command need not wait for.
     from training.memory.plan import plan
+    from training.memory.sizing.choose import Given
 
     devices = _devices(job, options)
+    if hyperparameters.job_minutes is not None:
+        given = Given(dvae=tokenizer_model, transformer=legacy, clip=clip)
+        sizing = _sizing(job, hyperparameters, given, options)
+        hyperparameters = sizing.settled
+        if not options.json:
+            print("\n".join([*sizing.lines, ""]))
     plans = plan(job, hyperparameters, devices, tokenizer_model, clip, legacy)
     print(_json(plans, devices) if options.json else _table(plans, devices))
     return 1 if any(each.job.fits is False for each in plans) else 0
+
+
+def _sizing(
+    job: Job, hyperparameters: Hyperparameters, given: Given, options: argparse.Namespace
+) -> SizingPlan:
+    """Return what size=auto would choose on this machine, whatever the options say of others."""
+    from training.engine.devices import choose_device
+    from training.memory.sizing.plan import plan_sizes
+    from training.memory.sizing.speed import MeasuredSpeed
+    from training.stopping import NEVER
+
+    stage = hyperparameters.stage
+    names = [stage] if stage != "all" else [*STAGES]
+    kept = {"dvae": given.dvae, "clip": given.clip, "transformer": given.transformer}
+    names = [name for name in names if kept[name] is None or hyperparameters.trains_on(name)]
+    prices = options.prices or (PRICES if PRICES.is_file() else None)
+    device = choose_device(job.device, 0)
+    return plan_sizes(
+        job,
+        hyperparameters,
+        names,
+        given,
+        MeasuredSpeed(device, NEVER),
+        device_type=device.type,
+        prices={} if prices is None else hourly_prices(prices),
+    )
 
 
 def _devices(job: Job, options: argparse.Namespace) -> Devices:

@@ -1,6 +1,7 @@
 """training.loop.loop: one loop for every model, the same whether it was interrupted or not."""
 
 import json
+import logging
 import math
 import threading
 
@@ -9,6 +10,7 @@ import torch
 
 from dalle.errors import CheckpointError, DivergenceError
 from tests.training.loop.tiny_stage import TinyBatches, TinyStage, are_equal, stopping_at, weights
+from training.loop.metrics import Progress
 
 
 class Clock:
@@ -145,6 +147,23 @@ def test_checkpoints_are_written_by_the_minute(run, tmp_path):
     run(stage, {"max_steps": "6", "checkpoint_minutes": "2"}, clock=clock)
     numbers = [[int(name[5:14]) for name in names] for names in saved]
     assert numbers == [[], [], [2], [2], [2, 4], [2, 4]]
+
+
+@pytest.mark.parametrize("raw", [{"max_minutes": "4"}, {"max_steps": "8"}])
+def test_without_a_terminal_the_log_tells_the_time_left(run, caplog, monkeypatch, raw):
+    monkeypatch.setattr(Progress, "is_on_terminal", False)
+    caplog.set_level(logging.INFO)
+    clock = Clock()
+    stage = TinyStage()
+
+    def pass_half_a_minute(step):
+        clock.now += 30
+
+    stage.after_step = pass_half_a_minute
+    run(stage, raw, clock=clock)
+    said = [each for each in caplog.messages if "left of this stage" in each]
+    assert said[0] == "dvae: 25 % done after 60 s and 2 steps; about 3 min left of this stage"
+    assert len(said) == 4
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])

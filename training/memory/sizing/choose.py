@@ -16,12 +16,12 @@ from dalle.models.legacy.config import LegacyTransformerConfig
 from dalle.types import STAGES, StageName
 from training.config.fields import Hyperparameters
 from training.config.models import Config, TextSizes, dvae_config, stage_config
+from training.loop.words import duration, thousands
 from training.memory.sizing import rules
 from training.memory.sizing.choice import Choice, is_by_hand, with_chosen
 from training.memory.sizing.facts import Facts
 from training.memory.sizing.speed import Speed
 from training.memory.sizing.timing import Timing
-from training.memory.sizing.words import duration, thousands
 
 ROUNDS = 3
 """Most rounds of choosing a transformer by a speed and measuring that transformer."""
@@ -160,6 +160,12 @@ class Chooser:
 
     def seconds_for(self, size: int) -> float:
         """Return the seconds of a job whose pictures of a size get what they deserve."""
+        _, operations = self.work_for(size)
+        seconds = operations / self.operations_per_second
+        return seconds / rules.SHARES["transformer"] + self.timing.overhead
+
+    def work_for(self, size: int) -> tuple[float, float]:
+        """Return the pairs, repeats included, and the operations of the transformer for that."""
         rungs = [
             (width, layers)
             for width, layers in rules.LADDER
@@ -168,8 +174,7 @@ class Chooser:
         config = self._config_of(size, *(rungs or rules.LADDER)[-1 if rungs else 0])
         weights = rules.layer_weights(config.width, config.num_layers)
         pairs = rules.POSITIONS_PER_WEIGHT * weights / config.grid_size**2
-        seconds = pairs * rules.pair_operations(config) / self.operations_per_second
-        return seconds / rules.SHARES["transformer"] + self.timing.overhead
+        return pairs, pairs * rules.pair_operations(config)
 
     # --- transformer ---
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from dalle.errors import HyperparameterError
 from dalle.types import StageName
 from training.config.fields import BUDGETS, Hyperparameters
+from training.loop.words import duration
 from training.memory.sizing import rules
 from training.memory.sizing.choice import is_by_hand
 from training.memory.sizing.facts import Facts
-from training.memory.sizing.words import duration
 
 START_SECONDS = 15.0
 """Of a start, before the first step: files, tokenizer, models, and the choice itself."""
