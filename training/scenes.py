@@ -291,7 +291,7 @@ def evaluate_scenes(
             numbers[f"best of {num_candidates}"] = [list(range(num_candidates))] * len(captions)
         result[scope] = {}
         for method, candidates in numbers.items():
-            options = SamplingOptions(temperature=0.0 if method == GREEDY else 1.0)
+            options = SamplingOptions(temperature=0.0) if method == GREEDY else None
             generated = generate_candidates(
                 artefact, captions, candidates, seed=seed, options=options
             )

@@ -145,6 +145,31 @@ def save(directory: Path, artefact: Artefact, *, git_revision: str = "") -> Mani
     return manifest
 
 
+def save_manifest(directory: Path, artefact: Artefact) -> None:
+    """Replace manifest and model card of a saved artefact, whose components stay as they are.
+
+    Raises ArtefactError where there is none, DiskFullError, PlatformError.
+    """
+    saved = read_manifest(directory)
+    kept = {"format_version", "library_version", "git_revision", "files"}
+    manifest = artefact.manifest.model_copy(update=saved.model_dump(include=kept))
+    texts = {
+        MODEL_CARD: render(replace(artefact, manifest=manifest).card()),
+        MANIFEST: manifest.model_dump_json(indent=1),
+    }
+    try:
+        for name, text in texts.items():
+            path = directory / f".{name}"
+            path.write_text(text, encoding="utf-8")
+            sync(path)
+            os.replace(path, directory / name)
+        sync(directory)
+    except OSError as error:
+        raise disk_error(
+            error, f"write {directory / MANIFEST}", if_full="give the job a larger volume"
+        ) from error
+
+
 def _stage(staging: Path, artefact: Artefact, git_revision: str) -> Manifest:
     """Write a whole artefact into a new directory and flush it to the disk."""
     staging.mkdir(parents=True)

@@ -133,7 +133,8 @@ def describe(manifest: Manifest, models: Mapping[StageName, nn.Module]) -> Model
         captions=manifest.captions,
         image_size=sizes["dvae"]["image_size"] if generates else None,
         grid_size=sizes["transformer"]["grid_size"] if generates else None,
-        guidance=bool(record and record.hyperparameters.get("caption_dropout")),
+        guidance=bool(record and record.hyperparameters.get("caption_dropout"))
+        or getattr(getattr(models.get("transformer"), "config", None), "caption_dropout", 0) > 0,
         sampling_defaults={
             "num_candidates": NUM_CANDIDATES,
             **manifest.sampling_settings.model_dump(),

@@ -33,6 +33,7 @@ from inference.api.replies import (
     RankedImage,
     RankedLine,
     RankingLine,
+    Sampling,
     Timings,
 )
 from inference.api.schema import GenerateRequest, Limits
@@ -112,6 +113,7 @@ class GenerateResult:
     rank_seconds: float
     positions_per_step: float = 1.0
     """Positions of a candidate that a step sampled, in the mean."""
+    sampling: Sampling = Sampling()
 
     @property
     def is_cut_short(self) -> bool:
@@ -279,6 +281,7 @@ def render_best(
         "clip_score": "" if first.clip_score is None else f"{first.clip_score:.6f}",
         "log_likelihood": f"{first.log_likelihood:.6f}",
         "ranked_by": result.ranked_by,
+        **{name: str(value) for name, value in result.sampling if value is not None},
         "num_candidates": f"{result.num_candidates}",
         "completed_candidates": f"{len(result.ranked)}",
     }
@@ -344,6 +347,7 @@ def _summary(result: GenerateResult, warnings: Sequence[str]) -> dict[str, Any]:
         "num_candidates": result.num_candidates,
         "completed_candidates": len(result.ranked),
         "ranked_by": result.ranked_by,
+        "sampling": result.sampling,
         "warnings": list(warnings),
     }
 

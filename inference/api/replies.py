@@ -59,6 +59,17 @@ class Timings(Reply):
     )
 
 
+class Sampling(Reply):
+    """How the image tokens of a request were sampled."""
+
+    temperature: float = Field(default=1.0, description="As in the request.", ge=0)
+    top_k: int | None = Field(default=None, description="As in the request; null: from all.", ge=1)
+    top_p: float | None = Field(
+        default=None, description="As in the request; null: from all.", gt=0, le=1
+    )
+    guidance_scale: float = Field(default=1.0, description="As in the request; 1 is off.", ge=0)
+
+
 class Generated(Reply):
     """What every reply to a caption says of its generation."""
 
@@ -71,6 +82,11 @@ class Generated(Reply):
         description="What the candidates are ordered by: clip, the clip_score; log_likelihood "
         "where the artefact has no CLIP; clip_and_log_likelihood, CLIP's logit and the "
         "log-likelihood together, where CLIP was trained with a likelihood_weight."
+    )
+    sampling: Sampling = Field(
+        default=Sampling(),
+        description="The settings used: the request's own, and the model's where it gave none. "
+        "With them and the seed a request gives the same images again.",
     )
     warnings: list[str] = Field(
         default=[],

@@ -127,26 +127,28 @@ class GenerateRequest(_Request):
         ge=0.0,
         le=10.0,
         description="Divides the logits; 0 always takes the likeliest token, so that all "
-        "candidates are alike. 0 to 10.",
+        "candidates are alike. 0 to 10. Default: the model's own, which the reply gives, or 1.",
     )
     top_k: int | None = Field(
         default=None,
         ge=1,
-        description="Sample from the k likeliest image tokens only. At least 1; null: from all.",
+        description="Sample from the k likeliest image tokens only. At least 1; null: from all. "
+        "Default: the model's own, or null.",
     )
     top_p: float | None = Field(
         default=None,
         gt=0.0,
         le=1.0,
         description="Sample from the smallest set of image tokens whose probabilities reach p. "
-        "Above 0, at most 1; null: from all.",
+        "Above 0, at most 1; null: from all. Default: the model's own, or null.",
     )
     guidance_scale: float = Field(
         default=1.0,
         ge=0.0,
         le=100.0,
         description="How strongly the image follows the caption: "
-        "unconditional + scale x (conditional - unconditional). 0 to 100; 1 is off and costs half.",
+        "unconditional + scale x (conditional - unconditional). 0 to 100; 1 is off and costs half. "
+        "Default: the model's own, or 1.",
     )
     seed: int | None = Field(
         default=None,
@@ -287,7 +289,10 @@ class CompleteRequest(_Request):
         default=4, ge=1, le=64, description="Number of captions sampled. 1 to 64."
     )
     temperature: float = Field(
-        default=1.0, ge=0.0, le=10.0, description="As for images; 0 gives the likeliest. 0 to 10."
+        default=1.0,
+        ge=0.0,
+        le=10.0,
+        description="As for images; 0 gives the likeliest. 0 to 10. Default 1.",
     )
     seed: int | None = Field(
         default=None,

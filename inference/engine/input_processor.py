@@ -20,6 +20,7 @@ from torch import Tensor
 from dalle.artefact import Artefact
 from dalle.decoding.sampling import SamplingOptions
 from dalle.errors import CaptionTooLong, UserError
+from dalle.manifest import SamplingSettings
 from dalle.models.transformer import PADDING
 from dalle.preprocess.captions import is_visible
 from dalle.preprocess.square import Square
@@ -92,16 +93,21 @@ def _prepare_generation(
         seed=seed,
         mark=None if mark is None else replace(mark, seed=seed),
         num_candidates=request.num_candidates,
-        options=SamplingOptions(
-            temperature=request.temperature,
-            top_k=request.top_k,
-            top_p=request.top_p,
-            guidance_scale=request.guidance_scale,
-        ),
+        options=_sampling_options(request, artefact.manifest.sampling_settings),
         preview_rows=request.preview_rows,
         num_images=request.num_images,
         distinct=request.distinct,
     )
+
+
+def _sampling_options(request: GenerateRequest, of_model: SamplingSettings) -> SamplingOptions:
+    """Return the values that a request gives, null among them, and the model's for the others."""
+    given = {
+        name: getattr(request, name)
+        for name in SamplingSettings.model_fields
+        if name in request.model_fields_set
+    }
+    return SamplingOptions(**{**dict(of_model), **given})
 
 
 def _prepare_classification(

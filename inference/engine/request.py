@@ -16,14 +16,14 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dalle.errors import DalleError
 from inference.api.rendering import Candidate, GenerateResult, Mark, Preview, Result, best, rank
-from inference.api.replies import RankedBy
+from inference.api.replies import RankedBy, Sampling
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -295,6 +295,7 @@ class PreparedGeneration(EngineRequest):
             decode_seconds=self.decode_seconds,
             rank_seconds=self.rank_seconds,
             positions_per_step=self.decoding.positions_per_step,
+            sampling=Sampling(**asdict(self.options)),
         )
 
 

@@ -19,7 +19,7 @@ from inference.api.rendering import (
     render_error,
     render_images,
 )
-from inference.api.replies import GenerateReply, RankedImage
+from inference.api.replies import GenerateReply, RankedImage, Sampling
 from inference.openai.chat import ChatCall
 from inference.openai.rendering import Sizes, error_reply, facts
 from inference.openai.replies import (
@@ -88,10 +88,10 @@ class ChatStream:
             delta = ChatDelta(content=[_part(self._call, image, place)])
             yield self._chunk(ChunkChoice(index=choice, delta=delta))
             if has_choices:
-                yield self._stop(choice, result.seed, warnings)
+                yield self._stop(choice, result, warnings)
             num_images += 1
         if not has_choices:
-            yield self._stop(0, result.seed, warnings)
+            yield self._stop(0, result, warnings)
         if self._call.fields.stream_options.include_usage:
             yield self._chunk(usage=_usage(self._call, self._sizes, num_images))
         yield _event("[DONE]")
@@ -104,15 +104,16 @@ class ChatStream:
     def _role(self, choice: int) -> bytes:
         return self._chunk(ChunkChoice(index=choice, delta=ChatDelta(role="assistant")))
 
-    def _stop(self, choice: int, seed: int, warnings: Sequence[str]) -> bytes:
+    def _stop(self, choice: int, result: GenerateResult, warnings: Sequence[str]) -> bytes:
         last = ChunkChoice(index=choice, delta=ChatDelta(), finish_reason="stop")
-        return self._chunk(last, seed=seed, warnings=[*warnings])
+        return self._chunk(last, seed=result.seed, sampling=result.sampling, warnings=[*warnings])
 
     def _chunk(
         self,
         *choices: ChunkChoice,
         usage: ChatUsage | None = None,
         seed: int | None = None,
+        sampling: Sampling | None = None,
         warnings: list[str] | None = None,
     ) -> bytes:
         chunk = ChatChunk(
@@ -122,6 +123,7 @@ class ChatStream:
             choices=list(choices),
             usage=usage,
             seed=seed,
+            sampling=sampling,
             warnings=warnings,
         )
         fields = chunk.model_dump(exclude_none=True)

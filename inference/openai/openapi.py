@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel
 
+from dalle.manifest import SamplingSettings
 from inference.api import openapi
 from inference.api.openapi import body, content, get, model_schemas, ref, refusals
 from inference.api.parsing import JSON
@@ -115,6 +117,19 @@ def document(limits: Limits) -> dict[str, Any]:
         f"{MODELS}/{{name}}": get("model", "One model", _listed("ModelInfo", 404), ["name"]),
     }
     return whole
+
+
+def with_defaults(whole: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the document of a server whose model has these defaults: field -> value."""
+    schemas = dict(whole["components"]["schemas"])
+    for kind in (GenerateRequest, ImagesRequest, EditRequest, ChatRequest):
+        schema = schemas[kind.__name__]
+        changed = {
+            name: {**schema["properties"][name], "default": defaults[name]}
+            for name in SamplingSettings.model_fields
+        }
+        schemas[kind.__name__] = {**schema, "properties": {**schema["properties"], **changed}}
+    return {**whole, "components": {**whole["components"], "schemas": schemas}}
 
 
 def _post(

@@ -128,6 +128,7 @@ class ImagesStream:
             event = CompletedEvent(
                 usage=self._sizes.usage(self._call.request, 1),
                 seed=result.seed,
+                sampling=result.sampling,
                 warnings=[*warnings],
                 **{name: getattr(each, name) for name in _SCORES},
                 **self._common("completed", each.image),

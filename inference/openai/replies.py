@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from inference.api.replies import Generated, RankedCandidate, Reply
+from inference.api.replies import Generated, RankedCandidate, Reply, Sampling
 from inference.api.schema import Format
 
 EventType = Literal[
@@ -86,6 +86,7 @@ class CompletedEvent(_ImageEvent):
         default=1, description="Number of finished candidates with the same image tokens.", ge=1
     )
     seed: int = Field(description="The seed used.", ge=0)
+    sampling: Sampling = Field(description="The settings used, as in a plain reply.")
     warnings: list[str] = Field(description="What the model could not read, as in a plain reply.")
 
 
@@ -211,6 +212,9 @@ class ChatChunk(Reply):
         default=None, description="In the last chunk, with stream_options.include_usage."
     )
     seed: int | None = Field(default=None, description="In the last chunk of each choice.")
+    sampling: Sampling | None = Field(
+        default=None, description="The settings used; in the last chunk of each choice."
+    )
     warnings: list[str] | None = Field(
         default=None, description="What the model could not read; in the last chunk of each choice."
     )

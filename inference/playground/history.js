@@ -11,7 +11,7 @@ export const withoutPreviews = ({ preview_rows, ...request }) => request;
 /** Return the fragment of a run's address. It stays in the browser: a server never sees it. */
 export function toFragment({ request, prime }) {
   const fields = new URLSearchParams();
-  for (const [name, value] of Object.entries(withoutPreviews(request))) fields.set(name, value);
+  for (const [name, value] of Object.entries(withoutPreviews(request))) fields.set(name, value ?? "");
   if (prime) fields.set("prime", JSON.stringify(prime));
   return `#${fields}`;
 }
@@ -21,7 +21,7 @@ export function fromFragment(fragment) {
   const { caption, prime, ...numbers } = Object.fromEntries(new URLSearchParams(fragment.slice(1)));
   if (!caption || numbers.seed === undefined) return null;
   const request = { caption };
-  for (const [name, text] of Object.entries(numbers)) request[name] = Number(text);
+  for (const [name, text] of Object.entries(numbers)) request[name] = text === "" ? null : Number(text);
   try {
     return { request, prime: prime ? JSON.parse(prime) : null };
   } catch {

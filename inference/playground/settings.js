@@ -47,6 +47,7 @@ export class Settings {
     if (minimum !== undefined) input.min = minimum;
     if (maximum !== undefined) input.max = maximum;
     if (isOptional(property)) input.placeholder = "none";
+    input.dataset.default = property.default ?? "";
     input.addEventListener("input", () => showFieldError(input, ""));
     this.inputs[name] = input;
     return make(
@@ -77,6 +78,8 @@ export class Settings {
         showFieldError(input, "must be a number");
         wrong ??= input;
       } else if (input.value !== "") values[name] = Number(input.value);
+      // Left out, it would be the model's default.
+      else if (isOptional(this.schema.properties[name]) && input.dataset.default) values[name] = null;
     }
     if (!wrong) return values;
     this.show(wrong);

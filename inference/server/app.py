@@ -90,7 +90,10 @@ def create_app(engine_core: EngineCore, settings: Settings) -> Flask:
 
     @app.get("/openapi.json")
     def openapi_document() -> dict[str, Any]:
-        return document
+        engine = engine_core.loaded_engine
+        if engine is None:
+            return document
+        return openapi.with_defaults(document, engine.card.sampling_defaults)
 
     @app.post("/invocations")
     def invocations() -> Response:

@@ -12,7 +12,14 @@ from safetensors import SafetensorError
 from dalle import artefact as artefacts
 from dalle.artefact import Artefact
 from dalle.errors import ArtefactError, DiskFullError, PlatformError
-from dalle.manifest import Manifest, StageRecord, read_manifest
+from dalle.manifest import (
+    ChosenSampling,
+    Manifest,
+    SamplingSettings,
+    StageRecord,
+    TriedSampling,
+    read_manifest,
+)
 from dalle.model_card import render
 from dalle.types import COMPONENTS, STAGES
 from tests.dalle.artefact_files import files_under, read, small_disk
@@ -53,6 +60,23 @@ def test_a_loaded_artefact_computes_bit_equal_results(tiny_models, artefact_copy
 def test_a_loaded_artefact_saves_to_the_same_files(artefact_copy, tmp_path):
     manifest = artefacts.save(tmp_path / "again", artefacts.load(artefact_copy))
     assert manifest.files == read(artefact_copy)["files"]
+
+
+def test_manifest_and_card_are_replaced_beside_the_components(artefact_copy, tiny_models):
+    names = files_under(artefact_copy)
+    before = {name: (artefact_copy / name).read_bytes() for name in names}
+    settings = SamplingSettings(temperature=0.7)
+    tried = TriedSampling(settings=settings, own_caption=0.8, nats=1.0, spread=0.1)
+    sampling = ChosenSampling(
+        settings=settings, num_captions=96, own_caption_of_real=0.9, tried=[tried]
+    )
+    chosen = replace(tiny_models, manifest=Manifest(sampling=sampling))
+    artefacts.save_manifest(artefact_copy, chosen)
+    assert artefacts.load(artefact_copy).manifest.sampling == sampling
+    assert "| temperature | 0.7 |" in (artefact_copy / "MODEL_CARD.md").read_text()
+    assert files_under(artefact_copy) == names
+    changed = [name for name in names if (artefact_copy / name).read_bytes() != before[name]]
+    assert sorted(changed) == ["MODEL_CARD.md", "manifest.json"]
 
 
 def test_configs_keep_their_tuples(tiny_models, make_dalle, tmp_path):

@@ -34,7 +34,7 @@ SAVES_MEMORY = ("gradient_accumulation_steps", "activation_checkpointing")
 DEFAULT_EPOCHS = 20
 TrainedOn = Literal["transformer", "clip"]
 TRAINING_ON: Mapping[TrainedOn, Mapping[str, float]] = {
-    "transformer": {"learning_rate": 3e-4, "muon_learning_rate": 0.002},
+    "transformer": {"muon_learning_rate": 0.01},
     "clip": {"learning_rate": 1e-5, "muon_learning_rate": 0.0},
 }
 """Defaults of trained weights; the rates for random ones would undo their training."""
@@ -257,7 +257,7 @@ class JobHyperparameters(_Fields):
     train_on: tuple[TrainedOn, ...] = ()
     """Stages that train on from the model that a channel brings, with its sizes and its tokenizer,
     in place of a new one. Their learning rates are then lower, unless they are set: of the
-    transformer learning_rate 3e-4 and muon_learning_rate 0.002, of CLIP 1e-5 and 0."""
+    transformer muon_learning_rate 0.01, of CLIP learning_rate 1e-5 and muon_learning_rate 0."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Start of all random numbers."""
     engine: EngineName = "torch"

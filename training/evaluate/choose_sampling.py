@@ -80,7 +80,7 @@ def best_of(trials: Sequence[Trial], plain: Trial, real: float) -> Trial:
     real: share of the real images that CLIP finds nearest to their caption. Draws above that, and
     above the plain ones, earn nothing more: they please CLIP. A trial counts when its codes lose
     at most `MOST_LOST_NATS`, and when it beats the plain one by two standard errors of the
-    difference, caption by caption. Of those within one standard error of the best it is the one
+    difference, caption by caption. Of those within two standard errors of the best it is the one
     whose nats are the fewest: few captions cannot tell them apart, and it alters the model least.
     """
     limit = max(real, float(plain.hits.mean()))
@@ -96,7 +96,9 @@ def best_of(trials: Sequence[Trial], plain: Trial, real: float) -> Trial:
     if not better:
         return plain
     best = max(better, key=earned)
-    equal = [each for each in better if earned(best) - earned(each) <= _difference(best, each)[1]]
+    equal = [
+        each for each in better if earned(best) - earned(each) <= 2 * _difference(best, each)[1]
+    ]
     return min(equal, key=lambda each: each.nats)
 
 
@@ -120,11 +122,12 @@ def choose_sampling(
     """Choose the settings that `serve` samples with where a request is silent.
 
     captions, images uint8 [C, 3, S, S]: held-out pairs. guidance: whether captions were dropped in
-    training. seconds: the choice takes about as long, on fewer captions where it must. None, and
-    why is logged, for fewer than `FEWEST_CAPTIONS` different captions, or without the time for so
-    many. Raises ArtefactError without a CLIP; Stopped.
+    training. seconds: the choice takes about as long, on fewer captions where it must, and at most
+    twice as long. None, and why is logged, for fewer than `FEWEST_CAPTIONS` different captions, or
+    without the time for so many. Raises ArtefactError without a CLIP; Stopped.
     """
-    chooser = _Chooser(artefact, captions, images, seed, stop)
+    late = _Late(stop, clock, clock() + 2 * seconds)
+    chooser = _Chooser(artefact, captions, images, seed, late)
     if len(chooser.captions) < FEWEST_CAPTIONS:
         logger.info(
             "sampling: temperature 1; it takes %d different held-out captions to choose another, "
@@ -134,19 +137,34 @@ def choose_sampling(
         )
         return None
     began = clock()
-    chooser.draw(PLAIN, FIRST_CAPTIONS)
-    # Guidance doubles the work of its draws.
-    num_trials = 1 + len(FILTERS) + (2 * len(GUIDED) if guidance else 0)
-    affordable = int(seconds * FIRST_CAPTIONS / max(clock() - began, 1e-9) / num_trials)
-    if affordable < FEWEST_CAPTIONS:
-        logger.info(
-            "sampling: temperature 1; %.0f seconds are too few to choose another on %d captions",
-            seconds,
-            FEWEST_CAPTIONS,
-        )
-        return None
-    chooser.keep(min(affordable, MOST_CAPTIONS))
-    return chooser.choose(guidance)
+    try:
+        chooser.draw(PLAIN, FIRST_CAPTIONS)
+        # Guidance doubles the work of its draws.
+        num_trials = 1 + len(FILTERS) + (2 * len(GUIDED) if guidance else 0)
+        affordable = int(seconds * FIRST_CAPTIONS / max(clock() - began, 1e-9) / num_trials)
+        if affordable >= FEWEST_CAPTIONS:
+            chooser.keep(min(affordable, MOST_CAPTIONS))
+            return chooser.choose(guidance)
+    except Stopped:
+        if stop.is_set():
+            raise
+    logger.info(
+        "sampling: temperature 1; %.0f seconds are too few to choose another on %d captions",
+        seconds,
+        FEWEST_CAPTIONS,
+    )
+    return None
+
+
+class _Late(Stop):
+    """Set with another stop, or from a time on."""
+
+    def __init__(self, stop: Stop, clock: Callable[[], float], end: float) -> None:
+        super().__init__()
+        self._stop, self._clock, self._end = stop, clock, end
+
+    def is_set(self) -> bool:
+        return self._stop.is_set() or self._clock() > self._end
 
 
 class _Chooser:

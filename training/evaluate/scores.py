@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from dalle.artefact import Artefact
 from dalle.decoding.sampling import SamplingOptions
+from dalle.manifest import SamplingSettings
 from training.evaluate.ground_truth import GroundTruth
 from training.evaluate.pixels import CLOSE, PixelErrors, PixelScore, compare_pixels, join
 from training.report.content import CaptionAccuracy
@@ -82,6 +83,7 @@ class Evaluation:
     num_held_out: all held-out captions; with a limit fewer are scored.
     reconstruction: share of held-out images that are still nearest to themselves after the dVAE.
     reconstruction_pixels: the same images after the dVAE against themselves.
+    sampling: settings of all methods but greedy sampling: the model's own.
     scores: scope (all, novel) -> method -> score; a scope without captions is left out.
     seconds: method -> wall time.
     """
@@ -95,6 +97,7 @@ class Evaluation:
     reconstruction_pixels: PixelScore
     scores: dict[str, dict[str, Score]]
     seconds: dict[str, float]
+    sampling: SamplingSettings = SamplingSettings()
 
     @classmethod
     def from_json(cls, text: str) -> Evaluation:
@@ -103,7 +106,7 @@ class Evaluation:
 
     def to_json(self) -> str:
         """Return all numbers on one line."""
-        return json.dumps(asdict(self))
+        return json.dumps({**asdict(self), "sampling": self.sampling.model_dump()})
 
     def accuracies(self) -> list[CaptionAccuracy]:
         """Return the scores as a report shows them."""
@@ -182,6 +185,7 @@ def evaluate(
             if len(rows)
         },
         seconds=seconds,
+        sampling=artefact.manifest.sampling_settings,
     )
 
 
@@ -297,6 +301,7 @@ def render_table(evaluation: Evaluation) -> str:
         ]
         blocks.append("\n".join(lines))
     times = ", ".join(f"{name} {each:.1f} s" for name, each in evaluation.seconds.items())
+    blocks.append(f"all but greedy sampled at {evaluation.sampling}")
     return "\n\n".join([*blocks, f"time: {times}"])
 
 

@@ -11,16 +11,24 @@ from dalle import artefact as artefacts
 from dalle.errors import ArtefactError
 from dalle.manifest import Manifest, StageRecord, read_manifest
 from dalle.types import COMPONENTS, StageName
+from training.data.batching.preload import first_usable
+from training.evaluate.choose_sampling import MOST_CAPTIONS, choose_sampling
 from training.job.inputs import Inputs
 from training.job.overfitting import overfitting
 from training.loop.interface import FitResult, Stage
 from training.report.job import build_report
 from training.report.page import write_report
+from training.stopping import Stopped
 
 logger = logging.getLogger(__name__)
 
 EXAMPLE_CAPTIONS = 4
 """Captions in the manifest of a model that generates images."""
+SAMPLING_SHARE = 0.02
+"""Of the seconds that the stages took, or that the whole job may take, in which sampling settings
+are chosen."""
+SAMPLING_SECONDS = (10.0, 60.0)
+"""The fewest and the most."""
 
 
 class Output:
@@ -36,6 +44,8 @@ class Output:
         that one of them was trained on from; PlatformError."""
         self._inputs = inputs
         self._is_saved = False
+        self._trained: set[StageName] = set()
+        self._trained_seconds = 0.0
         self._earlier = Manifest()
         if inputs.ranks.is_first:
             self._earlier = _read_earlier(inputs.job.paths.model)
@@ -55,6 +65,10 @@ class Output:
         inputs, artefact = self._inputs, self._inputs.artefact
         setattr(artefact, stage.name, stage.model.eval().requires_grad_(False))
         notes = self._notes(stage, result)
+        if stage.name != "clip":
+            artefact.manifest.sampling = None  # of the model before
+        self._trained.add(stage.name)
+        self._trained_seconds += result.seconds
         record = StageRecord(
             stage=stage.name,
             job_name=inputs.job.job_name,
@@ -103,6 +117,7 @@ class Output:
             return
         if not self._is_saved:
             self._save()  # of the input channels alone
+        self._choose_sampling()
         report = build_report(
             inputs.artefact,
             inputs.job,
@@ -114,6 +129,36 @@ class Output:
         path = inputs.job.paths.output_data / "report.html"
         write_report(report, path)
         logger.info("wrote %s", path)
+
+    def _choose_sampling(self) -> None:
+        """Choose how `serve` samples, on held-out pairs, and add it to the written artefact."""
+        inputs, artefact = self._inputs, self._inputs.artefact
+        is_whole = {"dvae", "transformer", "clip"} <= {*artefact.components()}
+        if not (self._is_saved and is_whole and self._trained & {"transformer", "clip"}):
+            return
+        if inputs.validation is None:
+            logger.info("sampling: temperature 1; without held-out pairs no other is chosen")
+            return
+        lowest, highest = SAMPLING_SECONDS
+        seconds = min(highest, max(lowest, SAMPLING_SHARE * self._trained_seconds))
+        if (minutes := inputs.hyperparameters.job_minutes) is not None:
+            seconds = min(seconds, SAMPLING_SHARE * 60 * minutes)
+        try:
+            images, captions = first_usable(inputs.validation.pairs, MOST_CAPTIONS, inputs.stop)
+            chosen = choose_sampling(
+                artefact,
+                captions,
+                images,
+                guidance=artefact.require("transformer").config.caption_dropout > 0,
+                seconds=seconds,
+                seed=inputs.hyperparameters.seed,
+                stop=inputs.stop,
+            )
+        except Stopped:
+            return
+        if chosen is not None:
+            artefact.manifest.sampling = chosen
+            artefacts.save_manifest(inputs.job.paths.model, artefact)
 
     def _save(self) -> None:
         if not self._inputs.ranks.is_first:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dalle.manifest import StageRecord
+from dalle.manifest import ChosenSampling, StageRecord
 from dalle.preprocess.images import Pixels
 from training.data.pairs import Dataset, Totals
 from training.data.skips import SkipReason
@@ -157,6 +157,7 @@ class Report:
     curves: `stage/metric` -> (step, value) pairs, as `read_curves` gives them; `x` and
         `validation_x` of a stage share one chart.
     ranked_by: what the scores of `generated` are: `clip` or `log_likelihood`.
+    sampling: how the settings of `generated` were chosen; None where they were not.
     notes: paragraphs for the top, such as which pairs were skipped and why.
     """
 
@@ -169,6 +170,7 @@ class Report:
     reconstructions: Reconstructions | None = None
     generated: Sequence[Generated] = ()
     ranked_by: str = "clip"
+    sampling: ChosenSampling | None = None
     accuracy: Sequence[CaptionAccuracy] = ()
     retrieval: Retrieval | None = None
     memorisation: Memorisation | None = None

@@ -52,6 +52,7 @@ def build_report(
         generated_at=datetime.now(UTC),
         stages=artefact.manifest.stages,
         curves=read_curves(job.paths.output_data / "metrics.jsonl"),
+        sampling=artefact.manifest.sampling,
         ranked_by="log_likelihood" if artefact.clip is None else "clip",
         datasets=[
             DatasetSummary.of(each.pairs, each.totals)

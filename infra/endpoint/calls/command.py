@@ -136,7 +136,7 @@ def run(options: argparse.Namespace) -> int:
     results.show(project.output, images)
     project.output.line(
         f"seed {read.seed}, {read.completed_candidates} of {read.num_candidates} candidates, "
-        f"ranked by {read.ranked_by}"
+        f"ranked by {read.ranked_by}, {results.sampled(read.sampling)}"
     )
     results.show_warnings(project.output, read.warnings)
     return project.output.finish(
@@ -147,6 +147,7 @@ def run(options: argparse.Namespace) -> int:
         num_candidates=read.num_candidates,
         completed_candidates=read.completed_candidates,
         ranked_by=read.ranked_by,
+        sampling=read.sampling.model_dump(),
         timings=read.timings.model_dump(),
         images=[asdict(image) for image in images],
     )

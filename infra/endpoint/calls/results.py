@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from dalle.errors import AwsError
-from inference.api.replies import GenerateReply, RankedCandidate
+from inference.api.replies import GenerateReply, RankedCandidate, Sampling
 from infra.aws.output import Output, write_file
 
 
@@ -48,6 +48,13 @@ def read_reply(body: bytes) -> GenerateReply:
             shown = body[:200].decode("utf-8", "replace")
             raise AwsError(f"the endpoint's reply has no images: {shown!r}") from error
         raise AwsError(f"the endpoint refused the request: {message}") from error
+
+
+def sampled(sampling: Sampling) -> str:
+    """Return the settings of a reply in words."""
+    return ", ".join(
+        f"{name.replace('_', ' ')} {value:g}" for name, value in sampling if value is not None
+    )
 
 
 def error_message(body: bytes | str) -> str | None:

@@ -53,6 +53,7 @@ def invoke_stream(project: Project, name: str, component: str, body: bytes, out:
         mode="realtime",
         warnings=ranking.warnings,
         seed=ranking.seed,
+        sampling=ranking.sampling.model_dump(),
         ranking=[{**each.model_dump(), "file": files[each.candidate]} for each in ranking.ranking],
     )
 

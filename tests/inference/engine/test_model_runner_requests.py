@@ -1,18 +1,66 @@
 """inference.engine.model_runner: classes, completions, and requests that are refused."""
 
 import base64
+import dataclasses
 import io
 from dataclasses import replace
 
 import pytest
 from PIL import Image
 
+from dalle.decoding.sampling import SamplingOptions
 from dalle.errors import UserError
+from dalle.manifest import ChosenSampling, Manifest, SamplingSettings, TriedSampling
 from dalle.preprocess.tokenizer import CaptionTokenizer
 from inference.api.schema import ClassifyRequest, CompleteRequest
+from inference.engine.input_processor import prepare
 from inference.engine.model_runner import ModelRunner
-from inference.engine.request import DeadlineExceeded
-from tests.inference.engine.model_runner_work import CPU, Clock, answer, ask, picture
+from inference.engine.request import DeadlineExceeded, PreparedCompletion, PreparedGeneration
+from tests.inference.engine.model_runner_work import CPU, Clock, answer, ask, by_number, picture
+
+
+@pytest.fixture(scope="module")
+def tuned(artefact):
+    """The artefact, with sampling settings that were chosen after its training."""
+    settings = SamplingSettings(temperature=0.7, top_p=0.9, guidance_scale=2.0)
+    tried = TriedSampling(settings=settings, own_caption=0.8, nats=1.0, spread=0.1)
+    sampling = ChosenSampling(
+        settings=settings, num_captions=96, own_caption_of_real=0.9, tried=[tried]
+    )
+    return replace(artefact, manifest=Manifest(sampling=sampling))
+
+
+def options_of(artefact, request):
+    prepared = prepare(artefact, request, 0.0, 1.0)
+    assert isinstance(prepared, PreparedGeneration | PreparedCompletion)
+    return prepared.options
+
+
+@pytest.mark.parametrize(
+    ("given", "used"),
+    [
+        ({}, (0.7, None, 0.9, 2.0)),
+        ({"temperature": 1.0}, (1.0, None, 0.9, 2.0)),
+        ({"top_p": None, "guidance_scale": 1.0, "top_k": 3}, (0.7, 3, None, 1.0)),
+    ],
+)
+def test_a_request_is_sampled_by_its_own_values_and_by_the_models_where_it_is_silent(
+    tuned, artefact, given, used
+):
+    assert dataclasses.astuple(options_of(tuned, ask(**given))) == used
+    assert options_of(artefact, ask(**given)) == SamplingOptions(**given)
+
+
+def test_the_result_says_how_it_was_sampled_and_by_that_comes_again(tuned, artefact):
+    result = answer(ModelRunner(tuned, CPU), ask(num_candidates=2))
+    used = result.sampling.model_dump()
+    assert used == {"temperature": 0.7, "top_k": None, "top_p": 0.9, "guidance_scale": 2.0}
+    again = answer(ModelRunner(artefact, CPU), ask(num_candidates=2, **used))
+    assert by_number(again)[1].pixels.tobytes() == by_number(result)[1].pixels.tobytes()
+
+
+def test_the_models_settings_are_not_those_of_captions(tuned):
+    assert options_of(tuned, CompleteRequest(complete="red")) == SamplingOptions()
 
 
 def test_classes_come_likeliest_first_with_probabilities(runner):

@@ -351,3 +351,21 @@ def test_requests_of_openais_routes_are_counted_as_invocations(client):
     text = client.get("/metrics").text
     assert 'dalle_invocations_total{status="200"} 1.0' in text
     assert "dalle_candidates_total 2.0" in text
+
+
+def test_null_leaves_sampling_to_the_model_and_the_reply_says_what_was_used(client, engine):
+    body = {"prompt": "a", "temperature": None, "top_p": 0.5}
+    reply = post(client, ROUTE, body).json
+    (request,) = engine.asked
+    assert {"temperature", "top_p"} & request.model_fields_set == {"top_p"}
+    assert {*reply["sampling"]} == {"temperature", "top_k", "top_p", "guidance_scale"}
+
+
+def test_the_documents_defaults_are_those_of_the_model(client, engine):
+    defaults = {"temperature": 0.7, "top_k": None, "top_p": 0.9, "guidance_scale": 2.0}
+    engine.card = engine.card.model_copy(update={"sampling_defaults": defaults})
+    schemas = client.get("/openapi.json").json["components"]["schemas"]
+    for kind in ("GenerateRequest", "ImagesRequest", "EditRequest", "ChatRequest"):
+        fields = schemas[kind]["properties"]
+        assert {name: fields[name]["default"] for name in defaults} == defaults
+    assert schemas["CompleteRequest"]["properties"]["temperature"]["default"] == 1.0

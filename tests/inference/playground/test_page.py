@@ -195,6 +195,30 @@ def test_the_settings_have_the_ranges_of_the_servers_schema(new_page, served):
     assert page.input_value("#preview_rows") == "1", "a quarter of the grid's four rows"
 
 
+def test_the_settings_begin_with_the_models_own_and_one_that_is_emptied_is_sent_as_null(new_page):
+    page = new_page()
+
+    def with_defaults(route: Any) -> None:
+        response = route.fetch()
+        document = response.json()
+        fields = document["components"]["schemas"]["GenerateRequest"]["properties"]
+        fields["temperature"]["default"], fields["top_p"]["default"] = 0.7, 0.9
+        route.fulfill(response=response, json=document)
+
+    page.route("**/openapi.json", with_defaults)
+    page.reload()
+    page.wait_for_selector("#generate:enabled")
+    assert (page.input_value("#temperature"), page.input_value("#top_p")) == ("0.7", "0.9")
+    with page.expect_request("**/invocations") as sent:
+        generate(page, top_p="")
+    assert sent.value.post_data_json["top_p"] is None
+    assert sent.value.post_data_json["temperature"] == 0.7
+    assert "top_k" not in sent.value.post_data_json
+    page.reload()
+    page.wait_for_selector("#grid.ranked")
+    assert page.input_value("#top_p") == ""
+
+
 def test_a_server_that_is_gone_is_said_above_the_pictures(new_page):
     page = new_page(errors="ERR_FAILED")
     page.route("**/invocations", lambda route: route.abort())

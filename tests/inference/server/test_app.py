@@ -235,6 +235,8 @@ def test_attributes_of_the_caller_replace_the_scores_of_an_image(client):
     response = post(client, {"caption": "a"}, **headers)
     assert response.headers.get_all(ATTRIBUTES) == ["trace=abc"]
     assert response.headers["X-Dalle-Seed"] == "5"
+    assert response.headers["X-Dalle-Temperature"] == "1.0"
+    assert "X-Dalle-Top-P" not in response.headers
 
 
 @pytest.mark.parametrize(
