@@ -164,7 +164,13 @@ def alarms(project: Project, endpoints: list[str], components: list[str]) -> lis
         ]
         for endpoint in endpoints
     ]
-    groups += [[autoscaling.copies_alarm_name(component)] for component in components]
+    groups += [
+        [
+            autoscaling.copies_alarm_name(component),
+            *(monitoring.copy_alarm_name(component, kind) for kind in monitoring.COPY_KINDS),
+        ]
+        for component in components
+    ]
     found = []
     for names in groups:
         request = Request("cloudwatch", "DescribeAlarms", AlarmNames=names)

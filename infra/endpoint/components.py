@@ -9,6 +9,7 @@ from dalle.errors import PlanError, UserError
 from infra.aws.deployment import Copies, Deployment
 from infra.aws.project import Project
 from infra.aws.request import Request, describe, includes
+from infra.endpoint.described import component_names
 from infra.endpoint.fleet import pool
 from infra.endpoint.requests import VARIANT, start_limits
 from infra.endpoint.update import check_sharing, in_service, settled
@@ -97,16 +98,9 @@ def on_present_hosts(
     return argparse.Namespace(**{**vars(options), **hosts}), str(config["EndpointConfigName"])
 
 
-def names(project: Project, endpoint: str) -> list[str]:
-    """Return the names of the components of an endpoint, sorted."""
-    request = Request("sagemaker", f"List{KIND}s", EndpointNameEquals=endpoint)
-    found = project.aws.items(request, f"{KIND}s")
-    return sorted(each[f"{KIND}Name"] for each in found)
-
-
 def only(project: Project, endpoint: str) -> str:
     """Return the one component of an endpoint. Raises UserError where there is none, or several."""
-    found = names(project, endpoint)
+    found = component_names(project, endpoint)
     if len(found) == 1:
         return found[0]
     if not found:

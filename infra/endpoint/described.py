@@ -7,7 +7,7 @@ from typing import Any
 from dalle.errors import UserError
 from infra.aws.deployment import Mode
 from infra.aws.project import Project
-from infra.aws.request import describe, placeholder
+from infra.aws.request import Request, describe, placeholder
 
 
 def endpoint_config(project: Project, name: str) -> dict[str, Any]:
@@ -37,3 +37,10 @@ def mode_of(config: dict[str, Any]) -> Mode:
 def is_shared(config: dict[str, Any]) -> bool:
     """Return whether models share the hosts of an endpoint with this configuration."""
     return not config["ProductionVariants"][0].get("ModelName")
+
+
+def component_names(project: Project, endpoint: str) -> list[str]:
+    """Return the names of the models that share an endpoint's hosts, sorted."""
+    request = Request("sagemaker", "ListInferenceComponents", EndpointNameEquals=endpoint)
+    found = project.aws.items(request, "InferenceComponents")
+    return sorted(each["InferenceComponentName"] for each in found)

@@ -18,6 +18,8 @@ MICROSECONDS = 1e6
 LATENCY_SECONDS: dict[Mode, float] = {"realtime": 50, "serverless": 50, "async": 800, "batch": 800}
 """A little below what an invocation may take in each mode."""
 KINDS = ("errors", "latency", "queue", "memory")
+COPY_KINDS = ("errors", "latency")
+"""Those that each of several models on an endpoint has; memory is that of the hosts."""
 ROLLBACK_KINDS = ("errors", "latency")
 """Those by which an update is taken back: a queue and memory change slowly."""
 
@@ -39,9 +41,18 @@ def alarm_name(endpoint: str, kind: str) -> str:
     return f"{endpoint}-{kind}"
 
 
-def kinds_of(mode: Mode) -> tuple[str, ...]:
-    """Return the alarms that an endpoint of this mode has: a queue is at asynchronous ones."""
-    return tuple(kind for kind in KINDS if kind != "queue" or mode == "async")
+def copy_alarm_name(component: str, kind: str) -> str:
+    """Return the name of an alarm of a component, which no alarm of an endpoint has."""
+    return f"{component}-copy-{kind}"
+
+
+def kinds_of(mode: Mode, *, is_shared: bool = False) -> tuple[str, ...]:
+    """Return the alarms that an endpoint of this mode has: a queue is at asynchronous ones.
+
+    Where models share it, each has those of COPY_KINDS itself.
+    """
+    left_out = (() if mode == "async" else ("queue",)) + (COPY_KINDS if is_shared else ())
+    return tuple(kind for kind in KINDS if kind not in left_out)
 
 
 def alarm_request(
@@ -51,17 +62,25 @@ def alarm_request(
     thresholds: Thresholds,
     tags: list[dict[str, str]],
     topic: str = "",
+    component: str = "",
 ) -> Request:
-    """Return the request that creates or changes one alarm. topic: who is told; '' for nobody."""
+    """Return the request that creates or changes one alarm.
+
+    topic: who is told; '' for nobody. component: one of several models on the endpoint, for the
+    kinds of COPY_KINDS.
+    """
     by_endpoint = [{"Name": "EndpointName", "Value": endpoint}]
     by_variant = [*by_endpoint, {"Name": "VariantName", "Value": VARIANT}]
+    of_component = [{"Name": "InferenceComponentName", "Value": component}]
+    by_model = of_component if component else by_variant
+    who = f"Component {component}" if component else f"Endpoint {endpoint}"
     seconds = thresholds.latency_seconds or LATENCY_SECONDS[mode]
     metric: Mapping[str, Any] = {
         "errors": {
-            "AlarmDescription": f"Endpoint {endpoint} answers with errors (5xx).",
+            "AlarmDescription": f"{who} answers with errors (5xx).",
             "Namespace": INVOCATIONS,
             "MetricName": "Invocation5XXErrors",
-            "Dimensions": by_variant,
+            "Dimensions": by_model,
             "Statistic": "Sum",
             "Threshold": float(thresholds.errors),
             # Not one error alone: a full queue answers with 503, and the caller tries again.
@@ -69,10 +88,10 @@ def alarm_request(
             "DatapointsToAlarm": 2,
         },
         "latency": {
-            "AlarmDescription": f"Endpoint {endpoint} takes {seconds:g} s and more (p95).",
+            "AlarmDescription": f"{who} takes {seconds:g} s and more (p95).",
             "Namespace": INVOCATIONS,
             "MetricName": "ModelLatency",
-            "Dimensions": by_variant,
+            "Dimensions": by_model,
             "ExtendedStatistic": "p95",
             "Threshold": seconds * MICROSECONDS,
             "EvaluationPeriods": 3,
@@ -100,7 +119,7 @@ def alarm_request(
     return Request(
         "cloudwatch",
         "PutMetricAlarm",
-        AlarmName=alarm_name(endpoint, kind),
+        AlarmName=copy_alarm_name(component, kind) if component else alarm_name(endpoint, kind),
         **metric,
         Period=60,
         ComparisonOperator="GreaterThanOrEqualToThreshold",

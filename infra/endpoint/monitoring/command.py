@@ -14,7 +14,7 @@ from infra.aws.project import Project, add_project_arguments, open_project
 from infra.aws.request import describe
 from infra.aws.stack import all_tags, outputs_of
 from infra.aws.team.names import topic_arn
-from infra.endpoint.described import mode_of
+from infra.endpoint.described import component_names, is_shared, mode_of
 from infra.endpoint.monitoring import alarms, dashboard
 from infra.endpoint.monitoring.alarms import Thresholds
 from infra.endpoint.options import endpoint_name
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     topic = options.topic
     if topic is None:
         topic = outputs_of(stack).get("TopicArn", "")
-    mode = _mode(project, name)
+    mode, components = _mode_and_components(project, name)
     if options.queue is not None and mode != "async":
         raise PlanError(f"--queue is for an async endpoint, and {name} is {mode}")
     tags = all_tags(stack, project.tags)
@@ -68,7 +68,14 @@ def run(options: argparse.Namespace) -> int:
         alarms.alarm_name(name, kind): alarms.alarm_request(
             name, kind, mode, thresholds, tags, topic
         )
-        for kind in alarms.kinds_of(mode)
+        for kind in alarms.kinds_of(mode, is_shared=bool(components))
+    }
+    wanted |= {
+        alarms.copy_alarm_name(component, kind): alarms.alarm_request(
+            name, kind, mode, thresholds, tags, topic, component
+        )
+        for component in components
+        for kind in alarms.COPY_KINDS
     }
     for request in wanted.values():
         project.aws.check(request)
@@ -103,14 +110,18 @@ def read(options: argparse.Namespace) -> Thresholds:
     return given
 
 
-def _mode(project: Project, name: str) -> Mode:
-    """Return the mode of an endpoint of ours. Raises UserError when there is none."""
+def _mode_and_components(project: Project, name: str) -> tuple[Mode, list[str]]:
+    """Return the mode of an endpoint of ours, and the models that share it; none for one model.
+
+    Raises UserError when there is no such endpoint.
+    """
     found = project.find_ours("Endpoint", name)
     if found is None and project.aws.dry_run:
-        return "async"  # as `deploy` makes one by itself; it has every alarm
+        return "async", []  # as `deploy` makes one by itself; it has every alarm
     if found is None:
         raise UserError(
             f"there is no endpoint {name}; `python -m infra status` lists them, and "
             "`python -m infra deploy` creates one"
         )
-    return mode_of(project.aws.call(describe("EndpointConfig", found["EndpointConfigName"])))
+    config = project.aws.call(describe("EndpointConfig", found["EndpointConfigName"]))
+    return mode_of(config), component_names(project, name) if is_shared(config) else []

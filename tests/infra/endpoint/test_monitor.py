@@ -135,6 +135,23 @@ def test_an_endpoint_that_is_not_there_is_named(account, infra):
     assert "there is no endpoint dalle--stars" in result.err
 
 
+@pytest.mark.slow
+def test_each_of_several_models_has_alarms_that_teardown_deletes(served, infra):
+    account = served(*REALTIME, "--component", "stars")
+    result = infra("monitor", "--latency-seconds", 20)
+    assert result.code == 0, result.err
+    found = alarms(account)
+    assert set(found) == {
+        *("dalle--stars-copy", "dalle--stars-copy-errors", "dalle--stars-copy-latency"),
+        "dalle-memory",
+    }
+    by_model = [{"Name": "InferenceComponentName", "Value": "dalle--stars"}]
+    assert found["dalle--stars-copy-errors"]["Dimensions"] == by_model
+    assert found["dalle--stars-copy-latency"]["Threshold"] == 20e6
+    assert infra("teardown", "--yes").code == 0
+    assert alarms(account) == {}
+
+
 def test_a_dry_run_shows_alarms_and_dashboard(account, infra):
     result = infra("monitor", "--dry-run", "--json")
     operations = [request["operation"] for request in result.json["requests"]]

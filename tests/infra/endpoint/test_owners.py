@@ -60,6 +60,29 @@ def test_an_endpoint_of_others_is_not_taken_over(ready, infra, tags, says):
     assert infra(*ASYNC, "--name", "mine").code == 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["model", "endpoint_config", "endpoint", "training_job"])
+def test_what_has_lost_the_projects_tag_is_nobodys_and_left_alone(ready, infra, kind):
+    ready.put_object("data/pictures/train/0.txt")
+    ready.put_object("models/job/output/model.tar.gz")
+    train = ["train", "--data", "pictures", "--instance-type", "ml.m5.xlarge"]
+    words = train if kind == "training_job" else ASYNC
+    assert infra(*words).code == 0
+    sagemaker = ready.client("sagemaker")
+    (name,) = ready.names(f"{kind}s")
+    key = f"{kind.title().replace('_', '')}"
+    arn = getattr(sagemaker, f"describe_{kind}")(**{f"{key}Name": name})[f"{key}Arn"]
+    sagemaker.delete_tags(ResourceArn=arn, TagKeys=["dalle:project"])
+    made = ready.requests.copy()
+    result = infra(*words)
+    assert result.code == 1
+    assert f"{name} is not project dalle's and is left alone: it has no tag" in result.err
+    assert infra("teardown", "--yes", "--keep-storage").code == 0
+    again = [name for name in ready.requests - made if name.startswith(("Create", "Update"))]
+    assert again == []
+    assert ready.names(f"{kind}s") == [name]
+
+
 def test_an_alarm_of_others_is_neither_replaced_nor_deleted(ready, infra):
     cloudwatch = ready.client("cloudwatch")
     cloudwatch.put_metric_alarm(**WAKE, Tags=TEAM)
