@@ -38,6 +38,10 @@ TRAINING_ON: Mapping[TrainedOn, Mapping[str, float]] = {
     "clip": {"learning_rate": 1e-5, "muon_learning_rate": 0.0},
 }
 """Defaults of trained weights; the rates for random ones would undo their training."""
+AVERAGED_STAGES: tuple[StageName, ...] = ("transformer", "clip")
+AVERAGED_SIZES = ("tiny", "small", "base")
+EMA_DECAY = 0.995
+"""Of these stages and sizes, unless ema_decay is set; an average of larger models takes memory."""
 DEFAULT_MAX_BAD_SHARE = 0.05
 MAX_BATCH_SIZE = 65_536
 
@@ -85,7 +89,8 @@ class FitHyperparameters(_Fields):
     gradient_clipping: Annotated[float, Field(ge=0, le=1_000_000)] = 1.0
     """Largest norm of all gradients together; 0 for none."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay of the weights' running average, which is saved; 0 off."""
+    """Decay of the weights' running average, which is saved; 0 off. Unless it is set, 0.995 for
+    transformer and CLIP of the sizes up to base."""
     keep: Literal["best", "last"] = "best"
     """The weights that go into the artefact: those with the lowest validation loss, of the
     transformer the image tokens', or the last ones. Without validation pairs the last."""

@@ -22,7 +22,10 @@ from dalle.types import SMALLEST_BPE_VOCABULARY, ComponentName, StageName
 from training.config import deepspeed as deepspeed_settings
 from training.config.deepspeed import TRAINED_BY_DEEPSPEED
 from training.config.fields import (
+    AVERAGED_SIZES,
+    AVERAGED_STAGES,
     BUDGETS,
+    EMA_DECAY,
     STAGE_FIELDS,
     TRAINING_ON,
     Hyperparameters,
@@ -105,7 +108,7 @@ def parse(raw: Mapping[str, str]) -> Hyperparameters:
     problems += _take_fine_tune(job, stages["clip"])
     if not problems:
         parsed = Hyperparameters.model_validate({**job, **stages, "given": given_by_author})
-        parsed = training_on(parsed, parsed.train_on)
+        parsed = _averaging(training_on(parsed, parsed.train_on))
         parsed = parsed.model_copy(update={"job_minutes": _job_minutes(given, parsed)})
         problems = [*deepspeed_settings.refused_combinations(parsed), *_small_vocabulary(parsed)]
     if problems:
@@ -140,6 +143,16 @@ def training_on(hyperparameters: Hyperparameters, stages: Collection[TrainedOn])
             if f"{stage}_{name}" not in given and (stage == "clip" or name not in given)
         }
         update[stage] = settings.model_copy(update=rates)
+    return hyperparameters.model_copy(update=update)
+
+
+def _averaging(hyperparameters: Hyperparameters) -> Hyperparameters:
+    """Return the hyperparameters with averaged weights where the author does not say."""
+    update: dict[str, Any] = {}
+    for stage in AVERAGED_STAGES:
+        settings, given = hyperparameters.of(stage), hyperparameters.given
+        if settings.base_size in AVERAGED_SIZES and not {"ema_decay", f"{stage}_ema_decay"} & given:
+            update[stage] = settings.model_copy(update={"ema_decay": EMA_DECAY})
     return hyperparameters.model_copy(update=update)
 
 

@@ -311,3 +311,18 @@ def test_the_image_size_has_an_effect_where_a_channel_brings_the_image_tokenizer
     settings, trained = parse({name: "64"}), ["transformer", "clip"]
     assert name in without_effect(settings, trained)
     assert without_effect(settings, trained, channels=["tokenizer_model"]) == {}
+
+
+@pytest.mark.parametrize(
+    ("raw", "decays"),
+    [
+        ({}, (0.0, 0.995, 0.995)),
+        ({"size": "base", "clip_ema_decay": "0.5"}, (0.0, 0.995, 0.5)),
+        ({"size": "dalle-1.3b", "clip_size": "tiny"}, (0.0, 0.0, 0.995)),
+        ({"ema_decay": "0"}, (0.0, 0.0, 0.0)),
+        ({"ema_decay": "0.9", "transformer_ema_decay": "0"}, (0.9, 0.0, 0.9)),
+    ],
+)
+def test_weights_of_small_transformers_and_clips_are_averaged_unless_the_author_says(raw, decays):
+    parsed = parse(raw)
+    assert tuple(parsed.of(stage).ema_decay for stage in ("dvae", "transformer", "clip")) == decays
