@@ -267,7 +267,10 @@ def test_after_a_stop_nothing_is_built_and_the_report_holds_what_takes_seconds(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("checks", "lacks"),
-    [(0, "images, codebook usage, retrieval"), (6, "generated images, retrieval")],
+    [
+        (0, "images, codebook usage, retrieval, memorisation"),
+        (6, "generated images, memorisation, retrieval"),
+    ],
 )
 def test_a_report_names_what_a_stop_leaves_out(
     opt_ml, open_inputs, tiny_models, monkeypatch, checks, lacks
