@@ -11,7 +11,8 @@ STEP_SECONDS = 0.05
 step = DecodeEngine.step
 
 
-def slow_step(engine: DecodeEngine) -> list[CandidateTokens]:
+def slow_step(engine: DecodeEngine, _: float) -> list[CandidateTokens]:
+    """One step a call."""
     if not engine.is_idle:
         time.sleep(STEP_SECONDS)
     return step(engine)
