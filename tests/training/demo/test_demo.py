@@ -319,7 +319,7 @@ def test_the_whole_way_in_miniature_interrupted_finished_and_reused(tmp_path, mo
     recipe.write_text(json.dumps(settings | {"num_validations": "1", "log_every": "1"}))
 
     interrupted = start(out, recipe)
-    next(line for line in interrupted.output if "train:" in line)
+    next(line for line in interrupted.output if "training dvae" in line)
     interrupted.send_signal(signal.SIGTERM)
     printed, status = end(interrupted)
     assert status == 130, printed
