@@ -17,7 +17,7 @@ from inference.engine.request import Cancelled, DeadlineExceeded, EngineRequest,
 from inference.engine.request_queue import Busy
 from tests.inference.one_at_a_time import OneAtATime
 
-PATIENCE = 20.0  # seconds until a test that waits for another thread gives up
+PATIENCE = 180.0  # seconds until a test that waits for another thread gives up
 
 
 @dataclass(kw_only=True, eq=False)

@@ -14,7 +14,13 @@ from inference.engine.request import PreparedGeneration
 from inference.openai.schema import MODEL
 from inference.server.app import create_app
 from tests.inference.openai.posting import events, post, streaming
-from tests.inference.server.app_fixtures import ATTRIBUTES, SETTINGS, in_background, pixels_of
+from tests.inference.server.app_fixtures import (
+    ATTRIBUTES,
+    PATIENCE,
+    SETTINGS,
+    in_background,
+    pixels_of,
+)
 
 ROUTE = "/v1/images/generations"
 
@@ -165,7 +171,7 @@ def test_a_deadline_before_anything_is_a_504_that_clients_do_not_repeat(client, 
 def test_a_full_queue_is_a_rate_limit_with_retry_after(client, engine, engine_core):
     engine.gate.clear()
     threads = [in_background(lambda: post(client, ROUTE, {"prompt": "a"}))]
-    assert engine.begun.acquire(timeout=20)
+    assert engine.begun.acquire(timeout=PATIENCE)
     for _ in range(SETTINGS.queue_size):
         threads.append(in_background(lambda: post(client, ROUTE, {"prompt": "a"})))
     while engine_core.queue_depth < 1 + SETTINGS.queue_size:
@@ -173,7 +179,7 @@ def test_a_full_queue_is_a_rate_limit_with_retry_after(client, engine, engine_co
     response = post(client, ROUTE, {"prompt": "a"})
     engine.gate.set()
     for thread, _ in threads:
-        thread.join(20)
+        thread.join(PATIENCE)
     assert (response.status_code, response.json["error"]["type"]) == (429, "rate_limit_error")
     assert int(response.headers["Retry-After"]) >= 1
 

@@ -31,7 +31,7 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-PATIENCE = 30_000.0  # milliseconds until a test that waits for the page gives up
+PATIENCE = 180_000.0  # milliseconds until a test that waits for the page gives up
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from inference.server.app import create_app
 from inference.settings import read_settings
 from tests.inference.one_at_a_time import OneAtATime
 
-PATIENCE = 20.0
+PATIENCE = 180.0  # seconds until a test that waits for another thread gives up
 LIMITS = Limits(max_candidates=8, max_images=8, max_request_bytes=20_000)
 SETTINGS = replace(read_settings({}), limits=LIMITS, queue_size=2)
 ATTRIBUTES = "X-Amzn-SageMaker-Custom-Attributes"
