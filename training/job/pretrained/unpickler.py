@@ -104,6 +104,15 @@ def _rebuild_parameter(data: Tensor, *_: object) -> Tensor:
     return data
 
 
+def _rebuild_from_type(rebuild: object, _type: object, arguments: Any, *_: object) -> Tensor:
+    """Do what torch._tensor._rebuild_from_type_v2 does, without the type and the attributes."""
+    if rebuild is _rebuild_parameter:
+        return _rebuild_parameter(*arguments)
+    if rebuild is not _rebuild_tensor:
+        raise ForeignFileError("it makes a tensor by something else than torch's own functions")
+    return _rebuild_tensor(*arguments)
+
+
 def _empty_ordered_dict() -> OrderedDict[object, object]:
     return OrderedDict()
 
@@ -120,6 +129,8 @@ _ALLOWED: dict[tuple[str, str], object] = {
     ("collections", "OrderedDict"): _empty_ordered_dict,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
+    ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_from_type,  # DeepSpeed's have attributes
     **{("torch", name): dtype for name, dtype in _STORAGE_TYPES.items()},
     **{
         ("torch.jit._pickle", name): _as_it_is
@@ -139,7 +150,9 @@ _ALLOWED: dict[tuple[str, str], object] = {
     ("argparse", "Namespace"): Dropped,
     ("collections", "defaultdict"): _empty_dict,
     ("typing", "Any"): Dropped,
-    # Shapes beside DeepSpeed's shards.
+    # Types and shapes beside DeepSpeed's shards.
+    ("torch", "Tensor"): "torch.Tensor",
+    ("torch.nn.parameter", "Parameter"): "torch.nn.Parameter",
     ("torch", "Size"): _as_it_is,
     **{
         (module, name): Dropped
@@ -240,6 +253,8 @@ class Unpickler(pickle._Unpickler):
         if kind == "module":  # torch before 1.6: a class, and its source
             return rest[0]
         dtype, key, _device, num_values = rest[:4]
+        if kind == "storage" and isinstance(dtype, str):
+            raise ForeignFileError(f"it names {dtype[:80]} in place of a type of storage")
         if kind != "storage" or not isinstance(dtype, torch.dtype):
             raise ForeignFileError(f"it refers to {str(kind)[:80]!r}, not to a storage")
         return self._read_storage(dtype, key, num_values)

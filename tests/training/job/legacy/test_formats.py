@@ -422,10 +422,19 @@ def test_a_folder_without_its_auxiliary_file_asks_for_what_that_would_tell(tmp_p
     assert found.config.attention_kinds[-1] == "conv_up_left"
 
 
-def zero_3(step, num_ranks, state, param_shapes=None):
+def shared_out(value, num_ranks):
+    """Each rank's part of a weight, as ZeRO-3 cuts it: equal parts, the last one padded."""
+    size = -(-value.numel() // num_ranks)
+    padded = torch.zeros(size * num_ranks)
+    padded[: value.numel()] = value.flatten()
+    return padded.split(size)
+
+
+def zero_3(step, num_ranks, state, param_shapes=None, *, cuts_frozen=False):
     """Write each rank's share of the weights, as ZeRO-3 does; the VAE is frozen and whole.
 
-    param_shapes: in place of some weights' own.
+    param_shapes: in place of some weights' own. cuts_frozen: the VAE is cut too, as it is by
+    DeepSpeed of 2023 and later, whose tensors also have attributes.
     """
     trained = {name: each for name, each in state.items() if not name.startswith("vae.")}
     buffers = {"logits_mask": trained.pop("logits_mask")}
@@ -433,21 +442,23 @@ def zero_3(step, num_ranks, state, param_shapes=None):
     shapes |= param_shapes or {}
     shares: list[list[torch.Tensor]] = [[] for _ in range(num_ranks)]
     for value in trained.values():
-        size = -(-value.numel() // num_ranks)
-        padded = torch.zeros(size * num_ranks)
-        padded[: value.numel()] = value.flatten()
-        for rank, part in enumerate(padded.split(size)):
+        for rank, part in enumerate(shared_out(value, num_ranks)):
             shares[rank].append(part)
     frozen = {name: each for name, each in state.items() if name.startswith("vae.")}
-    module = OrderedDict((name, torch.empty(0)) for name in trained) | buffers | frozen
+    empty = OrderedDict((name, torch.empty(0)) for name in (trained | frozen))
+    module = empty | buffers | ({} if cuts_frozen else frozen)
     for rank, parts in enumerate(shares):
         prefix = f"zero_pp_rank_{rank}_mp_rank_00"
-        torch.save(
-            {"module": module, "param_shapes": [shapes], "dp_world_size": num_ranks},
-            step / f"{prefix}_model_states.pt",
-        )
+        states = {"module": module, "param_shapes": [shapes], "dp_world_size": num_ranks}
         whole = torch.cat(parts)
         groups = [whole[:1000], whole[1000:]]
+        if cuts_frozen:
+            states["frozen_param_shapes"] = {name: each.shape for name, each in frozen.items()}
+            states["frozen_param_fragments"] = {
+                name: shared_out(each, num_ranks)[rank].clone() for name, each in frozen.items()
+            }
+            vars(groups[0])["ds_tag"] = "of DeepSpeed"
+        torch.save(states, step / f"{prefix}_model_states.pt")
         optimizer = {"zero_stage": 3, "partition_count": num_ranks, "fp32_flat_groups": groups}
         torch.save({"optimizer_state_dict": optimizer}, step / f"{prefix}_optim_states.pt")
 
@@ -456,6 +467,18 @@ def test_the_shards_of_zero_3_are_put_together(tmp_path, weights, beside):
     step = deepspeed_folder(tmp_path / "dalle-ds-cp", NAME)
     zero_3(step, 3, old(NAME).weights)
     assert_same(tmp_path / "dalle-ds-cp", weights, beside)
+
+
+def test_a_frozen_vae_that_zero_3_cut_is_put_together_too(tmp_path, weights, beside):
+    folder = tmp_path / "dalle-ds-cp"
+    step = deepspeed_folder(folder, NAME)
+    zero_3(step, 3, old(NAME).weights, cuts_frozen=True)
+    assert_same(folder, weights, beside)
+    vae = import_model(folder, PLAIN, beside).require("dvae").state_dict()
+    assert torch.equal(vae["codebook.weight"], old(NAME).weights["vae.codebook.weight"])
+    (step / "zero_pp_rank_1_mp_rank_00_model_states.pt").unlink()
+    with pytest.raises(ForeignFileError, match=r"fragments end before the weight vae\..* missing"):
+        import_model(folder, PLAIN, beside)
 
 
 def test_shards_of_other_ranks_or_with_more_than_the_weights_are_refused(tmp_path, beside):

@@ -52,7 +52,7 @@ def read_deepspeed_folder(folder: Path) -> SavedModel:
     try:
         state = _module(content)
         if any(value.numel() == 0 for value in state.values()):
-            state = _consolidated(content, state, step)
+            state = _consolidated(content, state, step) | _frozen(content, states)
         names = frozenset(name.partition(".")[0] for name in settings.values)
         require_finite(state)
         return settings_of(settings, state, "deepspeed", names)
@@ -162,11 +162,35 @@ def _flat(path: Path, num_ranks: int) -> Tensor:
     return torch.cat([group.flatten() for group in groups])
 
 
-def _shapes(content: Weights) -> dict[str, tuple[int, ...]]:
+def _frozen(content: Weights, states: Sequence[Path]) -> dict[str, Tensor]:
+    """Return the weights that were not trained, the VAE's: each rank has a part of each.
+
+    Empty where the version of DeepSpeed did not keep them.
+    """
+    shapes = _shapes(content, "frozen_param_shapes")
+    ranks = [read_weights(path).part("frozen_param_fragments.") for path in states if shapes]
+    whole = {}
+    for name, shape in shapes.items():
+        try:
+            num_values = num_values_of(shape)
+        except ForeignFileError as error:
+            raise ValueError(f"frozen_param_shapes, the weight {name}: {error}") from None
+        values = torch.cat(
+            [torch.empty(0), *(rank[name].flatten() for rank in ranks if name in rank)]
+        )
+        if len(values) < num_values:
+            raise ValueError(
+                f"frozen_param_fragments end before the weight {name}: some ranks are missing"
+            )
+        whole[name] = values[:num_values].reshape(shape)
+    return whole
+
+
+def _shapes(content: Weights, where: str = "param_shapes") -> dict[str, tuple[int, ...]]:
     """Return the shapes of all weights in the order of the shards."""
     found: dict[str, list[int]] = {}
     for name, value in content.values.items():
-        match = re.fullmatch(r"param_shapes\.(?:\d+\.)?(.+)\.\d+", name)
+        match = re.fullmatch(rf"{where}\.(?:\d+\.)?(.+)\.\d+", name)
         if match and isinstance(value, int):
             found.setdefault(match[1].removeprefix("module."), []).append(value)
     return {name: tuple(shape) for name, shape in found.items()}
