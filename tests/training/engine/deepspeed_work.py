@@ -34,6 +34,7 @@ COMMON = {
     "warmup_steps": "2",
     "gradient_clipping": "0.5",
     "weight_decay": "1",
+    "ema_decay": "0",
 }
 ZERO = {number: {"engine": "deepspeed", "zero_stage": str(number)} for number in range(4)}
 SMALLER = {"gradient_accumulation_steps": "2", "activation_checkpointing": "true"}
