@@ -10,7 +10,7 @@ from pathlib import Path
 from dalle import artefact as artefacts
 from dalle.errors import ArtefactError
 from dalle.manifest import Manifest, StageRecord, read_manifest
-from dalle.types import COMPONENTS, StageName
+from dalle.types import COMPONENTS, STAGES, StageName
 from training.data.batching.preload import first_usable
 from training.evaluate.choose_sampling import MOST_CAPTIONS, choose_sampling
 from training.job.inputs import Inputs
@@ -133,7 +133,7 @@ class Output:
     def _choose_sampling(self) -> None:
         """Choose how `serve` samples, on held-out pairs, and add it to the written artefact."""
         inputs, artefact = self._inputs, self._inputs.artefact
-        is_whole = {"dvae", "transformer", "clip"} <= {*artefact.components()}
+        is_whole = {*STAGES} <= {*artefact.components()}
         if not (self._is_saved and is_whole and self._trained & {"transformer", "clip"}):
             return
         if inputs.validation is None:
