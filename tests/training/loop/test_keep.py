@@ -110,7 +110,7 @@ def test_there_is_one_file_of_best_weights_more_than_checkpoints_at_most(run, tm
     )
     often = {"num_validations": "12", "checkpoint_minutes": "0.0000001", "checkpoints_kept": "2"}
     run(stage, {"max_steps": "12", **often})
-    assert max(num_files) == 3
+    assert 1 <= max(num_files) <= 3
     assert files(tmp_path)[:2] == ["best-000000011.pt", "best-000000012.pt"]
 
 
