@@ -127,7 +127,7 @@ def test_a_job_trains_what_is_asked_for_in_order(stage, present, expected):
 @pytest.mark.parametrize(
     ("stage", "present", "says"),
     [
-        ("all", ["dvae", "transformer", "clip"], "set stage to the one to train anew"),
+        ("all", ["dvae", "transformer", "clip"], "or stage to the one to train anew"),
         ("all", ["transformer"], "a transformer without the dvae"),
         ("transformer", ["clip"], "stage=transformer needs a trained dvae"),
         ("dvae", ["dvae", "transformer"], "leave out the channel `artefact`"),
