@@ -16,7 +16,7 @@ from infra.aws.request import DIGEST_CHARACTERS, Request, describe, newest_first
 from infra.endpoint import autoscaling
 from infra.endpoint.monitoring import alarms as monitoring
 from infra.endpoint.monitoring import dashboard
-from infra.jobs.progress import ENDPOINT_LOGS
+from infra.jobs.progress import COMPONENT_LOGS, ENDPOINT_LOGS
 
 
 @dataclass(frozen=True)
@@ -193,16 +193,17 @@ def dashboards(project: Project, endpoints: list[str]) -> list[str]:
 
 
 def log_groups(project: Project, endpoints: list[str]) -> list[str]:
-    """Return the log groups that the platform created for these endpoints; they never expire."""
-    found = []
+    """Return the log groups of these endpoints and of models on them; they never expire.
+
+    Those of models by the endpoint's name, so that they are found when the models are deleted.
+    """
+    found: list[str] = []
     for endpoint in endpoints:
-        name = f"{ENDPOINT_LOGS}/{endpoint}"
-        request = Request("logs", "DescribeLogGroups", logGroupNamePrefix=name)
-        found += [
-            group["logGroupName"]
-            for group in project.aws.items(request, "logGroups")
-            if group["logGroupName"] == name
-        ]
+        own, of_models = f"{ENDPOINT_LOGS}/{endpoint}", f"{COMPONENT_LOGS}/{endpoint}--"
+        for prefix in (own, of_models):
+            request = Request("logs", "DescribeLogGroups", logGroupNamePrefix=prefix)
+            names = [each["logGroupName"] for each in project.aws.items(request, "logGroups")]
+            found += [name for name in names if name == own or name.startswith(of_models)]
     return found
 
 

@@ -68,7 +68,7 @@ def on_present_hosts(
 
     Unchanged, and without a configuration, where the hosts are to be made: there is no endpoint
     yet, or the options name types. Raises PlanError for an endpoint of one model, and for options
-    of hosts without a type.
+    that differ from the hosts there are, without a type.
     """
     found = project.find_ours("Endpoint", deployment.name)
     if found is None:
@@ -76,24 +76,34 @@ def on_present_hosts(
     config = check_sharing(project, deployment, found)
     if pool.chosen(options):
         return options, ""
+    (variant,) = config["ProductionVariants"]
+    bounds = variant.get("ManagedInstanceScaling", {})
+    bounds = {
+        "min_instances": bounds.get("MinInstanceCount", 0),
+        "max_instances": bounds.get("MaxInstanceCount", 1),
+    }
+    present = bounds | {
+        "ami": variant.get("InferenceAmiVersion"),
+        "volume_gb": variant.get("VolumeSizeInGB"),
+        "provision_seconds": variant.get("VariantInstanceProvisionTimeoutInSeconds"),
+        "isolate": config.get("EnableNetworkIsolation", False),
+        "reservation": variant.get("CapacityReservationConfig", {}).get("MlReservationArn"),
+    }
     given = [
         f"--{name.replace('_', '-')}"
-        for name in ("min_instances", "max_instances", "ami", "volume_gb", "provision_seconds")
-        if getattr(options, name) is not None
+        for name, value in present.items()
+        if (wanted := getattr(options, name)) not in (None, False, "") and wanted != value
     ]
     if given:
         raise PlanError(
             f"{', '.join(given)} would change the hosts of endpoint {deployment.name}, on which "
             "there are models already: give --instance-type with it"
         )
-    (variant,) = config["ProductionVariants"]
-    bounds = variant.get("ManagedInstanceScaling", {})
     first, *others = pool.types_of(variant)
     hosts = {
         "instance_type": first,
         "fallback_types": tuple(others),
-        "min_instances": bounds.get("MinInstanceCount", 0),
-        "max_instances": bounds.get("MaxInstanceCount", 1),
+        **bounds,
     }
     return argparse.Namespace(**{**vars(options), **hosts}), str(config["EndpointConfigName"])
 

@@ -1,4 +1,4 @@
-"""`logs`: the log of a training job, a transform job or an endpoint."""
+"""`logs`: the log of a training job, a transform job, an endpoint or a model on one."""
 
 from __future__ import annotations
 
@@ -8,18 +8,29 @@ from collections import deque
 from dalle.errors import PlanError, UserError
 from infra.aws.project import Project, add_project_arguments, open_project
 from infra.aws.request import describe, newest_first
-from infra.jobs.progress import ENDED, ENDPOINT_LOGS, TRAINING_LOGS, TRANSFORM_LOGS, Log
+from infra.jobs.progress import (
+    COMPONENT_LOGS,
+    ENDED,
+    ENDPOINT_LOGS,
+    TRAINING_LOGS,
+    TRANSFORM_LOGS,
+    Log,
+)
 
 POLL_SECONDS = 5.0
 KINDS = (
     ("TrainingJob", TRAINING_LOGS),
     ("TransformJob", TRANSFORM_LOGS),
     ("Endpoint", ENDPOINT_LOGS),
+    ("InferenceComponent", COMPONENT_LOGS),
 )
+LASTING = ("Endpoint", "InferenceComponent")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", help="a job or an endpoint; default: the newest job")
+    parser.add_argument(
+        "name", nargs="?", help="a job, an endpoint or ENDPOINT--MODEL; default: the newest job"
+    )
     parser.add_argument("--follow", action="store_true", help="print new lines until the job ends")
     parser.add_argument("--tail", type=int, default=100, help="last lines to print; default: 100")
     add_project_arguments(parser)
@@ -31,9 +42,9 @@ def run(options: argparse.Namespace) -> int:
     project = open_project(options)
     name = options.name or newest_job(project)
     kind, group = kind_of(project, name)
-    # Each endpoint has a log group; jobs share one, with streams named after them.
-    is_endpoint = kind == "Endpoint"
-    log = Log(project, f"{group}/{name}") if is_endpoint else Log(project, group, f"{name}/")
+    # Each endpoint and each of its models has a log group; jobs share one, with streams named
+    # after them.
+    log = Log(project, f"{group}/{name}") if kind in LASTING else Log(project, group, f"{name}/")
     lines = list(deque(log.lines(), maxlen=options.tail))
     for line in lines:
         project.output.line(line)
@@ -68,7 +79,7 @@ def kind_of(project: Project, name: str) -> tuple[str, str]:
 
 
 def has_ended(project: Project, kind: str, name: str) -> bool:
-    if kind == "Endpoint":
+    if kind in LASTING:
         return False
     found = project.aws.call(describe(kind, name))
     return found[f"{kind}Status"] in ENDED

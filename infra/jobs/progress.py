@@ -18,6 +18,7 @@ POLL_SECONDS = 15.0
 TRAINING_LOGS = "/aws/sagemaker/TrainingJobs"
 TRANSFORM_LOGS = "/aws/sagemaker/TransformJobs"
 ENDPOINT_LOGS = "/aws/sagemaker/Endpoints"
+COMPONENT_LOGS = "/aws/sagemaker/InferenceComponents"
 ENDED = ("Completed", "Failed", "Stopped")
 LOSS = "loss"
 

@@ -43,7 +43,7 @@ def alarm_name(endpoint: str, kind: str) -> str:
 
 def copy_alarm_name(component: str, kind: str) -> str:
     """Return the name of an alarm of a component, which no alarm of an endpoint has."""
-    return f"{component}-copy-{kind}"
+    return f"{component}-copy--{kind}"
 
 
 def kinds_of(mode: Mode, *, is_shared: bool = False) -> tuple[str, ...]:

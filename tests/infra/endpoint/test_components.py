@@ -129,13 +129,14 @@ def test_a_second_model_takes_the_hosts_that_are_there(ready, infra):
 
 @pytest.mark.slow
 def test_a_second_run_makes_nothing_and_a_new_model_replaces_the_old_one(ready, infra):
-    infra(*STARS)
+    at_most = ["--max-instances", 2]
+    infra(*STARS, *at_most)
     made = ready.requests.copy()
-    result = infra(*STARS)
+    result = infra(*STARS[:-2], *at_most)  # the type is that of the hosts
     assert result.code == 0, result.err
     again = ready.requests - made
     assert not [name for name in again if name.startswith(("Create", "Put", "Update", "Register"))]
-    assert infra(*[OTHER if word == MODEL else word for word in STARS]).code == 0
+    assert infra(*[OTHER if word == MODEL else word for word in STARS], *at_most).code == 0
     (update,) = ready.bodies("UpdateInferenceComponent")
     assert (
         update["Specification"]["ModelName"]
@@ -150,9 +151,9 @@ def test_types_that_are_named_replace_the_hosts_of_every_model(ready, infra):
     result = infra(*MOONS, "--instance-type", "ml.m5.2xlarge")
     assert result.code == 0, result.err
     assert ready.requests["UpdateEndpoint"] == 1
-    result = infra(*MOONS, "--max-instances", 3)
+    result = infra(*MOONS, "--max-instances", 3, "--isolate")
     assert result.code == 1
-    assert "--max-instances would change the hosts of endpoint dalle" in result.err
+    assert "--max-instances, --isolate would change the hosts of endpoint dalle" in result.err
 
 
 @pytest.mark.slow
@@ -182,8 +183,13 @@ def test_a_component_of_others_is_left_alone(ready, infra):
 def test_teardown_deletes_components_before_their_endpoint(ready, infra):
     infra(*STARS)
     infra(*MOONS)
+    logs = ready.client("logs")
+    logs.create_log_group(logGroupName="/aws/sagemaker/InferenceComponents/dalle--stars")
+    logs.create_log_group(logGroupName="/aws/sagemaker/InferenceComponents/dalle-other")
     result = infra("teardown", "--yes")
     assert result.code == 0, result.err
+    left = [each["logGroupName"] for each in logs.describe_log_groups()["logGroups"]]
+    assert left == ["/aws/sagemaker/InferenceComponents/dalle-other"]
     said = [line.partition("  ")[0] for line in result.out.splitlines() if "deleted" in line]
     assert said.index("component dalle--stars") < said.index("endpoint dalle")
     assert "alarm dalle--stars-copy" in said

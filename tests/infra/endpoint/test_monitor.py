@@ -142,12 +142,12 @@ def test_each_of_several_models_has_alarms_that_teardown_deletes(served, infra):
     assert result.code == 0, result.err
     found = alarms(account)
     assert set(found) == {
-        *("dalle--stars-copy", "dalle--stars-copy-errors", "dalle--stars-copy-latency"),
+        *("dalle--stars-copy", "dalle--stars-copy--errors", "dalle--stars-copy--latency"),
         "dalle-memory",
     }
     by_model = [{"Name": "InferenceComponentName", "Value": "dalle--stars"}]
-    assert found["dalle--stars-copy-errors"]["Dimensions"] == by_model
-    assert found["dalle--stars-copy-latency"]["Threshold"] == 20e6
+    assert found["dalle--stars-copy--errors"]["Dimensions"] == by_model
+    assert found["dalle--stars-copy--latency"]["Threshold"] == 20e6
     assert infra("teardown", "--yes").code == 0
     assert alarms(account) == {}
 
