@@ -43,15 +43,21 @@ _QUOTED_CHARACTERS = 80
 
 
 def prepare(
-    artefact: Artefact, request: Request, arrival: float, deadline: float, mark: Mark | None = None
+    artefact: Artefact,
+    request: Request,
+    arrival: float,
+    deadline: float,
+    sampling: SamplingSettings,
+    mark: Mark | None = None,
 ) -> EngineRequest:
     """Check and convert a request. Raises `UserError` that says what to change or to train.
 
-    mark: what files say of their origin, for any seed.
+    sampling: of a request that names no settings. mark: what files say of their origin, for any
+    seed.
     """
     match request:
         case GenerateRequest():
-            return _prepare_generation(artefact, request, arrival, deadline, mark)
+            return _prepare_generation(artefact, request, arrival, deadline, sampling, mark)
         case ClassifyRequest():
             return _prepare_classification(artefact, request, arrival, deadline)
         case CompleteRequest():
@@ -63,6 +69,7 @@ def _prepare_generation(
     request: GenerateRequest,
     arrival: float,
     deadline: float,
+    sampling: SamplingSettings,
     mark: Mark | None,
 ) -> PreparedGeneration:
     purpose = "generate images"
@@ -93,7 +100,7 @@ def _prepare_generation(
         seed=seed,
         mark=None if mark is None else replace(mark, seed=seed),
         num_candidates=request.num_candidates,
-        options=_sampling_options(request, artefact.manifest.sampling_settings),
+        options=_sampling_options(request, sampling),
         preview_rows=request.preview_rows,
         num_images=request.num_images,
         distinct=request.distinct,

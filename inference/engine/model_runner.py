@@ -76,6 +76,7 @@ class ModelRunner:
         self._device = device
         self.threads = torch.get_num_threads()
         self.mark: Mark | None = None
+        self._sampling = artefact.manifest.sampling_settings
         self._max_candidates = chunk_size or (32 if device.type == "cuda" else 16)
         self._engine: DecodeEngine | None = None
         self._scheduler: Scheduler | None = None
@@ -205,7 +206,7 @@ class ModelRunner:
         Raises `UserError` that says what to change.
         """
         arrival = time.monotonic() if arrival is None else arrival
-        return prepare(self._artefact, request, arrival, deadline, self.mark)
+        return prepare(self._artefact, request, arrival, deadline, self._sampling, self.mark)
 
     @property
     def has_room(self) -> bool:

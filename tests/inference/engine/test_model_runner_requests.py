@@ -31,7 +31,7 @@ def tuned(artefact):
 
 
 def options_of(artefact, request):
-    prepared = prepare(artefact, request, 0.0, 1.0)
+    prepared = prepare(artefact, request, 0.0, 1.0, artefact.manifest.sampling_settings)
     assert isinstance(prepared, PreparedGeneration | PreparedCompletion)
     return prepared.options
 
