@@ -121,18 +121,23 @@ def test_sigterm_finishes_the_running_request_and_refuses_new_ones(model):
         "--env",
         "DALLE_MAX_CANDIDATES=512",
         "--env",
-        "DALLE_DRAIN_SECONDS=6",
+        "DALLE_DRAIN_SECONDS=4",
+        "--env",
+        "DALLE_PARALLEL_POSITIONS=1",
     )
     with Serving(model, *options) as serving:
         serving.wait_until_ready()
         connection = serving.connect()
+        # With previews of every row, so that no machine finishes all of them while it drains.
         body = json.dumps(
             {"caption": "red circle", "num_candidates": 512, "deadline_seconds": 600, "seed": 7}
+            | {"preview_rows": 1, "guidance_scale": 2.0}
         )
         headers = {"Content-Type": "application/json", "Accept": "application/jsonlines"}
         connection.request("POST", "/invocations", body, headers)
         response = connection.getresponse()
-        assert json.loads(response.readline())["event"] == "candidate"
+        while json.loads(response.readline())["event"] != "candidate":
+            pass
         statuses: list[int] = []
         stopping = threading.Thread(
             target=lambda: statuses.append(serving.stop(STOP_SERVING_SECONDS))
