@@ -145,7 +145,8 @@ def test_the_log_of_a_server_has_no_caption_and_no_picture(served):
 
 
 def test_a_deadline_is_kept_with_the_best_so_far(served):
-    reply = served.ask(num_candidates=512, deadline_seconds=1).json()
+    # With guidance, which takes twice as long, so that no machine finishes all of them in time.
+    reply = served.ask(num_candidates=512, guidance_scale=3.0, deadline_seconds=0.5).json()
     assert 1 <= reply["completed_candidates"] < 512
 
 
@@ -179,14 +180,22 @@ def test_sigterm_ends_what_runs_refuses_what_is_new_and_exits_with_0(root):
         "DALLE_CHUNK_SIZE": "1",
         "DALLE_MAX_CANDIDATES": "512",
         "DALLE_DRAIN_SECONDS": "4",
+        "DALLE_PARALLEL_POSITIONS": "1",
     }
     with command(root, **variables) as served:
         served.ready()
+        # With previews of every row, so that no machine finishes all of them while it drains.
         stream = served.ask(
-            num_candidates=512, deadline_seconds=600, accept="application/jsonlines", stream=True
+            num_candidates=512,
+            preview_rows=1,
+            guidance_scale=3.0,
+            deadline_seconds=600,
+            accept="application/jsonlines",
+            stream=True,
         )
         lines = stream.iter_lines()
-        assert json.loads(next(lines))["event"] == "candidate"
+        while json.loads(next(lines))["event"] == "preview":
+            pass
         served.process.send_signal(signal.SIGTERM)
         while (ping := served.get("/ping")).status_code == 200:
             pass
