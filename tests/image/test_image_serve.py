@@ -85,11 +85,16 @@ def test_lines_are_answered_one_by_one_and_in_order(serving):
 
 def test_pings_and_metrics_are_answered_while_candidates_are_streamed(serving):
     connection = serving.connect()
-    body = json.dumps({"caption": "red circle", "num_candidates": 512, "seed": 7})
+    # With previews of every row, so that no machine ends the stream before it is asked.
+    body = json.dumps(
+        {"caption": "red circle", "num_candidates": 512, "seed": 7}
+        | {"preview_rows": 1, "guidance_scale": 2.0}
+    )
     headers = {"Content-Type": "application/json", "Accept": "application/jsonlines"}
     connection.request("POST", "/invocations", body, headers)
     response = connection.getresponse()
-    assert json.loads(response.readline())["event"] == "candidate"
+    while json.loads(response.readline())["event"] != "candidate":
+        pass
     assert serving.ask("/ping").status == 200
     metrics = serving.ask("/metrics")
     assert metrics.headers["content-type"].startswith("text/plain")

@@ -78,9 +78,13 @@ def test_accept_image_png_gets_a_png(served):
 
 
 def test_ping_and_metrics_are_answered_while_candidates_are_streamed(served):
-    with served.ask(num_candidates=512, accept="application/jsonlines", stream=True) as response:
+    # With previews of every row, so that no machine ends the stream before it is asked.
+    fields = {"num_candidates": 512, "preview_rows": 1, "guidance_scale": 3.0}
+    with served.ask(**fields, accept="application/jsonlines", stream=True) as response:
         assert response.headers["Transfer-Encoding"] == "chunked"
-        first = json.loads(next(response.iter_lines()))
+        lines = response.iter_lines(chunk_size=1)
+        while (first := json.loads(next(lines)))["event"] == "preview":
+            pass
         assert (first["event"], first["candidate"]) == ("candidate", 0)
         assert served.get("/ping").status_code == 200
         metrics = served.get("/metrics")
