@@ -135,7 +135,10 @@ class StageHyperparameters(FitHyperparameters):
 
     def identity(self) -> dict[str, Any]:
         # By the size that the fields start from, which earlier versions had as the default.
-        return super().identity() | {"size": self.base_size}
+        identity = super().identity() | {"size": self.base_size}
+        if identity.get("augment") == "none":  # as in earlier versions, which had no such field
+            del identity["augment"]
+        return identity
 
     def overrides(self) -> dict[str, Any]:
         """Return config field -> value of the model fields that were given."""

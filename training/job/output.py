@@ -65,8 +65,7 @@ class Output:
         inputs, artefact = self._inputs, self._inputs.artefact
         setattr(artefact, stage.name, stage.model.eval().requires_grad_(False))
         notes = self._notes(stage, result)
-        if stage.name != "clip":
-            artefact.manifest.sampling = None  # of the model before
+        artefact.manifest.sampling = None  # of the models before, by which it was chosen
         self._trained.add(stage.name)
         self._trained_seconds += result.seconds
         record = StageRecord(

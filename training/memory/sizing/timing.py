@@ -94,8 +94,10 @@ class Timing:
         """Return the seconds of a stage; of the transformer also in a job of other stages."""
         if name in self.shares:
             return self.shares[name] * self.training_seconds()
-        if name in self.names:
-            return 60 * (self.hyperparameters.of(name).max_minutes or 0.0)
+        minutes = self.hyperparameters.of(name).max_minutes
+        if name in self.names and minutes is not None:
+            return 60 * minutes
+        # One with a budget in steps or epochs has sizes as if it had its share.
         trained = sum(rules.SHARES[each] for each in self.names)
         return rules.SHARES[name] / trained * self.training_seconds()
 
