@@ -89,8 +89,8 @@ class FitHyperparameters(_Fields):
     gradient_clipping: Annotated[float, Field(ge=0, le=1_000_000)] = 1.0
     """Largest norm of all gradients together; 0 for none."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay of the weights' running average, which is saved; 0 off. Unless it is set, 0.995 for
-    transformer and CLIP of the sizes up to base."""
+    """Decay of the weights' running average, which is saved; 0 off. Unless it is set, 0.995 for a
+    new transformer and CLIP of the sizes up to base."""
     keep: Literal["best", "last"] = "best"
     """The weights that go into the artefact: those with the lowest validation loss, of the
     transformer the image tokens', or the last ones. Without validation pairs the last."""

@@ -142,6 +142,8 @@ def training_on(hyperparameters: Hyperparameters, stages: Collection[TrainedOn])
             for name, rate in TRAINING_ON[stage].items()
             if f"{stage}_{name}" not in given and (stage == "clip" or name not in given)
         }
+        if not {"ema_decay", f"{stage}_ema_decay"} & given:
+            rates["ema_decay"] = 0.0  # the model that a channel brings may be of any size
         update[stage] = settings.model_copy(update=rates)
     return hyperparameters.model_copy(update=update)
 
@@ -150,6 +152,8 @@ def _averaging(hyperparameters: Hyperparameters) -> Hyperparameters:
     """Return the hyperparameters with averaged weights where the author does not say."""
     update: dict[str, Any] = {}
     for stage in AVERAGED_STAGES:
+        if stage in hyperparameters.train_on:
+            continue
         settings, given = hyperparameters.of(stage), hyperparameters.given
         if settings.base_size in AVERAGED_SIZES and not {"ema_decay", f"{stage}_ema_decay"} & given:
             update[stage] = settings.model_copy(update={"ema_decay": EMA_DECAY})

@@ -41,3 +41,12 @@ def test_settings_of_the_stage_dvae_are_refused_where_a_channel_brings_its_model
     assert lines[0].startswith("- stage=dvae trains an image tokenizer and the channel tokenizer_")
     assert [line.split()[1] for line in lines[1:]] == ["dvae_epochs", "num_blocks"]
     with_channels(parse({"image_size": "64", "width": "64"}), ["tokenizer_model"])
+
+
+def test_models_that_are_trained_on_have_no_averages_unless_they_are_set():
+    on = parse({"train_on": "transformer,clip"})
+    assert (on.transformer.ema_decay, on.clip.ema_decay) == (0.0, 0.0)
+    assert parse({"train_on": "clip", "ema_decay": "0.9"}).clip.ema_decay == 0.9
+    brought = with_channels(parse({"stage": "transformer"}), {"train", "legacy"})
+    assert brought.transformer.ema_decay == 0.0
+    assert parse({}).transformer.ema_decay > 0
